@@ -1,0 +1,55 @@
+# make quickstart          the main job on this machine, from nothing;  ARGS="ppo.steps=2 ..." overrides the config
+# make test                the whole test suite that a CPU can run;     ARGS="-k name" goes to pytest
+# make lint | fix | docs   checks; mends what tools can mend; writes docs/configuration.md
+# make clean               removes the environment and caches, keeps runs/
+#
+# Needs Python 3.11, make and a C compiler. pip's settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) are respected.
+PYTHON ?= python3.11
+CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := orchestrator actors jobs tests
+
+export PYTHON CPU_WHEELS
+# Set to nothing: otherwise every process compiles its modules anew.
+export PYTHONDONTWRITEBYTECODE :=
+export RAY_USAGE_STATS_ENABLED := 0
+export VLLM_NO_USAGE_STATS := 1
+export DO_NOT_TRACK := 1
+export TOKENIZERS_PARALLELISM := false
+test: export HF_HUB_OFFLINE := 1
+test: export TRANSFORMERS_OFFLINE := 1
+
+.PHONY: quickstart test lint fix docs clean setup setup-dev
+.DEFAULT_GOAL := quickstart
+
+setup:
+	@requirements/install.sh $(VENV) requirements/cpu.txt
+
+setup-dev:
+	@requirements/install.sh $(VENV) requirements/cpu.txt requirements/dev.txt
+
+quickstart: setup
+	@$(BIN)/python -m jobs.quickstart $(ARGS)
+
+# Light tests first, on all cores; then those that start Ray, engines or learners, one at a time.
+test: setup-dev
+	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/tests $(ARGS)
+
+lint: setup-dev
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
+	@PYTHONPATH=. $(BIN)/lint-imports --no-cache
+	@$(BIN)/mypy
+
+fix: setup-dev
+	@$(BIN)/ruff check --fix $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
+
+docs: setup-dev
+	@$(BIN)/python -m jobs.configuration_docs
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
