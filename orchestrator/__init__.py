@@ -1,0 +1,1 @@
+"""The coordinator and all that it decides with; imports no ray, torch, vllm, deepspeed or transformers."""

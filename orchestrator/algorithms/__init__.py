@@ -1,0 +1,1 @@
+"""The mathematics of PPO: arrays in, arrays out."""

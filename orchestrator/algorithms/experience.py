@@ -1,0 +1,266 @@
+"""From a shard's scores to experience: join, token rewards, advantages, and the sums that step metrics are made of.
+
+Shapes: R rows, N = all response tokens of all rows laid end to end, R1 = R + 1 offsets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from orchestrator import schema
+from orchestrator.algorithms import kl
+from orchestrator.algorithms.advantages import ADVANTAGES, Floats, Offsets
+from orchestrator.errors import DataError, NonFiniteError
+from orchestrator.types import Moments
+
+TRUNCATED = "length"  # finish_reason of a response without EOS
+
+
+@dataclass(frozen=True)
+class ExperienceSettings:
+    """How token rewards and advantages are made.
+
+    Args:
+        kl_in_reward: whether -kl_coefficient · (log p_old - log p_ref) is added to every token's reward.
+        truncated: a response cut by length is bootstrapped with the critic's value after its last token, or ends
+            with value 0 and `truncation_penalty` subtracted from its reward.
+        reward_clip: the sequence reward is clipped to ± this before it enters the token rewards.
+        advantage: key of ADVANTAGES.
+    """
+
+    kl_in_reward: bool = True
+    gamma: float = 1.0
+    lam: float = 0.95
+    truncated: Literal["bootstrap", "penalise"] = "bootstrap"
+    truncation_penalty: float = 1.0
+    reward_clip: float | None = None
+    advantage: str = "gae"
+
+
+def token_rewards(reward: float, old_logprobs: Floats, ref_logprobs: Floats, kl_coefficient: float) -> Floats:
+    """Token rewards of one response: -kl_coefficient · k1 on every token, the sequence reward on the last one."""
+    offsets_R1 = np.array([0, len(old_logprobs)], dtype=np.int64)
+    return _token_rewards_rows(np.array([reward]), old_logprobs, ref_logprobs, offsets_R1, kl_coefficient)
+
+
+def assemble(
+    rollout: pa.Table,
+    *,
+    logprobs: Sequence[pa.Table],
+    ref_logprobs: Sequence[pa.Table],
+    values: Sequence[pa.Table],
+    rewards: Sequence[pa.Table],
+    settings: ExperienceSettings,
+    kl_coefficient: float,
+) -> tuple[pa.Table, int]:
+    """Joins a shard's scores and computes token rewards, advantages and returns.
+
+    Args:
+        rollout: table of schema.ROLLOUT.
+        logprobs, ref_logprobs, values, rewards: parts (in any order) that together hold every row once.
+
+    Returns:
+        (table of schema.EXPERIENCE in the rollout's row order, number of rows left out because scoring failed).
+
+    Raises:
+        DataError: a row is missing, double, or has a list of another length than its response.
+        NonFiniteError: a reward, log-prob or value is NaN or infinite; names the rows.
+    """
+    rows = rollout["row"].to_numpy()
+    columns = {
+        "old_logprobs": _aligned("policy log-probs", logprobs, rows)["logprobs"],
+        "ref_logprobs": _aligned("reference log-probs", ref_logprobs, rows)["logprobs"],
+    }
+    value_table = _aligned("values", values, rows)
+    reward_table = _aligned("rewards", rewards, rows)
+    keep = pa.array(reward_table["reward"].is_valid().to_numpy() & (_lengths(rollout["response_tokens"]) > 0))
+    table = rollout.select(schema.ROLLOUT.names).filter(keep)
+    columns = {name: column.filter(keep) for name, column in columns.items()}
+    value_table, reward_table = value_table.filter(keep), reward_table.filter(keep)
+
+    offsets_R1 = _offsets(table["response_tokens"])
+    flat = {
+        name: _flat(name, column, table["row"], offsets_R1)
+        for name, column in {
+            **columns,
+            "engine_logprobs": table["engine_logprobs"],
+            "values": value_table["values"],
+        }.items()
+    }
+    reward_R = reward_table["reward"].to_numpy()
+    bootstrap_R = value_table["bootstrap_value"].to_numpy()
+    _check_rows_finite("reward", reward_R, table["row"])
+    _check_rows_finite("bootstrap_value", bootstrap_R, table["row"])
+    truncated_R = pc.equal(table["finish_reason"], TRUNCATED).to_numpy()
+    coefficient = kl_coefficient if settings.kl_in_reward else 0.0
+    final_R = _final_rewards(reward_R, truncated_R, settings)
+    token_rewards_N = _token_rewards_rows(final_R, flat["old_logprobs"], flat["ref_logprobs"], offsets_R1, coefficient)
+    bootstrapped_R = truncated_R & (settings.truncated == "bootstrap")
+    advantages_N, returns_N = ADVANTAGES[settings.advantage](
+        token_rewards_N,
+        flat["values"],
+        offsets_R1,
+        np.where(bootstrapped_R, bootstrap_R, 0.0).astype(np.float32),
+        settings.gamma,
+        settings.lam,
+    )
+    computed = {**flat, "token_rewards": token_rewards_N, "advantages": advantages_N, "returns": returns_N}
+    arrays: dict[str, Any] = {name: table[name] for name in schema.ROLLOUT.names}
+    arrays |= {name: _lists(flat_N, offsets_R1) for name, flat_N in computed.items()}
+    arrays |= {name: reward_table[name] for name in ("reward", "reward_parts")}
+    experience = pa.table([arrays[name] for name in schema.EXPERIENCE.names], schema=schema.EXPERIENCE)
+    return experience.combine_chunks(), rollout.num_rows - experience.num_rows
+
+
+def summarise(table: pa.Table) -> tuple[Moments, Mapping[str, float], Mapping[str, float]]:
+    """Moments of a shard's advantages, and named sums and extremes; sums add and extremes combine over shards.
+
+    Keys ending in `_sum` are sums over samples, in `_token_sum` over response tokens; divide by `samples` or
+    `response_tokens`. `reward_part_<name>_sum` is a sum over the samples that have the part, `_count` says how many.
+    """
+    offsets_R1 = _offsets(table["response_tokens"])
+    flat = {
+        name: table[name].combine_chunks().flatten().to_numpy().astype(np.float64)
+        for name in ("old_logprobs", "ref_logprobs", "engine_logprobs", "values", "returns", "advantages")
+    }
+    lengths_R = np.diff(offsets_R1).astype(np.float64)
+    reward_R = table["reward"].to_numpy().astype(np.float64)
+    old_N, engine_N = flat["old_logprobs"], flat["engine_logprobs"]
+    mismatch_N = np.abs(old_N - engine_N)
+    reference_k1_N = kl.k1(old_N, flat["ref_logprobs"])
+    residual_N = flat["returns"] - flat["values"]
+    truncated = float(pc.sum(pc.equal(table["finish_reason"], TRUNCATED)).as_py() or 0)
+    sums = {
+        "samples": float(table.num_rows),
+        "response_tokens": float(lengths_R.sum()),
+        "response_length_squares_sum": float((lengths_R**2).sum()),
+        "truncated_sum": truncated,
+        "without_eos_sum": float(table.num_rows) - float(pc.sum(pc.equal(table["finish_reason"], "stop")).as_py() or 0),
+        "reward_sum": float(reward_R.sum()),
+        "reward_squares_sum": float((reward_R**2).sum()),
+        "kl_k1_token_sum": float(reference_k1_N.sum()),
+        "kl_k3_token_sum": float(kl.k3(old_N, flat["ref_logprobs"]).sum()),
+        "mismatch_abs_token_sum": float(mismatch_N.sum()),
+        "mismatch_k3_token_sum": float(kl.k3(engine_N, old_N).sum()),
+        "logprob_token_sum": float(old_N.sum()),
+        "value_token_sum": float(flat["values"].sum()),
+        "return_token_sum": float(flat["returns"].sum()),
+        "return_squares_token_sum": float((flat["returns"] ** 2).sum()),
+        "residual_token_sum": float(residual_N.sum()),
+        "residual_squares_token_sum": float((residual_N**2).sum()),
+        **_reward_part_sums(table["reward_parts"]),
+    }
+    extremes: dict[str, float] = {}
+    for name, array in {
+        "reward": reward_R,
+        "response_length": lengths_R,
+        "mismatch_abs": mismatch_N,
+        "advantage": flat["advantages"],
+    }.items():
+        if len(array):
+            extremes |= {f"{name}_min": float(array.min()), f"{name}_max": float(array.max())}
+    advantages_N = flat["advantages"]
+    moments = Moments(len(advantages_N), float(advantages_N.sum()), float((advantages_N**2).sum()))
+    return moments, sums, extremes
+
+
+def explained_variance(sums: Mapping[str, float]) -> float:
+    """1 - Var(returns - values) / Var(returns) over response tokens, from merged sums; 0 where returns are constant."""
+    count = sums["response_tokens"]
+    if not count:
+        return 0.0
+    variance = sums["return_squares_token_sum"] / count - (sums["return_token_sum"] / count) ** 2
+    unexplained = sums["residual_squares_token_sum"] / count - (sums["residual_token_sum"] / count) ** 2
+    return 1.0 - unexplained / variance if variance > 0.0 else 0.0
+
+
+def _final_rewards(
+    reward_R: Floats, truncated_R: npt.NDArray[np.bool_], settings: ExperienceSettings
+) -> npt.NDArray[np.float64]:
+    final_R = reward_R.astype(np.float64)
+    if settings.reward_clip is not None:
+        final_R = np.clip(final_R, -settings.reward_clip, settings.reward_clip)
+    if settings.truncated == "penalise":
+        final_R = final_R - settings.truncation_penalty * truncated_R
+    return final_R
+
+
+def _token_rewards_rows(
+    reward_R: npt.NDArray[np.float64], old_N: Floats, ref_N: Floats, offsets_R1: Offsets, kl_coefficient: float
+) -> Floats:
+    rewards_N = -kl_coefficient * kl.k1(np.asarray(old_N, np.float64), np.asarray(ref_N, np.float64))
+    filled_R = np.diff(offsets_R1) > 0
+    rewards_N[offsets_R1[1:][filled_R] - 1] += reward_R[filled_R]
+    return rewards_N.astype(np.float32)
+
+
+def _aligned(what: str, parts: Sequence[pa.Table], rows: npt.NDArray[np.int32]) -> pa.Table:
+    table = pa.concat_tables(parts)
+    found = table["row"].to_numpy()
+    if len(found) != len(rows) or not np.array_equal(np.sort(found), np.sort(rows)):
+        missing = sorted(set(rows.tolist()) - set(found.tolist()))
+        raise DataError(
+            f"{what}: {len(found)} rows came for {len(rows)} samples (missing rows {missing[:8]}); "
+            "a scorer must answer once for every row it is given."
+        )
+    position_of_row = np.empty(len(rows), dtype=np.int64)
+    position_of_row[np.argsort(rows, kind="stable")] = np.argsort(found, kind="stable")
+    return table.take(pa.array(position_of_row))
+
+
+def _lengths(lists: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    lengths_R: npt.NDArray[np.int64] = pc.list_value_length(lists).to_numpy().astype(np.int64)
+    return lengths_R
+
+
+def _offsets(lists: pa.ChunkedArray) -> Offsets:
+    return np.concatenate([[0], np.cumsum(_lengths(lists))]).astype(np.int64)
+
+
+def _flat(name: str, lists: pa.ChunkedArray, rows: pa.ChunkedArray, offsets_R1: Offsets) -> Floats:
+    lengths_R = _lengths(lists)
+    wrong = np.flatnonzero(lengths_R != np.diff(offsets_R1))
+    if len(wrong):
+        raise DataError(
+            f"{name}: {len(wrong)} lists differ in length from their response, first in row "
+            f"{rows[int(wrong[0])].as_py()} ({lengths_R[wrong[0]]} items for {np.diff(offsets_R1)[wrong[0]]} tokens)."
+        )
+    flat_N: Floats = lists.combine_chunks().flatten().to_numpy()
+    if not np.isfinite(flat_N).all():
+        first = int(np.flatnonzero(~np.isfinite(flat_N))[0])
+        row = int(np.searchsorted(offsets_R1, first, side="right")) - 1
+        raise NonFiniteError(
+            f"{name}: {np.count_nonzero(~np.isfinite(flat_N))} values are NaN or infinite, first in row "
+            f"{rows[row].as_py()}, response token {first - int(offsets_R1[row])}."
+        )
+    return flat_N
+
+
+def _check_rows_finite(name: str, values_R: Floats, rows: pa.ChunkedArray) -> None:
+    wrong = np.flatnonzero(~np.isfinite(values_R))
+    if len(wrong):
+        raise NonFiniteError(f"{name} is NaN or infinite in rows {[rows[int(i)].as_py() for i in wrong[:8]]}.")
+
+
+def _lists(flat_N: Floats, offsets_R1: Offsets) -> pa.ListArray:
+    offsets = pa.array(offsets_R1.astype(np.int32))
+    return pa.ListArray.from_arrays(offsets, pa.array(flat_N, pa.float32()))
+
+
+def _reward_part_sums(parts: pa.ChunkedArray) -> dict[str, float]:
+    maps = parts.combine_chunks()
+    names = maps.keys.to_numpy(zero_copy_only=False)
+    scores = maps.items.to_numpy(zero_copy_only=False).astype(np.float64)
+    sums: dict[str, float] = {}
+    for name in sorted(set(names.tolist())):
+        chosen = scores[names == name]
+        sums[f"reward_part_{name}_sum"] = float(chosen.sum())
+        sums[f"reward_part_{name}_count"] = float(len(chosen))
+    return sums

@@ -1,0 +1,70 @@
+"""How well scores order ranked replies, and in which order preferences are learned from."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+Item = TypeVar("Item")
+
+
+def epoch_batches(num_records: int, *, records_per_batch: int, seed: int, epoch: int) -> list[list[int]]:
+    """Record numbers of every batch of one epoch: a permutation that follows from (seed, epoch) alone.
+
+    Every record is in exactly one batch; the last batch may be smaller.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(num_records).tolist()
+    return [order[start : start + records_per_batch] for start in range(0, num_records, records_per_batch)]
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` items, evenly spaced over the sequence, its first one included."""
+    if len(items) <= count:
+        return list(items)
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def num_pairs(num_replies: int) -> int:
+    """K choose 2."""
+    return num_replies * (num_replies - 1) // 2
+
+
+def concordant_pairs(scores: Sequence[float]) -> float:
+    """Pairs that scores of replies, given best first, put in the right order. Equal scores count half."""
+    return sum(_order(better, worse) for better, worse in itertools.combinations(scores, 2))
+
+
+def _order(better: float, worse: float) -> float:
+    return 1.0 if better > worse else 0.5 if better == worse else 0.0
+
+
+def wilson_interval(successes: float, trials: int, *, z: float = 1.959964) -> tuple[float, float]:
+    """Score interval of a binomial share (Wilson 1927); 95 % with the default z. No trials: (0, 1)."""
+    if trials == 0:
+        return 0.0, 1.0
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    # At a share of 0 or 1 the bound is exact; rounding would put it a hair outside.
+    return max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
+
+
+def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Kendall's tau-b of two lists of scores (Kendall 1945), which corrects for ties.
+
+    Returns None when one list is all ties: there is nothing to correlate.
+    """
+    concordance = first_differs = second_differs = 0
+    for i, j in itertools.combinations(range(len(first)), 2):
+        a, b = np.sign(first[i] - first[j]), np.sign(second[i] - second[j])
+        concordance += int(a * b)
+        first_differs += int(a != 0)
+        second_differs += int(b != 0)
+    if not first_differs or not second_differs:
+        return None
+    return concordance / math.sqrt(first_differs * second_differs)

@@ -1,0 +1,529 @@
+"""The configuration: one frozen tree, defaults in one place, every field documented, unknown keys refused.
+
+A YAML file and dotted overrides (`ppo.steps=10 model.path=/models/llama`) become a `Config`, or a ConfigError that
+names the key and the way out. `docs/configuration.md` is generated from the descriptions below.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from orchestrator.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Seconds = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")
+    """Name of the run; its id is this name and the start time."""
+    id: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9-]{0,60}$")
+    """Run id. Given: the run with this id is continued, or started under it."""
+    root: Path = Path("runs")
+    """Folder that holds run folders; on a cluster it must be the same storage on every node."""
+    cache: Path = Path("~/.cache/rlhf-orchestrator")
+    """Folder for converted models; safe to delete."""
+    seed: int = 1
+    """Seed of the run; all randomness derives from it."""
+
+
+class ModelConfig(Section):
+    path: str = "smollm2-135m-instruct"
+    """Policy to start from: a folder, a Hugging Face name, or the embedded smollm2-135m-instruct."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Compute type of all models and engines. Learners keep fp32 master weights."""
+    max_length: Positive = 512
+    """Window in tokens: prompt and response together."""
+    chat_template: Path | None = None
+    """File with a Jinja chat template, for tokenizers without one."""
+    system_prompt: str | None = None
+    """System message set before every prompt. Null: the chat template's own default."""
+    trust_remote_code: bool = False
+    """Whether to run Python code that comes with a model."""
+
+
+class PromptsConfig(Section):
+    path: Path = Path("jobs/data/quickstart_prompts.jsonl")
+    """Prompts: JSONL, JSON or Parquet, plain or gzip/zstd."""
+    format: Literal["auto", "prompt", "messages", "hh-rlhf", "alpaca", "question"] = "auto"
+    """Record format; auto decides by the first record's fields."""
+    limit: Positive | None = None
+    """Read at most this many records."""
+    max_prompt_tokens: Positive = 256
+    """Longer prompts are left out, counted and listed."""
+    held_out_fraction: Fraction = 0.2
+    """Share of prompts kept for evaluation, chosen by a hash of the prompt."""
+    reward_model_fraction: Fraction = 0.4
+    """Share of prompts used to train the reward model, chosen by the same hash."""
+
+
+class LabellerConfig(Section):
+    gold: str = "actors.rewards.gold:vader_positivity"
+    """Rule function (dotted name) that stands in for a person; no model ever sees its score."""
+    noise_std: Annotated[float, Field(ge=0.0)] = 0.1
+    """Standard deviation of the noise added to a score before replies are ranked."""
+    prompts: Positive = 256
+    """Prompts to sample replies for."""
+    replies_per_prompt: Annotated[int, Field(ge=2)] = 4
+    """K of InstructGPT: replies ranked per prompt."""
+
+
+class PreferencesConfig(Section):
+    path: Path | None = None
+    """Preference file of people. Null: the labeller ranks replies of the start policy."""
+    format: Literal["auto", "ranking", "pairwise", "hh-rlhf"] = "auto"
+    """Record format; auto decides by the first record's fields."""
+    limit: Positive | None = None
+    """Read at most this many records."""
+    held_out: NonNegative | None = None
+    """Records kept for measuring accuracy, the last of the file. Null: a tenth, chosen by a hash of the prompt."""
+
+
+class RewardModelConfig(Section):
+    base: str | None = None
+    """Model that the reward model starts from. Null: model.path."""
+    epochs: Positive = 1
+    """Passes over the preferences."""
+    prompts_per_batch: Positive = 8
+    """Prompts (with all their replies) per optimizer step."""
+    micro_batch_tokens: Positive = 2048
+    """Largest padded micro-batch, in tokens."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """Peak learning rate; linear warm-up over a tenth, then linear decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient clipping."""
+    max_length: Positive = 512
+    """Longer transcripts lose tokens at their start; counted."""
+    workers: Positive = 1
+    """Ray Train workers."""
+    threads_per_worker: Positive | None = None
+    """CPU threads of one worker. Null: all cores of a node, shared by its workers."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of one worker."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage."""
+
+
+class RuleConfig(Section):
+    function: str
+    """Dotted name `package.module:function` of (prompt, response, meta) -> float or mapping of parts."""
+    weight: float = 1.0
+    """Factor of this rule in the sum."""
+
+
+class HttpRewardConfig(Section):
+    url: str
+    """Endpoint: POST {"samples": [{"prompt","response","meta"}]} answers {"rewards": [number or null]}."""
+    timeout_s: Seconds = 30.0
+    """Time for one request."""
+    retries: NonNegative = 3
+    """Further tries after a failure, with growing pauses."""
+
+
+class RewardConfig(Section):
+    kind: Literal["model", "rules", "http"] = "model"
+    """Where rewards come from."""
+    path: str | None = None
+    """Reward model folder or name (kind: model). Null: the one that the reward_model stage trained."""
+    rules: tuple[RuleConfig, ...] = ()
+    """Rule functions (kind: rules); their weighted sum is the reward."""
+    http: HttpRewardConfig | None = None
+    """Endpoint (kind: http)."""
+    replicas: Positive = 1
+    """Actors that score."""
+    micro_batch_tokens: Positive = 4096
+    """Largest padded forward batch, in tokens."""
+    normalise: bool = True
+    """Subtract the mean and divide by the standard deviation recorded with the reward model."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Clip the sequence reward to ±clip."""
+    max_failed_fraction: Fraction = 0.1
+    """Share of samples of one step whose reward may fail; they are dropped and counted."""
+    cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
+    """CPU threads of one replica."""
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of one replica."""
+
+
+class LearnerConfig(Section):
+    ranks: Positive = 1
+    """Data-parallel ranks."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-6
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning-rate schedule over all optimizer steps of the run, after warm-up."""
+    warmup_optimizer_steps: NonNegative = 0
+    """Optimizer steps of linear warm-up."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW weight decay."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient clipping."""
+    micro_batch_tokens: Positive = 2048
+    """Largest padded micro-batch, in tokens."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    cpus_per_rank: Annotated[float, Field(gt=0)] = 1.0
+    """CPU threads of one rank."""
+    gpus_per_rank: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of one rank."""
+
+
+class CriticConfig(LearnerConfig):
+    path: str | None = None
+    """Model that the critic starts from. Null: the reward model, else the policy with a new head."""
+    warmup_steps: NonNegative = 0
+    """First steps in which only the critic learns."""
+
+
+class ReferenceConfig(Section):
+    path: str | None = None
+    """Reference model. Null: model.path."""
+    replicas: Positive = 1
+    """Ranks that hold it."""
+    sharded: bool = False
+    """One model sharded over the ranks (ZeRO-3) instead of a replica each."""
+    micro_batch_tokens: Positive = 4096
+    """Largest padded forward batch, in tokens."""
+    cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
+    """CPU threads of one replica."""
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of one replica."""
+
+
+class RolloutConfig(Section):
+    engine: Literal["vllm", "hf"] = "vllm"
+    """vllm, or hf (generate of transformers) for architectures that vLLM does not serve."""
+    engines: Positive = 1
+    """Number of engines."""
+    tensor_parallel_size: Positive = 1
+    """GPUs that one engine is split over."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature; the learner's log-probs use it too."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling. Below 1 the samples are not from the policy that learns."""
+    top_k: int = -1
+    """Top-k sampling; -1: off. Otherwise as for top_p."""
+    max_new_tokens: Positive = 64
+    """Longest response."""
+    samples_per_shard: Positive = 64
+    """Requests that one engine gets together. Part of what makes samples reproducible."""
+    reproducible: bool = True
+    """One shard at a time per engine: the same seeds give the same bits on any number of engines."""
+    kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
+    """KV cache of one engine on the CPU."""
+    gpu_memory_utilization: Fraction = 0.85
+    """Share of a GPU's memory that one engine takes."""
+    cpus_per_engine: Annotated[float, Field(gt=0)] = 2.0
+    """CPU threads of one engine."""
+    gpus_per_engine: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of one engine."""
+
+
+class PublishConfig(Section):
+    bucket_mib: Positive = 32
+    """Weights travel in flat buckets of this size."""
+    verify: Literal["full", "sampled", "checksums"] = "full"
+    """Proof after publishing: read back all weights that layers compute with, a random part, or checksums only."""
+
+
+class PpoConfig(Section):
+    steps: Positive = 20
+    """PPO iterations."""
+    prompts_per_step: Positive = 32
+    """Prompts sampled in one step."""
+    samples_per_prompt: Positive = 2
+    """Responses per prompt."""
+    minibatches: Positive = 1
+    """Optimizer steps per epoch."""
+    epochs: Positive = 1
+    """Passes over a step's experience."""
+    clip_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Policy clip range (Schulman 2017)."""
+    clip_value: Annotated[float, Field(gt=0)] | None = 0.2
+    """Value clip range. Null: off."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
+    gamma: Fraction = 1.0
+    """Discount."""
+    lam: Fraction = 0.95
+    """GAE lambda."""
+    whiten_advantages: bool = True
+    """Whiten advantages over the whole batch."""
+    kl_estimator: Literal["k1-reward", "k3-loss"] = "k1-reward"
+    """KL to the reference per token: k1 in the reward, or k3 in the loss."""
+    kl_coefficient: Annotated[float, Field(ge=0)] = 0.05
+    """Weight of the KL penalty; start value of the adaptive controller."""
+    kl_target: Annotated[float, Field(gt=0)] | None = None
+    """KL per response that the adaptive controller aims at. Null: fixed coefficient."""
+    kl_horizon_samples: Positive = 10_000
+    """Horizon of the adaptive controller (Ziegler 2019)."""
+    target_kl: Annotated[float, Field(gt=0)] | None = None
+    """Stop a step's epochs when the approximate KL to its start exceeds this. Null: never."""
+    truncated: Literal["bootstrap", "penalise"] = "bootstrap"
+    """A response cut by length: bootstrap with the critic, or subtract truncation_penalty."""
+    truncation_penalty: Annotated[float, Field(ge=0)] = 1.0
+    """Reward subtracted from a response that was cut by length (truncated: penalise)."""
+    importance_cap: Annotated[float, Field(gt=0)] | None = None
+    """Cap of the truncated importance weight between learner and engine. Null: off; needed at max_staleness > 0."""
+    max_staleness: NonNegative = 0
+    """Versions that sampling may run ahead of learning; 0: on-policy."""
+
+
+class PlacementConfig(Section):
+    mode: Literal["colocated", "separate"] = "colocated"
+    """colocated: roles share cores or GPUs and take turns; separate: each role has its own."""
+    wait_s: Seconds = 20.0
+    """How long to wait for the cluster to answer and to have the nodes that the plan needs."""
+
+
+class CheckpointConfig(Section):
+    every_steps: NonNegative = 0
+    """Save after every so many steps; 0: only at the end."""
+    keep: Positive = 2
+    """Newest checkpoints kept; the best by evaluation is kept besides."""
+    export: bool = True
+    """Write the final policy as a plain Hugging Face folder."""
+
+
+class EvaluationConfig(Section):
+    every_steps: NonNegative = 0
+    """Evaluate on held-out prompts after every so many steps; 0: before the first and after the last."""
+    prompts: NonNegative = 128
+    """Held-out prompts; 0: no evaluation."""
+    gold: str | None = "actors.rewards.gold:vader_positivity"
+    """Rule function that scores held-out responses. Null: the training reward."""
+
+
+class TelemetryConfig(Section):
+    prometheus_port: NonNegative | None = 0
+    """Port of the coordinator's Prometheus endpoint; 0: a free one; null: none."""
+    prometheus_host: str = "127.0.0.1"
+    """Address that the endpoint listens on; in a pod, 0.0.0.0."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run folder."""
+    wandb_project: str | None = None
+    """Weights & Biases project. Null: off. Needs the package wandb."""
+    mlflow_uri: str | None = None
+    """MLflow tracking URI. Null: off. Needs the package mlflow."""
+
+
+class GuardsConfig(Section):
+    max_kl: Annotated[float, Field(gt=0)] | None = None
+    """Stop the run (exit code 3) when the KL per response exceeds this. Null: off."""
+
+
+class DeadlinesConfig(Section):
+    start_s: Seconds = 300.0
+    """An actor's start, model included."""
+    generate_s: Seconds = 600.0
+    """Sampling one shard."""
+    score_s: Seconds = 600.0
+    """Scoring one shard by one role."""
+    record_s: Seconds = 300.0
+    """Writing one shard of experience."""
+    learn_s: Seconds = 3600.0
+    """One learning step of one role."""
+    publish_s: Seconds = 300.0
+    """Publishing one version."""
+    save_s: Seconds = 600.0
+    """Saving or loading one role's checkpoint, exporting."""
+
+
+Stage = Literal["preferences", "reward_model", "ppo"]
+
+
+class Config(Section):
+    stages: tuple[Stage, ...] = ("ppo",)
+    """Stages of the run, in order: preferences (sample and rank), reward_model, ppo."""
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    labeller: LabellerConfig = LabellerConfig()
+    preferences: PreferencesConfig = PreferencesConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
+    reward: RewardConfig = RewardConfig()
+    policy: LearnerConfig = LearnerConfig()
+    critic: CriticConfig = CriticConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    publish: PublishConfig = PublishConfig()
+    ppo: PpoConfig = PpoConfig()
+    placement: PlacementConfig = PlacementConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    guards: GuardsConfig = GuardsConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    deadlines: DeadlinesConfig = DeadlinesConfig()
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.ppo.prompts_per_step * self.ppo.samples_per_prompt
+
+    @model_validator(mode="after")
+    def _keys_fit_together(self) -> Config:
+        for complaint in _contradictions(self):
+            raise ValueError(complaint)
+        return self
+
+
+def _contradictions(config: Config) -> Iterable[str]:
+    ppo, rollout, reward = config.ppo, config.rollout, config.reward
+    if ppo.max_staleness and config.placement.mode == "colocated":
+        yield (
+            f"placement.mode='colocated' needs ppo.max_staleness=0, got {ppo.max_staleness}: roles that share a "
+            "device cannot sample while they learn. Set ppo.max_staleness=0 or placement.mode='separate'."
+        )
+    if ppo.max_staleness and ppo.importance_cap is None:
+        yield (
+            f"ppo.max_staleness={ppo.max_staleness} needs ppo.importance_cap: samples come from older weights and "
+            "must be weighted. Set ppo.importance_cap=2.0 or ppo.max_staleness=0."
+        )
+    samples = config.samples_per_step
+    if samples % ppo.minibatches:
+        lower = samples // ppo.minibatches * ppo.minibatches
+        upper = lower + ppo.minibatches
+        yield (
+            f"ppo.prompts_per_step × ppo.samples_per_prompt = {samples} samples do not divide into "
+            f"ppo.minibatches={ppo.minibatches}. The nearest sizes that do: {lower or upper} and {upper} samples."
+        )
+    if rollout.max_new_tokens >= config.model.max_length:
+        yield (
+            f"rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in "
+            f"model.max_length={config.model.max_length}. Lower the first or raise the second."
+        )
+    if reward.kind == "rules" and not reward.rules:
+        yield "reward.kind='rules' needs reward.rules: list at least one {function: 'package.module:function'}."
+    if reward.kind == "http" and reward.http is None:
+        yield "reward.kind='http' needs reward.http.url: set the address of the endpoint."
+    needs_model = "ppo" in config.stages and reward.kind == "model" and reward.path is None
+    if needs_model and "reward_model" not in config.stages:
+        yield (
+            "reward.kind='model' needs reward.path: give the folder of a reward model, or add 'reward_model' to "
+            "stages so that one is trained, or choose reward.kind='rules'."
+        )
+    trains_on_own_labels = "reward_model" in config.stages and config.preferences.path is None
+    if trains_on_own_labels and "preferences" not in config.stages:
+        yield (
+            "stage 'reward_model' needs preferences.path: give a preference file, or add 'preferences' to stages "
+            "so that the labeller makes one."
+        )
+    order = [stage for stage in typing.get_args(Stage) if stage in config.stages]
+    if list(config.stages) != order:
+        yield f"stages must be distinct and in order; write stages: [{', '.join(order)}]."
+
+
+def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
+    """Reads a YAML file and applies dotted overrides `section.key=value` (value in YAML).
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key (with the nearest known one), a wrong type, or keys
+            that contradict each other.
+    """
+    tree = _read_yaml(path) if path else {}
+    for override in overrides:
+        _apply_override(tree, override)
+    return config_from_tree(tree, source=str(path) if path else "the command line")
+
+
+def config_from_tree(tree: Mapping[str, Any], *, source: str) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ConfigError(f"{source}: " + "\n  ".join(lines)) from None
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"config file {path} can't be read ({error.strerror}); check the path given to --config.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config file {path} is not UTF-8 text; give a YAML file to --config.") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections (`ppo:`, `model:`, ...), found {type(tree).__name__}.")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value, e.g. ppo.steps=10.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"value of override {override!r} is not valid YAML: {error}") from None
+    *sections, leaf = key.strip().split(".")
+    for section in sections:
+        child = tree.get(section)
+        if child is None:
+            child = tree[section] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section.")
+        tree = child
+    tree[leaf] = value
+
+
+def _explain(error: Any) -> str:
+    location = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {location!r}{_suggestion(error['loc'])}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return f"{location}: {error['msg'].lower()}, got {error['input']!r}."
+
+
+def _suggestion(location: tuple[int | str, ...]) -> str:
+    *parents, key = (part for part in location if isinstance(part, str))
+    section: type[BaseModel] = Config
+    for parent in parents:
+        section = _section_type(section.model_fields[parent].annotation)
+    near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
+    prefix = ".".join([*parents, ""])
+    if near:
+        return f"; did you mean {prefix + near[0]!r}?"
+    elsewhere = [
+        f"{name}.{key}"
+        for name, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section) and key in field.annotation.model_fields
+    ]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]!r}?"
+    return f"; known here: {', '.join(section.model_fields)}."
+
+
+def _section_type(annotation: Any) -> type[BaseModel]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in typing.get_args(annotation):
+        if inner not in (types.NoneType, Ellipsis):
+            return _section_type(inner)
+    raise TypeError(f"{annotation} holds no section")

@@ -1,0 +1,136 @@
+"""The coordinator: the one loop that drives the roles. It knows no Ray and no torch, and holds no tensors.
+
+One step, and who waits for whom (roles.py has the calls):
+
+    sample   engines            →  rollouts, stamped with the version of the weights that sampled them
+    score    reference, reward, critic, policy, in parallel, each shard as soon as it is there
+    commit   recorders          →  experience, durable before anything is learned from it
+    learn    policy and critic, in parallel, sharded over their ranks
+    publish  policy → engines   →  every engine at version step + 1, proved
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from orchestrator.checkpoints import Checkpoints
+from orchestrator.concurrency import both, together
+from orchestrator.errors import GuardTripped
+from orchestrator.experience_log import ExperienceLog
+from orchestrator.held_out import Evaluation
+from orchestrator.roles import Learner, Publisher, Scorer
+from orchestrator.sampler import Sampler, StepRollouts
+from orchestrator.telemetry import Telemetry
+from orchestrator.types import Experience, Metrics, RolloutShard, ScoredShard, State
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long to run and when to act. `next_kl_coefficient(coefficient, observed KL per response, samples)`."""
+
+    steps: int
+    critic_warmup_steps: int
+    next_kl_coefficient: Callable[[float, float, int], float]
+    max_kl: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relearning:
+    """A run is a fold over its log, state[k + 1] = learn(state[k], experience[k]): the part that needs no engines."""
+
+    settings: LoopSettings
+    policy: Learner
+    critic: Learner
+    log: ExperienceLog
+    telemetry: Telemetry
+
+    async def relearn(self, state: State) -> State:
+        """Learns from what the log holds, from `state` on and up to `settings.steps`."""
+        while state.step < self.settings.steps and self.log.holds(state.step):
+            with self.telemetry.step(state.step) as record:
+                experience = await self.log.load(state.step)
+                record(experience.metrics)
+                record(await self.learn(experience))
+                state = self.advance(state, experience)
+        return state
+
+    async def learn(self, experience: Experience) -> Metrics:
+        with self.telemetry.phase("learn"):
+            if experience.step < self.settings.critic_warmup_steps:
+                return _prefixed("critic", await self.critic.learn(experience))
+            policy, critic = await both(self.policy.learn(experience), self.critic.learn(experience))
+            learned = experience.metrics["tokens/generated"] * policy["epochs"]
+            return {**_prefixed("policy", policy), **_prefixed("critic", critic), "tokens/learned": learned}
+
+    def advance(self, state: State, experience: Experience) -> State:
+        kl = experience.metrics["kl/per_response"]
+        if self.settings.max_kl is not None and kl > self.settings.max_kl:
+            raise GuardTripped(
+                f"step {state.step}: KL per response {kl:.3g} exceeds guards.max_kl={self.settings.max_kl:g}. Its "
+                "update was not published or saved. Raise ppo.kl_coefficient, lower policy.learning_rate, or raise "
+                "the guard; the run goes on from its last checkpoint under the same run.id."
+            )
+        samples = sum(record.num_samples for record in experience.records)
+        return state.advance(self.settings.next_kl_coefficient(state.kl_coefficient, kl, samples))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coordinator(Relearning):
+    """All parts are handed in, complete; none of them holds the coordinator."""
+
+    sampler: Sampler
+    reference: Scorer
+    reward: Scorer
+    publisher: Publisher
+    checkpoints: Checkpoints
+    evaluation: Evaluation
+    meter: Callable[[int], Awaitable[Metrics]]
+
+    async def run(self, initial: State) -> State:
+        state = await self.restore(initial)
+        await self.publish(state)
+        await self.evaluation.run_if_due(state)
+        async with self.sampler.running(first_step=state.step, end_step=self.settings.steps):
+            while state.step < self.settings.steps:
+                with self.telemetry.step(state.step) as record:
+                    with self.telemetry.phase("generate"):
+                        rollouts = await self.sampler.next()
+                    with self.telemetry.phase("score"):
+                        scored = await self.score(rollouts)
+                    with self.telemetry.phase("commit"):
+                        experience = await self.log.commit(state, scored)
+                    record(experience.metrics)
+                    record(await self.learn(experience))
+                    state = self.advance(state, experience)
+                    record(await self.meter(state.version))
+                    record(await self.publish(state))
+                await self.checkpoints.save_if_due(state)
+                await self.evaluation.run_if_due(state)
+        return state
+
+    async def restore(self, initial: State) -> State:
+        """The last checkpoint, then learned again from what the log holds beyond it."""
+        state = await self.checkpoints.restore() or initial
+        self.telemetry.rewind(state.step)
+        return await self.relearn(state)
+
+    async def score(self, rollouts: StepRollouts) -> list[ScoredShard]:
+        return await together(self._score_shard(shard) for shard in rollouts.shards)
+
+    async def _score_shard(self, pending: Awaitable[RolloutShard]) -> ScoredShard:
+        with self.telemetry.phase("generate"):
+            shard = await pending
+        scorers = (self.policy, self.reference, self.critic, self.reward)
+        old_logprobs, ref_logprobs, values, rewards = await together(scorer.score(shard) for scorer in scorers)
+        return ScoredShard(shard, old_logprobs, ref_logprobs, values, rewards)
+
+    async def publish(self, state: State) -> Metrics:
+        with self.telemetry.phase("publish"):
+            report = await self.publisher.publish(state.version)
+            await self.sampler.announce(state.version)
+        return {"publish/tensors_verified": report.num_tensors, "publish/bytes": report.num_bytes}
+
+
+def _prefixed(role: str, metrics: Mapping[str, float]) -> Metrics:
+    return {f"{role}/{name}": value for name, value in metrics.items()}

@@ -1,0 +1,203 @@
+"""Prompts and preferences from files: every row is looked at, none is dropped in silence.
+
+A bad row (not JSON, a missing field, a wrong type) is an error that names file, row, fault and way out; up to
+MAX_BAD_ROWS are gathered into one message. A well-formed row that adds nothing (a prompt that came before, chosen
+equal to rejected: the published hh-rlhf files hold a few) is left out and counted in the report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.data import formats
+from orchestrator.data.files import Row, describe, read_rows
+from orchestrator.data.formats import BadRow, FieldSets, LeftOut
+from orchestrator.data.records import (
+    Message,
+    PromptRecord,
+    RankingRecord,
+    ReadReport,
+    content_digest,
+    content_id,
+    last_user_text,
+    message_dicts,
+)
+from orchestrator.errors import DataError
+
+MAX_BAD_ROWS = 5
+DUPLICATE = "already read"
+
+
+def read_prompts(
+    path: str | Path, format: str = "auto", limit: int | None = None
+) -> tuple[tuple[PromptRecord, ...], ReadReport]:
+    """Reads prompts; a prompt whose messages came before is kept once.
+
+    Raises:
+        DataError: the file can't be read, holds bad rows, or no prompt is left.
+    """
+    rows = _Rows(path, format, {name: fields for name, (fields, _) in formats.PROMPT_FORMATS.items()}, "prompts.format")
+    records: list[PromptRecord] = []
+    seen: set[bytes] = set()
+    row_of_id: dict[str, int] = {}
+    for row in rows:
+        try:
+            record = _prompt_record(row.fields, rows.format)
+            digest = content_digest(message_dicts(record.messages))[:16]
+            if digest in seen:
+                raise LeftOut(DUPLICATE)
+            _check_unique(record.id, row.number, row_of_id)
+        except BadRow as problem:
+            rows.bad(row, str(problem))
+            continue
+        except LeftOut as reason:
+            rows.left_out[str(reason)] += 1
+            continue
+        seen.add(digest)
+        records.append(record)
+        if len(records) == limit:
+            break
+    return tuple(records), rows.report(len(records))
+
+
+def read_rankings(
+    path: str | Path, format: str = "auto", limit: int | None = None
+) -> tuple[tuple[RankingRecord, ...], ReadReport]:
+    """Reads preferences; a row may give several records, and several records may be about one prompt.
+
+    Raises:
+        DataError: the file can't be read, holds bad rows, or no preference is left.
+    """
+    known = {name: fields for name, (fields, _) in formats.RANKING_FORMATS.items()}
+    rows = _Rows(path, format, known, "preferences.format")
+    records: list[RankingRecord] = []
+    seen: set[bytes] = set()
+    for row in rows:
+        try:
+            found = _ranking_records(row.fields, rows.format)
+        except BadRow as problem:
+            rows.bad(row, str(problem))
+            continue
+        except LeftOut as reason:
+            rows.left_out[str(reason)] += 1
+            continue
+        for record in found:
+            digest = content_digest(message_dicts(record.messages), list(record.replies))[:16]
+            if digest in seen:
+                rows.left_out[DUPLICATE] += 1
+            elif limit is None or len(records) < limit:
+                seen.add(digest)
+                records.append(record)
+        if len(records) == limit:
+            break
+    return tuple(records), rows.report(len(records))
+
+
+class _Rows:
+    """The good rows of a file; gathers the bad ones and raises when there are enough of them, or at the end."""
+
+    def __init__(self, path: str | Path, format: str, known: Mapping[str, FieldSets], key: str) -> None:
+        if format != "auto" and format not in known:
+            raise DataError(f"{key}={format!r} is not known; choose one of auto, {', '.join(known)}.")
+        self.format = format
+        self.left_out: Counter[str] = Counter()
+        self._path, self._known, self._key = str(path), known, key
+        self._complaints: list[str] = []
+        self._num_rows = 0
+
+    def __iter__(self) -> Iterator[Row]:
+        for row in read_rows(self._path):
+            self._num_rows += 1
+            if row.problem is not None:
+                self.bad(row, row.problem)
+                continue
+            if self.format == "auto":
+                self.format = self._detect(row)
+            yield row
+
+    def bad(self, row: Row, problem: str) -> None:
+        self._complaints.append(f"row {row.number}: {problem}")
+        if len(self._complaints) == MAX_BAD_ROWS:
+            self._raise(f"the first {MAX_BAD_ROWS} bad rows")
+
+    def report(self, num_records: int) -> ReadReport:
+        """Raises what was gathered, else says what was read."""
+        if self._complaints:
+            self._raise(f"{len(self._complaints)} bad row{'s' if len(self._complaints) > 1 else ''}")
+        report = ReadReport(self._path, self.format, self._num_rows, num_records, dict(self.left_out))
+        if not num_records:
+            raise DataError(f"{report.summary()}. Give a file with at least one usable record.")
+        return report
+
+    def _detect(self, row: Row) -> str:
+        for name, field_sets in self._known.items():
+            if any(fields <= row.fields.keys() for fields in field_sets):
+                return name
+        raise DataError(
+            f"{self._path}: row {row.number} fits no known format; its fields are: {', '.join(row.fields) or 'none'}. "
+            f"Known formats: {_catalogue(self._known)}. Rename the fields, or set {self._key}."
+        )
+
+    def _raise(self, heading: str) -> None:
+        lines = "\n  ".join(self._complaints)
+        raise DataError(
+            f"{self._path}: {heading} (read as {self._key}={self.format!r}):\n  {lines}\n"
+            f"Mend or remove these rows, or set {self._key} if the format is another: {_catalogue(self._known)}."
+        )
+
+
+def _catalogue(known: Mapping[str, FieldSets]) -> str:
+    return "; ".join(f"{name} {{{', '.join(sorted(field_sets[0]))}}}" for name, field_sets in known.items())
+
+
+def _prompt_record(fields: Mapping[str, Any], format: str) -> PromptRecord:
+    _, parse = formats.PROMPT_FORMATS[format]
+    messages = parse(fields)
+    _check_text(message.content for message in messages)
+    meta = {key: value for key, value in fields.items() if key not in formats.NOT_META[format]}
+    return PromptRecord(_identity(fields, messages), messages, last_user_text(messages), _json_values(meta))
+
+
+def _ranking_records(fields: Mapping[str, Any], format: str) -> Sequence[RankingRecord]:
+    _, parse = formats.RANKING_FORMATS[format]
+    found = list(parse(fields))
+    for messages, replies in found:
+        _check_text((*(message.content for message in messages), *replies))
+    return [RankingRecord(_identity(fields, messages), messages, replies) for messages, replies in found]
+
+
+def _check_text(texts: Iterable[str]) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = f"{ord(text[error.start]):04x}"
+            raise BadRow(f"holds \\u{code}, half of a surrogate pair, which is no text; remove it") from None
+
+
+def _identity(fields: Mapping[str, Any], messages: tuple[Message, ...]) -> str:
+    given = fields.get("id")
+    if given is None:
+        return content_id(messages)
+    if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
+        raise BadRow(f"'id' must be text or a whole number, found {describe(given)}")
+    return str(given)
+
+
+def _check_unique(identity: str, row_number: int, row_of_id: dict[str, int]) -> None:
+    first = row_of_id.setdefault(identity, row_number)
+    if first != row_number:
+        raise BadRow(
+            f"id {identity!r} is already that of row {first}, another prompt; make ids distinct or leave them out"
+        )
+
+
+def _json_values(meta: dict[str, Any]) -> dict[str, Any]:
+    """Meta travels as JSON: values that only Parquet knows (dates, bytes, decimals) become text."""
+    if all(isinstance(value, str | int | float | bool | None) for value in meta.values()):
+        return meta
+    return dict(json.loads(json.dumps(meta, default=str)))

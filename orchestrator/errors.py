@@ -1,0 +1,81 @@
+"""What can go wrong, as a tree. The exit code of every job follows from the class alone.
+
+    RlhfError                     exit  the message says what, where and the way out
+    ├── ConfigError                 2   a key, a value or a combination of values
+    ├── DataError                   2   a file, a row, a tokenizer or a model folder
+    ├── CapacityError               2   the cluster is too small, or does not answer
+    ├── RoleError                   1   an actor failed; carries role, rank and operation
+    │   ├── RoleDied                1   its process is gone
+    │   └── DeadlineExceeded        1   it did not answer in time
+    ├── PublishError                1   an engine does not hold the announced weights
+    ├── StorageError                1   the log or a checkpoint can't be written or trusted
+    ├── RewardError                 1   more rewards failed than the budget allows
+    ├── NonFiniteError              1   loss, gradient or reward is NaN or infinite
+    └── GuardTripped                3   a guard refused to go on
+"""
+
+from __future__ import annotations
+
+
+class RlhfError(Exception):
+    """Base of every error that this program raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(RlhfError):
+    exit_code = 2
+
+
+class DataError(RlhfError):
+    exit_code = 2
+
+
+class CapacityError(RlhfError):
+    exit_code = 2
+
+
+class RoleError(RlhfError):
+    """An actor failed.
+
+    Args:
+        role: the role whose actor failed, e.g. "critic".
+        rank: rank or replica number inside the role's group.
+        operation: what it was asked to do.
+        cause: one line that says why.
+    """
+
+    def __init__(self, role: str, rank: int, operation: str, cause: str) -> None:
+        super().__init__(f"{role} rank {rank} failed in {operation!r}: {cause}")
+        self.role, self.rank, self.operation, self.cause = role, rank, operation, cause
+
+    def __reduce__(self) -> tuple[type[RoleError], tuple[str, int, str, str]]:
+        return type(self), (self.role, self.rank, self.operation, self.cause)
+
+
+class RoleDied(RoleError):
+    pass
+
+
+class DeadlineExceeded(RoleError):
+    pass
+
+
+class PublishError(RlhfError):
+    pass
+
+
+class StorageError(RlhfError):
+    pass
+
+
+class RewardError(RlhfError):
+    pass
+
+
+class NonFiniteError(RlhfError):
+    pass
+
+
+class GuardTripped(RlhfError):
+    exit_code = 3

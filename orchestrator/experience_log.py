@@ -1,0 +1,130 @@
+"""The append-only record of all experience: what the run learned from, committed before it learns.
+
+    log/step-000007/shard-0000.parquet   one row per sample, schema.EXPERIENCE, zstd
+    log/step-000007/manifest.json        written last: a step without it was never committed
+
+Files are written near the data by recorders; this class keeps the manifest and holds no samples. Open a log with
+`pyarrow.dataset.dataset("log", format="parquet")`, pandas or DuckDB (`read_parquet('log/*/*.parquet')`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from orchestrator.algorithms.summary import merge_metrics
+from orchestrator.concurrency import together
+from orchestrator.errors import RewardError, StorageError
+from orchestrator.roles import Recorder
+from orchestrator.storage import read_json, write_json
+from orchestrator.types import Experience, Handle, Moments, ScoredShard, ShardRecord, State
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class ExperienceLog:
+    """One run's log.
+
+    Args:
+        folder: where step folders go; the same storage for every node.
+        recorder: assembles, writes and reads shards near the data.
+        max_failed_fraction: share of a step's samples whose reward may fail before the run stops.
+    """
+
+    def __init__(self, folder: Path, recorder: Recorder, *, max_failed_fraction: float) -> None:
+        self._folder = folder
+        self._recorder = recorder
+        self._max_failed_fraction = max_failed_fraction
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def holds(self, step: int) -> bool:
+        """Whether step `step` was committed."""
+        return self._manifest(step).exists()
+
+    async def commit(self, state: State, scored: Sequence[ScoredShard]) -> Experience:
+        """Writes all shards of step `state.step`, then the manifest. After this the step is never sampled again.
+
+        Raises:
+            RewardError: more rewards failed than the budget allows.
+            StorageError: something could not be written.
+        """
+        step = state.step
+        self._step_folder(step).mkdir(exist_ok=True)
+        written = await together(
+            self._recorder.record(
+                shard, kl_coefficient=state.kl_coefficient, file=str(self._step_folder(step) / _shard_name(index))
+            )
+            for index, shard in enumerate(scored)
+        )
+        records = [record for _, record in written]
+        self._check_failures(step, records)
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "kl_coefficient": state.kl_coefficient,
+            "shards": [asdict(record) for record in records],
+        }
+        write_json(self._manifest(step), manifest)
+        return _experience(step, records, [handle for handle, _ in written], state.kl_coefficient)
+
+    async def load(self, step: int) -> Experience:
+        """Reads a committed step back, every file checked against its checksum. Raises StorageError."""
+        manifest = read_json(self._manifest(step))
+        if manifest.get("format") != FORMAT:
+            raise StorageError(
+                f"{self._manifest(step)} has format {manifest.get('format')}, this program reads {FORMAT}; use the "
+                "version of the program that wrote it."
+            )
+        records = [_record(item) for item in manifest["shards"]]
+        folder = self._step_folder(step)
+        handles = await together(
+            self._recorder.load(record, file=str(folder / record.file)) for record in records
+        )
+        return _experience(step, records, handles, manifest["kl_coefficient"])
+
+    def _check_failures(self, step: int, records: Sequence[ShardRecord]) -> None:
+        dropped = sum(record.num_dropped for record in records)
+        total = dropped + sum(record.num_samples for record in records)
+        if dropped and (dropped == total or dropped / total > self._max_failed_fraction):
+            raise RewardError(
+                f"step {step}: the reward of {dropped} of {total} samples failed, more than "
+                f"reward.max_failed_fraction={self._max_failed_fraction:g}. The column reward_error in "
+                f"{self._step_folder(step)}/failed-*.jsonl says why; mend the reward source, then resume."
+            )
+
+    def _step_folder(self, step: int) -> Path:
+        return _step_folder(self._folder, step)
+
+    def _manifest(self, step: int) -> Path:
+        return self._step_folder(step) / MANIFEST
+
+
+def num_committed(folder: Path) -> int:
+    """Steps that the log in `folder` holds, from step 0 to the first gap."""
+    steps = itertools.count()
+    return next(step for step in steps if not (_step_folder(folder, step) / MANIFEST).exists())
+
+
+def _step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
+
+
+def _shard_name(index: int) -> str:
+    return f"shard-{index:04d}.parquet"
+
+
+def _record(item: dict[str, Any]) -> ShardRecord:
+    moments = Moments(**item.pop("advantage_moments"))
+    return ShardRecord(**item, advantage_moments=moments)
+
+
+def _experience(
+    step: int, records: Sequence[ShardRecord], handles: Sequence[Handle], kl_coefficient: float
+) -> Experience:
+    moments = Moments.merge([record.advantage_moments for record in records])
+    metrics = {**merge_metrics(records), "kl/coefficient": kl_coefficient}
+    return Experience(step, records, handles, moments.mean, moments.std, kl_coefficient, metrics)

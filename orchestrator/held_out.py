@@ -1,0 +1,72 @@
+"""Scheduled evaluation on held-out prompts: the same prompts and seeds every time, so that differences are paired."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from orchestrator.concurrency import together
+from orchestrator.roles import Recorder, Rollouts, Scorer
+from orchestrator.sampler import cut_into_shards
+from orchestrator.telemetry import Telemetry
+from orchestrator.types import EvaluatedShard, RolloutShard, SampleRequest, Sampling, State
+
+
+class Evaluation:
+    """Samples held-out prompts, scores them and writes evaluation/step-NNNNNN.parquet, one row per prompt.
+
+    Args:
+        folder: where the files go.
+        requests: what to sample; empty: never evaluate.
+        every_steps: after every so many steps; 0: before the first and after the last only.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        requests: Sequence[SampleRequest],
+        *,
+        rollouts: Rollouts,
+        policy: Scorer,
+        reference: Scorer,
+        reward: Scorer,
+        recorder: Recorder,
+        telemetry: Telemetry,
+        sampling: Sampling,
+        samples_per_shard: int,
+        every_steps: int,
+        last_step: int,
+    ) -> None:
+        self._folder, self._requests = folder, requests
+        self._rollouts, self._recorder, self._telemetry = rollouts, recorder, telemetry
+        self._policy, self._reference, self._reward = policy, reference, reward
+        self._sampling, self._samples_per_shard = sampling, samples_per_shard
+        self._every_steps, self._last_step = every_steps, last_step
+        folder.mkdir(parents=True, exist_ok=True)
+
+    async def run_if_due(self, state: State) -> None:
+        """Evaluates the weights of `state` unless that was done, also by an earlier attempt."""
+        on_schedule = self._every_steps and state.step % self._every_steps == 0
+        due = self._requests and (state.step in (0, self._last_step) or on_schedule)
+        if due and not self._file(state.step).exists():
+            with self._telemetry.phase("evaluate"):
+                await self._run(state)
+
+    async def _run(self, state: State) -> None:
+        shards = cut_into_shards(
+            state.step, self._requests, samples_per_shard=self._samples_per_shard, sampling=self._sampling
+        )
+        await self._rollouts.wake()
+        sampled = await together(self._rollouts.generate(shard) for shard in shards)
+        await self._rollouts.sleep()
+        scored = await together(self._score(shard) for shard in sampled)
+        metrics = await self._recorder.evaluate(scored, file=str(self._file(state.step)))
+        self._telemetry.evaluation(state.version, metrics)
+
+    async def _score(self, shard: RolloutShard) -> EvaluatedShard:
+        scorers = (self._policy, self._reference, self._reward)
+        logprobs, ref_logprobs, rewards = await together(scorer.score(shard) for scorer in scorers)
+        return EvaluatedShard(shard, logprobs, ref_logprobs, rewards)
+
+    def _file(self, step: int) -> Path:
+        return self._folder / f"step-{step:06d}.parquet"

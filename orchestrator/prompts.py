@@ -1,0 +1,135 @@
+"""Which prompts are sampled in which step, and with which seeds: pure functions of the run seed.
+
+Nothing here keeps a position: step k of a resumed run asks for what step k of an uninterrupted one asks for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.errors import ConfigError, DataError
+from orchestrator.types import Prompt, SampleRequest
+
+# The largest integer that both schema.ROLLOUT (int64) and a torch generator take without a sign: with 63 bits no two
+# samples of a run share a seed by chance.
+_SEED_BITS = 63
+
+
+class Identified(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+Record = TypeVar("Record", bound=Identified)
+
+
+@dataclass(frozen=True)
+class Splits(Generic[Record]):
+    """Disjoint parts of the prompts, each in file order."""
+
+    train: tuple[Record, ...]
+    reward_model: tuple[Record, ...]
+    held_out: tuple[Record, ...]
+
+
+def split(
+    records: Sequence[Record], *, held_out_fraction: float, reward_model_fraction: float, salt: str = "prompts"
+) -> Splits[Record]:
+    """Splits by a hash of the prompt id: a prompt keeps its part when others are added, removed or reordered.
+
+    Args:
+        salt: part of the hash. To split one part of a split again, use another salt: under the same one its prompts
+            would all fall on one side.
+
+    Raises:
+        ConfigError: the fractions leave no room for training.
+    """
+    taken = held_out_fraction + reward_model_fraction
+    if taken > 1.0 and not math.isclose(taken, 1.0):
+        raise ConfigError(
+            f"prompts.held_out_fraction={held_out_fraction} and prompts.reward_model_fraction={reward_model_fraction} "
+            "add up to more than 1: lower one of them."
+        )
+    parts: tuple[list[Record], list[Record], list[Record]] = ([], [], [])
+    for record in records:
+        place = derive_seed("split", salt, record.id) / 2**_SEED_BITS
+        parts[0 if place < held_out_fraction else 1 if place < taken else 2].append(record)
+    held_out, reward_model, train = map(tuple, parts)
+    return Splits(train=train, reward_model=reward_model, held_out=held_out)
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A number in [0, 2**63) that depends on every part, the same on every machine and in every process."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> (64 - _SEED_BITS)
+
+
+def sample_requests(
+    prompts: Sequence[Prompt], *, samples_per_prompt: int, seed: int, step: int
+) -> tuple[SampleRequest, ...]:
+    """Requests for `samples_per_prompt` samples of every prompt, rows numbered from 0.
+
+    A prompt that comes again goes on counting its samples, so that no two requests of a step have the same seed.
+    """
+    requests: list[SampleRequest] = []
+    drawn: dict[str, int] = {}
+    for prompt in prompts:
+        first = drawn.get(prompt.id, 0)
+        drawn[prompt.id] = first + samples_per_prompt
+        for sample_index in range(first, first + samples_per_prompt):
+            sample_seed = derive_seed("sample", seed, step, prompt.id, sample_index)
+            requests.append(SampleRequest(len(requests), prompt, sample_index, sample_seed))
+    return tuple(requests)
+
+
+class PromptSchedule:
+    """Goes through the prompts epoch by epoch, each in an order of its own, and never ends.
+
+    Args:
+        prompts: at least one; their order counts, so it must be the same in every attempt.
+        seed: the run seed.
+        prompts_per_step: may exceed the number of prompts: then some come twice in one step.
+        samples_per_prompt: samples drawn of each.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], *, seed: int, prompts_per_step: int, samples_per_prompt: int) -> None:
+        if not prompts:
+            raise DataError(
+                "no prompts are left to train on: lower prompts.held_out_fraction or prompts.reward_model_fraction, "
+                "raise prompts.max_prompt_tokens, or give more prompts."
+            )
+        self._prompts = prompts
+        self._seed = seed
+        self._prompts_per_step = prompts_per_step
+        self._samples_per_prompt = samples_per_prompt
+
+    def requests(self, step: int) -> tuple[SampleRequest, ...]:
+        start = step * self._prompts_per_step
+        chosen = [self._at(position) for position in range(start, start + self._prompts_per_step)]
+        return sample_requests(chosen, samples_per_prompt=self._samples_per_prompt, seed=self._seed, step=step)
+
+    def epoch(self, step: int) -> int:
+        """The epoch in which a step begins."""
+        return step * self._prompts_per_step // len(self._prompts)
+
+    def _at(self, position: int) -> Prompt:
+        epoch, index = divmod(position, len(self._prompts))
+        return self._prompts[int(_order(self._seed, epoch, len(self._prompts))[index])]
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, count: int) -> npt.NDArray[np.intp]:
+    """A permutation. Sorts raw Philox words: unlike Generator.permutation, numpy promises never to change these."""
+    words = np.random.Philox(np.random.SeedSequence(derive_seed("epoch", seed, epoch))).random_raw(count)
+    order = np.argsort(words, kind="stable")
+    order.flags.writeable = False
+    return order

@@ -1,0 +1,123 @@
+"""Asks the engines for samples, at most `max_staleness` versions ahead of learning."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from orchestrator.concurrency import cancel, together
+from orchestrator.roles import Rollouts
+from orchestrator.types import RolloutShard, SampleRequest, Sampling, ShardRequest
+
+
+class Schedule(Protocol):
+    """What to sample in which step: a pure function of the step."""
+
+    def requests(self, step: int) -> Sequence[SampleRequest]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class StepRollouts:
+    """The shards of one step, each ready or still being sampled."""
+
+    step: int
+    shards: Sequence[Awaitable[RolloutShard]]
+
+
+def cut_into_shards(
+    step: int, requests: Sequence[SampleRequest], *, samples_per_shard: int, sampling: Sampling
+) -> list[ShardRequest]:
+    """Cuts in order; the cut depends on the size alone, never on how many engines there are."""
+    starts = range(0, len(requests), samples_per_shard)
+    return [
+        ShardRequest(step, index, requests[start : start + samples_per_shard], sampling)
+        for index, start in enumerate(starts)
+    ]
+
+
+class Sampler:
+    """Keeps the engines busy.
+
+    Step k is sampled once version k - max_staleness is published. With `takes_turns` the engines share their device
+    with the other roles: a step is sampled when it is asked for, the engines are woken for it, finish it, and sleep
+    before anyone else computes.
+    """
+
+    def __init__(
+        self,
+        rollouts: Rollouts,
+        schedule: Schedule,
+        *,
+        sampling: Sampling,
+        samples_per_shard: int,
+        max_staleness: int,
+        takes_turns: bool,
+    ) -> None:
+        self._rollouts = rollouts
+        self._schedule = schedule
+        self._sampling = sampling
+        self._samples_per_shard = samples_per_shard
+        self._max_staleness = max_staleness
+        self._takes_turns = takes_turns
+        self._version = -1
+        self._published = asyncio.Condition()
+        self._asked_for = asyncio.Semaphore(0)
+        self._ready: asyncio.Queue[StepRollouts | BaseException] = asyncio.Queue()
+        self._shards: set[asyncio.Task[RolloutShard]] = set()
+
+    @asynccontextmanager
+    async def running(self, *, first_step: int, end_step: int) -> AsyncIterator[None]:
+        producer = asyncio.create_task(self._produce(range(first_step, end_step)))
+        try:
+            yield
+        finally:
+            await cancel([producer, *self._shards])
+
+    async def next(self) -> StepRollouts:
+        """The next step's shards, in the order of steps. Raises what sampling them raised."""
+        self._asked_for.release()
+        ready = await self._ready.get()
+        if isinstance(ready, BaseException):
+            raise ready
+        return ready
+
+    async def announce(self, version: int) -> None:
+        """Says that every engine now holds `version`."""
+        async with self._published:
+            self._version = version
+            self._published.notify_all()
+
+    async def _produce(self, steps: range) -> None:
+        try:
+            for step in steps:
+                if self._takes_turns:
+                    await self._asked_for.acquire()
+                await self._wait_for_version(step - self._max_staleness)
+                await self._ready.put(await self._sample(step))
+        except Exception as error:  # noqa: BLE001  handed over to whoever waits in next()
+            await self._ready.put(error)
+
+    async def _wait_for_version(self, version: int) -> None:
+        async with self._published:
+            await self._published.wait_for(lambda: self._version >= max(version, 0))
+
+    async def _sample(self, step: int) -> StepRollouts:
+        requests = cut_into_shards(
+            step,
+            self._schedule.requests(step),
+            samples_per_shard=self._samples_per_shard,
+            sampling=self._sampling,
+        )
+        if self._takes_turns:
+            await self._rollouts.wake()
+        shards = [asyncio.create_task(self._rollouts.generate(request)) for request in requests]
+        self._shards.update(shards)
+        for shard in shards:
+            shard.add_done_callback(self._shards.discard)
+        if self._takes_turns:
+            await together(shards)
+            await self._rollouts.sleep()
+        return StepRollouts(step, shards)

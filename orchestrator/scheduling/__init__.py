@@ -1,0 +1,1 @@
+"""Pure decisions about what runs where and together with what."""

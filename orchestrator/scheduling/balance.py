@@ -1,0 +1,73 @@
+"""Which rows a rank works on, and in which micro-batches. The plan of every rank follows from the same numbers, so
+all ranks compute it for themselves and agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+MicroBatch = tuple[int, ...]  # row indices; () keeps a rank in step with the others
+RankPlan = list[MicroBatch]
+
+
+def plan_minibatches(
+    lengths: Sequence[int], *, num_minibatches: int, num_ranks: int, micro_batch_tokens: int, seed: int | Sequence[int]
+) -> list[list[RankPlan]]:
+    """Splits rows into minibatches, over ranks, and into micro-batches.
+
+    The rows of a minibatch depend on `seed` alone, not on the number of ranks. All ranks have the same number of
+    micro-batches in a minibatch (collectives of ZeRO-3 run in every forward). Minibatches without rows are left out.
+
+    Args:
+        lengths: tokens of each row, prompt and response together.
+        micro_batch_tokens: largest rows × longest row; a longer single row is a micro-batch of its own.
+        seed: of the permutation; the same seed gives the same plan.
+
+    Returns:
+        plan[minibatch][rank] = micro-batches, longest rows first.
+    """
+    permutation = np.random.default_rng(seed).permutation(len(lengths))
+    parts = [part.tolist() for part in np.array_split(permutation, num_minibatches) if len(part)]
+    return [
+        _level([micro_batches(rows, lengths, micro_batch_tokens) for rows in _balance(part, lengths, num_ranks)])
+        for part in parts
+    ]
+
+
+def plan_forwards(lengths: Sequence[int], *, num_ranks: int, micro_batch_tokens: int) -> list[RankPlan]:
+    """plan[rank] = micro-batches of the rows i with i % num_ranks == rank, as many on every rank."""
+    return _level(
+        [micro_batches(range(rank, len(lengths), num_ranks), lengths, micro_batch_tokens) for rank in range(num_ranks)]
+    )
+
+
+def micro_batches(rows: Sequence[int], lengths: Sequence[int], micro_batch_tokens: int) -> RankPlan:
+    """Packs rows, sorted by length, so that rows × longest row stays within the budget; padding counts."""
+    plan: RankPlan = []
+    current: list[int] = []
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        longest = lengths[current[0]] if current else lengths[row]
+        if current and (len(current) + 1) * longest > micro_batch_tokens:
+            plan.append(tuple(current))
+            current = []
+        current.append(row)
+    if current:
+        plan.append(tuple(current))
+    return plan
+
+
+def _balance(rows: Sequence[int], lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Longest row first to the rank with the fewest tokens so far (Graham's LPT rule); ties go to the lower rank."""
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        lightest = min(range(num_ranks), key=lambda rank: loads[rank])
+        ranks[lightest].append(row)
+        loads[lightest] += lengths[row]
+    return ranks
+
+
+def _level(plans: list[RankPlan]) -> list[RankPlan]:
+    most = max((len(plan) for plan in plans), default=0)
+    return [[*plan, *[()] * (most - len(plan))] for plan in plans]

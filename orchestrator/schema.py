@@ -1,0 +1,68 @@
+"""Arrow schemas of everything that travels between roles, and of the experience log.
+
+A shard is one Arrow table, one row per sample. Its life adds columns:
+
+    rollout engine   ROLLOUT      tokens, text, the engine's own log-probs, version
+    scorers          LOGPROBS, VALUES, REWARDS   joined to the rollout on `row`
+    recorder         EXPERIENCE   all of the above plus token rewards, advantages, returns
+
+Per-token lists run over the *response* tokens only (EOS included when it was sampled): every list of a row
+has `len(response_tokens)` items, so a mask is a length and never a pad id.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+_TOKENS = pa.list_(pa.int32())
+_FLOATS = pa.list_(pa.float32())
+
+ROLLOUT = pa.schema(
+    [
+        pa.field("row", pa.int32(), nullable=False),  # number of the sample inside its step
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("sample_index", pa.int32(), nullable=False),  # 0 .. samples_per_prompt - 1
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("prompt_text", pa.string(), nullable=False),  # as the user wrote it, before the chat template
+        pa.field("response_text", pa.string(), nullable=False),
+        pa.field("prompt_tokens", _TOKENS, nullable=False),  # after the chat template
+        pa.field("response_tokens", _TOKENS, nullable=False),
+        pa.field("engine_logprobs", _FLOATS, nullable=False),  # at the sampling temperature
+        pa.field("finish_reason", pa.string(), nullable=False),  # "stop" (EOS sampled) or "length"
+        pa.field("version", pa.int32(), nullable=False),  # of the weights that sampled it
+        pa.field("meta", pa.string(), nullable=False),  # the prompt's other fields, JSON
+    ]
+)
+
+LOGPROBS = pa.schema(
+    [pa.field("row", pa.int32(), nullable=False), pa.field("logprobs", _FLOATS, nullable=False)]
+)
+VALUES = pa.schema(
+    [
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("values", _FLOATS, nullable=False),  # V(s_t) in the state in which response token t is chosen
+        pa.field("bootstrap_value", pa.float32(), nullable=False),  # V after the last response token
+    ]
+)
+REWARDS = pa.schema(
+    [
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("reward", pa.float32()),  # null: scoring failed, see reward_error
+        pa.field("reward_parts", pa.map_(pa.string(), pa.float32()), nullable=False),
+        pa.field("reward_error", pa.string()),
+    ]
+)
+
+EXPERIENCE = pa.schema(
+    [
+        *ROLLOUT,
+        pa.field("old_logprobs", _FLOATS, nullable=False),  # the learner's, before it learns this step
+        pa.field("ref_logprobs", _FLOATS, nullable=False),
+        pa.field("values", _FLOATS, nullable=False),
+        pa.field("reward", pa.float32(), nullable=False),  # sequence reward, before the KL penalty
+        pa.field("reward_parts", pa.map_(pa.string(), pa.float32()), nullable=False),
+        pa.field("token_rewards", _FLOATS, nullable=False),  # with KL penalty, reward on the last token
+        pa.field("advantages", _FLOATS, nullable=False),  # GAE, before whitening (moments: manifest)
+        pa.field("returns", _FLOATS, nullable=False),
+    ]
+)

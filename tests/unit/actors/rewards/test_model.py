@@ -1,0 +1,162 @@
+"""The reward model: its score is the classifier's own, tokens or text, whatever the batch."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from actors import tokens
+from actors.rewards.model import STATS_FILE, RewardModel, read_stats, write_stats
+from orchestrator.data import Message
+from orchestrator.errors import DataError
+from tests.tiny import CHATML, tiny_scorer, tiny_tokenizer
+from tests.unit.actors.rewards.rollouts import rollout_table
+
+OTHER = CHATML.replace("<|im_end|>", "</s>")
+MESSAGES = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Yes?"},
+    {"role": "user", "content": "Why?"},
+]
+RESPONSES = ["Because.", "No idea at all, but the sky is blue and the sea is wide.", ""]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_scorer(tmp_path_factory.mktemp("scorer"))
+
+
+def model(folder: Path, policy_tokenizer: Any = None, **options: Any) -> RewardModel:
+    arguments = {"micro_batch_tokens": 4096, "normalise": False, **options}
+    return RewardModel(
+        folder, policy_tokenizer or tiny_tokenizer(), dtype=torch.float32, device=torch.device("cpu"), **arguments
+    )
+
+
+def classifier_scores(folder: Path, token_lists: list[list[int]]) -> list[float]:
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    scores = []
+    for ids in token_lists:
+        with torch.no_grad():
+            hidden = classifier.model(torch.tensor([ids])).last_hidden_state[0, -1]
+            scores.append(float(classifier.score(hidden)))
+    return scores
+
+
+def table(closing: bool) -> Any:
+    """Responses as an engine samples them; without `closing`, cut by length."""
+    tokenizer = tiny_tokenizer()
+    messages = [Message(**message) for message in MESSAGES]
+    transcripts = [tokens.render_reply(messages, response, tokenizer) for response in RESPONSES]
+    ends = None if closing else -1
+    return rollout_table(
+        RESPONSES,
+        metas=[{"messages": MESSAGES}] * 3,
+        prompt_tokens=[t.prompt_tokens.tolist() for t in transcripts],
+        response_tokens=[t.response_tokens.tolist()[:ends] for t in transcripts],
+    )
+
+
+def expected_tokens(template: str) -> list[list[int]]:
+    tokenizer = tiny_tokenizer(chat_template=template)
+    conversations = [[*MESSAGES, {"role": "assistant", "content": response}] for response in RESPONSES]
+    texts = [tokenizer.apply_chat_template(c, tokenize=False).rstrip() for c in conversations]
+    prompt = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert all(text.startswith(prompt) for text in texts)
+    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    return [encode(prompt) + encode(text[len(prompt) :]) for text in texts]
+
+
+def test_sampled_tokens_are_scored_as_they_are(folder: Path) -> None:
+    reward_model = model(folder)
+    assert reward_model.takes_tokens
+    scores = [score.value for score in reward_model.scores(table(closing=True))]
+    assert scores == pytest.approx(classifier_scores(folder, expected_tokens(CHATML)), abs=1e-5)
+    assert len(set(scores)) == 3
+
+
+def test_a_response_cut_by_length_is_closed_before_it_is_scored(folder: Path) -> None:
+    whole = [score.value for score in model(folder).scores(table(closing=True))]
+    assert [score.value for score in model(folder).scores(table(closing=False))] == pytest.approx(whole, abs=1e-6)
+
+
+def test_another_template_gets_text_under_its_own(folder: Path) -> None:
+    reward_model = model(folder, tiny_tokenizer(chat_template=OTHER))
+    assert not reward_model.takes_tokens
+    scores = [score.value for score in reward_model.scores(table(closing=True))]
+    assert scores == pytest.approx(classifier_scores(folder, expected_tokens(CHATML)), abs=1e-5)
+
+
+def test_scores_do_not_depend_on_the_micro_batch(folder: Path) -> None:
+    one_by_one = model(folder, micro_batch_tokens=1).scores(table(closing=True))
+    together = model(folder).scores(table(closing=True))
+    assert [s.value for s in one_by_one] == pytest.approx([s.value for s in together], abs=1e-6)
+
+
+def test_long_transcripts_lose_their_start(folder: Path) -> None:
+    last = [ids[-6:] for ids in expected_tokens(CHATML)]
+    scores = model(folder, max_length=6).scores(table(closing=True))
+    assert [s.value for s in scores] == pytest.approx(classifier_scores(folder, last), abs=1e-5)
+
+
+def test_normalising_uses_the_recorded_statistics_and_keeps_the_raw_score(tmp_path: Path) -> None:
+    folder = tiny_scorer(tmp_path)
+    raw = [score.value for score in model(folder).scores(table(closing=True))]
+    stats = write_stats(folder, [1.0, 3.0, 5.0])
+    assert (stats.mean, stats.std, stats.count) == (3.0, 2.0, 3)
+    scores = model(folder, normalise=True).scores(table(closing=True))
+    assert [score.value for score in scores] == pytest.approx([(value - 3.0) / 2.0 for value in raw])
+    assert [score.parts["model"] for score in scores] == pytest.approx(raw)
+
+
+def test_a_non_finite_score_fails_its_sample(tmp_path: Path) -> None:
+    reward_model = model(tiny_scorer(tmp_path))
+    with torch.no_grad():
+        reward_model._model.head.weight.fill_(math.inf)
+    scores = reward_model.scores(table(closing=True))
+    assert [score.value for score in scores] == [None] * 3
+    assert all("the reward model's score is" in str(score.error) for score in scores)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (None, "has no reward_stats.json"),
+        ("", "must hold mean, std and count"),
+        ("{}", "must hold mean, std and count"),
+        (json.dumps({"mean": 0, "std": 0, "count": 0}), "useless .*count 0"),
+        (json.dumps({"mean": 0, "std": 0.0, "count": 9}), "useless"),
+        ('{"mean": NaN, "std": 1, "count": 9}', "useless"),
+    ],
+)
+def test_missing_or_empty_statistics_are_data_errors(tmp_path: Path, content: str | None, fault: str) -> None:
+    if content is not None:
+        (tmp_path / STATS_FILE).write_text(content)
+    with pytest.raises(DataError, match=fault):
+        read_stats(tmp_path)
+
+
+@pytest.mark.parametrize("scores", [[], [1.0], [2.0, 2.0], [1.0, math.nan]])
+def test_useless_scores_are_not_recorded(tmp_path: Path, scores: list[float]) -> None:
+    with pytest.raises(DataError, match="useless"):
+        write_stats(tmp_path, scores)
+    assert not (tmp_path / STATS_FILE).exists()
+
+
+def test_a_tokenizer_without_template_borrows_the_policys_only_with_the_same_vocabulary(tmp_path: Path) -> None:
+    folder = tiny_scorer(tmp_path)
+    bare = tiny_tokenizer()
+    bare.chat_template = None
+    (folder / "chat_template.jinja").unlink()
+    bare.save_pretrained(folder)
+    assert model(folder).takes_tokens
+    larger = tiny_tokenizer()
+    larger.add_tokens(["<extra>"])
+    with pytest.raises(DataError, match="no chat template and another vocabulary"):
+        model(folder, larger)

@@ -1,0 +1,107 @@
+"""Rules: found by name, added up by weight, and failing one sample at a time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.rewards import Sample
+from actors.rewards.rules import RuleReward, exact_answer, length_target, load_rule
+from orchestrator.config import RuleConfig
+from orchestrator.errors import ConfigError
+from tests.unit.actors.rewards.rollouts import rollout_table
+
+HERE = __name__
+NOT_A_FUNCTION = 3
+
+
+def words(prompt: str, response: str, meta: Mapping[str, Any]) -> float:
+    return float(len(response.split()))
+
+
+def parts(prompt: str, response: str, meta: Mapping[str, Any]) -> Mapping[str, float]:
+    return {"polite": np.float32(1.0), "brief": 2}
+
+
+def picky(prompt: str, response: str, meta: Mapping[str, Any]) -> Any:
+    return json.loads(response)
+
+
+def reward(*rules: tuple[str, float]) -> RuleReward:
+    return RuleReward([RuleConfig(function=f"{HERE}:{name}", weight=weight) for name, weight in rules])
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "expected"),
+    [
+        ("x\n#### 72", "So it is 70 + 2 = 72.", 1.0),
+        ("#### 72", "It is 72, I think, or 73", 0.0),
+        ("#### 1,250", "#### $1250.00 and 3 more", 1.0),
+        ("#### -4", "-4", 1.0),
+        ("72", "no number", 0.0),
+        ("72", "", 0.0),
+    ],
+)
+def test_exact_answer(answer: str, response: str, expected: float) -> None:
+    assert exact_answer("q", response, {"answer": answer}) == expected
+
+
+def test_length_target() -> None:
+    meta = {"target_words": 4}
+    assert [length_target("q", "w " * n, meta) for n in (0, 2, 4, 6, 8, 100)] == [-1.0, -0.5, 0.0, -0.5, -1.0, -1.0]
+    assert length_target("q", "w " * 50, {}) == 0.0
+
+
+def test_the_reward_is_the_weighted_sum_and_parts_are_raw() -> None:
+    score = reward(("words", 0.5), ("parts", 2.0)).score(Sample("q", "one two", {}))
+    assert score.value == 0.5 * 2 + 2.0 * 3
+    assert score.parts == {"words": 2.0, "parts.polite": 1.0, "parts.brief": 2.0}
+
+
+def test_a_failing_sample_is_a_failure_not_zero_and_fails_alone() -> None:
+    responses = ["1.5", "not json", "NaN", "true", '"text"', "{}", '{"a": null}', "null", "2"]
+    scores = reward(("picky", 1.0)).scores(rollout_table(responses))
+    assert [score.value for score in scores] == [1.5, *[None] * 7, 2.0]
+    assert scores[1].error is not None and "rule picky: JSONDecodeError" in scores[1].error
+    assert all(score.error and "not a finite number" in score.error for score in scores[2:8])
+
+
+def test_rules_see_prompt_response_and_meta() -> None:
+    (score,) = RuleReward([RuleConfig(function="actors.rewards.rules:exact_answer")]).scores(
+        rollout_table(["#### 7"], metas=[{"answer": "#### 7"}])
+    )
+    assert score.value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("nowhere_at_all:f", "can't be imported"),
+        (f"{HERE}:missing", "has no 'missing'; it has: .*words"),
+        (f"{HERE}:NOT_A_FUNCTION", "is a int; name a function"),
+        ("no_colon", "is not of the form package.module:function"),
+        (":f", "is not of the form"),
+    ],
+)
+def test_names_that_lead_nowhere_are_config_errors(name: str, fault: str) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        load_rule(name)
+
+
+def test_a_rule_named_twice_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="twice"):
+        reward(("words", 1.0), ("words", 2.0))
+
+
+def test_rules_of_one_name_from_two_modules_keep_their_parts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = type(sys)("other_rules")
+    other.words = parts  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "other_rules", other)
+    rules = [RuleConfig(function=f"{HERE}:words"), RuleConfig(function="other_rules:words")]
+    score = RuleReward(rules).score(Sample("q", "one", {}))
+    assert set(score.parts) == {f"{HERE}:words", "other_rules:words.polite", "other_rules:words.brief"}

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from actors.weights.manifest import Bucket, Unpacker, WeightHeader, pack, plan
+from orchestrator.errors import PublishError
+
+BUCKET = 256
+
+
+def _weights(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"embed": (40, 8), "norm": (8,), "scale": (), "empty": (0, 3), "up": (33, 7), "down": (1, 64)}
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def _header(weights: dict[str, torch.Tensor], bucket_bytes: int = BUCKET) -> WeightHeader:
+    return plan(((name, t.dtype, t.shape) for name, t in weights.items()), bucket_bytes)
+
+
+def _unpack(header: WeightHeader, buckets: Iterator[Bucket] | list[Bucket]) -> dict[str, torch.Tensor]:
+    unpacker = Unpacker(header)
+    received = {name: tensor for bucket in buckets for name, tensor in unpacker.add(bucket)}
+    assert unpacker.done
+    return received
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bucket_bytes", [64, BUCKET, 1 << 20])
+def test_what_is_packed_is_what_is_unpacked(dtype: torch.dtype, bucket_bytes: int) -> None:
+    weights = _weights(dtype)
+    header = _header(weights, bucket_bytes)
+    buckets = list(pack(header, weights.items()))
+    assert len(buckets) == header.num_buckets
+    assert all(bucket.data.nbytes <= bucket_bytes for bucket in buckets)
+    received = _unpack(header, buckets)
+    assert list(received) == list(weights)
+    for name, tensor in weights.items():
+        assert received[name].dtype == dtype
+        assert received[name].shape == tensor.shape
+        assert torch.equal(received[name], tensor), name
+
+
+def test_fp32_masters_are_cast_to_the_planned_dtype() -> None:
+    masters = _weights(torch.float32)
+    header = _header(_weights(torch.bfloat16))
+    received = _unpack(header, list(pack(header, masters.items())))
+    assert all(torch.equal(received[name], tensor.to(torch.bfloat16)) for name, tensor in masters.items())
+
+
+def test_read_only_buckets_are_accepted_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    weights = _weights(torch.float32)
+    header = _header(weights)
+    buckets = list(pack(header, weights.items()))
+    for bucket in buckets:
+        bucket.data.flags.writeable = False
+    _unpack(header, buckets)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["embed", "norm", "scale", "up", "down"])
+def test_one_bit_altered_in_transit_names_the_tensor(name: str) -> None:
+    weights = _weights(torch.bfloat16)
+    header = _header(weights)
+    buckets = list(pack(header, weights.items()))
+    position = header.start(list(weights).index(name)) + weights[name].nbytes - 1
+    buckets[position // BUCKET].data[position % BUCKET] ^= np.uint8(1)
+    with pytest.raises(PublishError, match=f"for {name};"):
+        _unpack(header, buckets)
+
+
+def test_a_dropped_or_repeated_bucket_is_refused() -> None:
+    weights = _weights(torch.bfloat16)
+    header = _header(weights)
+    buckets = list(pack(header, weights.items()))
+    with pytest.raises(PublishError, match="expected bucket 1 of"):
+        _unpack(header, [buckets[0], buckets[2]])
+    with pytest.raises(PublishError, match="expected bucket 1 of"):
+        _unpack(header, [buckets[0], buckets[0]])
+
+
+def test_a_trainer_that_disagrees_with_its_plan_is_refused() -> None:
+    weights = _weights(torch.bfloat16)
+    header = _header(weights)
+    without_up = {name: tensor for name, tensor in weights.items() if name != "up"}
+    with pytest.raises(PublishError, match="'down'.*where the header announces 'up'"):
+        list(pack(header, without_up.items()))
+    with pytest.raises(PublishError, match="no 'down'"):
+        list(pack(header, list(weights.items())[:-1]))
+    with pytest.raises(PublishError, match="'more' after"):
+        list(pack(header, [*weights.items(), ("more", torch.zeros(1))]))
+    with pytest.raises(PublishError, match="distinct"):
+        plan([("a", torch.float32, (1,)), ("a", torch.float32, (1,))], BUCKET)

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.algorithms.ranking import (
+    concordant_pairs,
+    epoch_batches,
+    kendall_tau,
+    num_pairs,
+    spread,
+    wilson_interval,
+)
+
+
+@given(num_records=st.integers(0, 40), size=st.integers(1, 9), seed=st.integers(0, 5), epoch=st.integers(0, 3))
+def test_every_record_is_in_exactly_one_batch(num_records: int, size: int, seed: int, epoch: int) -> None:
+    batches = epoch_batches(num_records, records_per_batch=size, seed=seed, epoch=epoch)
+    assert sorted(number for batch in batches for number in batch) == list(range(num_records))
+    assert all(len(batch) == size for batch in batches[:-1])
+
+
+def test_the_order_follows_from_seed_and_epoch_and_nothing_else() -> None:
+    np.random.seed(3)
+    first = epoch_batches(20, records_per_batch=4, seed=1, epoch=0)
+    np.random.seed(4)
+    assert epoch_batches(20, records_per_batch=4, seed=1, epoch=0) == first
+    assert epoch_batches(20, records_per_batch=4, seed=1, epoch=1) != first
+    assert epoch_batches(20, records_per_batch=4, seed=2, epoch=0) != first
+
+
+def test_spread_takes_evenly_spaced_items() -> None:
+    assert spread(list(range(10)), 5) == [0, 2, 4, 6, 8]
+    assert spread(list(range(10)), 3) == [0, 3, 6]
+    assert spread([1, 2], 5) == [1, 2]
+
+
+def test_pairs_in_the_right_order_are_counted_and_ties_count_half() -> None:
+    assert concordant_pairs([3.0, 2.0, 1.0]) == 3
+    assert concordant_pairs([1.0, 2.0, 3.0]) == 0
+    assert concordant_pairs([2.0, 3.0, 1.0]) == 2
+    assert concordant_pairs([1.0, 1.0]) == 0.5
+    assert num_pairs(4) == 6
+
+
+def test_wilson_interval_equals_the_published_example() -> None:
+    # Newcombe (1998), Statistics in Medicine 17, table I: 81/263, 15/148, 0/20, 1/29.
+    for successes, trials, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]:
+        assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_kendall_tau_by_hand() -> None:
+    assert kendall_tau([1, 2, 3], [10, 20, 30]) == 1
+    assert kendall_tau([1, 2, 3], [30, 20, 10]) == -1
+    assert kendall_tau([4, 3, 2, 1], [4, 3, 1, 2]) == pytest.approx(4 / 6)
+    # 6 pairs; the first list ties one, the second none: 5 concordant of sqrt(5 * 6).
+    assert kendall_tau([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(5 / np.sqrt(30))
+    assert kendall_tau([1, 1, 1], [1, 2, 3]) is None

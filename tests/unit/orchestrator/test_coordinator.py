@@ -1,0 +1,215 @@
+"""The whole loop on fakes: what must hold in every run, whatever the roles are made of."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from orchestrator.checkpoints import Checkpoints
+from orchestrator.coordinator import Coordinator, LoopSettings
+from orchestrator.errors import GuardTripped, RewardError, RoleDied
+from orchestrator.experience_log import ExperienceLog
+from orchestrator.held_out import Evaluation
+from orchestrator.sampler import Sampler
+from orchestrator.telemetry import Telemetry, read_lines
+from orchestrator.types import Metrics, Sampling, State
+from tests.unit.orchestrator.fakes import (
+    Diary,
+    FakeLearner,
+    FakePublisher,
+    FakeRecorder,
+    FakeRollouts,
+    FakeSchedule,
+)
+
+
+@dataclass
+class World:
+    """One run's parts; call `coordinator()` once per attempt."""
+
+    folder: Path
+    steps: int = 4
+    max_staleness: int = 0
+    takes_turns: bool = False
+    every_steps: int = 0
+    critic_warmup_steps: int = 0
+    max_kl: float | None = None
+    num_dropped: int = 0
+    diary: Diary = field(default_factory=Diary)
+    fail_in_step: int | None = None
+
+    def coordinator(self) -> Coordinator:
+        diary = self.diary
+        self.policy, self.critic = FakeLearner("policy", diary), FakeLearner("critic", diary)
+        rollouts = FakeRollouts(diary, fail_in_step=self.fail_in_step)
+        recorder = FakeRecorder(diary, self.num_dropped)
+        telemetry = Telemetry(self.folder, "run", 1)
+        scorer = FakeLearner("scorer", diary)
+        schedule = FakeSchedule(8)
+        sampling = Sampling()
+        return Coordinator(
+            settings=LoopSettings(self.steps, self.critic_warmup_steps, lambda c, kl, n: 2 * c, self.max_kl),
+            sampler=Sampler(
+                rollouts,
+                schedule,
+                sampling=sampling,
+                samples_per_shard=4,
+                max_staleness=self.max_staleness,
+                takes_turns=self.takes_turns,
+            ),
+            reference=scorer,
+            reward=scorer,
+            policy=self.policy,
+            critic=self.critic,
+            publisher=FakePublisher(diary, rollouts),
+            log=ExperienceLog(self.folder / "log", recorder, max_failed_fraction=0.1),
+            checkpoints=Checkpoints(
+                self.folder / "checkpoints",
+                {"policy": self.policy, "critic": self.critic},
+                every_steps=self.every_steps,
+                last_step=self.steps,
+                keep=2,
+            ),
+            evaluation=Evaluation(
+                self.folder / "evaluation",
+                schedule.requests(-1),
+                rollouts=rollouts,
+                policy=scorer,
+                reference=scorer,
+                reward=scorer,
+                recorder=recorder,
+                telemetry=telemetry,
+                sampling=sampling,
+                samples_per_shard=4,
+                every_steps=0,
+                last_step=self.steps,
+            ),
+            telemetry=telemetry,
+            meter=_no_meter,
+        )
+
+
+async def _no_meter(version: int) -> Metrics:
+    return {"busy/policy_s": 0.0}
+
+
+async def test_a_run_learns_every_step_once_and_publishes_every_version(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    state = await world.coordinator().run(State(0, 0.1))
+    assert state == State(4, 1.6)
+    assert world.policy.learned == world.critic.learned == [0, 1, 2, 3]
+    assert world.diary.of("publish") == [0, 1, 2, 3, 4]
+    assert world.diary.of("evaluate") == [0, 4]
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl") if line["kind"] == "step"] == [0, 1, 2, 3]
+
+
+async def test_experience_is_committed_before_it_is_learned_from(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    await world.coordinator().run(State(0, 0.1))
+    for step in range(world.steps):
+        recorded = world.diary.entries.index(("record", step))
+        assert recorded < world.diary.entries.index(("learn policy", step))
+        assert (tmp_path / "log" / f"step-{step:06d}" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 2])
+async def test_rollouts_never_lag_more_than_max_staleness(tmp_path: Path, max_staleness: int) -> None:
+    world = World(tmp_path, steps=6, max_staleness=max_staleness)
+    await world.coordinator().run(State(0, 0.1))
+    version = -1
+    lags = []
+    for what, number in world.diary.entries:
+        if what == "publish":
+            version = number
+        elif what == "generate" and 0 <= number < version + 10:
+            lags.append(number - version)
+    assert max(lags) <= max_staleness
+    if max_staleness:
+        assert max(lags) == max_staleness, "sampling never ran ahead"
+
+
+async def test_a_failure_ends_the_run_with_its_own_error_and_leaves_the_log_whole(tmp_path: Path) -> None:
+    world = World(tmp_path, fail_in_step=2)
+    with pytest.raises(RoleDied, match="rollout rank 0 failed in 'generate'"):
+        await world.coordinator().run(State(0, 0.1))
+    assert world.policy.learned == [0, 1]
+    assert not (tmp_path / "log" / "step-000002" / "manifest.json").exists()
+
+
+async def test_a_run_that_failed_goes_on_from_its_log_and_samples_nothing_twice(tmp_path: Path) -> None:
+    world = World(tmp_path, fail_in_step=2)
+    with pytest.raises(RoleDied):
+        await world.coordinator().run(State(0, 0.1))
+    world.fail_in_step = None
+    state = await world.coordinator().run(State(0, 0.1))
+    assert state == State(4, 1.6)
+    assert world.policy.learned == [0, 1, 2, 3]
+    assert [world.diary.of("generate").count(step) for step in range(4)] == [2 + 2, 2, 2, 2]  # step 0: evaluation too
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl") if line["kind"] == "step"] == [0, 1, 2, 3]
+
+
+async def test_a_checkpoint_saves_learning_again(tmp_path: Path) -> None:
+    world = World(tmp_path, fail_in_step=3, every_steps=2)
+    with pytest.raises(RoleDied):
+        await world.coordinator().run(State(0, 0.1))
+    world.fail_in_step = None
+    before = len(world.diary.of("learn policy"))
+    await world.coordinator().run(State(0, 0.1))
+    assert world.diary.of("learn policy")[before:] == [2, 3]
+    assert world.policy.learned == [0, 1, 2, 3]
+
+
+async def test_only_the_critic_learns_while_it_warms_up(tmp_path: Path) -> None:
+    world = World(tmp_path, critic_warmup_steps=2)
+    await world.coordinator().run(State(0, 0.1))
+    assert world.policy.learned == [2, 3]
+    assert world.critic.learned == [0, 1, 2, 3]
+
+
+async def test_engines_sleep_before_anyone_else_computes_when_they_take_turns(tmp_path: Path) -> None:
+    world = World(tmp_path, takes_turns=True)
+    await world.coordinator().run(State(0, 0.1))
+    awake = False
+    for what, _ in world.diary.entries:
+        awake = {"wake": True, "sleep": False}.get(what, awake)
+        assert awake or what != "generate"
+        assert not awake or not what.startswith(("learn", "record"))
+
+
+async def test_the_kl_guard_stops_before_anything_is_published(tmp_path: Path) -> None:
+    world = World(tmp_path, max_kl=0.05)
+    with pytest.raises(GuardTripped, match=r"step 0: KL per response 0\.1 exceeds guards\.max_kl"):
+        await world.coordinator().run(State(0, 0.1))
+    assert world.diary.of("publish") == [0]
+
+
+async def test_too_many_failed_rewards_stop_the_run(tmp_path: Path) -> None:
+    world = World(tmp_path, num_dropped=2)
+    with pytest.raises(RewardError, match="4 of 8 samples failed"):
+        await world.coordinator().run(State(0, 0.1))
+
+
+def test_the_loop_runs_in_a_second_without_ray_or_torch() -> None:
+    """In a process in which importing any of them fails."""
+    started = time.monotonic()
+    program = (
+        "import sys\n"
+        "for name in ('ray', 'torch', 'vllm', 'deepspeed', 'transformers'): sys.modules[name] = None\n"
+        "import asyncio, pathlib, tempfile, time\n"
+        "from tests.unit.orchestrator.test_coordinator import World\n"
+        "from orchestrator.types import State\n"
+        "folder = pathlib.Path(tempfile.mkdtemp())\n"
+        "started = time.perf_counter()\n"
+        "world = World(folder, steps=20)\n"
+        "state = asyncio.run(world.coordinator().run(State(0, 0.1)))\n"
+        "assert state.step == 20 and world.policy.learned == list(range(20))\n"
+        "assert time.perf_counter() - started < 1.0, time.perf_counter() - started\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 30
