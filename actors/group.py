@@ -1,0 +1,110 @@
+"""Groups of Ray actors that serve one role. The only module that knows `.remote`.
+
+A call names the worker's method itself (`group.call(0, PolicyWorker.save, path)`), has a deadline, and ends in the
+method's result, in the error of our own that the worker raised, or in a RoleError that names role, rank and method.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from orchestrator.concurrency import together
+from orchestrator.errors import DeadlineExceeded, RlhfError, RoleDied, RoleError
+from orchestrator.types import Handle
+
+R = TypeVar("R")
+
+
+@dataclass
+class BusyClock:
+    """Seconds in which at least one call was under way."""
+
+    _under_way: int = 0
+    _since: float = 0.0
+    _seconds: float = 0.0
+
+    def __enter__(self) -> None:
+        if not self._under_way:
+            self._since = time.monotonic()
+        self._under_way += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._under_way -= 1
+        if not self._under_way:
+            self._seconds += time.monotonic() - self._since
+
+    def take(self) -> float:
+        """Seconds since the last `take`."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+@dataclass
+class ActorGroup:
+    """The actors of one role, rank by rank."""
+
+    role: str
+    actors: Sequence[ActorHandle[Any]]
+    busy: BusyClock = field(default_factory=BusyClock)
+
+    def __len__(self) -> int:
+        return len(self.actors)
+
+    async def call(self, rank: int, method: Callable[..., R], deadline_s: float, *args: Any, **kwargs: Any) -> R:
+        """Awaits one method of one actor."""
+        reference = self.actors[rank].serve.remote(method.__name__, args, kwargs)
+        result: R = await self._result(rank, method.__name__, reference, deadline_s)
+        return result
+
+    async def call_all(self, method: Callable[..., R], deadline_s: float, *args: Any, **kwargs: Any) -> list[R]:
+        """Awaits the same method on every rank; results in rank order."""
+        return await together(self.call(rank, method, deadline_s, *args, **kwargs) for rank in range(len(self)))
+
+    async def call_for_bulk(
+        self, rank: int, method: Callable[..., Any], deadline_s: float, *args: Any, **kwargs: Any
+    ) -> tuple[Handle, Any]:
+        """Awaits a method that returns bulk, or (bulk, summary): of the bulk only the handle comes back."""
+        handle, summary = self.actors[rank].serve_bulk.options(num_returns=2).remote(method.__name__, args, kwargs)
+        return handle, await self._result(rank, method.__name__, summary, deadline_s)
+
+    async def _result(self, rank: int, operation: str, reference: Any, deadline_s: float) -> Any:
+        try:
+            with self.busy:
+                return await asyncio.wait_for(reference, deadline_s)
+        except (TimeoutError, GetTimeoutError):
+            cause = f"no answer within its deadline of {deadline_s:g} s (section deadlines of the config)"
+            raise DeadlineExceeded(self.role, rank, operation, cause) from None
+        except RayTaskError as error:
+            raise _own_error(error, self.role, rank, operation) from error
+        except RayActorError as error:
+            raise RoleDied(self.role, rank, operation, _first_line(error)) from error
+        except RayError as error:
+            raise RoleError(self.role, rank, operation, _first_line(error)) from error
+
+    def kill(self) -> None:
+        """Ends all actors at once."""
+        for actor in self.actors:
+            with contextlib.suppress(RayError):
+                ray.kill(actor)
+
+
+def _own_error(error: RayTaskError, role: str, rank: int, operation: str) -> Exception:
+    cause = error.cause
+    if isinstance(cause, RlhfError):
+        return cause
+    return RoleError(role, rank, operation, f"{type(cause).__name__}: {_first_line(cause)}")
+
+
+def _first_line(error: BaseException | None) -> str:
+    text = str(error).strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:3]) if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""Models that learn: loading, packing, losses, and the sharded learner. No Ray here."""

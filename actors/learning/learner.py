@@ -1,0 +1,286 @@
+"""A model and its optimizer, sharded over the ranks of a process group by DeepSpeed ZeRO. Every method is collective:
+all ranks call it, in the same order."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from actors.learning import distributed
+from actors.learning.distributed import deepspeed
+from actors.learning.heads import PolicyModel, ValueModel
+from actors.learning.losses import LossTerms
+from actors.learning.packing import MicroBatch
+from orchestrator.algorithms.schedule import learning_rate
+from orchestrator.errors import NonFiniteError, StorageError
+
+Objective = Callable[[Any, MicroBatch], LossTerms]
+
+_TAG = "deepspeed"
+_SUMMARY = "learner.json"
+_BUCKET_ELEMENTS = 50_000_000
+
+
+@dataclass(frozen=True)
+class LearnerSettings:
+    """How a model learns. Field names as in config.LearnerConfig; steps are optimizer steps."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    learning_rate: float = 5e-6
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_optimizer_steps: int = 0
+    total_optimizer_steps: int = 1
+    weight_decay: float = 0.0
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step says: sums over all ranks divided by the count, maxima, and the step's own numbers."""
+
+    means: Mapping[str, float]
+    maxima: Mapping[str, float]
+    grad_norm: float
+    learning_rate: float
+
+
+class Learner:
+    """A sharded model that learns.
+
+    Masters and Adam's moments are fp32. With bfloat16, gradients of micro-batches add up in fp32 in stages 1 to 3, and
+    in bf16 in stage 0, where DeepSpeed has no fp32 accumulation.
+
+    Args:
+        model: PolicyModel or ValueModel; its `pretrained` is what is saved, exported and published.
+    """
+
+    def __init__(self, model: PolicyModel | ValueModel, settings: LearnerSettings) -> None:
+        self.settings = settings
+        self.optimizer_steps = 0
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._pretrained: Any = model.pretrained
+        if settings.gradient_checkpointing:
+            self._pretrained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=settings.adam_betas
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=_engine_config(settings), dist_init_required=False
+        )
+        if settings.zero_stage == 0 and settings.dtype == "bfloat16":
+            # This wrapper allocates Adam's state by a step with zero gradients, which counts in the bias correction.
+            self._engine.optimizer.optimizer.state.clear()
+        self.device: torch.device = self._engine.device
+
+    def pass_through(self, micro: MicroBatch) -> Any:
+        """The model's output without gradient. With ZeRO-3, all ranks must make as many calls."""
+        self._engine.eval()
+        with torch.no_grad():
+            return self._engine(micro)
+
+    def update(self, micros: Sequence[MicroBatch], objective: Objective, *, count: float, what: str) -> Update:
+        """One optimizer step on this rank's micro-batches of a minibatch.
+
+        Args:
+            micros: at least one, as many on every rank.
+            objective: (model output, micro-batch) -> sums over the micro-batch.
+            count: tokens (or prompts) of the whole minibatch over all ranks; what the sums are divided by.
+            what: names the minibatch in errors.
+
+        Raises:
+            NonFiniteError: a loss, or the global gradient norm, is NaN or infinite. Raised on all ranks before
+                anything is applied; this learner must not be used further.
+        """
+        self._engine.train()
+        sums: dict[str, float] = {}
+        maxima: dict[str, float] = {}
+        bad_rows: list[int] = []
+        for index, micro in enumerate(micros):
+            self._engine.set_gradient_accumulation_boundary(index == len(micros) - 1)
+            terms = objective(self._engine(micro), micro)
+            # DeepSpeed averages gradients over ranks; the factor undoes that.
+            loss = terms.loss * (micro.weight * self.world_size / count)
+            if not torch.isfinite(loss):
+                bad_rows.extend(micro.rows)
+            self._engine.backward(loss, scale_wrt_gas=False)
+            _collect(terms, micro.weight, sums, maxima)
+        self._refuse_bad_rows(bad_rows, what)
+        means = {name: total / count for name, total in distributed.reduce_sums(sums, self.device).items()}
+        grad_norm, lr = self._apply(what)
+        return Update(means, distributed.reduce_maxima(maxima, self.device), grad_norm, lr)
+
+    def _apply(self, what: str) -> tuple[float, float]:
+        settings = self.settings
+        lr = learning_rate(
+            self.optimizer_steps,
+            peak=settings.learning_rate,
+            schedule=settings.schedule,
+            warmup_optimizer_steps=settings.warmup_optimizer_steps,
+            total_optimizer_steps=settings.total_optimizer_steps,
+        )
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        plain_norm = self._plain_norm() if self._is_plain_optimizer else None
+        if plain_norm is None or math.isfinite(plain_norm):
+            self._engine.step()
+        applied = self._engine.was_step_applied() if plain_norm is None else math.isfinite(plain_norm)
+        if not applied:
+            raise NonFiniteError(
+                f"{what}: the global gradient norm is NaN or infinite; the update was not applied. Look at the "
+                "samples of this step in the experience log; lower the learning rate or max_grad_norm."
+            )
+        self.optimizer_steps += 1
+        return float(plain_norm if plain_norm is not None else self._engine.get_global_grad_norm()), lr
+
+    @property
+    def _is_plain_optimizer(self) -> bool:
+        """Stage 0 in fp32 runs torch's optimizer bare, without DeepSpeed's check for overflow."""
+        return self.settings.zero_stage == 0 and self.settings.dtype == "float32"
+
+    def _plain_norm(self) -> float:
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        return float(nn.utils.get_total_norm(gradients))
+
+    def _refuse_bad_rows(self, bad_rows: list[int], what: str) -> None:
+        found = distributed.reduce_sums({"bad": float(len(bad_rows))}, self.device)
+        if not found["bad"]:
+            return
+        everyones: list[list[int]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(everyones, bad_rows)
+        rows = sorted(row for part in everyones for row in part)
+        raise NonFiniteError(
+            f"{what}: the loss is NaN or infinite in the micro-batches of rows {rows[:16]}; nothing was applied."
+        )
+
+    def save(self, folder: Path) -> None:
+        """Writes weights, masters, optimizer and step count into `folder`: one file set per rank."""
+        self._engine.save_checkpoint(
+            str(folder), tag=_TAG, client_state={"optimizer_steps": self.optimizer_steps}, save_latest=False
+        )
+        if self.rank == 0:
+            (folder / _SUMMARY).write_text(json.dumps(self._shape(), indent=1), encoding="utf-8")
+        dist.barrier()
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote, exactly: the next updates equal those of the saved learner bit for bit.
+
+        Raises:
+            StorageError: it was not written by a learner of this shape, or is incomplete.
+        """
+        try:
+            saved = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise StorageError(
+                f"{folder / _SUMMARY} can't be read ({error}): no complete learner checkpoint."
+            ) from error
+        mine = self._shape()
+        wrong = [f"{key}={saved.get(key)} (now {mine[key]})" for key in mine if saved.get(key) != mine[key]]
+        if wrong:
+            raise StorageError(
+                f"{folder} was saved with {', '.join(wrong)}. Optimizer shards fit only the shape they were saved "
+                "with: go on with that shape, or start a new run from the exported weights."
+            )
+        loaded, client_state = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        if loaded is None:
+            raise StorageError(f"{folder / _TAG} holds no DeepSpeed checkpoint of rank {self.rank}.")
+        self.optimizer_steps = int(client_state["optimizer_steps"])
+
+    def _shape(self) -> dict[str, Any]:
+        return {
+            "world_size": self.world_size,
+            "zero_stage": self.settings.zero_stage,
+            "dtype": self.settings.dtype,
+            "architecture": type(self._pretrained).__name__,
+        }
+
+    def full_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, full tensor on the CPU) of every parameter, tied ones once, under the names of the Hugging Face
+        checkpoint. With ZeRO-3 the ranks gather each tensor together, so all of them must run the iterator to its end.
+
+        Args:
+            dtype: of the tensors; None: the compute type.
+        """
+        for name, parameter in self._pretrained.named_parameters():
+            with self._gathered(parameter):
+                tensor = parameter.detach().to("cpu", dtype or self.settings.torch_dtype, copy=True)
+            yield name, tensor
+
+    def weight_specs(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """(name, dtype, shape) of what `full_weights` yields, in its order; nothing is gathered."""
+        for name, parameter in self._pretrained.named_parameters():
+            # With ZeRO-3 a parameter is empty between uses and keeps its shape here.
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            yield name, self.settings.torch_dtype, tuple(shape)
+
+    def _gathered(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
+        if self.settings.zero_stage == 3:
+            gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter])
+            return gathered
+        return contextlib.nullcontext()
+
+    def export(self, folder: Path, tokenizer: Any) -> None:
+        """Writes a plain Hugging Face folder: safetensors, config, generation config, tokenizer."""
+        state = dict(self.full_weights()) if self.rank == 0 else None
+        if state is None:
+            for _ in self.full_weights():
+                pass
+        else:
+            self._pretrained.save_pretrained(folder, state_dict=state)
+            tokenizer.save_pretrained(folder)
+        dist.barrier()
+
+
+def _engine_config(settings: LearnerSettings) -> dict[str, Any]:
+    is_bf16 = settings.dtype == "bfloat16"
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": is_bf16},
+        "gradient_clipping": settings.max_grad_norm,
+        "zero_optimization": {
+            "stage": settings.zero_stage,
+            "overlap_comm": torch.cuda.is_available(),
+            "reduce_bucket_size": _BUCKET_ELEMENTS,
+            "allgather_bucket_size": _BUCKET_ELEMENTS,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+    if settings.zero_stage:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Norms and biases do not decay."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not weight_decay:
+        return [{"params": parameters, "weight_decay": 0.0}]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _collect(terms: LossTerms, weight: float, sums: dict[str, float], maxima: dict[str, float]) -> None:
+    for name, value in terms.sums.items():
+        sums[name] = sums.get(name, 0.0) + (float(value) if weight else 0.0)
+    for name, value in terms.maxima.items():
+        maxima[name] = max(maxima.get(name, -math.inf), float(value) if weight else -math.inf)

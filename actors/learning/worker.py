@@ -1,0 +1,166 @@
+"""What policy and critic workers share: a learner, answers to a shard by micro-batches, and the loop over minibatches.
+
+In a group of N ranks every rank gets the same tables, answers for the rows i with i % N == rank, and makes as many
+forwards as the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from actors.learning.distributed import Group
+from actors.learning.heads import PolicyModel, ValueModel
+from actors.learning.learner import Learner, LearnerSettings, Objective, Update
+from actors.learning.model import load_tokenizer
+from actors.learning.packing import MicroBatch, TokenRows
+from orchestrator.scheduling.balance import plan_forwards, plan_minibatches
+
+Forward = Callable[[MicroBatch], Any]
+
+
+@dataclass(frozen=True)
+class LearnJob:
+    """What a step's learning needs beside its experience.
+
+    Args:
+        step: of the coordinator; names the step in errors and seeds the minibatches together with `seed`.
+        advantage_mean, advantage_std: moments over the whole step, for whitening.
+        kl_coefficient: weight of the KL to the reference where it is in the loss.
+        seed: of the run.
+    """
+
+    step: int
+    advantage_mean: float
+    advantage_std: float
+    kl_coefficient: float
+    seed: int
+
+
+class LearningWorker:
+    """One rank of a group that learns. Complete when constructed; see Learner for what is collective.
+
+    Args:
+        folder: the model's folder, for its tokenizer.
+        micro_batch_tokens: largest padded micro-batch.
+    """
+
+    def __init__(
+        self,
+        model: PolicyModel | ValueModel,
+        learner: LearnerSettings,
+        group: Group,
+        *,
+        folder: Path,
+        micro_batch_tokens: int,
+    ) -> None:
+        self.group = group
+        self.learner = Learner(model, learner)
+        self.tokenizer = load_tokenizer(folder)
+        self.micro_batch_tokens = micro_batch_tokens
+
+    def save(self, folder: Path) -> None:
+        self.learner.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self.learner.load(folder)
+
+    def export(self, folder: Path) -> None:
+        self.learner.export(folder, self.tokenizer)
+
+    def full_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        return self.learner.full_weights(dtype)
+
+    def set_threads(self, threads: int) -> None:
+        """CPU threads from now on, for phases in which more or fewer cores are free."""
+        torch.set_num_threads(threads)
+
+    def run_epochs(
+        self,
+        rows: TokenRows,
+        objective: Objective,
+        job: LearnJob,
+        *,
+        epochs: int,
+        num_minibatches: int,
+        enough: Callable[[Update], bool] = lambda update: False,
+    ) -> list[tuple[float, int, Update]]:
+        """All optimizer steps of one step; ends after the first one that is `enough`.
+
+        Returns:
+            (response tokens, epoch, update) of every optimizer step.
+        """
+        lengths, response_lengths = rows.lengths, rows.response_lengths
+        updates: list[tuple[float, int, Update]] = []
+        for epoch in range(epochs):
+            plan = plan_minibatches(
+                lengths,
+                num_minibatches=num_minibatches,
+                num_ranks=self.group.world_size,
+                micro_batch_tokens=self.micro_batch_tokens,
+                seed=(job.seed, job.step, epoch),
+            )
+            for number, ranks in enumerate(plan):
+                minibatch = [row for micros in ranks for micro in micros for row in micro]
+                count = float(response_lengths[minibatch].sum())
+                update = self.learner.update(
+                    [rows.pack(micro, self.learner.device) for micro in ranks[self.group.rank]],
+                    objective,
+                    count=count,
+                    what=f"step {job.step}, epoch {epoch}, minibatch {number}",
+                )
+                updates.append((count, epoch, update))
+                if enough(update):
+                    return updates
+        return updates
+
+
+def answers(
+    rows: TokenRows, forward: Forward, group: Group, *, micro_batch_tokens: int, device: torch.device
+) -> Iterator[tuple[MicroBatch, Any]]:
+    """(micro-batch, output) for this rank's share of the rows, dummies run but left out."""
+    plan = plan_forwards(rows.lengths, num_ranks=group.world_size, micro_batch_tokens=micro_batch_tokens)
+    for micro_rows in plan[group.rank]:
+        micro = rows.pack(micro_rows, device)
+        output = forward(micro)
+        if micro.rows:
+            yield micro, output
+
+
+def token_lists(parts: Sequence[tuple[MicroBatch, Tensor]]) -> tuple[npt.NDArray[np.int64], pa.ListArray]:
+    """(table positions of the rows, their per-token numbers as lists), rows in ascending order."""
+    pieces = {
+        row: piece
+        for micro, values_N in parts
+        for row, piece in zip(micro.rows, torch.split(values_N.float().cpu(), micro.lengths_B.tolist()), strict=True)
+    }
+    positions = np.array(sorted(pieces), dtype=np.int64)
+    arrays = [pieces[int(row)].numpy() for row in positions]
+    offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)
+    flat = np.concatenate(arrays) if arrays else np.zeros(0, np.float32)
+    return positions, pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, pa.float32()))
+
+
+def averaged(updates: Sequence[tuple[float, int, Update]]) -> dict[str, float]:
+    """Metrics of a step: token-weighted means, largest maxima, mean and largest grad norm, last learning rate."""
+    total = sum(count for count, _, _ in updates)
+    names = updates[0][2].means
+    metrics = {name: sum(count * update.means[name] for count, _, update in updates) / total for name in names}
+    for name in updates[0][2].maxima:
+        metrics[name] = max(update.maxima[name] for _, _, update in updates)
+    norms = [update.grad_norm for _, _, update in updates]
+    return {
+        **metrics,
+        "grad_norm": sum(norms) / len(norms),
+        "grad_norm_max": max(norms),
+        "learning_rate": updates[-1][2].learning_rate,
+        "optimizer_steps": float(len(updates)),
+        "epochs": float(updates[-1][1] + 1),
+    }

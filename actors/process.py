@@ -1,0 +1,62 @@
+"""What every actor process answers besides its role's own calls."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from actors.metrics import ActorMetrics
+from orchestrator.types import Handle
+
+
+@dataclass(frozen=True, eq=False)
+class Several:
+    """An argument that stands for the list of what its handles lead to."""
+
+    handles: Sequence[Handle]
+
+
+class Process:
+    """Mixed into every worker class by actors/cluster.py."""
+
+    _metrics: ActorMetrics | None = None
+
+    def ready(self) -> str:
+        """Answers once the constructor has finished: the node's address."""
+        return str(ray.util.get_node_ip_address())
+
+    def serve(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Calls a method of the worker; handles among its arguments are fetched here, not by the caller."""
+        return getattr(self, method)(*map(_fetch, args), **kwargs)
+
+    def serve_bulk(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Calls a method that returns bulk, or (bulk, summary).
+
+        Two results, so that the caller can wait for the second and leave the first where it is.
+        """
+        result = self.serve(method, args, kwargs)
+        return result if isinstance(result, tuple) else (result, None)
+
+    def report(self, run_id: str, role: str, rank: int, version: int) -> int:
+        """Sends this process's gauges to the node's metrics agent; returns its resident bytes."""
+        if self._metrics is None:
+            self._metrics = ActorMetrics(run_id, role, rank)
+        self._metrics.set_weights_version(version)
+        return self._metrics.report_memory()
+
+
+def _fetch(argument: Any) -> Any:
+    if isinstance(argument, Several):
+        return ray.get(list(argument.handles))
+    return ray.get(argument) if isinstance(argument, ray.ObjectRef) else argument
+
+
+def free_port() -> int:
+    """A TCP port of this node that nobody uses now."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,129 @@
+"""Assembles experience next to the data and writes it: samples never pass through the coordinator."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+
+from actors.rewards.rules import RuleReward
+from orchestrator import schema
+from orchestrator.algorithms.experience import ExperienceSettings, assemble, summarise
+from orchestrator.config import RuleConfig
+from orchestrator.errors import RewardError, StorageError
+from orchestrator.evaluation import EVALUATION
+from orchestrator.storage import replacing, sha256
+from orchestrator.types import Handle, Metrics, Moments, ShardRecord
+
+class RecorderWorker:
+    """One process that joins, computes and writes.
+
+    Args:
+        settings: how token rewards and advantages are made.
+        run_id: written into every file's metadata.
+        gold: dotted name of the rule that scores held-out samples; null: the training reward does.
+    """
+
+    def __init__(self, settings: ExperienceSettings, run_id: str, gold: str | None = None) -> None:
+        self._settings = settings
+        self._run_id = run_id
+        self._gold = RuleReward([RuleConfig(function=gold)]) if gold else None
+
+    def record(
+        self, rollout: pa.Table, scores: dict[str, list[Any]], *, kl_coefficient: float, file: str
+    ) -> tuple[pa.Table, ShardRecord]:
+        """Writes one shard of experience. `scores` maps assemble()'s parameters to references of its parts."""
+        parts = {name: _fetch(handles) for name, handles in scores.items()}
+        table, num_dropped = assemble(rollout, **parts, settings=self._settings, kl_coefficient=kl_coefficient)
+        path = Path(file)
+        if num_dropped:
+            _write_failures(path.with_name(f"failed-{path.stem}.jsonl"), pa.concat_tables(parts["rewards"]))
+        _write(path, table, {"run_id": self._run_id})
+        moments, sums, extremes = summarise(table) if table.num_rows else (Moments(), {}, {})
+        record = ShardRecord(
+            file=path.name,
+            sha256=sha256(path),
+            num_bytes=path.stat().st_size,
+            num_samples=table.num_rows,
+            num_dropped=num_dropped,
+            num_response_tokens=int(sums.get("response_tokens", 0)),
+            advantage_moments=moments,
+            sums=sums,
+            extremes=extremes,
+        )
+        return table, record
+
+    def load(self, record: ShardRecord, *, file: str) -> tuple[pa.Table, int]:
+        """Reads a shard back. Raises StorageError when the file is missing or not the one that was committed."""
+        path = Path(file)
+        if not path.is_file():
+            raise StorageError(f"{path} of the experience log is missing; restore the run folder from a copy.")
+        if sha256(path) != record.sha256:
+            raise StorageError(f"{path} of the experience log was altered or truncated; restore it from a copy.")
+        table = pq.read_table(path, schema=schema.EXPERIENCE)
+        return table.combine_chunks(), table.num_rows
+
+    def evaluate(self, shards: list[dict[str, list[Any]]], *, file: str) -> Metrics:
+        """Joins held-out samples with their scores, writes one Parquet file, returns `evaluation/*` metrics."""
+        table = pa.concat_tables([_evaluated(shard, self._gold) for shard in shards])
+        _write(Path(file), table, {"run_id": self._run_id})
+        metrics = {
+            "evaluation/gold_mean": pc.mean(table["gold"]).as_py(),
+            "evaluation/gold_std": pc.stddev(table["gold"], ddof=1).as_py(),
+            "evaluation/kl_per_response": pc.mean(table["kl"]).as_py(),
+            "evaluation/length_mean": pc.mean(table["length"]).as_py(),
+            "evaluation/reward_mean": pc.mean(table["reward"]).as_py(),
+        }
+        return {name: float(value) for name, value in metrics.items() if value is not None}
+
+
+def _fetch(handles: Sequence[Handle]) -> list[pa.Table]:
+    return ray.get(list(handles))  # type: ignore[no-any-return]
+
+
+def _write(path: Path, table: pa.Table, metadata: dict[str, str]) -> None:
+    with replacing(path) as temporary:
+        pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd")
+
+
+def _write_failures(path: Path, rewards: pa.Table) -> None:
+    failed = rewards.filter(pc.is_null(rewards["reward"])).select(["row", "reward_error"])
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(item) + "\n" for item in failed.to_pylist()), encoding="utf-8")
+
+
+def _evaluated(shard: dict[str, list[Any]], gold: RuleReward | None) -> pa.Table:
+    parts = {name: pa.concat_tables(_fetch(handles)).sort_by("row") for name, handles in shard.items()}
+    rollout = parts["rollout"]
+    policy, reference = (pc.list_flatten(parts[name]["logprobs"]).to_numpy() for name in ("policy", "reference"))
+    lengths = pc.list_value_length(rollout["response_tokens"])
+    kl = _sum_rows(policy.astype("float64") - reference, lengths.to_numpy())
+    reward = parts["reward"]["reward"].cast(pa.float64())
+    columns = {
+        **{name: rollout[name] for name in ("prompt_id", "prompt_text", "response_text")},
+        "gold": pa.array(_gold_scores(gold, rollout), pa.float64()) if gold else reward,
+        "kl": pa.array(kl),
+        "length": lengths,
+        "reward": reward,
+    }
+    return pa.table([columns[name] for name in EVALUATION.names], schema=EVALUATION)
+
+
+def _sum_rows(flat: Any, lengths: Any) -> Any:
+    row_of_item = np.repeat(np.arange(len(lengths)), lengths)
+    return np.bincount(row_of_item, weights=flat, minlength=len(lengths))
+
+
+def _gold_scores(gold: RuleReward, rollout: pa.Table) -> list[float]:
+    scores = gold.scores(rollout)
+    for score in scores:
+        if score.value is None:
+            raise RewardError(f"the gold rule failed on a held-out sample: {score.error}. Mend evaluation.gold.")
+    return [score.value for score in scores if score.value is not None]

@@ -1,0 +1,123 @@
+"""The reward role: one replica scores whole shards, from a model, from rules or from an endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from actors import tokens
+from actors.learning.model import resolve_model
+from actors.rewards import RewardSource, Score
+from actors.rewards.http import HttpReward
+from actors.rewards.model import RewardModel
+from actors.rewards.rules import RuleReward
+from orchestrator import schema
+from orchestrator.config import HttpRewardConfig, RuleConfig
+from orchestrator.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """Args:
+    kind: key of SOURCES.
+    model: folder or name of the reward model; `policy` of the policy, for its tokenizer (kind: model).
+    max_length: longer transcripts lose their start. Null: what the model can take.
+    """
+
+    kind: Literal["model", "rules", "http"]
+    rules: tuple[RuleConfig, ...] = ()
+    http: HttpRewardConfig | None = None
+    model: str | None = None
+    policy: str | None = None
+    cache_dir: Path = Path("~/.cache/rlhf-orchestrator")
+    chat_template: Path | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    micro_batch_tokens: int = 4096
+    max_length: int | None = None
+    normalise: bool = True
+    trust_remote_code: bool = False
+
+
+class RewardWorker:
+    """One replica. Complete when constructed: models are loaded, rules found.
+
+    Raises:
+        ConfigError, DataError: the source can't be built; see RewardModel, RuleReward, HttpReward.
+    """
+
+    def __init__(self, settings: RewardSettings, *, threads: int = 1) -> None:
+        torch.set_num_threads(threads)
+        self._source = SOURCES[settings.kind](settings)
+
+    def score(self, table: pa.Table) -> pa.Table:
+        """Table of schema.REWARDS for a table of schema.ROLLOUT, row by row.
+
+        Raises:
+            RewardError: the source as a whole is down; a single failed sample has a null reward instead.
+        """
+        return rewards_table(table["row"], self._source.scores(table))
+
+    def set_threads(self, threads: int) -> None:
+        """CPU threads from now on, for phases in which more or fewer cores are free."""
+        torch.set_num_threads(threads)
+
+
+def rewards_table(rows: pa.ChunkedArray, scores: Sequence[Score]) -> pa.Table:
+    """Scores as schema.REWARDS. A score that float32 can't hold is a failure."""
+    stored = [_storable(score) for score in scores]
+    columns = [
+        rows,
+        pa.array([score.value for score in stored], pa.float32()),
+        pa.array([list(score.parts.items()) for score in stored], schema.REWARDS.field("reward_parts").type),
+        pa.array([score.error for score in stored], pa.string()),
+    ]
+    return pa.table(columns, schema=schema.REWARDS)
+
+
+def _storable(score: Score) -> Score:
+    numbers = [number for number in (score.value, *score.parts.values()) if number is not None]
+    with np.errstate(over="ignore"):
+        if np.isfinite(np.array(numbers).astype(np.float32)).all():
+            return score
+    return Score(None, error=f"not a finite 32-bit number: reward {score.value}, parts {dict(score.parts)}")
+
+
+def _model(settings: RewardSettings) -> RewardSource:
+    if settings.model is None or settings.policy is None:
+        raise ConfigError("reward.kind='model' needs reward.path: give the folder of a reward model.")
+    policy_tokenizer = tokens.load_tokenizer(
+        resolve_model(settings.policy, settings.cache_dir),
+        chat_template=settings.chat_template,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    return RewardModel(
+        resolve_model(settings.model, settings.cache_dir),
+        policy_tokenizer,
+        dtype=torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        micro_batch_tokens=settings.micro_batch_tokens,
+        normalise=settings.normalise,
+        max_length=settings.max_length,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def _rules(settings: RewardSettings) -> RewardSource:
+    if not settings.rules:
+        raise ConfigError("reward.kind='rules' needs reward.rules: list at least one {function: 'module:function'}.")
+    return RuleReward(settings.rules)
+
+
+def _http(settings: RewardSettings) -> RewardSource:
+    if settings.http is None:
+        raise ConfigError("reward.kind='http' needs reward.http.url: set the address of the endpoint.")
+    return HttpReward(settings.http.url, timeout_s=settings.http.timeout_s, retries=settings.http.retries)
+
+
+SOURCES: Mapping[str, Callable[[RewardSettings], RewardSource]] = {"model": _model, "rules": _rules, "http": _http}

@@ -1,0 +1,55 @@
+"""Where rewards come from. A source says of every sample a score or a failure; a failure is never a score of zero.
+
+model   a reward model, text in or tokens in
+rules   functions of (prompt, response, meta)
+http    an endpoint
+gold    the rule that stands in for a person
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a source says of one sample: `value` None is a failure, and `error` says why.
+
+    `parts` are raw: before weights, normalising and clipping.
+    """
+
+    value: float | None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+
+class RewardSource(Protocol):
+    def scores(self, table: pa.Table) -> Sequence[Score]:
+        """One Score per row of a schema.ROLLOUT table. Raises RewardError when the source as a whole is down."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as people and rules see it."""
+
+    prompt: str
+    response: str
+    meta: Mapping[str, Any]
+
+
+def samples(table: pa.Table) -> Iterator[Sample]:
+    columns = (table[name].to_pylist() for name in ("prompt_text", "response_text", "meta"))
+    for prompt, response, meta in zip(*columns, strict=True):
+        yield Sample(prompt, response, json.loads(meta))
+
+
+def is_number(value: object) -> bool:
+    """A finite number, of Python or numpy; true and false are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)

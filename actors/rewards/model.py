@@ -1,0 +1,168 @@
+"""A reward model: a sequence classifier with one label; the score of a transcript stands at its last token."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from actors import tokens
+from actors.learning.heads import ValueModel
+from actors.learning.model import load_scorer, load_tokenizer
+from actors.learning.packing import token_rows
+from actors.rewards import Sample, Score, samples
+from actors.tokens import Transcript
+from orchestrator.data.records import Message
+from orchestrator.errors import DataError
+from orchestrator.scheduling.balance import micro_batches
+from orchestrator.storage import write_json
+
+STATS_FILE = "reward_stats.json"
+
+
+@dataclass(frozen=True)
+class RewardStats:
+    """Mean and standard deviation of a reward model's scores on the replies that it was measured with."""
+
+    mean: float
+    std: float
+    count: int
+
+    def normalised(self, score: float) -> float:
+        return (score - self.mean) / self.std
+
+
+def write_stats(folder: Path, scores: Sequence[float]) -> RewardStats:
+    """Records the moments of scores with a reward model.
+
+    Raises:
+        DataError: fewer than two scores, or all are equal: nothing could be normalised with them.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    std = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    stats = RewardStats(float(values.mean()) if len(values) else 0.0, std, len(values))
+    _check(stats, folder / STATS_FILE, "Score more replies, or train the reward model for longer.")
+    write_json(folder / STATS_FILE, asdict(stats))
+    return stats
+
+
+def read_stats(folder: Path) -> RewardStats:
+    """Raises DataError when there are no statistics, or none that a score could be divided by."""
+    file = folder / STATS_FILE
+    way_out = "Train it with the reward_model stage, which records them, or set reward.normalise=false."
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        stats = RewardStats(float(raw["mean"]), float(raw["std"]), int(raw["count"]))
+    except FileNotFoundError:
+        raise DataError(f"reward model {folder} has no {STATS_FILE}, so it can't be normalised. {way_out}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} must hold mean, std and count as numbers ({error!r}). {way_out}") from None
+    _check(stats, file, way_out)
+    return stats
+
+
+def _check(stats: RewardStats, file: Path, way_out: str) -> None:
+    if stats.count < 2 or not math.isfinite(stats.mean) or not math.isfinite(stats.std) or stats.std <= 0:
+        raise DataError(
+            f"statistics of rewards for {file} are useless (mean {stats.mean}, std {stats.std}, count {stats.count}): "
+            f"at least two differing, finite scores are needed. {way_out}"
+        )
+
+
+class RewardModel:
+    """Args:
+        folder: a sequence classifier with its tokenizer and, for `normalise`, its statistics.
+        policy_tokenizer: of the policy. Where the reward model's is the same, sampled tokens go in as they are;
+            otherwise text goes in, under the reward model's own chat template.
+        micro_batch_tokens: largest padded forward batch.
+        max_length: longer transcripts lose their start. Null: what the model can take.
+
+    Raises:
+        DataError: no scalar head, tokenizer, chat template or statistics.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        policy_tokenizer: Any,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        micro_batch_tokens: int,
+        normalise: bool,
+        max_length: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self._stats = read_stats(folder) if normalise else None
+        self._tokenizer = _tokenizer(folder, policy_tokenizer, trust_remote_code)
+        self.takes_tokens = tokens.fingerprint(self._tokenizer) == tokens.fingerprint(policy_tokenizer)
+        scorer = load_scorer(folder, dtype, trust_remote_code=trust_remote_code)
+        longest = getattr(scorer.config, "max_position_embeddings", None)
+        self._max_length = min((n for n in (max_length, longest) if n), default=None)
+        self._model = ValueModel(scorer).eval().requires_grad_(False).to(device)
+        self._device, self._micro_batch_tokens = device, micro_batch_tokens
+
+    def scores(self, table: pa.Table) -> list[Score]:
+        """A non-finite score is a failure of its sample."""
+        return [self._score(raw) for raw in self.raw_scores(self._transcripts(table))]
+
+    def raw_scores(self, transcripts: Sequence[Transcript]) -> list[float]:
+        """Scores before normalising, in order."""
+        if self._max_length is not None:
+            transcripts = [transcript.last(self._max_length) for transcript in transcripts]
+        rows = token_rows(
+            [t.prompt_tokens.tolist() for t in transcripts], [t.response_tokens.tolist() for t in transcripts]
+        )
+        scores = np.zeros(len(transcripts))
+        for batch in micro_batches(range(len(transcripts)), rows.lengths, self._micro_batch_tokens):
+            with torch.no_grad():
+                _, last_B = self._model(rows.pack(batch, self._device))
+            scores[list(batch)] = last_B.float().cpu().numpy()
+        return [float(score) for score in scores]
+
+    def _transcripts(self, table: pa.Table) -> list[Transcript]:
+        if not self.takes_tokens:
+            return [self._from_text(sample) for sample in samples(table)]
+        closing = tokens.closing_tokens(self._tokenizer)
+        columns = (table[name].to_pylist() for name in ("prompt_tokens", "response_tokens"))
+        return [
+            Transcript(np.array(prompt, np.int32), _closed(np.array(response, np.int32), closing))
+            for prompt, response in zip(*columns, strict=True)
+        ]
+
+    def _from_text(self, sample: Sample) -> Transcript:
+        turns = sample.meta.get("messages") or [{"role": "user", "content": sample.prompt}]
+        messages = [Message(turn["role"], turn["content"]) for turn in turns]
+        return tokens.render_reply(messages, sample.response, self._tokenizer)
+
+    def _score(self, raw: float) -> Score:
+        if not math.isfinite(raw):
+            return Score(None, error=f"the reward model's score is {raw}")
+        return Score(self._stats.normalised(raw) if self._stats else raw, {"model": raw})
+
+
+def _closed(response: tokens.Tokens, closing: tokens.Tokens) -> tokens.Tokens:
+    """A response cut by length gets the closing that every transcript had when the reward model learned."""
+    ends = len(response) >= len(closing) and np.array_equal(response[len(response) - len(closing) :], closing)
+    return response if ends else np.concatenate([response, closing])
+
+
+def _tokenizer(folder: Path, policy_tokenizer: Any, trust_remote_code: bool) -> Any:
+    """The reward model's own tokenizer; one without a chat template borrows the policy's where the vocabulary is its
+    own, because then it was trained from the same base."""
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    if not tokenizer.chat_template:
+        if tokenizer.get_vocab() != policy_tokenizer.get_vocab():
+            raise DataError(
+                f"the tokenizer of reward model {folder} has no chat template and another vocabulary than the "
+                "policy's: it is not known how to write a transcript for it. Put a chat_template.jinja into its folder."
+            )
+        tokenizer.chat_template = policy_tokenizer.chat_template
+    return tokenizer

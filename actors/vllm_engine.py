@@ -1,0 +1,207 @@
+"""A rollout engine on vLLM, in process: the engine core runs in the actor that owns it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import pyarrow as pa
+import torch
+from vllm import LLM, RequestOutput, SamplingParams, TokensPrompt
+from vllm.config import WeightTransferConfig
+from vllm.platforms import current_platform
+
+from actors import vllm_plugin
+from actors.rollout import (
+    EngineSettings,
+    Sample,
+    ServedVersion,
+    UpdateReport,
+    end_tokens,
+    ordered_requests,
+    rollout_table,
+    summary,
+)
+from actors.weights import cpu
+from actors.weights.manifest import Bucket, WeightHeader
+from orchestrator.errors import ConfigError, RlhfError
+from orchestrator.types import Sampling, ShardRequest
+
+_GIB = 1 << 30
+_VLLM_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Roles take turns on the cores; bound threads of two roles on one core would starve each other.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class VllmEngine:
+    """Implements actors.rollout.Engine. Complete, and at `settings.version`, when constructed."""
+
+    def __init__(self, settings: EngineSettings, *, transfer_backend: str = cpu.BACKEND) -> None:
+        _check(settings)
+        self._settings = settings
+        self._llm = _start(settings, transfer_backend)
+        self._tokenizer = self._llm.get_tokenizer()
+        self._ends = end_tokens(settings.model, self._tokenizer)
+        self._served = ServedVersion(settings.version)
+
+    def generate(self, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
+        version = self._served.require()
+        requests = ordered_requests(request, self._settings.max_length)
+        started = perf_counter()
+        outputs = self._llm.generate(
+            [TokensPrompt(prompt_token_ids=item.prompt.tokens.tolist()) for item in requests],
+            [self._parameters(request.sampling, item.seed) for item in requests],
+            use_tqdm=False,
+        )
+        samples = [_sample(output) for output in outputs]
+        table = rollout_table(requests, samples, tokenizer=self._tokenizer, ends=self._ends, version=version)
+        return table, summary(table, version=version, seconds=perf_counter() - started)
+
+    def prompt_logprobs(self, token_lists: Sequence[Sequence[int]]) -> list[list[float]]:
+        self._served.require()
+        parameters = SamplingParams(temperature=1.0, max_tokens=1, seed=0, prompt_logprobs=0, detokenize=False)
+        prompts = [TokensPrompt(prompt_token_ids=list(tokens)) for tokens in token_lists]
+        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        return [
+            [entry[token].logprob for token, entry in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)]
+            for tokens, output in zip(token_lists, outputs, strict=True)
+        ]
+
+    def begin_update(self, header: WeightHeader) -> None:
+        self._served.begin(header)
+        init_info = {"header": header, "verify": self._settings.verify, "seed": self._served.num_updates}
+        with self._served.failing():
+            self._call(_abandon_session)
+            self._call("init_weight_transfer_engine", init_info=init_info)
+            self._call("start_weight_update")
+
+    def receive_bucket(self, bucket: Bucket) -> None:
+        self._served.updating()
+        with self._served.failing():
+            self._call("update_weights", update_info={"bucket": bucket})
+
+    def finish_update(self, version: int) -> UpdateReport:
+        header = self._served.updating()
+        with self._served.failing():
+            self._call("finish_weight_update")
+            num_compared, seconds = self._call(_compare)
+            self._llm.reset_prefix_cache()
+        self._served.serve(version)
+        return UpdateReport(version, len(header.tensors), header.num_bytes, num_compared, seconds)
+
+    def version(self) -> int | None:
+        return self._served.number
+
+    def sleep(self) -> None:
+        if self._settings.sleep_mode:
+            self._llm.sleep(level=1)
+
+    def wake(self) -> None:
+        if self._settings.sleep_mode:
+            self._llm.wake_up()
+
+    def _call(self, method: str | Callable[..., Any], **kwargs: Any) -> Any:
+        return self._llm.collective_rpc(method, kwargs=kwargs)[0]
+
+    def _parameters(self, sampling: Sampling, seed: int) -> SamplingParams:
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_new_tokens,
+            seed=seed,
+            stop_token_ids=self._ends,
+            logprobs=0,
+            detokenize=False,
+        )
+
+
+def engine_environment(*, threads: int, allocator: Path | None) -> dict[str, str]:
+    """Environment that the engine's process must be started with.
+
+    Args:
+        threads: CPU threads.
+        allocator: libjemalloc to preload, a third faster on the CPU; see `find_allocator`.
+    """
+    environment = {"OMP_NUM_THREADS": str(threads), **_VLLM_ENVIRONMENT}
+    if allocator is not None:
+        # Pages are kept: giving them back and touching them anew costs more than the sampling itself.
+        keep = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"
+        environment |= {"LD_PRELOAD": str(allocator), "MALLOC_CONF": keep}
+    return environment
+
+
+def find_allocator() -> Path | None:
+    """The jemalloc that comes with Ray's wheel, if there is one."""
+    package = importlib.util.find_spec("ray")
+    folders = package.submodule_search_locations if package else None
+    library = Path(next(iter(folders))) / "core" / "libjemalloc.so" if folders else None
+    return library if library is not None and library.exists() else None
+
+
+def _start(settings: EngineSettings, transfer_backend: str) -> LLM:
+    os.environ.update(_VLLM_ENVIRONMENT)
+    vllm_plugin.register()
+    on_cpu = current_platform.is_cpu()
+    if on_cpu:
+        # vLLM freezes torch's thread count while it starts.
+        torch.set_num_threads(settings.threads)
+    return LLM(
+        model=str(settings.model),
+        dtype=settings.dtype,
+        max_model_len=settings.max_length,
+        max_num_seqs=settings.max_samples,
+        seed=settings.seed,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        # An explicit size also spares the CPU start its warm-up.
+        kv_cache_memory_bytes=int(settings.kv_cache_gib * _GIB) if on_cpu else None,
+        enforce_eager=on_cpu,
+        # Hits would depend on earlier calls, and with them the batches and the last bits.
+        enable_prefix_caching=False,
+        enable_sleep_mode=settings.sleep_mode,
+        trust_remote_code=settings.trust_remote_code,
+        generation_config="vllm",
+        logprobs_mode="processed_logprobs",
+        weight_transfer_config=WeightTransferConfig(backend=transfer_backend),
+        disable_log_stats=True,
+    )
+
+
+def _check(settings: EngineSettings) -> None:
+    if not current_platform.is_cpu():
+        return
+    if settings.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"rollout.tensor_parallel_size={settings.tensor_parallel_size} needs GPUs, and here vLLM runs on the CPU. "
+            "Set it to 1 and raise rollout.engines or rollout.cpus_per_engine."
+        )
+    if settings.sleep_mode:
+        raise ConfigError("engines on the CPU have no GPU memory to give back; build them without sleep_mode.")
+
+
+def _sample(output: RequestOutput) -> Sample:
+    completion = output.outputs[0]
+    if completion.finish_reason not in ("stop", "length") or completion.logprobs is None:
+        raise RlhfError(f"vLLM ended request {output.request_id} by {completion.finish_reason!r} instead of sampling it.")
+    tokens = list(completion.token_ids)
+    entries = zip(tokens, completion.logprobs, strict=True)
+    return Sample(tokens, [entry[token].logprob for token, entry in entries])
+
+
+def _abandon_session(worker: Any) -> None:
+    """Closes the session of an update that broke off; the transfer engine resets the layers when the next begins."""
+    # vLLM hands over the worker in a wrapper that passes reading on, and not setting.
+    getattr(worker, "worker", worker)._weight_update_active = False
+
+
+def _compare(worker: Any) -> tuple[int, dict[str, float]]:
+    engine: cpu.BucketTransferEngine = worker.weight_transfer_engine
+    return engine.compare(), engine.seconds

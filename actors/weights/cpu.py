@@ -1,0 +1,120 @@
+"""Weight transfer into a CPU engine, behind vLLM's own weight-transfer API: buckets in host memory.
+
+vLLM calls the engine in this order, for every publish: `init_transfer_engine` (the header), `start_weight_update`,
+`update_weights` once per bucket, `finish_weight_update`; `compare` is ours and comes last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from torch import nn
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from actors.weights.manifest import Bucket, Unpacker, Verify, WeightHeader
+from actors.weights.verify import Places, Verifier, locate
+from orchestrator.errors import PublishError
+
+BACKEND = "rlhf-buckets"
+
+
+@dataclass
+class BucketInitInfo(WeightTransferInitInfo):
+    """One publish: what will be sent and how it is verified (see Verifier)."""
+
+    header: WeightHeader
+    verify: Verify
+    seed: int
+
+
+@dataclass
+class BucketUpdateInfo(WeightTransferUpdateInfo):
+    bucket: Bucket
+
+
+class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo]):
+    """Loads buckets layer by layer through vLLM's layerwise reload; holds one bucket and one layer at a time."""
+
+    init_info_cls = BucketInitInfo
+    update_info_cls = BucketUpdateInfo
+    supports_draft_weight_update = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._unpacker: Unpacker | None = None
+        self._verifier: Verifier | None = None
+        self._half_loaded = False
+        self._places = locate(self.model)
+        self.seconds = dict.fromkeys(("receive", "apply", "verify"), 0.0)
+
+    def init_transfer_engine(self, init_info: BucketInitInfo) -> None:
+        """Raises PublishError when the names sent are not the model's."""
+        verifier = Verifier(self.model, self._places, mode=init_info.verify, seed=init_info.seed)
+        verifier.check_names(spec.name for spec in init_info.header.tensors)
+        self._verifier, self._unpacker = verifier, Unpacker(init_info.header)
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+
+    def start_weight_update(self) -> None:
+        if self._half_loaded:
+            # An update that broke off leaves layers waiting for the rest of it; they would mix two versions.
+            finalize_layerwise_reload(self.model, self.model_config)
+        self._half_loaded = True
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: BucketUpdateInfo) -> None:
+        """Raises PublishError when bytes differ from the trainer's; nothing of the bucket is applied then."""
+        if self._unpacker is None or self._verifier is None:
+            raise PublishError("a bucket arrived before its header; call init_weight_transfer_engine first.")
+        started = perf_counter()
+        tensors = self._unpacker.add(update_info.bucket)
+        received = perf_counter()
+        for name, tensor in tensors:
+            self._verifier.expect(name, tensor)
+        expected = perf_counter()
+        self.model.load_weights(iter(tensors))
+        self.seconds["receive"] += received - started
+        self.seconds["verify"] += expected - received
+        self.seconds["apply"] += perf_counter() - expected
+
+    def finish_weight_update(self) -> None:
+        started = perf_counter()
+        finalize_layerwise_reload(self.model, self.model_config)
+        refresh_tied_layers(self.model, self._places)
+        self._half_loaded = False
+        self.seconds["apply"] += perf_counter() - started
+
+    def compare(self) -> int:
+        """Returns the number of tensors read back and found equal to what was sent.
+
+        Raises:
+            PublishError: buckets are missing, or layers (named) compute with other weights.
+        """
+        if self._unpacker is None or self._verifier is None or not self._unpacker.done:
+            raise PublishError("the update was finished before all of its buckets had arrived; publish again.")
+        started = perf_counter()
+        num_compared = self._verifier.compare()
+        self.seconds["verify"] += perf_counter() - started
+        return num_compared
+
+    def shutdown(self) -> None:
+        self._unpacker = self._verifier = None
+
+
+def refresh_tied_layers(model: nn.Module, places: Places) -> None:
+    """Packs tied layers again. They receive no weights of their own, so the reload leaves their packed copy stale."""
+    modules = dict(model.named_modules())
+    for tied in places.values():
+        for place in tied[1:]:
+            module = modules[place.module]
+            if hasattr(module, "cpu_linear"):
+                module.quant_method.process_weights_after_loading(module)

@@ -1,0 +1,232 @@
+"""Weights on their way: a header, flat buckets of bytes, and a checksum per tensor.
+
+The trainer plans once (names, dtypes and shapes are known without gathering anything), then packs tensor by tensor
+into buckets of bounded size. A tensor's checksum travels in the bucket that holds its last byte, so neither side
+ever holds more than one bucket and one tensor. Buckets are plain uint8 arrays: whatever carries arrays carries them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from math import prod
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from blake3 import blake3
+
+from orchestrator.errors import PublishError
+
+Verify = Literal["full", "sampled", "checksums"]
+Bytes = npt.NDArray[np.uint8]
+ALIGNMENT_BYTES = 64
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor in Hugging Face naming; dtype as in `torch.<dtype>`, e.g. "bfloat16"."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.torch_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class WeightHeader:
+    """All tensors of one publish, in the order in which they travel, laid end to end and cut into buckets."""
+
+    tensors: tuple[TensorSpec, ...]
+    bucket_bytes: int
+
+    def __post_init__(self) -> None:
+        names = [spec.name for spec in self.tensors]
+        repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        if repeated or not names:
+            raise PublishError(f"weight header needs distinct tensors, got {repeated or 'none'} more than once.")
+        if self.bucket_bytes <= 0 or self.bucket_bytes % ALIGNMENT_BYTES:
+            raise PublishError(f"bucket_bytes must be a positive multiple of {ALIGNMENT_BYTES}, got {self.bucket_bytes}.")
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(-(-spec.num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for spec in self.tensors))
+
+    def start(self, index: int) -> int:
+        """First byte of tensor `index` in the whole stream."""
+        return self._ends[index - 1] if index else 0
+
+    @property
+    def stream_bytes(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(spec.num_bytes for spec in self.tensors)
+
+    @property
+    def num_buckets(self) -> int:
+        return -(-self.stream_bytes // self.bucket_bytes)
+
+    def bucket_size(self, index: int) -> int:
+        return min(self.bucket_bytes, self.stream_bytes - index * self.bucket_bytes)
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """Bucket `index` of a header's stream, with the checksums of the tensors that end in it."""
+
+    index: int
+    data: Bytes
+    checksums: Mapping[str, str]
+
+
+def plan(tensors: Iterable[tuple[str, torch.dtype, Iterable[int]]], bucket_bytes: int) -> WeightHeader:
+    """Lays (name, dtype, shape) end to end into buckets of at most `bucket_bytes` (a multiple of 64)."""
+    specs = (TensorSpec(name, str(dtype).removeprefix("torch."), tuple(shape)) for name, dtype, shape in tensors)
+    return WeightHeader(tuple(specs), bucket_bytes)
+
+
+def raw_bytes(tensor: torch.Tensor) -> Bytes:
+    """The tensor's bytes in row-major order; a view where it is contiguous and on the CPU."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    array: Bytes = flat.view(torch.uint8).numpy()
+    return array
+
+
+def checksum(data: Bytes | torch.Tensor) -> str:
+    """BLAKE3 of the bytes, 256 bits in hexadecimal."""
+    return blake3(raw_bytes(data) if isinstance(data, torch.Tensor) else data).hexdigest()
+
+
+def pack(header: WeightHeader, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Bucket]:
+    """Yields the header's buckets, filled from (name, tensor) pairs in the header's order, cast to its dtypes.
+
+    Raises:
+        PublishError: another name, another shape, a missing tensor or one too many.
+    """
+    buffer, checksums, index = np.zeros(header.bucket_size(0), np.uint8), dict[str, str](), 0
+    pairs = iter(tensors)
+    for number, spec in enumerate(header.tensors):
+        source = raw_bytes(_checked(spec, next(pairs, None)))
+        digest = checksum(source)
+        position, done = header.start(number), 0
+        while done < source.size:
+            if position >= (index + 1) * header.bucket_bytes:
+                yield Bucket(index, buffer, checksums)
+                index += 1
+                buffer, checksums = np.zeros(header.bucket_size(index), np.uint8), {}
+            offset = position - index * header.bucket_bytes
+            size = min(source.size - done, buffer.size - offset)
+            buffer[offset : offset + size] = source[done : done + size]
+            position, done = position + size, done + size
+        checksums[spec.name] = digest
+    extra = next(pairs, None)
+    if extra is not None:
+        raise PublishError(f"the trainer yields {extra[0]!r} after the header's last tensor; plan and weights disagree.")
+    yield Bucket(index, buffer, checksums)
+
+
+def _checked(spec: TensorSpec, pair: tuple[str, torch.Tensor] | None) -> torch.Tensor:
+    if pair is None:
+        raise PublishError(f"the trainer yields no {spec.name!r}, which the header announces.")
+    name, tensor = pair
+    if name != spec.name or tuple(tensor.shape) != spec.shape:
+        raise PublishError(
+            f"the trainer yields {name!r} {tuple(tensor.shape)} where the header announces {spec.name!r} {spec.shape}; "
+            "yield tensors in the order of the plan."
+        )
+    return tensor.to(spec.torch_dtype)
+
+
+@dataclass
+class Unpacker:
+    """Turns buckets, in order, back into tensors whose checksums were compared with the trainer's."""
+
+    header: WeightHeader
+    _next_bucket: int = 0
+    _next_tensor: int = 0
+    _partial: Bytes | None = None
+    _filled: int = 0
+
+    def add(self, bucket: Bucket) -> list[tuple[str, torch.Tensor]]:
+        """Returns the tensors that end in this bucket; whole ones are views into it.
+
+        Raises:
+            PublishError: not the next bucket, another size, or tensors (named) whose bytes are not the trainer's.
+        """
+        size = self.header.bucket_size(bucket.index) if bucket.index == self._next_bucket else -1
+        if bucket.data.size != size:
+            raise PublishError(
+                f"expected bucket {self._next_bucket} of {self.header.num_buckets}, got bucket {bucket.index} "
+                f"with {bucket.data.size} bytes; send buckets once each, in order."
+            )
+        self._next_bucket += 1
+        complete = list(self._cut(bucket))
+        received = {name: checksum(data) for name, data in complete}
+        bad = [name for name, digest in received.items() if digest != bucket.checksums.get(name)]
+        if bad or set(bucket.checksums) != set(received):
+            names = bad or sorted(set(bucket.checksums) ^ set(received))
+            raise PublishError(f"bytes received differ from the trainer's for {listed(names)}; publish again.")
+        specs = self.header.tensors[self._next_tensor - len(complete) : self._next_tensor]
+        return [(name, _as_tensor(data, spec)) for (name, data), spec in zip(complete, specs, strict=True)]
+
+    @property
+    def done(self) -> bool:
+        return self._next_bucket == self.header.num_buckets
+
+    def _cut(self, bucket: Bucket) -> Iterator[tuple[str, Bytes]]:
+        begin = bucket.index * self.header.bucket_bytes
+        while self._next_tensor < len(self.header.tensors):
+            spec = self.header.tensors[self._next_tensor]
+            offset = self.header.start(self._next_tensor) + self._filled - begin
+            if offset >= bucket.data.size and spec.num_bytes:
+                return
+            data = bucket.data[offset : offset + spec.num_bytes - self._filled]
+            if data.size < spec.num_bytes:
+                if self._partial is None:
+                    self._partial = np.empty(spec.num_bytes, np.uint8)
+                self._partial[self._filled : self._filled + data.size] = data
+                self._filled += data.size
+                if self._filled < spec.num_bytes:
+                    return
+                data = self._partial
+            self._partial, self._filled = None, 0
+            self._next_tensor += 1
+            yield spec.name, data
+
+
+def _as_tensor(data: Bytes, spec: TensorSpec) -> torch.Tensor:
+    with warnings.catch_warnings():
+        # Arrays that come from an object store are read-only; receivers only read.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(data).view(spec.torch_dtype).reshape(spec.shape)
+
+
+def check_names(sent: Iterable[str], *, needed: Iterable[str], optional: Iterable[str] = ()) -> None:
+    """Raises PublishError naming tensors that an engine needs and the trainer does not send, or the reverse."""
+    sent, needed = set(sent), set(needed)
+    missing, extra = needed - sent, sent - needed - set(optional)
+    if missing or extra:
+        raise PublishError(
+            f"trainer and engine hold different tensors: not sent: {listed(sorted(missing)) or 'none'}; unknown to the "
+            f"engine: {listed(sorted(extra)) or 'none'}. Both must load the same architecture; for one whose names vLLM "
+            "changes, set rollout.engine='hf'."
+        )
+
+
+def listed(names: Iterable[str], limit: int = 8) -> str:
+    items = list(names)
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more

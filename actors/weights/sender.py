@@ -1,0 +1,32 @@
+"""The trainer's side of a publish: the policy hands out its weights bucket by bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from actors.policy import PolicyWorker
+from actors.weights.manifest import Bucket, WeightHeader, pack, plan
+from orchestrator.errors import PublishError
+
+
+class PublishingPolicy(PolicyWorker):
+    """A policy rank that can publish. All ranks make the same calls, since ZeRO-3 gathers each tensor together."""
+
+    _buckets: Iterator[Bucket] | None = None
+
+    def begin_publish(self, bucket_bytes: int) -> WeightHeader:
+        """Starts over with the current weights; nothing is gathered yet."""
+        header = plan(self.learner.weight_specs(), bucket_bytes)
+        self._buckets = pack(header, self.full_weights())
+        return header
+
+    def next_bucket(self) -> Bucket | None:
+        """The next bucket, on rank 0; the other ranks only take part.
+
+        Raises:
+            PublishError: there are no more.
+        """
+        bucket = next(self._buckets, None) if self._buckets else None
+        if bucket is None:
+            raise PublishError("no bucket is left; call begin_publish first.")
+        return bucket if self.group.rank == 0 else None

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+
+SCENARIO_SECONDS = 150
+
+
+@pytest.fixture(scope="module")
+def apart() -> Iterator[Callable[..., Any]]:
+    """Runs a function of engine_scenarios in a fresh process that the tests of one module share."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+
+        def run(scenario: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+            return pool.submit(scenario, *arguments, **options).result(timeout=SCENARIO_SECONDS)
+
+        yield run
+        # Engines take seconds each to shut down; nothing of this process is needed any more.
+        pool.submit(os._exit, 0)

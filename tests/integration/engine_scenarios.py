@@ -1,0 +1,282 @@
+"""What the engine tests run inside a process of their own: vLLM changes its process (threads, environment, memory
+policy, process groups), and tests beside it must not notice."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
+
+import actors.weights.cpu
+from actors.rollout import Engine, EngineSettings, UpdateReport
+from actors.vllm_engine import VllmEngine
+from actors.weights.manifest import Bucket, pack, plan
+from actors.weights.verify import locate
+from orchestrator.errors import RlhfError
+from orchestrator.types import Prompt, SampleRequest, Sampling, ShardRequest
+from tests.tiny import tiny_config, tiny_tokenizer
+
+Weights = dict[str, torch.Tensor]
+_ALIVE: list[VllmEngine] = []
+TEXTS = [[(7 * i + 3 * j) % 300 + 20 for j in range(4 + 5 * i)] for i in range(6)]
+
+
+def served_llama(folder: Path, *, tied: bool, dtype: torch.dtype) -> Path:
+    """tests.tiny's Llama with heads of 32, the smallest that vLLM's CPU attention serves."""
+    tiny_tokenizer().save_pretrained(folder)
+    config = tiny_config(tied)
+    config.head_dim = 32
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).to(dtype)
+    # What chat models come with; sampling must take only the EOS from it.
+    model.generation_config = GenerationConfig(eos_token_id=0, do_sample=True, top_k=2, top_p=0.5, temperature=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def start(folder: Path, **changes: Any) -> VllmEngine:
+    """An engine that lives as long as its process: the end of one takes the process groups of the others with it."""
+    engine = VllmEngine(settings(folder, **changes))
+    _ALIVE.append(engine)
+    return engine
+
+
+def settings(folder: Path, **changes: Any) -> EngineSettings:
+    small: dict[str, Any] = {"dtype": "float32", "max_length": 128, "kv_cache_gib": 1 / 64, "threads": 2, "max_samples": 32}
+    return EngineSettings(folder, **{**small, **changes})
+
+
+def shard(*, sampling: Sampling, num_samples: int = 12) -> ShardRequest:
+    requests = [
+        SampleRequest(i, Prompt(f"p{i // 2}", f"text {i // 2}", np.array(TEXTS[i % 6], np.int32), {"answer": i}), i % 2, 50 + i)
+        for i in range(num_samples)
+    ]
+    return ShardRequest(step=3, index=0, requests=requests, sampling=sampling)
+
+
+def read_weights(folder: Path) -> Weights:
+    return load_file(folder / "model.safetensors")
+
+
+def saved_beside(folder: Path, weights: Weights, target: Path) -> Path:
+    """A copy of the model folder with other weights."""
+    shutil.copytree(folder, target)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def perturbed(weights: Weights, names: Sequence[str], seed: int) -> Weights:
+    generator = torch.Generator().manual_seed(seed)
+    changed = dict(weights)
+    for name in names:
+        noise = torch.randn(weights[name].shape, generator=generator)
+        changed[name] = (weights[name].float() * (1 + 0.3 * noise) + 0.02 * noise).to(weights[name].dtype)
+    return changed
+
+
+def publish(
+    engine: Engine, weights: Weights, version: int, *, alter: Callable[[Bucket], Bucket] = lambda bucket: bucket
+) -> UpdateReport:
+    header = plan(((name, t.dtype, t.shape) for name, t in weights.items()), bucket_bytes=64 * 1024)
+    engine.begin_update(header)
+    for bucket in pack(header, weights.items()):
+        engine.receive_bucket(alter(bucket))
+    return engine.finish_update(version)
+
+
+def behaviour(engine: Engine) -> tuple[list[float], list[list[int]]]:
+    """Log-probs of fixed texts, and greedy continuations."""
+    logprobs = [value for row in engine.prompt_logprobs(TEXTS) for value in row]
+    table, _ = engine.generate(shard(sampling=Sampling(top_k=1, max_new_tokens=16)))
+    return logprobs, table.column("response_tokens").to_pylist()
+
+
+def agreement_with_fresh_engines(folder: Path, dtype: str) -> list[tuple[str, float, bool, bool]]:
+    """Publishes many kinds of changes into one engine; compares it each time with an engine started from the result.
+
+    Returns:
+        For each publish: what changed, largest log-prob difference, whether greedy tokens agree, and whether the
+        change was to be seen at all.
+    """
+    engine = start(folder, dtype=dtype)
+    weights = read_weights(folder)
+    rounds = [(f"all, round {i}", list(weights)) for i in range(5)] + [(name, [name]) for name in _one_of_each(weights)]
+    results, before = [], behaviour(engine)
+    for version, (what, names) in enumerate(rounds, start=1):
+        weights = perturbed(weights, names, seed=version)
+        report = publish(engine, weights, version)
+        assert (report.version, engine.version(), report.num_compared) == (version, version, len(weights))
+        fresh_folder = saved_beside(folder, weights, folder.parent / f"{folder.name}-{dtype}-{version}")
+        logprobs, tokens = behaviour(engine)
+        fresh_logprobs, fresh_tokens = behaviour(start(fresh_folder, dtype=dtype))
+        difference = max(abs(a - b) for a, b in zip(logprobs, fresh_logprobs, strict=True))
+        results.append((what, difference, tokens == fresh_tokens, logprobs != before[0]))
+        before = (logprobs, tokens)
+    return results
+
+
+def _one_of_each(weights: Weights) -> list[str]:
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "input_layernorm")
+    outside = [name for name in weights if ".layers." not in name]
+    return [next(name for name in weights if kind in name and ".layers.1." in name) for kind in kinds] + outside
+
+
+def failure(action: Callable[[], object]) -> str | None:
+    """The message of the RlhfError that the action ends with; None where it succeeds."""
+    try:
+        action()
+    except RlhfError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+@contextmanager
+def tied_layers_left_stale() -> Iterator[None]:
+    with mock.patch.object(actors.weights.cpu, "refresh_tied_layers", lambda model, places: None):
+        yield
+
+
+@contextmanager
+def never_applied(engine: VllmEngine, name: str) -> Iterator[None]:
+    """The engine receives everything, and leaves one tensor out when it loads the model."""
+    model = _model(engine)
+    load = model.load_weights
+
+    def load_but_one(weights: Any) -> Any:
+        return load((key, tensor) for key, tensor in weights if key != name)
+
+    with mock.patch.object(model, "load_weights", load_but_one):
+        yield
+
+
+@contextmanager
+def layer_keeps_its_packed_weights(engine: VllmEngine, name: str) -> Iterator[None]:
+    """One layer is loaded and packs nothing anew: it goes on computing with what it had."""
+    model = _model(engine)
+    (place,) = locate(model)[name]
+    module = dict(model.named_modules())[place.module]
+    process = type(module.quant_method).process_weights_after_loading
+
+    def process_but_one(method: Any, layer: torch.nn.Module) -> None:
+        before = layer.cpu_linear
+        process(method, layer)
+        if layer is module:
+            layer.cpu_linear = before
+
+    with mock.patch.object(type(module.quant_method), "process_weights_after_loading", process_but_one):
+        yield
+
+
+def flip_one_bit(name: str, weights: Weights) -> Callable[[Bucket], Bucket]:
+    header = plan(((key, t.dtype, t.shape) for key, t in weights.items()), bucket_bytes=64 * 1024)
+    position = header.start(list(weights).index(name)) + weights[name].nbytes // 2
+
+    def alter(bucket: Bucket) -> Bucket:
+        if bucket.index != position // header.bucket_bytes:
+            return bucket
+        data = bucket.data.copy()
+        data[position % header.bucket_bytes] ^= np.uint8(1)
+        return dataclasses.replace(bucket, data=data)
+
+    return alter
+
+
+FAULTS = ("stale-tied-head", "never-applied", "not-packed", "bit-flip", "tensor-missing", "broken-off", "trainer-gone")
+
+
+def publishing_fails_and_heals(folder: Path, dtype: str, fault: str, name: str, verify: str) -> dict[str, Any]:
+    """One faulty publish, then a good one; says what was seen."""
+    engine = start(folder, dtype=dtype, verify=verify)
+    weights = read_weights(folder)
+    bad = perturbed(weights, list(weights), seed=1)
+    seen = {"error": failure(lambda: _faulty_publish(engine, bad, fault, name)), "version": engine.version()}
+    seen["refusal"] = failure(lambda: engine.generate(shard(sampling=Sampling())))
+    good = perturbed(weights, list(weights), seed=2)
+    publish(engine, good, 7)
+    fresh_folder = saved_beside(folder, good, folder.parent / "healed")
+    seen["healed"] = behaviour(engine) == behaviour(start(fresh_folder, dtype=dtype))
+    return seen
+
+
+def _faulty_publish(engine: VllmEngine, weights: Weights, fault: str, name: str) -> None:
+    if fault == "stale-tied-head":
+        with tied_layers_left_stale():
+            publish(engine, weights, 1)
+    elif fault == "never-applied":
+        with never_applied(engine, name):
+            publish(engine, weights, 1)
+    elif fault == "not-packed":
+        with layer_keeps_its_packed_weights(engine, name):
+            publish(engine, weights, 1)
+    elif fault == "bit-flip":
+        publish(engine, weights, 1, alter=flip_one_bit(name, weights))
+    elif fault == "tensor-missing":
+        publish(engine, {key: tensor for key, tensor in weights.items() if key != name}, 1)
+    else:
+        header = plan(((key, t.dtype, t.shape) for key, t in weights.items()), bucket_bytes=64 * 1024)
+        engine.begin_update(header)
+        engine.receive_bucket(next(iter(pack(header, weights.items()))))
+        if fault == "broken-off":
+            engine.finish_update(1)
+
+
+def _model(engine: VllmEngine) -> torch.nn.Module:
+    model: torch.nn.Module = engine._llm.llm_engine.model_executor.driver_worker.worker.get_model()
+    return model
+
+
+def reference_logprobs(folder: Path, rows: Sequence[Mapping[str, Any]], temperature: float) -> list[list[float]]:
+    """Log-probs of every row's response tokens at `temperature`, by transformers in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    results = []
+    for row in rows:
+        tokens = torch.tensor(row["prompt_tokens"] + row["response_tokens"])
+        with torch.inference_mode():
+            logits = model(tokens[None]).logits[0]
+        start = len(row["prompt_tokens"])
+        logprobs = torch.log_softmax(logits[start - 1 : -1] / temperature, dim=-1)
+        results.append(logprobs.gather(1, tokens[start:, None])[:, 0].tolist())
+    return results
+
+
+def samples_of_one_engine(folder: Path, requests: Sequence[ShardRequest], **changes: Any) -> list[tuple[pa.Table, dict[str, Any]]]:
+    engine = start(folder, **changes)
+    return [engine.generate(request) for request in requests]
+
+
+def refusals(folder: Path) -> dict[str, str | None]:
+    """What engines answer that can't do what they are asked."""
+    unpublished = start(folder, version=None)
+    serving = start(folder)
+    overlong = shard(sampling=Sampling(max_new_tokens=120))
+    seen = {
+        "unpublished": failure(lambda: unpublished.generate(shard(sampling=Sampling()))),
+        "overlong": failure(lambda: serving.generate(overlong)),
+        "no update": failure(lambda: serving.finish_update(1)),
+        "tensor parallel": failure(lambda: VllmEngine(settings(folder, tensor_parallel_size=2))),
+    }
+    publish(unpublished, read_weights(folder), 5)
+    table, _ = unpublished.generate(shard(sampling=Sampling(max_new_tokens=4)))
+    seen["versions"] = str(set(table.column("version").to_pylist()))
+    return seen
+
+
+def processor_seconds_after_sampling(folder: Path) -> float:
+    """Processor time that the whole process uses in the second after a shard was sampled."""
+    engine = start(folder)
+    engine.generate(shard(sampling=Sampling(max_new_tokens=16)))
+    before = time.process_time()
+    time.sleep(1.0)
+    return time.process_time() - before

@@ -1,0 +1,75 @@
+"""After a publish an engine computes with the new weights, all of them; where it does not, it says so and stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integration import engine_scenarios as scenarios
+
+Apart = Callable[..., Any]
+K_PROJ, UP_PROJ = "model.layers.1.self_attn.k_proj.weight", "model.layers.0.mlp.up_proj.weight"
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+def _model(folder: Path, *, tied: bool, dtype: str) -> Path:
+    return scenarios.served_llama(folder / "model", tied=tied, dtype=getattr(torch, dtype))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_published_engine_equals_a_fresh_one(apart: Apart, tmp_path: Path, dtype: str, tied: bool) -> None:
+    folder = _model(tmp_path, tied=tied, dtype=dtype)
+    results = apart(scenarios.agreement_with_fresh_engines, folder, dtype)
+    assert len(results) == 5 + 8 + (2 if tied else 3)
+    for what, difference, same_tokens, seen in results:
+        assert seen, f"{what}: the change altered no log-prob, so the comparison proves nothing"
+        assert difference <= 1e-6, what
+        assert same_tokens, what
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "verify", "message"),
+    [
+        ("stale-tied-head", EMBEDDING, "full", f"{EMBEDDING} (in lm_head)"),
+        ("stale-tied-head", EMBEDDING, "sampled", f"{EMBEDDING} (in lm_head)"),
+        ("never-applied", K_PROJ, "full", f"weights of {K_PROJ} (in model.layers.1.self_attn.qkv_proj)."),
+        ("never-applied", NORM, "sampled", f"weights of {NORM} (in model.norm)."),
+        ("not-packed", UP_PROJ, "full", f"{UP_PROJ} (in model.layers.0.mlp.gate_up_proj)"),
+        ("not-packed", UP_PROJ, "sampled", f"{UP_PROJ} (in model.layers.0.mlp.gate_up_proj)"),
+        ("bit-flip", K_PROJ, "checksums", f"differ from the trainer's for {K_PROJ};"),
+        ("bit-flip", EMBEDDING, "full", f"differ from the trainer's for {EMBEDDING};"),
+        ("tensor-missing", NORM, "checksums", f"not sent: {NORM};"),
+        ("broken-off", "", "full", "before all of its buckets had arrived"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_faulty_publish_is_named_takes_the_engine_out_of_service_and_heals(
+    apart: Apart, tmp_path: Path, dtype: str, fault: str, name: str, verify: str, message: str
+) -> None:
+    folder = _model(tmp_path, tied=True, dtype=dtype)
+    seen = apart(scenarios.publishing_fails_and_heals, folder, dtype, fault, name, verify)
+    assert seen["error"].startswith("PublishError") and message in seen["error"]
+    assert seen["version"] is None
+    assert "serves no published version" in seen["refusal"]
+    assert seen["healed"]
+
+
+def test_a_trainer_that_vanishes_leaves_an_engine_that_serves_nothing_and_heals(apart: Apart, tmp_path: Path) -> None:
+    folder = _model(tmp_path, tied=True, dtype="float32")
+    seen = apart(scenarios.publishing_fails_and_heals, folder, "float32", "trainer-gone", "", "full")
+    assert seen["error"] is None
+    assert seen["version"] is None
+    assert "an update has begun and is not finished" in seen["refusal"]
+    assert seen["healed"]
+
+
+def test_checksums_alone_do_not_see_what_only_reading_back_sees(apart: Apart, tmp_path: Path) -> None:
+    """Why `full` is the default: with `checksums`, a tied head that stays stale goes unnoticed."""
+    folder = _model(tmp_path, tied=True, dtype="float32")
+    seen = apart(scenarios.publishing_fails_and_heals, folder, "float32", "stale-tied-head", EMBEDDING, "checksums")
+    assert seen["error"] is None

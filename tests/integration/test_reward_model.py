@@ -1,0 +1,174 @@
+"""The reward-model stage on Ray Train, with a model of two layers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from actors.rewards.model import RewardModel
+from actors.tokens import render_reply
+from jobs.reward_model import RewardModelResult, train_reward_model
+from orchestrator.config import Config, config_from_tree
+from orchestrator.data.records import Message, RankingRecord
+from orchestrator.errors import CapacityError, DataError, NonFiniteError
+from orchestrator.telemetry import Telemetry, read_lines
+from tests.tiny import tiny_llama
+
+_MOODS = ("kind", "plain", "rude")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = Path("/tmp") / f"rm{os.getpid()}"
+    ray.init(num_cpus=2, _temp_dir=str(folder), log_to_driver=False, object_store_memory=100_000_000)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+def _records(count: int) -> list[RankingRecord]:
+    """Three replies each; the last word tells their rank."""
+    return [
+        RankingRecord(
+            f"p{number}",
+            (Message("user", f"Say something about number {number}."),),
+            tuple(f"It is {number * 7 % 13}, {mood}" for mood in _MOODS),
+        )
+        for number in range(count)
+    ]
+
+
+def _config(base: Path, folder: Path, **stage: Any) -> Config:
+    settings = {"learning_rate": 3e-3, "prompts_per_batch": 4, "max_length": 64, "epochs": 2, "threads_per_worker": 1}
+    return config_from_tree(
+        {
+            "stages": ["reward_model"],
+            "model": {"path": str(base), "dtype": "float32", "max_length": 128},
+            "preferences": {"path": "given-in-the-test"},
+            "run": {"root": str(folder)},
+            "placement": {"wait_s": 5.0},
+            "reward_model": settings | stage,
+        },
+        source="test",
+    )
+
+
+def _train(
+    config: Config, folder: Path, records: list[RankingRecord], held_out: list[RankingRecord]
+) -> tuple[RewardModelResult, list[dict[str, Any]], list[str]]:
+    said: list[str] = []
+    with Telemetry(folder, "test", 1, stage="reward_model") as telemetry:
+        result = asyncio.run(
+            train_reward_model(config, records, held_out, folder / "reward-model", telemetry, said.append)
+        )
+    return result, read_lines(folder / "metrics.jsonl"), said
+
+
+@pytest.fixture(scope="module")
+def trained(
+    cluster: None, base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RewardModelResult, list[dict[str, Any]], list[str]]:
+    folder = tmp_path_factory.mktemp("run")
+    records = _records(44)
+    return _train(_config(base, folder), folder, records[:32], records[32:])
+
+
+def test_it_learns_to_order_replies_it_has_not_seen(trained: Any) -> None:
+    result, lines, said = trained
+    assert result.num_pairs == 12 * 3
+    assert result.held_out_accuracy > 0.9
+    assert result.kendall_tau > 0.8
+    assert result.interval[0] < result.held_out_accuracy <= result.interval[1]
+    assert "held-out pairs in order" in result.describe()
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert [line["step"] for line in steps] == list(range(result.optimizer_steps)) == list(range(16))
+    assert steps[-1]["metrics"]["reward_model/loss"] < steps[0]["metrics"]["reward_model/loss"]
+    rates = [line["metrics"]["reward_model/learning_rate"] for line in steps]
+    assert rates[1] == pytest.approx(3e-3) and rates[0] < rates[1] > rates[-1] > 0
+    (evaluation,) = (line for line in lines if line["kind"] == "evaluation")
+    assert evaluation["metrics"]["reward_model/held_out_accuracy"] == result.held_out_accuracy
+    assert said[-1].startswith("reward model 16/16")
+
+
+def test_transformers_loads_it_and_padding_changes_no_score(trained: Any) -> None:
+    result, _, _ = trained
+    folder = Path(result.path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    record = _records(1)[0]
+    transcripts = [render_reply(record.messages, reply, tokenizer) for reply in (*record.replies, "It is 1, rude, rude")]
+    reward = RewardModel(
+        folder, tokenizer, dtype=torch.float32, device=torch.device("cpu"), micro_batch_tokens=512, normalise=True
+    )
+    ours = reward.raw_scores(transcripts)
+    padded = tokenizer.pad({"input_ids": [t.tokens.tolist() for t in transcripts]}, return_tensors="pt")
+    with torch.no_grad():
+        theirs = model(**padded).logits[:, 0].tolist()
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert ours[0] > ours[1] > ours[2]
+    assert model.config.num_labels == 1 and tokenizer.chat_template
+
+
+def test_statistics_of_training_replies_are_recorded(trained: Any) -> None:
+    result, _, _ = trained
+    folder = Path(result.path)
+    stats = json.loads((folder / "reward_stats.json").read_text())
+    assert stats == {"mean": result.score_mean, "std": result.score_std, "count": 32 * 3}
+    assert stats["std"] > 0
+    assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_two_workers_learn_what_one_learns(cluster: None, base: Path, tmp_path: Path) -> None:
+    records = _records(12)
+    losses = []
+    for workers in (1, 2):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        config = _config(base, folder, workers=workers, prompts_per_batch=3, epochs=1, micro_batch_tokens=200)
+        _, lines, _ = _train(config, folder, records, [])
+        losses.append([line["metrics"]["reward_model/loss"] for line in lines])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_loss_that_is_not_a_number_stops_it_and_leaves_no_model(cluster: None, base: Path, tmp_path: Path) -> None:
+    broken = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    with torch.no_grad():
+        broken.score.weight.fill_(float("nan"))
+    broken.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "broken")
+    with pytest.raises(NonFiniteError, match="epoch 0, batch 0"):
+        _train(_config(tmp_path / "broken", tmp_path), tmp_path, _records(8), [])
+    assert not (tmp_path / "reward-model").exists()
+
+
+def test_an_unfit_base_model_is_named(cluster: None, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="config.json"):
+        _train(_config(tmp_path / "empty", tmp_path), tmp_path, _records(4), [])
+
+
+def test_more_workers_than_the_cluster_has_room_for_fail_at_once(cluster: None, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(CapacityError, match="reward_model wants 3"):
+        _train(_config(base, tmp_path, workers=3), tmp_path, _records(4), [])
+
+
+def test_resources_that_others_hold_are_not_waited_for_for_ever(cluster: None, base: Path, tmp_path: Path) -> None:
+    holder = ray.remote(num_cpus=2)(dict).remote()
+    ray.get(holder.__len__.remote())
+    with pytest.raises(CapacityError, match=r"placement\.wait_s"):
+        _train(_config(base, tmp_path), tmp_path, _records(4), [])
+    ray.kill(holder)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orchestrator import schema
+from orchestrator.types import Sampling
+from tests.integration import engine_scenarios as scenarios
+
+Apart = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scenarios.served_llama(tmp_path_factory.mktemp("llama") / "model", tied=True, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_shard_gives_the_same_bits_again_in_any_order_and_after_another(apart: Apart, folder: Path, dtype: str) -> None:
+    request = scenarios.shard(sampling=Sampling(max_new_tokens=24))
+    shuffled = dataclasses.replace(request, requests=random.Random(1).sample(list(request.requests), len(request.requests)))
+    other = scenarios.shard(sampling=Sampling(max_new_tokens=24), num_samples=5)
+    first, again, reordered, _, last = apart(
+        scenarios.samples_of_one_engine, folder, [request, request, shuffled, other, request], dtype=dtype
+    )
+    fresh = apart(scenarios.samples_of_one_engine, folder, [request], dtype=dtype)[0]
+    for table, _ in (again, reordered, last, fresh):
+        assert table.equals(first[0])
+
+
+def test_a_table_holds_what_was_asked_and_what_was_sampled(apart: Apart, folder: Path) -> None:
+    request = scenarios.shard(sampling=Sampling(max_new_tokens=90), num_samples=32)
+    table, numbers = apart(scenarios.samples_of_one_engine, folder, [request])[0]
+    assert table.schema.equals(schema.ROLLOUT)
+    rows = table.to_pylist()
+    for row, asked in zip(rows, request.requests, strict=True):
+        assert (row["row"], row["sample_index"], row["seed"]) == (asked.row, asked.sample_index, asked.seed)
+        assert row["prompt_tokens"] == asked.prompt.tokens.tolist()
+        assert row["meta"] == f'{{"answer": {asked.row}}}'
+        assert row["version"] == 0
+        assert len(row["engine_logprobs"]) == len(row["response_tokens"])
+        assert all(value <= 0 for value in row["engine_logprobs"])
+        stopped = row["response_tokens"][-1] == 0
+        assert row["finish_reason"] == ("stop" if stopped else "length")
+        assert 0 not in row["response_tokens"][:-1]
+        assert stopped or len(row["response_tokens"]) == 90
+        assert "<|im_end|>" not in row["response_text"]
+    assert {row["finish_reason"] for row in rows} == {"stop", "length"}
+    assert numbers["num_samples"] == 32
+    assert numbers["num_prompt_tokens"] == sum(len(row["prompt_tokens"]) for row in rows)
+    assert numbers["num_response_tokens"] == sum(len(row["response_tokens"]) for row in rows)
+    assert len({tuple(row["response_tokens"]) for row in rows}) > 24
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+def test_logprobs_are_those_of_the_model_at_the_sampling_temperature(apart: Apart, folder: Path, temperature: float) -> None:
+    """The folder's generation_config asks for top_k=2, top_p=0.5: if it were heeded, log-probs could not agree."""
+    request = scenarios.shard(sampling=Sampling(temperature=temperature, max_new_tokens=24))
+    table, _ = apart(scenarios.samples_of_one_engine, folder, [request])[0]
+    rows = table.to_pylist()
+    expected = scenarios.reference_logprobs(folder, rows, temperature)
+    for row, reference in zip(rows, expected, strict=True):
+        assert row["engine_logprobs"] == pytest.approx(reference, abs=2e-4)
+
+
+def test_engines_refuse_what_they_can_not_do_right(apart: Apart, folder: Path) -> None:
+    seen = apart(scenarios.refusals, folder)
+    assert "serves no published version: it was started without a version" in seen["unpublished"]
+    assert seen["overlong"].startswith("DataError: prompt 'p0' has 9 tokens; 1 to 8 fit")
+    assert "no update is under way" in seen["no update"]
+    assert seen["tensor parallel"].startswith("ConfigError")
+    assert seen["versions"] == "{5}"
+
+
+def test_threads_rest_after_sampling(apart: Apart, folder: Path) -> None:
+    assert apart(scenarios.processor_seconds_after_sampling, folder) < 0.3

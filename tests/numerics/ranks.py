@@ -1,0 +1,36 @@
+"""Runs a function in several processes joined by gloo."""
+
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from actors.learning import distributed
+from actors.learning.distributed import Group
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def group(rank: int = 0, world_size: int = 1, port: int | None = None) -> Group:
+    return Group(rank, world_size, master_port=port or free_port(), timeout_s=100.0)
+
+
+def run_ranks(function: Any, world_size: int, *arguments: Any) -> list[Any]:
+    """function(rank's Group, *arguments) on every rank; returns what each rank returned (torch.save'd)."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_run, (world_size, port, folder, function, arguments), nprocs=world_size)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _run(rank: int, world_size: int, port: int, folder: str, function: Any, arguments: tuple[Any, ...]) -> None:
+    mine = group(rank, world_size, port)
+    distributed.join(mine)
+    torch.save(function(mine, *arguments), Path(folder) / f"{rank}.pt")
+    distributed.leave()

@@ -1,0 +1,73 @@
+"""On policy, the first minibatch finds ratios of 1: log-probs for the log and for learning come from one computation,
+at the sampling temperature."""
+
+import pytest
+from actors.learning.learner import LearnerSettings
+from actors.learning.worker import LearnJob
+from actors.policy import PolicySettings, PolicyWorker
+from actors.reference import ReferenceSettings, ReferenceWorker
+
+from orchestrator.config import PpoConfig
+from tests.numerics.ranks import group
+from tests.numerics.samples import experience, rollout
+from tests.tiny import tiny_llama
+
+JOB = LearnJob(step=3, advantage_mean=0.0, advantage_std=1.0, kl_coefficient=0.05, seed=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("causal"))
+
+
+def worker(folder, *, dtype, temperature, ppo, micro_batch_tokens=2048):
+    learner = LearnerSettings(dtype=dtype, learning_rate=3e-3)
+    settings = PolicySettings(
+        str(folder), folder, learner, ppo, temperature=temperature, micro_batch_tokens=micro_batch_tokens
+    )
+    return PolicyWorker(settings, group())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 0.1), ("float32", 1e-4)])
+def test_the_first_ratio_is_one_within_the_compute_types_error(folder, dtype, error, temperature):
+    policy = worker(folder, dtype=dtype, temperature=temperature, ppo=PpoConfig(minibatches=2, epochs=2))
+    policy.micro_batch_tokens = 64  # other micro-batches than those that are learned from
+    old = policy.logprobs(rollout())
+    policy.micro_batch_tokens = 2048
+    metrics = policy.learn([experience(old_logprobs=old["logprobs"])], JOB)
+    assert metrics["first_ratio_mean"] == pytest.approx(1.0, abs=error / 5)
+    assert metrics["first_ratio_deviation_max"] < 1 + error
+    assert metrics["optimizer_steps"] == 4
+    assert metrics["epochs"] == 2
+    assert abs(metrics["ratio_max"] - 1) > 3e-3, "later minibatches must have moved"
+
+
+def test_a_wrong_temperature_shows_in_the_first_ratio(folder):
+    ppo = PpoConfig()
+    old = worker(folder, dtype="float32", temperature=0.7, ppo=ppo).logprobs(rollout())
+    metrics = worker(folder, dtype="float32", temperature=1.0, ppo=ppo).learn(
+        [experience(old_logprobs=old["logprobs"])], JOB
+    )
+    assert metrics["first_ratio_deviation_max"] > 1.5
+
+
+def test_policy_and_reference_agree_where_they_are_the_same_model(folder):
+    policy = worker(folder, dtype="float32", temperature=0.7, ppo=PpoConfig())
+    reference = ReferenceWorker(
+        ReferenceSettings(str(folder), folder, dtype="float32", temperature=0.7, micro_batch_tokens=30), group()
+    )
+    ours, theirs = policy.logprobs(rollout()), reference.logprobs(rollout())
+    assert ours["row"].to_pylist() == theirs["row"].to_pylist() == list(range(8))
+    for one, other in zip(ours["logprobs"].to_pylist(), theirs["logprobs"].to_pylist(), strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_target_kl_ends_the_epochs(folder):
+    def steps(target_kl):
+        policy = worker(folder, dtype="float32", temperature=1.0, ppo=PpoConfig(epochs=6, target_kl=target_kl))
+        old = policy.logprobs(rollout())
+        return policy.learn([experience(old_logprobs=old["logprobs"])], JOB)["optimizer_steps"]
+
+    assert steps(None) == 6
+    assert steps(1e-4) < 6

@@ -1,0 +1,162 @@
+"""A learner that was loaded goes on exactly like the one that was saved, bit for bit."""
+
+import dataclasses
+
+import pytest
+import torch
+from actors.critic import CriticSettings, CriticWorker
+from actors.learning import distributed
+from actors.learning.heads import PolicyModel
+from actors.learning.learner import Learner, LearnerSettings
+from actors.learning.model import load_causal, load_tokenizer
+from actors.learning.packing import TokenRows
+from actors.learning.worker import LearnJob
+from actors.policy import ppo_terms
+
+from orchestrator.config import PpoConfig
+from orchestrator.errors import NonFiniteError, StorageError
+from orchestrator.scheduling.balance import plan_minibatches
+from tests.numerics.ranks import group, run_ranks
+from tests.numerics.samples import experience, rollout
+from tests.tiny import tiny_llama, tiny_scorer
+
+PPO = PpoConfig()
+SETTINGS = LearnerSettings(
+    learning_rate=1e-3, schedule="cosine", warmup_optimizer_steps=2, total_optimizer_steps=8, weight_decay=0.01
+)
+COLUMNS = ("old_logprobs", "ref_logprobs", "engine_logprobs", "advantages")
+CASES = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("bfloat16", "float32")]
+
+
+def make(causal, stage, dtype):
+    settings = dataclasses.replace(SETTINGS, zero_stage=stage, dtype=dtype)
+    return Learner(PolicyModel(load_causal(causal, settings.torch_dtype), temperature=1.0), settings)
+
+
+def learn(learner, steps):
+    """Updates number `steps` (each on other samples); returns the learning rates used."""
+    rates = []
+    for step in steps:
+        rows = TokenRows(experience(seed=step), COLUMNS)
+        job = LearnJob(step, 0.0, 1.0, 0.0, seed=1)
+        plan = plan_minibatches(
+            rows.lengths, num_minibatches=1, num_ranks=learner.world_size, micro_batch_tokens=60, seed=(1, step)
+        )
+        micros = [rows.pack(micro, torch.device("cpu")) for micro in plan[0][learner.rank]]
+        update = learner.update(
+            micros,
+            lambda output, micro, job=job: ppo_terms(*output, micro, PPO, job),
+            count=float(rows.response_lengths.sum()),
+            what=f"step {step}",
+        )
+        rates.append(update.learning_rate)
+    return rates
+
+
+def weights(learner):
+    return {name: tensor.clone() for name, tensor in learner.full_weights(torch.float32)}
+
+
+def interrupted_and_not(mine, causal, folder, cases):
+    """Per case: (weights of 4 updates, weights of 2 + save + load + 2, learning rates of both)."""
+    found = {}
+    for stage, dtype in cases:
+        place = folder / f"{stage}-{dtype}"
+        place.mkdir(exist_ok=True)
+        straight = make(causal, stage, dtype)
+        rates = learn(straight, [0, 1])
+        straight.save(place)
+        rates += learn(straight, [2, 3])
+        resumed = make(causal, stage, dtype)
+        resumed.load(place)
+        resumed_rates = learn(resumed, [2, 3])
+        found[stage, dtype] = (weights(straight), weights(resumed), rates, resumed_rates)
+    return found
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("causal"))
+
+
+@pytest.fixture(scope="module")
+def measured(causal, tmp_path_factory):
+    distributed.join(group())
+    two = run_ranks(interrupted_and_not, 2, causal, tmp_path_factory.mktemp("two"), [(0, "bfloat16"), (1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16")])
+    one = interrupted_and_not(group(), causal, tmp_path_factory.mktemp("one"), CASES)
+    return {"one": one, "two": two[0]}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("world", "dtype"), [("one", "bfloat16"), ("one", "float32"), ("two", "bfloat16")])
+def test_steps_after_a_reload_equal_bit_for_bit(measured, world, stage, dtype):
+    straight, resumed, rates, resumed_rates = measured[world][stage, dtype]
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert resumed_rates == rates[2:]
+    assert len(set(rates)) == 4, "the schedule must move for its position to show"
+
+
+def test_another_shape_is_refused_by_name(causal, tmp_path):
+    distributed.join(group())
+    make(causal, 1, "float32").save(tmp_path)
+    with pytest.raises(StorageError, match=r"zero_stage=1 \(now 2\)"):
+        make(causal, 2, "float32").load(tmp_path)
+    with pytest.raises(StorageError, match=r"dtype=float32 \(now bfloat16\)"):
+        make(causal, 1, "bfloat16").load(tmp_path)
+    with pytest.raises(StorageError, match="no complete learner checkpoint"):
+        make(causal, 1, "float32").load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_nothing_is_applied_when_a_loss_or_a_gradient_is_not_finite(causal, stage, dtype, poison):
+    distributed.join(group())
+    learner = make(causal, stage, dtype)
+    before = weights(learner)
+    rows = TokenRows(experience(), COLUMNS)
+    micros = [rows.pack([0, 1], torch.device("cpu")), rows.pack([2, 3], torch.device("cpu"))]
+
+    def objective(output, micro):
+        terms = ppo_terms(*output, micro, PPO, LearnJob(7, 0.0, 1.0, 0.0, seed=1))
+        if micro.rows != (2, 3):
+            return terms
+        # The square root's gradient is infinite at 0 while its value is finite.
+        bad = float("nan") * output[0].sum() if poison == "loss" else (output[0].sum() * 0.0).sqrt()
+        return dataclasses.replace(terms, loss=terms.loss + bad)
+
+    named = r"step 7.*rows \[2, 3\]" if poison == "loss" else "step 7.*gradient norm"
+    with pytest.raises(NonFiniteError, match=named):
+        learner.update(micros, objective, count=1.0, what="step 7")
+    after = weights(learner)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_export_is_an_ordinary_folder(causal, tmp_path, stage):
+    distributed.join(group())
+    learner = make(causal, stage, "bfloat16")
+    learn(learner, [0])
+    learner.export(tmp_path, load_tokenizer(causal))
+    exported = dict(load_causal(tmp_path, torch.bfloat16).named_parameters())
+    published = dict(learner.full_weights())
+    assert exported.keys() == published.keys()
+    assert all(torch.equal(exported[name], published[name]) for name in published)
+    assert load_tokenizer(tmp_path).chat_template == load_tokenizer(causal).chat_template
+    assert (tmp_path / "generation_config.json").is_file()
+
+
+def test_the_critic_learns_its_returns(tmp_path):
+    ppo = PpoConfig(epochs=30, clip_value=None)
+    learner = LearnerSettings(dtype="float32", learning_rate=3e-3)
+    critic = CriticWorker(CriticSettings(str(tiny_scorer(tmp_path)), tmp_path, learner, ppo), group())
+    table = critic.values(rollout())
+    assert [len(values) for values in table["values"].to_pylist()] == [row[1] for row in _lengths()]
+    first = critic.learn([experience()], LearnJob(0, 0.0, 1.0, 0.0, seed=1))
+    second = critic.learn([experience()], LearnJob(1, 0.0, 1.0, 0.0, seed=1))
+    assert second["value_loss"] < 0.5 * first["value_loss"]
+
+
+def _lengths():
+    return [(len(p), len(r)) for p, r in zip(*(rollout()[n].to_pylist() for n in ("prompt_tokens", "response_tokens")), strict=True)]
