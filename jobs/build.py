@@ -1,0 +1,410 @@
+"""Wires the parts: from a config to groups of actors where the plan says, and a coordinator that drives them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ray.util.placement_group import PlacementGroup
+
+from actors.cluster import plan_when_ready, rendezvous, reserved, start_group
+from actors.critic import CriticSettings, CriticWorker
+from actors.engines import RolloutWorker
+from actors.group import ActorGroup
+from actors.learning.distributed import Group
+from actors.learning.learner import LearnerSettings
+from actors.policy import PolicySettings, PolicyWorker
+from actors.process import Process
+from actors.recorder import RecorderWorker
+from actors.reference import ReferenceSettings, ReferenceWorker
+from actors.remote import (
+    BucketPublisher,
+    ClusterMeter,
+    RayLearner,
+    RayRecorder,
+    RayRollouts,
+    ReplicatedScorer,
+    ShardedScorer,
+)
+from actors.reward import RewardSettings, RewardWorker
+from actors.rollout import EngineSettings
+from actors.weights.sender import PublishingPolicy
+from jobs.run_folder import RunFolder
+from orchestrator.algorithms.experience import ExperienceSettings
+from orchestrator.algorithms.kl import adapted_coefficient
+from orchestrator.checkpoints import Checkpoints
+from orchestrator.concurrency import together
+from orchestrator.config import Config, CriticConfig, LearnerConfig
+from orchestrator.coordinator import Coordinator, LoopSettings
+from orchestrator.experience_log import ExperienceLog
+from orchestrator.held_out import Evaluation
+from orchestrator.prompts import PromptSchedule, Splits, sample_requests
+from orchestrator.roles import Recorder
+from orchestrator.sampler import Sampler
+from orchestrator.scheduling.plan import Demand, Plan, Slot
+from orchestrator.telemetry import Telemetry
+from orchestrator.types import Prompt, Sampling, State
+
+RECORDER_CPUS = 1.0
+EVALUATION_STEP = -1  # stands in for a step in the seeds of held-out samples: the same at every evaluation
+
+
+def demands(config: Config, *, learning: bool) -> list[Demand]:
+    """What the roles need: for PPO and replay all of them, with `learning` off only the engines."""
+    rollout, reward = config.rollout, config.reward
+    gpus = rollout.gpus_per_engine * rollout.tensor_parallel_size
+    engines = Demand("rollout", rollout.engines, rollout.cpus_per_engine, gpus)
+    if not learning:
+        return [engines]
+    reference = config.reference
+    return [
+        engines,
+        Demand("policy", config.policy.ranks, config.policy.cpus_per_rank, config.policy.gpus_per_rank),
+        Demand("critic", config.critic.ranks, config.critic.cpus_per_rank, config.critic.gpus_per_rank),
+        Demand("reference", reference.replicas, reference.cpus_per_replica, reference.gpus_per_replica),
+        Demand("reward", reward.replicas, reward.cpus_per_replica, reward.gpus_per_replica),
+        Demand("recorder", 1, RECORDER_CPUS),
+    ]
+
+
+@dataclass(frozen=True)
+class Starter:
+    """Starts groups of one plan, and ends them all when its context ends."""
+
+    config: Config
+    plan: Plan
+    reservation: PlacementGroup
+    ended_by: AsyncExitStack
+
+    async def group(
+        self, role: str, worker: type[Any], arguments: Callable[[Slot], Mapping[str, Any]]
+    ) -> ActorGroup:
+        group = start_group(role, self.plan, self.reservation, worker, arguments)
+        self.ended_by.callback(group.kill)
+        return group
+
+    async def ranks(self, role: str, worker: type[Any], settings: Any) -> ActorGroup:
+        """A group whose ranks form one process group."""
+        address, port = await rendezvous(self.plan, role, self.reservation)
+        world_size = len(self.plan.of(role))
+
+        def arguments(slot: Slot) -> Mapping[str, Any]:
+            group = Group(
+                rank=slot.rank,
+                world_size=world_size,
+                master_addr=address,
+                master_port=port,
+                timeout_s=self.config.deadlines.learn_s,
+                threads=slot.threads,
+            )
+            return {"settings": settings, "group": group}
+
+        return await self.group(role, worker, arguments)
+
+
+@asynccontextmanager
+async def starting(config: Config, needed: Sequence[Demand]) -> AsyncIterator[Starter]:
+    """Places what is needed; on exit all actors are ended and their resources are free."""
+    plan = await plan_when_ready(needed, mode=config.placement.mode, wait_s=config.placement.wait_s)
+    async with AsyncExitStack() as stack:
+        reservation = await stack.enter_async_context(reserved(plan, wait_s=config.placement.wait_s))
+        yield Starter(config, plan, reservation, stack)
+
+
+async def start_engines(starter: Starter, *, version: int | None) -> ActorGroup:
+    """The rollout engines, at `version` from the start, or (None) out of service until the first publish."""
+    config = starter.config
+    on_shared_gpu = config.placement.mode == "colocated" and config.rollout.gpus_per_engine > 0
+
+    def arguments(slot: Slot) -> Mapping[str, Any]:
+        settings = EngineSettings(
+            model=Path(),
+            dtype=config.model.dtype,
+            max_length=config.model.max_length,
+            seed=config.run.seed,
+            threads=slot.threads,
+            version=version,
+            verify=config.publish.verify,
+            max_samples=config.rollout.samples_per_shard,
+            kv_cache_gib=config.rollout.kv_cache_gib,
+            gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+            tensor_parallel_size=config.rollout.tensor_parallel_size,
+            sleep_mode=on_shared_gpu,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        return {
+            "kind": config.rollout.engine,
+            "model": config.model.path,
+            "cache_dir": config.run.cache,
+            "settings": settings,
+        }
+
+    return await starter.group("rollout", RolloutWorker, arguments)
+
+
+def rollouts_of(config: Config, engines: ActorGroup) -> RayRollouts:
+    sleeps = config.placement.mode == "colocated" and config.rollout.gpus_per_engine > 0
+    return RayRollouts(engines, generate_s=config.deadlines.generate_s, sleeps=sleeps)
+
+
+def sampling_of(config: Config) -> Sampling:
+    rollout = config.rollout
+    return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
+
+
+async def start_learners(starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
+    """Policy and critic, starting at once."""
+    config = starter.config
+    common = _common(config)
+    policy = PolicySettings(
+        config.model.path,
+        learner=_learner_settings(config, config.policy),
+        ppo=config.ppo,
+        temperature=config.rollout.temperature,
+        micro_batch_tokens=config.policy.micro_batch_tokens,
+        **common,
+    )
+    critic = CriticSettings(
+        _critic_path(config.critic, reward_path) or config.model.path,
+        learner=_learner_settings(config, config.critic),
+        ppo=config.ppo,
+        new_head=None if _critic_path(config.critic, reward_path) else "zero",
+        seed=config.run.seed,
+        micro_batch_tokens=config.critic.micro_batch_tokens,
+        **common,
+    )
+    return {
+        "policy": await starter.ranks("policy", PublishingPolicy, policy),
+        "critic": await starter.ranks("critic", CriticWorker, critic),
+    }
+
+
+async def start_scorers(starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
+    """Reference and reward, starting at once."""
+    config = starter.config
+    common = _common(config)
+    reference = ReferenceSettings(
+        config.reference.path or config.model.path,
+        dtype=config.model.dtype,
+        temperature=config.rollout.temperature,
+        sharded=config.reference.sharded,
+        micro_batch_tokens=config.reference.micro_batch_tokens,
+        **common,
+    )
+    reward = RewardSettings(
+        config.reward.kind,
+        rules=config.reward.rules,
+        http=config.reward.http,
+        model=reward_path,
+        policy=config.model.path,
+        chat_template=config.model.chat_template,
+        dtype=config.model.dtype,
+        micro_batch_tokens=config.reward.micro_batch_tokens,
+        max_length=config.reward_model.max_length,
+        normalise=config.reward.normalise,
+        **common,
+    )
+    return {
+        "reference": await starter.ranks("reference", ReferenceWorker, reference),
+        "reward": await starter.group(
+            "reward", RewardWorker, lambda slot: {"settings": reward, "threads": slot.threads}
+        ),
+    }
+
+
+async def start_recorders(starter: Starter, run: RunFolder) -> ActorGroup:
+    arguments = {
+        "settings": _experience_settings(starter.config),
+        "run_id": run.id,
+        "gold": starter.config.evaluation.gold,
+    }
+    return await starter.group("recorder", RecorderWorker, lambda slot: arguments)
+
+
+async def all_ready(groups: Mapping[str, ActorGroup], deadline_s: float) -> None:
+    """Waits until every constructor has finished; raises what the first failing one raised."""
+    await together(group.call_all(Process.ready, deadline_s) for group in groups.values())
+    for group in groups.values():
+        group.busy.take()
+
+
+@asynccontextmanager
+async def ppo_coordinator(
+    config: Config,
+    run: RunFolder,
+    prompts: Splits[Prompt],
+    reward_path: str | None,
+    telemetry: Telemetry,
+    on_plan: Callable[[Plan], None],
+) -> AsyncIterator[Coordinator]:
+    """A coordinator whose actors are ready; they end with the context."""
+    async with starting(config, demands(config, learning=True)) as starter:
+        on_plan(starter.plan)
+        groups = await start_learners(starter, reward_path)
+        groups |= await start_scorers(starter, reward_path)
+        groups["rollout"] = await start_engines(starter, version=None)
+        recorders = await start_recorders(starter, run)
+        await all_ready({**groups, "recorder": recorders}, config.deadlines.start_s)
+        yield _coordinator(config, run, prompts, telemetry, groups, recorders)
+
+
+def _coordinator(
+    config: Config,
+    run: RunFolder,
+    prompts: Splits[Prompt],
+    telemetry: Telemetry,
+    groups: Mapping[str, ActorGroup],
+    recorders: ActorGroup,
+) -> Coordinator:
+    limits = config.deadlines
+    policy, critic = learners_of(config, groups)
+    reference = ShardedScorer(groups["reference"], ReferenceWorker.logprobs, score_s=limits.score_s)
+    reward = ReplicatedScorer(groups["reward"], RewardWorker.score, score_s=limits.score_s)
+    rollouts = rollouts_of(config, groups["rollout"])
+    recorder = recorder_of(config, recorders)
+    ppo = config.ppo
+    schedule = PromptSchedule(
+        prompts.train,
+        seed=config.run.seed,
+        prompts_per_step=ppo.prompts_per_step,
+        samples_per_prompt=ppo.samples_per_prompt,
+    )
+    held_out = sample_requests(
+        prompts.held_out[: config.evaluation.prompts],
+        samples_per_prompt=1,
+        seed=config.run.seed,
+        step=EVALUATION_STEP,
+    )
+    return Coordinator(
+        settings=loop_settings(config, ppo.steps),
+        sampler=Sampler(
+            rollouts,
+            schedule,
+            sampling=sampling_of(config),
+            samples_per_shard=config.rollout.samples_per_shard,
+            max_staleness=ppo.max_staleness,
+            takes_turns=config.placement.mode == "colocated",
+        ),
+        reference=reference,
+        reward=reward,
+        policy=policy,
+        critic=critic,
+        publisher=BucketPublisher(
+            groups["policy"],
+            groups["rollout"],
+            bucket_bytes=config.publish.bucket_mib << 20,
+            publish_s=limits.publish_s,
+        ),
+        log=experience_log(config, run, recorder),
+        checkpoints=Checkpoints(
+            run.checkpoints,
+            {"policy": policy, "critic": critic},
+            every_steps=config.checkpoints.every_steps,
+            last_step=ppo.steps,
+            keep=config.checkpoints.keep,
+        ),
+        evaluation=Evaluation(
+            run.evaluation,
+            held_out,
+            rollouts=rollouts,
+            policy=policy,
+            reference=reference,
+            reward=reward,
+            recorder=recorder,
+            telemetry=telemetry,
+            sampling=sampling_of(config),
+            samples_per_shard=config.rollout.samples_per_shard,
+            every_steps=config.evaluation.every_steps,
+            last_step=ppo.steps,
+        ),
+        telemetry=telemetry,
+        meter=ClusterMeter(groups, run_id=run.id),
+    )
+
+
+def learners_of(config: Config, groups: Mapping[str, ActorGroup]) -> tuple[RayLearner, RayLearner]:
+    """(policy, critic)"""
+    limits = config.deadlines
+    learner = partial(
+        RayLearner, seed=config.run.seed, score_s=limits.score_s, learn_s=limits.learn_s, save_s=limits.save_s
+    )
+    return learner(groups["policy"], PolicyWorker.logprobs), learner(groups["critic"], CriticWorker.values)
+
+
+def recorder_of(config: Config, recorders: ActorGroup) -> RayRecorder:
+    return RayRecorder(recorders, record_s=config.deadlines.record_s)
+
+
+def experience_log(config: Config, run: RunFolder, recorder: Recorder) -> ExperienceLog:
+    return ExperienceLog(run.log, recorder, max_failed_fraction=config.reward.max_failed_fraction)
+
+
+def reward_model_of(config: Config, run: RunFolder) -> str | None:
+    """The reward model's folder or name: the config's, or the one that the run's reward_model stage trained."""
+    if config.reward.kind == "model" and config.reward.path is None:
+        return str(run.reward_model)
+    return config.reward.path
+
+
+def loop_settings(config: Config, steps: int) -> LoopSettings:
+    return LoopSettings(
+        steps, config.critic.warmup_steps, _kl_controller(config), config.guards.max_kl
+    )
+
+
+def initial_state(config: Config) -> State:
+    return State(step=0, kl_coefficient=config.ppo.kl_coefficient)
+
+
+def _kl_controller(config: Config) -> Callable[[float, float, int], float]:
+    target = config.ppo.kl_target
+    if target is None:
+        return lambda coefficient, observed_kl, num_samples: coefficient
+    return lambda coefficient, observed_kl, num_samples: adapted_coefficient(
+        coefficient,
+        observed_kl,
+        target=target,
+        horizon_samples=config.ppo.kl_horizon_samples,
+        num_samples=num_samples,
+    )
+
+
+def _experience_settings(config: Config) -> ExperienceSettings:
+    ppo = config.ppo
+    return ExperienceSettings(
+        kl_in_reward=ppo.kl_estimator == "k1-reward",
+        gamma=ppo.gamma,
+        lam=ppo.lam,
+        truncated=ppo.truncated,
+        truncation_penalty=ppo.truncation_penalty,
+        reward_clip=config.reward.clip,
+    )
+
+
+def _common(config: Config) -> dict[str, Any]:
+    return {"cache_dir": config.run.cache, "trust_remote_code": config.model.trust_remote_code}
+
+
+def _critic_path(critic: CriticConfig, reward_path: str | None) -> str | None:
+    """Null: there is none to start from, and a new head is put on the policy."""
+    return critic.path or reward_path
+
+
+def _learner_settings(config: Config, learner: LearnerConfig) -> LearnerSettings:
+    ppo = config.ppo
+    return LearnerSettings(
+        zero_stage=learner.zero_stage,
+        dtype=config.model.dtype,
+        learning_rate=learner.learning_rate,
+        schedule=learner.schedule,
+        warmup_optimizer_steps=learner.warmup_optimizer_steps,
+        total_optimizer_steps=ppo.steps * ppo.epochs * ppo.minibatches,
+        weight_decay=learner.weight_decay,
+        adam_betas=learner.adam_betas,
+        max_grad_norm=learner.max_grad_norm,
+        gradient_checkpointing=learner.gradient_checkpointing,
+    )

@@ -1,0 +1,236 @@
+"""One job on a Ray cluster, through Ray's Jobs API: submitted, its lines followed, its exit code told.
+
+    connect(url) -> JobsClient       every request has a deadline
+    submit(client, job) -> id
+    follow(client, id, write) -> exit code of the job's process
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import aiohttp
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from orchestrator.errors import CapacityError, ConfigError
+
+PACKAGES = ("actors", "jobs", "orchestrator")
+PROJECT_FILES = ("pyproject.toml", "README.md", "LICENSE")
+
+POLL_S = 1.0
+REQUEST_S = 60.0
+START_S = 180.0
+LOST_S = 60.0
+LAST_LINES_S = 10.0
+# Ray gives a stopped job 3 s before it kills it: too short to commit what was sampled.
+STOP_GRACE_S = 60
+
+FAILED = 1
+
+# Ray's client tells every upload and closed connection on standard error.
+for _name in ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is submitted.
+
+    Args:
+        entrypoint: shell command.
+        working_dir: folder that is sent to the cluster and in which the command runs; null: nothing is sent.
+        environment: set for the command and for all its actors.
+        resources: what the node that runs the command must offer, e.g. {"coordinator": 1}.
+    """
+
+    entrypoint: str
+    working_dir: Path | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    resources: Mapping[str, float] = field(default_factory=dict)
+
+
+class JobsClient(JobSubmissionClient):  # type: ignore[misc]  # ray's class is untyped
+    """Ray's client, whose requests wait for ever, with a deadline for each."""
+
+    def __init__(self, address: str, *, request_s: float, headers: Mapping[str, str]) -> None:
+        self._request_s = request_s
+        super().__init__(address, headers=dict(headers))
+
+    def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> requests.Response:
+        response: requests.Response = super()._do_request(method, endpoint, **{"timeout": self._request_s, **kwargs})
+        return response
+
+
+def connect(address: str, *, token: str | None = None, wait_s: float = 10.0) -> JobsClient:
+    """The Jobs API at `address` (http://host:port).
+
+    Args:
+        address: URL of the cluster's dashboard.
+        token: the cluster's token; null: the one that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH names, if any.
+        wait_s: how long the first answer may take.
+
+    Raises:
+        CapacityError: nothing that speaks the Jobs API answers there.
+        ConfigError: not a URL, or the token is missing or wrong.
+    """
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError(f"--address {address!r} is not the URL of a Ray dashboard; give e.g. http://10.0.0.1:8265.")
+    # Ray's client lets RAY_ADDRESS and RAY_API_SERVER_ADDRESS override the address that it is given.
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        client = JobsClient(address, request_s=wait_s, headers=headers)
+    except AuthenticationError as error:
+        raise ConfigError(
+            f"the cluster at {address} refuses this token ({_first_line(error)}). Set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN_PATH to the file that holds the cluster's token."
+        ) from None
+    except (ConnectionError, requests.RequestException, RuntimeError, ValueError, KeyError) as error:
+        raise CapacityError(
+            f"no Ray Jobs API answers at {address} within {wait_s:.0f} s ({_first_line(error)}). Check host and port "
+            "of the dashboard, or start a cluster with `ray start --head`."
+        ) from None
+    client._request_s = REQUEST_S
+    return client
+
+
+def stage_project(root: Path, folder: Path, include: Sequence[Path] = ()) -> None:
+    """Copies what a job needs of the project at `root` into `folder`: the packages, no environment, runs or tests.
+
+    Ray refuses packages above a size; a checkout with its environment and runs exceeds it.
+
+    Args:
+        root: the checkout.
+        folder: an empty folder.
+        include: further files or folders, relative to `root` or not; they land under their own name.
+
+    Raises:
+        ConfigError: one of `include` does not exist.
+    """
+    skip = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for name in PACKAGES:
+        shutil.copytree(root / name, folder / name, ignore=skip)
+    for name in PROJECT_FILES:
+        if (root / name).exists():
+            shutil.copy2(root / name, folder / name)
+    for path in include:
+        if not path.exists():
+            raise ConfigError(f"--include {path}: no such file or folder.")
+        if path.is_dir():
+            shutil.copytree(path, folder / path.resolve().name, ignore=skip, dirs_exist_ok=True)
+        else:
+            shutil.copy2(path, folder / path.name)
+
+
+def submit(client: JobsClient, job: Job) -> str:
+    """Hands the job over; returns its submission id.
+
+    Raises:
+        CapacityError: the cluster does not take it.
+    """
+    environment = {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S), **job.environment}
+    runtime_env: dict[str, Any] = {"env_vars": environment}
+    if job.working_dir:
+        runtime_env["working_dir"] = str(job.working_dir)
+    try:
+        return str(
+            client.submit_job(
+                entrypoint=job.entrypoint, runtime_env=runtime_env, entrypoint_resources=dict(job.resources) or None
+            )
+        )
+    except (RuntimeError, requests.RequestException, ValueError) as error:
+        raise CapacityError(
+            f"the cluster at {client.get_address()} did not take the job: {_first_line(error)}. Look at its dashboard."
+        ) from None
+
+
+async def follow(client: JobsClient, job_id: str, write: Callable[[str], None]) -> int:
+    """Writes the job's output as it comes and returns its exit code; cancelled, it stops the job first.
+
+    Raises:
+        CapacityError: the job does not start within START_S, or the cluster stops answering for LOST_S.
+    """
+    lines = asyncio.create_task(_tail(client, job_id, write))
+    try:
+        details = await _ended(client, job_id, started_by=monotonic() + START_S)
+        await asyncio.wait({lines}, timeout=LAST_LINES_S)
+        return _exit_code(details, write)
+    except asyncio.CancelledError:
+        await _stop(client, job_id, write)
+        await asyncio.wait({lines}, timeout=LAST_LINES_S)
+        raise
+    finally:
+        lines.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await lines
+
+
+async def _ended(client: JobsClient, job_id: str, *, started_by: float = float("inf")) -> JobDetails:
+    answered = monotonic()
+    while True:
+        try:
+            details = await asyncio.to_thread(client.get_job_info, job_id)
+        except (RuntimeError, requests.RequestException) as error:
+            if monotonic() - answered > LOST_S:
+                raise CapacityError(
+                    f"the cluster at {client.get_address()} has not answered for {LOST_S:.0f} s while job {job_id} ran "
+                    f"({_first_line(error)}). The job may still run; look for it with `ray job list`."
+                ) from None
+        else:
+            answered = monotonic()
+            if details.status.is_terminal():
+                return details
+            if details.status == JobStatus.PENDING and answered > started_by:
+                raise CapacityError(
+                    f"job {job_id} has not started within {START_S:.0f} s: {details.message} "
+                    "No node offers what its entry point needs; see `ray status`, and --resource."
+                )
+        await asyncio.sleep(POLL_S)
+
+
+async def _tail(client: JobsClient, job_id: str, write: Callable[[str], None]) -> None:
+    """Writes the log to its end. A broken connection is made again and what was written is skipped."""
+    written = 0
+    while True:
+        position = 0
+        with contextlib.suppress(RuntimeError, aiohttp.ClientError, OSError):
+            async for chunk in client.tail_job_logs(job_id):
+                fresh = chunk[max(0, written - position) :]
+                position += len(chunk)
+                written += len(fresh)
+                if fresh:
+                    write(fresh)
+            return
+        await asyncio.sleep(POLL_S)
+
+
+async def _stop(client: JobsClient, job_id: str, write: Callable[[str], None]) -> None:
+    write(f"stopping job {job_id}: it has {STOP_GRACE_S} s to commit what it holds\n")
+    with contextlib.suppress(RuntimeError, requests.RequestException, TimeoutError, CapacityError):
+        await asyncio.to_thread(client.stop_job, job_id)
+        await asyncio.wait_for(_ended(client, job_id), STOP_GRACE_S + 2 * LAST_LINES_S)
+
+
+def _exit_code(details: JobDetails, write: Callable[[str], None]) -> int:
+    if details.status == JobStatus.SUCCEEDED:
+        return 0
+    code = details.driver_exit_code
+    if code is None or code < 0:
+        write(f"job {details.submission_id} {details.status}: {details.message}\n")
+        return FAILED
+    return int(code) or FAILED
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,63 @@
+"""What every command does around its work: read the config, tell the truth in one message and by the exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable, Coroutine, Iterable
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from orchestrator.config import Config, load_config, to_yaml
+from orchestrator.errors import RlhfError
+
+INTERRUPTED = 130  # what shells report of a program ended by Ctrl-C
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """One line for people, at once also when standard output is a file."""
+    out.print(escape(text))
+    out.file.flush()
+
+
+def read_config(path: Path | None, overrides: Iterable[str], *, print_config: bool) -> Config:
+    """The config of a command line; with `print_config` it is printed and the command ends."""
+    config = load_config(path, overrides)
+    if print_config:
+        out.print(to_yaml(config), markup=False)
+        raise typer.Exit(0)
+    return config
+
+
+def run_command(work: Callable[[], None]) -> None:
+    """Runs a command's work; errors of our own become one message and their exit code."""
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        work()
+    except RlhfError as error:
+        err.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}")
+        raise typer.Exit(error.exit_code) from error
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        err.print("stopped; what was committed is safe, and the same run.id goes on from there.")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def run_async(work: Coroutine[Any, Any, None]) -> None:
+    """Runs a coroutine; Ctrl-C and SIGTERM cancel it, so that it can end what it started."""
+
+    async def supervised() -> None:
+        task = asyncio.ensure_future(work)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, task.cancel)
+        await task
+
+    asyncio.run(supervised())

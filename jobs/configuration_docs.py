@@ -1,0 +1,106 @@
+"""`python -m jobs.configuration_docs`: writes docs/configuration.md from the descriptions in orchestrator/config.py."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from jobs.command import say
+from orchestrator.config import Config
+
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+
+HEAD = """# Configuration
+
+Generated from `orchestrator/config.py` by `make docs`; a test keeps both in step.
+
+A config is a YAML file with the sections below; what it leaves out has its default. On the command line every key can be
+set as `section.key=value`, the value in YAML: `python -m jobs.ppo --config FILE ppo.steps=10 reward.kind=rules`. Unknown
+keys are refused, with the nearest known one. `--print-config` prints the resolved config; a run keeps it in its folder.
+"""
+
+
+def configuration_markdown() -> str:
+    """The text of docs/configuration.md: a table per section, in the order of the config."""
+    return "\n".join([HEAD, *_tables("", Config)])
+
+
+def _tables(prefix: str, section: type[BaseModel]) -> Iterator[str]:
+    nested = {name: inner for name, field in section.model_fields.items() if (inner := _section_in(field.annotation))}
+    plain = {name: field for name, field in section.model_fields.items() if name not in nested}
+    if plain:
+        yield f"## `{prefix}`\n" if prefix else "## At the top\n"
+        yield "| key | type | default | meaning |\n|---|---|---|---|"
+        for name, field in plain.items():
+            yield f"| `{name}` | {_cell(_type_text(field))} | {_default(field)} | {_cell(field.description or '')} |"
+        yield ""
+    for name, inner in nested.items():
+        repeated = typing.get_origin(section.model_fields[name].annotation) is tuple
+        yield from _tables(f"{prefix}.{name}".strip(".") + ("[]" if repeated else ""), inner)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds: itself, or null, or a list of it."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_section_in(inner) for inner in typing.get_args(annotation))
+    return next((inner for inner in found if inner), None)
+
+
+def _type_text(field: FieldInfo) -> str:
+    text = _name(field.annotation)
+    bounds = [f"{sign} {getattr(item, key):g}" for item in field.metadata for key, sign in _SIGNS if hasattr(item, key)]
+    patterns = [f"`{item.pattern}`" for item in field.metadata if getattr(item, "pattern", None)]
+    return ", ".join([text, *bounds, *patterns])
+
+
+_SIGNS = (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
+_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", Path: "path", types.NoneType: "null"}
+
+
+def _name(annotation: Any) -> str:
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in inner)
+    if origin is typing.Annotated:
+        limits = [f"{sign} {getattr(item, key):g}" for extra in inner[1:] for item in _constraints(extra)
+                  for key, sign in _SIGNS if getattr(item, key, None) is not None]  # fmt: skip
+        return " ".join([_name(inner[0]), *limits])
+    if origin is tuple:
+        return "list of " + _name(inner[0])
+    if inner:
+        return " or ".join(map(_name, inner))
+    return _NAMES.get(annotation, str(annotation))
+
+
+def _constraints(extra: Any) -> list[Any]:
+    return list(extra.metadata) if isinstance(extra, FieldInfo) else [extra]
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.default
+    if value is PydanticUndefined:
+        return "required"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"`[{', '.join(map(str, value))}]`"
+    return f"`{value}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("\n", " ").replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    TARGET.write_text(configuration_markdown(), encoding="utf-8")
+    say(f"wrote {TARGET}")

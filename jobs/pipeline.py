@@ -1,0 +1,108 @@
+"""Runs the stages of one run, in order; a stage that an earlier attempt finished is not run again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+
+from actors.trackers import open_trackers
+from jobs.build import initial_state, ppo_coordinator, reward_model_of
+from jobs.labeller import read_gold
+from jobs.preferences import make_preferences
+from jobs.prepare import Prepared, find_data
+from jobs.reward_model import RESULT_FILE, split_held_out, train_reward_model
+from jobs.run_folder import RunFolder
+from orchestrator.config import Config, Stage
+from orchestrator.data.readers import read_rankings
+from orchestrator.exposition import PrometheusEndpoint
+from orchestrator.scheduling.plan import Plan
+from orchestrator.storage import write_json
+from orchestrator.telemetry import Telemetry
+
+Say = Callable[[str], None]
+
+
+async def run_stages(config: Config, run: RunFolder, prepared: Prepared, say: Say) -> None:
+    """Runs what the config's `stages` names. Raises what a stage raises."""
+    with ExitStack() as stack:
+        endpoint = _open_endpoint(config, run, stack)
+        if "preferences" in config.stages and not run.preferences.exists():
+            with _stage("preferences", config, run, endpoint, say) as telemetry:
+                await _preferences(config, run, prepared, telemetry, say)
+        if "reward_model" in config.stages and not (run.path / RESULT_FILE).exists():
+            with _stage("reward_model", config, run, endpoint, say) as telemetry:
+                await _reward_model(config, run, telemetry, say)
+        if "ppo" in config.stages:
+            with _stage("ppo", config, run, endpoint, say) as telemetry:
+                await _ppo(config, run, prepared, telemetry, say)
+
+
+async def _preferences(config: Config, run: RunFolder, prepared: Prepared, telemetry: Telemetry, say: Say) -> None:
+    report = await make_preferences(config, run, prepared.prompts.reward_model, say)
+    telemetry.event("labelled", **asdict(report))
+    say(
+        f"preferences: {report.num_rankings} prompts ranked; noisy labels agree with gold on "
+        f"{report.pair_agreement:.1%} of pairs"
+    )
+
+
+async def _reward_model(config: Config, run: RunFolder, telemetry: Telemetry, say: Say) -> None:
+    path = find_data(config.preferences.path) if config.preferences.path else run.preferences
+    records, report = read_rankings(path, config.preferences.format, config.preferences.limit)
+    say(f"reward model: {report.summary()}")
+    train, held_out = split_held_out(records, config.preferences.held_out)
+    gold = None
+    if config.preferences.path is None:
+        gold_of_prompt = read_gold(run.preferences)
+        gold = [gold_of_prompt[record.id] for record in held_out]
+    result = await train_reward_model(config, train, held_out, run.reward_model, telemetry, say, gold=gold)
+    write_json(run.path / RESULT_FILE, asdict(result))
+    telemetry.event("trained", **asdict(result))
+    say(f"reward model: {result.describe()}")
+
+
+async def _ppo(config: Config, run: RunFolder, prepared: Prepared, telemetry: Telemetry, say: Say) -> None:
+    def on_plan(plan: Plan) -> None:
+        telemetry.event("placed", plan=plan.describe().splitlines())
+        say("placement:\n  " + plan.describe().replace("\n", "\n  "))
+
+    async with ppo_coordinator(
+        config, run, prepared.prompts, reward_model_of(config, run), telemetry, on_plan
+    ) as coordinator:
+        say("ppo: all roles are ready")
+        await coordinator.run(initial_state(config))
+        if config.checkpoints.export:
+            run.export.mkdir(exist_ok=True)
+            await coordinator.policy.export(run.export)
+
+
+def _open_endpoint(config: Config, run: RunFolder, stack: ExitStack) -> PrometheusEndpoint | None:
+    port = config.telemetry.prometheus_port
+    if port is None:
+        return None
+    return stack.enter_context(
+        PrometheusEndpoint(run.path, run.id, run.attempt, host=config.telemetry.prometheus_host, port=port)
+    )
+
+
+@contextmanager
+def _stage(
+    name: Stage, config: Config, run: RunFolder, endpoint: PrometheusEndpoint | None, say: Say
+) -> Iterator[Telemetry]:
+    """A stage's telemetry; its start and its end, of whatever kind, are events."""
+    is_ppo = name == "ppo"
+    settings = config.model_dump(mode="json")
+    trackers = open_trackers(config.telemetry, run.path, run.id, first_step=0, settings=settings) if is_ppo else ()
+    num_steps = config.ppo.steps if is_ppo else None
+    telemetry = Telemetry(
+        run.path, run.id, run.attempt, trackers, say if is_ppo else None, stage=name, num_steps=num_steps, prometheus=endpoint
+    )
+    with telemetry:
+        telemetry.event("stage_started")
+        try:
+            yield telemetry
+        except BaseException as error:
+            telemetry.event("stage_failed", error=f"{type(error).__name__}: {error}")
+            raise
+        telemetry.event("stage_finished")

@@ -1,0 +1,86 @@
+"""Stage `preferences`: sample K replies per prompt from the start policy and let the labeller rank them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from time import monotonic
+
+import pyarrow as pa
+
+from actors.engines import RolloutWorker
+from actors.rewards.rules import RuleReward
+from jobs.build import all_ready, demands, sampling_of, start_engines, starting
+from jobs.labeller import LabelReport, ScoredReplies, label, write_rankings
+from jobs.run_folder import RunFolder
+from orchestrator.concurrency import together
+from orchestrator.config import Config, RuleConfig
+from orchestrator.data.records import Message
+from orchestrator.errors import DataError
+from orchestrator.prompts import sample_requests
+from orchestrator.sampler import cut_into_shards
+from orchestrator.types import Prompt, ShardRequest
+
+LABEL_STEP = -2  # stands in for a step in the seeds of samples that are ranked
+
+
+async def make_preferences(
+    config: Config, run: RunFolder, prompts: Sequence[Prompt], say: Callable[[str], None]
+) -> LabelReport:
+    """Writes run.preferences. Engines start for this stage and end with it.
+
+    Raises:
+        DataError: no prompts were set aside, or nothing could be ranked.
+    """
+    chosen = prompts[: config.labeller.prompts]
+    if not chosen:
+        raise DataError("no prompts are set aside for the reward model: raise prompts.reward_model_fraction.")
+    gold = RuleReward([RuleConfig(function=config.labeller.gold)])
+    requests = sample_requests(
+        chosen, samples_per_prompt=config.labeller.replies_per_prompt, seed=config.run.seed, step=LABEL_STEP
+    )
+    shards = cut_into_shards(
+        LABEL_STEP,
+        requests,
+        samples_per_shard=config.rollout.samples_per_shard,
+        sampling=sampling_of(config),
+    )
+    tables = await _sample(config, shards, say)
+    scored = _scored(pa.concat_tables(tables), chosen, gold)
+    rankings, report = label(scored, noise_std=config.labeller.noise_std, seed=config.run.seed)
+    write_rankings(run.preferences, rankings)
+    return report
+
+
+async def _sample(config: Config, shards: Sequence[ShardRequest], say: Callable[[str], None]) -> list[pa.Table]:
+    async with starting(config, demands(config, learning=False)) as starter:
+        engines = await start_engines(starter, version=0)
+        await all_ready({"rollout": engines}, config.deadlines.start_s)
+        pending = iter(enumerate(shards))
+        tables: dict[int, pa.Table] = {}
+        started = monotonic()
+
+        async def drive(engine: int) -> None:
+            for index, shard in pending:
+                table, counts = await engines.call(
+                    engine, RolloutWorker.generate, config.deadlines.generate_s, shard
+                )
+                tables[index] = table
+                rate = counts["num_response_tokens"] / counts["seconds"]
+                left = (len(shards) - len(tables)) * (monotonic() - started) / len(tables)
+                say(f"preferences {len(tables)}/{len(shards)}  {rate:.0f} tok/s  {left:.0f} s left")
+
+        await together(drive(engine) for engine in range(len(engines)))
+        return [tables[index] for index in range(len(shards))]
+
+
+def _scored(table: pa.Table, prompts: Sequence[Prompt], gold: RuleReward) -> list[ScoredReplies]:
+    messages = {prompt.id: tuple(Message(**item) for item in prompt.meta["messages"]) for prompt in prompts}
+    ids, replies = table["prompt_id"].to_pylist(), table["response_text"].to_pylist()
+    values = [score.value for score in gold.scores(table)]
+    rows = zip(ids, replies, values, strict=True)
+    scored = []
+    for prompt_id, group in groupby(rows, key=lambda row: row[0]):
+        _, texts, golds = zip(*group, strict=True)
+        scored.append(ScoredReplies(prompt_id, messages[prompt_id], texts, golds))
+    return scored

@@ -1,0 +1,88 @@
+"""`make quickstart`: the main job on a Ray of its own on this machine.
+
+Starts Ray (loopback only, private token), submits `jobs.ppo` through Ray's Jobs API, passes its lines on, stops what it
+started. Exit code: the job's. Models come from folders; with HF_HUB_OFFLINE=0 also from the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import sys
+from pathlib import Path
+from time import monotonic
+from typing import Annotated
+
+import typer
+
+from jobs.cluster_job import FAILED, Job, connect, follow, submit
+from jobs.command import run_async, run_command, say
+from jobs.local_ray import LocalRay, local_ray
+from jobs.submit import write_raw
+from orchestrator.config import Config, load_config
+
+CONFIG = Path("jobs/configs/quickstart.yaml")
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def main(
+    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides such as ppo.steps=2.")] = None,
+    config: Annotated[Path, typer.Option("--config", help="YAML file.")] = CONFIG,
+    module: Annotated[str, typer.Option("--module", help="Command to run.")] = "jobs.ppo",
+) -> None:
+    """Runs a job from nothing to its result on this machine. Exit code: the job's."""
+    code = 0
+
+    def work() -> None:
+        nonlocal code
+        keys = [*(overrides or ())]
+        settings = load_config(config, keys)
+        # The job runs where this command was called, so relative paths mean what they say here.
+        entrypoint = shlex.join([sys.executable, "-m", module, "--config", str(config), *keys])
+        entrypoint = f"cd {shlex.quote(str(Path.cwd()))} && exec {entrypoint}"
+        code = run_on_local_ray(entrypoint, settings)
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run_command(work)
+    raise typer.Exit(code)
+
+
+def run_on_local_ray(entrypoint: str, config: Config) -> int:
+    """Runs a shell command as a job on a Ray of its own; returns its exit code."""
+    started = monotonic()
+    say("starting Ray on this machine ...")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with local_ray() as ray:
+        say(f"Ray is up after {monotonic() - started:.0f} s; dashboard {ray.url} (token in {ray.token_file})")
+        client = connect(ray.url, token=ray.token)
+        job_id = submit(client, Job(entrypoint))
+        say(f"submitted {job_id} through Ray's Jobs API")
+        code = FAILED
+
+        async def watch() -> None:
+            nonlocal code
+            code = await follow(client, job_id, write_raw)
+
+        run_async(watch())
+        if code == FAILED:
+            _keep_logs(ray, config.run.root / "ray-logs" / job_id)
+    say(f"Ray stopped; {monotonic() - started:.0f} s in all, exit code {code}")
+    return code
+
+
+def _keep_logs(ray: LocalRay, target: Path) -> None:
+    shutil.copytree(ray.logs, target, dirs_exist_ok=True, ignore_dangling_symlinks=True)
+    say(f"logs of Ray's processes: {target}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,155 @@
+"""`python -m jobs.replay RUN_FOLDER [--until STEP] [--to FOLDER]`: learns again from a run's log.
+
+Starts the policy and the critic as the run did and folds learning over the committed steps; no engine, reference or
+reward is needed. On the same kind of machine, with the same ranks and threads, it ends with the run's own bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from actors.cluster import connect
+from jobs.build import (
+    all_ready,
+    demands,
+    experience_log,
+    initial_state,
+    learners_of,
+    loop_settings,
+    recorder_of,
+    reward_model_of,
+    start_learners,
+    start_recorders,
+    starting,
+)
+from jobs.command import run_async, run_command, say
+from jobs.run_folder import CONFIG_FILE, RunFolder
+from orchestrator.checkpoints import Checkpoints
+from orchestrator.config import Config, load_config
+from orchestrator.coordinator import Relearning
+from orchestrator.errors import ConfigError
+from orchestrator.experience_log import num_committed
+from orchestrator.storage import read_json
+from orchestrator.telemetry import Telemetry
+from orchestrator.types import State
+
+ROLES = ("policy", "critic")
+NEEDED = (*ROLES, "recorder")
+
+Until = Annotated[int | None, typer.Option("--until", help="Learn steps 0 to UNTIL - 1; default: all that are logged.")]
+To = Annotated[Path | None, typer.Option("--to", help="Folder of the result; default: RUN_FOLDER/replay.")]
+FromCheckpoint = Annotated[
+    bool, typer.Option("--from-checkpoint", help="Start from the run's last checkpoint instead of from step 0.")
+]
+Address = Annotated[str | None, typer.Option("--ray-address", help="Ray cluster; default: RAY_ADDRESS, else local.")]
+
+
+def main(
+    run_folder: Annotated[Path, typer.Argument(help="Folder of the run: holds config.yaml and log/.")],
+    until: Until = None,
+    to: To = None,
+    from_checkpoint: FromCheckpoint = False,
+    ray_address: Address = None,
+) -> None:
+    """Learns again from a run's log. Exit code: 0 done, 1 failed, 2 no such run, or it does not hold the steps."""
+
+    def work() -> None:
+        config, run = read_run_folder(run_folder)
+        last_step = steps_to_learn(run, until, from_checkpoint=from_checkpoint)
+        folder = (to or run.path / "replay").absolute()
+        if folder == run.path:
+            raise ConfigError(f"--to {to} is the run's own folder, whose results it would replace; name another.")
+        folder.mkdir(parents=True, exist_ok=True)
+        connect(ray_address, wait_s=config.placement.wait_s)
+        run_async(_replay(config, run, folder, last_step, from_checkpoint=from_checkpoint))
+
+    run_command(work)
+
+
+def read_run_folder(path: Path) -> tuple[Config, RunFolder]:
+    """A run's config and its folder, opened without a new attempt. Raises ConfigError when `path` holds no run."""
+    path = path.expanduser().absolute()
+    if not (path / CONFIG_FILE).is_file():
+        raise ConfigError(f"{path} holds no {CONFIG_FILE}, so it is no run folder; give the one that a run printed.")
+    return load_config(path / CONFIG_FILE), RunFolder(path, path.name, attempt=0)
+
+
+def steps_to_learn(run: RunFolder, until: int | None, *, from_checkpoint: bool) -> int:
+    """The step to end before. Raises ConfigError when log and checkpoint do not lead there."""
+    held = num_committed(run.log)
+    if not held or not 0 < (until or held) <= held:
+        wanted = f"--until {until} asks for more" if held else "there is nothing to replay"
+        raise ConfigError(f"the log {run.log} holds {held} committed steps; {wanted}.")
+    last_step = until or held
+    if from_checkpoint:
+        complete = Checkpoints(run.checkpoints, {}, every_steps=0, last_step=last_step, keep=1).complete()
+        if not complete or complete[-1] > checkpoint_of(run.checkpoints, last_step):
+            newest = f"the newest is {complete[-1].name}" if complete else "there is none"
+            raise ConfigError(
+                f"--from-checkpoint needs a checkpoint of step {last_step} or before in {run.checkpoints}, {newest}. "
+                "Leave --from-checkpoint out to learn from step 0."
+            )
+    return last_step
+
+
+def checkpoint_of(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:06d}"
+
+
+async def _replay(config: Config, run: RunFolder, folder: Path, last_step: int, *, from_checkpoint: bool) -> None:
+    needed = [demand for demand in demands(config, learning=True) if demand.role in NEEDED]
+    async with starting(config, needed) as starter:
+        groups = await start_learners(starter, reward_model_of(config, run))
+        recorders = await start_recorders(starter, run)
+        await all_ready({**groups, "recorder": recorders}, config.deadlines.start_s)
+        policy, critic = learners_of(config, groups)
+        learners = dict(zip(ROLES, (policy, critic), strict=True))
+        saved = Checkpoints(run.checkpoints, learners, every_steps=0, last_step=last_step, keep=1)
+        result = Checkpoints(folder / "checkpoints", learners, every_steps=0, last_step=last_step, keep=1)
+        with Telemetry(folder, run.id, run.attempt, console=say, stage="replay", num_steps=last_step) as telemetry:
+            relearning = Relearning(
+                settings=loop_settings(config, last_step),
+                policy=policy,
+                critic=critic,
+                log=experience_log(config, run, recorder_of(config, recorders)),
+                telemetry=telemetry,
+            )
+            start = await saved.restore() if from_checkpoint else None
+            state = start or initial_state(config)
+            telemetry.rewind(state.step)
+            state = await relearning.relearn(state)
+        await result.save(state)
+        export = folder / "export"
+        export.mkdir(exist_ok=True)
+        await policy.export(export)
+    _tell(run, folder, state)
+
+
+def _tell(run: RunFolder, folder: Path, state: State) -> None:
+    learned = checkpoint_of(folder / "checkpoints", state.step)
+    original = checkpoint_of(run.checkpoints, state.step)
+    say(f"learned steps 0 to {state.step - 1} of run {run.id} again")
+    for role in ROLES:
+        found = fingerprint(learned, role)
+        line = f"{role} sha256 {found}"
+        if (original / "manifest.json").exists():
+            is_same = fingerprint(original, role) == found
+            line += f"  {'equal to' if is_same else 'DIFFERENT from'} the run's own {original.name}"
+        say(line)
+    say(f"checkpoint: {learned}")
+    say(f"policy: {folder / 'export'}")
+
+
+def fingerprint(checkpoint: Path, role: str) -> str:
+    """SHA-256 over all files of one role in a checkpoint: weights, fp32 masters, optimizer and schedule."""
+    manifest = read_json(checkpoint / "manifest.json")
+    entries = [f"{name} {entry['sha256']}\n" for name, entry in sorted(manifest.items()) if name.startswith(f"{role}/")]
+    return hashlib.sha256("".join(entries).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    typer.run(main)

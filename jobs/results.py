@@ -1,0 +1,21 @@
+"""The end of a run: the report, and its result table on the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from jobs.command import out, say
+from jobs.report import result_facts, write_report
+from jobs.report_data import read_run
+
+
+def show_results(run_folder: Path) -> None:
+    report = write_report(run_folder)
+    table = Table(title=f"run {run_folder.name}", show_header=False)
+    for fact in result_facts(read_run(run_folder)):
+        table.add_row(fact.name, fact.value, fact.detail)
+    out.print(table)
+    say(f"report: {report}")
+    say(f"run folder: {run_folder}")
