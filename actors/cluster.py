@@ -6,22 +6,25 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, AsyncIterator
+from typing import Any
 
+import grpc
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.group import ActorGroup
 from actors.process import Process, free_port
-from orchestrator.errors import CapacityError
+from orchestrator.errors import CapacityError, ConfigError
 from orchestrator.scheduling.plan import Demand, Node, Plan, Slot, place
 
-# Fresh pages are what eats a learner's time on the CPU: keep them (measured: 481 -> 856 tokens/s in a training step).
-KEEP_PAGES = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"
+# Fresh pages are what eats a learner's time on the CPU, so freed ones are kept for a while. Never giving them back is
+# worse: micro-batches differ in size, and a reward model's training grew from 4 to 11 GB in seven steps and slowed from
+# 500 to 300 tokens/s; with 3 s it stays at 3.7 GB.
+ALLOCATOR = "oversize_threshold:0,dirty_decay_ms:3000,muzzy_decay_ms:3000"
 PORT_DEADLINE_S = 60.0
 PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
 
@@ -31,19 +34,39 @@ def connect(address: str | None, *, wait_s: float) -> None:
 
     Raises:
         CapacityError: it does not answer within `wait_s`, or refuses the token.
+        ConfigError: an address of another kind.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A GCS that is not there is otherwise waited for much longer than a person does.
-    os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", str(max(2, int(wait_s // 2))))
     address = address or os.environ.get("RAY_ADDRESS")
+    if address is not None:
+        _await_answer(address, wait_s)
     try:
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, include_dashboard=None)
-    except Exception as error:  # noqa: BLE001  ray raises anything from ValueError to ConnectionError here
-        where = address or "this machine"
-        raise CapacityError(
-            f"no Ray cluster answers at {where} ({str(error).strip().splitlines()[0]}). Check the address and the "
-            "token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH), or start one with `ray start --head`."
-        ) from error
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=None)
+    except Exception as error:  # ray raises anything from ValueError to ConnectionError here
+        raise _no_cluster(address or "this machine", str(error).strip().splitlines()[0]) from error
+
+
+def _await_answer(address: str, wait_s: float) -> None:
+    """Waits until a gRPC server answers at host:port: Ray itself would try for minutes, and tell of each try."""
+    if "://" in address:
+        raise ConfigError(
+            f"Ray address {address!r} is not that of a cluster's control service (host:port, mostly port 6379). To "
+            "send a job to a cluster from outside use `python -m jobs.submit --address http://HOST:8265`."
+        )
+    if ":" not in address or os.environ.get("RAY_USE_TLS", "0") != "0":
+        return  # "auto" or "local", which Ray looks up; or certificates, which are Ray's own business
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=wait_s)
+        except grpc.FutureTimeoutError:
+            raise _no_cluster(address, f"waited {wait_s:g} s") from None
+
+
+def _no_cluster(where: str, cause: str) -> CapacityError:
+    return CapacityError(
+        f"no Ray cluster answers at {where} ({cause}). Check the address and the token (RAY_AUTH_MODE, "
+        "RAY_AUTH_TOKEN_PATH), or start one with `ray start --head`."
+    )
 
 
 def alive_nodes() -> list[Node]:
@@ -79,7 +102,7 @@ async def reserved(plan: Plan, *, wait_s: float) -> AsyncIterator[PlacementGroup
     bundles = [_bundle(slot) for slot in plan.slots]
     group = placement_group(bundles, strategy="PACK")
     try:
-        if not await asyncio.to_thread(group.wait, wait_s):
+        if not await _granted(group, wait_s):
             raise CapacityError(
                 f"the cluster did not free the planned resources within placement.wait_s={wait_s:g} s; other jobs hold "
                 f"them (`ray status` shows which). The plan was:\n{plan.describe()}"
@@ -87,6 +110,15 @@ async def reserved(plan: Plan, *, wait_s: float) -> AsyncIterator[PlacementGroup
         yield group
     finally:
         remove_placement_group(group)
+
+
+async def _granted(group: PlacementGroup, wait_s: float) -> bool:
+    """Waits in short turns: a thread can't be cancelled, and the program ends only when its threads have."""
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline:
+        if await asyncio.to_thread(group.wait, 1):
+            return True
+    return False
 
 
 def _bundle(slot: Slot) -> dict[str, float]:
@@ -97,7 +129,11 @@ def _bundle(slot: Slot) -> dict[str, float]:
 
 
 def start_group(
-    role: str, plan: Plan, reservation: PlacementGroup, worker: type[Any], arguments: Callable[[Slot], Mapping[str, Any]]
+    role: str,
+    plan: Plan,
+    reservation: PlacementGroup,
+    worker: type[Any],
+    arguments: Callable[[Slot], Mapping[str, Any]],
 ) -> ActorGroup:
     """Starts one actor per slot of `role`; returns at once, constructors run on."""
     served = ray.remote(type(worker.__name__, (worker, Process), {}))
@@ -124,7 +160,7 @@ def environment(threads: int, *, on_gpu: bool) -> dict[str, str]:
     }
     jemalloc = Path(ray.__file__).parent / "core" / "libjemalloc.so"
     if not on_gpu and jemalloc.exists():
-        variables |= {"LD_PRELOAD": str(jemalloc), "MALLOC_CONF": KEEP_PAGES}
+        variables |= {"LD_PRELOAD": str(jemalloc), "MALLOC_CONF": ALLOCATOR}
     return variables
 
 

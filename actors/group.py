@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from orchestrator.concurrency import together
 from orchestrator.errors import DeadlineExceeded, RlhfError, RoleDied, RoleError
@@ -85,6 +85,8 @@ class ActorGroup:
             raise DeadlineExceeded(self.role, rank, operation, cause) from None
         except RayTaskError as error:
             raise _own_error(error, self.role, rank, operation) from error
+        except ActorDiedError as error:
+            raise _death(error, self.role, rank, operation) from error
         except RayActorError as error:
             raise RoleDied(self.role, rank, operation, _first_line(error)) from error
         except RayError as error:
@@ -102,6 +104,14 @@ def _own_error(error: RayTaskError, role: str, rank: int, operation: str) -> Exc
     if isinstance(cause, RlhfError):
         return cause
     return RoleError(role, rank, operation, f"{type(cause).__name__}: {_first_line(cause)}")
+
+
+def _death(error: ActorDiedError, role: str, rank: int, operation: str) -> Exception:
+    """What a constructor raised, where that is why the actor is dead: Ray keeps it as the error's only argument."""
+    cause = error.args[0] if error.args else None
+    if isinstance(cause, RayTaskError):
+        return _own_error(cause, role, rank, "start")
+    return RoleDied(role, rank, operation, _first_line(error))
 
 
 def _first_line(error: BaseException | None) -> str:

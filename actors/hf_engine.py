@@ -113,7 +113,8 @@ class HfEngine:
     def _logprobs_of(self, tokens: torch.Tensor) -> list[float]:
         logits = self._model(tokens).logits[0, :-1].float()
         chosen = torch.log_softmax(logits, dim=-1).gather(1, tokens[0, 1:, None])
-        return chosen[:, 0].tolist()  # type: ignore[no-any-return]
+        values: list[float] = chosen[:, 0].tolist()
+        return values
 
     def _sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
         """Samples all requests together, each from a generator of its own, prompts padded on the left."""
@@ -143,7 +144,9 @@ class HfEngine:
                 break
             mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
             positions = positions[:, -1:] + 1
-        return _cut(torch.cat(chosen, dim=1).tolist(), torch.cat(chosen_logprobs, dim=1).tolist(), frozenset(self._ends))
+        return _cut(
+            torch.cat(chosen, dim=1).tolist(), torch.cat(chosen_logprobs, dim=1).tolist(), frozenset(self._ends)
+        )
 
 
 def processed_logprobs(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:

@@ -22,6 +22,7 @@ from orchestrator.evaluation import EVALUATION
 from orchestrator.storage import replacing, sha256
 from orchestrator.types import Handle, Metrics, Moments, ShardRecord
 
+
 class RecorderWorker:
     """One process that joins, computes and writes.
 
@@ -85,7 +86,7 @@ class RecorderWorker:
 
 
 def _fetch(handles: Sequence[Handle]) -> list[pa.Table]:
-    return ray.get(list(handles))  # type: ignore[no-any-return]
+    return ray.get(list(handles))
 
 
 def _write(path: Path, table: pa.Table, metadata: dict[str, str]) -> None:

@@ -75,5 +75,6 @@ def _shard(model: PolicyModel, dtype: str) -> Any:
         "bf16": {"enabled": dtype == "bfloat16"},
         "zero_optimization": {"stage": 3},
     }
-    engine, *_ = distributed.deepspeed.initialize(model=model, config=config, dist_init_required=False)
-    return engine.eval()
+    engine = distributed.initialize(model=model, config=config)
+    engine.eval()
+    return engine

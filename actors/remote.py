@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from actors.engines import RolloutWorker
 from actors.group import ActorGroup
 from actors.learning.worker import LearnJob
 from actors.process import Process, Several
 from actors.recorder import RecorderWorker
-from actors.engines import RolloutWorker
 from actors.weights.sender import PublishingPolicy
 from orchestrator.concurrency import together
 from orchestrator.errors import PublishError
@@ -58,9 +58,7 @@ class RayRollouts:
         engine = await self._idle.get()
         started = monotonic()
         try:
-            handle, counts = await self._group.call_for_bulk(
-                engine, RolloutWorker.generate, self._generate_s, request
-            )
+            handle, counts = await self._group.call_for_bulk(engine, RolloutWorker.generate, self._generate_s, request)
         finally:
             self._idle.put_nowait(engine)
         return RolloutShard(
@@ -159,9 +157,7 @@ class BucketPublisher:
     leaves the publish incomplete: it does not serve until a later one succeeds.
     """
 
-    def __init__(
-        self, policy: ActorGroup, engines: ActorGroup, *, bucket_bytes: int, publish_s: float
-    ) -> None:
+    def __init__(self, policy: ActorGroup, engines: ActorGroup, *, bucket_bytes: int, publish_s: float) -> None:
         self._policy, self._engines = policy, engines
         self._bucket_bytes, self._publish_s = bucket_bytes, publish_s
 

@@ -1,7 +1,7 @@
 """Rollout engines: what one is asked for, and what all kinds of them share.
 
-    actors/vllm_engine.py   VllmEngine, the one to use
-    actors/hf_engine.py     HfEngine, for architectures that vLLM does not serve
+actors/vllm_engine.py   VllmEngine, the one to use
+actors/hf_engine.py     HfEngine, for architectures that vLLM does not serve
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class ServedVersion:
             raise PublishError(f"this engine serves no published version: {self.reason}. Publish before sampling.")
         return self.number
 
-    def begin(self, header: WeightHeader) -> None:
+    def begin(self, header: WeightHeader | None) -> None:
         self.number, self.reason, self.header = None, "an update has begun and is not finished", header
         self.num_updates += 1
 
@@ -221,7 +221,9 @@ def rollout_table(
 
 def summary(table: pa.Table, *, version: int, seconds: float) -> dict[str, Any]:
     """The numbers of a types.RolloutShard."""
-    lengths = {name: len(table.column(name).combine_chunks().flatten()) for name in ("prompt_tokens", "response_tokens")}
+    lengths = {
+        name: len(table.column(name).combine_chunks().flatten()) for name in ("prompt_tokens", "response_tokens")
+    }
     return {
         "num_samples": table.num_rows,
         "num_prompt_tokens": lengths["prompt_tokens"],

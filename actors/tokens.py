@@ -141,7 +141,9 @@ def prepare_prompts(
     for start in range(0, len(records), _BATCH_PROMPTS):
         batch = records[start : start + _BATCH_PROMPTS]
         texts = [_text_of(record, tokenizer, system_prompt) for record in batch]
-        for record, token_ids in zip(batch, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
+        for record, token_ids in zip(
+            batch, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"], strict=True
+        ):
             if len(token_ids) > max_prompt_tokens:
                 left_out.append((record.id, len(token_ids)))
                 continue
@@ -184,4 +186,4 @@ def _apply(messages: list[dict[str, str]], tokenizer: Any, *, add_generation_pro
 
 def _tokens(text: str, tokenizer: Any) -> Tokens:
     # The template writes BOS itself; a second one would not be what the model was trained on.
-    return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+    return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -26,7 +24,7 @@ from actors.rollout import (
     rollout_table,
     summary,
 )
-from actors.weights import cpu
+from actors.weights import cpu, gpu
 from actors.weights.manifest import Bucket, WeightHeader
 from orchestrator.errors import ConfigError, RlhfError
 from orchestrator.types import Sampling, ShardRequest
@@ -43,7 +41,7 @@ _VLLM_ENVIRONMENT = {
 class VllmEngine:
     """Implements actors.rollout.Engine. Complete, and at `settings.version`, when constructed."""
 
-    def __init__(self, settings: EngineSettings, *, transfer_backend: str = cpu.BACKEND) -> None:
+    def __init__(self, settings: EngineSettings, *, transfer_backend: str = vllm_plugin.CPU_BACKEND) -> None:
         _check(settings)
         self._settings = settings
         self._llm = _start(settings, transfer_backend)
@@ -92,9 +90,7 @@ class VllmEngine:
         with self._served.failing():
             self._call("finish_weight_update")
             num_compared, seconds = self._call(_compare)
-            self._llm.reset_prefix_cache()
-        self._served.serve(version)
-        return UpdateReport(version, len(header.tensors), header.num_bytes, num_compared, seconds)
+            return self._serve(version, header, num_compared, seconds)
 
     def version(self) -> int | None:
         return self._served.number
@@ -106,6 +102,11 @@ class VllmEngine:
     def wake(self) -> None:
         if self._settings.sleep_mode:
             self._llm.wake_up()
+
+    def _serve(self, version: int, header: WeightHeader, num_compared: int, seconds: dict[str, float]) -> UpdateReport:
+        self._llm.reset_prefix_cache()
+        self._served.serve(version)
+        return UpdateReport(version, len(header.tensors), header.num_bytes, num_compared, seconds)
 
     def _call(self, method: str | Callable[..., Any], **kwargs: Any) -> Any:
         return self._llm.collective_rpc(method, kwargs=kwargs)[0]
@@ -123,27 +124,35 @@ class VllmEngine:
         )
 
 
-def engine_environment(*, threads: int, allocator: Path | None) -> dict[str, str]:
-    """Environment that the engine's process must be started with.
+class DeviceVllmEngine(VllmEngine):
+    """An engine on GPUs. The trainer drives its updates (actors.weights.gpu): the first four calls are vLLM's own."""
 
-    Args:
-        threads: CPU threads.
-        allocator: libjemalloc to preload, a third faster on the CPU; see `find_allocator`.
-    """
-    environment = {"OMP_NUM_THREADS": str(threads), **_VLLM_ENVIRONMENT}
-    if allocator is not None:
-        # Pages are kept: giving them back and touching them anew costs more than the sampling itself.
-        keep = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"
-        environment |= {"LD_PRELOAD": str(allocator), "MALLOC_CONF": keep}
-    return environment
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._call("init_weight_transfer_engine", init_info=init_info)
 
+    def start_weight_update(self) -> None:
+        self._served.begin(None)
+        with self._served.failing():
+            self._call("start_weight_update")
 
-def find_allocator() -> Path | None:
-    """The jemalloc that comes with Ray's wheel, if there is one."""
-    package = importlib.util.find_spec("ray")
-    folders = package.submodule_search_locations if package else None
-    library = Path(next(iter(folders))) / "core" / "libjemalloc.so" if folders else None
-    return library if library is not None and library.exists() else None
+    def update_weights(self, update_info: Any) -> None:
+        with self._served.failing():
+            self._call("update_weights", update_info=update_info)
+
+    def finish_weight_update(self) -> None:
+        with self._served.failing():
+            self._call("finish_weight_update")
+
+    def confirm_update(self, version: int, header: WeightHeader, checksums: Mapping[str, str]) -> UpdateReport:
+        """Compares every parameter with the trainer's checksums, and serves `version` from here on.
+
+        Raises:
+            PublishError: naming the tensors that differ.
+        """
+        with self._served.failing():
+            arguments = {"header": header, "checksums": checksums, "verify": self._settings.verify}
+            num_compared = self._call(_compare_checksums, **arguments)
+            return self._serve(version, header, num_compared, {})
 
 
 def _start(settings: EngineSettings, transfer_backend: str) -> LLM:
@@ -190,7 +199,9 @@ def _check(settings: EngineSettings) -> None:
 def _sample(output: RequestOutput) -> Sample:
     completion = output.outputs[0]
     if completion.finish_reason not in ("stop", "length") or completion.logprobs is None:
-        raise RlhfError(f"vLLM ended request {output.request_id} by {completion.finish_reason!r} instead of sampling it.")
+        raise RlhfError(
+            f"vLLM ended request {output.request_id} by {completion.finish_reason!r} instead of sampling it."
+        )
     tokens = list(completion.token_ids)
     entries = zip(tokens, completion.logprobs, strict=True)
     return Sample(tokens, [entry[token].logprob for token, entry in entries])
@@ -200,6 +211,11 @@ def _abandon_session(worker: Any) -> None:
     """Closes the session of an update that broke off; the transfer engine resets the layers when the next begins."""
     # vLLM hands over the worker in a wrapper that passes reading on, and not setting.
     getattr(worker, "worker", worker)._weight_update_active = False
+
+
+def _compare_checksums(worker: Any, **arguments: Any) -> int:
+    engine: gpu.VerifiedNccl | gpu.VerifiedIpc = worker.weight_transfer_engine
+    return engine.compare(**arguments)
 
 
 def _compare(worker: Any) -> tuple[int, dict[str, float]]:

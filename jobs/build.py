@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -80,9 +81,7 @@ class Starter:
     reservation: PlacementGroup
     ended_by: AsyncExitStack
 
-    async def group(
-        self, role: str, worker: type[Any], arguments: Callable[[Slot], Mapping[str, Any]]
-    ) -> ActorGroup:
+    async def group(self, role: str, worker: type[Any], arguments: Callable[[Slot], Mapping[str, Any]]) -> ActorGroup:
         group = start_group(role, self.plan, self.reservation, worker, arguments)
         self.ended_by.callback(group.kill)
         return group
@@ -129,7 +128,7 @@ async def start_engines(starter: Starter, *, version: int | None) -> ActorGroup:
             threads=slot.threads,
             version=version,
             verify=config.publish.verify,
-            max_samples=config.rollout.samples_per_shard,
+            max_samples=samples_per_shard(config),
             kv_cache_gib=config.rollout.kv_cache_gib,
             gpu_memory_utilization=config.rollout.gpu_memory_utilization,
             tensor_parallel_size=config.rollout.tensor_parallel_size,
@@ -154,6 +153,13 @@ def rollouts_of(config: Config, engines: ActorGroup) -> RayRollouts:
 def sampling_of(config: Config) -> Sampling:
     rollout = config.rollout
     return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
+
+
+def samples_per_shard(config: Config) -> int:
+    """The config's, or, without rollout.reproducible, a step's samples split over the engines."""
+    if config.rollout.reproducible:
+        return config.rollout.samples_per_shard
+    return math.ceil(config.samples_per_step / config.rollout.engines)
 
 
 async def start_learners(starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
@@ -285,7 +291,7 @@ def _coordinator(
             rollouts,
             schedule,
             sampling=sampling_of(config),
-            samples_per_shard=config.rollout.samples_per_shard,
+            samples_per_shard=samples_per_shard(config),
             max_staleness=ppo.max_staleness,
             takes_turns=config.placement.mode == "colocated",
         ),
@@ -317,7 +323,7 @@ def _coordinator(
             recorder=recorder,
             telemetry=telemetry,
             sampling=sampling_of(config),
-            samples_per_shard=config.rollout.samples_per_shard,
+            samples_per_shard=samples_per_shard(config),
             every_steps=config.evaluation.every_steps,
             last_step=ppo.steps,
         ),
@@ -351,9 +357,7 @@ def reward_model_of(config: Config, run: RunFolder) -> str | None:
 
 
 def loop_settings(config: Config, steps: int) -> LoopSettings:
-    return LoopSettings(
-        steps, config.critic.warmup_steps, _kl_controller(config), config.guards.max_kl
-    )
+    return LoopSettings(steps, config.critic.warmup_steps, _kl_controller(config), config.guards.max_kl)
 
 
 def initial_state(config: Config) -> State:

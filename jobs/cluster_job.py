@@ -1,8 +1,8 @@
 """One job on a Ray cluster, through Ray's Jobs API: submitted, its lines followed, its exit code told.
 
-    connect(url) -> JobsClient       every request has a deadline
-    submit(client, job) -> id
-    follow(client, id, write) -> exit code of the job's process
+connect(url) -> JobsClient       every request has a deadline
+submit(client, job) -> id
+follow(client, id, write) -> exit code of the job's process
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Job:
     """What is submitted.
 
     Args:
-        entrypoint: shell command.
+        entrypoint: shell command; with `exec` before the last program it is that one which a stop reaches.
         working_dir: folder that is sent to the cluster and in which the command runs; null: nothing is sent.
         environment: set for the command and for all its actors.
         resources: what the node that runs the command must offer, e.g. {"coordinator": 1}.
@@ -226,10 +226,11 @@ def _exit_code(details: JobDetails, write: Callable[[str], None]) -> int:
     if details.status == JobStatus.SUCCEEDED:
         return 0
     code = details.driver_exit_code
-    if code is None or code < 0:
+    if not code:
         write(f"job {details.submission_id} {details.status}: {details.message}\n")
         return FAILED
-    return int(code) or FAILED
+    # Ended by a signal: told as a shell tells it.
+    return int(code) if code > 0 else 128 - int(code)
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import signal
 from collections.abc import Callable, Coroutine, Iterable
@@ -37,9 +38,17 @@ def read_config(path: Path | None, overrides: Iterable[str], *, print_config: bo
     return config
 
 
+def imported(name: str) -> Callable[..., Any]:
+    """The function at `module:function`, imported now. The libraries behind a job take seconds to import, and a typo in
+    its config is to be told at once."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+
+
 def run_command(work: Callable[[], None]) -> None:
-    """Runs a command's work; errors of our own become one message and their exit code."""
+    """Runs a command's work; errors of our own become one message and their exit code, SIGTERM is as Ctrl-C."""
     logging.basicConfig(level=logging.WARNING)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         work()
     except RlhfError as error:

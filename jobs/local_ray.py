@@ -39,7 +39,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class LocalRay:
-    """A running cluster: dashboard and Jobs API at `url`, for holders of `token`; `folder` holds token file and logs."""
+    """A running cluster: dashboard and Jobs API at `url`, for who holds `token`; `folder` has token file and logs."""
 
     url: str
     token: str
@@ -69,11 +69,14 @@ def local_ray(*, num_cpus: int | None = None) -> Iterator[LocalRay]:
     """
     # Processes whose parent is gone become children of this one, so that none escapes.
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = _without_proxy()
     folder = Path(tempfile.mkdtemp(prefix="rlhf-", dir=_short_temporary()))
     token = secrets.token_hex(32)
     try:
-        cluster = LocalRay(_start(folder, token, num_cpus), token, folder)
-        yield cluster
+        url, head = _start(folder, token, num_cpus)
+        yield LocalRay(url, token, folder)
+        kill_marked(folder)
+        head.wait(GONE_S)
     finally:
         kill_marked(folder)
         shutil.rmtree(folder, ignore_errors=True)
@@ -111,7 +114,7 @@ def _mark(process: psutil.Process) -> str | None:
     return environment.get(MARK)
 
 
-def _start(folder: Path, token: str, num_cpus: int | None) -> str:
+def _start(folder: Path, token: str, num_cpus: int | None) -> tuple[str, subprocess.Popen[bytes]]:
     (folder / "token").touch(mode=0o600)
     (folder / "token").write_text(token, encoding="utf-8")
     for _ in range(START_TRIES):
@@ -128,8 +131,9 @@ def _start(folder: Path, token: str, num_cpus: int | None) -> str:
                 preexec_fn=_die_with_parent,  # noqa: PLW1509  this process has no threads of Python yet
             )
         if _answers(url, token, head):
-            return url
+            return url, head
         kill_marked(folder)
+        head.wait(GONE_S)
     tail = "\n".join((folder / "start.log").read_text(errors="replace").splitlines()[-5:])
     raise CapacityError(f"a local Ray did not start in {START_TRIES} tries; the last one said:\n{tail}")
 
@@ -177,6 +181,12 @@ def _answers(url: str, token: str, head: subprocess.Popen[bytes]) -> bool:
                 return True
         sleep(0.2)
     return False
+
+
+def _without_proxy() -> str:
+    """The hosts that need no proxy, and this machine."""
+    named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
+    return ",".join([*filter(None, named.split(",")), "127.0.0.1", "localhost"])
 
 
 def _short_temporary() -> str:

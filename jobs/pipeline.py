@@ -96,7 +96,14 @@ def _stage(
     trackers = open_trackers(config.telemetry, run.path, run.id, first_step=0, settings=settings) if is_ppo else ()
     num_steps = config.ppo.steps if is_ppo else None
     telemetry = Telemetry(
-        run.path, run.id, run.attempt, trackers, say if is_ppo else None, stage=name, num_steps=num_steps, prometheus=endpoint
+        run.path,
+        run.id,
+        run.attempt,
+        trackers,
+        say if is_ppo else None,
+        stage=name,
+        num_steps=num_steps,
+        prometheus=endpoint,
     )
     with telemetry:
         telemetry.event("stage_started")

@@ -7,13 +7,7 @@ from typing import Annotated
 
 import typer
 
-from actors.cluster import connect
-from jobs.command import read_config, run_async, run_command, say
-from jobs.pipeline import run_stages
-from jobs.prepare import prepare
-from jobs.results import show_results
-from jobs.run_folder import open_run
-from orchestrator.config import Config
+from jobs.command import imported, read_config, run_command
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file; without it all defaults.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as ppo.steps=10.")]
@@ -31,19 +25,10 @@ def main(
 
     def work() -> None:
         settings = read_config(config, overrides or (), print_config=print_config)
-        _run(settings, ray_address)
+        prepared = imported("jobs.preflight:checked")(settings)
+        imported("jobs.main_job:run_job")(settings, prepared, ray_address)
 
     run_command(work)
-
-
-def _run(config: Config, ray_address: str | None) -> None:
-    prepared = prepare(config)
-    say(prepared.describe())
-    connect(ray_address, wait_s=config.placement.wait_s)
-    run = open_run(config)
-    say(f"run {run.id}, attempt {run.attempt}: {run.path}")
-    run_async(run_stages(config, run, prepared, say))
-    show_results(run.path)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from actors.engines import RolloutWorker
 from actors.rewards.rules import RuleReward
-from jobs.build import all_ready, demands, sampling_of, start_engines, starting
+from jobs.build import all_ready, demands, samples_per_shard, sampling_of, start_engines, starting
 from jobs.labeller import LabelReport, ScoredReplies, label, write_rankings
 from jobs.run_folder import RunFolder
 from orchestrator.concurrency import together
@@ -42,7 +42,7 @@ async def make_preferences(
     shards = cut_into_shards(
         LABEL_STEP,
         requests,
-        samples_per_shard=config.rollout.samples_per_shard,
+        samples_per_shard=samples_per_shard(config),
         sampling=sampling_of(config),
     )
     tables = await _sample(config, shards, say)
@@ -62,9 +62,7 @@ async def _sample(config: Config, shards: Sequence[ShardRequest], say: Callable[
 
         async def drive(engine: int) -> None:
             for index, shard in pending:
-                table, counts = await engines.call(
-                    engine, RolloutWorker.generate, config.deadlines.generate_s, shard
-                )
+                table, counts = await engines.call(engine, RolloutWorker.generate, config.deadlines.generate_s, shard)
                 tables[index] = table
                 rate = counts["num_response_tokens"] / counts["seconds"]
                 left = (len(shards) - len(tables)) * (monotonic() - started) / len(tables)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import signal
 import sys
 from pathlib import Path
 from time import monotonic
@@ -50,7 +49,6 @@ def main(
         entrypoint = f"cd {shlex.quote(str(Path.cwd()))} && exec {entrypoint}"
         code = run_on_local_ray(entrypoint, settings)
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_command(work)
     raise typer.Exit(code)
 

@@ -81,10 +81,10 @@ def read_run_folder(path: Path) -> tuple[Config, RunFolder]:
 def steps_to_learn(run: RunFolder, until: int | None, *, from_checkpoint: bool) -> int:
     """The step to end before. Raises ConfigError when log and checkpoint do not lead there."""
     held = num_committed(run.log)
-    if not held or not 0 < (until or held) <= held:
-        wanted = f"--until {until} asks for more" if held else "there is nothing to replay"
+    last_step = held if until is None else until
+    if not 0 < last_step <= held:
+        wanted = f"--until {until} must lie between 1 and {held}" if held else "there is nothing to replay"
         raise ConfigError(f"the log {run.log} holds {held} committed steps; {wanted}.")
-    last_step = until or held
     if from_checkpoint:
         complete = Checkpoints(run.checkpoints, {}, every_steps=0, last_step=last_step, keep=1).complete()
         if not complete or complete[-1] > checkpoint_of(run.checkpoints, last_step):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -55,14 +57,36 @@ def open_run(config: Config) -> RunFolder:
         ConfigError: the folder holds a run with another config.
         StorageError: it can't be written.
     """
-    run_id = config.run.id or f"{config.run.name}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid() % 1000:03d}"
+    run_id = config.run.id or f"{config.run.name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}-{os.getpid() % 1000:03d}"
     path = storage_root(config.run.root) / run_id
     try:
         (path / ATTEMPTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"run folder {path} can't be made ({error.strerror}); set run.root to a place that can.") from None
+        raise StorageError(
+            f"run folder {path} can't be made ({error.strerror}); set run.root to a place that can."
+        ) from None
     _keep_config(path / CONFIG_FILE, config)
     return RunFolder(path, run_id, _claim_attempt(path / ATTEMPTS))
+
+
+def check_run_folder(config: Config) -> str:
+    """What `open_run` would find, before anything is made but the root itself; says where runs go and the room there.
+
+    Raises:
+        ConfigError: the root can't be written, or run.id names a run with another config.
+    """
+    root = storage_root(config.run.root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"run.root={config.run.root}: {root} can't be written ({error.strerror}). Set run.root to a place that can."
+        ) from None
+    if config.run.id is not None and (root / config.run.id / CONFIG_FILE).exists():
+        _refuse_other_config(root / config.run.id / CONFIG_FILE, config)
+    return f"run folders: {root}, {shutil.disk_usage(root).free / (1 << 30):.1f} GiB free"
 
 
 def storage_root(root: Path) -> Path:
@@ -76,11 +100,15 @@ def storage_root(root: Path) -> Path:
 
 
 def _keep_config(path: Path, config: Config) -> None:
-    text = to_yaml(config)
-    if not path.exists():
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    elif path.read_text(encoding="utf-8") != text:
+    if path.exists():
+        _refuse_other_config(path, config)
+        return
+    with replacing(path) as temporary:
+        temporary.write_text(to_yaml(config), encoding="utf-8")
+
+
+def _refuse_other_config(path: Path, config: Config) -> None:
+    if path.read_text(encoding="utf-8") != to_yaml(config):
         raise ConfigError(
             f"run {path.parent.name!r} was started with another config, kept in {path}. Give the same config to "
             "continue it, or another run.id to start a new run."

@@ -47,7 +47,7 @@ def main(
             stage.mkdir()
             stage_project(ROOT, stage, include or ())
             shutil.copy2(config, stage / SENT_CONFIG)
-            entrypoint = shlex.join(["python", "-m", module, "--config", SENT_CONFIG, *(overrides or ())])
+            entrypoint = "exec " + shlex.join(["python", "-m", module, "--config", SENT_CONFIG, *(overrides or ())])
             job_id = submit(client, Job(entrypoint, working_dir=stage, resources=resources))
         say(f"submitted {job_id} to {address}")
         if wait:

@@ -1,10 +1,10 @@
 """Checkpoints: everything a run needs to go on, complete or not there at all.
 
-    checkpoints/step-000010/policy/...     what the policy's ranks wrote
-    checkpoints/step-000010/critic/...
-    checkpoints/step-000010/state.json     the coordinator's own state
-    checkpoints/step-000010/manifest.json  size and SHA-256 of every file
-    checkpoints/step-000010/COMPLETE       written last; a folder without it is not a checkpoint
+checkpoints/step-000010/policy/...     what the policy's ranks wrote
+checkpoints/step-000010/critic/...
+checkpoints/step-000010/state.json     the coordinator's own state
+checkpoints/step-000010/manifest.json  size and SHA-256 of every file
+checkpoints/step-000010/COMPLETE       written last; a folder without it is not a checkpoint
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ class Checkpoints:
         folder.mkdir(parents=True, exist_ok=True)
 
     async def save_if_due(self, state: State) -> None:
+        """Saves on schedule, unless that was done, also by an earlier attempt."""
         due = state.step == self._last_step or (self._every_steps and state.step % self._every_steps == 0)
-        if due:
+        if due and state.step and not (self._path(state.step) / MARKER).exists():
             await self.save(state)
 
     async def save(self, state: State) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections.abc import Awaitable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ async def together(work: Iterable[Awaitable[T]]) -> list[T]:
         await cancel(tasks)
 
 
-def _failed_first(tasks: list[asyncio.Future[T]]) -> list[asyncio.Future[T]]:
+def _failed_first(tasks: Sequence[asyncio.Future[T]]) -> Sequence[asyncio.Future[T]]:
     failed = [task for task in tasks if task.done() and not task.cancelled() and task.exception()]
     return failed or tasks
 

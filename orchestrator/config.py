@@ -226,7 +226,8 @@ class RolloutConfig(Section):
     samples_per_shard: Positive = 64
     """Requests that one engine gets together. Part of what makes samples reproducible."""
     reproducible: bool = True
-    """One shard at a time per engine: the same seeds give the same bits on any number of engines."""
+    """Shards of a fixed size: the same seeds give the same bits on any number of engines. Off: throughput first, a
+    step's samples are split over the engines at once."""
     kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
     """KV cache of one engine on the CPU."""
     gpu_memory_utilization: Fraction = 0.85
@@ -459,7 +460,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"config file {path} can't be read ({error.strerror}); check the path given to --config.") from None
+        raise ConfigError(f"config file {path} can't be read ({error.strerror}); check the path of --config.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"config file {path} is not UTF-8 text; give a YAML file to --config.") from None
     try:
@@ -513,7 +514,9 @@ def _suggestion(location: tuple[int | str, ...]) -> str:
     elsewhere = [
         f"{name}.{key}"
         for name, field in Config.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section) and key in field.annotation.model_fields
+        if isinstance(field.annotation, type)
+        and issubclass(field.annotation, Section)
+        and key in field.annotation.model_fields
     ]
     if elsewhere:
         return f"; did you mean {elsewhere[0]!r}?"

@@ -89,6 +89,7 @@ class Coordinator(Relearning):
 
     async def run(self, initial: State) -> State:
         state = await self.restore(initial)
+        await self.checkpoints.save_if_due(state)
         await self.publish(state)
         await self.evaluation.run_if_due(state)
         async with self.sampler.running(first_step=state.step, end_step=self.settings.steps):

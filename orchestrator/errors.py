@@ -1,17 +1,17 @@
 """What can go wrong, as a tree. The exit code of every job follows from the class alone.
 
-    RlhfError                     exit  the message says what, where and the way out
-    ├── ConfigError                 2   a key, a value or a combination of values
-    ├── DataError                   2   a file, a row, a tokenizer or a model folder
-    ├── CapacityError               2   the cluster is too small, or does not answer
-    ├── RoleError                   1   an actor failed; carries role, rank and operation
-    │   ├── RoleDied                1   its process is gone
-    │   └── DeadlineExceeded        1   it did not answer in time
-    ├── PublishError                1   an engine does not hold the announced weights
-    ├── StorageError                1   the log or a checkpoint can't be written or trusted
-    ├── RewardError                 1   more rewards failed than the budget allows
-    ├── NonFiniteError              1   loss, gradient or reward is NaN or infinite
-    └── GuardTripped                3   a guard refused to go on
+RlhfError                     exit  the message says what, where and the way out
+├── ConfigError                 2   a key, a value or a combination of values
+├── DataError                   2   a file, a row, a tokenizer or a model folder
+├── CapacityError               2   the cluster is too small, or does not answer
+├── RoleError                   1   an actor failed; carries role, rank and operation
+│   ├── RoleDied                1   its process is gone
+│   └── DeadlineExceeded        1   it did not answer in time
+├── PublishError                1   an engine does not hold the announced weights
+├── StorageError                1   the log or a checkpoint can't be written or trusted
+├── RewardError                 1   more rewards failed than the budget allows
+├── NonFiniteError              1   loss, gradient or reward is NaN or infinite
+└── GuardTripped                3   a guard refused to go on
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     log/step-000007/shard-0000.parquet   one row per sample, schema.EXPERIENCE, zstd
     log/step-000007/manifest.json        written last: a step without it was never committed
 
-Files are written near the data by recorders; this class keeps the manifest and holds no samples. Open a log with
-`pyarrow.dataset.dataset("log", format="parquet")`, pandas or DuckDB (`read_parquet('log/*/*.parquet')`).
+Files are written near the data by recorders; this class keeps the manifest and holds no samples. docs/experience-log.md
+lists the columns and says how to open a log in pyarrow, pandas and DuckDB.
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ class ExperienceLog:
             )
         records = [_record(item) for item in manifest["shards"]]
         folder = self._step_folder(step)
-        handles = await together(
-            self._recorder.load(record, file=str(folder / record.file)) for record in records
-        )
+        handles = await together(self._recorder.load(record, file=str(folder / record.file)) for record in records)
         return _experience(step, records, handles, manifest["kl_coefficient"])
 
     def _check_failures(self, step: int, records: Sequence[ShardRecord]) -> None:

@@ -21,7 +21,7 @@ class Evaluation:
         every_steps: after every so many steps; 0: before the first and after the last only.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  parts are handed in
         self,
         folder: Path,
         requests: Sequence[SampleRequest],

@@ -85,9 +85,8 @@ class Recorder(Protocol):
     async def load(self, record: ShardRecord, *, file: str) -> Handle:
         """Reads a committed file back, its checksum verified. Raises StorageError naming the file."""
 
-
     async def evaluate(self, shards: Sequence[EvaluatedShard], *, file: str) -> Metrics:
-        """Joins held-out samples with their scores and the gold score, writes `file`, returns `evaluation/*` metrics."""
+        """Joins held-out samples with their scores and gold scores, writes `file`, returns `evaluation/*` metrics."""
 
 
 class Trackers(Protocol):

@@ -34,9 +34,7 @@ ROLLOUT = pa.schema(
     ]
 )
 
-LOGPROBS = pa.schema(
-    [pa.field("row", pa.int32(), nullable=False), pa.field("logprobs", _FLOATS, nullable=False)]
-)
+LOGPROBS = pa.schema([pa.field("row", pa.int32(), nullable=False), pa.field("logprobs", _FLOATS, nullable=False)])
 VALUES = pa.schema(
     [
         pa.field("row", pa.int32(), nullable=False),

@@ -108,7 +108,7 @@ class Telemetry:
     Raises StorageError from every method that writes, naming the file.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  parts are handed in
         self,
         folder: Path,
         run_id: str,

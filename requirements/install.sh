@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # install.sh FOLDER LOCK...: a virtual environment in FOLDER with the packages of the lock files and this project.
-# A stamp, written last, names what is installed: with the same locks a second call does nothing, and an interrupted
-# one is done again.
+# A stamp, written last, names what is installed: with the same locks a second call does nothing. After an interrupted
+# call the folder is made anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=$1
@@ -13,6 +13,13 @@ fallback=${CPU_WHEELS:-https://download.pytorch.org/whl/cpu}
 
 stamp_of() { echo "$venv/.installed-$(basename "$1" .txt)-$(cat "$1" pyproject.toml | sha256sum | cut -c1-16)"; }
 
+# Two calls at once: the second waits for the first.
+if command -v flock > /dev/null; then
+  exec 9< requirements
+  flock 9
+fi
+unfinished=$venv/.unfinished
+[ ! -e "$unfinished" ] || rm -f "$venv"/.installed-*
 missing=()
 for lock in "$@"; do
   [ -e "$(stamp_of "$lock")" ] || missing+=("$lock")
@@ -28,7 +35,10 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
   echo "setup: $python is not Python 3.11, which the lock files are for; name one: make PYTHON=/path/to/python3.11" >&2
   exit 2
 fi
-[ -x "$venv/bin/pip" ] || "$python" -m venv --clear "$venv"
+if [ ! -x "$venv/bin/pip" ] || [ -e "$unfinished" ]; then
+  "$python" -m venv --clear "$venv"
+fi
+touch "$unfinished"
 
 started=$SECONDS
 for lock in "${missing[@]}"; do
@@ -55,4 +65,5 @@ for lock in "${missing[@]}"; do
   rm -f "$venv/.installed-$(basename "$lock" .txt)-"*
   touch "$(stamp_of "$lock")"
 done
+rm -f "$unfinished"
 echo "setup: done in $((SECONDS - started)) s"

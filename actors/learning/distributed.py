@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 
 # DeepSpeed reads this when it is imported; on a machine without GPUs its own search warns and may pick another one.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-import deepspeed as deepspeed  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from deepspeed.ops import __compatible_ops__  # noqa: E402
+import deepspeed as deepspeed
+import torch.distributed as dist
+from deepspeed.ops import __compatible_ops__
 
 # The CPU backend otherwise compiles a shared-memory all-reduce with g++ when it starts (50 s, and not on every image);
 # gloo does the same work.
@@ -69,6 +72,16 @@ def join(group: Group) -> None:
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, timeout=timedelta(seconds=group.timeout_s), verbose=False
     )
+
+
+def initialize(**arguments: Any) -> Any:
+    """A DeepSpeed engine for models of a process that has joined a group.
+
+    Some of DeepSpeed's optimizers print memory reports to stdout while they are built; stdout belongs to the job.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(dist_init_required=False, **arguments)
+    return engine
 
 
 def leave() -> None:

@@ -52,4 +52,6 @@ def samples(table: pa.Table) -> Iterator[Sample]:
 
 def is_number(value: object) -> bool:
     """A finite number, of Python or numpy; true and false are none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    return math.isfinite(value)

@@ -61,10 +61,10 @@ def load_rule(name: str) -> Rule:
         raise ConfigError(f"rule {name!r} is not of the form package.module:function.")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # a rule's module is the user's code and may raise anything
         raise ConfigError(
-            f"rule {name!r}: module {module_name!r} can't be imported ({error}). Check its name, and that it is "
-            "installed (or in the working directory) on every node."
+            f"rule {name!r}: module {module_name!r} can't be imported ({type(error).__name__}: {error}). Check "
+            "its name, and that it is installed (or in the working directory) on every node."
         ) from error
     rule = getattr(module, attribute, None)
     if rule is None:
@@ -72,7 +72,7 @@ def load_rule(name: str) -> Rule:
         raise ConfigError(f"rule {name!r}: {module_name!r} has no {attribute!r}; it has: {known or 'no functions'}.")
     if not callable(rule):
         raise ConfigError(f"rule {name!r} is a {type(rule).__name__}; name a function of (prompt, response, meta).")
-    return rule  # type: ignore[no-any-return]
+    return rule
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,6 @@ from actors.weights.manifest import Bucket, Unpacker, Verify, WeightHeader
 from actors.weights.verify import Places, Verifier, locate
 from orchestrator.errors import PublishError
 
-BACKEND = "rlhf-buckets"
-
 
 @dataclass
 class BucketInitInfo(WeightTransferInitInfo):

@@ -37,7 +37,8 @@ class TensorSpec:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     @property
     def num_bytes(self) -> int:
@@ -57,7 +58,9 @@ class WeightHeader:
         if repeated or not names:
             raise PublishError(f"weight header needs distinct tensors, got {repeated or 'none'} more than once.")
         if self.bucket_bytes <= 0 or self.bucket_bytes % ALIGNMENT_BYTES:
-            raise PublishError(f"bucket_bytes must be a positive multiple of {ALIGNMENT_BYTES}, got {self.bucket_bytes}.")
+            raise PublishError(
+                f"bucket_bytes must be a positive multiple of {ALIGNMENT_BYTES}, got {self.bucket_bytes}."
+            )
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -107,7 +110,8 @@ def raw_bytes(tensor: torch.Tensor) -> Bytes:
 
 def checksum(data: Bytes | torch.Tensor) -> str:
     """BLAKE3 of the bytes, 256 bits in hexadecimal."""
-    return blake3(raw_bytes(data) if isinstance(data, torch.Tensor) else data).hexdigest()
+    array = raw_bytes(data) if isinstance(data, torch.Tensor) else data
+    return blake3(array.data).hexdigest()
 
 
 def pack(header: WeightHeader, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Bucket]:
@@ -134,7 +138,9 @@ def pack(header: WeightHeader, tensors: Iterable[tuple[str, torch.Tensor]]) -> I
         checksums[spec.name] = digest
     extra = next(pairs, None)
     if extra is not None:
-        raise PublishError(f"the trainer yields {extra[0]!r} after the header's last tensor; plan and weights disagree.")
+        raise PublishError(
+            f"the trainer yields {extra[0]!r} after the header's last tensor; plan and weights disagree."
+        )
     yield Bucket(index, buffer, checksums)
 
 
@@ -221,8 +227,8 @@ def check_names(sent: Iterable[str], *, needed: Iterable[str], optional: Iterabl
     if missing or extra:
         raise PublishError(
             f"trainer and engine hold different tensors: not sent: {listed(sorted(missing)) or 'none'}; unknown to the "
-            f"engine: {listed(sorted(extra)) or 'none'}. Both must load the same architecture; for one whose names vLLM "
-            "changes, set rollout.engine='hf'."
+            f"engine: {listed(sorted(extra)) or 'none'}. Both must load the same architecture; for one whose names "
+            "vLLM changes, set rollout.engine='hf'."
         )
 
 

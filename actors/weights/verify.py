@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,7 +71,7 @@ class Verifier:
         seed: of the random part; another one for every publish.
     """
 
-    def __init__(self, model: nn.Module, places: Places, *, mode: Verify, seed: int) -> None:
+    def __init__(self, model: Any, places: Places, *, mode: Verify, seed: int) -> None:
         self._model, self._places, self._mode, self._seed = model, places, mode, seed
         self._modules = dict(model.named_modules())
         self._tied = {f"{p.module}.{p.parameter}" for places in self._places.values() for p in places[1:]}
@@ -150,10 +151,11 @@ class Verifier:
         identity[torch.arange(len(columns)), columns] = 1
         processor = getattr(self._model, "logits_processor", None)
         plain = processor is not None and processor.scale == 1 and processor.soft_cap is None
+        method: Any = module.quant_method
         if isinstance(module, ParallelLMHead) and plain:
             product = self._model.compute_logits(identity)
         else:
-            product = module.quant_method.apply(module, identity, None)
+            product = method.apply(module, identity, None)
         return _transposed(product.to(dtype))
 
     def _columns(self, width: int) -> torch.Tensor:

@@ -54,13 +54,21 @@ def start(folder: Path, **changes: Any) -> VllmEngine:
 
 
 def settings(folder: Path, **changes: Any) -> EngineSettings:
-    small: dict[str, Any] = {"dtype": "float32", "max_length": 128, "kv_cache_gib": 1 / 64, "threads": 2, "max_samples": 32}
+    small: dict[str, Any] = {
+        "dtype": "float32",
+        "max_length": 128,
+        "kv_cache_gib": 1 / 64,
+        "threads": 2,
+        "max_samples": 32,
+    }
     return EngineSettings(folder, **{**small, **changes})
 
 
 def shard(*, sampling: Sampling, num_samples: int = 12) -> ShardRequest:
     requests = [
-        SampleRequest(i, Prompt(f"p{i // 2}", f"text {i // 2}", np.array(TEXTS[i % 6], np.int32), {"answer": i}), i % 2, 50 + i)
+        SampleRequest(
+            i, Prompt(f"p{i // 2}", f"text {i // 2}", np.array(TEXTS[i % 6], np.int32), {"answer": i}), i % 2, 50 + i
+        )
         for i in range(num_samples)
     ]
     return ShardRequest(step=3, index=0, requests=requests, sampling=sampling)
@@ -144,7 +152,7 @@ def failure(action: Callable[[], object]) -> str | None:
 
 @contextmanager
 def tied_layers_left_stale() -> Iterator[None]:
-    with mock.patch.object(actors.weights.cpu, "refresh_tied_layers", lambda model, places: None):
+    with mock.patch.object(actors.weights.cpu, "refresh_tied_layers", return_value=None):
         yield
 
 
@@ -251,7 +259,9 @@ def reference_logprobs(folder: Path, rows: Sequence[Mapping[str, Any]], temperat
     return results
 
 
-def samples_of_one_engine(folder: Path, requests: Sequence[ShardRequest], **changes: Any) -> list[tuple[pa.Table, dict[str, Any]]]:
+def samples_of_one_engine(
+    folder: Path, requests: Sequence[ShardRequest], **changes: Any
+) -> list[tuple[pa.Table, dict[str, Any]]]:
     engine = start(folder, **changes)
     return [engine.generate(request) for request in requests]
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
@@ -27,16 +29,22 @@ _MOODS = ("kind", "plain", "rude")
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cluster() -> Iterator[None]:
     folder = Path("/tmp") / f"rm{os.getpid()}"
     ray.init(num_cpus=2, _temp_dir=str(folder), log_to_driver=False, object_store_memory=100_000_000)
     yield
     ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+class _Holder:
+    def here(self) -> bool:
+        return True
 
 
 def _records(count: int) -> list[RankingRecord]:
@@ -67,13 +75,21 @@ def _config(base: Path, folder: Path, **stage: Any) -> Config:
 
 
 def _train(
-    config: Config, folder: Path, records: list[RankingRecord], held_out: list[RankingRecord]
+    config: Config,
+    folder: Path,
+    records: list[RankingRecord],
+    held_out: list[RankingRecord],
+    on_first_line: Callable[[], None] = lambda: None,
 ) -> tuple[RewardModelResult, list[dict[str, Any]], list[str]]:
     said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if len(said) == 1:
+            on_first_line()
+
     with Telemetry(folder, "test", 1, stage="reward_model") as telemetry:
-        result = asyncio.run(
-            train_reward_model(config, records, held_out, folder / "reward-model", telemetry, said.append)
-        )
+        result = asyncio.run(train_reward_model(config, records, held_out, folder / "reward-model", telemetry, say))
     return result, read_lines(folder / "metrics.jsonl"), said
 
 
@@ -109,7 +125,9 @@ def test_transformers_loads_it_and_padding_changes_no_score(trained: Any) -> Non
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     record = _records(1)[0]
-    transcripts = [render_reply(record.messages, reply, tokenizer) for reply in (*record.replies, "It is 1, rude, rude")]
+    transcripts = [
+        render_reply(record.messages, reply, tokenizer) for reply in (*record.replies, "It is 1, rude, rude")
+    ]
     reward = RewardModel(
         folder, tokenizer, dtype=torch.float32, device=torch.device("cpu"), micro_batch_tokens=512, normalise=True
     )
@@ -144,6 +162,23 @@ def test_two_workers_learn_what_one_learns(cluster: None, base: Path, tmp_path: 
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
+def test_a_killed_worker_costs_a_restart_and_changes_nothing(cluster: None, base: Path, tmp_path: Path) -> None:
+    def kill_worker() -> None:
+        (worker,) = (p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in "".join(p.cmdline()))
+        worker.kill()
+
+    runs = []
+    for name, interrupt in (("whole", lambda: None), ("killed", kill_worker)):
+        folder = tmp_path / name
+        folder.mkdir()
+        runs.append(_train(_config(base, folder, prompts_per_batch=1), folder, _records(40), _records(2), interrupt))
+    (whole, whole_lines, _), (killed, killed_lines, said) = runs
+    assert any("begins again" in text for text in said)
+    losses = [[line["metrics"].get("reward_model/loss") for line in lines] for lines in (whole_lines, killed_lines)]
+    assert len(losses[0]) == 81 and losses[0] == losses[1]
+    assert (whole.score_mean, whole.held_out_accuracy) == (killed.score_mean, killed.held_out_accuracy)
+
+
 def test_a_loss_that_is_not_a_number_stops_it_and_leaves_no_model(cluster: None, base: Path, tmp_path: Path) -> None:
     broken = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     with torch.no_grad():
@@ -167,8 +202,8 @@ def test_more_workers_than_the_cluster_has_room_for_fail_at_once(cluster: None, 
 
 
 def test_resources_that_others_hold_are_not_waited_for_for_ever(cluster: None, base: Path, tmp_path: Path) -> None:
-    holder = ray.remote(num_cpus=2)(dict).remote()
-    ray.get(holder.__len__.remote())
+    holder = ray.remote(num_cpus=2)(_Holder).remote()
+    ray.get(holder.here.remote())
     with pytest.raises(CapacityError, match=r"placement\.wait_s"):
         _train(_config(base, tmp_path), tmp_path, _records(4), [])
     ray.kill(holder)

@@ -22,9 +22,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_shard_gives_the_same_bits_again_in_any_order_and_after_another(apart: Apart, folder: Path, dtype: str) -> None:
+def test_a_shard_gives_the_same_bits_again_in_any_order_and_after_another(
+    apart: Apart, folder: Path, dtype: str
+) -> None:
     request = scenarios.shard(sampling=Sampling(max_new_tokens=24))
-    shuffled = dataclasses.replace(request, requests=random.Random(1).sample(list(request.requests), len(request.requests)))
+    shuffled = dataclasses.replace(
+        request, requests=random.Random(1).sample(list(request.requests), len(request.requests))
+    )
     other = scenarios.shard(sampling=Sampling(max_new_tokens=24), num_samples=5)
     first, again, reordered, _, last = apart(
         scenarios.samples_of_one_engine, folder, [request, request, shuffled, other, request], dtype=dtype
@@ -59,7 +63,9 @@ def test_a_table_holds_what_was_asked_and_what_was_sampled(apart: Apart, folder:
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
-def test_logprobs_are_those_of_the_model_at_the_sampling_temperature(apart: Apart, folder: Path, temperature: float) -> None:
+def test_logprobs_are_those_of_the_model_at_the_sampling_temperature(
+    apart: Apart, folder: Path, temperature: float
+) -> None:
     """The folder's generation_config asks for top_k=2, top_p=0.5: if it were heeded, log-probs could not agree."""
     request = scenarios.shard(sampling=Sampling(temperature=temperature, max_new_tokens=24))
     table, _ = apart(scenarios.samples_of_one_engine, folder, [request])[0]

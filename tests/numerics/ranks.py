@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
 from actors.learning import distributed
 from actors.learning.distributed import Group
 

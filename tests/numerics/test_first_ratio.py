@@ -2,11 +2,11 @@
 at the sampling temperature."""
 
 import pytest
+
 from actors.learning.learner import LearnerSettings
 from actors.learning.worker import LearnJob
 from actors.policy import PolicySettings, PolicyWorker
 from actors.reference import ReferenceSettings, ReferenceWorker
-
 from orchestrator.config import PpoConfig
 from tests.numerics.ranks import group
 from tests.numerics.samples import experience, rollout

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.utils import safe_get_full_grad
+
 from actors.learning import distributed
 from actors.learning.heads import PolicyModel, ValueModel
 from actors.learning.learner import Learner, LearnerSettings
@@ -12,8 +14,6 @@ from actors.learning.model import load_causal, load_scorer
 from actors.learning.packing import TokenRows
 from actors.learning.worker import LearnJob
 from actors.policy import ppo_terms
-from deepspeed.utils import safe_get_full_grad
-
 from orchestrator.config import PpoConfig
 from orchestrator.scheduling.balance import plan_minibatches
 from tests.numerics.ranks import group, run_ranks

@@ -1,12 +1,13 @@
 """Tables worked by hand: every number below follows from the formula in the comment, not from the code."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
-from actors.learning.losses import importance_weights, kl_loss, policy_loss, ranking_loss, sft_loss, value_loss
 
+from actors.learning.losses import importance_weights, kl_loss, policy_loss, ranking_loss, sft_loss, value_loss
 from orchestrator.algorithms import kl
 from orchestrator.algorithms.advantages import gae, gae_rows, whiten
 from orchestrator.algorithms.experience import token_rewards
@@ -45,7 +46,7 @@ def test_gae_of_many_rows_equals_gae_of_each():
     rewards, values = (rng.normal(size=offsets[-1]).astype(np.float32) for _ in range(2))
     bootstrap = rng.normal(size=len(lengths)).astype(np.float32)
     advantages, returns = gae_rows(rewards, values, offsets, bootstrap, 0.9, 0.8)
-    for i, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for i, (start, end) in enumerate(itertools.pairwise(offsets)):
         expected = 0.0
         for t in reversed(range(start, end)):
             following = bootstrap[i] if t == end - 1 else values[t + 1]

@@ -3,11 +3,12 @@
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
 from actors.learning.heads import PolicyModel, TokenLogProbs, ValueModel
 from actors.learning.model import load_causal, load_scorer
 from actors.learning.packing import TokenRows, token_rows
-from transformers import AutoModelForCausalLM
-
 from orchestrator.errors import DataError
 from tests.tiny import tiny_llama, tiny_scorer
 
@@ -126,8 +127,6 @@ def test_a_head_that_is_there_is_not_replaced(scorer):
 
 
 def test_missing_tensors_of_a_causal_model_are_named(causal, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(causal / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     for path in causal.iterdir():

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from actors.critic import CriticSettings, CriticWorker
 from actors.learning import distributed
 from actors.learning.heads import PolicyModel
@@ -12,7 +13,6 @@ from actors.learning.model import load_causal, load_tokenizer
 from actors.learning.packing import TokenRows
 from actors.learning.worker import LearnJob
 from actors.policy import ppo_terms
-
 from orchestrator.config import PpoConfig
 from orchestrator.errors import NonFiniteError, StorageError
 from orchestrator.scheduling.balance import plan_minibatches
@@ -82,7 +82,13 @@ def causal(tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(causal, tmp_path_factory):
     distributed.join(group())
-    two = run_ranks(interrupted_and_not, 2, causal, tmp_path_factory.mktemp("two"), [(0, "bfloat16"), (1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16")])
+    two = run_ranks(
+        interrupted_and_not,
+        2,
+        causal,
+        tmp_path_factory.mktemp("two"),
+        [(0, "bfloat16"), (1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16")],
+    )
     one = interrupted_and_not(group(), causal, tmp_path_factory.mktemp("one"), CASES)
     return {"one": one, "two": two[0]}
 
@@ -159,4 +165,7 @@ def test_the_critic_learns_its_returns(tmp_path):
 
 
 def _lengths():
-    return [(len(p), len(r)) for p, r in zip(*(rollout()[n].to_pylist() for n in ("prompt_tokens", "response_tokens")), strict=True)]
+    return [
+        (len(p), len(r))
+        for p, r in zip(*(rollout()[n].to_pylist() for n in ("prompt_tokens", "response_tokens")), strict=True)
+    ]

@@ -4,10 +4,10 @@ The tokenizer used here has one token per character, plus the special tokens, so
 """
 
 import pytest
-from actors.learning.templates import conversation_tokens, prompt_tokens
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from actors.learning.templates import conversation_tokens, prompt_tokens
 from orchestrator.errors import DataError
 from tests.tiny import CHATML
 

@@ -52,7 +52,9 @@ def test_orchestrator_imports_without_the_heavy_parts() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_code_map_names_every_module(module: str) -> None:
-    assert re.search(rf"^\| `{re.escape(module)}` \| \S", CODE_MAP, re.MULTILINE), f"{module}: not in docs/architecture.md"
+    assert re.search(rf"^\| `{re.escape(module)}` \| \S", CODE_MAP, re.MULTILINE), (
+        f"{module}: not in docs/architecture.md"
+    )
 
 
 def test_code_map_names_no_module_that_is_gone() -> None:

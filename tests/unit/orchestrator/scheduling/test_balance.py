@@ -15,9 +15,7 @@ def rows_of(ranks):
 
 @given(LENGTHS, st.integers(1, 5), st.integers(1, 4), st.integers(1, 600), st.integers(0, 2**40))
 def test_every_row_is_learned_once_in_an_equal_number_of_micro_batches(lengths, minibatches, ranks, budget, seed):
-    plan = plan_minibatches(
-        lengths, num_minibatches=minibatches, num_ranks=ranks, micro_batch_tokens=budget, seed=seed
-    )
+    plan = plan_minibatches(lengths, num_minibatches=minibatches, num_ranks=ranks, micro_batch_tokens=budget, seed=seed)
     assert sorted(itertools.chain(*map(rows_of, plan))) == list(range(len(lengths)))
     sizes = [len(rows_of(minibatch)) for minibatch in plan]
     assert not sizes or max(sizes) - min(sizes) <= 1
@@ -47,9 +45,7 @@ def test_minibatches_hold_the_same_rows_on_any_number_of_ranks(lengths, seed, ra
 
 def test_the_seed_decides_and_nothing_else():
     def plan(seed):
-        return plan_minibatches(
-            list(range(1, 41)), num_minibatches=4, num_ranks=2, micro_batch_tokens=64, seed=seed
-        )
+        return plan_minibatches(list(range(1, 41)), num_minibatches=4, num_ranks=2, micro_batch_tokens=64, seed=seed)
 
     assert plan((1, 2, 3)) == plan((1, 2, 3))
     assert plan((1, 2, 3)) != plan((1, 2, 4))

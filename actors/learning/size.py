@@ -1,0 +1,29 @@
+"""The size of a model from its config alone: no weights are read, no memory is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from orchestrator.errors import DataError
+from orchestrator.scheduling.memory import ModelSize
+
+
+def model_size(folder: Path, *, trust_remote_code: bool = False) -> ModelSize:
+    """Raises DataError when the folder's config is of no known architecture."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder}/config.json is of no architecture known here: {error}.") from error
+    text = config.get_text_config()
+    return ModelSize(
+        num_params=sum(parameter.numel() for parameter in model.parameters()),
+        num_layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        feed_forward=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocabulary=text.vocab_size,
+    )

@@ -1,0 +1,161 @@
+"""What a config needs of a machine or cluster: memory per role, placement, disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import psutil
+import ray
+import torch
+
+from actors.cluster import alive_nodes, connect
+from actors.learning.model import resolve_model
+from actors.learning.size import model_size
+from jobs.build import demands
+from orchestrator.config import Config, LearnerConfig
+from orchestrator.scheduling.memory import (
+    GIB,
+    RECORDER_PROCESS,
+    RULES_PROCESS,
+    Memory,
+    ModelSize,
+    NodeNeed,
+    NodeOffer,
+    engine_memory,
+    learner_memory,
+    needs,
+    scorer_memory,
+    too_much,
+)
+from orchestrator.scheduling.plan import Node, Plan, place
+
+THIS_MACHINE = "this machine"
+_LOGGED_BYTES_PER_TOKEN = 40  # token id and some eight floats, before compression
+_SAVED_BYTES_PER_PARAM = 14  # weights, masters, two moments
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where a plan is tried: nodes and their memory, and what they are in words."""
+
+    what: str
+    nodes: Sequence[Node]
+    offers: Mapping[str, NodeOffer]
+
+
+def find_cluster(ray_address: str | None, *, wait_s: float) -> Cluster:
+    """The cluster at `ray_address` or RAY_ADDRESS; without either, this machine, on which no Ray is started.
+
+    Raises:
+        CapacityError: there is an address, and nothing answers.
+    """
+    if ray_address is None and "RAY_ADDRESS" not in os.environ:
+        num_gpus = torch.cuda.device_count()
+        gpu_memory = sum(torch.cuda.get_device_properties(index).total_memory for index in range(num_gpus))
+        node = Node(THIS_MACHINE, float(os.cpu_count() or 1), float(num_gpus))
+        offer = NodeOffer(psutil.virtual_memory().total, gpu_memory if num_gpus else None)
+        return Cluster("this machine", [node], {THIS_MACHINE: offer})
+    connect(ray_address, wait_s=wait_s)
+    nodes = alive_nodes()
+    resources = {entry["NodeManagerAddress"]: entry["Resources"] for entry in ray.nodes() if entry["Alive"]}
+    offers = {}
+    for node in nodes:
+        there = resources[node.address]
+        # Ray takes the object store out of what it calls a node's memory.
+        offers[node.address] = NodeOffer(there["memory"] + there["object_store_memory"] if "memory" in there else None)
+    return Cluster(f"Ray cluster of {len(nodes)} nodes", nodes, offers)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """A plan and what it takes; `warnings` say what may not fit."""
+
+    cluster: Cluster
+    plan: Plan
+    memory_of: Mapping[str, Memory]
+    nodes: Sequence[NodeNeed]
+    warnings: Sequence[str]
+    disk_bytes: float
+
+
+def capacity(config: Config, cluster: Cluster) -> Capacity:
+    """Places the config's roles and estimates what they take.
+
+    Raises:
+        CapacityError: cores, GPUs or memory are short.
+        DataError: a model's config can't be read.
+    """
+    with_ppo = "ppo" in config.stages
+    plan = place(demands(config, learning=with_ppo), cluster.nodes, mode=config.placement.mode)
+    sizes = _Sizes(config)
+    memory_of = memory_per_role(config, sizes)
+    found = needs(plan, memory_of, cluster.offers)
+    return Capacity(cluster, plan, memory_of, found, too_much(found), disk_bytes(config, sizes))
+
+
+class _Sizes:
+    """Sizes of the models that a config names, each looked up once."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._known: dict[str, ModelSize] = {}
+
+    def of(self, name: str | None) -> ModelSize:
+        name = name or self._config.model.path
+        if name not in self._known:
+            folder = resolve_model(name, self._config.run.cache)
+            self._known[name] = model_size(folder, trust_remote_code=self._config.model.trust_remote_code)
+        return self._known[name]
+
+
+def memory_per_role(config: Config, sizes: _Sizes) -> dict[str, Memory]:
+    """Memory of one actor of each role."""
+    dtype, reference, reward, rollout = config.model.dtype, config.reference, config.reward, config.rollout
+    reward_memory = Memory(process=RULES_PROCESS)
+    if reward.kind == "model":
+        reward_memory = scorer_memory(
+            sizes.of(reward.path), dtype=dtype, shards=1, micro_batch_tokens=reward.micro_batch_tokens, logits=False
+        )
+    return {
+        "policy": _learner(config, config.policy, sizes.of(None), logits=True),
+        "critic": _learner(config, config.critic, sizes.of(config.critic.path or reward.path), logits=False),
+        "reference": scorer_memory(
+            sizes.of(reference.path),
+            dtype=dtype,
+            shards=reference.replicas if reference.sharded else 1,
+            micro_batch_tokens=reference.micro_batch_tokens,
+            logits=True,
+        ),
+        "reward": reward_memory,
+        "rollout": engine_memory(
+            sizes.of(None),
+            dtype=dtype,
+            tensor_parallel_size=rollout.tensor_parallel_size,
+            cache_bytes=0.0 if rollout.gpus_per_engine else rollout.kv_cache_gib * GIB,
+        ),
+        "recorder": Memory(process=RECORDER_PROCESS),
+    }
+
+
+def _learner(config: Config, learner: LearnerConfig, size: ModelSize, *, logits: bool) -> Memory:
+    return learner_memory(
+        size,
+        dtype=config.model.dtype,
+        zero_stage=learner.zero_stage,
+        ranks=learner.ranks,
+        micro_batch_tokens=learner.micro_batch_tokens,
+        gradient_checkpointing=learner.gradient_checkpointing,
+        logits=logits,
+    )
+
+
+def disk_bytes(config: Config, sizes: _Sizes) -> float:
+    """What a run writes at most: checkpoints (one more than are kept while saving), exports, experience."""
+    policy, critic = sizes.of(None), sizes.of(config.critic.path or config.reward.path)
+    checkpoints = (config.checkpoints.keep + 1) * _SAVED_BYTES_PER_PARAM * (policy.num_params + critic.num_params)
+    exported = 4 * (policy.num_params + critic.num_params)
+    samples = config.ppo.steps * config.samples_per_step
+    experience = samples * config.model.max_length * _LOGGED_BYTES_PER_TOKEN
+    return float(checkpoints + exported + experience)

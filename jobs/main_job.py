@@ -1,0 +1,19 @@
+"""The work of `python -m jobs.ppo` once its input is known to be good: connect, run the stages, show the result."""
+
+from __future__ import annotations
+
+from actors.cluster import connect
+from jobs.command import run_async, say
+from jobs.pipeline import run_stages
+from jobs.prepare import Prepared
+from jobs.results import show_results
+from jobs.run_folder import open_run
+from orchestrator.config import Config
+
+
+def run_job(config: Config, prepared: Prepared, ray_address: str | None) -> None:
+    connect(ray_address, wait_s=config.placement.wait_s)
+    run = open_run(config)
+    say(f"run {run.id}, attempt {run.attempt}: {run.path}")
+    run_async(run_stages(config, run, prepared, say))
+    show_results(run.path)

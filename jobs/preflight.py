@@ -1,0 +1,218 @@
+"""What is checked before anything starts: prompts, preferences, tokenizer, rewards, trackers, ports and the run folder.
+
+Every check runs, and all that is wrong is told at once. Nothing is started and no weights are read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from safetensors import SafetensorError, safe_open
+
+from actors.learning.model import resolve_model
+from actors.rewards import RewardSource
+from actors.rewards.http import HttpReward
+from actors.rewards.model import read_stats
+from actors.rewards.rules import RuleReward, load_rule
+from jobs.command import say
+from jobs.prepare import Prepared, find_data, prepare
+from jobs.run_folder import check_run_folder
+from orchestrator.config import Config
+from orchestrator.data.readers import read_rankings
+from orchestrator.errors import ConfigError, DataError, RewardError, RlhfError
+
+PROBES = 8  # prompts on which rules are tried
+HTTP_PROBE_S = 10.0
+_REPLY = "Thank you, I am glad to help with that."
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found. `notes` are lines for people; `prepared` is None when the prompts or their model are bad."""
+
+    prepared: Prepared | None
+    notes: Sequence[str]
+    problems: Sequence[RlhfError]
+
+    def require(self) -> Prepared:
+        """The prepared prompts. Raises what is wrong: the one problem itself, or all of them as one ConfigError."""
+        if len(self.problems) > 1:
+            raise ConfigError(f"{len(self.problems)} problems:\n" + "\n".join(f"- {error}" for error in self.problems))
+        if self.problems or self.prepared is None:
+            raise self.problems[0]
+        return self.prepared
+
+
+def checked(config: Config) -> Prepared:
+    """The prompts of a run whose input is good. Raises what is wrong, see Preflight.require."""
+    found = preflight(config)
+    prepared = found.require()
+    for note in found.notes:
+        say(note)
+    return prepared
+
+
+def preflight(config: Config) -> Preflight:
+    notes: list[str] = []
+    problems: list[RlhfError] = []
+
+    def attempt(check: Callable[[], Any]) -> Any:
+        try:
+            return check()
+        except RlhfError as error:
+            problems.append(error)
+            return None
+
+    prepared: Prepared | None = attempt(lambda: prepare(config))
+    if prepared is not None:
+        notes.append(prepared.describe())
+    examples = _examples(prepared)
+    checks: tuple[Callable[[], str | None], ...] = (
+        lambda: _enough_prompts(config, prepared),
+        lambda: _preferences(config),
+        lambda: _reward(config, examples),
+        lambda: _gold(config),
+        lambda: _trackers(config),
+        lambda: _port(config),
+        lambda: check_run_folder(config),
+    )
+    notes.extend(note for note in map(attempt, checks) if note)
+    return Preflight(prepared, notes, _distinct(problems))
+
+
+def _distinct(problems: Sequence[RlhfError]) -> list[RlhfError]:
+    """One file may be wrong in two places of the config."""
+    return list({str(error): error for error in problems}.values())
+
+
+def _enough_prompts(config: Config, prepared: Prepared | None) -> None:
+    if prepared is None:
+        return
+    parts = prepared.prompts
+    wanted = {
+        "ppo": (parts.train, "to train on: lower prompts.held_out_fraction or prompts.reward_model_fraction"),
+        "preferences": (parts.reward_model, "for the labeller: raise prompts.reward_model_fraction"),
+    }
+    for stage, (prompts, way_out) in wanted.items():
+        if stage in config.stages and not prompts:
+            raise DataError(f"of {prepared.report.num_records} prompts none is left {way_out}, or give more prompts.")
+
+
+def _preferences(config: Config) -> str | None:
+    preferences = config.preferences
+    if preferences.path is None or "reward_model" not in config.stages:
+        return None
+    _, report = read_rankings(find_data(preferences.path), preferences.format, preferences.limit)
+    return f"preferences: {report.summary()}"
+
+
+def _reward(config: Config, examples: pa.Table | None) -> str | None:
+    if "ppo" not in config.stages:
+        return None
+    if config.reward.kind == "model":
+        return _reward_model(config)
+    if config.reward.kind == "rules":
+        rules = RuleReward(config.reward.rules)
+        return None if examples is None else _tried("rules", rules, examples)
+    http = config.reward.http
+    if http is None or examples is None:  # without a url no config is read; without prompts there is nothing to try
+        return None
+    source = HttpReward(http.url, timeout_s=min(http.timeout_s, HTTP_PROBE_S), retries=min(http.retries, 1))
+    return _tried(f"endpoint {http.url}", source, examples.slice(0, 1))
+
+
+def _tried(name: str, source: RewardSource, examples: pa.Table) -> str:
+    """Scores a made-up reply to real prompts.
+
+    Raises:
+        ConfigError: the source is down, or can score none of them.
+    """
+    try:
+        scores = source.scores(examples)
+    except RewardError as error:
+        raise ConfigError(str(error)) from error
+    failed = [score.error for score in scores if score.value is None]
+    if failed and len(failed) == len(scores):
+        raise ConfigError(
+            f"reward ({name}) failed on all of {len(scores)} sample prompts: {failed[0]}. Correct reward.rules or the "
+            "endpoint, or give prompts with the fields that it reads."
+        )
+    return f"reward ({name}): scores a made-up reply to {len(scores) - len(failed)} of {len(scores)} sample prompts"
+
+
+def _reward_model(config: Config) -> str | None:
+    if config.reward.path is None:
+        return None  # a stage of this run trains it
+    folder = resolve_model(config.reward.path, config.run.cache)
+    if config.reward.normalise:
+        read_stats(folder)
+    names = {name for file in sorted(folder.glob("*.safetensors")) for name in _tensor_names(file)}
+    if names and not any(name.startswith("score.") for name in names):
+        raise DataError(
+            f"reward.path: {folder} has no scalar head (no tensor score.*), so its scores would be noise. Give a "
+            "trained reward model: a sequence classifier with one label."
+        )
+    return f"reward (model): {folder} has a scalar head"
+
+
+def _tensor_names(file: Any) -> Iterator[str]:
+    try:
+        with safe_open(file, "pt") as tensors:
+            yield from tensors.keys()
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{file} can't be read ({error}): is it complete?") from error
+
+
+def _gold(config: Config) -> None:
+    if "preferences" in config.stages:
+        load_rule(config.labeller.gold)
+    if "ppo" in config.stages and config.evaluation.prompts and config.evaluation.gold is not None:
+        load_rule(config.evaluation.gold)
+
+
+def _trackers(config: Config) -> None:
+    telemetry = config.telemetry
+    wanted = {
+        "telemetry.tensorboard": ("tensorboard", telemetry.tensorboard),
+        "telemetry.wandb_project": ("wandb", telemetry.wandb_project),
+        "telemetry.mlflow_uri": ("mlflow", telemetry.mlflow_uri),
+    }
+    for key, (package, value) in wanted.items():
+        if value and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{key}={value!r} needs package {package}: pip install {package}, or turn it off.")
+
+
+def _port(config: Config) -> None:
+    host, port = config.telemetry.prometheus_host, config.telemetry.prometheus_port
+    if not port:
+        return
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"telemetry.prometheus_host={host!r}, telemetry.prometheus_port={port}: can't listen there ({error}). Set "
+            "the port to 0 for a free one, to another number, or to null for no endpoint."
+        ) from None
+
+
+def _examples(prepared: Prepared | None) -> pa.Table | None:
+    """A made-up reply to the first prompts, as reward sources read samples. None: there are no prompts."""
+    if prepared is None or not prepared.prompts.train:
+        return None
+    prompts = prepared.prompts.train[:PROBES]
+    return pa.table(
+        {
+            "prompt_text": [prompt.text for prompt in prompts],
+            "response_text": [_REPLY for _ in prompts],
+            "meta": [json.dumps(dict(prompt.meta)) for prompt in prompts],
+        }
+    )

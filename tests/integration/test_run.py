@@ -1,0 +1,164 @@
+"""A whole tiny run with real vLLM, DeepSpeed and Ray: it equals its replay, and the same run killed on the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from jobs.replay import fingerprint
+from orchestrator.checkpoints import verify
+from orchestrator.storage import sha256
+from orchestrator.telemetry import read_lines
+from tests.tiny import tiny_llama
+
+pytestmark = [pytest.mark.ray, pytest.mark.heavy, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 4
+RUN_S = 240.0
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Runs this program's commands on the tests' cluster, one run folder per id."""
+
+    folder: Path
+    address: str
+
+    def start(self, module: str, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "RAY_ADDRESS": self.address},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def ppo(self, run_id: str) -> subprocess.Popen[str]:
+        return self.start("jobs.ppo", "--config", str(self.folder / "config.yaml"), f"run.id={run_id}")
+
+    def run_folder(self, run_id: str) -> Path:
+        return self.folder / "runs" / run_id
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """The output of a process that ends well in time."""
+    try:
+        output, _ = process.communicate(timeout=RUN_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        pytest.fail(f"no end within {RUN_S:.0f} s:\n{output}")
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    folder = tmp_path_factory.mktemp("run")
+    settings = {
+        "stages": ["ppo"],
+        "run": {"root": str(folder / "runs")},
+        "model": {"path": str(tiny_llama(folder / "model")), "max_length": 128},
+        "prompts": {"limit": 60, "max_prompt_tokens": 100},
+        "reward": {"kind": "rules", "rules": [{"function": "actors.rewards.rules:length_target"}]},
+        "policy": {"learning_rate": 1e-3, "schedule": "linear", "warmup_optimizer_steps": 2},
+        "critic": {"learning_rate": 1e-3, "warmup_steps": 1},
+        "rollout": {"max_new_tokens": 16, "samples_per_shard": 8, "kv_cache_gib": 0.1},
+        "ppo": {"steps": STEPS, "prompts_per_step": 16, "samples_per_prompt": 1, "minibatches": 2, "kl_target": 0.5},
+        "checkpoints": {"every_steps": 2},
+        "evaluation": {"prompts": 0},
+        "telemetry": {"prometheus_port": None, "tensorboard": False},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    temporary = Path("/tmp") / f"rn{os.getpid()}"  # Ray's socket paths must be short
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=200_000_000,
+        _temp_dir=str(temporary),
+    )
+    yield Launcher(folder, ray.get_runtime_context().gcs_address)
+    ray.shutdown()
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def whole(launcher: Launcher) -> Path:
+    """Folder of a run that nothing disturbed."""
+    finish(launcher.ppo("whole"))
+    return launcher.run_folder("whole")
+
+
+def steps_written(folder: Path) -> list[int]:
+    return [line["step"] for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "step"]
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    """Weights, fp32 masters and optimizers of the last checkpoint, and the exported policy."""
+    last = f"checkpoints/step-{STEPS:06d}"
+    for role in ("policy", "critic"):
+        assert fingerprint(one / last, role) == fingerprint(other / last, role), role
+    assert sha256(one / "export" / "model.safetensors") == sha256(other / "export" / "model.safetensors")
+
+
+def test_a_run_learns_and_leaves_everything_behind(launcher: Launcher, whole: Path) -> None:
+    assert steps_written(whole) == list(range(STEPS))
+    metrics = [line["metrics"] for line in read_lines(whole / "metrics.jsonl")]
+    assert metrics[0]["kl/per_response"] == 0.0 < metrics[-1]["kl/per_response"]
+    assert all(line["publish/tensors_verified"] > 10 for line in metrics)
+    assert len({line["kl/coefficient"] for line in metrics}) > 1, "the adaptive coefficient never moved"
+    verify(whole / "checkpoints" / f"step-{STEPS:06d}")
+    assert "</html>" in (whole / "report.html").read_text(encoding="utf-8")
+    start = AutoModelForCausalLM.from_pretrained(launcher.folder / "model").state_dict()
+    learned = AutoModelForCausalLM.from_pretrained(whole / "export").state_dict()
+    assert start.keys() == learned.keys()
+    assert not torch.equal(start["model.embed_tokens.weight"].bfloat16(), learned["model.embed_tokens.weight"])
+
+
+def test_a_replay_of_the_log_ends_with_the_runs_own_bits(launcher: Launcher, whole: Path, tmp_path: Path) -> None:
+    before = (whole / "metrics.jsonl").read_bytes()
+    output = finish(launcher.start("jobs.replay", str(whole), "--to", str(tmp_path / "again")))
+    assert output.count(f"equal to the run's own step-{STEPS:06d}") == 2, output
+    assert fingerprint(tmp_path / "again" / "checkpoints" / f"step-{STEPS:06d}", "policy") in output
+    assert_same_bits(whole, tmp_path / "again")
+    assert (whole / "metrics.jsonl").read_bytes() == before, "a replay wrote into the run's own record"
+
+
+def test_a_replay_may_start_from_a_checkpoint(launcher: Launcher, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "checkpoints" / f"step-{STEPS:06d}")
+    finish(launcher.start("jobs.replay", str(tmp_path / "copy"), "--from-checkpoint"))
+    assert_same_bits(whole, tmp_path / "copy" / "replay")
+    assert steps_written(tmp_path / "copy" / "replay") == [2, 3]
+
+
+def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(launcher: Launcher, whole: Path) -> None:
+    folder = launcher.run_folder("killed")
+    first = launcher.ppo("killed")
+    deadline = time.monotonic() + RUN_S
+    while len(steps_written(folder)) < STEPS - 1 and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert steps_written(folder) == list(range(STEPS - 1)), "it was to be killed before its last step"
+    assert first.returncode == -signal.SIGKILL
+    finish(launcher.ppo("killed"))
+    assert steps_written(folder) == list(range(STEPS))
+    assert len(list((folder / "attempts").iterdir())) == 2
+    assert_same_bits(whole, folder)

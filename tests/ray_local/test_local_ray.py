@@ -1,0 +1,158 @@
+"""The launcher's Ray: reachable only from here and only with its token; jobs tell their exit code; nothing stays."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from time import monotonic, sleep
+
+import psutil
+import pytest
+import requests
+
+from jobs.cluster_job import Job, connect, follow, stage_project, submit
+from jobs.local_ray import MARK, LocalRay, local_ray
+from orchestrator.errors import CapacityError, ConfigError
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).resolve().parents[2]
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+COMMITS_WHEN_STOPPED = """
+import signal, sys, time
+def commit(*_):
+    time.sleep(5)
+    print("committed", flush=True)
+    sys.exit(1)
+signal.signal(signal.SIGTERM, commit)
+print("started", flush=True)
+time.sleep(120)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalRay]:
+    with local_ray(num_cpus=1) as ray:
+        yield ray
+    assert processes_of(ray.folder) == []
+    assert not ray.folder.exists()
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == str(folder):
+                found.append(process)
+    return found
+
+
+def run_job(cluster: LocalRay, job: Job) -> tuple[int, str]:
+    written: list[str] = []
+    client = connect(cluster.url, token=cluster.token)
+    code = asyncio.run(follow(client, submit(client, job), written.append))
+    return code, "".join(written)
+
+
+def python(code: str) -> str:
+    return "exec " + shlex.join([sys.executable, "-c", code])
+
+
+def test_everything_listens_on_loopback_only(cluster: LocalRay) -> None:
+    addresses = {
+        connection.laddr.ip
+        for process in processes_of(cluster.folder)
+        for connection in process.net_connections(kind="tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert addresses
+    assert addresses <= LOOPBACK
+
+
+def test_who_has_no_token_gets_nothing(cluster: LocalRay) -> None:
+    assert requests.get(f"{cluster.url}/api/jobs/", timeout=10).status_code == 401
+    assert cluster.token_file.stat().st_mode & 0o077 == 0
+    with pytest.raises(ConfigError, match="RAY_AUTH_TOKEN_PATH"):
+        connect(cluster.url, token="0" * 64)
+
+
+@pytest.mark.parametrize("code", [0, 2, 3])
+def test_exit_code_and_lines_of_the_job_are_told(cluster: LocalRay, code: int) -> None:
+    told, text = run_job(cluster, Job(python(f"print('line one'); print('line two'); raise SystemExit({code})")))
+    assert told == code
+    assert text.splitlines()[-2:] == ["line one", "line two"]
+
+
+def test_job_that_is_killed_counts_as_failed(cluster: LocalRay) -> None:
+    told, _ = run_job(cluster, Job(python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")))
+    assert told == 128 + signal.SIGKILL
+
+
+def test_staged_project_is_what_a_job_sees(cluster: LocalRay, tmp_path: Path) -> None:
+    stage, extra = tmp_path / "stage", tmp_path / "prompts.jsonl"
+    stage.mkdir()
+    extra.write_text("{}\n", encoding="utf-8")
+    stage_project(ROOT, stage, [extra])
+    lists = "import os, orchestrator; print(sorted(os.listdir('.')), orchestrator.__file__)"
+    told, text = run_job(cluster, Job(f"python -c {shlex.quote(lists)}", working_dir=stage))
+    assert told == 0
+    assert "'prompts.jsonl'" in text
+    assert "'tests'" not in text
+    assert "working_dir_files" in text.split("]")[-1]
+
+
+def test_job_whose_follower_is_stopped_has_time_to_commit(cluster: LocalRay) -> None:
+    written: list[str] = []
+    started = asyncio.Event()
+
+    def write(text: str) -> None:
+        written.append(text)
+        if "started" in "".join(written):
+            started.set()
+
+    async def stopped_when_started() -> None:
+        client = connect(cluster.url, token=cluster.token)
+        job_id = submit(client, Job(python(COMMITS_WHEN_STOPPED)))
+        task = asyncio.create_task(follow(client, job_id, write))
+        await asyncio.wait_for(started.wait(), 60)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await asyncio.to_thread(client.get_job_info, job_id)).status.is_terminal()
+
+    asyncio.run(stopped_when_started())
+    assert "committed" in "".join(written)
+
+
+def test_address_where_nothing_answers_is_told_in_seconds() -> None:
+    started = monotonic()
+    with pytest.raises(CapacityError, match="no Ray Jobs API answers at http://127.0.0.1:9"):
+        connect("http://127.0.0.1:9")
+    assert monotonic() - started < 15
+
+
+def test_rays_processes_end_when_the_launcher_is_killed() -> None:
+    holds = """
+import time
+from jobs.local_ray import local_ray
+with local_ray() as ray:
+    print(ray.folder, flush=True)
+    time.sleep(300)
+"""
+    with subprocess.Popen([sys.executable, "-c", holds], cwd=ROOT, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        folder = Path(launcher.stdout.readline().strip())
+        assert processes_of(folder)
+        os.kill(launcher.pid, signal.SIGKILL)
+    deadline = monotonic() + 60
+    while processes_of(folder) and monotonic() < deadline:
+        sleep(0.5)
+    shutil.rmtree(folder)
+    assert processes_of(folder) == []

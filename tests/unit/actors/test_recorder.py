@@ -1,0 +1,178 @@
+"""The recorder on a real object store and disk: what it writes is what it hands on, and damage is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from actors.recorder import RecorderWorker
+from orchestrator import schema
+from orchestrator.algorithms.experience import ExperienceSettings
+from orchestrator.errors import RewardError, StorageError
+from orchestrator.evaluation import EVALUATION
+from tests.unit.actors.rewards.rollouts import rollout_table
+
+TOKENS = [[4, 0], [5, 6, 0], [0]]
+RESPONSES = ["I love it", "I hate it", "ok"]  # length_target wants 50 words
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    folder = Path("/tmp") / f"rc{os.getpid()}"  # Ray's socket paths must be short
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100_000_000,
+        _temp_dir=str(folder),
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def recorder(cluster: None) -> RecorderWorker:
+    return RecorderWorker(ExperienceSettings(), "run-1", "actors.rewards.rules:length_target")
+
+
+def rollout() -> pa.Table:
+    table = rollout_table(RESPONSES, response_tokens=TOKENS)
+    logprobs = pa.array([[-1.0] * len(tokens) for tokens in TOKENS], pa.list_(pa.float32()))
+    return table.set_column(table.schema.get_field_index("engine_logprobs"), "engine_logprobs", logprobs)
+
+
+def floats(value: float, rows: list[int]) -> pa.Array:
+    return pa.array([[value] * len(TOKENS[row - 10]) for row in rows], pa.list_(pa.float32()))
+
+
+def logprobs(value: float, rows: list[int]) -> ray.ObjectRef:
+    columns = {"row": rows, "logprobs": floats(value, rows)}
+    return ray.put(pa.table(columns, schema=schema.LOGPROBS))
+
+
+def rewards(scores: list[float | None]) -> ray.ObjectRef:
+    columns = {
+        "row": [10, 11, 12],
+        "reward": scores,
+        "reward_parts": [[("style", 0.5)]] * 3,
+        "reward_error": [None if score is not None else "grader died" for score in scores],
+    }
+    return ray.put(pa.table(columns, schema=schema.REWARDS))
+
+
+def scores(reward: list[float | None]) -> dict[str, list[Any]]:
+    """The reference's answer comes in two parts, as from two ranks."""
+    rows = [10, 11, 12]
+    values = {"row": rows, "values": floats(0.25, rows), "bootstrap_value": [0.0] * 3}
+    return {
+        "logprobs": [logprobs(-1.0, rows)],
+        "ref_logprobs": [logprobs(-1.5, [11]), logprobs(-1.5, [10, 12])],
+        "values": [ray.put(pa.table(values, schema=schema.VALUES))],
+        "rewards": [rewards(reward)],
+    }
+
+
+def test_what_is_written_is_what_is_handed_on(recorder: RecorderWorker, tmp_path: Path) -> None:
+    file = tmp_path / "shard-0000.parquet"
+    table, record = recorder.record(rollout(), scores([1.0, 2.0, 3.0]), kl_coefficient=0.1, file=str(file))
+    assert table.schema == schema.EXPERIENCE
+    loaded, _ = recorder.load(record, file=str(file))
+    assert loaded.equals(table)
+    assert (record.file, record.num_samples, record.num_dropped) == (file.name, 3, 0)
+    assert (record.num_bytes, record.num_response_tokens) == (file.stat().st_size, 6)
+    assert os.listdir(tmp_path) == [file.name]
+    metadata = pq.read_metadata(file)
+    assert metadata.metadata[b"run_id"] == b"run-1"
+    assert metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_samples_whose_reward_failed_are_left_out_and_listed(recorder: RecorderWorker, tmp_path: Path) -> None:
+    file = tmp_path / "shard-0007.parquet"
+    table, record = recorder.record(rollout(), scores([1.0, None, 3.0]), kl_coefficient=0.1, file=str(file))
+    assert table["row"].to_pylist() == [10, 12]
+    assert (record.num_samples, record.num_dropped) == (2, 1)
+    listed = (tmp_path / "failed-shard-0007.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in listed] == [{"row": 11, "reward_error": "grader died"}]
+
+
+def test_a_shard_of_nothing_but_failures_is_recorded_empty(recorder: RecorderWorker, tmp_path: Path) -> None:
+    file = tmp_path / "shard-0000.parquet"
+    table, record = recorder.record(rollout(), scores([None] * 3), kl_coefficient=0.1, file=str(file))
+    assert (table.num_rows, record.num_samples, record.num_dropped) == (0, 0, 3)
+    assert recorder.load(record, file=str(file))[0].schema == schema.EXPERIENCE
+
+
+def test_a_shard_that_was_altered_or_is_missing_is_named(recorder: RecorderWorker, tmp_path: Path) -> None:
+    file = tmp_path / "shard-0003.parquet"
+    _, record = recorder.record(rollout(), scores([1.0, 2.0, 3.0]), kl_coefficient=0.1, file=str(file))
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    with pytest.raises(StorageError, match=r"shard-0003\.parquet of the experience log was altered"):
+        recorder.load(record, file=str(file))
+    file.write_bytes(whole)
+    with pytest.raises(StorageError, match="altered"):
+        recorder.load(replace(record, sha256="00"), file=str(file))
+    file.unlink()
+    with pytest.raises(StorageError, match=r"shard-0003\.parquet of the experience log is missing"):
+        recorder.load(record, file=str(file))
+
+
+def test_held_out_samples_are_joined_with_the_gold_score(recorder: RecorderWorker, tmp_path: Path) -> None:
+    file = tmp_path / "step-000000.parquet"
+    rows = [10, 11, 12]
+    shard = {
+        "rollout": [ray.put(rollout())],
+        "policy": [logprobs(-1.0, [12, 10]), logprobs(-1.0, [11])],
+        "reference": [logprobs(-1.5, rows)],
+        "reward": [rewards([1.0, None, 3.0])],
+    }
+    metrics = recorder.evaluate([shard], file=str(file))
+    table = pq.read_table(file)
+    assert table.schema.equals(EVALUATION)
+    assert table["response_text"].to_pylist() == RESPONSES
+    assert table["kl"].to_pylist() == pytest.approx([1.0, 1.5, 0.5])
+    assert table["reward"].to_pylist() == [1.0, None, 3.0]
+    assert table["gold"].to_pylist() == pytest.approx([-47 / 50, -47 / 50, -49 / 50])
+    assert metrics["evaluation/gold_mean"] == pytest.approx(-143 / 150)
+    assert metrics["evaluation/reward_mean"] == 2.0
+    assert metrics["evaluation/kl_per_response"] == pytest.approx(1.0)
+
+
+def test_a_gold_rule_that_fails_stops_the_evaluation(cluster: None, tmp_path: Path) -> None:
+    recorder = RecorderWorker(ExperienceSettings(), "run-1", "actors.rewards.rules:exact_answer")
+    shard = {
+        "rollout": [ray.put(rollout())],
+        "policy": [logprobs(-1.0, [10, 11, 12])],
+        "reference": [logprobs(-1.0, [10, 11, 12])],
+        "reward": [rewards([1.0, 2.0, 3.0])],
+    }
+    with pytest.raises(RewardError, match="gold rule failed on a held-out sample"):
+        recorder.evaluate([shard], file=str(tmp_path / "step.parquet"))
+    assert not (tmp_path / "step.parquet").exists()
+
+
+def test_pyarrow_opens_a_whole_log(recorder: RecorderWorker, tmp_path: Path) -> None:
+    """As docs/experience-log.md says, with the files beside the shards that a log holds."""
+    for step in range(2):
+        folder = tmp_path / "log" / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        file = folder / "shard-0000.parquet"
+        recorder.record(rollout(), scores([1.0, None, 3.0]), kl_coefficient=0.1, file=str(file))
+        (folder / "manifest.json").write_text("{}", encoding="utf-8")
+    files = sorted(map(str, (tmp_path / "log").glob("*/*.parquet")))
+    table = pyarrow.dataset.dataset(files).to_table()
+    assert table.num_rows == 4
+    assert pq.read_table(files).schema.equals(schema.EXPERIENCE)

@@ -1,0 +1,74 @@
+"""A run is a fold over its log: what the log holds is enough to get every later state again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.coordinator import LoopSettings, Relearning
+from orchestrator.errors import GuardTripped, RoleDied
+from orchestrator.experience_log import ExperienceLog
+from orchestrator.telemetry import Telemetry
+from orchestrator.types import State
+from tests.unit.orchestrator.fakes import Diary, FakeLearner, FakeRecorder
+from tests.unit.orchestrator.test_coordinator import World
+
+
+def relearning(run: Path, to: Path, *, steps: int, warmup: int = 0, max_kl: float | None = None) -> Relearning:
+    to.mkdir()
+    diary = Diary()
+    return Relearning(
+        settings=LoopSettings(steps, warmup, lambda coefficient, kl, samples: 2 * coefficient, max_kl),
+        policy=FakeLearner("policy", diary),
+        critic=FakeLearner("critic", diary),
+        log=ExperienceLog(run / "log", FakeRecorder(diary), max_failed_fraction=0.1),
+        telemetry=Telemetry(to, "run", 0, stage="replay"),
+    )
+
+
+async def test_without_engines_the_log_gives_every_state_of_the_run(tmp_path: Path) -> None:
+    world = World(tmp_path / "run", critic_warmup_steps=1)
+    world.folder.mkdir()
+    final = await world.coordinator().run(State(0, 0.1))
+    for until in (1, 3, 4):
+        again = relearning(tmp_path / "run", tmp_path / f"to-{until}", steps=until, warmup=1)
+        state = await again.relearn(State(0, 0.1))
+        assert state == State(until, 0.1 * 2**until)
+        assert again.policy.learned == world.policy.learned[: until - 1]
+        assert again.critic.learned == world.critic.learned[:until]
+    assert state == final
+
+
+async def test_it_ends_where_the_log_ends(tmp_path: Path) -> None:
+    world = World(tmp_path / "run", fail_in_step=2)
+    world.folder.mkdir()
+    with pytest.raises(RoleDied):
+        await world.coordinator().run(State(0, 0.1))
+    assert await relearning(tmp_path / "run", tmp_path / "to", steps=4).relearn(State(0, 0.1)) == State(2, 0.4)
+
+
+async def test_a_guard_that_ended_the_run_ends_its_replay(tmp_path: Path) -> None:
+    world = World(tmp_path / "run")
+    world.folder.mkdir()
+    await world.coordinator().run(State(0, 0.1))
+    with pytest.raises(GuardTripped, match="step 0"):
+        await relearning(tmp_path / "run", tmp_path / "to", steps=4, max_kl=1e-3).relearn(State(0, 0.1))
+
+
+async def test_a_run_that_died_before_its_last_checkpoint_saves_it_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path)
+
+    async def dies(learner: FakeLearner, folder: Path) -> None:
+        raise RoleDied("policy", 0, "save", "killed by the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeLearner, "save", dies)
+        with pytest.raises(RoleDied):
+            await world.coordinator().run(State(0, 0.1))
+    coordinator = world.coordinator()
+    assert await coordinator.run(State(0, 0.1)) == State(4, 1.6)
+    assert [path.name for path in coordinator.checkpoints.complete()] == ["step-000004"]
+    assert world.diary.of("evaluate") == [0, 4]
