@@ -106,7 +106,8 @@ class Coordinator(Relearning):
                     state = self.advance(state, experience)
                     record(await self.meter(state.version))
                     record(await self.publish(state))
-                await self.checkpoints.save_if_due(state)
+                with self.telemetry.phase("save"):
+                    await self.checkpoints.save_if_due(state)
                 await self.evaluation.run_if_due(state)
         return state
 

@@ -77,7 +77,7 @@ def value_loss(values_N: Tensor, old_values_N: Tensor, returns_N: Tensor, *, cli
         clipped = (clipped_squares_N > squares_N).sum()
         squares_N = torch.maximum(squares_N, clipped_squares_N)
     loss = 0.5 * squares_N.sum()
-    sums = {"value_loss": loss.detach(), "clip_fraction": clipped, "value_mean": values_N.detach().sum()}
+    sums = {"loss": loss.detach(), "clip_fraction": clipped, "value_mean": values_N.detach().sum()}
     return LossTerms(loss, sums)
 
 

@@ -202,8 +202,15 @@ def test_a_reward_endpoint_that_goes_down_during_the_run(command: CommandLine) -
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["checking", "placement:", "all roles are ready"])
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGINT, "checking"),
+        (signal.SIGTERM, "checking"),
+        (signal.SIGTERM, "placement:"),
+        (signal.SIGINT, "all roles are ready"),
+    ],
+)
 def test_a_signal_ends_the_run_and_all_that_it_started(command: CommandLine, number: int, moment: str) -> None:
     started = time.monotonic()
     process = command.start("ppo.steps=1000", "placement.mode=colocated")

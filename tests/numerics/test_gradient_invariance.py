@@ -75,7 +75,7 @@ def measure(mine, causal: Path, scorer: Path, micro_batch_tokens: int, stages=ST
             micros = [rows.pack(micro, torch.device("cpu")) for micro in plan]
             update = learner.update(micros, objective, count=float(rows.response_lengths.sum()), what="test")
             weights = torch.cat([tensor.flatten().double() for _, tensor in learner.full_weights()])
-            loss = update.means["policy_loss" if role == "policy" else "value_loss"]
+            loss = update.means["policy_loss" if role == "policy" else "loss"]
             found[role, stage] = (learner.gradient, loss, update.grad_norm, weights, [len(m) for m in plan])
     return found
 

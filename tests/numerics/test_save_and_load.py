@@ -161,7 +161,7 @@ def test_the_critic_learns_its_returns(tmp_path):
     assert [len(values) for values in table["values"].to_pylist()] == [row[1] for row in _lengths()]
     first = critic.learn([experience()], LearnJob(0, 0.0, 1.0, 0.0, seed=1))
     second = critic.learn([experience()], LearnJob(1, 0.0, 1.0, 0.0, seed=1))
-    assert second["value_loss"] < 0.5 * first["value_loss"]
+    assert second["loss"] < 0.5 * first["loss"]
 
 
 def _lengths():

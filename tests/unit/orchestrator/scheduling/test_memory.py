@@ -69,20 +69,24 @@ def test_only_one_chunk_of_logits_lives_at_a_time() -> None:
 def test_a_scorer_holds_weights_alone_and_an_engine_its_cache_besides() -> None:
     assert scorer_memory(SIZE, dtype="bfloat16", shards=2, micro_batch_tokens=1, logits=False).state == 1000
     engine = engine_memory(SIZE, dtype="float32", tensor_parallel_size=2, cache_bytes=77)
-    assert (engine.state, engine.cache, engine.on_device) == (2000, 77, 2077)
+    assert (engine.state, engine.cache, engine.on_device) == (2000, 77, 4077)
 
 
-def test_the_estimate_is_within_a_third_of_what_was_measured() -> None:
-    """SmolLM2-135M in bf16, 1,024 tokens a micro-batch, ZeRO 1, one rank; resident bytes of real actors on the CPU."""
-    measured = {"policy": 8590, "critic": 6282, "reference": 1172, "rollout": 2307}
+def test_the_estimate_brackets_what_real_actors_held() -> None:
+    """SmolLM2-135M in bf16 on the CPU, 1,024 tokens a micro-batch, ZeRO 1, one rank; resident MiB between steps."""
+    measured = {"policy": 3850, "critic": 3528, "reference": 835, "reward": 831, "rollout": 2059}
     estimated = {
         "policy": learner(SMOLLM2, micro_batch_tokens=1024),
         "critic": learner(SMOLLM2, micro_batch_tokens=1024, logits=False),
         "reference": scorer_memory(SMOLLM2, dtype="bfloat16", shards=1, micro_batch_tokens=4096, logits=True),
+        "reward": scorer_memory(SMOLLM2, dtype="bfloat16", shards=1, micro_batch_tokens=4096, logits=False),
         "rollout": engine_memory(SMOLLM2, dtype="bfloat16", tensor_parallel_size=1, cache_bytes=0.5 * GIB),
     }
     for role, size_mib in measured.items():
-        assert estimated[role].on_cpu / (size_mib * memory.MIB) == pytest.approx(1.0, abs=0.34), role
+        held, guess = size_mib * memory.MIB, estimated[role]
+        assert guess.state + guess.process <= held, role
+        assert guess.state + guess.process + guess.cache >= 0.75 * held, role
+        assert guess.on_cpu >= 0.85 * held, role
 
 
 def test_processes_are_summed_where_they_are_placed() -> None:
@@ -94,7 +98,7 @@ def test_processes_are_summed_where_they_are_placed() -> None:
     fixed = memory.RAY_PROCESSES + memory.COORDINATOR_PROCESS
     assert (host.kind, host.needed, host.certain) == ("memory", fixed + 5, fixed + 5)
     assert (device.kind, device.needed, device.certain) == ("GPU memory", 110, 100)
-    assert other.needed == pytest.approx(memory.RAY_PROCESSES + 2 * (30 * memory.KEPT_PAGES + 1))
+    assert other.needed == pytest.approx(memory.RAY_PROCESSES + 2 * (30 + 1))
     assert "there not known" in other.describe()
     assert too_much(found) == []
 
