@@ -152,7 +152,7 @@ class StandInModel:
         return pa.table(columns, schema=schema.REWARDS)
 
     def learn(self, tables: list[pa.Table], job: LearnJob) -> dict[str, float]:
-        return {"rows": float(sum(table.num_rows for table in tables)), "epochs": 1.0}
+        return {"step": float(job.step), "rows": float(sum(table.num_rows for table in tables)), "epochs": 1.0}
 
     def save(self, folder: Path) -> None:
         (folder / "weights").write_text("none", encoding="utf-8")

@@ -68,8 +68,8 @@ class Relearning:
         if self.settings.max_kl is not None and kl > self.settings.max_kl:
             raise GuardTripped(
                 f"step {state.step}: KL per response {kl:.3g} exceeds guards.max_kl={self.settings.max_kl:g}. Its "
-                "update was not published or saved. Raise ppo.kl_coefficient, lower policy.learning_rate, or raise "
-                "the guard; the run goes on from its last checkpoint under the same run.id."
+                "update was not published or saved; the run's log and earlier checkpoints stay. Start a new run with "
+                "a higher ppo.kl_coefficient, a lower policy.learning_rate, or a higher guard."
             )
         samples = sum(record.num_samples for record in experience.records)
         return state.advance(self.settings.next_kl_coefficient(state.kl_coefficient, kl, samples))
