@@ -6,7 +6,8 @@ import asyncio
 import importlib
 import logging
 import signal
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,24 @@ def imported(name: str) -> Callable[..., Any]:
     """The function at `module:function`, imported now. The libraries behind a job take seconds to import, and a typo in
     its config is to be told at once."""
     module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+    with _signals_later():
+        return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait for the end of the body: an interrupted import surfaces as all kinds of errors."""
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def run_command(work: Callable[[], None]) -> None:

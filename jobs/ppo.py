@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.command import imported, read_config, run_command
+from jobs.command import imported, read_config, run_command, say
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file; without it all defaults.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as ppo.steps=10.")]
@@ -25,6 +25,7 @@ def main(
 
     def work() -> None:
         settings = read_config(config, overrides or (), print_config=print_config)
+        say("checking data, models and rewards ...")
         prepared = imported("jobs.preflight:checked")(settings)
         imported("jobs.main_job:run_job")(settings, prepared, ray_address)
 

@@ -214,11 +214,8 @@ def test_a_reward_endpoint_that_goes_down_during_the_run(command: CommandLine) -
 def test_a_signal_ends_the_run_and_all_that_it_started(command: CommandLine, number: int, moment: str) -> None:
     started = time.monotonic()
     process = command.start("ppo.steps=1000", "placement.mode=colocated")
-    if moment == "checking":
-        time.sleep(1.5)
-    else:
-        _wait_for_line(process, moment)
-        time.sleep(2.0)
+    _wait_for_line(process, moment)
+    time.sleep(1.0)
     sent = time.monotonic()
     process.send_signal(number)
     ended = command.end(process, started, limit_s=40)
