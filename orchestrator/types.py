@@ -140,7 +140,7 @@ class ShardRecord:
     num_dropped: int
     num_response_tokens: int
     advantage_moments: Moments
-    sums: Mapping[str, float]  # named sums over samples or tokens, see telemetry.SHARD_SUMS
+    sums: Mapping[str, float]  # named sums over samples or tokens, see algorithms.experience.summarise
     extremes: Mapping[str, float]  # keys end in _min or _max
 
 
