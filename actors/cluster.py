@@ -1,4 +1,4 @@
-"""The Ray cluster: reaching it, what it offers, and starting actors where the plan says."""
+"""The Ray cluster: reaching it, what it offers, and reserving what a plan needs."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import grpc
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.group import ActorGroup
-from actors.process import Process, free_port
 from orchestrator.errors import CapacityError, ConfigError
 from orchestrator.scheduling.plan import Demand, Node, Plan, Slot, place
 
@@ -25,7 +21,6 @@ from orchestrator.scheduling.plan import Demand, Node, Plan, Slot, place
 # worse: micro-batches differ in size, and a reward model's training grew from 4 to 11 GB in seven steps and slowed from
 # 500 to 300 tokens/s; with 3 s it stays at 3.7 GB.
 ALLOCATOR = "oversize_threshold:0,dirty_decay_ms:3000,muzzy_decay_ms:3000"
-PORT_DEADLINE_S = 60.0
 PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
 
 
@@ -96,20 +91,22 @@ def _can_never_fit() -> bool:
     return ray.get_runtime_context().gcs_address.startswith("127.") or os.environ.get("RAY_ADDRESS") is None
 
 
-@asynccontextmanager
-async def reserved(plan: Plan, *, wait_s: float) -> AsyncIterator[PlacementGroup]:
+async def reserve(plan: Plan, *, wait_s: float) -> PlacementGroup:
     """Reserves all slots of a plan at once. Raises CapacityError when they are not free within `wait_s`."""
     bundles = [_bundle(slot) for slot in plan.slots]
     group = placement_group(bundles, strategy="PACK")
+    granted = False
     try:
-        if not await _granted(group, wait_s):
-            raise CapacityError(
-                f"the cluster did not free the planned resources within placement.wait_s={wait_s:g} s; other jobs hold "
-                f"them (`ray status` shows which). The plan was:\n{plan.describe()}"
-            )
-        yield group
+        granted = await _granted(group, wait_s)
     finally:
-        remove_placement_group(group)
+        if not granted:
+            remove_placement_group(group)
+    if not granted:
+        raise CapacityError(
+            f"the cluster did not free the planned resources within placement.wait_s={wait_s:g} s; other jobs hold "
+            f"them (`ray status` shows which). The plan was:\n{plan.describe()}"
+        )
+    return group
 
 
 async def _granted(group: PlacementGroup, wait_s: float) -> bool:
@@ -128,28 +125,6 @@ def _bundle(slot: Slot) -> dict[str, float]:
     return bundle
 
 
-def start_group(
-    role: str,
-    plan: Plan,
-    reservation: PlacementGroup,
-    worker: type[Any],
-    arguments: Callable[[Slot], Mapping[str, Any]],
-) -> ActorGroup:
-    """Starts one actor per slot of `role`; returns at once, constructors run on."""
-    served = ray.remote(type(worker.__name__, (worker, Process), {}))
-    actors = []
-    for slot in plan.of(role):
-        options = {
-            "num_cpus": slot.cpu_share,
-            "num_gpus": slot.gpu_share,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(reservation, plan.slots.index(slot)),
-            "runtime_env": {"env_vars": environment(slot.threads, on_gpu=slot.gpu_share > 0)},
-            "max_restarts": 0,
-        }
-        actors.append(served.options(**options).remote(**arguments(slot)))
-    return ActorGroup(role, actors)
-
-
 def environment(threads: int, *, on_gpu: bool) -> dict[str, str]:
     """Environment of an actor process: its thread count, its allocator, and nothing that calls home."""
     variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
@@ -162,13 +137,3 @@ def environment(threads: int, *, on_gpu: bool) -> dict[str, str]:
     if not on_gpu and jemalloc.exists():
         variables |= {"LD_PRELOAD": str(jemalloc), "MALLOC_CONF": ALLOCATOR}
     return variables
-
-
-async def rendezvous(plan: Plan, role: str, reservation: PlacementGroup) -> tuple[str, int]:
-    """Address and free port on the node of rank 0, where the ranks of `role` meet. A group of one needs no port."""
-    first, *others = plan.of(role)
-    if not others:
-        return first.address, 0
-    strategy = PlacementGroupSchedulingStrategy(reservation, plan.slots.index(first))
-    port = ray.remote(free_port).options(num_cpus=first.cpu_share, scheduling_strategy=strategy).remote()
-    return first.address, await asyncio.wait_for(port, PORT_DEADLINE_S)

@@ -9,19 +9,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    GetTimeoutError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
+from actors.process import Process, Whereabouts
 from orchestrator.concurrency import together
-from orchestrator.errors import DeadlineExceeded, RlhfError, RoleDied, RoleError
+from orchestrator.errors import DeadlineExceeded, ObjectGone, RlhfError, RoleDied, RoleError
 from orchestrator.types import Handle
 
 R = TypeVar("R")
+Start = Callable[[Sequence[int]], Awaitable[Mapping[int, ActorHandle[Any]]]]
 
 
 @dataclass
@@ -48,16 +57,65 @@ class BusyClock:
         return seconds
 
 
-@dataclass
-class ActorGroup:
-    """The actors of one role, rank by rank."""
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call that is under way."""
 
     role: str
-    actors: Sequence[ActorHandle[Any]]
+    rank: int
+    operation: str
+    deadline_s: float
+    started: float = field(default_factory=time.monotonic)
+
+
+@dataclass(eq=False)
+class ActorGroup:
+    """The actors of one role, rank by rank.
+
+    Args:
+        start: starts new actors for these ranks.
+        is_whole: the ranks form one process group, so that a new one of them needs new others.
+    """
+
+    role: str
+    actors: list[ActorHandle[Any]]
+    start: Start | None = None
+    is_whole: bool = False
     busy: BusyClock = field(default_factory=BusyClock)
+    under_way: set[Call] = field(default_factory=set)
+    whereabouts: dict[int, Whereabouts] = field(default_factory=dict)
+    births: dict[int, int] = field(default_factory=dict)
+    """By rank, how many actors were started in the place of the first."""
 
     def __len__(self) -> int:
         return len(self.actors)
+
+    async def await_ready(self, deadline_s: float) -> None:
+        """Waits until all constructors have finished; raises what the first failing one raised."""
+        found = await self.call_all(Process.ready, deadline_s)
+        self.whereabouts = dict(enumerate(found))
+        self.busy.take()
+
+    async def restart(self, rank: int, deadline_s: float) -> None:
+        """A new actor in the place of this rank's, and of all others of a whole group; returns when it is ready."""
+        ranks = self.restarted_with(rank)
+        await self.replace(ranks)
+        found = await together(self.call(item, Process.ready, deadline_s) for item in ranks)
+        self.whereabouts.update(zip(ranks, found, strict=True))
+
+    def restarted_with(self, rank: int) -> Sequence[int]:
+        return range(len(self)) if self.is_whole else [rank]
+
+    async def replace(self, ranks: Sequence[int]) -> None:
+        """Ends these actors and starts new ones, whose constructors run on."""
+        if self.start is None:
+            raise ValueError(f"nobody said how to start {self.role} again")
+        for rank in ranks:
+            self._kill(rank)
+            self.births[rank] = self.births.get(rank, 0) + 1
+            self.whereabouts.pop(rank, None)
+        for rank, actor in (await self.start(ranks)).items():
+            self.actors[rank] = actor
 
     async def call(self, rank: int, method: Callable[..., R], deadline_s: float, *args: Any, **kwargs: Any) -> R:
         """Awaits one method of one actor."""
@@ -78,7 +136,7 @@ class ActorGroup:
 
     async def _result(self, rank: int, operation: str, reference: Any, deadline_s: float) -> Any:
         try:
-            with self.busy:
+            with self.busy, self._noted(Call(self.role, rank, operation, deadline_s)):
                 return await asyncio.wait_for(reference, deadline_s)
         except (TimeoutError, GetTimeoutError):
             cause = f"no answer within its deadline of {deadline_s:g} s (section deadlines of the config)"
@@ -89,20 +147,49 @@ class ActorGroup:
             raise _death(error, self.role, rank, operation) from error
         except RayActorError as error:
             raise RoleDied(self.role, rank, operation, _first_line(error)) from error
+        except ObjectLostError as error:
+            raise ObjectGone(self.role, rank, operation, _first_line(error)) from error
         except RayError as error:
             raise RoleError(self.role, rank, operation, _first_line(error)) from error
 
+    def waiting(self) -> list[dict[str, Any]]:
+        """The calls under way, for a heartbeat."""
+        now = time.monotonic()
+        return [
+            {
+                "role": call.role,
+                "rank": call.rank,
+                "operation": call.operation,
+                "seconds": now - call.started,
+                "deadline_s": call.deadline_s,
+            }
+            for call in self.under_way
+        ]
+
+    @contextlib.contextmanager
+    def _noted(self, call: Call) -> Iterator[None]:
+        self.under_way.add(call)
+        try:
+            yield
+        finally:
+            self.under_way.discard(call)
+
     def kill(self) -> None:
         """Ends all actors at once."""
-        for actor in self.actors:
-            with contextlib.suppress(RayError):
-                ray.kill(actor)
+        for rank in range(len(self)):
+            self._kill(rank)
+
+    def _kill(self, rank: int) -> None:
+        with contextlib.suppress(RayError):
+            ray.kill(self.actors[rank])
 
 
 def _own_error(error: RayTaskError, role: str, rank: int, operation: str) -> Exception:
     cause = error.cause
     if isinstance(cause, RlhfError):
         return cause
+    if isinstance(cause, ObjectLostError):
+        return ObjectGone(role, rank, operation, _first_line(cause))
     return RoleError(role, rank, operation, f"{type(cause).__name__}: {_first_line(cause)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,14 +21,24 @@ class Several:
     handles: Sequence[Handle]
 
 
+@dataclass(frozen=True)
+class Whereabouts:
+    """Where a process runs: Ray's node id, the node's address, and its id there."""
+
+    node_id: str
+    address: str
+    pid: int
+
+
 class Process:
     """Mixed into every worker class by actors/cluster.py."""
 
     _metrics: ActorMetrics | None = None
 
-    def ready(self) -> str:
-        """Answers once the constructor has finished: the node's address."""
-        return str(ray.util.get_node_ip_address())
+    def ready(self) -> Whereabouts:
+        """Answers once the constructor has finished."""
+        node_id = ray.get_runtime_context().get_node_id()
+        return Whereabouts(node_id, str(ray.util.get_node_ip_address()), os.getpid())
 
     def serve(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Calls a method of the worker; handles among its arguments are fetched here, not by the caller."""

@@ -19,7 +19,7 @@ from orchestrator.algorithms.experience import ExperienceSettings, assemble, sum
 from orchestrator.config import RuleConfig
 from orchestrator.errors import RewardError, StorageError
 from orchestrator.evaluation import EVALUATION
-from orchestrator.storage import replacing, sha256
+from orchestrator.storage import reading, replacing, sha256
 from orchestrator.types import Handle, Metrics, Moments, ShardRecord
 
 
@@ -64,12 +64,15 @@ class RecorderWorker:
     def load(self, record: ShardRecord, *, file: str) -> tuple[pa.Table, int]:
         """Reads a shard back. Raises StorageError when the file is missing or not the one that was committed."""
         path = Path(file)
-        if not path.is_file():
-            raise StorageError(f"{path} of the experience log is missing; restore the run folder from a copy.")
-        if sha256(path) != record.sha256:
-            raise StorageError(f"{path} of the experience log was altered or truncated; restore it from a copy.")
-        table = pq.read_table(path, schema=schema.EXPERIENCE)
-        return table.combine_chunks(), table.num_rows
+        with reading(path):
+            if not path.is_file():
+                raise StorageError(f"{path} of the experience log is missing; restore the run folder from a copy.")
+            if sha256(path) != record.sha256:
+                raise StorageError(f"{path} of the experience log was altered or truncated; restore it from a copy.")
+            table = pq.read_table(path)
+        if table.schema != schema.EXPERIENCE:
+            raise StorageError(f"{path} has other columns; use the version of the program that wrote it.")
+        return table.replace_schema_metadata(None).combine_chunks(), table.num_rows
 
     def evaluate(self, shards: list[dict[str, list[Any]]], *, file: str) -> Metrics:
         """Joins held-out samples with their scores, writes one Parquet file, returns `evaluation/*` metrics."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -15,23 +15,28 @@ from actors.engines import RolloutWorker
 from actors.group import ActorGroup
 from actors.learning.worker import LearnJob
 from actors.process import Process, Several
+from actors.publisher import BucketPublisher, PolicyWeights
 from actors.recorder import RecorderWorker
-from actors.weights.sender import PublishingPolicy
+from actors.supervisor import RaySupervisor
 from orchestrator.concurrency import together
-from orchestrator.errors import PublishError
+from orchestrator.errors import RoleError
 from orchestrator.types import (
     EvaluatedShard,
     Experience,
     Handle,
     Metrics,
-    PublishReport,
     RolloutShard,
     ScoredShard,
     ShardRecord,
     ShardRequest,
 )
 
+T = TypeVar("T")
 ScoreMethod = Callable[[Any, pa.Table], pa.Table]
+
+
+async def _kept(supervisor: RaySupervisor | None, group: ActorGroup, work: Callable[[], Awaitable[T]]) -> T:
+    return await (work() if supervisor is None else supervisor.keep(group, work))
 
 
 class RayRollouts:
@@ -40,10 +45,19 @@ class RayRollouts:
     Args:
         group: one actor per engine (rank 0 of its tensor-parallel group).
         sleeps: whether engines share GPUs with learners and must sleep while those compute.
+        supervisor: restarts an engine that fails; it gets the current weights by `publisher` and its shard again.
     """
 
-    def __init__(self, group: ActorGroup, *, generate_s: float, sleeps: bool) -> None:
-        self._group = group
+    def __init__(
+        self,
+        group: ActorGroup,
+        *,
+        generate_s: float,
+        sleeps: bool,
+        supervisor: RaySupervisor,
+        publisher: BucketPublisher,
+    ) -> None:
+        self._group, self._supervisor, self._publisher = group, supervisor, publisher
         self._generate_s = generate_s
         self._sleeps = sleeps
         self._idle: asyncio.Queue[int] = asyncio.Queue()
@@ -56,11 +70,16 @@ class RayRollouts:
 
     async def generate(self, request: ShardRequest) -> RolloutShard:
         engine = await self._idle.get()
-        started = monotonic()
         try:
-            handle, counts = await self._group.call_for_bulk(engine, RolloutWorker.generate, self._generate_s, request)
+            return await self._supervisor.keep(
+                self._group, lambda: self._generate(engine, request), lambda: self._publisher.catch_up(engine)
+            )
         finally:
             self._idle.put_nowait(engine)
+
+    async def _generate(self, engine: int, request: ShardRequest) -> RolloutShard:
+        started = monotonic()
+        handle, counts = await self._group.call_for_bulk(engine, RolloutWorker.generate, self._generate_s, request)
         return RolloutShard(
             request.step,
             request.index,
@@ -85,22 +104,34 @@ class RayRollouts:
 class ReplicatedScorer:
     """Replicas that each score whole shards, in turn."""
 
-    def __init__(self, group: ActorGroup, method: ScoreMethod, *, score_s: float) -> None:
-        self._group, self._method, self._score_s = group, method, score_s
+    def __init__(
+        self, group: ActorGroup, method: ScoreMethod, *, score_s: float, supervisor: RaySupervisor | None = None
+    ) -> None:
+        self._group, self._method, self._score_s, self._supervisor = group, method, score_s, supervisor
         self._turn = itertools.cycle(range(len(group)))
 
     async def score(self, shard: RolloutShard) -> Sequence[Handle]:
-        handle, _ = await self._group.call_for_bulk(next(self._turn), self._method, self._score_s, shard.handle)
+        rank = next(self._turn)
+        handle, _ = await _kept(
+            self._supervisor,
+            self._group,
+            lambda: self._group.call_for_bulk(rank, self._method, self._score_s, shard.handle),
+        )
         return [handle]
 
 
 class ShardedScorer:
     """Ranks of one model that score a shard together, each its own rows of it."""
 
-    def __init__(self, group: ActorGroup, method: ScoreMethod, *, score_s: float) -> None:
-        self._group, self._method, self._score_s = group, method, score_s
+    def __init__(
+        self, group: ActorGroup, method: ScoreMethod, *, score_s: float, supervisor: RaySupervisor | None = None
+    ) -> None:
+        self._group, self._method, self._score_s, self._supervisor = group, method, score_s, supervisor
 
     async def score(self, shard: RolloutShard) -> Sequence[Handle]:
+        return await _kept(self._supervisor, self._group, lambda: self._score(shard))
+
+    async def _score(self, shard: RolloutShard) -> Sequence[Handle]:
         parts = await together(
             self._group.call_for_bulk(rank, self._method, self._score_s, shard.handle)
             for rank in range(len(self._group))
@@ -121,13 +152,27 @@ class Learns(Protocol):
 
 
 class RayLearner(ShardedScorer):
-    """The policy or the critic: all ranks score, learn and save together."""
+    """The policy or the critic: all ranks score, learn and save together. Nothing is asked again after a failure: what
+    they hold would be lost or ahead.
+
+    Args:
+        weights: held while the policy learns; null for the critic, which publishes nothing.
+    """
 
     def __init__(
-        self, group: ActorGroup, method: ScoreMethod, *, seed: int, score_s: float, learn_s: float, save_s: float
+        self,
+        group: ActorGroup,
+        method: ScoreMethod,
+        *,
+        seed: int,
+        score_s: float,
+        learn_s: float,
+        save_s: float,
+        weights: PolicyWeights | None = None,
     ) -> None:
         super().__init__(group, method, score_s=score_s)
         self._seed, self._learn_s, self._save_s = seed, learn_s, save_s
+        self._weights = weights or PolicyWeights()
 
     async def learn(self, experience: Experience) -> Metrics:
         job = LearnJob(
@@ -137,7 +182,9 @@ class RayLearner(ShardedScorer):
             kl_coefficient=experience.kl_coefficient,
             seed=self._seed,
         )
-        metrics = await self._group.call_all(Learns.learn, self._learn_s, Several(experience.handles), job)
+        async with self._weights.lock:
+            metrics = await self._group.call_all(Learns.learn, self._learn_s, Several(experience.handles), job)
+            self._weights.version = experience.step + 1
         return metrics[0]
 
     async def save(self, folder: Path) -> None:
@@ -150,53 +197,11 @@ class RayLearner(ShardedScorer):
         await self._group.call_all(Learns.export, self._save_s, folder)
 
 
-class BucketPublisher:
-    """Carries the policy's weights to every engine through the object store, one bucket at a time.
-
-    While the engines take in one bucket the policy packs the next; at most two live at once. An engine that fails
-    leaves the publish incomplete: it does not serve until a later one succeeds.
-    """
-
-    def __init__(self, policy: ActorGroup, engines: ActorGroup, *, bucket_bytes: int, publish_s: float) -> None:
-        self._policy, self._engines = policy, engines
-        self._bucket_bytes, self._publish_s = bucket_bytes, publish_s
-
-    async def publish(self, version: int) -> PublishReport:
-        started = monotonic()
-        header = (await self._policy.call_all(PublishingPolicy.begin_publish, self._publish_s, self._bucket_bytes))[0]
-        await self._engines.call_all(RolloutWorker.begin_update, self._publish_s, header)
-        upcoming = asyncio.ensure_future(self._next_bucket())
-        for index in range(header.num_buckets):
-            bucket = await upcoming
-            if index + 1 < header.num_buckets:
-                upcoming = asyncio.ensure_future(self._next_bucket())
-            await self._engines.call_all(RolloutWorker.receive_bucket, self._publish_s, bucket)
-        reports = await self._engines.call_all(RolloutWorker.finish_update, self._publish_s, version)
-        behind = [engine for engine, report in enumerate(reports) if report.version != version]
-        if behind:
-            raise PublishError(f"engines {behind} do not hold version {version} after its publish; restart them.")
-        return PublishReport(
-            version,
-            num_engines=len(reports),
-            num_tensors=min(report.num_compared or report.num_tensors for report in reports),
-            num_bytes=header.num_bytes,
-            seconds=monotonic() - started,
-        )
-
-    async def _next_bucket(self) -> Handle:
-        """Every rank takes part (ZeRO-3 gathers); the bucket is rank 0's."""
-        parts = await together(
-            self._policy.call_for_bulk(rank, PublishingPolicy.next_bucket, self._publish_s)
-            for rank in range(len(self._policy))
-        )
-        return parts[0][0]
-
-
 class RayRecorder:
     """Recorder processes, in turn."""
 
-    def __init__(self, group: ActorGroup, *, record_s: float) -> None:
-        self._group, self._record_s = group, record_s
+    def __init__(self, group: ActorGroup, *, record_s: float, supervisor: RaySupervisor | None = None) -> None:
+        self._group, self._record_s, self._supervisor = group, record_s, supervisor
         self._turn = itertools.cycle(range(len(group)))
 
     async def record(self, shard: ScoredShard, *, kl_coefficient: float, file: str) -> tuple[Handle, ShardRecord]:
@@ -206,19 +211,27 @@ class RayRecorder:
             "values": list(shard.values),
             "rewards": list(shard.rewards),
         }
-        return await self._group.call_for_bulk(
-            next(self._turn),
-            RecorderWorker.record,
-            self._record_s,
-            shard.rollout.handle,
-            scores,
-            kl_coefficient=kl_coefficient,
-            file=file,
+        rank = next(self._turn)
+        return await _kept(
+            self._supervisor,
+            self._group,
+            lambda: self._group.call_for_bulk(
+                rank,
+                RecorderWorker.record,
+                self._record_s,
+                shard.rollout.handle,
+                scores,
+                kl_coefficient=kl_coefficient,
+                file=file,
+            ),
         )
 
     async def load(self, record: ShardRecord, *, file: str) -> Handle:
-        handle, _ = await self._group.call_for_bulk(
-            next(self._turn), RecorderWorker.load, self._record_s, record, file=file
+        rank = next(self._turn)
+        handle, _ = await _kept(
+            self._supervisor,
+            self._group,
+            lambda: self._group.call_for_bulk(rank, RecorderWorker.load, self._record_s, record, file=file),
         )
         return handle
 
@@ -232,24 +245,35 @@ class RayRecorder:
             }
             for shard in shards
         ]
-        return await self._group.call(next(self._turn), RecorderWorker.evaluate, self._record_s, joined, file=file)
+        rank = next(self._turn)
+        return await _kept(
+            self._supervisor,
+            self._group,
+            lambda: self._group.call(rank, RecorderWorker.evaluate, self._record_s, joined, file=file),
+        )
 
 
 class ClusterMeter:
-    """Seconds each role was busy since the last call, and the memory of its largest process."""
+    """Seconds each role was busy since the last call, and the memory of its largest process.
 
-    def __init__(self, groups: Mapping[str, ActorGroup], *, run_id: str, deadline_s: float = 60.0) -> None:
+    A role that does not answer is left out: whoever needs it next finds out.
+    """
+
+    def __init__(self, groups: Mapping[str, ActorGroup], *, run_id: str, deadline_s: float = 10.0) -> None:
         self._groups, self._run_id, self._deadline_s = groups, run_id, deadline_s
 
     async def __call__(self, version: int) -> Metrics:
         busy = {f"busy/{role}_s": group.busy.take() for role, group in self._groups.items()}
         memory = await together(self._rss(role, group, version) for role, group in self._groups.items())
-        return {**busy, **dict(memory)}
+        return {**busy, **{name: size for part in memory for name, size in part.items()}}
 
-    async def _rss(self, role: str, group: ActorGroup, version: int) -> tuple[str, float]:
-        sizes = await together(
-            group.call(rank, Process.report, self._deadline_s, self._run_id, role, rank, version)
-            for rank in range(len(group))
-        )
+    async def _rss(self, role: str, group: ActorGroup, version: int) -> Metrics:
+        try:
+            sizes = await together(
+                group.call(rank, Process.report, self._deadline_s, self._run_id, role, rank, version)
+                for rank in range(len(group))
+            )
+        except RoleError:
+            return {}
         group.busy.take()
-        return f"memory/{role}_rss_bytes", max(sizes)
+        return {f"memory/{role}_rss_bytes": max(sizes)}

@@ -30,6 +30,7 @@ from orchestrator.errors import ConfigError, RlhfError
 from orchestrator.types import Sampling, ShardRequest
 
 _GIB = 1 << 30
+_CPU_BATCH_TOKENS = 4096  # vLLM's own default there
 _VLLM_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # Roles take turns on the cores; bound threads of two roles on one core would starve each other.
@@ -173,6 +174,10 @@ def _start(settings: EngineSettings, transfer_backend: str) -> LLM:
         # An explicit size also spares the CPU start its warm-up.
         kv_cache_memory_bytes=int(settings.kv_cache_gib * _GIB) if on_cpu else None,
         enforce_eager=on_cpu,
+        # vLLM 0.32 takes the token that it samples for half a prompt back by rewinding the request's generator, and
+        # torch's CPU generators can't: "CPU Generator does not use offset". Whole prompts until that is mended.
+        enable_chunked_prefill=not on_cpu,
+        max_num_batched_tokens=max(_CPU_BATCH_TOKENS, settings.max_length) if on_cpu else None,
         # Hits would depend on earlier calls, and with them the batches and the last bits.
         enable_prefix_caching=False,
         enable_sleep_mode=settings.sleep_mode,

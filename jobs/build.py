@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray.util.placement_group import PlacementGroup
-
-from actors.cluster import plan_when_ready, rendezvous, reserved, start_group
 from actors.critic import CriticSettings, CriticWorker
 from actors.engines import RolloutWorker
 from actors.group import ActorGroup
-from actors.learning.distributed import Group
 from actors.learning.learner import LearnerSettings
 from actors.policy import PolicySettings, PolicyWorker
-from actors.process import Process
+from actors.publisher import BucketPublisher, PolicyWeights
 from actors.recorder import RecorderWorker
 from actors.reference import ReferenceSettings, ReferenceWorker
 from actors.remote import (
-    BucketPublisher,
     ClusterMeter,
     RayLearner,
     RayRecorder,
@@ -33,7 +27,10 @@ from actors.remote import (
 )
 from actors.reward import RewardSettings, RewardWorker
 from actors.rollout import EngineSettings
+from actors.starter import Starter, placed
+from actors.supervisor import RaySupervisor
 from actors.weights.sender import PublishingPolicy
+from jobs.command import say
 from jobs.run_folder import RunFolder
 from orchestrator.algorithms.experience import ExperienceSettings
 from orchestrator.algorithms.kl import adapted_coefficient
@@ -42,11 +39,13 @@ from orchestrator.concurrency import together
 from orchestrator.config import Config, CriticConfig, LearnerConfig
 from orchestrator.coordinator import Coordinator, LoopSettings
 from orchestrator.experience_log import ExperienceLog
+from orchestrator.failures import FailurePolicy
+from orchestrator.guards import Guards, acted_before, guard_table
 from orchestrator.held_out import Evaluation
 from orchestrator.prompts import PromptSchedule, Splits, sample_requests
 from orchestrator.roles import Recorder
 from orchestrator.sampler import Sampler
-from orchestrator.scheduling.plan import Demand, Plan, Slot
+from orchestrator.scheduling.plan import Demand, Slot
 from orchestrator.telemetry import Telemetry
 from orchestrator.types import Prompt, Sampling, State
 
@@ -72,51 +71,14 @@ def demands(config: Config, *, learning: bool) -> list[Demand]:
     ]
 
 
-@dataclass(frozen=True)
-class Starter:
-    """Starts groups of one plan, and ends them all when its context ends."""
-
-    config: Config
-    plan: Plan
-    reservation: PlacementGroup
-    ended_by: AsyncExitStack
-
-    async def group(self, role: str, worker: type[Any], arguments: Callable[[Slot], Mapping[str, Any]]) -> ActorGroup:
-        group = start_group(role, self.plan, self.reservation, worker, arguments)
-        self.ended_by.callback(group.kill)
-        return group
-
-    async def ranks(self, role: str, worker: type[Any], settings: Any) -> ActorGroup:
-        """A group whose ranks form one process group."""
-        address, port = await rendezvous(self.plan, role, self.reservation)
-        world_size = len(self.plan.of(role))
-
-        def arguments(slot: Slot) -> Mapping[str, Any]:
-            group = Group(
-                rank=slot.rank,
-                world_size=world_size,
-                master_addr=address,
-                master_port=port,
-                timeout_s=self.config.deadlines.learn_s,
-                threads=slot.threads,
-            )
-            return {"settings": settings, "group": group}
-
-        return await self.group(role, worker, arguments)
-
-
-@asynccontextmanager
-async def starting(config: Config, needed: Sequence[Demand]) -> AsyncIterator[Starter]:
+def starting(config: Config, needed: Sequence[Demand]) -> AbstractAsyncContextManager[Starter]:
     """Places what is needed; on exit all actors are ended and their resources are free."""
-    plan = await plan_when_ready(needed, mode=config.placement.mode, wait_s=config.placement.wait_s)
-    async with AsyncExitStack() as stack:
-        reservation = await stack.enter_async_context(reserved(plan, wait_s=config.placement.wait_s))
-        yield Starter(config, plan, reservation, stack)
+    placement = config.placement
+    return placed(needed, mode=placement.mode, wait_s=placement.wait_s, collective_s=config.deadlines.learn_s)
 
 
-async def start_engines(starter: Starter, *, version: int | None) -> ActorGroup:
+async def start_engines(config: Config, starter: Starter, *, version: int | None) -> ActorGroup:
     """The rollout engines, at `version` from the start, or (None) out of service until the first publish."""
-    config = starter.config
     on_shared_gpu = config.placement.mode == "colocated" and config.rollout.gpus_per_engine > 0
 
     def arguments(slot: Slot) -> Mapping[str, Any]:
@@ -145,11 +107,6 @@ async def start_engines(starter: Starter, *, version: int | None) -> ActorGroup:
     return await starter.group("rollout", RolloutWorker, arguments)
 
 
-def rollouts_of(config: Config, engines: ActorGroup) -> RayRollouts:
-    sleeps = config.placement.mode == "colocated" and config.rollout.gpus_per_engine > 0
-    return RayRollouts(engines, generate_s=config.deadlines.generate_s, sleeps=sleeps)
-
-
 def sampling_of(config: Config) -> Sampling:
     rollout = config.rollout
     return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
@@ -162,9 +119,8 @@ def samples_per_shard(config: Config) -> int:
     return math.ceil(config.samples_per_step / config.rollout.engines)
 
 
-async def start_learners(starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
+async def start_learners(config: Config, starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
     """Policy and critic, starting at once."""
-    config = starter.config
     common = _common(config)
     policy = PolicySettings(
         config.model.path,
@@ -189,9 +145,8 @@ async def start_learners(starter: Starter, reward_path: str | None) -> dict[str,
     }
 
 
-async def start_scorers(starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
+async def start_scorers(config: Config, starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
     """Reference and reward, starting at once."""
-    config = starter.config
     common = _common(config)
     reference = ReferenceSettings(
         config.reference.path or config.model.path,
@@ -222,20 +177,18 @@ async def start_scorers(starter: Starter, reward_path: str | None) -> dict[str, 
     }
 
 
-async def start_recorders(starter: Starter, run: RunFolder) -> ActorGroup:
+async def start_recorders(config: Config, starter: Starter, run: RunFolder) -> ActorGroup:
     arguments = {
-        "settings": _experience_settings(starter.config),
+        "settings": _experience_settings(config),
         "run_id": run.id,
-        "gold": starter.config.evaluation.gold,
+        "gold": config.evaluation.gold,
     }
     return await starter.group("recorder", RecorderWorker, lambda slot: arguments)
 
 
 async def all_ready(groups: Mapping[str, ActorGroup], deadline_s: float) -> None:
     """Waits until every constructor has finished; raises what the first failing one raised."""
-    await together(group.call_all(Process.ready, deadline_s) for group in groups.values())
-    for group in groups.values():
-        group.busy.take()
+    await together(group.await_ready(deadline_s) for group in groups.values())
 
 
 @asynccontextmanager
@@ -245,17 +198,32 @@ async def ppo_coordinator(
     prompts: Splits[Prompt],
     reward_path: str | None,
     telemetry: Telemetry,
-    on_plan: Callable[[Plan], None],
+    on_placed: Callable[[Starter], None],
 ) -> AsyncIterator[Coordinator]:
     """A coordinator whose actors are ready; they end with the context."""
     async with starting(config, demands(config, learning=True)) as starter:
-        on_plan(starter.plan)
-        groups = await start_learners(starter, reward_path)
-        groups |= await start_scorers(starter, reward_path)
-        groups["rollout"] = await start_engines(starter, version=None)
-        recorders = await start_recorders(starter, run)
+        on_placed(starter)
+        groups = await start_learners(config, starter, reward_path)
+        groups |= await start_scorers(config, starter, reward_path)
+        groups["rollout"] = await start_engines(config, starter, version=None)
+        recorders = await start_recorders(config, starter, run)
         await all_ready({**groups, "recorder": recorders}, config.deadlines.start_s)
-        yield _coordinator(config, run, prompts, telemetry, groups, recorders)
+        supervisor = RaySupervisor(
+            starter,
+            FailurePolicy(
+                {
+                    "infrastructure": config.failures.infrastructure,
+                    "programming": config.failures.programming,
+                    "data": config.failures.data,
+                },
+                config.failures.window_steps,
+            ),
+            telemetry,
+            say,
+            run=run.path,
+            start_s=config.deadlines.start_s,
+        )
+        yield _coordinator(config, run, prompts, telemetry, {**groups, "recorder": recorders}, supervisor)
 
 
 def _coordinator(
@@ -264,14 +232,31 @@ def _coordinator(
     prompts: Splits[Prompt],
     telemetry: Telemetry,
     groups: Mapping[str, ActorGroup],
-    recorders: ActorGroup,
+    supervisor: RaySupervisor,
 ) -> Coordinator:
     limits = config.deadlines
-    policy, critic = learners_of(config, groups)
-    reference = ShardedScorer(groups["reference"], ReferenceWorker.logprobs, score_s=limits.score_s)
-    reward = ReplicatedScorer(groups["reward"], RewardWorker.score, score_s=limits.score_s)
-    rollouts = rollouts_of(config, groups["rollout"])
-    recorder = recorder_of(config, recorders)
+    weights = PolicyWeights()
+    policy, critic = learners_of(config, groups, weights)
+    reference = ShardedScorer(
+        groups["reference"], ReferenceWorker.logprobs, score_s=limits.score_s, supervisor=supervisor
+    )
+    reward = ReplicatedScorer(groups["reward"], RewardWorker.score, score_s=limits.score_s, supervisor=supervisor)
+    publisher = BucketPublisher(
+        groups["policy"],
+        groups["rollout"],
+        weights=weights,
+        supervisor=supervisor,
+        bucket_bytes=config.publish.bucket_mib << 20,
+        publish_s=limits.publish_s,
+    )
+    rollouts = RayRollouts(
+        groups["rollout"],
+        generate_s=limits.generate_s,
+        sleeps=config.placement.mode == "colocated" and config.rollout.gpus_per_engine > 0,
+        supervisor=supervisor,
+        publisher=publisher,
+    )
+    recorder = recorder_of(config, groups["recorder"], supervisor)
     ppo = config.ppo
     schedule = PromptSchedule(
         prompts.train,
@@ -285,6 +270,7 @@ def _coordinator(
         seed=config.run.seed,
         step=EVALUATION_STEP,
     )
+    log = experience_log(config, run, recorder)
     return Coordinator(
         settings=loop_settings(config, ppo.steps),
         sampler=Sampler(
@@ -299,13 +285,16 @@ def _coordinator(
         reward=reward,
         policy=policy,
         critic=critic,
-        publisher=BucketPublisher(
-            groups["policy"],
-            groups["rollout"],
-            bucket_bytes=config.publish.bucket_mib << 20,
-            publish_s=limits.publish_s,
+        publisher=publisher,
+        log=log,
+        guards=Guards(
+            guard_table(config.guards),
+            folder=run.path,
+            telemetry=telemetry,
+            past=log.metrics,
+            console=say,
+            acted=acted_before(run.path),
         ),
-        log=experience_log(config, run, recorder),
         checkpoints=Checkpoints(
             run.checkpoints,
             {"policy": policy, "critic": critic},
@@ -328,21 +317,28 @@ def _coordinator(
             last_step=ppo.steps,
         ),
         telemetry=telemetry,
-        meter=ClusterMeter(groups, run_id=run.id),
+        meter=ClusterMeter(
+            {role: group for role, group in groups.items() if role != "recorder"},
+            run_id=run.id,
+        ),
+        supervisor=supervisor,
     )
 
 
-def learners_of(config: Config, groups: Mapping[str, ActorGroup]) -> tuple[RayLearner, RayLearner]:
+def learners_of(
+    config: Config, groups: Mapping[str, ActorGroup], weights: PolicyWeights | None = None
+) -> tuple[RayLearner, RayLearner]:
     """(policy, critic)"""
     limits = config.deadlines
     learner = partial(
         RayLearner, seed=config.run.seed, score_s=limits.score_s, learn_s=limits.learn_s, save_s=limits.save_s
     )
-    return learner(groups["policy"], PolicyWorker.logprobs), learner(groups["critic"], CriticWorker.values)
+    policy = learner(groups["policy"], PolicyWorker.logprobs, weights=weights)
+    return policy, learner(groups["critic"], CriticWorker.values)
 
 
-def recorder_of(config: Config, recorders: ActorGroup) -> RayRecorder:
-    return RayRecorder(recorders, record_s=config.deadlines.record_s)
+def recorder_of(config: Config, recorders: ActorGroup, supervisor: RaySupervisor | None = None) -> RayRecorder:
+    return RayRecorder(recorders, record_s=config.deadlines.record_s, supervisor=supervisor)
 
 
 def experience_log(config: Config, run: RunFolder, recorder: Recorder) -> ExperienceLog:
@@ -357,7 +353,7 @@ def reward_model_of(config: Config, run: RunFolder) -> str | None:
 
 
 def loop_settings(config: Config, steps: int) -> LoopSettings:
-    return LoopSettings(steps, config.critic.warmup_steps, _kl_controller(config), config.guards.max_kl)
+    return LoopSettings(steps, config.critic.warmup_steps, _kl_controller(config))
 
 
 def initial_state(config: Config) -> State:

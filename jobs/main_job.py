@@ -15,5 +15,7 @@ def run_job(config: Config, prepared: Prepared, ray_address: str | None) -> None
     connect(ray_address, wait_s=config.placement.wait_s)
     run = open_run(config)
     say(f"run {run.id}, attempt {run.attempt}: {run.path}")
+    for note in run.notes:
+        say(note)
     run_async(run_stages(config, run, prepared, say))
     show_results(run.path)

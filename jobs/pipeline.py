@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+from actors.group import ActorGroup
+from actors.starter import Starter
 from actors.trackers import open_trackers
 from jobs.build import initial_state, ppo_coordinator, reward_model_of
 from jobs.labeller import read_gold
@@ -16,26 +21,50 @@ from jobs.run_folder import RunFolder
 from orchestrator.config import Config, Stage
 from orchestrator.data.readers import read_rankings
 from orchestrator.exposition import PrometheusEndpoint
-from orchestrator.scheduling.plan import Plan
+from orchestrator.guards import why_paused
+from orchestrator.heartbeat import Heartbeat
 from orchestrator.storage import write_json
 from orchestrator.telemetry import Telemetry
 
 Say = Callable[[str], None]
 
 
+class _Now:
+    """What the heartbeat tells: the stage under way and the groups that it waits for."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self.telemetry: Telemetry | None = None
+        self.groups: Sequence[ActorGroup] = ()
+
+    def __call__(self) -> Mapping[str, Any]:
+        if self.telemetry is None:
+            return {}
+        waiting = [call for group in self.groups for call in group.waiting()]
+        return {**self.telemetry.now(), "waiting": waiting, "paused": why_paused(self._run)}
+
+
 async def run_stages(config: Config, run: RunFolder, prepared: Prepared, say: Say) -> None:
     """Runs what the config's `stages` names. Raises what a stage raises."""
-    with ExitStack() as stack:
-        endpoint = _open_endpoint(config, run, stack)
-        if "preferences" in config.stages and not run.preferences.exists():
-            with _stage("preferences", config, run, endpoint, say) as telemetry:
-                await _preferences(config, run, prepared, telemetry, say)
-        if "reward_model" in config.stages and not (run.path / RESULT_FILE).exists():
-            with _stage("reward_model", config, run, endpoint, say) as telemetry:
-                await _reward_model(config, run, telemetry, say)
-        if "ppo" in config.stages:
-            with _stage("ppo", config, run, endpoint, say) as telemetry:
-                await _ppo(config, run, prepared, telemetry, say)
+    now = _Now(run.path)
+    async with Heartbeat(run.path, run.attempt, now):
+        with ExitStack() as stack:
+            await _run_stages(config, run, prepared, say, _open_endpoint(config, run, stack), now)
+
+
+async def _run_stages(
+    config: Config, run: RunFolder, prepared: Prepared, say: Say, endpoint: PrometheusEndpoint | None, now: _Now
+) -> None:
+    stage = partial(_stage, config=config, run=run, endpoint=endpoint, say=say, now=now)
+    if "preferences" in config.stages and not run.preferences.exists():
+        with stage("preferences") as telemetry:
+            await _preferences(config, run, prepared, telemetry, say)
+    if "reward_model" in config.stages and not (run.path / RESULT_FILE).exists():
+        with stage("reward_model") as telemetry:
+            await _reward_model(config, run, telemetry, say)
+    if "ppo" in config.stages:
+        with stage("ppo") as telemetry:
+            await _ppo(config, run, prepared, telemetry, say, now)
 
 
 async def _preferences(config: Config, run: RunFolder, prepared: Prepared, telemetry: Telemetry, say: Say) -> None:
@@ -62,13 +91,15 @@ async def _reward_model(config: Config, run: RunFolder, telemetry: Telemetry, sa
     say(f"reward model: {result.describe()}")
 
 
-async def _ppo(config: Config, run: RunFolder, prepared: Prepared, telemetry: Telemetry, say: Say) -> None:
-    def on_plan(plan: Plan) -> None:
+async def _ppo(config: Config, run: RunFolder, prepared: Prepared, telemetry: Telemetry, say: Say, now: _Now) -> None:
+    def on_placed(starter: Starter) -> None:
+        now.groups = starter.groups
+        plan = starter.plan
         telemetry.event("placed", plan=plan.describe().splitlines())
         say("placement:\n  " + plan.describe().replace("\n", "\n  "))
 
     async with ppo_coordinator(
-        config, run, prepared.prompts, reward_model_of(config, run), telemetry, on_plan
+        config, run, prepared.prompts, reward_model_of(config, run), telemetry, on_placed
     ) as coordinator:
         say("ppo: all roles are ready")
         await coordinator.run(initial_state(config))
@@ -88,7 +119,7 @@ def _open_endpoint(config: Config, run: RunFolder, stack: ExitStack) -> Promethe
 
 @contextmanager
 def _stage(
-    name: Stage, config: Config, run: RunFolder, endpoint: PrometheusEndpoint | None, say: Say
+    name: Stage, *, config: Config, run: RunFolder, endpoint: PrometheusEndpoint | None, say: Say, now: _Now
 ) -> Iterator[Telemetry]:
     """A stage's telemetry; its start and its end, of whatever kind, are events."""
     is_ppo = name == "ppo"
@@ -105,6 +136,7 @@ def _stage(
         num_steps=num_steps,
         prometheus=endpoint,
     )
+    now.telemetry = telemetry
     with telemetry:
         telemetry.event("stage_started")
         try:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from jobs.command import imported, read_config, run_command, say
+from jobs.run_folder import finished_run, refuse_existing
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file; without it all defaults.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as ppo.steps=10.")]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved config and exit.")]
+Resume = Annotated[
+    Literal["auto", "never"],
+    typer.Option(
+        "--resume", help="auto: goes on with the run that run.id names, if there is one; never: refuses then."
+    ),
+]
 Address = Annotated[str | None, typer.Option("--ray-address", help="Ray cluster; default: RAY_ADDRESS, else local.")]
 
 
@@ -19,12 +26,20 @@ def main(
     overrides: Overrides = None,
     config: ConfigOption = None,
     print_config: PrintConfig = False,
+    resume: Resume = "auto",
     ray_address: Address = None,
 ) -> None:
     """Runs the stages of a config, ending with PPO. Exit code: 0 done, 1 failed, 2 bad config or data, 3 guard."""
 
     def work() -> None:
         settings = read_config(config, overrides or (), print_config=print_config)
+        if resume == "never":
+            refuse_existing(settings)
+        finished = finished_run(settings)
+        if finished is not None:
+            say(f"run {finished.name} has finished; nothing is left to do. ppo.steps=N makes it longer.")
+            imported("jobs.results:show_results")(finished)
+            return
         say("checking data, models and rewards ...")
         prepared = imported("jobs.preflight:checked")(settings)
         imported("jobs.main_job:run_job")(settings, prepared, ray_address)

@@ -54,7 +54,7 @@ async def make_preferences(
 
 async def _sample(config: Config, shards: Sequence[ShardRequest], say: Callable[[str], None]) -> list[pa.Table]:
     async with starting(config, demands(config, learning=False)) as starter:
-        engines = await start_engines(starter, version=0)
+        engines = await start_engines(config, starter, version=0)
         await all_ready({"rollout": engines}, config.deadlines.start_s)
         pending = iter(enumerate(shards))
         tables: dict[int, pa.Table] = {}

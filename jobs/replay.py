@@ -33,6 +33,7 @@ from orchestrator.config import Config, load_config
 from orchestrator.coordinator import Relearning
 from orchestrator.errors import ConfigError
 from orchestrator.experience_log import num_committed
+from orchestrator.guards import Guards, guard_table, only_warning
 from orchestrator.storage import read_json
 from orchestrator.telemetry import Telemetry
 from orchestrator.types import State
@@ -103,19 +104,22 @@ def checkpoint_of(checkpoints: Path, step: int) -> Path:
 async def _replay(config: Config, run: RunFolder, folder: Path, last_step: int, *, from_checkpoint: bool) -> None:
     needed = [demand for demand in demands(config, learning=True) if demand.role in NEEDED]
     async with starting(config, needed) as starter:
-        groups = await start_learners(starter, reward_model_of(config, run))
-        recorders = await start_recorders(starter, run)
+        groups = await start_learners(config, starter, reward_model_of(config, run))
+        recorders = await start_recorders(config, starter, run)
         await all_ready({**groups, "recorder": recorders}, config.deadlines.start_s)
         policy, critic = learners_of(config, groups)
         learners = dict(zip(ROLES, (policy, critic), strict=True))
         saved = Checkpoints(run.checkpoints, learners, every_steps=0, last_step=last_step, keep=1)
         result = Checkpoints(folder / "checkpoints", learners, every_steps=0, last_step=last_step, keep=1)
         with Telemetry(folder, run.id, run.attempt, console=say, stage="replay", num_steps=last_step) as telemetry:
+            log = experience_log(config, run, recorder_of(config, recorders))
+            table = only_warning(guard_table(config.guards))
             relearning = Relearning(
                 settings=loop_settings(config, last_step),
                 policy=policy,
                 critic=critic,
-                log=experience_log(config, run, recorder_of(config, recorders)),
+                log=log,
+                guards=Guards(table, folder=folder, telemetry=telemetry, past=log.metrics, console=say),
                 telemetry=telemetry,
             )
             start = await saved.restore() if from_checkpoint else None

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from orchestrator.config import Config, to_yaml
+from orchestrator.checkpoints import MARKER
+from orchestrator.config import Config, load_config, to_yaml
+from orchestrator.config_changes import Change, changed_keys
 from orchestrator.errors import ConfigError, StorageError
-from orchestrator.storage import replacing
+from orchestrator.storage import reading, replacing, writing
+from orchestrator.telemetry import EVENTS_FILE, read_lines
 
 CONFIG_FILE = "config.yaml"
 ATTEMPTS = "attempts"
@@ -19,11 +23,12 @@ ATTEMPTS = "attempts"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """An open run folder. `attempt` counts the lives of this run's driver, from 1."""
+    """An open run folder. `attempt` counts the lives of this run's driver, from 1; `notes` are lines for people."""
 
     path: Path
     id: str
     attempt: int
+    notes: tuple[str, ...] = ()
 
     @property
     def log(self) -> Path:
@@ -53,8 +58,11 @@ class RunFolder:
 def open_run(config: Config) -> RunFolder:
     """Creates the run's folder, or opens it for a further attempt when run.id names one that exists.
 
+    A config that differs in keys that do not matter (config_changes.py) takes the place of the one before, which is
+    kept as config.attempt-NNN.yaml, NNN being the last attempt that it was in force for.
+
     Raises:
-        ConfigError: the folder holds a run with another config.
+        ConfigError: the folder holds a run whose config differs in a key that matters, or can't be read.
         StorageError: it can't be written.
     """
     run_id = config.run.id or f"{config.run.name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}-{os.getpid() % 1000:03d}"
@@ -65,15 +73,41 @@ def open_run(config: Config) -> RunFolder:
         raise StorageError(
             f"run folder {path} can't be made ({error.strerror}); set run.root to a place that can."
         ) from None
-    _keep_config(path / CONFIG_FILE, config)
-    return RunFolder(path, run_id, _claim_attempt(path / ATTEMPTS))
+    changes = _harmless_changes(path / CONFIG_FILE, config)
+    with writing(path / ATTEMPTS):
+        attempt = _claim_attempt(path / ATTEMPTS)
+    _keep_config(path / CONFIG_FILE, config, changes, attempt)
+    notes = tuple(f"config changed since the last attempt: {change}" for change in changes)
+    return RunFolder(path, run_id, attempt, notes)
+
+
+def refuse_existing(config: Config) -> None:
+    """Raises ConfigError when run.id names a run that exists."""
+    if config.run.id is not None and (storage_root(config.run.root) / config.run.id / CONFIG_FILE).exists():
+        raise ConfigError(
+            f"--resume is never, and run {config.run.id!r} exists in {storage_root(config.run.root)}; give another run.id."
+        )
+
+
+def finished_run(config: Config) -> Path | None:
+    """The folder of the run that run.id names, when nothing of it is left to do. Raises StorageError."""
+    if config.run.id is None:
+        return None
+    path = storage_root(config.run.root) / config.run.id
+    last = config.stages[-1]
+    kinds = [line["kind"] for line in read_lines(path / EVENTS_FILE) if line["stage"] == last]
+    is_done = "stage_finished" in kinds and "stage_started" not in kinds[kinds.index("stage_finished") :]
+    if last == "ppo":
+        # A run that has finished may be told to take more steps.
+        is_done = is_done and (path / "checkpoints" / f"step-{config.ppo.steps:06d}" / MARKER).exists()
+    return path if is_done else None
 
 
 def check_run_folder(config: Config) -> str:
     """What `open_run` would find, before anything is made but the root itself; says where runs go and the room there.
 
     Raises:
-        ConfigError: the root can't be written, or run.id names a run with another config.
+        ConfigError: the root can't be written, or run.id names a run that the config can't continue.
     """
     root = storage_root(config.run.root)
     try:
@@ -84,8 +118,8 @@ def check_run_folder(config: Config) -> str:
         raise ConfigError(
             f"run.root={config.run.root}: {root} can't be written ({error.strerror}). Set run.root to a place that can."
         ) from None
-    if config.run.id is not None and (root / config.run.id / CONFIG_FILE).exists():
-        _refuse_other_config(root / config.run.id / CONFIG_FILE, config)
+    if config.run.id is not None:
+        _harmless_changes(root / config.run.id / CONFIG_FILE, config)
     return f"run folders: {root}, {shutil.disk_usage(root).free / (1 << 30):.1f} GiB free"
 
 
@@ -99,20 +133,31 @@ def storage_root(root: Path) -> Path:
     return (Path.home() / "rlhf" / root) if inside_package else Path.cwd() / root
 
 
-def _keep_config(path: Path, config: Config) -> None:
-    if path.exists():
-        _refuse_other_config(path, config)
+def _harmless_changes(path: Path, config: Config) -> tuple[Change, ...]:
+    """What differs from the config kept in `path`, if one is. Raises ConfigError when any of it matters."""
+    with reading(path):
+        if not path.exists():
+            return ()
+    changes = changed_keys(load_config(path), config)
+    if any(change.matters for change in changes):
+        lines = (f"{change}  ({'matters' if change.matters else 'does not matter'})" for change in changes)
+        raise ConfigError(
+            f"run {path.parent.name!r} was started with another config, kept in {path}:\n  " + "\n  ".join(lines) + "\n"
+            "Set the keys that matter back to continue it, or give another run.id to start a new run."
+        )
+    return changes
+
+
+def _keep_config(path: Path, config: Config, changes: Sequence[Change], attempt: int) -> None:
+    with reading(path):
+        before = path.read_bytes() if path.exists() else None
+    if before is not None and not changes:
         return
+    if before is not None:
+        with replacing(path.with_name(f"config.attempt-{attempt - 1:03d}.yaml")) as temporary:
+            temporary.write_bytes(before)
     with replacing(path) as temporary:
         temporary.write_text(to_yaml(config), encoding="utf-8")
-
-
-def _refuse_other_config(path: Path, config: Config) -> None:
-    if path.read_text(encoding="utf-8") != to_yaml(config):
-        raise ConfigError(
-            f"run {path.parent.name!r} was started with another config, kept in {path}. Give the same config to "
-            "continue it, or another run.id to start a new run."
-        )
 
 
 def _claim_attempt(folder: Path) -> int:

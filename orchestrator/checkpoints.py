@@ -3,25 +3,43 @@
 checkpoints/step-000010/policy/...     what the policy's ranks wrote
 checkpoints/step-000010/critic/...
 checkpoints/step-000010/state.json     the coordinator's own state
-checkpoints/step-000010/manifest.json  size and SHA-256 of every file
-checkpoints/step-000010/COMPLETE       written last; a folder without it is not a checkpoint
+checkpoints/step-000010/manifest.json  size and SHA-256 of every file, and of itself
+checkpoints/step-000010/COMPLETE       written last, once every file was found to match; without it, no checkpoint
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from orchestrator.concurrency import together
-from orchestrator.errors import StorageError
+from orchestrator.errors import RlhfError, StorageError
 from orchestrator.roles import Learner
-from orchestrator.storage import read_json, sha256, sync_file, sync_folder, sync_tree, write_json
+from orchestrator.storage import (
+    damaged,
+    read_json,
+    read_sealed,
+    reading,
+    sha256,
+    sync_file,
+    sync_folder,
+    sync_tree,
+    write_json,
+    write_sealed,
+    writing,
+)
 from orchestrator.types import State
 
 MARKER = "COMPLETE"
+MANIFEST = "manifest.json"
+STATE = "state.json"
+
+_log = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -32,7 +50,9 @@ class Checkpoints:
         learners: role name to learner; each writes into its own sub-folder.
         every_steps: save after every so many steps; 0: only after the last.
         last_step: number of steps of the run.
-        keep: newest checkpoints kept. The newest complete one is never deleted.
+        keep: newest checkpoints kept. Older ones go only when the newest was verified on disk.
+
+    Raises StorageError from every method that reads or writes, naming the file.
     """
 
     def __init__(
@@ -43,44 +63,74 @@ class Checkpoints:
         self._every_steps = every_steps
         self._last_step = last_step
         self._keep = keep
-        folder.mkdir(parents=True, exist_ok=True)
+        self._damaged: set[Path] = set()
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
     async def save_if_due(self, state: State) -> None:
         """Saves on schedule, unless that was done, also by an earlier attempt."""
         due = state.step == self._last_step or (self._every_steps and state.step % self._every_steps == 0)
-        if due and state.step and not (self._path(state.step) / MARKER).exists():
+        if due and state.step and self._path(state.step) not in self.complete():
             await self.save(state)
 
     async def save(self, state: State) -> None:
-        """Writes a checkpoint under a temporary name, proves it on disk, renames it, then retires old ones."""
+        """Writes a checkpoint under a temporary name, renames it, proves it on disk, then retires old ones.
+
+        When something can't be written, what was begun is removed and the older checkpoints stay.
+        """
         final = self._path(state.step)
         temporary = final.with_name(f".{final.name}.tmp")
-        await asyncio.to_thread(_make_empty, temporary)
         folders = {role: temporary / role for role in self._learners}
-        for folder in folders.values():
-            folder.mkdir()
-        await together(learner.save(folders[role]) for role, learner in self._learners.items())
-        await asyncio.to_thread(_seal, temporary, final, state)
-        for path in self.complete()[: -self._keep]:
-            await asyncio.to_thread(shutil.rmtree, path)
+        try:
+            with writing(temporary):
+                await asyncio.to_thread(_make_empty, temporary, list(folders.values()))
+                await together(learner.save(folders[role]) for role, learner in self._learners.items())
+                await asyncio.to_thread(_seal, temporary, final, state)
+        except RlhfError:
+            await asyncio.to_thread(_discard, temporary, final)
+            raise
+        self._damaged.discard(final)
+        await asyncio.to_thread(self._retire)
 
     async def restore(self) -> State | None:
-        """Loads the newest complete checkpoint into the learners. None: there is none.
+        """Loads the newest undamaged checkpoint into the learners. None: there is none at all.
+
+        A damaged one is passed over with a warning, since the log leads forward from any older one. It counts as absent
+        from then on, and goes when the next one was saved.
 
         Raises:
-            StorageError: a file is missing, truncated or altered.
+            StorageError: every checkpoint has a file that is missing, truncated or altered.
         """
-        complete = self.complete()
-        if not complete:
-            return None
-        folder = complete[-1]
-        await asyncio.to_thread(verify, folder)
-        await together(learner.load(folder / role) for role, learner in self._learners.items())
-        return State(**read_json(folder / "state.json"))
+        problems: list[StorageError] = []
+        for folder in reversed(self.complete()):
+            try:
+                state = await asyncio.to_thread(_verified_state, folder)
+            except StorageError as error:
+                problems.append(error)
+                self._damaged.add(folder)
+                continue
+            for problem in problems:
+                _log.warning("%s Until then the run goes on from the older %s and its log.", problem, folder)
+            await together(learner.load(folder / role) for role, learner in self._learners.items())
+            return state
+        if problems:
+            raise StorageError(
+                "no checkpoint can be trusted: " + " ".join(map(str, problems)) + " With all of them deleted, the run "
+                "learns again from step 0 of its log."
+            )
+        return None
 
     def complete(self) -> list[Path]:
-        """Folders of complete checkpoints, oldest first."""
-        return sorted(path for path in self._folder.glob("step-*") if (path / MARKER).exists())
+        """Folders of complete checkpoints, oldest first, without those that `restore` found damaged."""
+        with reading(self._folder):
+            found = sorted(path for path in self._folder.glob("step-*") if (path / MARKER).exists())
+        return [path for path in found if path not in self._damaged]
+
+    def _retire(self) -> None:
+        with writing(self._folder):
+            for path in (*self.complete()[: -self._keep], *self._damaged, *self._folder.glob(".step-*.tmp")):
+                _remove(path)
+        self._damaged.clear()
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step:06d}"
@@ -88,38 +138,69 @@ class Checkpoints:
 
 def verify(folder: Path) -> None:
     """Compares every file of a checkpoint with its manifest. Raises StorageError naming the first that differs."""
-    for name, entry in read_json(folder / "manifest.json").items():
+    manifest = read_sealed(folder / MANIFEST)
+    if STATE not in manifest:
+        raise damaged(folder / MANIFEST, f"it does not list {STATE}")
+    for name, entry in manifest.items():
+        if not isinstance(entry, dict) or entry.keys() != {"num_bytes", "sha256"}:
+            raise damaged(folder / MANIFEST, f"its entry {name!r} is not that of a file")
         path = folder / name
-        if not path.is_file():
-            problem = "is missing"
-        elif path.stat().st_size != entry["num_bytes"]:
-            problem = f"has {path.stat().st_size} bytes instead of {entry['num_bytes']}"
-        elif sha256(path) != entry["sha256"]:
-            problem = "does not match its checksum"
-        else:
-            continue
-        raise StorageError(
-            f"checkpoint file {path} {problem}. Restore the file, or delete {folder} to go on from an older checkpoint."
-        )
+        with reading(path):
+            problem = _difference(path, entry["num_bytes"], entry["sha256"])
+        if problem:
+            raise StorageError(f"checkpoint file {path} {problem}. Restore it from a copy, or delete {folder}.")
 
 
-def _make_empty(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+def _difference(path: Path, num_bytes: int, digest: str) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    found = path.stat().st_size
+    if found != num_bytes:
+        return f"has {found} bytes instead of {num_bytes}"
+    return None if sha256(path) == digest else "does not match its checksum"
+
+
+def _verified_state(folder: Path) -> State:
+    verify(folder)
+    try:
+        return State(**read_json(folder / STATE))
+    except TypeError:
+        raise damaged(folder / STATE, "it does not hold the state that this version of the program writes") from None
+
+
+def _make_empty(temporary: Path, folders: Sequence[Path]) -> None:
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    for folder in (temporary, *folders):
+        folder.mkdir()
+
+
+def _remove(folder: Path) -> None:
+    """The marker first: a folder that is half deleted must not look complete."""
+    (folder / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _discard(temporary: Path, final: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    with suppress(OSError):
+        if not (final / MARKER).exists():
+            shutil.rmtree(final)
 
 
 def _seal(temporary: Path, final: Path, state: State) -> None:
-    write_json(temporary / "state.json", asdict(state))
+    write_json(temporary / STATE, asdict(state))
     files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
     manifest = {
         str(path.relative_to(temporary)): {"num_bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
     }
-    write_json(temporary / "manifest.json", manifest)
+    write_sealed(temporary / MANIFEST, manifest)
     sync_tree(temporary)
     if final.exists():
-        shutil.rmtree(final)
+        _remove(final)
     temporary.rename(final)
+    sync_folder(final.parent)
+    verify(final)
     (final / MARKER).touch()
     sync_file(final / MARKER)
     sync_folder(final)

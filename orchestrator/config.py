@@ -7,6 +7,7 @@ names the key and the way out. `docs/configuration.md` is generated from the des
 from __future__ import annotations
 
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -23,9 +24,12 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Seconds = Annotated[float, Field(gt=0.0)]
 
+# What PyYAML raises besides its own errors, for dates, numbers and tags that mean nothing and for deep nesting.
+_YAML_MISHAPS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -326,9 +330,69 @@ class TelemetryConfig(Section):
     """MLflow tracking URI. Null: off. Needs the package mlflow."""
 
 
+GuardAction = Literal["warn", "pause", "stop"]
+
+
+class GuardConfig(Section):
+    action: GuardAction = "stop"
+    """warn: an event and a line; pause: wait until the file PAUSED in the run folder is deleted; stop: exit code 3."""
+
+
+class KlGuardConfig(GuardConfig):
+    max: Annotated[float, Field(gt=0)] | None = None
+    """Highest KL per response (kl/per_response, nats). Null: off."""
+
+
+class EntropyGuardConfig(GuardConfig):
+    min: Annotated[float, Field(gt=0)] | None = None
+    """Lowest entropy of the policy (policy/entropy, nats), in steps in which it learns. Null: off."""
+
+
+class LengthGuardConfig(GuardConfig):
+    min: Annotated[float, Field(gt=0)] | None = None
+    """Lowest mean response length (response/length_mean, tokens). Null: off."""
+    max: Annotated[float, Field(gt=0)] | None = None
+    """Highest mean response length; below rollout.max_new_tokens. Null: off."""
+
+
+class RewardJumpGuardConfig(GuardConfig):
+    max: Annotated[float, Field(gt=0)] | None = None
+    """Largest distance of reward/mean from its median over the last `window` steps, in their standard deviations. Null:
+    off."""
+    window: Annotated[int, Field(ge=3)] = 10
+    """Steps to compare with; a step with fewer before it passes."""
+
+
+class MismatchGuardConfig(GuardConfig):
+    max: Annotated[float, Field(gt=0)] | None = None
+    """Highest mean |log-prob of the learner - log-prob of the engine| (engine/mismatch, nats). Null: off."""
+
+
+class FailedRewardsGuardConfig(Section):
+    action: Literal["warn", "pause"] = "warn"
+    """As above. Above reward.max_failed_fraction the run stops in any case, before the step is committed."""
+    max: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Highest share of failed rewards (reward/failed_fraction); below reward.max_failed_fraction. Null: off."""
+
+
 class GuardsConfig(Section):
-    max_kl: Annotated[float, Field(gt=0)] | None = None
-    """Stop the run (exit code 3) when the KL per response exceeds this. Null: off."""
+    kl: KlGuardConfig = KlGuardConfig()
+    entropy: EntropyGuardConfig = EntropyGuardConfig()
+    length: LengthGuardConfig = LengthGuardConfig()
+    reward_jump: RewardJumpGuardConfig = RewardJumpGuardConfig()
+    mismatch: MismatchGuardConfig = MismatchGuardConfig()
+    failed_rewards: FailedRewardsGuardConfig = FailedRewardsGuardConfig()
+
+
+class FailuresConfig(Section):
+    infrastructure: NonNegative = 10
+    """Failures answered by a restart, within any window_steps steps: a process or node died, or was silent too long."""
+    programming: NonNegative = 1
+    """The same for errors of an actor that nobody expected."""
+    data: NonNegative = 0
+    """The same for bad data, failed rewards and non-finite numbers, which would come again."""
+    window_steps: Positive = 20
+    """Steps after which a failure no longer counts against its budget."""
 
 
 class DeadlinesConfig(Section):
@@ -372,6 +436,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     guards: GuardsConfig = GuardsConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    failures: FailuresConfig = FailuresConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
 
     @property
@@ -429,6 +494,30 @@ def _contradictions(config: Config) -> Iterable[str]:
     order = [stage for stage in typing.get_args(Stage) if stage in config.stages]
     if list(config.stages) != order:
         yield f"stages must be distinct and in order; write stages: [{', '.join(order)}]."
+    yield from _guards_that_contradict(config)
+
+
+def _guards_that_contradict(config: Config) -> Iterable[str]:
+    length, jump, failed = config.guards.length, config.guards.reward_jump, config.guards.failed_rewards
+    longest = config.rollout.max_new_tokens
+    if length.min is not None and length.min > (length.max or longest):
+        key = "guards.length.max" if length.max else "rollout.max_new_tokens"
+        yield f"guards.length.min={length.min:g} is above {key}={length.max or longest:g}: no step passes. Lower it."
+    if length.max is not None and length.max >= longest:
+        yield (
+            f"guards.length.max={length.max:g} could never act: no response is longer than "
+            f"rollout.max_new_tokens={longest}. Lower it, or leave it out."
+        )
+    if jump.max is not None and jump.window >= config.ppo.steps:
+        yield (
+            f"guards.reward_jump.window={jump.window} could never be full in ppo.steps={config.ppo.steps}. Set a "
+            "smaller window, or leave guards.reward_jump.max out."
+        )
+    if failed.max is not None and failed.max >= config.reward.max_failed_fraction:
+        yield (
+            f"guards.failed_rewards.max={failed.max:g} could never act: the run stops above "
+            f"reward.max_failed_fraction={config.reward.max_failed_fraction:g}. Lower the first or raise the second."
+        )
 
 
 def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
@@ -463,10 +552,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config file {path} can't be read ({error.strerror}); check the path of --config.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"config file {path} is not UTF-8 text; give a YAML file to --config.") from None
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    tree = _parsed(text, str(path))
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -474,14 +560,37 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without what Python can't always print again: whole numbers of more than 64 bits, halves of characters."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value: int = super().construct_yaml_int(node)
+        if value.bit_length() > 64:
+            raise ValueError("a whole number has more than 64 bits")
+        return value
+
+    def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
+        value: str = super().construct_yaml_str(node)
+        value.encode()
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
+
+
+def _parsed(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, *_YAML_MISHAPS) as error:
+        raise ConfigError(f"{what} is not valid YAML: {error}") from None
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r} is not of the form section.key=value, e.g. ppo.steps=10.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"value of override {override!r} is not valid YAML: {error}") from None
+    value = _parsed(text, f"value of override {override!r}")
     *sections, leaf = key.strip().split(".")
     for section in sections:
         child = tree.get(section)
@@ -499,7 +608,7 @@ def _explain(error: Any) -> str:
         return f"unknown key {location!r}{_suggestion(error['loc'])}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
-    return f"{location}: {error['msg'].lower()}, got {error['input']!r}."
+    return f"{location}: {error['msg'].lower()}, got {reprlib.repr(error['input'])}."
 
 
 def _suggestion(location: tuple[int | str, ...]) -> str:

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from orchestrator.checkpoints import Checkpoints
 from orchestrator.concurrency import both, together
-from orchestrator.errors import GuardTripped
 from orchestrator.experience_log import ExperienceLog
+from orchestrator.failures import Supervisor
+from orchestrator.guards import Guards
 from orchestrator.held_out import Evaluation
 from orchestrator.roles import Learner, Publisher, Scorer
 from orchestrator.sampler import Sampler, StepRollouts
@@ -32,7 +33,6 @@ class LoopSettings:
     steps: int
     critic_warmup_steps: int
     next_kl_coefficient: Callable[[float, float, int], float]
-    max_kl: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,7 @@ class Relearning:
     policy: Learner
     critic: Learner
     log: ExperienceLog
+    guards: Guards
     telemetry: Telemetry
 
     async def relearn(self, state: State) -> State:
@@ -51,7 +52,8 @@ class Relearning:
             with self.telemetry.step(state.step) as record:
                 experience = await self.log.load(state.step)
                 record(experience.metrics)
-                record(await self.learn(experience))
+                record(learned := await self.learn(experience))
+                await self.guards.check(state.step, {**experience.metrics, **learned})
                 state = self.advance(state, experience)
         return state
 
@@ -65,12 +67,6 @@ class Relearning:
 
     def advance(self, state: State, experience: Experience) -> State:
         kl = experience.metrics["kl/per_response"]
-        if self.settings.max_kl is not None and kl > self.settings.max_kl:
-            raise GuardTripped(
-                f"step {state.step}: KL per response {kl:.3g} exceeds guards.max_kl={self.settings.max_kl:g}. Its "
-                "update was not published or saved; the run's log and earlier checkpoints stay. Start a new run with "
-                "a higher ppo.kl_coefficient, a lower policy.learning_rate, or a higher guard."
-            )
         samples = sum(record.num_samples for record in experience.records)
         return state.advance(self.settings.next_kl_coefficient(state.kl_coefficient, kl, samples))
 
@@ -86,8 +82,13 @@ class Coordinator(Relearning):
     checkpoints: Checkpoints
     evaluation: Evaluation
     meter: Callable[[int], Awaitable[Metrics]]
+    supervisor: Supervisor
 
     async def run(self, initial: State) -> State:
+        """All steps. After a failure that the supervisor answers it begins again where every attempt begins."""
+        return await self.supervisor.until_done(lambda: self._run_on(initial))
+
+    async def _run_on(self, initial: State) -> State:
         state = await self.restore(initial)
         await self.checkpoints.save_if_due(state)
         await self.publish(state)
@@ -102,7 +103,8 @@ class Coordinator(Relearning):
                     with self.telemetry.phase("commit"):
                         experience = await self.log.commit(state, scored)
                     record(experience.metrics)
-                    record(await self.learn(experience))
+                    record(learned := await self.learn(experience))
+                    await self.guards.check(state.step, {**experience.metrics, **learned})
                     state = self.advance(state, experience)
                     record(await self.meter(state.version))
                     record(await self.publish(state))
@@ -113,9 +115,12 @@ class Coordinator(Relearning):
 
     async def restore(self, initial: State) -> State:
         """The last checkpoint, then learned again from what the log holds beyond it."""
-        state = await self.checkpoints.restore() or initial
-        self.telemetry.rewind(state.step)
-        return await self.relearn(state)
+        saved = await self.checkpoints.restore() or initial
+        self.telemetry.rewind(saved.step)
+        state = await self.relearn(saved)
+        if state.step:
+            self.telemetry.restored(_whence(saved, state))
+        return state
 
     async def score(self, rollouts: StepRollouts) -> list[ScoredShard]:
         return await together(self._score_shard(shard) for shard in rollouts.shards)
@@ -132,6 +137,21 @@ class Coordinator(Relearning):
             report = await self.publisher.publish(state.version)
             await self.sampler.announce(state.version)
         return {"publish/tensors_verified": report.num_tensors, "publish/bytes": report.num_bytes}
+
+
+def _whence(saved: State, state: State) -> Mapping[str, str]:
+    """What a run goes on with, and where it comes from."""
+    again = f"steps {saved.step} to {state.step - 1}" if state.step > saved.step else "nothing"
+    return {
+        "weights, fp32 masters, optimizers, learning rates": f"checkpoint of step {saved.step}"
+        if saved.step
+        else "the start",
+        "learned again from the log": again,
+        "step, and version of the weights": str(state.step),
+        "KL coefficient": f"{state.kl_coefficient:g}",
+        "next prompts and seeds": f"those of step {state.step}",
+        "metrics": f"steps 0 to {state.step - 1}, each once",
+    }
 
 
 def _prefixed(role: str, metrics: Mapping[str, float]) -> Metrics:

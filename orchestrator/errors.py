@@ -5,12 +5,15 @@ RlhfError                     exit  the message says what, where and the way out
 ├── DataError                   2   a file, a row, a tokenizer or a model folder
 ├── CapacityError               2   the cluster is too small, or does not answer
 ├── RoleError                   1   an actor failed; carries role, rank and operation
-│   ├── RoleDied                1   its process is gone
-│   └── DeadlineExceeded        1   it did not answer in time
+│   └── RoleLost                1   it can't answer, through no fault of its program
+│       ├── RoleDied            1   its process is gone
+│       ├── DeadlineExceeded    1   it did not answer in time
+│       └── ObjectGone          1   what it was to read went with a node
 ├── PublishError                1   an engine does not hold the announced weights
 ├── StorageError                1   the log or a checkpoint can't be written or trusted
 ├── RewardError                 1   more rewards failed than the budget allows
 ├── NonFiniteError              1   loss, gradient or reward is NaN or infinite
+├── Superseded                  1   a newer attempt writes this run
 └── GuardTripped                3   a guard refused to go on
 """
 
@@ -53,11 +56,19 @@ class RoleError(RlhfError):
         return type(self), (self.role, self.rank, self.operation, self.cause)
 
 
-class RoleDied(RoleError):
+class RoleLost(RoleError):
     pass
 
 
-class DeadlineExceeded(RoleError):
+class RoleDied(RoleLost):
+    pass
+
+
+class DeadlineExceeded(RoleLost):
+    pass
+
+
+class ObjectGone(RoleLost):
     pass
 
 
@@ -74,6 +85,10 @@ class RewardError(RlhfError):
 
 
 class NonFiniteError(RlhfError):
+    pass
+
+
+class Superseded(RlhfError):
     pass
 
 

@@ -19,8 +19,8 @@ from orchestrator.algorithms.summary import merge_metrics
 from orchestrator.concurrency import together
 from orchestrator.errors import RewardError, StorageError
 from orchestrator.roles import Recorder
-from orchestrator.storage import read_json, write_json
-from orchestrator.types import Experience, Handle, Moments, ScoredShard, ShardRecord, State
+from orchestrator.storage import damaged, read_sealed, reading, write_sealed, writing
+from orchestrator.types import Experience, Handle, Metrics, Moments, ScoredShard, ShardRecord, State
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -39,11 +39,12 @@ class ExperienceLog:
         self._folder = folder
         self._recorder = recorder
         self._max_failed_fraction = max_failed_fraction
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def holds(self, step: int) -> bool:
         """Whether step `step` was committed."""
-        return self._manifest(step).exists()
+        return _is_there(self._manifest(step))
 
     async def commit(self, state: State, scored: Sequence[ScoredShard]) -> Experience:
         """Writes all shards of step `state.step`, then the manifest. After this the step is never sampled again.
@@ -53,7 +54,8 @@ class ExperienceLog:
             StorageError: something could not be written.
         """
         step = state.step
-        self._step_folder(step).mkdir(exist_ok=True)
+        with writing(self._step_folder(step)):
+            self._step_folder(step).mkdir(exist_ok=True)
         written = await together(
             self._recorder.record(
                 shard, kl_coefficient=state.kl_coefficient, file=str(self._step_folder(step) / _shard_name(index))
@@ -68,21 +70,35 @@ class ExperienceLog:
             "kl_coefficient": state.kl_coefficient,
             "shards": [asdict(record) for record in records],
         }
-        write_json(self._manifest(step), manifest)
+        write_sealed(self._manifest(step), manifest)
         return _experience(step, records, [handle for handle, _ in written], state.kl_coefficient)
 
     async def load(self, step: int) -> Experience:
         """Reads a committed step back, every file checked against its checksum. Raises StorageError."""
-        manifest = read_json(self._manifest(step))
+        kl_coefficient, records = self._read_manifest(step)
+        folder = self._step_folder(step)
+        handles = await together(self._recorder.load(record, file=str(folder / record.file)) for record in records)
+        return _experience(step, records, handles, kl_coefficient)
+
+    def metrics(self, step: int) -> Metrics | None:
+        """Metrics of a committed step, from its manifest alone. None: it was not committed. Raises StorageError."""
+        return merge_metrics(self._read_manifest(step)[1]) if self.holds(step) else None
+
+    def _read_manifest(self, step: int) -> tuple[float, list[ShardRecord]]:
+        """(KL coefficient, records of the step's shards)"""
+        manifest = read_sealed(self._manifest(step))
         if manifest.get("format") != FORMAT:
             raise StorageError(
                 f"{self._manifest(step)} has format {manifest.get('format')}, this program reads {FORMAT}; use the "
                 "version of the program that wrote it."
             )
-        records = [_record(item) for item in manifest["shards"]]
-        folder = self._step_folder(step)
-        handles = await together(self._recorder.load(record, file=str(folder / record.file)) for record in records)
-        return _experience(step, records, handles, manifest["kl_coefficient"])
+        try:
+            committed_step, kl_coefficient, records = _parse(**manifest)
+        except (AttributeError, KeyError, TypeError):
+            raise damaged(self._manifest(step), "its entries are not those of a manifest") from None
+        if committed_step != step:
+            raise damaged(self._manifest(step), f"it is that of step {committed_step}")
+        return kl_coefficient, records
 
     def _check_failures(self, step: int, records: Sequence[ShardRecord]) -> None:
         dropped = sum(record.num_dropped for record in records)
@@ -104,7 +120,12 @@ class ExperienceLog:
 def num_committed(folder: Path) -> int:
     """Steps that the log in `folder` holds, from step 0 to the first gap."""
     steps = itertools.count()
-    return next(step for step in steps if not (_step_folder(folder, step) / MANIFEST).exists())
+    return next(step for step in steps if not _is_there(_step_folder(folder, step) / MANIFEST))
+
+
+def _is_there(manifest: Path) -> bool:
+    with reading(manifest):
+        return manifest.exists()
 
 
 def _step_folder(folder: Path, step: int) -> Path:
@@ -113,6 +134,13 @@ def _step_folder(folder: Path, step: int) -> Path:
 
 def _shard_name(index: int) -> str:
     return f"shard-{index:04d}.parquet"
+
+
+def _parse(
+    format: int, step: int, kl_coefficient: float, shards: Sequence[dict[str, Any]]
+) -> tuple[int, float, list[ShardRecord]]:
+    """A manifest's entries; a missing or unknown one is a TypeError."""
+    return step, kl_coefficient, [_record(item) for item in shards]
 
 
 def _record(item: dict[str, Any]) -> ShardRecord:

@@ -58,6 +58,7 @@ def _rewards() -> Iterable[Metric]:
     yield Metric("reward/max", "Highest sequence reward", "reward")
     yield Metric("reward/part/<name>", "Mean of one part of the reward, over the samples that have it", "reward")
     yield Metric("reward/failed", "Samples dropped because their reward failed", "samples")
+    yield Metric("reward/failed_fraction", "Share of the step's samples whose reward failed")
 
 
 def _samples() -> Iterable[Metric]:

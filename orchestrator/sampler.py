@@ -64,12 +64,17 @@ class Sampler:
         self._takes_turns = takes_turns
         self._version = -1
         self._published = asyncio.Condition()
+        self._begin()
+
+    def _begin(self) -> None:
         self._asked_for = asyncio.Semaphore(0)
         self._ready: asyncio.Queue[StepRollouts | BaseException] = asyncio.Queue()
         self._shards: set[asyncio.Task[RolloutShard]] = set()
 
     @asynccontextmanager
     async def running(self, *, first_step: int, end_step: int) -> AsyncIterator[None]:
+        """Samples these steps while the context lasts; what is unfinished at its end is dropped."""
+        self._begin()
         producer = asyncio.create_task(self._produce(range(first_step, end_step)))
         try:
             yield

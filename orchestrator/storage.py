@@ -6,12 +6,32 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import StorageError
+
+_SEAL = "sha256"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises an OSError of the body as a StorageError naming the file that failed, or `path` where it is not known."""
+    try:
+        yield
+    except OSError as error:
+        raise _not_written(error.filename or path, error) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raises an OSError of the body as a StorageError naming `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path} can't be read ({error.strerror or error}).") from error
 
 
 @contextmanager
@@ -27,9 +47,10 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        raise StorageError(f"{path} can't be written ({error.strerror}); free space or fix permissions.") from error
+        raise _not_written(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that went read-only, removing what was never made fails too
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -38,16 +59,39 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
+    with reading(path):
+        content = path.read_bytes()
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StorageError(f"{path} can't be read ({error.strerror}).") from None
-    except ValueError:
-        raise StorageError(f"{path} is damaged: it holds no valid JSON. Restore it or delete its folder.") from None
+        return json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise damaged(path, "it holds no valid JSON") from None
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object with a checksum of itself."""
+    write_json(path, {**content, _SEAL: _seal(content)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Reads what `write_sealed` wrote. An object that carries no checksum, as earlier versions wrote them, is taken.
+
+    Raises StorageError when the file can't be read or was altered.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise damaged(path, "it holds no JSON object")
+    seal = content.pop(_SEAL, None)
+    if seal is not None and seal != _seal(content):
+        raise damaged(path, "it does not match its own checksum")
+    return content
+
+
+def damaged(path: Path, problem: str) -> StorageError:
+    return StorageError(f"{path} is damaged: {problem}. Restore it from a copy, or delete its folder.")
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as stream:
+    with reading(path), path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -68,3 +112,12 @@ def sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
         sync_file(path)
     sync_folder(folder)
+
+
+def _not_written(path: Path | str, error: OSError) -> StorageError:
+    reason = error.strerror or error
+    return StorageError(f"{path} can't be written ({reason}); free space, fix permissions, or put its folder back.")
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()

@@ -6,6 +6,7 @@ A line exists only for what was finished; rewinding a run takes the lines of und
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -37,12 +38,13 @@ class _Phases:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._num_open: dict[str, int] = {}
+        self._opened: dict[str, float] = {}
         self._since: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
 
     def enter(self, name: str) -> None:
         if not self._num_open.get(name):
-            self._since[name] = self._clock()
+            self._opened[name] = self._since[name] = self._clock()
         self._num_open[name] = self._num_open.get(name, 0) + 1
 
     def leave(self, name: str) -> None:
@@ -58,6 +60,11 @@ class _Phases:
                 self._since[name] = now
         seconds, self._seconds = self._seconds, {}
         return {f"time/{name}_s": value for name, value in seconds.items()}
+
+    def open(self) -> dict[str, float]:
+        """Seconds since each open phase was entered; `drain` does not shorten them."""
+        now = self._clock()
+        return {name: now - self._opened[name] for name, num_open in self._num_open.items() if num_open}
 
     def _add(self, name: str, now: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since[name]
@@ -127,6 +134,7 @@ class Telemetry:
         self._stage, self._num_steps = stage, num_steps
         self._clock, self._wall_clock = clock, wall_clock
         self._phases = _Phases(clock)
+        self._step: int | None = None
         self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         for name in (METRICS_FILE, EVENTS_FILE):
             _drop_torn_tail(folder / name)
@@ -142,6 +150,7 @@ class Telemetry:
         """
         collected: dict[str, float] = {}
         started = self._clock()
+        self._step = step
 
         def record(metrics: Mapping[str, float]) -> None:
             for name, value in metrics.items():
@@ -181,10 +190,22 @@ class Telemetry:
         self._rewrite(lambda line: line["step"] < step + (line["kind"] == "evaluation"))
         self._continue_from(read_lines(self._folder / METRICS_FILE))
 
+    def now(self) -> dict[str, Any]:
+        """What is going on: stage, step (the one begun last, None before the first), seconds by open phase."""
+        return {"stage": self._stage, "step": self._step, "phases": self._phases.open()}
+
     def event(self, kind: str, **fields: Any) -> None:
         """Appends one line to events.jsonl: time, attempt, stage, kind and the fields (values that JSON can hold)."""
         head = {"time": self._wall_clock(), "attempt": self._attempt, "stage": self._stage, "kind": kind}
         _append_line(self._folder / EVENTS_FILE, {**head, **fields})
+
+    def restored(self, table: Mapping[str, str]) -> None:
+        """Tells what the run goes on with."""
+        self.event("restored", table=dict(table))
+        if self._console is not None:
+            width = max(map(len, table))
+            lines = [f"  {name:<{width}}  {whence}" for name, whence in table.items()]
+            self._console("\n".join(["goes on with", *lines]))
 
     def close(self) -> None:
         for tracker in self._trackers:
@@ -238,7 +259,7 @@ class Telemetry:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Objects of a JSONL file that may still be growing: a torn last line is left out. No file: no lines.
 
-    Raises StorageError naming the first line that is not JSON.
+    Raises StorageError naming the first line that this module can't have written.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -249,10 +270,27 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
-            lines.append(json.loads(line))
-        except ValueError:
-            raise StorageError(f"{path}:{number} is damaged: not JSON. Take the line out and start again.") from None
+            lines.append(_checked(json.loads(line)))
+        except (OverflowError, RecursionError, TypeError, ValueError):
+            raise StorageError(f"{path}:{number} is damaged. Take the line out and start again.") from None
     return lines
+
+
+def _checked(line: Any) -> dict[str, Any]:
+    """`line`. Raises ValueError, or another error of json or math, when this module can't have written it."""
+    match line:
+        case {"stage": str(), "kind": str() as kind, "attempt": int(), "time": int() | float()}:
+            of_metrics = kind in ("step", "evaluation")
+        case _:
+            raise ValueError
+    match line:
+        case {"step": int(), "metrics": dict() as metrics} if of_metrics:
+            if not all(value is None or math.isfinite(value) for value in metrics.values()):
+                raise ValueError
+        case _ if of_metrics:
+            raise ValueError
+    _as_text(line).encode()
+    return dict(line)
 
 
 def clock_text(seconds: float) -> str:
@@ -293,14 +331,25 @@ def _as_text(line: Mapping[str, Any]) -> str:
 def _append_line(path: Path, line: Mapping[str, Any]) -> None:
     is_new = not path.exists()
     try:
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(_as_text(line))
-            stream.flush()
+        with path.open("ab", buffering=0) as stream:
+            _append_whole(stream, _as_text(line).encode())
             os.fsync(stream.fileno())
         if is_new:
             sync_folder(path.parent)
     except OSError as error:
         raise StorageError(f"{path} can't be written ({error.strerror}); free space or fix permissions.") from error
+
+
+def _append_whole(stream: io.FileIO, data: bytes) -> None:
+    """On a disk that fills up nothing is added: later lines would be lost with a half one."""
+    size = stream.tell()
+    try:
+        written = 0
+        while written < len(data):
+            written += stream.write(data[written:])
+    except OSError:
+        stream.truncate(size)
+        raise
 
 
 def _drop_torn_tail(path: Path) -> None:

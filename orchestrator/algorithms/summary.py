@@ -15,12 +15,14 @@ def merge_metrics(records: Sequence[ShardRecord]) -> Metrics:
     extremes = _merge_extremes([record.extremes for record in records])
     advantages = Moments.merge([record.advantage_moments for record in records])
     samples, tokens = sums["samples"] or 1.0, sums["response_tokens"] or 1.0
+    failed = float(sum(record.num_dropped for record in records))
     metrics = {
         "reward/mean": sums["reward_sum"] / samples,
         "reward/std": _std(sums["reward_sum"], sums["reward_squares_sum"], samples),
         "reward/min": extremes.get("reward_min", 0.0),
         "reward/max": extremes.get("reward_max", 0.0),
-        "reward/failed": float(sum(record.num_dropped for record in records)),
+        "reward/failed": failed,
+        "reward/failed_fraction": failed / (failed + samples),
         "kl/per_response": sums["kl_k1_token_sum"] / samples,
         "kl/per_token": sums["kl_k1_token_sum"] / tokens,
         "kl/per_token_k3": sums["kl_k3_token_sum"] / tokens,

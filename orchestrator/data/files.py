@@ -65,7 +65,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         raise DataError(
             f"{name} does not exist: check the path (relative paths start at the working folder)."
         ) from None
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:  # values that no Python object can hold
         raise DataError(
             f"{name} can't be read: {error}. Check that it is complete and of the kind it claims to be."
         ) from None
@@ -146,6 +146,8 @@ def _row_of_line(number: int, line: bytes) -> Row:
         return Row(number, {}, f"not JSON: {error.msg} at column {error.colno}; write one JSON object a line")
     except RecursionError:
         return Row(number, {}, "not a record: JSON nested too deeply")
+    except ValueError:
+        return Row(number, {}, "not a record: a number with thousands of digits")
     return _row_of_value(number, value)
 
 
@@ -201,6 +203,10 @@ class _ArrayText:
                     raise DataError(
                         f"{self._name}: row {number} is not JSON: {error.msg}. Fix it; later rows can't be found."
                     ) from None
+            except (RecursionError, ValueError):
+                raise DataError(
+                    f"{self._name}: row {number} is nested too deeply or holds a number with thousands of digits."
+                ) from None
 
     def _may_continue(self, error: json.JSONDecodeError) -> bool:
         """Whether more text could make the value complete: the parser stopped at the end of what has been read."""
@@ -215,6 +221,11 @@ class _ArrayText:
             raise DataError(f"{self._name} is not UTF-8 text; convert the file to UTF-8.") from None
         self._text, self._position = self._text[self._position :] + more, 0
         return bool(data)
+
+
+def field_names(fields: Mapping[str, Any]) -> str:
+    """Names of a row's fields, for messages; escaped where they are no text that can be printed."""
+    return ", ".join(fields).encode(errors="backslashreplace").decode() or "none"
 
 
 def describe(value: Any) -> str:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from orchestrator.data.files import describe
+from orchestrator.data.files import describe, field_names
 from orchestrator.data.records import ROLES, Message
 
 Fields = Mapping[str, Any]
@@ -182,7 +182,7 @@ def _replies(value: Any, key: str) -> Sequence[str]:
 
 def _required(fields: Fields, key: str) -> Any:
     if key not in fields:
-        raise BadRow(f"field {key!r} is missing; the fields are: {', '.join(fields) or 'none'}")
+        raise BadRow(f"field {key!r} is missing; the fields are: {field_names(fields)}")
     return fields[key]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.data import formats
-from orchestrator.data.files import Row, describe, read_rows
+from orchestrator.data.files import Row, describe, field_names, read_rows
 from orchestrator.data.formats import BadRow, FieldSets, LeftOut
 from orchestrator.data.records import (
     Message,
@@ -138,7 +138,7 @@ class _Rows:
             if any(fields <= row.fields.keys() for fields in field_sets):
                 return name
         raise DataError(
-            f"{self._path}: row {row.number} fits no known format; its fields are: {', '.join(row.fields) or 'none'}. "
+            f"{self._path}: row {row.number} fits no known format; its fields are: {field_names(row.fields)}. "
             f"Known formats: {_catalogue(self._known)}. Rename the fields, or set {self._key}."
         )
 
@@ -185,6 +185,7 @@ def _identity(fields: Mapping[str, Any], messages: tuple[Message, ...]) -> str:
         return content_id(messages)
     if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
         raise BadRow(f"'id' must be text or a whole number, found {describe(given)}")
+    _check_text([str(given)])
     return str(given)
 
 
@@ -197,7 +198,10 @@ def _check_unique(identity: str, row_number: int, row_of_id: dict[str, int]) -> 
 
 
 def _json_values(meta: dict[str, Any]) -> dict[str, Any]:
-    """Meta travels as JSON: values that only Parquet knows (dates, bytes, decimals) become text."""
-    if all(isinstance(value, str | int | float | bool | None) for value in meta.values()):
-        return meta
-    return dict(json.loads(json.dumps(meta, default=str)))
+    """Meta travels as JSON: values that only Parquet knows (dates, bytes, decimals) become text, NaN becomes null."""
+    try:
+        text = json.dumps(meta, ensure_ascii=False, default=str)
+        _check_text([text])
+        return dict(json.loads(text, parse_constant=lambda name: None))
+    except (RecursionError, ValueError):
+        raise BadRow("nested too deeply, or a number with thousands of digits") from None

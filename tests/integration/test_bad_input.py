@@ -75,7 +75,7 @@ def _root_below_a_file(line: CommandLine) -> list[str]:
 
 def _id_of_another_run(line: CommandLine) -> list[str]:
     open_run(load_config(line.config, ["run.id=twice"]))
-    return ["run.id=twice", "ppo.steps=3"]
+    return ["run.id=twice", "ppo.gamma=0.9"]
 
 
 def _dead_endpoint(_: CommandLine) -> list[str]:

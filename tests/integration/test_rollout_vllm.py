@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,3 +87,14 @@ def test_engines_refuse_what_they_can_not_do_right(apart: Apart, folder: Path) -
 
 def test_threads_rest_after_sampling(apart: Apart, folder: Path) -> None:
     assert apart(scenarios.processor_seconds_after_sampling, folder) < 0.3
+
+
+def test_prompts_that_do_not_fit_into_one_batch_are_sampled_all_the_same(apart: Apart, folder: Path) -> None:
+    """vLLM would cut the prompt at the edge of a batch in two, which seeds do not survive on the CPU."""
+    small = scenarios.shard(sampling=Sampling(max_new_tokens=8), num_samples=48)
+    long = [dataclasses.replace(item.prompt, tokens=np.tile(item.prompt.tokens, 40)[:101]) for item in small.requests]
+    requests = [dataclasses.replace(item, prompt=prompt) for item, prompt in zip(small.requests, long, strict=True)]
+    request = dataclasses.replace(small, requests=requests)
+    (first, numbers), (again, _) = apart(scenarios.samples_of_one_engine, folder, [request, request], max_samples=64)
+    assert numbers["num_prompt_tokens"] == 48 * 101 > 4096
+    assert again.equals(first)

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -127,11 +128,12 @@ class Cluster:
 
 
 @contextmanager
-def three_nodes(folder: Path, *, num_cpus: int = 2) -> Iterator[Cluster]:
+def three_nodes(folder: Path, *, num_cpus: int = 2, comes_back: bool = False) -> Iterator[Cluster]:
     """Head and two workers, all alive.
 
     Args:
         folder: short path; gets home, token, logs and Ray's temporary folders.
+        comes_back: a worker node that dies is started again.
     """
     home = folder / "home"
     home.mkdir(parents=True)
@@ -148,14 +150,14 @@ def three_nodes(folder: Path, *, num_cpus: int = 2) -> Iterator[Cluster]:
     }
     with three_hosts() as hosts, ExitStack() as stack:
         for host in hosts:
-            stack.enter_context(_node(host, folder, environment, num_cpus))
+            stack.enter_context(_node(host, folder, environment, num_cpus, comes_back and host.number > 1))
         cluster = Cluster(hosts[0], token, environment)
         _wait_for_nodes(cluster, folder, len(hosts))
         yield cluster
 
 
 @contextmanager
-def _node(host: Host, folder: Path, environment: Mapping[str, str], num_cpus: int) -> Iterator[None]:
+def _node(host: Host, folder: Path, environment: Mapping[str, str], num_cpus: int, comes_back: bool) -> Iterator[None]:
     role = (
         ["--head", "--port", "6379", "--dashboard-host", host.address, "--dashboard-port", "8265"]
         if host.number == 1
@@ -168,15 +170,32 @@ def _node(host: Host, folder: Path, environment: Mapping[str, str], num_cpus: in
         *("--temp-dir", str(folder / f"n{host.number}"), "--metrics-export-port", "8080"),
         *("--dashboard-agent-listen-port", "52365", *role),
     ]
-    with (folder / f"n{host.number}.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
+
+    def start() -> subprocess.Popen[bytes]:
+        with (folder / f"n{host.number}.log").open("ab") as log:
+            return subprocess.Popen(
+                command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+
+    running = [start()]
+    ending = threading.Event()
+
+    def keep() -> None:
+        while not ending.is_set():
+            running[0].wait()
+            if not ending.is_set():
+                _wait_until_empty(host)
+                running[0] = start()
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    if comes_back:
+        keeper.start()
     try:
         yield
     finally:
-        process.kill()  # its child is the first process of its namespace, with which all the others end
-        process.wait(timeout=GONE_S)
+        ending.set()
+        running[0].kill()  # its child is the first process of its namespace, with which all the others end
+        running[0].wait(timeout=GONE_S)
         _wait_until_empty(host)
 
 

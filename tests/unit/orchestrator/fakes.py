@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +73,7 @@ class FakeLearner:
     name: str
     diary: Diary
     learned: list[int] = field(default_factory=list)
+    metrics_of_step: Mapping[int, Metrics] = field(default_factory=dict)
 
     async def score(self, shard: RolloutShard) -> Sequence[Handle]:
         await asyncio.sleep(0)
@@ -82,7 +83,7 @@ class FakeLearner:
         await asyncio.sleep(0)
         self.learned.append(experience.step)
         self.diary.note(f"learn {self.name}", experience.step)
-        return {"loss": 1.0, "epochs": 1.0}
+        return {"loss": 1.0, "epochs": 1.0, **self.metrics_of_step.get(experience.step, {})}
 
     async def save(self, folder: Path) -> None:
         (folder / "weights.txt").write_text(",".join(map(str, self.learned)), encoding="utf-8")
@@ -110,12 +111,15 @@ class FakePublisher:
 class FakeRecorder:
     diary: Diary
     num_dropped: int = 0
+    sums_of_step: Mapping[int, Metrics] = field(default_factory=dict)
 
     async def record(self, shard: ScoredShard, *, kl_coefficient: float, file: str) -> tuple[Handle, ShardRecord]:
         Path(file).write_text("samples", encoding="utf-8")
         self.diary.note("record", shard.rollout.step)
         kept = shard.rollout.num_samples - self.num_dropped
-        return ("experience", shard.rollout.step), shard_record(Path(file).name, kept, self.num_dropped)
+        record = shard_record(Path(file).name, kept, self.num_dropped)
+        sums = {**record.sums, **self.sums_of_step.get(shard.rollout.step, {})}
+        return ("experience", shard.rollout.step), replace(record, sums=sums)
 
     async def load(self, record: ShardRecord, *, file: str) -> Handle:
         assert Path(file).exists()

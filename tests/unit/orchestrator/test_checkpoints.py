@@ -57,9 +57,10 @@ STAGES: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "before the critic is saved": (FakeLearner, "save", lambda learner, folder: learner.name == "critic"),
     "before the state is written": (orchestrator.checkpoints, "write_json", _path_is("state.json")),
     "before files are summed": (orchestrator.checkpoints, "sha256", lambda path: True),
-    "before the manifest is written": (orchestrator.checkpoints, "write_json", _path_is("manifest.json")),
+    "before the manifest is written": (orchestrator.checkpoints, "write_sealed", _path_is("manifest.json")),
     "before files are synced": (orchestrator.checkpoints, "sync_tree", lambda path: True),
     "before the rename": (Path, "rename", lambda path, target: target.name == "step-000004"),
+    "before it is verified": (orchestrator.checkpoints, "verify", lambda folder: True),
     "before the marker": (Path, "touch", _path_is(MARKER)),
 }
 
@@ -127,6 +128,67 @@ async def test_a_file_that_was_altered_is_named(tmp_path: Path, damage: Callable
     damage(world.folder / "step-000002" / "critic" / "weights.txt")
     with pytest.raises(StorageError, match=rf"step-000002/critic/weights\.txt {problem}"):
         await World(tmp_path).checkpoints.restore()
+
+
+async def test_a_damaged_newest_checkpoint_is_passed_over_for_an_older_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World(tmp_path)
+    for step in (2, 4):
+        await world.save(step)
+    (world.folder / "step-000004" / "policy" / "weights.txt").write_text("0,1,2,9")
+    after = World(tmp_path, every_steps=2)
+    assert await after.checkpoints.restore() == State(2, 0.2)
+    assert after.policy.learned == after.critic.learned == [0, 1]
+    assert "step-000004/policy/weights.txt does not match its checksum" in caplog.text
+    assert "step-000002 and its log" in caplog.text
+    assert after.names() == ["step-000002"]
+    after.policy.learned = after.critic.learned = [0, 1, 2, 3]
+    await after.checkpoints.save_if_due(State(4, 0.4))
+    assert after.names() == ["step-000002", "step-000004"]
+    assert await World(tmp_path).checkpoints.restore() == State(4, 0.4)
+
+
+async def test_damaged_checkpoints_are_not_counted_among_those_that_are_kept(tmp_path: Path) -> None:
+    world = World(tmp_path, keep=2)
+    for step in (2, 4):
+        await world.save(step)
+    (world.folder / "step-000004" / "state.json").unlink()
+    after = World(tmp_path, keep=2)
+    await after.checkpoints.restore()
+    await after.save(6)
+    assert after.names() == ["step-000002", "step-000006"]
+    assert sorted(path.name for path in after.folder.iterdir()) == after.names()
+
+
+async def test_with_every_checkpoint_damaged_the_error_names_them_and_the_way_out(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    for step in (2, 4):
+        await world.save(step)
+        (world.folder / f"step-{step:06d}" / "manifest.json").write_text("{}")
+    with pytest.raises(StorageError) as caught:
+        await World(tmp_path).checkpoints.restore()
+    for text in ("step-000002/manifest.json is damaged", "step-000004/manifest.json", "delete", "step 0 of its log"):
+        assert text in str(caught.value)
+
+
+async def test_a_checkpoint_that_differs_once_it_is_on_disk_retires_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path, keep=1)
+    await world.save(2)
+    rename = Path.rename
+
+    def losing_a_byte(path: Path, target: Path) -> Path:
+        (path / "policy" / "weights.txt").write_text("0,1,2")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", losing_a_byte)
+        with pytest.raises(StorageError, match=r"step-000004/policy/weights\.txt has 5 bytes instead of 7"):
+            await world.save(4)
+    assert [path.name for path in world.folder.iterdir()] == ["step-000002"]
+    assert await World(tmp_path).checkpoints.restore() == State(2, 0.2)
 
 
 async def test_saves_are_due_every_so_many_steps_and_after_the_last(tmp_path: Path) -> None:

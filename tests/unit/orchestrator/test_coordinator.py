@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import pytest
 
 from orchestrator.checkpoints import Checkpoints
 from orchestrator.coordinator import Coordinator, LoopSettings
-from orchestrator.errors import GuardTripped, RewardError, RoleDied
+from orchestrator.errors import RewardError, RoleDied
 from orchestrator.experience_log import ExperienceLog
+from orchestrator.failures import Unsupervised
+from orchestrator.guards import Guard, Guards, acted_before
 from orchestrator.held_out import Evaluation
 from orchestrator.sampler import Sampler
 from orchestrator.telemetry import Telemetry, read_lines
@@ -38,22 +41,29 @@ class World:
     takes_turns: bool = False
     every_steps: int = 0
     critic_warmup_steps: int = 0
-    max_kl: float | None = None
+    table: Sequence[Guard] = ()
+    poll_s: float = 0.001
     num_dropped: int = 0
+    max_failed_fraction: float = 0.1
+    sums_of_step: Mapping[int, Metrics] = field(default_factory=dict)
+    policy_metrics: Mapping[int, Metrics] = field(default_factory=dict)
     diary: Diary = field(default_factory=Diary)
     fail_in_step: int | None = None
+    said: list[str] = field(default_factory=list)
 
     def coordinator(self) -> Coordinator:
         diary = self.diary
-        self.policy, self.critic = FakeLearner("policy", diary), FakeLearner("critic", diary)
+        self.policy = FakeLearner("policy", diary, metrics_of_step=self.policy_metrics)
+        self.critic = FakeLearner("critic", diary)
         rollouts = FakeRollouts(diary, fail_in_step=self.fail_in_step)
-        recorder = FakeRecorder(diary, self.num_dropped)
+        recorder = FakeRecorder(diary, self.num_dropped, self.sums_of_step)
         telemetry = Telemetry(self.folder, "run", 1)
         scorer = FakeLearner("scorer", diary)
         schedule = FakeSchedule(8)
         sampling = Sampling()
+        log = ExperienceLog(self.folder / "log", recorder, max_failed_fraction=self.max_failed_fraction)
         return Coordinator(
-            settings=LoopSettings(self.steps, self.critic_warmup_steps, lambda c, kl, n: 2 * c, self.max_kl),
+            settings=LoopSettings(self.steps, self.critic_warmup_steps, lambda c, kl, n: 2 * c),
             sampler=Sampler(
                 rollouts,
                 schedule,
@@ -67,7 +77,16 @@ class World:
             policy=self.policy,
             critic=self.critic,
             publisher=FakePublisher(diary, rollouts),
-            log=ExperienceLog(self.folder / "log", recorder, max_failed_fraction=0.1),
+            log=log,
+            guards=Guards(
+                self.table,
+                folder=self.folder,
+                telemetry=telemetry,
+                past=log.metrics,
+                console=self.said.append,
+                acted=acted_before(self.folder),
+                poll_s=self.poll_s,
+            ),
             checkpoints=Checkpoints(
                 self.folder / "checkpoints",
                 {"policy": self.policy, "critic": self.critic},
@@ -91,6 +110,7 @@ class World:
             ),
             telemetry=telemetry,
             meter=_no_meter,
+            supervisor=Unsupervised(),
         )
 
 
@@ -179,13 +199,6 @@ async def test_engines_sleep_before_anyone_else_computes_when_they_take_turns(tm
         awake = {"wake": True, "sleep": False}.get(what, awake)
         assert awake or what != "generate"
         assert not awake or not what.startswith(("learn", "record"))
-
-
-async def test_the_kl_guard_stops_before_anything_is_published(tmp_path: Path) -> None:
-    world = World(tmp_path, max_kl=0.05)
-    with pytest.raises(GuardTripped, match=r"step 0: KL per response 0\.1 exceeds guards\.max_kl"):
-        await world.coordinator().run(State(0, 0.1))
-    assert world.diary.of("publish") == [0]
 
 
 async def test_too_many_failed_rewards_stop_the_run(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from orchestrator.errors import RewardError, StorageError
 from orchestrator.experience_log import ExperienceLog, num_committed
 from orchestrator.schema import EXPERIENCE
+from orchestrator.storage import read_sealed, write_sealed
 from orchestrator.types import Handle, RolloutShard, ScoredShard, ShardRecord, State
 from tests.unit.orchestrator.fakes import Diary, FakeRecorder
 
@@ -88,11 +88,24 @@ async def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
         await log.load(0)
 
 
+async def test_a_manifest_with_other_numbers_or_of_another_step_is_refused(tmp_path: Path) -> None:
+    log = log_in(tmp_path)
+    for step in (0, 1):
+        await log.commit(State(step, 0.1), scored(step))
+    first, second = (tmp_path / "log" / f"step-{step:06d}" / "manifest.json" for step in (0, 1))
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(StorageError, match=r"step-000001/manifest\.json is damaged: it is that of step 0"):
+        await log.load(1)
+    first.write_text(first.read_text().replace('"kl_coefficient": 0.1', '"kl_coefficient": 0.2'), encoding="utf-8")
+    with pytest.raises(StorageError, match=r"step-000000/manifest\.json is damaged: .* its own checksum"):
+        await log.load(0)
+
+
 async def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
     log = log_in(tmp_path)
     await log.commit(State(0, 0.1), scored(0))
     manifest = tmp_path / "log" / "step-000000" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}), encoding="utf-8")
+    write_sealed(manifest, {**read_sealed(manifest), "format": 99})
     with pytest.raises(StorageError, match="has format 99, this program reads 1"):
         await log.load(0)
 

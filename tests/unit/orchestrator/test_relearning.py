@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,21 +10,25 @@ import pytest
 from orchestrator.coordinator import LoopSettings, Relearning
 from orchestrator.errors import GuardTripped, RoleDied
 from orchestrator.experience_log import ExperienceLog
-from orchestrator.telemetry import Telemetry
+from orchestrator.guards import Guard, Guards, only_warning
+from orchestrator.telemetry import Telemetry, read_lines
 from orchestrator.types import State
 from tests.unit.orchestrator.fakes import Diary, FakeLearner, FakeRecorder
 from tests.unit.orchestrator.test_coordinator import World
 
 
-def relearning(run: Path, to: Path, *, steps: int, warmup: int = 0, max_kl: float | None = None) -> Relearning:
+def relearning(run: Path, to: Path, *, steps: int, warmup: int = 0, table: Sequence[Guard] = ()) -> Relearning:
     to.mkdir()
     diary = Diary()
+    log = ExperienceLog(run / "log", FakeRecorder(diary), max_failed_fraction=0.1)
+    telemetry = Telemetry(to, "run", 0, stage="replay")
     return Relearning(
-        settings=LoopSettings(steps, warmup, lambda coefficient, kl, samples: 2 * coefficient, max_kl),
+        settings=LoopSettings(steps, warmup, lambda coefficient, kl, samples: 2 * coefficient),
         policy=FakeLearner("policy", diary),
         critic=FakeLearner("critic", diary),
-        log=ExperienceLog(run / "log", FakeRecorder(diary), max_failed_fraction=0.1),
-        telemetry=Telemetry(to, "run", 0, stage="replay"),
+        log=log,
+        guards=Guards(table, folder=to, telemetry=telemetry, past=log.metrics, console=print),
+        telemetry=telemetry,
     )
 
 
@@ -48,12 +53,15 @@ async def test_it_ends_where_the_log_ends(tmp_path: Path) -> None:
     assert await relearning(tmp_path / "run", tmp_path / "to", steps=4).relearn(State(0, 0.1)) == State(2, 0.4)
 
 
-async def test_a_guard_that_ended_the_run_ends_its_replay(tmp_path: Path) -> None:
-    world = World(tmp_path / "run")
+async def test_a_guard_that_ended_the_run_only_warns_in_its_replay(tmp_path: Path) -> None:
+    table = [Guard("kl", "kl/per_response", "stop", maximum=1e-3)]
+    world = World(tmp_path / "run", table=table)
     world.folder.mkdir()
-    await world.coordinator().run(State(0, 0.1))
-    with pytest.raises(GuardTripped, match="step 0"):
-        await relearning(tmp_path / "run", tmp_path / "to", steps=4, max_kl=1e-3).relearn(State(0, 0.1))
+    with pytest.raises(GuardTripped):
+        await world.coordinator().run(State(0, 0.1))
+    again = relearning(tmp_path / "run", tmp_path / "to", steps=4, table=only_warning(table))
+    assert await again.relearn(State(0, 0.1)) == State(1, 0.2)
+    assert [event["action"] for event in read_lines(tmp_path / "to" / "events.jsonl")] == ["warn"]
 
 
 async def test_a_run_that_died_before_its_last_checkpoint_saves_it_when_it_goes_on(

@@ -309,3 +309,15 @@ def test_importing_telemetry_stays_light():
     code = f"import sys, orchestrator.telemetry; sys.exit(', '.join(m for m in {heavy} if m in sys.modules) or 0)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_now_tells_stage_step_and_how_long_phases_are_open_across_steps(make, clock):
+    telemetry = make()
+    assert telemetry.now() == {"stage": "ppo", "step": None, "phases": {}}
+    with telemetry.phase("generate"):
+        run_step(telemetry, clock, 3)
+        clock.now += 1.0
+        with telemetry.phase("save"):
+            clock.now += 0.5
+            assert telemetry.now() == {"stage": "ppo", "step": 3, "phases": {"generate": 3.5, "save": 0.5}}
+    assert telemetry.now()["phases"] == {}

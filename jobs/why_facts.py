@@ -1,0 +1,94 @@
+"""What is known of a run's life and death, as values: why_reader.py reads them, why_explain.py explains them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Process = Literal["runs", "stopped", "gone", "unknown"]
+
+
+@dataclass(frozen=True)
+class Event:
+    time: float
+    attempt: int
+    stage: str
+    kind: str
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call to an actor that was under way. `deadline_s`: None where unknown."""
+
+    role: str
+    rank: int | None
+    operation: str
+    seconds: float
+    deadline_s: float | None
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The last heartbeat. `process`: what became of the process that wrote it; "unknown" from another host."""
+
+    time: float
+    attempt: int
+    pid: int | None
+    host: str
+    stage: str
+    step: int | None
+    phases: Mapping[str, float]
+    waiting: Sequence[Call]
+    paused: str | None
+    ended: str | None
+    process: Process
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Args:
+    now: seconds since the epoch at which all this was read.
+    is_at_root: the config's run.root leads here from the working folder.
+    attempts: number to the time it began.
+    num_committed: steps in the log, from step 0 to the first gap.
+    last_learned: last step with a line in metrics.jsonl.
+    last_checkpoint: step of the newest complete checkpoint, which is the number of steps learned before it.
+    paused: text of the file PAUSED; None without it.
+    notes: what could not be read.
+    """
+
+    folder: Path
+    now: float
+    is_at_root: bool
+    stages: Sequence[str]
+    num_steps: int | None
+    events: Sequence[Event]
+    attempts: Mapping[int, float]
+    num_committed: int
+    last_learned: int | None
+    last_checkpoint: int | None
+    beat: Beat | None
+    paused: str | None
+    notes: Sequence[str]
+
+    @property
+    def numbers(self) -> list[int]:
+        """Attempts that left a trace, in order."""
+        return sorted({*self.attempts, *(event.attempt for event in self.events)})
+
+    @property
+    def last_attempt(self) -> int:
+        return max(self.numbers, default=1)
+
+    def of(self, attempt: int) -> list[Event]:
+        return [event for event in self.events if event.attempt == attempt]
+
+    def beat_of(self, attempt: int) -> Beat | None:
+        return self.beat if self.beat is not None and self.beat.attempt == attempt else None
+
+    def last_sign(self, attempt: int) -> float:
+        """When the attempt began or told of something last, its heartbeat left out."""
+        return max([self.attempts.get(attempt, 0.0), *(event.time for event in self.of(attempt))])

@@ -1,0 +1,96 @@
+"""What to do about a failure: a pure decision from what failed and what failed before (docs/adr/0005-failures.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal, Protocol, TypeVar
+
+from orchestrator.errors import DataError, NonFiniteError, PublishError, RewardError, RlhfError, RoleError, RoleLost
+
+T = TypeVar("T")
+
+Category = Literal["infrastructure", "programming", "data"]
+LEARNERS = ("policy", "critic")
+ANSWERABLE = (RoleError, PublishError, DataError, RewardError, NonFiniteError)
+"""All else ends the run at once: a guard, a newer attempt, a full disk, too small a cluster."""
+
+
+class Action(StrEnum):
+    RESTART_ACTOR = "restart actor"
+    """A new process for this actor, which is then asked again."""
+    RESTART_LEARNERS = "restart learners"
+    """New processes for policy and critic; the loop begins again from checkpoint and log."""
+    PLACE_AGAIN = "place again"
+    """New processes for all roles, on the nodes there are; the loop begins again from checkpoint and log."""
+    GIVE_UP = "give up"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What failed, as far as a decision depends on it.
+
+    Args:
+        role: empty where the failure is nobody's in particular.
+        step: learning steps that were finished.
+    """
+
+    role: str
+    category: Category
+    step: int
+
+    @staticmethod
+    def of(error: RlhfError, step: int) -> Failure:
+        return Failure(error.role if isinstance(error, RoleError) else "", category_of(error), step)
+
+
+@dataclass(frozen=True)
+class FailurePolicy:
+    """Args:
+    budgets: failures of each category that are answered within any `window_steps` steps.
+    """
+
+    budgets: Mapping[Category, int]
+    window_steps: int
+
+    def decide(self, failure: Failure, before: Sequence[Failure], *, is_placed: bool, asks_again: bool) -> Action:
+        """Args:
+        before: earlier failures of this attempt.
+        is_placed: whether all nodes of the placement plan are there.
+        asks_again: whether whoever waits can ask a restarted actor again.
+        """
+        if self.used(failure, before) >= self.budgets[failure.category]:
+            return Action.GIVE_UP
+        if not is_placed:
+            return Action.PLACE_AGAIN
+        if asks_again:
+            return Action.RESTART_ACTOR
+        return Action.RESTART_LEARNERS if failure.role in LEARNERS else Action.PLACE_AGAIN
+
+    def used(self, failure: Failure, before: Sequence[Failure]) -> int:
+        """How many failures of this category count against its budget already."""
+        since = failure.step - self.window_steps
+        return sum(item.category == failure.category and item.step > since for item in before)
+
+
+def category_of(error: RlhfError) -> Category:
+    """Infrastructure: a process, a node or an object is gone, or gave no answer. Data: the same input would bring it
+    again. Programming: all else, which nobody expected."""
+    if isinstance(error, RoleLost):
+        return "infrastructure"
+    return "data" if isinstance(error, (DataError, RewardError, NonFiniteError)) else "programming"
+
+
+class Supervisor(Protocol):
+    """Carries decisions out."""
+
+    async def until_done(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Awaits `work`; after a failure that is answered, awaits it anew. Raises what is not."""
+
+
+class Unsupervised:
+    """Every failure ends the run."""
+
+    async def until_done(self, work: Callable[[], Awaitable[T]]) -> T:
+        return await work()

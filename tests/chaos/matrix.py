@@ -1,0 +1,253 @@
+"""The matrix of deaths: `make chaos`. Each row is one run in which one kind of process is killed in every phase, and
+which has to end with the bits of a run left in peace.
+
+    python -m tests.chaos.matrix [ROW ...]      rows: rollout policy critic reference reward driver raylet ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from jobs.replay import fingerprint
+from orchestrator.telemetry import read_lines
+from tests.chaos.sabotage import CLASSES
+from tests.ray_local.net import Cluster, three_nodes
+from tests.tiny import tiny_llama
+
+ROOT = Path(__file__).resolve().parents[2]
+PHASES = ("generate", "score", "commit", "learn", "publish", "save")
+ROLES = ("rollout", "policy", "critic", "reference", "reward")
+STEPS = 7
+RUN_S = 600.0
+
+Blow = dict[str, Any]
+
+
+def blows(role: str, *, seed: int, kind: str = "KILL", **more: Any) -> list[Blow]:
+    """One blow in every phase, each in a step of its own; steps 1, 3 and 5 end with a checkpoint."""
+    delays = random.Random(f"{role} {seed}")
+    return [
+        {"step": step, "phase": phase, "role": role, "signal": kind, "delay_s": delays.uniform(0, 0.2), **more}
+        for step, phase in enumerate(PHASES)
+    ]
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """A tiny model, two engines, two ranks of the policy, all roles real."""
+    return {
+        "stages": ["ppo"],
+        "run": {"root": str(folder / "runs")},
+        "model": {"path": str(folder / "model"), "max_length": 128},
+        "prompts": {"limit": 60, "max_prompt_tokens": 88, "held_out_fraction": 0.1},
+        "reward": {"kind": "rules", "rules": [{"function": "actors.rewards.rules:length_target"}]},
+        "policy": {"learning_rate": 1e-3, "ranks": 2},
+        "critic": {"learning_rate": 1e-3},
+        "rollout": {
+            "engines": 2,
+            "cpus_per_engine": 1,
+            "max_new_tokens": 16,
+            "samples_per_shard": 8,
+            "kv_cache_gib": 0.1,
+        },
+        "ppo": {"steps": STEPS, "prompts_per_step": 16, "samples_per_prompt": 1, "minibatches": 2, "kl_target": 0.5},
+        "checkpoints": {"every_steps": 2, "export": False},
+        "evaluation": {"prompts": 0},
+        "telemetry": {"prometheus_port": None, "tensorboard": False},
+        "failures": {"infrastructure": 20},
+        "placement": {"wait_s": 60.0},
+    }
+
+
+@dataclass
+class Field:
+    """Where runs are made: a cluster, and a folder with a model and a config."""
+
+    folder: Path
+    address: str
+    prefix: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+
+    def __post_init__(self) -> None:
+        if not (self.folder / "config.yaml").exists():
+            tiny_llama(self.folder / "model")
+            (self.folder / "config.yaml").write_text(yaml.safe_dump(settings(self.folder)), encoding="utf-8")
+
+    def run_folder(self, run_id: str) -> Path:
+        return self.folder / "runs" / run_id
+
+    def attempt(self, run_id: str, plan: Sequence[Blow], *overrides: str) -> subprocess.CompletedProcess[str]:
+        """One attempt of a run, with these blows. Raises subprocess.TimeoutExpired when it hangs."""
+        file = self.folder / f"{run_id}.json"
+        if not file.exists():
+            file.write_text(json.dumps(list(plan)), encoding="utf-8")
+        command = [*self.prefix, sys.executable, "-m", "tests.chaos.sabotage", str(file)]
+        arguments = ["--config", str(self.folder / "config.yaml"), f"run.id={run_id}", *overrides]
+        return subprocess.run(
+            [*command, *arguments],
+            cwd=ROOT,
+            env={**self.environment, "RAY_ADDRESS": self.address, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=RUN_S,
+            check=False,
+        )
+
+    def run(self, run_id: str, plan: Sequence[Blow] = (), *overrides: str) -> Outcome:
+        """As many attempts as the blows at the driver make necessary."""
+        started = time.monotonic()
+        attempts = 1 + sum(blow["role"] == "driver" for blow in plan)
+        done = self.attempt(run_id, plan, *overrides)
+        for _ in range(attempts - 1):
+            if done.returncode == 0:
+                break
+            done = self.attempt(run_id, plan, *overrides)
+        struck = sum((self.folder / f"{run_id}.{index}").exists() for index in range(len(plan)))
+        return Outcome(self.run_folder(run_id), done.returncode, done.stdout, struck, time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended, and what it left."""
+
+    path: Path
+    code: int
+    output: str
+    struck: int
+    seconds: float
+
+    def bits(self, step: int = STEPS) -> tuple[str, str]:
+        """SHA-256 of weights, masters and optimizer of policy and critic at the end."""
+        checkpoint = self.path / "checkpoints" / f"step-{step:06d}"
+        return fingerprint(checkpoint, "policy"), fingerprint(checkpoint, "critic")
+
+    def steps(self) -> list[int]:
+        return [line["step"] for line in read_lines(self.path / "metrics.jsonl") if line["kind"] == "step"]
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [line for line in read_lines(self.path / "events.jsonl") if line["kind"] == kind]
+
+    def tokens(self) -> int:
+        """Response tokens in the log: what was committed."""
+        manifests = sorted((self.path / "log").glob("step-*/manifest.json"))
+        shards = [shard for path in manifests for shard in json.loads(path.read_text())["shards"]]
+        return sum(shard["num_response_tokens"] for shard in shards)
+
+
+def actors_left() -> list[str]:
+    """Actors of ours that still live; those of a run are gone soon after it."""
+    deadline = time.monotonic() + 20
+    while True:
+        titles = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+        left = [title for title in titles if title.startswith(tuple(f"ray::{name}" for name in CLASSES.values()))]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.5)
+
+
+@contextmanager
+def one_node(folder: Path) -> Iterator[Field]:
+    temporary = Path("/tmp") / f"cx{os.getpid()}"  # Ray's socket paths must be short
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=200_000_000,
+        _temp_dir=str(temporary),
+    )
+    try:
+        yield Field(folder, ray.get_runtime_context().gcs_address)
+    finally:
+        ray.shutdown()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def hosts_that_die(folder: Path) -> Iterator[Field]:
+    """Three hosts; a worker that dies joins again."""
+    short = Path("/tmp") / f"ch{os.getpid()}"
+    short.mkdir()
+    try:
+        with three_nodes(short, comes_back=True) as cluster:
+            yield Field(folder, f"{cluster.head.address}:6379", _on(cluster), cluster.environment)
+    finally:
+        shutil.rmtree(short, ignore_errors=True)
+
+
+def _on(cluster: Cluster) -> tuple[str, ...]:
+    return ("ip", "netns", "exec", cluster.head.namespace)
+
+
+def raylet_blows(seed: int) -> list[Blow]:
+    """Workers in turn, so that the one that dies is always one that works."""
+    return [blow | {"host": f"10.77.0.{3 - index % 2}"} for index, blow in enumerate(blows("raylet", seed=seed))]
+
+
+Row = Callable[[Field, "Outcome"], Outcome]
+
+
+def main(rows: Sequence[str]) -> int:
+    folder = Path("/tmp") / f"chaos{os.getpid()}"
+    folder.mkdir()
+    wanted = rows or (*ROLES, "driver", "one-engine", "raylet")
+    table = Table("row", "blows", "recoveries", "attempts", "bits", "steps once", "tokens", "left", "s")
+    failed = 0
+    console = Console(width=120)
+
+    def add(name: str, outcome: Outcome, quiet: Outcome) -> None:
+        nonlocal failed
+        is_same = outcome.code == 0 and outcome.bits() == quiet.bits()
+        once = outcome.steps() == list(range(STEPS))
+        left = actors_left()
+        good = is_same and once and not left and outcome.tokens() == quiet.tokens()
+        failed += not good
+        recoveries = " ".join(sorted(f"{event['action']}" for event in outcome.events("recovered")))
+        cells = [
+            str(outcome.struck),
+            recoveries or "-",
+            str(len(list((outcome.path / "attempts").iterdir()))),
+            "equal" if is_same else f"DIFFERENT (exit {outcome.code})",
+            "yes" if once else f"NO {outcome.steps()}",
+            f"{outcome.tokens()} of {quiet.tokens()}",
+            str(len(left)),
+            f"{outcome.seconds:.0f}",
+        ]
+        table.add_row(name, *cells)
+        console.print(name, *cells, sep="  ")
+        if not good:
+            console.print(outcome.output[-4000:], markup=False)
+
+    with one_node(folder) as here:
+        quiet = here.run("quiet")
+        add("quiet", quiet, quiet)
+        for role in (row for row in wanted if row in (*ROLES, "driver")):
+            add(role, here.run(role, blows(role, seed=0)), quiet)
+        if "one-engine" in wanted:
+            add("one engine", here.run("one", (), "rollout.engines=1"), quiet)
+    if "raylet" in wanted:
+        with hosts_that_die(folder) as hosts:
+            add("raylet", hosts.run("raylet", raylet_blows(0)), quiet)
+    console.print(table)
+    shutil.rmtree(folder, ignore_errors=not failed)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,79 @@
+"""`jobs.ppo` with saboteur: `python -m tests.chaos.sabotage PLAN.json [arguments of jobs.ppo]`.
+
+PLAN.json is a list of blows {"step", "phase", "role", "signal", "delay_s"}: when the driver enters that phase of that
+step for the first time, that role's processes are struck after the delay. Nothing in the program knows of it: what is
+replaced is the telemetry that the stage opens, since it is told of every phase.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import jobs.pipeline
+from jobs import ppo
+from orchestrator.telemetry import Telemetry
+
+CLASSES = {
+    "rollout": "RolloutWorker",
+    "policy": "PublishingPolicy",
+    "critic": "CriticWorker",
+    "reference": "ReferenceWorker",
+    "reward": "RewardWorker",
+    "recorder": "RecorderWorker",
+}
+
+
+def processes_of(role: str) -> list[psutil.Process]:
+    """A role's actors, oldest first: Ray names a process after the class of its actor."""
+    title = f"ray::{CLASSES[role]}"
+    found = [p for p in psutil.process_iter(["cmdline"]) if " ".join(p.info["cmdline"] or ()).startswith(title)]
+    return sorted(found, key=lambda process: process.pid)
+
+
+def strike(blow: dict[str, Any]) -> None:
+    number = getattr(signal, f"SIG{blow['signal']}")
+    if blow["role"] == "driver":
+        os.kill(os.getpid(), number)
+    elif blow["role"] == "raylet":
+        for process in psutil.process_iter(["cmdline"]):
+            command = " ".join(process.info["cmdline"] or ())
+            if "raylet/raylet" in command and f"--node_ip_address={blow['host']}" in command:
+                process.send_signal(number)
+    else:
+        actors = processes_of(blow["role"])
+        actors[blow.get("rank", 0) % len(actors)].send_signal(number)
+
+
+class Sabotaged(Telemetry):
+    """Strikes each blow once, also over several attempts: what was struck is noted beside the plan."""
+
+    plan: Path
+    blows: list[dict[str, Any]]
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        for index, blow in enumerate(self.blows):
+            due = blow["phase"] == name and (blow["step"] is None or self.now()["step"] == blow["step"])
+            struck = self.plan.with_suffix(f".{index}")
+            if due and not struck.exists():
+                struck.touch()
+                threading.Timer(blow.get("delay_s", 0.0), strike, [blow]).start()
+        with super().phase(name):
+            yield
+
+
+if __name__ == "__main__":
+    Sabotaged.plan = Path(sys.argv.pop(1))
+    Sabotaged.blows = json.loads(Sabotaged.plan.read_text(encoding="utf-8"))
+    jobs.pipeline.Telemetry = Sabotaged  # type: ignore[misc]
+    ppo.typer.run(ppo.main)

@@ -1,0 +1,62 @@
+"""A run is opened once per attempt, under the config it was started with but for keys that compute nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.run_folder import check_run_folder, open_run
+from orchestrator.config import Config, load_config
+from orchestrator.errors import ConfigError, StorageError
+
+
+def config(root: Path, **sections: Any) -> Config:
+    run = {"root": root, "id": "demo"}
+    return Config.model_validate({"reward": {"path": "/models/reward"}, "run": run, **sections})
+
+
+def test_the_same_config_opens_the_next_attempt(tmp_path: Path) -> None:
+    assert [open_run(config(tmp_path)).attempt for _ in range(3)] == [1, 2, 3]
+    assert open_run(config(tmp_path)).notes == ()
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["attempts", "config.yaml"]
+
+
+def test_a_change_that_does_not_matter_is_told_and_both_configs_are_kept(tmp_path: Path) -> None:
+    first, second = config(tmp_path), config(tmp_path, ppo={"steps": 40}, deadlines={"learn_s": 60})
+    open_run(first)
+    open_run(first)
+    check_run_folder(second)
+    run = open_run(second)
+    assert run.notes == (
+        "config changed since the last attempt: ppo.steps: 20 -> 40",
+        "config changed since the last attempt: deadlines.learn_s: 3600.0 -> 60.0",
+    )
+    assert load_config(run.path / "config.yaml") == second
+    assert load_config(run.path / "config.attempt-002.yaml") == first
+    assert open_run(second).notes == ()
+
+
+def test_a_change_that_matters_is_refused_with_all_that_changed(tmp_path: Path) -> None:
+    open_run(config(tmp_path))
+    other = config(tmp_path, policy={"learning_rate": 1e-4}, deadlines={"learn_s": 60})
+    for attempt in (open_run, check_run_folder):
+        with pytest.raises(ConfigError, match="'demo' was started with another config") as caught:
+            attempt(other)
+        assert "policy.learning_rate: 5e-06 -> 0.0001  (matters)" in str(caught.value)
+        assert "deadlines.learn_s: 3600.0 -> 60.0  (does not matter)" in str(caught.value)
+    assert sorted(path.name for path in (tmp_path / "demo").rglob("*")) == ["001", "attempts", "config.yaml"]
+
+
+def test_a_kept_config_that_was_damaged_is_named(tmp_path: Path) -> None:
+    kept = open_run(config(tmp_path)).path / "config.yaml"
+    kept.write_bytes(kept.read_bytes()[:100] + b"\xff")
+    with pytest.raises(ConfigError, match=r"demo/config\.yaml is not UTF-8"):
+        open_run(config(tmp_path))
+
+
+def test_a_run_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "demo").write_text("")
+    with pytest.raises(StorageError, match=r"run folder .*demo can't be made"):
+        open_run(config(tmp_path))
