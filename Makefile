@@ -1,5 +1,6 @@
 # make quickstart          the main job on this machine, from nothing;  ARGS="ppo.steps=2 ..." overrides the config
 # make test                the whole test suite that a CPU can run;     ARGS="-k name" goes to pytest
+# make chaos               kills every kind of process in every phase of real runs;  ARGS="rollout driver" for some
 # make lint | fix | docs   checks; mends what tools can mend; writes docs/configuration.md
 # make clean               removes the environment and caches, keeps runs/
 #
@@ -20,8 +21,10 @@ export DO_NOT_TRACK := 1
 export TOKENIZERS_PARALLELISM := false
 test: export HF_HUB_OFFLINE := 1
 test: export TRANSFORMERS_OFFLINE := 1
+chaos: export HF_HUB_OFFLINE := 1
+chaos: export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: quickstart test lint fix docs clean setup setup-dev
+.PHONY: quickstart test chaos lint fix docs clean setup setup-dev
 .DEFAULT_GOAL := quickstart
 
 setup:
@@ -36,6 +39,10 @@ quickstart: setup
 # Light tests first, on all cores; then those that start Ray, engines or learners, one at a time.
 test: setup-dev
 	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/tests $(ARGS)
+
+# Every kind of process killed in every phase, real parts; about half an hour on two cores.
+chaos: setup-dev
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.chaos.matrix $(ARGS)
 
 lint: setup-dev
 	@$(BIN)/ruff check $(SOURCES)

@@ -1,4 +1,4 @@
-"""A look at processes from outside, on the nodes where they run: one that is stopped or hangs does not answer itself."""
+"""A look at processes from outside, on the nodes where they run: one that hangs does not answer for itself."""
 
 from __future__ import annotations
 

@@ -301,6 +301,8 @@ def _coordinator(
             every_steps=config.checkpoints.every_steps,
             last_step=ppo.steps,
             keep=config.checkpoints.keep,
+            grace_s=config.run.grace_s,
+            fence=run.require_newest,
         ),
         evaluation=Evaluation(
             run.evaluation,
@@ -342,7 +344,13 @@ def recorder_of(config: Config, recorders: ActorGroup, supervisor: RaySupervisor
 
 
 def experience_log(config: Config, run: RunFolder, recorder: Recorder) -> ExperienceLog:
-    return ExperienceLog(run.log, recorder, max_failed_fraction=config.reward.max_failed_fraction)
+    return ExperienceLog(
+        run.log,
+        recorder,
+        max_failed_fraction=config.reward.max_failed_fraction,
+        attempt=run.attempt,
+        fence=run.require_newest,
+    )
 
 
 def reward_model_of(config: Config, run: RunFolder) -> str | None:

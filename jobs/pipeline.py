@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,10 @@ from jobs.preferences import make_preferences
 from jobs.prepare import Prepared, find_data
 from jobs.reward_model import RESULT_FILE, split_held_out, train_reward_model
 from jobs.run_folder import RunFolder
+from orchestrator.checkpoints import Checkpoints
 from orchestrator.config import Config, Stage
 from orchestrator.data.readers import read_rankings
+from orchestrator.errors import StorageError
 from orchestrator.exposition import PrometheusEndpoint
 from orchestrator.guards import why_paused
 from orchestrator.heartbeat import Heartbeat
@@ -135,13 +138,20 @@ def _stage(
         stage=name,
         num_steps=num_steps,
         prometheus=endpoint,
+        fence=run.require_newest,
     )
     now.telemetry = telemetry
     with telemetry:
         telemetry.event("stage_started")
         try:
             yield telemetry
+        except asyncio.CancelledError:
+            saved = Checkpoints(run.checkpoints, {}, every_steps=0, last_step=0, keep=1).complete()
+            with suppress(StorageError):
+                telemetry.event("stop_requested", step=telemetry.now()["step"], saved=saved[-1].name if saved else None)
+            raise
         except BaseException as error:
-            telemetry.event("stage_failed", error=f"{type(error).__name__}: {error}")
+            with suppress(StorageError):  # on a full disk the first error is the one to tell
+                telemetry.event("stage_failed", error=f"{type(error).__name__}: {error}")
             raise
         telemetry.event("stage_finished")

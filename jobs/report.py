@@ -67,12 +67,12 @@ def _headline(run: RunData) -> str:
         return "Fewer than two evaluations: no before and after to compare yet."
     if comparison.sd_first == 0.0:
         return (
-            f"Gold score {comparison.gold_first:.3f} → {comparison.gold_last:.3f}; the start policy's scores are all "
-            "equal, so there is no standard deviation to measure the change in."
+            f"{run.score_name} {comparison.gold_first:.3f} → {comparison.gold_last:.3f}; the start policy's scores are "
+            "all equal, so there is no standard deviation to measure the change in."
         )
     verdict = "better" if comparison.low > 0 else "worse" if comparison.high < 0 else "not clearly different"
     return (
-        f"{comparison.delta_in_sd:+.2f} SD gold score on {comparison.num_prompts} held-out prompts "
+        f"{comparison.delta_in_sd:+.2f} SD {run.score_name.lower()} on {comparison.num_prompts} held-out prompts "
         f"(95 % interval {comparison.low:+.2f} to {comparison.high:+.2f}): {verdict}."
     )
 
@@ -84,9 +84,9 @@ def result_facts(run: RunData) -> Iterator[Fact]:
         comparison = run.comparison
         first, last = min(run.evaluations), max(run.evaluations)
         spread = f"version {first}, SD {comparison.sd_first:.3f}"
-        yield Fact("Gold score before", f"{comparison.gold_first:.3f}", spread)
+        yield Fact(f"{run.score_name} before", f"{comparison.gold_first:.3f}", spread)
         interval = f"change 95 % interval {comparison.delta_low:+.3f} to {comparison.delta_high:+.3f}"
-        yield Fact("Gold score after", f"{comparison.gold_last:.3f}", f"version {last}, {interval}")
+        yield Fact(f"{run.score_name} after", f"{comparison.gold_last:.3f}", f"version {last}, {interval}")
         if comparison.sd_first > 0.0:
             detail = f"95 % interval {comparison.low:+.2f} to {comparison.high:+.2f}, paired bootstrap"
             yield Fact("Gain", f"{comparison.delta_in_sd:+.2f} SD", detail)
@@ -96,7 +96,7 @@ def result_facts(run: RunData) -> Iterator[Fact]:
     if (kl_training := run.last("kl/per_response")) is not None:
         yield Fact("KL per response, training", f"{kl_training:.2f} nats", "last step")
     if run.reward_model_accuracy is not None:
-        yield Fact("Reward model accuracy", f"{100 * run.reward_model_accuracy:.1f} %", "held-out pairs")
+        yield Fact("Reward model accuracy", f"{100 * run.reward_model_accuracy:.1f} %", run.reward_model_detail)
     for what, name in (("generated", "tokens/generated_per_s"), ("learned", "tokens/learned_per_s")):
         if (rate := run.median(name)) is not None:
             yield Fact(f"Tokens {what}", f"{rate:,.0f} / s", "median over steps, of the time spent on it")

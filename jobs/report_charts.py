@@ -113,7 +113,7 @@ def _gold(run: RunData) -> Chart | None:
     def draw(axes: Axes) -> None:
         axes.errorbar(versions, means, yerr=errors, color=_colour(2), marker="o", markersize=5, lw=2, capsize=3)
 
-    return Chart("Gold score", "held-out prompts, mean with 95 % interval", _svg("Gold score", draw))
+    return Chart(run.score_name, "held-out prompts, mean with 95 % interval", _svg(run.score_name, draw))
 
 
 def _phases(run: RunData) -> Chart | None:

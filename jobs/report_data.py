@@ -48,6 +48,7 @@ class RunData:
         comparison: last evaluation against the first; None with fewer than two.
         rewards: extremes by training reward over the experience log.
         golds: extremes by gold score of the last evaluation.
+        score_name: what "gold" is called for people.
         status: "finished", "failed: <why>" or "not finished".
         wall_s: seconds between first and last sign of life, summed over attempts.
         notes: what could not be read.
@@ -61,7 +62,9 @@ class RunData:
     comparison: Comparison | None
     rewards: Extremes
     golds: Extremes
+    score_name: str
     reward_model_accuracy: float | None
+    reward_model_detail: str
     status: str
     wall_s: float
     num_attempts: int
@@ -103,7 +106,9 @@ def read_run(folder: Path) -> RunData:
         comparison=_comparison(evaluations, notes),
         rewards=_extremes(_logged_samples(folder, notes)),
         golds=_extremes(_evaluated_samples(evaluations)),
+        score_name=_score_name(config),
         reward_model_accuracy=_accuracy(lines, events),
+        reward_model_detail=_reward_model_detail(events),
         status=_status(events),
         wall_s=_wall_seconds([*lines, *events]),
         num_attempts=len({line["attempt"] for line in [*lines, *events]}),
@@ -119,6 +124,13 @@ def _config(path: Path, notes: list[str]) -> tuple[str, Mapping[str, Any]]:
         notes.append(f"{path.name} can't be read ({type(error).__name__}).")
         return "", {}
     return text, tree if isinstance(tree, dict) else {}
+
+
+def _score_name(config: Mapping[str, Any]) -> str:
+    """What held-out responses are scored by: without a gold rule it is the training reward."""
+    section = config.get("evaluation")
+    is_reward = isinstance(section, dict) and "gold" in section and section["gold"] is None
+    return "Reward" if is_reward else "Gold score"
 
 
 def _planned_steps(config: Mapping[str, Any]) -> int | None:
@@ -206,6 +218,17 @@ def _accuracy(lines: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, 
     found += [event.get("held_out_accuracy") for event in events if event.get("stage") == "reward_model"]
     known = [float(value) for value in found if value is not None]
     return known[-1] if known else None
+
+
+def _reward_model_detail(events: Sequence[Mapping[str, Any]]) -> str:
+    trained: Mapping[str, Any] = next((event for event in reversed(events) if event["kind"] == "trained"), {})
+    parts = [f"{trained['num_pairs']} held-out pairs" if "num_pairs" in trained else "held-out pairs"]
+    if trained.get("interval"):
+        low, high = trained["interval"]
+        parts.append(f"95 % interval {100 * low:.1f} to {100 * high:.1f} %")
+    if trained.get("kendall_tau") is not None:
+        parts.append(f"Kendall tau against gold {trained['kendall_tau']:.2f}")
+    return ", ".join(parts)
 
 
 def _status(events: Sequence[Mapping[str, Any]]) -> str:

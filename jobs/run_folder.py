@@ -13,7 +13,7 @@ from pathlib import Path
 from orchestrator.checkpoints import MARKER
 from orchestrator.config import Config, load_config, to_yaml
 from orchestrator.config_changes import Change, changed_keys
-from orchestrator.errors import ConfigError, StorageError
+from orchestrator.errors import ConfigError, StorageError, Superseded
 from orchestrator.storage import reading, replacing, writing
 from orchestrator.telemetry import EVENTS_FILE, read_lines
 
@@ -29,6 +29,13 @@ class RunFolder:
     id: str
     attempt: int
     notes: tuple[str, ...] = ()
+
+    def require_newest(self) -> None:
+        """Raises Superseded when a later attempt has opened this folder: two must never write one run."""
+        with reading(self.path / ATTEMPTS):
+            newest = max((int(entry.name) for entry in (self.path / ATTEMPTS).iterdir()), default=0)
+        if newest > self.attempt:
+            raise Superseded(f"run {self.id}: attempt {newest} writes this run now, so attempt {self.attempt} stops.")
 
     @property
     def log(self) -> Path:
@@ -85,7 +92,8 @@ def refuse_existing(config: Config) -> None:
     """Raises ConfigError when run.id names a run that exists."""
     if config.run.id is not None and (storage_root(config.run.root) / config.run.id / CONFIG_FILE).exists():
         raise ConfigError(
-            f"--resume is never, and run {config.run.id!r} exists in {storage_root(config.run.root)}; give another run.id."
+            f"run {config.run.id!r} exists in {storage_root(config.run.root)}, and --resume is never. Give another "
+            "run.id."
         )
 
 

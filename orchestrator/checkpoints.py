@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -51,18 +52,30 @@ class Checkpoints:
         every_steps: save after every so many steps; 0: only after the last.
         last_step: number of steps of the run.
         keep: newest checkpoints kept. Older ones go only when the newest was verified on disk.
+        grace_s: how long a stopped run may take to save where it stands.
+        fence: called before a checkpoint takes its place; raises when the run is another writer's.
 
     Raises StorageError from every method that reads or writes, naming the file.
     """
 
     def __init__(
-        self, folder: Path, learners: Mapping[str, Learner], *, every_steps: int, last_step: int, keep: int
+        self,
+        folder: Path,
+        learners: Mapping[str, Learner],
+        *,
+        every_steps: int,
+        last_step: int,
+        keep: int,
+        grace_s: float = 30.0,
+        fence: Callable[[], None] = lambda: None,
     ) -> None:
         self._folder = folder
         self._learners = learners
         self._every_steps = every_steps
         self._last_step = last_step
         self._keep = keep
+        self._grace_s = grace_s
+        self._fence = fence
         self._damaged: set[Path] = set()
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -79,18 +92,34 @@ class Checkpoints:
         When something can't be written, what was begun is removed and the older checkpoints stay.
         """
         final = self._path(state.step)
-        temporary = final.with_name(f".{final.name}.tmp")
+        # An earlier save that was cut off may still be writing under its own name.
+        temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
         folders = {role: temporary / role for role in self._learners}
         try:
             with writing(temporary):
                 await asyncio.to_thread(_make_empty, temporary, list(folders.values()))
                 await together(learner.save(folders[role]) for role, learner in self._learners.items())
+                self._fence()
                 await asyncio.to_thread(_seal, temporary, final, state)
         except RlhfError:
             await asyncio.to_thread(_discard, temporary, final)
             raise
         self._damaged.discard(final)
         await asyncio.to_thread(self._retire)
+
+    @asynccontextmanager
+    async def saved_on_stop(self) -> AsyncIterator[Callable[[State | None], None]]:
+        """Yields a function to be told where the learners stand, None while they learn. A stop (cancellation) of the
+        body saves that state, within the grace period; without it the log leads there all the same."""
+        standing: list[State | None] = [None]
+        try:
+            yield lambda state: standing.__setitem__(0, state)
+        except asyncio.CancelledError:
+            (state,) = standing
+            if state is not None and state.step and self._path(state.step) not in self.complete():
+                with suppress(RlhfError, TimeoutError):
+                    await asyncio.wait_for(self.save(state), self._grace_s)
+            raise
 
     async def restore(self) -> State | None:
         """Loads the newest undamaged checkpoint into the learners. None: there is none at all.

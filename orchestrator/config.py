@@ -41,6 +41,8 @@ class RunConfig(Section):
     """Folder that holds run folders; on a cluster it must be the same storage on every node."""
     cache: Path = Path("~/.cache/rlhf-orchestrator")
     """Folder for converted models; safe to delete."""
+    grace_s: Seconds = 30.0
+    """Time to save where a run stands when it is stopped. Less than what Kubernetes or Ray give before they kill."""
     seed: int = 1
     """Seed of the run; all randomness derives from it."""
 

@@ -19,6 +19,7 @@ _KEYS = frozenset(
         "evaluation.every_steps",
         "placement.wait_s",
         "run.cache",
+        "run.grace_s",
         "run.id",
         "run.name",
         "run.root",

@@ -89,7 +89,12 @@ class Coordinator(Relearning):
         return await self.supervisor.until_done(lambda: self._run_on(initial))
 
     async def _run_on(self, initial: State) -> State:
+        async with self.checkpoints.saved_on_stop() as standing_at:
+            return await self._all_steps(initial, standing_at)
+
+    async def _all_steps(self, initial: State, standing_at: Callable[[State | None], None]) -> State:
         state = await self.restore(initial)
+        standing_at(state)
         await self.checkpoints.save_if_due(state)
         await self.publish(state)
         await self.evaluation.run_if_due(state)
@@ -103,9 +108,11 @@ class Coordinator(Relearning):
                     with self.telemetry.phase("commit"):
                         experience = await self.log.commit(state, scored)
                     record(experience.metrics)
+                    standing_at(None)
                     record(learned := await self.learn(experience))
                     await self.guards.check(state.step, {**experience.metrics, **learned})
                     state = self.advance(state, experience)
+                    standing_at(state)
                     record(await self.meter(state.version))
                     record(await self.publish(state))
                 with self.telemetry.phase("save"):

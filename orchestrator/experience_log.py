@@ -10,16 +10,16 @@ lists the columns and says how to open a log in pyarrow, pandas and DuckDB.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from orchestrator.algorithms.summary import merge_metrics
 from orchestrator.concurrency import together
-from orchestrator.errors import RewardError, StorageError
+from orchestrator.errors import RewardError, StorageError, Superseded
 from orchestrator.roles import Recorder
-from orchestrator.storage import damaged, read_sealed, reading, write_sealed, writing
+from orchestrator.storage import create_sealed, damaged, read_sealed, reading, writing
 from orchestrator.types import Experience, Handle, Metrics, Moments, ScoredShard, ShardRecord, State
 
 FORMAT = 1
@@ -33,12 +33,24 @@ class ExperienceLog:
         folder: where step folders go; the same storage for every node.
         recorder: assembles, writes and reads shards near the data.
         max_failed_fraction: share of a step's samples whose reward may fail before the run stops.
+        attempt: of the run; two of them never write the same file.
+        fence: called before a step is committed; raises when the run is another writer's.
     """
 
-    def __init__(self, folder: Path, recorder: Recorder, *, max_failed_fraction: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        recorder: Recorder,
+        *,
+        max_failed_fraction: float,
+        attempt: int = 1,
+        fence: Callable[[], None] = lambda: None,
+    ) -> None:
         self._folder = folder
         self._recorder = recorder
         self._max_failed_fraction = max_failed_fraction
+        self._attempt = attempt
+        self._fence = fence
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -58,7 +70,7 @@ class ExperienceLog:
             self._step_folder(step).mkdir(exist_ok=True)
         written = await together(
             self._recorder.record(
-                shard, kl_coefficient=state.kl_coefficient, file=str(self._step_folder(step) / _shard_name(index))
+                shard, kl_coefficient=state.kl_coefficient, file=str(self._step_folder(step) / self._shard_name(index))
             )
             for index, shard in enumerate(scored)
         )
@@ -70,7 +82,10 @@ class ExperienceLog:
             "kl_coefficient": state.kl_coefficient,
             "shards": [asdict(record) for record in records],
         }
-        write_sealed(self._manifest(step), manifest)
+        self._fence()
+        if not create_sealed(self._manifest(step), manifest):
+            raise Superseded(f"step {step} was committed by another attempt of this run; resume it.")
+        self._remove_others(step, records)
         return _experience(step, records, [handle for handle, _ in written], state.kl_coefficient)
 
     async def load(self, step: int) -> Experience:
@@ -110,6 +125,18 @@ class ExperienceLog:
                 f"{self._step_folder(step)}/failed-*.jsonl says why; mend the reward source, then resume."
             )
 
+    def _shard_name(self, index: int) -> str:
+        suffix = f"-attempt-{self._attempt:03d}" if self._attempt > 1 else ""
+        return f"shard-{index:04d}{suffix}.parquet"
+
+    def _remove_others(self, step: int, records: Sequence[ShardRecord]) -> None:
+        """What an earlier attempt wrote of this step and did not commit."""
+        names = {record.file for record in records}
+        with writing(self._step_folder(step)):
+            for path in self._step_folder(step).glob("shard-*.parquet"):
+                if path.name not in names:
+                    path.unlink(missing_ok=True)
+
     def _step_folder(self, step: int) -> Path:
         return _step_folder(self._folder, step)
 
@@ -130,10 +157,6 @@ def _is_there(manifest: Path) -> bool:
 
 def _step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
-
-
-def _shard_name(index: int) -> str:
-    return f"shard-{index:04d}.parquet"
 
 
 def _parse(

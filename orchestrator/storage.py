@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -70,6 +71,25 @@ def read_json(path: Path) -> Any:
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object with a checksum of itself."""
     write_json(path, {**content, _SEAL: _seal(content)})
+
+
+def create_sealed(path: Path, content: Mapping[str, Any]) -> bool:
+    """The same for a file that must not be there yet: of several writers one wins. False: another one did."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with writing(path):
+        try:
+            write_sealed(temporary, content)
+            os.link(temporary, path)
+            sync_folder(path.parent)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP):
+                raise
+            os.replace(temporary, path)  # no hard links here: the last writer wins
+        finally:
+            temporary.unlink(missing_ok=True)
+    return True
 
 
 def read_sealed(path: Path) -> dict[str, Any]:

@@ -111,6 +111,7 @@ class Telemetry:
         num_steps: steps of the stage, for progress and time left.
         prometheus: endpoint to keep up to date; whoever opened it closes it.
         clock, wall_clock: monotonic seconds and seconds since the epoch.
+        fence: called before metrics are written; raises when the run is another writer's.
 
     Raises StorageError from every method that writes, naming the file.
     """
@@ -128,11 +129,13 @@ class Telemetry:
         prometheus: PrometheusEndpoint | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
+        fence: Callable[[], None] = lambda: None,
     ) -> None:
         self._folder, self._run_id, self._attempt = folder, run_id, attempt
         self._trackers, self._console, self._prometheus = tuple(trackers), console, prometheus
         self._stage, self._num_steps = stage, num_steps
         self._clock, self._wall_clock = clock, wall_clock
+        self._fence = fence
         self._phases = _Phases(clock)
         self._step: int | None = None
         self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
@@ -220,6 +223,7 @@ class Telemetry:
         self.close()
 
     def _write(self, kind: str, step: int, collected: dict[str, float], *, steps: int, tokens: float) -> None:
+        self._fence()
         finite = {name: value for name, value in collected.items() if math.isfinite(value)}
         num_lost = float(len(collected) - len(finite))
         written: dict[str, float | None] = {name: finite.get(name) for name in collected}

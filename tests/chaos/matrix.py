@@ -1,7 +1,8 @@
 """The matrix of deaths: `make chaos`. Each row is one run in which one kind of process is killed in every phase, and
 which has to end with the bits of a run left in peace.
 
-    python -m tests.chaos.matrix [ROW ...]      rows: rollout policy critic reference reward driver raylet ...
+    python -m tests.chaos.matrix [ROW ...]      rows: rollout policy critic reference reward driver
+                                            one-engine parts throughput staleness raylet
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("generate", "score", "commit", "learn", "publish", "save")
 ROLES = ("rollout", "policy", "critic", "reference", "reward")
 STEPS = 7
+console = Console(width=150)
 RUN_S = 600.0
 
 Blow = dict[str, Any]
@@ -110,6 +113,14 @@ class Field:
             check=False,
         )
 
+    def replay(self, outcome: Outcome) -> tuple[str, str]:
+        """Bits of the run's log, learned again from step 0."""
+        target = self.folder / f"{outcome.path.name}-replay"
+        command = [*self.prefix, sys.executable, "-m", "jobs.replay", str(outcome.path), "--to", str(target)]
+        environment = {**self.environment, "RAY_ADDRESS": self.address}
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=RUN_S)
+        return replace(outcome, path=target).bits()
+
     def run(self, run_id: str, plan: Sequence[Blow] = (), *overrides: str) -> Outcome:
         """As many attempts as the blows at the driver make necessary."""
         started = time.monotonic()
@@ -141,6 +152,11 @@ class Outcome:
     def steps(self) -> list[int]:
         return [line["step"] for line in read_lines(self.path / "metrics.jsonl") if line["kind"] == "step"]
 
+    def relearned(self) -> int:
+        """Steps that were learned again from the log, over all recoveries."""
+        spans = (event["table"]["learned again from the log"].split() for event in self.events("restored"))
+        return sum(int(span[3]) - int(span[1]) + 1 for span in spans if span[0] == "steps")
+
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [line for line in read_lines(self.path / "events.jsonl") if line["kind"] == kind]
 
@@ -166,7 +182,7 @@ def actors_left() -> list[str]:
 def one_node(folder: Path) -> Iterator[Field]:
     temporary = Path("/tmp") / f"cx{os.getpid()}"  # Ray's socket paths must be short
     ray.init(
-        num_cpus=2,
+        num_cpus=16,  # places, not cores: with staleness all roles compute at once
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=200_000_000,
@@ -200,53 +216,79 @@ def raylet_blows(seed: int) -> list[Blow]:
     return [blow | {"host": f"10.77.0.{3 - index % 2}"} for index, blow in enumerate(blows("raylet", seed=seed))]
 
 
-Row = Callable[[Field, "Outcome"], Outcome]
+@dataclass
+class Report:
+    """The table, and whether all in it is good."""
 
+    quiet: Outcome
+    table: Table = field(
+        default_factory=lambda: Table(
+            "run", "blows", "restarts", "attempts", "bits", "steps once", "tokens", "relearned", "left", "s"
+        )
+    )
+    failed: int = 0
 
-def main(rows: Sequence[str]) -> int:
-    folder = Path("/tmp") / f"chaos{os.getpid()}"
-    folder.mkdir()
-    wanted = rows or (*ROLES, "driver", "one-engine", "raylet")
-    table = Table("row", "blows", "recoveries", "attempts", "bits", "steps once", "tokens", "left", "s")
-    failed = 0
-    console = Console(width=120)
-
-    def add(name: str, outcome: Outcome, quiet: Outcome) -> None:
-        nonlocal failed
-        is_same = outcome.code == 0 and outcome.bits() == quiet.bits()
+    def add(self, name: str, outcome: Outcome, expected: tuple[str, str] | None = None) -> None:
+        """`expected`: bits to end with; null: those of the quiet run, and its tokens."""
+        is_same = outcome.code == 0 and outcome.bits() == (expected or self.quiet.bits())
         once = outcome.steps() == list(range(STEPS))
         left = actors_left()
-        good = is_same and once and not left and outcome.tokens() == quiet.tokens()
-        failed += not good
-        recoveries = " ".join(sorted(f"{event['action']}" for event in outcome.events("recovered")))
+        tokens = outcome.tokens()
+        good = is_same and once and not left and (expected is not None or tokens == self.quiet.tokens())
+        self.failed += not good
+        restarts = Counter(event["action"] for event in outcome.events("recovered"))
         cells = [
             str(outcome.struck),
-            recoveries or "-",
+            ", ".join(f"{count} {action}" for action, count in restarts.items()) or "-",
             str(len(list((outcome.path / "attempts").iterdir()))),
-            "equal" if is_same else f"DIFFERENT (exit {outcome.code})",
-            "yes" if once else f"NO {outcome.steps()}",
-            f"{outcome.tokens()} of {quiet.tokens()}",
+            ("equal" if expected is None else "equal to replay") if is_same else f"DIFFERENT, exit {outcome.code}",
+            "yes" if once else f"NO: {outcome.steps()}",
+            str(tokens),
+            str(outcome.relearned()),
             str(len(left)),
             f"{outcome.seconds:.0f}",
         ]
-        table.add_row(name, *cells)
-        console.print(name, *cells, sep="  ")
+        self.table.add_row(name, *cells)
+        console.print("  ".join([name, *cells]), soft_wrap=True)
         if not good:
-            console.print(outcome.output[-4000:], markup=False)
+            console.print(outcome.output[-6000:], markup=False)
 
+
+def in_parts(field: Field, run_id: str, ends: Sequence[int]) -> Outcome:
+    """A run that is told to end after so many steps, and then to go on."""
+    for end in ends:
+        outcome = field.run(run_id, (), f"ppo.steps={end}")
+    return outcome
+
+
+def main(rows: Sequence[str]) -> int:
+    wanted = set(rows or (*ROLES, "driver", "one-engine", "parts", "throughput", "staleness", "raylet"))
+    folder = Path("/tmp") / f"chaos{os.getpid()}"
+    folder.mkdir()
     with one_node(folder) as here:
-        quiet = here.run("quiet")
-        add("quiet", quiet, quiet)
-        for role in (row for row in wanted if row in (*ROLES, "driver")):
-            add(role, here.run(role, blows(role, seed=0)), quiet)
+        report = Report(here.run("quiet"))
+        report.add("quiet", report.quiet)
+        for role in (role for role in (*ROLES, "driver") if role in wanted):
+            report.add(role, here.run(role, blows(role, seed=0)))
         if "one-engine" in wanted:
-            add("one engine", here.run("one", (), "rollout.engines=1"), quiet)
+            report.add("one engine", here.run("one", (), "rollout.engines=1"))
+        if "parts" in wanted:
+            report.add("3 + 4 steps", in_parts(here, "halves", (3, STEPS)))
+            report.add("a step at a time", in_parts(here, "single", range(1, STEPS + 1)))
+        if "throughput" in wanted:
+            outcome = here.run("throughput", blows("rollout", seed=1), "rollout.reproducible=false")
+            report.add("not reproducible", outcome, here.replay(outcome))
+        if "staleness" in wanted:
+            overrides = ("ppo.max_staleness=1", "ppo.importance_cap=2.0", "placement.mode=separate")
+            plan = [*blows("rollout", seed=2)[:3], *blows("policy", seed=2)[3:]]
+            outcome = here.run("staleness", plan, *overrides)
+            report.add("staleness 1", outcome, here.replay(outcome))
     if "raylet" in wanted:
         with hosts_that_die(folder) as hosts:
-            add("raylet", hosts.run("raylet", raylet_blows(0)), quiet)
-    console.print(table)
-    shutil.rmtree(folder, ignore_errors=not failed)
-    return 1 if failed else 0
+            report.add("raylet", hosts.run("raylet", raylet_blows(0)))
+    console.print(report.table)
+    shutil.rmtree(folder, ignore_errors=not report.failed)
+    return 1 if report.failed else 0
 
 
 if __name__ == "__main__":

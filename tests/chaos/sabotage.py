@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,8 @@ def processes_of(role: str) -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.pid)
 
 
-def strike(blow: dict[str, Any]) -> None:
+def strike(blow: dict[str, Any], note: Path) -> None:
+    """Sends the signal; `note` then holds the process id and the time."""
     number = getattr(signal, f"SIG{blow['signal']}")
     if blow["role"] == "driver":
         os.kill(os.getpid(), number)
@@ -51,7 +53,9 @@ def strike(blow: dict[str, Any]) -> None:
                 process.send_signal(number)
     else:
         actors = processes_of(blow["role"])
-        actors[blow.get("rank", 0) % len(actors)].send_signal(number)
+        actor = actors[blow.get("rank", 0) % len(actors)]
+        note.write_text(f"{actor.pid} {time.time()}", encoding="utf-8")
+        actor.send_signal(number)
 
 
 class Sabotaged(Telemetry):
@@ -67,7 +71,7 @@ class Sabotaged(Telemetry):
             struck = self.plan.with_suffix(f".{index}")
             if due and not struck.exists():
                 struck.touch()
-                threading.Timer(blow.get("delay_s", 0.0), strike, [blow]).start()
+                threading.Timer(blow.get("delay_s", 0.0), strike, [blow, struck]).start()
         with super().phase(name):
             yield
 
