@@ -76,6 +76,7 @@ class BucketPublisher:
             num_tensors=min(report.num_compared or report.num_tensors for report in reports),
             num_bytes=header.num_bytes,
             seconds=monotonic() - started,
+            verify_s=max(report.seconds.get("receive", 0.0) + report.seconds.get("verify", 0.0) for report in reports),
         )
 
     async def _carry(self, num_buckets: int, engines: Sequence[int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol, TypeVar
@@ -15,7 +16,7 @@ from actors.engines import RolloutWorker
 from actors.group import ActorGroup
 from actors.learning.worker import LearnJob
 from actors.process import Process, Several
-from actors.publisher import BucketPublisher, PolicyWeights
+from actors.publisher import PolicyWeights
 from actors.recorder import RecorderWorker
 from actors.supervisor import RaySupervisor
 from orchestrator.concurrency import together
@@ -35,8 +36,13 @@ T = TypeVar("T")
 ScoreMethod = Callable[[Any, pa.Table], pa.Table]
 
 
-async def _kept(supervisor: RaySupervisor | None, group: ActorGroup, work: Callable[[], Awaitable[T]]) -> T:
-    return await (work() if supervisor is None else supervisor.keep(group, work))
+async def _kept(
+    supervisor: RaySupervisor | None,
+    group: ActorGroup,
+    work: Callable[[], Awaitable[T]],
+    prepare: Callable[[], Awaitable[Any]] | None = None,
+) -> T:
+    return await (work() if supervisor is None else supervisor.keep(group, work, prepare))
 
 
 class RayRollouts:
@@ -45,7 +51,8 @@ class RayRollouts:
     Args:
         group: one actor per engine (rank 0 of its tensor-parallel group).
         sleeps: whether engines share GPUs with learners and must sleep while those compute.
-        supervisor: restarts an engine that fails; it gets the current weights by `publisher` and its shard again.
+        supervisor: restarts an engine that fails; `catch_up` brings it to the current weights, and it gets its shard
+            again. Null: a failure is raised.
     """
 
     def __init__(
@@ -54,10 +61,10 @@ class RayRollouts:
         *,
         generate_s: float,
         sleeps: bool,
-        supervisor: RaySupervisor,
-        publisher: BucketPublisher,
+        supervisor: RaySupervisor | None = None,
+        catch_up: Callable[[int], Awaitable[Any]] | None = None,
     ) -> None:
-        self._group, self._supervisor, self._publisher = group, supervisor, publisher
+        self._group, self._supervisor, self._catch_up = group, supervisor, catch_up
         self._generate_s = generate_s
         self._sleeps = sleeps
         self._idle: asyncio.Queue[int] = asyncio.Queue()
@@ -70,10 +77,9 @@ class RayRollouts:
 
     async def generate(self, request: ShardRequest) -> RolloutShard:
         engine = await self._idle.get()
+        prepare = partial(self._catch_up, engine) if self._catch_up else None
         try:
-            return await self._supervisor.keep(
-                self._group, lambda: self._generate(engine, request), lambda: self._publisher.catch_up(engine)
-            )
+            return await _kept(self._supervisor, self._group, lambda: self._generate(engine, request), prepare)
         finally:
             self._idle.put_nowait(engine)
 

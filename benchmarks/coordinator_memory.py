@@ -32,6 +32,8 @@ from orchestrator.algorithms.experience import ExperienceSettings
 from orchestrator.checkpoints import Checkpoints
 from orchestrator.coordinator import Coordinator, LoopSettings
 from orchestrator.experience_log import ExperienceLog
+from orchestrator.failures import Unsupervised
+from orchestrator.guards import Guards
 from orchestrator.held_out import Evaluation
 from orchestrator.sampler import Sampler
 from orchestrator.telemetry import Telemetry
@@ -204,7 +206,7 @@ def prompts() -> list[Prompt]:
 
 class StandInPublisher:
     async def publish(self, version: int) -> PublishReport:
-        return PublishReport(version, num_engines=1, num_tensors=1, num_bytes=1, seconds=0.0)
+        return PublishReport(version, num_engines=1, num_tensors=1, num_bytes=1, seconds=0.0, verify_s=0.0)
 
 
 def build(folder: Path, samples: int) -> Coordinator:
@@ -221,8 +223,9 @@ def build(folder: Path, samples: int) -> Coordinator:
     reward = ReplicatedScorer(models, StandInModel.score, score_s=DEADLINE_S)
     telemetry = Telemetry(folder, "memory", 1)
     sampling = Sampling(max_new_tokens=RESPONSE_TOKENS)
+    log = ExperienceLog(folder / "log", recorder, max_failed_fraction=0.0)
     return Coordinator(
-        settings=LoopSettings(STEPS, 0, lambda coefficient, kl, count: coefficient, None),
+        settings=LoopSettings(STEPS, 0, lambda coefficient, kl, count: coefficient),
         sampler=Sampler(
             rollouts,
             Requests(samples, prompts()),
@@ -236,7 +239,7 @@ def build(folder: Path, samples: int) -> Coordinator:
         policy=policy,
         critic=critic,
         publisher=StandInPublisher(),
-        log=ExperienceLog(folder / "log", recorder, max_failed_fraction=0.0),
+        log=log,
         checkpoints=Checkpoints(
             folder / "checkpoints", {"policy": policy, "critic": critic}, every_steps=0, last_step=STEPS, keep=1
         ),
@@ -254,8 +257,10 @@ def build(folder: Path, samples: int) -> Coordinator:
             every_steps=0,
             last_step=STEPS,
         ),
+        guards=Guards((), folder=folder, telemetry=telemetry, past=log.metrics),
         telemetry=telemetry,
         meter=_no_meter,
+        supervisor=Unsupervised(),
     )
 
 

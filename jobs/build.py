@@ -254,7 +254,7 @@ def _coordinator(
         generate_s=limits.generate_s,
         sleeps=config.placement.mode == "colocated" and config.rollout.gpus_per_engine > 0,
         supervisor=supervisor,
-        publisher=publisher,
+        catch_up=publisher.catch_up,
     )
     recorder = recorder_of(config, groups["recorder"], supervisor)
     ppo = config.ppo

@@ -143,7 +143,11 @@ class Coordinator(Relearning):
         with self.telemetry.phase("publish"):
             report = await self.publisher.publish(state.version)
             await self.sampler.announce(state.version)
-        return {"publish/tensors_verified": report.num_tensors, "publish/bytes": report.num_bytes}
+        return {
+            "publish/tensors_verified": report.num_tensors,
+            "publish/bytes": report.num_bytes,
+            "publish/verify_s": report.verify_s,
+        }
 
 
 def _whence(saved: State, state: State) -> Mapping[str, str]:

@@ -177,10 +177,15 @@ class State:
 
 @dataclass(frozen=True)
 class PublishReport:
-    """Proof that every engine holds `version`: tensors compared on every engine, and what it cost."""
+    """Proof that every engine holds `version`: tensors compared on every engine, and what it cost.
+
+    Args:
+        verify_s: of `seconds`, what the slowest engine spent on checksums and on reading back.
+    """
 
     version: int
     num_engines: int
     num_tensors: int
     num_bytes: int
     seconds: float
+    verify_s: float

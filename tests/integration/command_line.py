@@ -15,7 +15,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import typer
 import yaml
+from typer.testing import CliRunner
+
+from jobs import ppo
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "RLHF_TEST_MARK"
@@ -52,6 +56,14 @@ class CommandLine:
     def run(self, *arguments: str, limit_s: float = BEFORE_RAY_S, module: str = "jobs.ppo") -> Ended:
         started = time.monotonic()
         return self.end(self.start(*arguments, module=module), started, limit_s)
+
+    def run_here(self, *arguments: str) -> Ended:
+        """`jobs.ppo` in this process, for what is refused before anything starts: its imports are paid once."""
+        program = typer.Typer(add_completion=False)
+        program.command()(ppo.main)
+        started = time.monotonic()
+        result = CliRunner().invoke(program, ["--config", str(self.config), *arguments])
+        return Ended(result.exit_code, result.stdout, result.stderr, time.monotonic() - started)
 
     def end(self, process: subprocess.Popen[str], started: float, limit_s: float) -> Ended:
         """Waits for the end; fails when it does not come, or leaves a process behind."""
@@ -112,7 +124,7 @@ def assert_refused(ended: Ended, *words: str, code: int = 2) -> None:
     """One message on standard error, which holds all words; no traceback, nothing else."""
     assert ended.code == code, ended.err
     assert "Traceback" not in ended.err + ended.out
-    heads = [line for line in ended.err.splitlines() if line and not line.startswith((" ", "-", "Mend"))]
+    heads = [line for line in ended.err.splitlines() if line and not line.startswith((" ", "-", "Mend", "Set "))]
     assert len(heads) == 1, ended.err
     for word in words:
         assert word in ended.err

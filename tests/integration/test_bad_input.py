@@ -9,8 +9,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +17,7 @@ import pytest
 
 from jobs.run_folder import open_run
 from orchestrator.config import load_config
-from tests.integration.command_line import CommandLine, Ended, assert_refused, command_line
+from tests.integration.command_line import CommandLine, assert_refused, command_line
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 WITH_RAY_S = 120.0
@@ -129,22 +127,13 @@ BAD: Mapping[str, Bad] = {
 }
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Mapping[str, Future[Ended]]]:
-    """All of BAD, two at a time: most of a command's seconds are imports on one core."""
-    with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(2))
-        futures = {}
-        for index, (name, bad) in enumerate(BAD.items()):
-            line = stack.enter_context(command_line(tmp_path_factory.mktemp("bad") / str(index), model))
-            futures[name] = pool.submit(line.run, *bad.make(line))
-        yield futures
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_refused_before_anything_is_started(name: str, ended: Mapping[str, Future[Ended]]) -> None:
-    assert_refused(ended[name].result(), *BAD[name].words)
+def test_bad_input_is_refused_before_anything_is_started(name: str, command: CommandLine) -> None:
+    assert_refused(command.run_here(*BAD[name].make(command)), *BAD[name].words)
+
+
+def test_bad_input_ends_the_process_with_its_code(command: CommandLine) -> None:
+    assert_refused(command.run("model.path=/nowhere/llama"), "/nowhere/llama", "Give a folder")
 
 
 def test_an_unknown_key_is_named_before_anything_is_imported(command: CommandLine) -> None:

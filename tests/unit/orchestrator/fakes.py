@@ -104,7 +104,7 @@ class FakePublisher:
     async def publish(self, version: int) -> PublishReport:
         self.rollouts.version = version
         self.diary.note("publish", version)
-        return PublishReport(version, 2, 10, 100, 0.01)
+        return PublishReport(version, 2, 10, 100, 0.01, 0.005)
 
 
 @dataclass

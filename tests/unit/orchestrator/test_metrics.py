@@ -14,7 +14,7 @@ response/length_mean response/cut_by_length response/without_eos engine/mismatch
 policy/entropy policy/clip_fraction policy/approx_kl policy/ratio_max policy/loss policy/grad_norm
 policy/learning_rate critic/loss critic/clip_fraction critic/explained_variance critic/grad_norm
 critic/learning_rate time/step_s tokens/generated_per_s tokens/learned_per_s tokens/total
-publish/tensors_verified publish/bytes evaluation/gold_mean
+publish/tensors_verified publish/bytes publish/verify_s evaluation/gold_mean
 """.split()
 
 
