@@ -43,6 +43,7 @@ test: setup-dev
 # Every kind of process killed in every phase, real parts; about half an hour on two cores.
 chaos: setup-dev
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.chaos.matrix $(ARGS)
+	@$(BIN)/python -m pytest tests/chaos/test_stops.py
 
 lint: setup-dev
 	@$(BIN)/ruff check $(SOURCES)

@@ -103,8 +103,9 @@ def finished_run(config: Config) -> Path | None:
         return None
     path = storage_root(config.run.root) / config.run.id
     last = config.stages[-1]
-    kinds = [line["kind"] for line in read_lines(path / EVENTS_FILE) if line["stage"] == last]
-    is_done = "stage_finished" in kinds and "stage_started" not in kinds[kinds.index("stage_finished") :]
+    events = read_lines(path / EVENTS_FILE)
+    kinds = [line["kind"] for line in events if line["stage"] == last and line["kind"].startswith("stage_")]
+    is_done = kinds[-1:] == ["stage_finished"]
     if last == "ppo":
         # A run that has finished may be told to take more steps.
         is_done = is_done and (path / "checkpoints" / f"step-{config.ppo.steps:06d}" / MARKER).exists()

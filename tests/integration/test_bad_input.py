@@ -195,9 +195,7 @@ def test_a_reward_endpoint_that_goes_down_during_the_run(command: CommandLine) -
     ("number", "moment"),
     [
         (signal.SIGINT, "checking"),
-        (signal.SIGTERM, "checking"),
         (signal.SIGTERM, "placement:"),
-        (signal.SIGINT, "all roles are ready"),
     ],
 )
 def test_a_signal_ends_the_run_and_all_that_it_started(command: CommandLine, number: int, moment: str) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from jobs.run_folder import check_run_folder, open_run
+from jobs.run_folder import check_run_folder, finished_run, open_run
 from orchestrator.config import Config, load_config
-from orchestrator.errors import ConfigError, StorageError
+from orchestrator.errors import ConfigError, StorageError, Superseded
+from orchestrator.telemetry import Telemetry
 
 
 def config(root: Path, **sections: Any) -> Config:
@@ -60,3 +61,31 @@ def test_a_run_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "demo").write_text("")
     with pytest.raises(StorageError, match=r"run folder .*demo can't be made"):
         open_run(config(tmp_path))
+
+
+def test_an_older_attempt_notices_that_a_newer_one_writes_the_run(tmp_path: Path) -> None:
+    older = open_run(config(tmp_path))
+    older.require_newest()
+    newer = open_run(config(tmp_path))
+    newer.require_newest()
+    with pytest.raises(Superseded, match="attempt 2 writes this run now, so attempt 1 stops"):
+        older.require_newest()
+
+
+def test_a_run_has_finished_when_its_last_stage_did_and_no_later_attempt_began(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    assert finished_run(settings) is None
+    run = open_run(settings)
+    marker = run.checkpoints / f"step-{settings.ppo.steps:06d}" / "COMPLETE"
+    marker.parent.mkdir(parents=True)
+    marker.touch()
+    with Telemetry(run.path, run.id, 1, stage=settings.stages[-1]) as telemetry:
+        for kind, finished in {"stage_started": None, "failure": None, "stage_finished": run.path}.items():
+            telemetry.event(kind)
+            assert finished_run(settings) == finished
+        telemetry.event("stage_started")
+        assert finished_run(settings) is None
+        telemetry.event("stage_finished")
+    assert finished_run(settings) == run.path
+    longer = settings.model_copy(update={"ppo": settings.ppo.model_copy(update={"steps": settings.ppo.steps + 1})})
+    assert finished_run(longer) is None

@@ -102,6 +102,7 @@ class FakePublisher:
     rollouts: FakeRollouts
 
     async def publish(self, version: int) -> PublishReport:
+        await asyncio.sleep(0)
         self.rollouts.version = version
         self.diary.note("publish", version)
         return PublishReport(version, 2, 10, 100, 0.01, 0.005)

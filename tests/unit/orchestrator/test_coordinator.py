@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import time
@@ -226,3 +227,38 @@ def test_the_loop_runs_in_a_second_without_ray_or_torch() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("moment", ["generate", "score", "commit", "publish", "evaluate"])
+async def test_a_stop_saves_where_the_run_stands(tmp_path: Path, moment: str) -> None:
+    world = World(tmp_path, steps=3)
+    coordinator = world.coordinator()
+    running = asyncio.ensure_future(coordinator.run(State(0, 0.1)))
+    await _until(coordinator.telemetry, moment, step=None if moment == "evaluate" else 2)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    saved = [path.name for path in coordinator.checkpoints.complete()]
+    # Learned in step 2 are three steps, when its publish is under way; the first evaluation comes before any.
+    assert saved == {"publish": ["step-000003"], "evaluate": []}.get(moment, ["step-000002"])
+    again = world.coordinator()
+    assert (await again.run(State(0, 0.1))).step == 3
+    assert world.policy.learned == [0, 1, 2]
+
+
+async def test_a_stop_while_learning_saves_nothing_half_learned(tmp_path: Path) -> None:
+    world = World(tmp_path, steps=3)
+    coordinator = world.coordinator()
+    running = asyncio.ensure_future(coordinator.run(State(0, 0.1)))
+    await _until(coordinator.telemetry, "learn", step=1)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert coordinator.checkpoints.complete() == []
+    assert (await world.coordinator().run(State(0, 0.1))).step == 3
+
+
+async def _until(telemetry: Telemetry, phase: str, *, step: int | None) -> None:
+    """Gives way until that phase of that step is open."""
+    while not (phase in telemetry.now()["phases"] and telemetry.now()["step"] == step):  # noqa: ASYNC110  no event tells
+        await asyncio.sleep(0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import RewardError, StorageError
+from orchestrator.errors import RewardError, StorageError, Superseded
 from orchestrator.experience_log import ExperienceLog, num_committed
 from orchestrator.schema import EXPERIENCE
 from orchestrator.storage import read_sealed, write_sealed
@@ -124,3 +124,36 @@ def test_the_document_names_every_column_with_its_type() -> None:
     short = {"list<item: int32>": "list<int32>", "list<item: float>": "list<float>"}
     expected = [(field.name, short.get(str(field.type), str(field.type))) for field in EXPERIENCE]
     assert documented == expected
+
+
+async def test_of_two_attempts_that_commit_one_step_the_first_wins_and_both_files_never_meet(tmp_path: Path) -> None:
+    first, second = (
+        ExperienceLog(tmp_path / "log", FakeRecorder(Diary()), max_failed_fraction=0.1, attempt=attempt)
+        for attempt in (1, 2)
+    )
+    committed = await first.commit(State(0, 0.1), scored(0))
+    with pytest.raises(Superseded, match="step 0 was committed by another attempt"):
+        await second.commit(State(0, 0.1), scored(0))
+    assert (await second.load(0)).records == committed.records
+    later = await second.commit(State(1, 0.1), scored(1))
+    assert {record.file for record in later.records}.isdisjoint(record.file for record in committed.records)
+
+
+async def test_what_an_attempt_left_uncommitted_goes_with_the_commit_of_the_next(tmp_path: Path) -> None:
+    with pytest.raises(StorageError):
+        await log_in(tmp_path, failing={2}).commit(State(0, 0.1), scored(0))
+    recorder = FakeRecorder(Diary())
+    second = ExperienceLog(tmp_path / "log", recorder, max_failed_fraction=0.1, attempt=2)
+    committed = await second.commit(State(0, 0.1), scored(0))
+    found = {path.name for path in (tmp_path / "log" / "step-000000").glob("*.parquet")}
+    assert found == {record.file for record in committed.records}
+
+
+async def test_a_fenced_attempt_commits_nothing(tmp_path: Path) -> None:
+    def fence() -> None:
+        raise Superseded("attempt 2 writes this run now")
+
+    log = ExperienceLog(tmp_path / "log", FakeRecorder(Diary()), max_failed_fraction=0.1, fence=fence)
+    with pytest.raises(Superseded):
+        await log.commit(State(0, 0.1), scored(0))
+    assert not log.holds(0)
