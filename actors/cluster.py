@@ -35,6 +35,7 @@ def connect(address: str | None, *, wait_s: float) -> None:
     address = address or os.environ.get("RAY_ADDRESS")
     if address is not None:
         _await_answer(address, wait_s)
+        os.environ["RAY_ADDRESS"] = address  # tells a cluster that may grow from one that this process starts
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=None)
     except Exception as error:  # ray raises anything from ValueError to ConnectionError here

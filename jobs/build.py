@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -12,7 +11,6 @@ from typing import Any
 from actors.critic import CriticSettings, CriticWorker
 from actors.engines import RolloutWorker
 from actors.group import ActorGroup
-from actors.learning.learner import LearnerSettings
 from actors.policy import PolicySettings, PolicyWorker
 from actors.publisher import BucketPublisher, PolicyWeights
 from actors.recorder import RecorderWorker
@@ -32,12 +30,20 @@ from actors.supervisor import RaySupervisor
 from actors.weights.sender import PublishingPolicy
 from jobs.command import say
 from jobs.run_folder import RunFolder
-from orchestrator.algorithms.experience import ExperienceSettings
-from orchestrator.algorithms.kl import adapted_coefficient
+from jobs.settings import (
+    common_settings,
+    critic_path,
+    demands,
+    experience_settings,
+    learner_settings,
+    loop_settings,
+    samples_per_shard,
+    sampling_of,
+)
 from orchestrator.checkpoints import Checkpoints
 from orchestrator.concurrency import together
-from orchestrator.config import Config, CriticConfig, LearnerConfig
-from orchestrator.coordinator import Coordinator, LoopSettings
+from orchestrator.config import Config
+from orchestrator.coordinator import Coordinator
 from orchestrator.experience_log import ExperienceLog
 from orchestrator.failures import FailurePolicy
 from orchestrator.guards import Guards, acted_before, guard_table
@@ -47,28 +53,9 @@ from orchestrator.roles import Recorder
 from orchestrator.sampler import Sampler
 from orchestrator.scheduling.plan import Demand, Slot
 from orchestrator.telemetry import Telemetry
-from orchestrator.types import Prompt, Sampling, State
+from orchestrator.types import Prompt
 
-RECORDER_CPUS = 1.0
 EVALUATION_STEP = -1  # stands in for a step in the seeds of held-out samples: the same at every evaluation
-
-
-def demands(config: Config, *, learning: bool) -> list[Demand]:
-    """What the roles need: for PPO and replay all of them, with `learning` off only the engines."""
-    rollout, reward = config.rollout, config.reward
-    gpus = rollout.gpus_per_engine * rollout.tensor_parallel_size
-    engines = Demand("rollout", rollout.engines, rollout.cpus_per_engine, gpus)
-    if not learning:
-        return [engines]
-    reference = config.reference
-    return [
-        engines,
-        Demand("policy", config.policy.ranks, config.policy.cpus_per_rank, config.policy.gpus_per_rank),
-        Demand("critic", config.critic.ranks, config.critic.cpus_per_rank, config.critic.gpus_per_rank),
-        Demand("reference", reference.replicas, reference.cpus_per_replica, reference.gpus_per_replica),
-        Demand("reward", reward.replicas, reward.cpus_per_replica, reward.gpus_per_replica),
-        Demand("recorder", 1, RECORDER_CPUS),
-    ]
 
 
 def starting(config: Config, needed: Sequence[Demand]) -> AbstractAsyncContextManager[Starter]:
@@ -107,34 +94,22 @@ async def start_engines(config: Config, starter: Starter, *, version: int | None
     return await starter.group("rollout", RolloutWorker, arguments)
 
 
-def sampling_of(config: Config) -> Sampling:
-    rollout = config.rollout
-    return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
-
-
-def samples_per_shard(config: Config) -> int:
-    """The config's, or, without rollout.reproducible, a step's samples split over the engines."""
-    if config.rollout.reproducible:
-        return config.rollout.samples_per_shard
-    return math.ceil(config.samples_per_step / config.rollout.engines)
-
-
 async def start_learners(config: Config, starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
     """Policy and critic, starting at once."""
-    common = _common(config)
+    common = common_settings(config)
     policy = PolicySettings(
         config.model.path,
-        learner=_learner_settings(config, config.policy),
+        learner=learner_settings(config, config.policy),
         ppo=config.ppo,
         temperature=config.rollout.temperature,
         micro_batch_tokens=config.policy.micro_batch_tokens,
         **common,
     )
     critic = CriticSettings(
-        _critic_path(config.critic, reward_path) or config.model.path,
-        learner=_learner_settings(config, config.critic),
+        critic_path(config.critic, reward_path) or config.model.path,
+        learner=learner_settings(config, config.critic),
         ppo=config.ppo,
-        new_head=None if _critic_path(config.critic, reward_path) else "zero",
+        new_head=None if critic_path(config.critic, reward_path) else "zero",
         seed=config.run.seed,
         micro_batch_tokens=config.critic.micro_batch_tokens,
         **common,
@@ -147,7 +122,7 @@ async def start_learners(config: Config, starter: Starter, reward_path: str | No
 
 async def start_scorers(config: Config, starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
     """Reference and reward, starting at once."""
-    common = _common(config)
+    common = common_settings(config)
     reference = ReferenceSettings(
         config.reference.path or config.model.path,
         dtype=config.model.dtype,
@@ -179,7 +154,7 @@ async def start_scorers(config: Config, starter: Starter, reward_path: str | Non
 
 async def start_recorders(config: Config, starter: Starter, run: RunFolder) -> ActorGroup:
     arguments = {
-        "settings": _experience_settings(config),
+        "settings": experience_settings(config),
         "run_id": run.id,
         "gold": config.evaluation.gold,
     }
@@ -208,22 +183,21 @@ async def ppo_coordinator(
         groups["rollout"] = await start_engines(config, starter, version=None)
         recorders = await start_recorders(config, starter, run)
         await all_ready({**groups, "recorder": recorders}, config.deadlines.start_s)
-        supervisor = RaySupervisor(
-            starter,
-            FailurePolicy(
-                {
-                    "infrastructure": config.failures.infrastructure,
-                    "programming": config.failures.programming,
-                    "data": config.failures.data,
-                },
-                config.failures.window_steps,
-            ),
-            telemetry,
-            say,
-            run=run.path,
-            start_s=config.deadlines.start_s,
-        )
+        supervisor = supervisor_of(config, starter, telemetry, run)
         yield _coordinator(config, run, prompts, telemetry, {**groups, "recorder": recorders}, supervisor)
+
+
+def supervisor_of(config: Config, starter: Starter, telemetry: Telemetry, run: RunFolder) -> RaySupervisor:
+    failures = config.failures
+    policy = FailurePolicy(
+        {
+            "infrastructure": failures.infrastructure,
+            "programming": failures.programming,
+            "data": failures.data,
+        },
+        failures.window_steps,
+    )
+    return RaySupervisor(starter, policy, telemetry, say, run=run.path, start_s=config.deadlines.start_s)
 
 
 def _coordinator(
@@ -350,69 +324,4 @@ def experience_log(config: Config, run: RunFolder, recorder: Recorder) -> Experi
         max_failed_fraction=config.reward.max_failed_fraction,
         attempt=run.attempt,
         fence=run.require_newest,
-    )
-
-
-def reward_model_of(config: Config, run: RunFolder) -> str | None:
-    """The reward model's folder or name: the config's, or the one that the run's reward_model stage trained."""
-    if config.reward.kind == "model" and config.reward.path is None:
-        return str(run.reward_model)
-    return config.reward.path
-
-
-def loop_settings(config: Config, steps: int) -> LoopSettings:
-    return LoopSettings(steps, config.critic.warmup_steps, _kl_controller(config))
-
-
-def initial_state(config: Config) -> State:
-    return State(step=0, kl_coefficient=config.ppo.kl_coefficient)
-
-
-def _kl_controller(config: Config) -> Callable[[float, float, int], float]:
-    target = config.ppo.kl_target
-    if target is None:
-        return lambda coefficient, observed_kl, num_samples: coefficient
-    return lambda coefficient, observed_kl, num_samples: adapted_coefficient(
-        coefficient,
-        observed_kl,
-        target=target,
-        horizon_samples=config.ppo.kl_horizon_samples,
-        num_samples=num_samples,
-    )
-
-
-def _experience_settings(config: Config) -> ExperienceSettings:
-    ppo = config.ppo
-    return ExperienceSettings(
-        kl_in_reward=ppo.kl_estimator == "k1-reward",
-        gamma=ppo.gamma,
-        lam=ppo.lam,
-        truncated=ppo.truncated,
-        truncation_penalty=ppo.truncation_penalty,
-        reward_clip=config.reward.clip,
-    )
-
-
-def _common(config: Config) -> dict[str, Any]:
-    return {"cache_dir": config.run.cache, "trust_remote_code": config.model.trust_remote_code}
-
-
-def _critic_path(critic: CriticConfig, reward_path: str | None) -> str | None:
-    """Null: there is none to start from, and a new head is put on the policy."""
-    return critic.path or reward_path
-
-
-def _learner_settings(config: Config, learner: LearnerConfig) -> LearnerSettings:
-    ppo = config.ppo
-    return LearnerSettings(
-        zero_stage=learner.zero_stage,
-        dtype=config.model.dtype,
-        learning_rate=learner.learning_rate,
-        schedule=learner.schedule,
-        warmup_optimizer_steps=learner.warmup_optimizer_steps,
-        total_optimizer_steps=ppo.steps * ppo.epochs * ppo.minibatches,
-        weight_decay=learner.weight_decay,
-        adam_betas=learner.adam_betas,
-        max_grad_norm=learner.max_grad_norm,
-        gradient_checkpointing=learner.gradient_checkpointing,
     )

@@ -13,7 +13,7 @@ import torch
 from actors.cluster import alive_nodes, connect
 from actors.learning.model import resolve_model
 from actors.learning.size import model_size
-from jobs.build import demands
+from jobs.settings import demands
 from orchestrator.config import Config, LearnerConfig
 from orchestrator.scheduling.memory import (
     GIB,

@@ -13,12 +13,13 @@ from typing import Any
 from actors.group import ActorGroup
 from actors.starter import Starter
 from actors.trackers import open_trackers
-from jobs.build import initial_state, ppo_coordinator, reward_model_of
+from jobs.build import ppo_coordinator
 from jobs.labeller import read_gold
 from jobs.preferences import make_preferences
 from jobs.prepare import Prepared, find_data
 from jobs.reward_model import RESULT_FILE, split_held_out, train_reward_model
 from jobs.run_folder import RunFolder
+from jobs.settings import initial_state, reward_model_of
 from orchestrator.checkpoints import Checkpoints
 from orchestrator.config import Config, Stage
 from orchestrator.data.readers import read_rankings
@@ -71,7 +72,7 @@ async def _run_stages(
 
 
 async def _preferences(config: Config, run: RunFolder, prepared: Prepared, telemetry: Telemetry, say: Say) -> None:
-    report = await make_preferences(config, run, prepared.prompts.reward_model, say)
+    report = await make_preferences(config, run, prepared.prompts.reward_model, telemetry, say)
     telemetry.event("labelled", **asdict(report))
     say(
         f"preferences: {report.num_rankings} prompts ranked; noisy labels agree with gold on "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from time import monotonic
 
@@ -10,22 +11,24 @@ import pyarrow as pa
 
 from actors.engines import RolloutWorker
 from actors.rewards.rules import RuleReward
-from jobs.build import all_ready, demands, samples_per_shard, sampling_of, start_engines, starting
+from jobs.build import all_ready, start_engines, starting, supervisor_of
 from jobs.labeller import LabelReport, ScoredReplies, label, write_rankings
 from jobs.run_folder import RunFolder
+from jobs.settings import demands, samples_per_shard, sampling_of
 from orchestrator.concurrency import together
 from orchestrator.config import Config, RuleConfig
 from orchestrator.data.records import Message
 from orchestrator.errors import DataError
 from orchestrator.prompts import sample_requests
 from orchestrator.sampler import cut_into_shards
+from orchestrator.telemetry import Telemetry
 from orchestrator.types import Prompt, ShardRequest
 
 LABEL_STEP = -2  # stands in for a step in the seeds of samples that are ranked
 
 
 async def make_preferences(
-    config: Config, run: RunFolder, prompts: Sequence[Prompt], say: Callable[[str], None]
+    config: Config, run: RunFolder, prompts: Sequence[Prompt], telemetry: Telemetry, say: Callable[[str], None]
 ) -> LabelReport:
     """Writes run.preferences. Engines start for this stage and end with it.
 
@@ -45,24 +48,28 @@ async def make_preferences(
         samples_per_shard=samples_per_shard(config),
         sampling=sampling_of(config),
     )
-    tables = await _sample(config, shards, say)
+    tables = await _sample(config, run, shards, telemetry, say)
     scored = _scored(pa.concat_tables(tables), chosen, gold)
     rankings, report = label(scored, noise_std=config.labeller.noise_std, seed=config.run.seed)
     write_rankings(run.preferences, rankings)
     return report
 
 
-async def _sample(config: Config, shards: Sequence[ShardRequest], say: Callable[[str], None]) -> list[pa.Table]:
+async def _sample(
+    config: Config, run: RunFolder, shards: Sequence[ShardRequest], telemetry: Telemetry, say: Callable[[str], None]
+) -> list[pa.Table]:
     async with starting(config, demands(config, learning=False)) as starter:
         engines = await start_engines(config, starter, version=0)
         await all_ready({"rollout": engines}, config.deadlines.start_s)
+        supervisor = supervisor_of(config, starter, telemetry, run)
         pending = iter(enumerate(shards))
         tables: dict[int, pa.Table] = {}
         started = monotonic()
 
         async def drive(engine: int) -> None:
             for index, shard in pending:
-                table, counts = await engines.call(engine, RolloutWorker.generate, config.deadlines.generate_s, shard)
+                sample = partial(engines.call, engine, RolloutWorker.generate, config.deadlines.generate_s, shard)
+                table, counts = await supervisor.keep(engines, sample)
                 tables[index] = table
                 rate = counts["num_response_tokens"] / counts["seconds"]
                 left = (len(shards) - len(tables)) * (monotonic() - started) / len(tables)

@@ -13,21 +13,10 @@ from typing import Annotated
 import typer
 
 from actors.cluster import connect
-from jobs.build import (
-    all_ready,
-    demands,
-    experience_log,
-    initial_state,
-    learners_of,
-    loop_settings,
-    recorder_of,
-    reward_model_of,
-    start_learners,
-    start_recorders,
-    starting,
-)
+from jobs.build import all_ready, experience_log, learners_of, recorder_of, start_learners, start_recorders, starting
 from jobs.command import run_async, run_command, say
 from jobs.run_folder import CONFIG_FILE, RunFolder
+from jobs.settings import demands, initial_state, loop_settings, reward_model_of
 from orchestrator.checkpoints import Checkpoints
 from orchestrator.config import Config, load_config
 from orchestrator.coordinator import Relearning

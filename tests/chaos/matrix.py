@@ -95,7 +95,9 @@ class Field:
     def run_folder(self, run_id: str) -> Path:
         return self.folder / "runs" / run_id
 
-    def attempt(self, run_id: str, plan: Sequence[Blow], *overrides: str) -> subprocess.CompletedProcess[str]:
+    def attempt(
+        self, run_id: str, plan: Sequence[Blow], *overrides: str, limit_s: float = RUN_S
+    ) -> subprocess.CompletedProcess[str]:
         """One attempt of a run, with these blows. Raises subprocess.TimeoutExpired when it hangs."""
         file = self.folder / f"{run_id}.json"
         if not file.exists():
@@ -109,7 +111,7 @@ class Field:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=RUN_S,
+            timeout=limit_s,
             check=False,
         )
 
@@ -121,15 +123,15 @@ class Field:
         subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=RUN_S)
         return replace(outcome, path=target).bits()
 
-    def run(self, run_id: str, plan: Sequence[Blow] = (), *overrides: str) -> Outcome:
+    def run(self, run_id: str, plan: Sequence[Blow] = (), *overrides: str, limit_s: float = RUN_S) -> Outcome:
         """As many attempts as the blows at the driver make necessary."""
         started = time.monotonic()
         attempts = 1 + sum(blow["role"] == "driver" for blow in plan)
-        done = self.attempt(run_id, plan, *overrides)
+        done = self.attempt(run_id, plan, *overrides, limit_s=limit_s)
         for _ in range(attempts - 1):
             if done.returncode == 0:
                 break
-            done = self.attempt(run_id, plan, *overrides)
+            done = self.attempt(run_id, plan, *overrides, limit_s=limit_s)
         struck = sum((self.folder / f"{run_id}.{index}").exists() for index in range(len(plan)))
         return Outcome(self.run_folder(run_id), done.returncode, done.stdout, struck, time.monotonic() - started)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.build import demands
+from jobs.settings import demands
 from orchestrator.config import Config
 from orchestrator.errors import CapacityError
 from orchestrator.scheduling.plan import Node, place

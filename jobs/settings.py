@@ -1,0 +1,113 @@
+"""From the config to what the parts are built from: pure, starts nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from actors.learning.learner import LearnerSettings
+from jobs.run_folder import RunFolder
+from orchestrator.algorithms.experience import ExperienceSettings
+from orchestrator.algorithms.kl import adapted_coefficient
+from orchestrator.config import Config, CriticConfig, LearnerConfig
+from orchestrator.coordinator import LoopSettings
+from orchestrator.scheduling.plan import Demand
+from orchestrator.types import Sampling, State
+
+RECORDER_CPUS = 1.0
+
+
+def sampling_of(config: Config) -> Sampling:
+    rollout = config.rollout
+    return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
+
+
+def samples_per_shard(config: Config) -> int:
+    """The config's, or, without rollout.reproducible, a step's samples split over the engines."""
+    if config.rollout.reproducible:
+        return config.rollout.samples_per_shard
+    return math.ceil(config.samples_per_step / config.rollout.engines)
+
+
+def reward_model_of(config: Config, run: RunFolder) -> str | None:
+    """The reward model's folder or name: the config's, or the one that the run's reward_model stage trained."""
+    if config.reward.kind == "model" and config.reward.path is None:
+        return str(run.reward_model)
+    return config.reward.path
+
+
+def loop_settings(config: Config, steps: int) -> LoopSettings:
+    return LoopSettings(steps, config.critic.warmup_steps, _kl_controller(config))
+
+
+def initial_state(config: Config) -> State:
+    return State(step=0, kl_coefficient=config.ppo.kl_coefficient)
+
+
+def _kl_controller(config: Config) -> Callable[[float, float, int], float]:
+    target = config.ppo.kl_target
+    if target is None:
+        return lambda coefficient, observed_kl, num_samples: coefficient
+    return lambda coefficient, observed_kl, num_samples: adapted_coefficient(
+        coefficient,
+        observed_kl,
+        target=target,
+        horizon_samples=config.ppo.kl_horizon_samples,
+        num_samples=num_samples,
+    )
+
+
+def experience_settings(config: Config) -> ExperienceSettings:
+    ppo = config.ppo
+    return ExperienceSettings(
+        kl_in_reward=ppo.kl_estimator == "k1-reward",
+        gamma=ppo.gamma,
+        lam=ppo.lam,
+        truncated=ppo.truncated,
+        truncation_penalty=ppo.truncation_penalty,
+        reward_clip=config.reward.clip,
+    )
+
+
+def common_settings(config: Config) -> dict[str, Any]:
+    return {"cache_dir": config.run.cache, "trust_remote_code": config.model.trust_remote_code}
+
+
+def critic_path(critic: CriticConfig, reward_path: str | None) -> str | None:
+    """Null: there is none to start from, and a new head is put on the policy."""
+    return critic.path or reward_path
+
+
+def learner_settings(config: Config, learner: LearnerConfig) -> LearnerSettings:
+    ppo = config.ppo
+    return LearnerSettings(
+        zero_stage=learner.zero_stage,
+        dtype=config.model.dtype,
+        learning_rate=learner.learning_rate,
+        schedule=learner.schedule,
+        warmup_optimizer_steps=learner.warmup_optimizer_steps,
+        total_optimizer_steps=ppo.steps * ppo.epochs * ppo.minibatches,
+        weight_decay=learner.weight_decay,
+        adam_betas=learner.adam_betas,
+        max_grad_norm=learner.max_grad_norm,
+        gradient_checkpointing=learner.gradient_checkpointing,
+    )
+
+
+def demands(config: Config, *, learning: bool) -> list[Demand]:
+    """What the roles need: for PPO and replay all of them, with `learning` off only the engines."""
+    rollout, reward = config.rollout, config.reward
+    gpus = rollout.gpus_per_engine * rollout.tensor_parallel_size
+    engines = Demand("rollout", rollout.engines, rollout.cpus_per_engine, gpus)
+    if not learning:
+        return [engines]
+    reference = config.reference
+    return [
+        engines,
+        Demand("policy", config.policy.ranks, config.policy.cpus_per_rank, config.policy.gpus_per_rank),
+        Demand("critic", config.critic.ranks, config.critic.cpus_per_rank, config.critic.gpus_per_rank),
+        Demand("reference", reference.replicas, reference.cpus_per_replica, reference.gpus_per_replica),
+        Demand("reward", reward.replicas, reward.cpus_per_replica, reward.gpus_per_replica),
+        Demand("recorder", 1, RECORDER_CPUS),
+    ]
