@@ -56,7 +56,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, content: Any) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(_as_json(content), encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -76,18 +76,17 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
 def create_sealed(path: Path, content: Mapping[str, Any]) -> bool:
     """The same for a file that must not be there yet: of several writers one wins. False: another one did."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with writing(path):
-        try:
-            write_sealed(temporary, content)
-            os.link(temporary, path)
-            sync_folder(path.parent)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP):
-                raise
-            os.replace(temporary, path)  # no hard links here: the last writer wins
-        finally:
+    try:
+        temporary.write_text(_as_json({**content, _SEAL: _seal(content)}), encoding="utf-8")
+        sync_file(temporary)
+        _link(temporary, path)
+        sync_folder(path.parent)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise _not_written(path, error) from error
+    finally:
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
     return True
 
@@ -132,6 +131,19 @@ def sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
         sync_file(path)
     sync_folder(folder)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP):
+            raise
+        os.replace(source, target)  # storage without hard links: the last writer wins
+
+
+def _as_json(content: Any) -> str:
+    return json.dumps(content, indent=1) + "\n"
 
 
 def _not_written(path: Path | str, error: OSError) -> StorageError:

@@ -6,12 +6,14 @@ import contextlib
 import io
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 
 # DeepSpeed reads this when it is imported; on a machine without GPUs its own search warns and may pick another one.
@@ -67,11 +69,30 @@ def join(group: Group) -> None:
         "MASTER_ADDR": group.master_addr,
         "MASTER_PORT": str(group.master_port),
     }
+    interface = _interface_towards(group.master_addr) if group.world_size > 1 else None
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     __compatible_ops__[_COMPILED_ON_START] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, timeout=timedelta(seconds=group.timeout_s), verbose=False
     )
+
+
+def _interface_towards(address: str) -> str | None:
+    """The network interface that leads to `address`.
+
+    Gloo would take the one that this host's name resolves to: on many images the loopback, where no other finds it.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 1))  # sends nothing
+        except OSError:
+            return None  # an IPv6 network, say: left to the libraries
+        own = probe.getsockname()[0]
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, entries in interfaces if any(entry.address == own for entry in entries)), None)
 
 
 def initialize(**arguments: Any) -> Any:

@@ -36,8 +36,6 @@ from tests.chaos.mutations import PLACES, VALUES, damage, damages, with_value
 from tests.chaos.recorded import experience_log, scored_shard
 from tests.unit.orchestrator.fakes import Diary, FakeLearner
 
-pytestmark = pytest.mark.xdist_group("fuzz")  # counted in one process
-
 WANTED = 10_000
 EXAMPLES: Counter[str] = Counter()
 TESTS: set[str] = set()
