@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import random
 import shutil
 import sys
@@ -18,11 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.experience_log import num_committed
+from orchestrator.failures import LEARNERS
 from orchestrator.telemetry import read_lines
 from tests.chaos.matrix import PHASES, Blow, Field, Outcome, actors_left, one_node
 
 ROLES = ("rollout", "policy", "critic", "reference", "reward", "driver")
-WARM_STEPS = 3  # of a new process, in which its pools fill
+WARM_STEPS = 12  # of a new process, in which its pools fill
 FLAT_BYTES_PER_STEP = 1_000_000
 console = Console(width=120)
 
@@ -47,27 +49,31 @@ def slopes(outcome: Outcome, plan: list[Blow]) -> dict[str, tuple[float, int]]:
     """By role: median over its lives of the slope of resident bytes per step, and how many lives were long enough."""
     lines = [line for line in read_lines(outcome.path / "metrics.jsonl") if line["kind"] == "step"]
     names = sorted({name for line in lines for name in line["metrics"] if name.startswith("memory/")})
-    deaths = [blow["step"] for blow in plan]
     found = {}
     for name in names:
+        role = name.removeprefix("memory/").removesuffix("_rss_bytes")
+        fatal = {"driver", *(LEARNERS if role in LEARNERS else (role,))}
+        deaths = [blow["step"] + 1 for blow in plan if blow["role"] in fatal]
         rates = []
         for begin, end in itertools.pairwise([0, *deaths, len(lines)]):
             life = [line["metrics"].get(name) for line in lines[begin + WARM_STEPS : end]]
             sizes = np.array([size for size in life if size is not None])
-            if len(sizes) >= 4:
+            if len(sizes) >= 8:
                 rates.append(float(np.polyfit(np.arange(len(sizes)), sizes, 1)[0]))
-        found[name.removeprefix("memory/").removesuffix("_rss_bytes")] = (float(np.median(rates)), len(rates))
+        found[role] = (float(np.median(rates)) if rates else math.nan, len(rates))
     return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
-    steps: int = parser.parse_args().steps
+    parser.add_argument("--quiet", action="store_true", help="kill nothing")
+    arguments = parser.parse_args()
+    steps: int = arguments.steps
     folder = Path("/tmp") / "soak"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    plan = blows(steps)
+    plan = [] if arguments.quiet else blows(steps)
     with one_node(folder) as here:
         outcome = soak(here, plan, steps)
     once = outcome.steps() == list(range(steps)) and num_committed(outcome.path / "log") == steps
