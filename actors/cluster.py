@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from orchestrator.scheduling.plan import Demand, Node, Plan, Slot, place
 # worse: micro-batches differ in size, and a reward model's training grew from 4 to 11 GB in seven steps and slowed from
 # 500 to 300 tokens/s; with 3 s it stays at 3.7 GB.
 ALLOCATOR = "oversize_threshold:0,dirty_decay_ms:3000,muzzy_decay_ms:3000"
+QUIET_WAIT_S = 5.0
 PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
 
 
@@ -75,15 +76,24 @@ def alive_nodes() -> list[Node]:
     return sorted((node for node in nodes if node.cpus), key=lambda node: node.address)
 
 
-async def plan_when_ready(demands: Sequence[Demand], *, mode: Any, wait_s: float) -> Plan:
-    """The placement plan; waits up to `wait_s` for nodes that still join. Raises CapacityError saying what is short."""
+async def plan_when_ready(demands: Sequence[Demand], *, mode: Any, wait_s: float, tell: Callable[[str], None]) -> Plan:
+    """The placement plan; waits up to `wait_s` for nodes that still join, and tells what for.
+
+    Raises:
+        CapacityError: saying what is short.
+    """
     deadline = time.monotonic() + wait_s
+    told = ""
     while True:
         try:
             return place(demands, alive_nodes(), mode=mode)
-        except CapacityError:
+        except CapacityError as error:
             if time.monotonic() > deadline or _can_never_fit():
                 raise
+            short = str(error).splitlines()[0]
+            if short != told:
+                tell(f"waiting up to {wait_s:g} s (placement.wait_s) for nodes to join: {short}")
+                told = short
             await asyncio.sleep(1.0)
 
 
@@ -92,13 +102,16 @@ def _can_never_fit() -> bool:
     return ray.get_runtime_context().gcs_address.startswith("127.") or os.environ.get("RAY_ADDRESS") is None
 
 
-async def reserve(plan: Plan, *, wait_s: float) -> PlacementGroup:
+async def reserve(plan: Plan, *, wait_s: float, tell: Callable[[str], None]) -> PlacementGroup:
     """Reserves all slots of a plan at once. Raises CapacityError when they are not free within `wait_s`."""
     bundles = [_bundle(slot) for slot in plan.slots]
     group = placement_group(bundles, strategy="PACK")
     granted = False
     try:
-        granted = await _granted(group, wait_s)
+        granted = await _granted(group, min(wait_s, QUIET_WAIT_S))
+        if not granted:
+            tell(f"waiting up to {wait_s:g} s (placement.wait_s) for other jobs to free what is planned")
+            granted = await _granted(group, wait_s - QUIET_WAIT_S)
     finally:
         if not granted:
             remove_placement_group(group)

@@ -30,10 +30,20 @@ class Starter:
     Args:
         wait_s: how long to wait for nodes and for their resources.
         collective_s: deadline of every collective of a process group.
+        tell: gets a line for people when something is waited for.
     """
 
-    def __init__(self, needed: Sequence[Demand], *, mode: Any, wait_s: float, collective_s: float) -> None:
+    def __init__(
+        self,
+        needed: Sequence[Demand],
+        *,
+        mode: Any,
+        wait_s: float,
+        collective_s: float,
+        tell: Callable[[str], None],
+    ) -> None:
         self._needed, self._mode, self._wait_s, self._collective_s = needed, mode, wait_s, collective_s
+        self._tell = tell
         self._groups: list[ActorGroup] = []
         self._reservation: PlacementGroup | None = None
         self.plan = Plan(())
@@ -48,8 +58,8 @@ class Starter:
         Raises:
             CapacityError: the cluster is too small, or does not free what is planned in time.
         """
-        self.plan = await plan_when_ready(self._needed, mode=self._mode, wait_s=self._wait_s)
-        self._reservation = await reserve(self.plan, wait_s=self._wait_s)
+        self.plan = await plan_when_ready(self._needed, mode=self._mode, wait_s=self._wait_s, tell=self._tell)
+        self._reservation = await reserve(self.plan, wait_s=self._wait_s, tell=self._tell)
 
     async def place_again(self, deadline_s: float) -> None:
         """Ends all actors and starts as many on the nodes that there are now; returns when they are ready.
@@ -141,9 +151,11 @@ class Starter:
 
 
 @asynccontextmanager
-async def placed(needed: Sequence[Demand], *, mode: Any, wait_s: float, collective_s: float) -> AsyncIterator[Starter]:
+async def placed(
+    needed: Sequence[Demand], *, mode: Any, wait_s: float, collective_s: float, tell: Callable[[str], None]
+) -> AsyncIterator[Starter]:
     """Places what is needed; on exit all actors are ended and their resources are free."""
-    starter = Starter(needed, mode=mode, wait_s=wait_s, collective_s=collective_s)
+    starter = Starter(needed, mode=mode, wait_s=wait_s, collective_s=collective_s, tell=tell)
     try:
         await starter.place()
         yield starter

@@ -61,7 +61,13 @@ EVALUATION_STEP = -1  # stands in for a step in the seeds of held-out samples: t
 def starting(config: Config, needed: Sequence[Demand]) -> AbstractAsyncContextManager[Starter]:
     """Places what is needed; on exit all actors are ended and their resources are free."""
     placement = config.placement
-    return placed(needed, mode=placement.mode, wait_s=placement.wait_s, collective_s=config.deadlines.learn_s)
+    return placed(
+        needed,
+        mode=placement.mode,
+        wait_s=placement.wait_s,
+        collective_s=config.deadlines.learn_s,
+        tell=say,
+    )
 
 
 async def start_engines(config: Config, starter: Starter, *, version: int | None) -> ActorGroup:
