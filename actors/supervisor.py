@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from actors.group import ActorGroup
 from actors.inspection import Evidence, inspect, kill
 from actors.starter import Starter
-from orchestrator.concurrency import together
-from orchestrator.errors import DeadlineExceeded, RlhfError, RoleError
+from orchestrator.concurrency import cancel, together
+from orchestrator.errors import DeadlineExceeded, RlhfError, RoleDied, RoleError
 from orchestrator.failures import ANSWERABLE, LEARNERS, Action, Failure, FailurePolicy
 from orchestrator.telemetry import Telemetry
 
@@ -86,7 +86,7 @@ class RaySupervisor:
             await kill(
                 [group.whereabouts[rank] for rank in group.restarted_with(error.rank) if rank in group.whereabouts]
             )
-            await group.restart(error.rank, self._start_s)
+            await self._while_placed(group.restart(error.rank, self._start_s))
             self._recovered(action, started)
 
     async def until_done(self, work: Callable[[], Awaitable[T]]) -> T:
@@ -122,7 +122,23 @@ class RaySupervisor:
         await kill([process for group in learners for process in group.whereabouts.values()])
         for group in learners:
             await group.replace(range(len(group)))
-        await together(group.await_ready(self._start_s) for group in learners)
+        await self._while_placed(together(group.await_ready(self._start_s) for group in learners))
+
+    async def _while_placed(self, start: Coroutine[Any, Any, Any]) -> None:
+        """Awaits a start; an actor of a node that is gone would never be ready, and Ray takes seconds to say so.
+
+        Raises:
+            RoleDied: a node of the plan went.
+        """
+        starting = asyncio.ensure_future(start)
+        try:
+            while not starting.done():
+                await asyncio.wait([starting], timeout=1.0)
+                if not starting.done() and not self._starter.is_placed():
+                    raise RoleDied("node", 0, "start", "a node of the placement plan is gone")
+            await starting
+        finally:
+            await cancel([starting])
 
     async def _place_again(self) -> None:
         await kill([process for group in self._starter.groups for process in group.whereabouts.values()])
