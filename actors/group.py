@@ -90,24 +90,19 @@ class ActorGroup:
     def __len__(self) -> int:
         return len(self.actors)
 
-    async def await_ready(self, deadline_s: float) -> None:
-        """Waits until all constructors have finished; raises what the first failing one raised."""
-        found = await self.call_all(Process.ready, deadline_s)
-        self.whereabouts = dict(enumerate(found))
+    async def await_ready(self, deadline_s: float, ranks: Sequence[int] | None = None) -> None:
+        """Waits until constructors (null: all) have finished; raises what the first failing one raised."""
+        ranks = range(len(self)) if ranks is None else ranks
+        found = await together(self.call(rank, Process.ready, deadline_s) for rank in ranks)
+        self.whereabouts.update(zip(ranks, found, strict=True))
         self.busy.take()
 
-    async def restart(self, rank: int, deadline_s: float) -> None:
-        """A new actor in the place of this rank's, and of all others of a whole group; returns when it is ready."""
-        ranks = self.restarted_with(rank)
-        await self.replace(ranks)
-        found = await together(self.call(item, Process.ready, deadline_s) for item in ranks)
-        self.whereabouts.update(zip(ranks, found, strict=True))
-
     def restarted_with(self, rank: int) -> Sequence[int]:
+        """The ranks that get a new actor when this one does."""
         return range(len(self)) if self.is_whole else [rank]
 
-    async def replace(self, ranks: Sequence[int]) -> None:
-        """Ends these actors and starts new ones, whose constructors run on."""
+    async def renew(self, ranks: Sequence[int], deadline_s: float) -> None:
+        """Ends these actors and starts new ones in their places; returns when they are ready."""
         if self.start is None:
             raise ValueError(f"nobody said how to start {self.role} again")
         for rank in ranks:
@@ -116,6 +111,7 @@ class ActorGroup:
             self.whereabouts.pop(rank, None)
         for rank, actor in (await self.start(ranks)).items():
             self.actors[rank] = actor
+        await self.await_ready(deadline_s, ranks)
 
     async def call(self, rank: int, method: Callable[..., R], deadline_s: float, *args: Any, **kwargs: Any) -> R:
         """Awaits one method of one actor."""

@@ -211,12 +211,6 @@ class RayRecorder:
         self._turn = itertools.cycle(range(len(group)))
 
     async def record(self, shard: ScoredShard, *, kl_coefficient: float, file: str) -> tuple[Handle, ShardRecord]:
-        scores = {
-            "logprobs": list(shard.old_logprobs),
-            "ref_logprobs": list(shard.ref_logprobs),
-            "values": list(shard.values),
-            "rewards": list(shard.rewards),
-        }
         rank = next(self._turn)
         return await _kept(
             self._supervisor,
@@ -226,7 +220,7 @@ class RayRecorder:
                 RecorderWorker.record,
                 self._record_s,
                 shard.rollout.handle,
-                scores,
+                shard.scores(),
                 kl_coefficient=kl_coefficient,
                 file=file,
             ),

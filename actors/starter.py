@@ -9,14 +9,16 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.cluster import alive_nodes, environment, plan_when_ready, reserve
-from actors.group import ActorGroup
+from actors.group import ActorGroup, Start
 from actors.learning.distributed import Group
 from actors.process import Process, free_port
 from orchestrator.concurrency import together
+from orchestrator.errors import RoleDied
 from orchestrator.scheduling.plan import Demand, Plan, Slot
 
 PORT_DEADLINE_S = 60.0
@@ -70,9 +72,7 @@ class Starter:
         """
         self.close()
         await self.place()
-        for group in self._groups:
-            await group.replace(range(len(group)))
-        await together(group.await_ready(deadline_s) for group in self._groups)
+        await together(group.renew(range(len(group)), deadline_s) for group in self._groups)
 
     def is_placed(self) -> bool:
         """Whether all nodes of the plan are there."""
@@ -94,7 +94,7 @@ class Starter:
             slots = self.plan.of(role)
             return {rank: self._actor(slots[rank], worker, arguments(slots[rank])) for rank in ranks}
 
-        return await self._started(ActorGroup(role, [], start), len(self.plan.of(role)))
+        return await self._started(role, start, is_whole=False)
 
     async def ranks(self, role: str, worker: type[Any], settings: Any) -> ActorGroup:
         """Actors whose ranks form one process group; returns at once, constructors run on."""
@@ -117,13 +117,12 @@ class Starter:
                 rank: self._actor(slots[rank], worker, {"settings": settings, "group": groups[rank]}) for rank in ranks
             }
 
-        num_ranks = len(self.plan.of(role))
-        return await self._started(ActorGroup(role, [], start, is_whole=True), num_ranks)
+        return await self._started(role, start, is_whole=True)
 
-    async def _started(self, group: ActorGroup, num_ranks: int) -> ActorGroup:
-        if group.start is not None:
-            started = await group.start(range(num_ranks))
-            group.actors = [started[rank] for rank in range(num_ranks)]
+    async def _started(self, role: str, start: Start, *, is_whole: bool) -> ActorGroup:
+        ranks = range(len(self.plan.of(role)))
+        started = await start(ranks)
+        group = ActorGroup(role, [started[rank] for rank in ranks], start, is_whole=is_whole)
         self._groups.append(group)
         return group
 
@@ -139,12 +138,20 @@ class Starter:
         return served.options(**options).remote(**arguments)
 
     async def _rendezvous(self, slots: Sequence[Slot]) -> tuple[str, int]:
-        """Address and free port on the node of rank 0, where the ranks meet. A group of one needs no port."""
+        """Address and free port on the node of rank 0, where the ranks meet. A group of one needs no port.
+
+        Raises:
+            RoleDied: that node does not answer.
+        """
         first, *others = slots
         if not others:
             return first.address, 0
         port = ray.remote(free_port).options(num_cpus=first.cpu_share, scheduling_strategy=self._at(first)).remote()
-        return first.address, await asyncio.wait_for(port, PORT_DEADLINE_S)
+        try:
+            return first.address, await asyncio.wait_for(port, PORT_DEADLINE_S)
+        except (TimeoutError, RayError) as error:
+            cause = f"the node {first.address} of rank 0 named no port within {PORT_DEADLINE_S:g} s: {error!r}"
+            raise RoleDied(first.role, 0, "start", cause) from error
 
     def _at(self, slot: Slot) -> PlacementGroupSchedulingStrategy:
         return PlacementGroupSchedulingStrategy(self._reservation, self.plan.slots.index(slot))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
@@ -83,10 +83,7 @@ class RaySupervisor:
             if action is not Action.RESTART_ACTOR:
                 raise error
             started = monotonic()
-            await kill(
-                [group.whereabouts[rank] for rank in group.restarted_with(error.rank) if rank in group.whereabouts]
-            )
-            await self._while_placed(group.restart(error.rank, self._start_s))
+            await self._start_anew({group.role: group.restarted_with(error.rank)})
             self._recovered(action, started)
 
     async def until_done(self, work: Callable[[], Awaitable[T]]) -> T:
@@ -105,7 +102,8 @@ class RaySupervisor:
             started = monotonic()
             try:
                 if action is Action.RESTART_LEARNERS:
-                    await self._restart_learners()
+                    learners = [group for group in self._starter.groups if group.role in LEARNERS]
+                    await self._start_anew({group.role: range(len(group)) for group in learners})
                 elif action is Action.PLACE_AGAIN:
                     await self._place_again()
                 else:
@@ -117,12 +115,13 @@ class RaySupervisor:
                 continue
             return self._recovered(action, started)
 
-    async def _restart_learners(self) -> None:
-        learners = [group for group in self._starter.groups if group.role in LEARNERS]
-        await kill([process for group in learners for process in group.whereabouts.values()])
-        for group in learners:
-            await group.replace(range(len(group)))
-        await self._while_placed(together(group.await_ready(self._start_s) for group in learners))
+    async def _start_anew(self, ranks: Mapping[str, Sequence[int]]) -> None:
+        """New processes for these ranks, by role. SIGKILL ends the old ones, even stopped ones."""
+        groups = [group for group in self._starter.groups if group.role in ranks]
+        await kill(
+            [process for group in groups for rank, process in group.whereabouts.items() if rank in ranks[group.role]]
+        )
+        await self._while_placed(together(group.renew(ranks[group.role], self._start_s) for group in groups))
 
     async def _while_placed(self, start: Coroutine[Any, Any, Any]) -> None:
         """Awaits a start; an actor of a node that is gone would never be ready, and Ray takes seconds to say so.

@@ -34,6 +34,7 @@ from jobs.settings import (
     common_settings,
     critic_path,
     demands,
+    engines_sleep,
     experience_settings,
     learner_settings,
     loop_settings,
@@ -58,21 +59,26 @@ from orchestrator.types import Prompt
 EVALUATION_STEP = -1  # stands in for a step in the seeds of held-out samples: the same at every evaluation
 
 
-def starting(config: Config, needed: Sequence[Demand]) -> AbstractAsyncContextManager[Starter]:
-    """Places what is needed; on exit all actors are ended and their resources are free."""
+def starting(
+    config: Config, needed: Sequence[Demand], tell: Callable[[str], None] = say
+) -> AbstractAsyncContextManager[Starter]:
+    """Places what is needed; on exit all actors are ended and their resources are free.
+
+    Args:
+        tell: gets a line for people when something is waited for.
+    """
     placement = config.placement
     return placed(
         needed,
         mode=placement.mode,
         wait_s=placement.wait_s,
         collective_s=config.deadlines.learn_s,
-        tell=say,
+        tell=tell,
     )
 
 
 async def start_engines(config: Config, starter: Starter, *, version: int | None) -> ActorGroup:
     """The rollout engines, at `version` from the start, or (None) out of service until the first publish."""
-    on_shared_gpu = config.placement.mode == "colocated" and config.rollout.gpus_per_engine > 0
 
     def arguments(slot: Slot) -> Mapping[str, Any]:
         settings = EngineSettings(
@@ -87,7 +93,7 @@ async def start_engines(config: Config, starter: Starter, *, version: int | None
             kv_cache_gib=config.rollout.kv_cache_gib,
             gpu_memory_utilization=config.rollout.gpu_memory_utilization,
             tensor_parallel_size=config.rollout.tensor_parallel_size,
-            sleep_mode=on_shared_gpu,
+            sleep_mode=engines_sleep(config),
             trust_remote_code=config.model.trust_remote_code,
         )
         return {
@@ -182,7 +188,12 @@ async def ppo_coordinator(
     on_placed: Callable[[Starter], None],
 ) -> AsyncIterator[Coordinator]:
     """A coordinator whose actors are ready; they end with the context."""
-    async with starting(config, demands(config, learning=True)) as starter:
+
+    def tell(what: str) -> None:
+        telemetry.event("waiting", what=what)
+        say(what)
+
+    async with starting(config, demands(config, learning=True), tell) as starter:
         on_placed(starter)
         groups = await start_learners(config, starter, reward_path)
         groups |= await start_scorers(config, starter, reward_path)
@@ -232,7 +243,7 @@ def _coordinator(
     rollouts = RayRollouts(
         groups["rollout"],
         generate_s=limits.generate_s,
-        sleeps=config.placement.mode == "colocated" and config.rollout.gpus_per_engine > 0,
+        sleeps=engines_sleep(config),
         supervisor=supervisor,
         catch_up=publisher.catch_up,
     )

@@ -95,6 +95,11 @@ def learner_settings(config: Config, learner: LearnerConfig) -> LearnerSettings:
     )
 
 
+def engines_sleep(config: Config) -> bool:
+    """Whether engines share GPUs with learners, so that they sleep while those compute."""
+    return config.placement.mode == "colocated" and config.rollout.gpus_per_engine > 0
+
+
 def demands(config: Config, *, learning: bool) -> list[Demand]:
     """What the roles need: for PPO and replay all of them, with `learning` off only the engines."""
     rollout, reward = config.rollout, config.reward

@@ -114,8 +114,8 @@ def _deed(event: Event) -> str | None:
             f"{get('bound')}: {get('action')}"
         ),
         "pause_ended": lambda: f"the pause was ended, step {get('step')}",
-        "stop_requested": lambda: f"asked to stop by {get('signal')}, step {get('step')}; saved: {get('saved')}",
-        "waiting": lambda: f"waits for {get('what')}",
+        "stop_requested": lambda: f"asked to stop, step {get('step')}; last checkpoint: {get('saved')}",
+        "waiting": lambda: brief(get("what")),
     }
     return texts[event.kind]() if event.kind in texts else None
 
@@ -144,7 +144,7 @@ def _now(facts: Facts, state: State, failure: FirstFailure | None) -> Iterator[s
         yield from _living(facts, state, beat)
         if events and events[-1].kind == "waiting":
             since = duration(facts.now - events[-1].time)
-            yield f"waits for {brief(events[-1].fields.get('what'))}, for {since}"
+            yield f"{brief(events[-1].fields.get('what'))}, for {since}"
         if any(event.kind == "stop_requested" for event in events):
             yield "it was asked to stop: it saves and ends"
     else:

@@ -90,6 +90,15 @@ class ScoredShard:
     values: Sequence[Handle]
     rewards: Sequence[Handle]
 
+    def scores(self) -> dict[str, list[Handle]]:
+        """The handles by what they hold, as a recorder takes them."""
+        return {
+            "logprobs": list(self.old_logprobs),
+            "ref_logprobs": list(self.ref_logprobs),
+            "values": list(self.values),
+            "rewards": list(self.rewards),
+        }
+
 
 @dataclass(frozen=True, eq=False)
 class EvaluatedShard:

@@ -27,13 +27,7 @@ class LocalRecorder:
         self._worker = RecorderWorker(ExperienceSettings(), "run-1")
 
     async def record(self, shard: ScoredShard, *, kl_coefficient: float, file: str) -> tuple[Handle, ShardRecord]:
-        scores = {
-            "logprobs": list(shard.old_logprobs),
-            "ref_logprobs": list(shard.ref_logprobs),
-            "values": list(shard.values),
-            "rewards": list(shard.rewards),
-        }
-        return self._worker.record(shard.rollout.handle, scores, kl_coefficient=kl_coefficient, file=file)
+        return self._worker.record(shard.rollout.handle, shard.scores(), kl_coefficient=kl_coefficient, file=file)
 
     async def load(self, record: ShardRecord, *, file: str) -> Handle:
         return self._worker.load(record, file=file)[0]

@@ -68,6 +68,11 @@ class Run:
             self.event("stage_finished", stage="reward_model")
         self.event("stage_started", attempt)
 
+    def answered(self, failure: dict[str, Any], action: str, *, seconds: float = 42.4, step: int) -> None:
+        self.event("failure", **failure)
+        self.event("recovery", action=action, roles=[failure["role"]], used=1, budget=5)
+        self.event("recovered", action=action, seconds=seconds, step=step, relearned=2)
+
     def steps(self, committed: int, learned: int, checkpoint: int | None) -> None:
         for step in range(committed):
             (self.folder / "log" / f"step-{step:06d}").mkdir(parents=True)
@@ -137,18 +142,16 @@ def test_a_live_run_tells_what_it_waits_for_how_long_and_against_which_deadline(
 
 def test_a_wait_for_capacity_is_told_while_nothing_came_after_it(run):
     run.begin()
-    run.event("waiting", what="1 node with 2 CPUs, at most 300 s")
+    run.event("waiting", what="waiting up to 300 s for nodes to join: 2 CPUs short")
     run.beat()
-    assert any("waits for 1 node with 2 CPUs" in line for line in run.explain().now)
+    assert any("nodes to join: 2 CPUs short, for " in line for line in run.explain().now)
     run.event("placed", plan=[])
     assert not any("CPUs" in line for line in run.explain().now)
 
 
 def test_a_frozen_engine_that_was_replaced_is_named_with_its_evidence(run):
     run.begin()
-    run.event("failure", **ENGINE_FROZE)
-    run.event("recovery", action="restart actor", roles=["rollout"], used=1, budget=5)
-    run.event("recovered", action="restart actor", seconds=42.4, step=3, relearned=2)
+    run.answered(ENGINE_FROZE, "restart actor", step=3)
     run.beat()
     explained = run.explain()
     failure = explained.first_failure
@@ -170,9 +173,7 @@ def test_a_frozen_engine_that_was_replaced_is_named_with_its_evidence(run):
 
 def test_the_first_failure_is_that_which_nothing_was_recovered_from(run):
     run.begin()
-    run.event("failure", **ENGINE_FROZE)
-    run.event("recovery", action="restart actor", roles=["rollout"], used=1, budget=2)
-    run.event("recovered", action="restart actor", seconds=42.4, step=3)
+    run.answered(ENGINE_FROZE, "restart actor", step=3)
     run.event("failure", **POLICY_DIED)
     run.event("recovery", action="restart learners", roles=["policy"], used=2, budget=2)
     run.event("failure", **{**POLICY_DIED, "role": "critic"})
@@ -189,9 +190,7 @@ def test_the_first_failure_is_that_which_nothing_was_recovered_from(run):
 
 def test_a_learner_that_died_and_was_replaced_leaves_the_run_alive(run):
     run.begin()
-    run.event("failure", **POLICY_DIED)
-    run.event("recovery", action="restart learners", roles=["policy"], used=1, budget=5)
-    run.event("recovered", action="restart learners", seconds=90.0, step=5, relearned=2)
+    run.answered(POLICY_DIED, "restart learners", seconds=90.0, step=5)
     run.beat()
     explained = run.explain()
     assert explained.state == "running"
@@ -275,7 +274,7 @@ def test_an_attempt_that_never_beat_is_starting_and_later_dead(run):
 
 def test_a_stop_that_was_asked_for_is_no_failure(run):
     run.begin()
-    run.event("stop_requested", signal="SIGTERM", saved=True, step=7)
+    run.event("stop_requested", saved="step-000005", step=7)
     run.beat()
     assert "it was asked to stop: it saves and ends" in run.explain().now
     run.event("stage_failed", error="CancelledError: ")
@@ -283,7 +282,7 @@ def test_a_stop_that_was_asked_for_is_no_failure(run):
     explained = run.explain()
     assert explained.state == "stopped"
     assert explained.first_failure is None
-    assert "asked to stop by SIGTERM, step 7; saved: True" in text(explained)
+    assert "asked to stop, step 7; last checkpoint: step-000005" in text(explained)
 
 
 def test_a_resumed_run_tells_of_earlier_attempts_in_a_line_each(run):
