@@ -14,11 +14,11 @@ import logging
 import shutil
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from orchestrator.concurrency import together
+from orchestrator.concurrency import cancel, together
 from orchestrator.errors import RlhfError, StorageError
 from orchestrator.roles import Learner
 from orchestrator.storage import (
@@ -77,6 +77,7 @@ class Checkpoints:
         self._grace_s = grace_s
         self._fence = fence
         self._damaged: set[Path] = set()
+        self._saving: asyncio.Future[None] | None = None
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -85,6 +86,22 @@ class Checkpoints:
         due = state.step == self._last_step or (self._every_steps and state.step % self._every_steps == 0)
         if due and state.step and self._path(state.step) not in self.complete():
             await self.save(state)
+
+    async def begin_if_due(self, state: State, phase: AbstractContextManager[None]) -> None:
+        """As `save_if_due`, in `phase` and beside the loop: returns at once. Nothing is to be learned before `settled`."""
+
+        async def save() -> None:
+            with phase:
+                await self.save_if_due(state)
+
+        await self.settled()
+        self._saving = asyncio.ensure_future(save())
+
+    async def settled(self) -> None:
+        """Waits for the save that was begun, and raises what it met."""
+        if self._saving is not None:
+            await asyncio.shield(self._saving)
+            self._saving = None
 
     async def save(self, state: State) -> None:
         """Writes a checkpoint under a temporary name, renames it, proves it on disk, then retires old ones.
@@ -110,16 +127,24 @@ class Checkpoints:
     @asynccontextmanager
     async def saved_on_stop(self) -> AsyncIterator[Callable[[State | None], None]]:
         """Yields a function to be told where the learners stand, None while they learn. A stop (cancellation) of the
-        body saves that state, within the grace period; without it the log leads there all the same."""
+        body saves that state, within the grace period; without it the log leads there all the same. No save that was
+        begun runs on beyond the context."""
         standing: list[State | None] = [None]
         try:
             yield lambda state: standing.__setitem__(0, state)
+            await self.settled()
         except asyncio.CancelledError:
-            (state,) = standing
-            if state is not None and state.step and self._path(state.step) not in self.complete():
-                with suppress(RlhfError, TimeoutError):
-                    await asyncio.wait_for(self.save(state), self._grace_s)
+            with suppress(RlhfError, TimeoutError):
+                await asyncio.wait_for(self._save_standing(*standing), self._grace_s)
             raise
+        finally:
+            saving, self._saving = self._saving, None
+            await cancel([saving] if saving else [])
+
+    async def _save_standing(self, state: State | None) -> None:
+        await self.settled()
+        if state is not None and state.step and self._path(state.step) not in self.complete():
+            await self.save(state)
 
     async def restore(self) -> State | None:
         """Loads the newest undamaged checkpoint into the learners. None: there is none at all.

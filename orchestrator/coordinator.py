@@ -103,6 +103,7 @@ class Coordinator(Relearning):
                 with self.telemetry.step(state.step) as record:
                     with self.telemetry.phase("generate"):
                         rollouts = await self.sampler.next()
+                    await self.checkpoints.settled()
                     with self.telemetry.phase("score"):
                         scored = await self.score(rollouts)
                     with self.telemetry.phase("commit"):
@@ -115,9 +116,8 @@ class Coordinator(Relearning):
                     standing_at(state)
                     record(await self.meter(state.version))
                     record(await self.publish(state))
-                with self.telemetry.phase("save"):
-                    await self.checkpoints.save_if_due(state)
                 await self.evaluation.run_if_due(state)
+                await self.checkpoints.begin_if_due(state, self.telemetry.phase("save"))
         return state
 
     async def restore(self, initial: State) -> State:

@@ -20,7 +20,7 @@ PHASES: Mapping[str, str] = MappingProxyType(
         "commit": "assembling experience and writing it durably",
         "learn": "policy and critic updates",
         "publish": "bringing new weights to every engine and proving it",
-        "save": "saving a checkpoint",
+        "save": "saving a checkpoint, beside sampling",
         "evaluate": "evaluating on held-out prompts",
     }
 )

@@ -77,7 +77,7 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         tensors = self._unpacker.add(update_info.bucket)
         received = perf_counter()
         for name, tensor in tensors:
-            self._verifier.expect(name, tensor)
+            self._verifier.expect(name, tensor, update_info.bucket.checksums[name])
         expected = perf_counter()
         self.model.load_weights(iter(tensors))
         self.seconds["receive"] += received - started

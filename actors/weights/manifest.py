@@ -3,6 +3,9 @@
 The trainer plans once (names, dtypes and shapes are known without gathering anything), then packs tensor by tensor
 into buckets of bounded size. A tensor's checksum travels in the bucket that holds its last byte, so neither side
 ever holds more than one bucket and one tensor. Buckets are plain uint8 arrays: whatever carries arrays carries them.
+
+Zeros travel as +0, and so do subnormals: matrix units flush them, and a receiver that asks its layers what they
+multiply with could not tell them apart.
 """
 
 from __future__ import annotations
@@ -111,7 +114,16 @@ def raw_bytes(tensor: torch.Tensor) -> Bytes:
 def checksum(data: Bytes | torch.Tensor) -> str:
     """BLAKE3 of the bytes, 256 bits in hexadecimal."""
     array = raw_bytes(data) if isinstance(data, torch.Tensor) else data
-    return blake3(array.data).hexdigest()
+    return blake3(array.data, max_threads=blake3.AUTO).hexdigest()
+
+
+def canonical(tensor: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The same values, but +0 for -0 and for subnormals; NaN stays."""
+    if not tensor.is_floating_point():
+        return tensor.clone() if out is None else out.copy_(tensor)
+    info = torch.finfo(tensor.dtype)
+    shrunk: torch.Tensor = torch.hardshrink(tensor, info.tiny * (1 - info.eps), out=out)
+    return shrunk
 
 
 def pack(header: WeightHeader, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Bucket]:
@@ -123,19 +135,22 @@ def pack(header: WeightHeader, tensors: Iterable[tuple[str, torch.Tensor]]) -> I
     buffer, checksums, index = np.zeros(header.bucket_size(0), np.uint8), dict[str, str](), 0
     pairs = iter(tensors)
     for number, spec in enumerate(header.tensors):
-        source = raw_bytes(_checked(spec, next(pairs, None)))
-        digest = checksum(source)
+        source = _checked(spec, next(pairs, None)).detach().to("cpu").contiguous().reshape(-1)
+        digest = blake3(max_threads=blake3.AUTO)
         position, done = header.start(number), 0
-        while done < source.size:
+        while done < spec.num_bytes:
             if position >= (index + 1) * header.bucket_bytes:
                 yield Bucket(index, buffer, checksums)
                 index += 1
                 buffer, checksums = np.zeros(header.bucket_size(index), np.uint8), {}
             offset = position - index * header.bucket_bytes
-            size = min(source.size - done, buffer.size - offset)
-            buffer[offset : offset + size] = source[done : done + size]
+            size = min(spec.num_bytes - done, buffer.size - offset)
+            part = buffer[offset : offset + size]
+            first, last = (at // source.element_size() for at in (done, done + size))
+            canonical(source[first:last], out=torch.from_numpy(part).view(source.dtype))
+            digest.update(part.data)
             position, done = position + size, done + size
-        checksums[spec.name] = digest
+        checksums[spec.name] = digest.hexdigest()
     extra = next(pairs, None)
     if extra is not None:
         raise PublishError(

@@ -5,8 +5,8 @@ parameter is emptied, or, for a tied lm_head, stays and is no longer looked at. 
 identity matrix as input the product is the transposed weight, exactly, for every other product is an exact zero. The
 lm_head is asked through `compute_logits`, which is what sampling goes through. All other parameters are read as bytes.
 
-Comparison is by BLAKE3 digests, so that nothing of the sent weights has to be kept. Probed tensors are compared as
-values: -0 counts as 0, and so do subnormals, which matrix units flush.
+Comparison is by BLAKE3 digests, so that nothing of the sent weights has to be kept. They hold no -0 and no subnormals,
+which products would not give back.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from actors.weights.manifest import TensorSpec, Verify, check_names, checksum, listed
+from actors.weights.manifest import TensorSpec, Verify, canonical, check_names, checksum, listed
 from orchestrator.errors import PublishError
 
 SAMPLED_FRACTION = 1 / 16
@@ -81,8 +81,8 @@ class Verifier:
         """Raises PublishError naming tensors that the model needs and the trainer lacks, or the reverse."""
         check_names(names, needed=self._places, optional=self._tied)
 
-    def expect(self, name: str, tensor: torch.Tensor) -> None:
-        """Remembers what every place of `name` must give back."""
+    def expect(self, name: str, tensor: torch.Tensor, digest: str) -> None:
+        """Remembers what every place of `name` must give back. `digest` is the checksum of `tensor`."""
         if self._mode == "checksums":
             return
         places = self._places.get(name)
@@ -92,8 +92,8 @@ class Verifier:
         for place in places:
             value = tensor.to(self._parameter(place).dtype)
             if self._is_prepacked(place):
-                value = _canonical(self._columns_of(value))
-            digests[place] = checksum(value)
+                value = _flushed(self._columns_of(value))
+            digests[place] = digest if value is tensor else checksum(value)
         self._expected[name] = (tensor.shape[0] if tensor.dim() else 1, digests)
 
     def expect_checksum(self, spec: TensorSpec, digest: str) -> None:
@@ -143,7 +143,7 @@ class Verifier:
         width = module.embedding_dim if isinstance(module, ParallelLMHead) else module.input_size_per_partition
         dtype, columns = self._parameter(place).dtype, self._columns(width)
         blocks = [self._probe(module, part, width, dtype) for part in columns.split(PROBE_ROWS)]
-        return _canonical(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1))
+        return _flushed(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1))
 
     def _probe(self, module: nn.Module, columns: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
         """Columns [:, columns] of the weight that `module` multiplies with."""
@@ -169,10 +169,9 @@ class Verifier:
         return weight if self._mode == "full" else weight[:, self._columns(weight.shape[1])]
 
 
-def _canonical(tensor: torch.Tensor) -> torch.Tensor:
-    """-0 and subnormals become 0; all else stays."""
-    info = torch.finfo(tensor.dtype)
-    return nn.functional.hardshrink(tensor, info.tiny * (1 - info.eps))
+def _flushed(tensor: torch.Tensor) -> torch.Tensor:
+    """Without the subnormals that a cast to float16 makes anew; other dtypes have the exponents of those sent."""
+    return canonical(tensor) if tensor.dtype == torch.float16 else tensor
 
 
 def _transposed(matrix: torch.Tensor, block: int = 512) -> torch.Tensor:

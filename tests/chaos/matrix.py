@@ -44,11 +44,13 @@ Blow = dict[str, Any]
 
 
 def blows(role: str, *, seed: int, kind: str = "KILL", **more: Any) -> list[Blow]:
-    """One blow in every phase, each in a step of its own; steps 1, 3 and 5 end with a checkpoint."""
+    """One blow in every phase, each in a step of its own. Beside the sampling of steps 2, 4 and 6 the state before them
+    is saved."""
     delays = random.Random(f"{role} {seed}")
+    steps = {phase: step for step, phase in enumerate(PHASES)} | {"save": STEPS - 1}
     return [
         {"step": step, "phase": phase, "role": role, "signal": kind, "delay_s": delays.uniform(0, 0.2), **more}
-        for step, phase in enumerate(PHASES)
+        for phase, step in steps.items()
     ]
 
 
@@ -198,12 +200,12 @@ def one_node(folder: Path) -> Iterator[Field]:
 
 
 @contextmanager
-def hosts_that_die(folder: Path) -> Iterator[Field]:
-    """Three hosts; a worker that dies joins again."""
+def hosts_that_die(folder: Path, *, comes_back: bool) -> Iterator[Field]:
+    """Three hosts; a worker that dies joins again, or stays away."""
     short = Path("/tmp") / f"ch{os.getpid()}"
     short.mkdir()
     try:
-        with three_nodes(short, comes_back=True) as cluster:
+        with three_nodes(short, comes_back=comes_back) as cluster:
             yield Field(folder, f"{cluster.head.address}:6379", _on(cluster), cluster.environment)
     finally:
         shutil.rmtree(short, ignore_errors=True)
@@ -264,7 +266,7 @@ def in_parts(field: Field, run_id: str, ends: Sequence[int]) -> Outcome:
 
 
 def main(rows: Sequence[str]) -> int:
-    wanted = set(rows or (*ROLES, "driver", "one-engine", "parts", "throughput", "staleness", "raylet"))
+    wanted = set(rows or (*ROLES, "driver", "one-engine", "parts", "throughput", "staleness", "raylet", "lost-host"))
     folder = Path("/tmp") / f"chaos{os.getpid()}"
     folder.mkdir()
     with one_node(folder) as here:
@@ -286,8 +288,11 @@ def main(rows: Sequence[str]) -> int:
             outcome = here.run("staleness", plan, *overrides)
             report.add("staleness 1", outcome, here.replay(outcome))
     if "raylet" in wanted:
-        with hosts_that_die(folder) as hosts:
+        with hosts_that_die(folder, comes_back=True) as hosts:
             report.add("raylet", hosts.run("raylet", raylet_blows(0)))
+    if "lost-host" in wanted:
+        with hosts_that_die(folder, comes_back=False) as hosts:
+            report.add("lost host", hosts.run("lost", raylet_blows(1)[3:4]))
     console.print(report.table)
     shutil.rmtree(folder, ignore_errors=not report.failed)
     return 1 if report.failed else 0

@@ -19,7 +19,7 @@ def test_a_run_in_which_each_kind_of_process_was_killed_ends_as_a_quiet_one(here
         blow("reward", 2, "generate"),
         blow("policy", 3, "learn"),
         blow("critic", 4, "publish"),
-        blow("driver", 5, "save"),
+        blow("driver", 6, "save"),
     ]
     outcome = here.run("killed", plan)
     assert outcome.struck == len(plan)

@@ -74,6 +74,11 @@ class FakeLearner:
     diary: Diary
     learned: list[int] = field(default_factory=list)
     metrics_of_step: Mapping[int, Metrics] = field(default_factory=dict)
+    may_save: asyncio.Event = field(default_factory=asyncio.Event)
+    """Saves wait for it; set from the start."""
+
+    def __post_init__(self) -> None:
+        self.may_save.set()
 
     async def score(self, shard: RolloutShard) -> Sequence[Handle]:
         await asyncio.sleep(0)
@@ -86,6 +91,7 @@ class FakeLearner:
         return {"loss": 1.0, "epochs": 1.0, **self.metrics_of_step.get(experience.step, {})}
 
     async def save(self, folder: Path) -> None:
+        await self.may_save.wait()
         (folder / "weights.txt").write_text(",".join(map(str, self.learned)), encoding="utf-8")
 
     async def load(self, folder: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from orchestrator.checkpoints import Checkpoints
 from orchestrator.coordinator import Coordinator, LoopSettings
-from orchestrator.errors import RewardError, RoleDied
+from orchestrator.errors import RewardError, RoleDied, StorageError
 from orchestrator.experience_log import ExperienceLog
 from orchestrator.failures import Unsupervised
 from orchestrator.guards import Guard, Guards, acted_before
@@ -256,6 +256,53 @@ async def test_a_stop_while_learning_saves_nothing_half_learned(tmp_path: Path) 
         await running
     assert coordinator.checkpoints.complete() == []
     assert (await world.coordinator().run(State(0, 0.1))).step == 3
+
+
+async def test_a_save_runs_beside_sampling_and_learning_waits_for_it(tmp_path: Path) -> None:
+    world = World(tmp_path, steps=3, every_steps=1)
+    coordinator = world.coordinator()
+    world.policy.may_save.clear()
+    running = asyncio.ensure_future(coordinator.run(State(0, 0.1)))
+    await _until(coordinator.telemetry, "save", step=1)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert world.diary.of("generate")[-2:] == [1, 1]
+    assert world.policy.learned == [0]
+    assert coordinator.checkpoints.complete() == []
+    world.policy.may_save.set()
+    assert (await running).step == 3
+    assert [path.name for path in coordinator.checkpoints.complete()] == ["step-000002", "step-000003"]
+    saved = coordinator.checkpoints.complete()[0] / "policy" / "weights.txt"
+    assert saved.read_text(encoding="utf-8") == "0,1"
+
+
+async def test_a_stop_waits_for_the_save_that_was_begun(tmp_path: Path) -> None:
+    world = World(tmp_path, steps=3, every_steps=1)
+    coordinator = world.coordinator()
+    world.policy.may_save.clear()
+    running = asyncio.ensure_future(coordinator.run(State(0, 0.1)))
+    await _until(coordinator.telemetry, "save", step=1)
+    running.cancel()
+    await asyncio.sleep(0)
+    world.policy.may_save.set()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert [path.name for path in coordinator.checkpoints.complete()] == ["step-000001"]
+
+
+async def test_a_save_that_fails_ends_the_run_before_anything_more_is_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path, steps=3, every_steps=1)
+    coordinator = world.coordinator()
+
+    async def full(folder: Path) -> None:
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(world.policy, "save", full)
+    with pytest.raises(StorageError, match="the disk is full"):
+        await coordinator.run(State(0, 0.1))
+    assert world.policy.learned == [0]
 
 
 async def _until(telemetry: Telemetry, phase: str, *, step: int | None) -> None:

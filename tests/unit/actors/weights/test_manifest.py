@@ -95,3 +95,14 @@ def test_a_trainer_that_disagrees_with_its_plan_is_refused() -> None:
         list(pack(header, [*weights.items(), ("more", torch.zeros(1))]))
     with pytest.raises(PublishError, match="distinct"):
         plan([("a", torch.float32, (1,)), ("a", torch.float32, (1,))], BUCKET)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zeros_and_subnormals_travel_as_plus_zero(dtype: torch.dtype) -> None:
+    smallest = torch.finfo(dtype).tiny
+    weights = {
+        "odd": torch.tensor([-0.0, smallest, -smallest, smallest / 2, -torch.inf, torch.nan, 1.0] * 20).to(dtype)
+    }
+    received = _unpack(_header(weights, 64), pack(_header(weights, 64), weights.items()))["odd"]
+    expected = torch.tensor([0.0, smallest, -smallest, 0.0, -torch.inf, torch.nan, 1.0] * 20).to(dtype)
+    assert torch.equal(received.view(torch.uint8), expected.view(torch.uint8))
