@@ -22,8 +22,8 @@ from orchestrator.scheduling.plan import Demand, Node, Plan, Slot, place
 # 500 to 300 tokens/s; with 3 s it stays at 3.7 GB.
 ALLOCATOR = "oversize_threshold:0,dirty_decay_ms:3000,muzzy_decay_ms:3000"
 # oneDNN keeps compiled kernels for every shape it met, torch's binding to it keeps more beside them, 1,024 each.
-# Micro-batches differ in shape: 800 of a tiny model ended at 1,100 MB, with the first at 64 at 735, with both at 445, and
-# took as long.
+# Micro-batches differ in shape: 800 of a tiny model ended at 1,100 MB, with the first at 64 at 735, with both at 445,
+# and took as long.
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "16"}
 QUIET_WAIT_S = 5.0
 PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")

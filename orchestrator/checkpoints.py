@@ -88,7 +88,7 @@ class Checkpoints:
             await self.save(state)
 
     async def begin_if_due(self, state: State, phase: AbstractContextManager[None]) -> None:
-        """As `save_if_due`, in `phase` and beside the loop: returns at once. Nothing is to be learned before `settled`."""
+        """As `save_if_due`, in `phase` and beside the loop: returns at once. Learning must wait for `settled`."""
 
         async def save() -> None:
             with phase:
