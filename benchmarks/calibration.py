@@ -1,0 +1,103 @@
+"""Fits the efficiencies of a device to measured runs, and says how well they predict others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+from scipy.optimize import least_squares
+
+from jobs.plan_work import layout_of, models_of
+from orchestrator.config import load_config
+from orchestrator.scheduling.costs import Lengths
+from orchestrator.scheduling.hardware import Device, Efficiency
+from orchestrator.simulation.run import simulate_steps
+from orchestrator.simulation.scenario import Layout, Measured, Spread
+from orchestrator.telemetry import read_lines
+
+FITTED = ("generate", "score", "learn", "publish", "step")
+FREE = ("learn", "forward", "decode", "links", "decode_step_s", "micro_batch_bytes", "step_s")
+_NO_SPREAD = Spread(1, 1)
+_ENOUGH_CACHE = 1e9  # tokens: on the CPU a shard's samples are decoded all at once
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run measured: seconds of each phase, step by step, and the lengths that its log holds."""
+
+    name: str
+    work: Measured
+    layout: Layout
+    seconds: Sequence[dict[str, float]]
+
+    def part(self, steps: slice, name: str) -> Run:
+        work = replace(self.work, of_step=self.work.of_step[steps])
+        return replace(self, name=name, work=work, seconds=self.seconds[steps])
+
+
+def read_run(folder: Path, device: Device, cores: int) -> Run:
+    """A run's steps in which policy and critic both learned, without the first of them, which pays for warming up."""
+    config = load_config(folder / "config.yaml")
+    lines = [line for line in read_lines(folder / "metrics.jsonl") if line["stage"] == "ppo" and line["kind"] == "step"]
+    learned = [line for line in lines if "policy/loss" in line["metrics"]][1:]
+    trained = folder / "reward-model"
+    of_step = tuple(_lengths(folder / "log" / f"step-{line['step']:06d}") for line in learned)
+    models = models_of(config, trained if trained.is_dir() else None)
+    work = Measured(models, config.samples_per_step, _NO_SPREAD, _NO_SPREAD, of_step)
+    seconds = [{name: line["metrics"][f"time/{name}_s"] for name in FITTED} for line in learned]
+    return Run(folder.name, work, layout_of(config, device, cores), seconds)
+
+
+def _lengths(folder: Path) -> tuple[Lengths, Lengths]:
+    tables = [
+        pq.read_table(file, columns=["prompt_tokens", "response_tokens"]) for file in sorted(folder.glob("*.parquet"))
+    ]
+    prompts, responses = (
+        np.asarray([len(tokens) for table in tables for tokens in table[name].to_pylist()], dtype=np.int64)
+        for name in ("prompt_tokens", "response_tokens")
+    )
+    return prompts, responses
+
+
+def predicted(run: Run, efficiency: Efficiency) -> Sequence[dict[str, float]]:
+    """Seconds of each phase, step by step, of the same work."""
+    layout = replace(run.layout, device=replace(run.layout.device, efficiency=efficiency))
+    steps = simulate_steps(run.work, layout, cache_tokens=_ENOUGH_CACHE, steps=len(run.seconds))
+    return [{name: step[f"time/{name}_s"] for name in FITTED} for step in steps]
+
+
+def calibrate(runs: Sequence[Run], start: Efficiency) -> Efficiency:
+    """The efficiencies that fit all phases of all runs best: least squares of log ratios, large ones counting less."""
+    begin = np.log([getattr(start, name) for name in FREE])
+
+    def residuals(logs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        efficiency = replace(start, **dict(zip(FREE, np.exp(logs).tolist(), strict=True)))
+        ratios = [
+            told[name] / measured[name]
+            for run in runs
+            for told, measured in zip(predicted(run, efficiency), run.seconds, strict=True)
+            for name in FITTED
+        ]
+        # Phases that only one figure bears on stay where they were: a weak pull towards the start.
+        return np.concatenate([np.log(ratios), 0.01 * (logs - begin)])
+
+    found = least_squares(residuals, begin, loss="soft_l1", f_scale=0.05, ftol=1e-4)
+    return replace(start, **dict(zip(FREE, np.exp(found.x).tolist(), strict=True)))
+
+
+def errors(run: Run, efficiency: Efficiency) -> dict[str, tuple[float, float, float]]:
+    """(predicted, measured, relative error) of each phase, as medians over steps."""
+    told = predicted(run, efficiency)
+    medians = {name: (median(s[name] for s in told), median(s[name] for s in run.seconds)) for name in FITTED}
+    return {name: (ours, theirs, ours / theirs - 1.0) for name, (ours, theirs) in medians.items()}
+
+
+def as_arguments(efficiency: Efficiency) -> str:
+    """As it stands in the table of devices."""
+    values = asdict(efficiency)
+    return ", ".join(f"{field.name}={values[field.name]:.3g}" for field in fields(efficiency))

@@ -1,0 +1,133 @@
+"""`python -m benchmarks.simulate [--sweep] [--peers] [--calibrate RUN_FOLDER] [--check RUN_FOLDER ...]`
+
+The simulation at scale, beside published step times, and beside runs measured here. Without an option: sweep and peers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import calibration, peers
+from orchestrator.scheduling.costs import Dimensions, LearnSettings
+from orchestrator.scheduling.hardware import CPU_CORE, DEVICES
+from orchestrator.scheduling.memory import GIB
+from orchestrator.simulation.fit import cache_tokens
+from orchestrator.simulation.run import simulate
+from orchestrator.simulation.scenario import MODELS, Layout, Spread, Work
+from orchestrator.simulation.search import Candidate, describe, search
+
+SWEPT = (1, 4, 16, 64, 256, 1024, 4096)
+SAMPLES_PER_GPU = 32
+RESPONSE = Spread(512, 1024, 0.5)
+PROMPT = Spread(128, 256)
+QWEN_HALF_B = Dimensions(494_032_768, 24, 896, 4864, 151_936, kv_width=128, tied=True)
+CORES = 2
+
+console = Console(width=150, highlight=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sweep", action="store_true", help="1 to 4,096 GPUs")
+    parser.add_argument("--gpus", type=int, nargs="*", default=SWEPT, help="sizes of the sweep")
+    parser.add_argument("--peers", action="store_true", help="published step times of other frameworks")
+    parser.add_argument("--calibrate", type=Path, help="fit cpu-core to the first half of this run's steps")
+    parser.add_argument(
+        "--check", type=Path, nargs="*", default=[], help="predict these runs, as fitted or as it stands"
+    )
+    arguments = parser.parse_args()
+    chosen = arguments.sweep or arguments.peers or arguments.calibrate or arguments.check
+    if arguments.calibrate or arguments.check:
+        compare_with_runs(arguments.calibrate, arguments.check)
+    if arguments.peers or not chosen:
+        compare_with_peers()
+    if arguments.sweep or not chosen:
+        sweep(arguments.gpus)
+
+
+def compare_with_runs(fitted: Path | None, others: Sequence[Path]) -> None:
+    """Fits cpu-core to the first half of a run (None: as its table stands), and predicts its second half and other runs
+    from their lengths alone."""
+    runs = [calibration.read_run(folder, CPU_CORE, CORES) for folder in others]
+    efficiency = CPU_CORE.efficiency
+    if fitted is not None:
+        whole = calibration.read_run(fitted, CPU_CORE, CORES)
+        half = len(whole.seconds) // 2
+        first, second = whole.part(slice(0, half), "first half"), whole.part(slice(half, None), "second half")
+        efficiency = calibration.calibrate([first], efficiency)
+        runs = [first, second, *runs]
+    table = Table("run", "steps", *calibration.FITTED, title="predicted s / measured s, medians over steps")
+    for run in runs:
+        found = calibration.errors(run, efficiency)
+        cells = [f"{told:.2f} / {seen:.2f}  {error:+.0%}" for told, seen, error in found.values()]
+        table.add_row(run.name, str(len(run.seconds)), *cells)
+    console.print(table)
+    console.print(f"by Efficiency({calibration.as_arguments(efficiency)})")
+
+
+def compare_with_peers() -> None:
+    table = Table("published by", "simulated", "published", "error", title="seconds per step")
+    for published in peers.published():
+        told = peers.predicted_s(published)
+        table.add_row(published.name, f"{told:.1f}", f"{published.step_s:.1f}", f"{told / published.step_s - 1:+.0%}")
+    console.print(table)
+
+
+def sweep(sizes: Sequence[int]) -> None:
+    """PPO with four models of 0.5 billion parameters, as many samples per GPU at every size."""
+    headings = ("GPUs", "placement", "step s", "dealt on", "idle", "policy idle", "memory GiB", "US $/step", "real s")
+    table = Table(*headings, title=f"H100, Qwen2.5-0.5B, {SAMPLES_PER_GPU} samples per GPU, responses of 512 tokens")
+    for num_gpus in sizes:
+        work = Work(dict.fromkeys(MODELS, QWEN_HALF_B), SAMPLES_PER_GPU * num_gpus, PROMPT, RESPONSE)
+        started = perf_counter()
+        found = search(
+            work, DEVICES["h100"], num_gpus, learning=_learning(), dtype="bfloat16", staleness=1, widths=(1,)
+        )
+        real_s = perf_counter() - started
+        for candidate in _best_of_each_kind(found.candidates):
+            table.add_row(str(num_gpus), *_cells(work, candidate), f"{real_s / len(found.candidates):.2f}")
+        table.add_section()
+    console.print(table)
+    console.print(
+        "dealt on: step s, were a shard scored in one call, ranks equally full; real s: of this machine, each"
+    )
+
+
+def _learning() -> dict[str, LearnSettings]:
+    learner = LearnSettings(zero_stage=1, minibatches=4)
+    return {"policy": learner, "critic": learner, "reference": LearnSettings(0), "reward": LearnSettings(0)}
+
+
+def _best_of_each_kind(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Colocated, separate, and separate with a pipeline, the fastest of each."""
+    best: dict[tuple[bool, int], Candidate] = {}
+    for candidate in candidates:
+        best.setdefault((candidate.layout.takes_turns, candidate.layout.max_staleness), candidate)
+    return list(best.values())
+
+
+def _cells(work: Work, candidate: Candidate) -> Sequence[str]:
+    layout, told = candidate.layout, candidate.prediction
+    evenly: Layout = replace(layout, deals_on=True)
+    tokens = cache_tokens(work, layout, list(candidate.memory))
+    money = told.money(layout)
+    return (
+        describe(layout),
+        f"{told.step_s:.1f}",
+        f"{simulate(work, evenly, cache_tokens=tokens).step_s:.1f}",
+        f"{told.idle_devices:.0%}",
+        f"{told.idle['policy']:.0%}",
+        f"{max(part.state + part.working for part in candidate.memory) / GIB:.0f}",
+        "-" if money is None else f"{money:.3f}",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""From a config to what the simulation wants to know: sizes of models, work of a step, and the layout as it is set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from actors.learning.model import resolve_model
+from actors.learning.size import model_size
+from jobs.settings import demands, samples_per_shard
+from orchestrator.config import Config, LearnerConfig
+from orchestrator.scheduling.costs import Dimensions, LearnSettings
+from orchestrator.scheduling.hardware import Device
+from orchestrator.simulation.scenario import MODELS, ROLES, Layout, Pool, Spread, Work
+
+
+def dimensions(folder: Path, *, trust_remote_code: bool = False) -> Dimensions:
+    """From config.json alone; no weights need to be there. Raises DataError when it is of no known architecture."""
+    size = model_size(folder, trust_remote_code=trust_remote_code)
+    text = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
+    heads = text.num_attention_heads
+    head_width = getattr(text, "head_dim", None) or size.hidden // heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    return Dimensions(**vars(size), kv_width=kv_heads * head_width, tied=bool(text.tie_word_embeddings))
+
+
+def models_of(config: Config, trained_reward: Path | None = None) -> dict[str, Dimensions | None]:
+    """The model of each role; None where the reward is no model.
+
+    Args:
+        trained_reward: what the reward_model stage trained, where it has run. None: it will be as its base.
+
+    Raises:
+        DataError: a model can't be found or is of no known architecture.
+    """
+    policy = config.model.path
+    reward = str(trained_reward or config.reward.path or config.reward_model.base or policy)
+    with_model = config.reward.kind == "model"
+    named = {
+        "policy": policy,
+        "reference": config.reference.path or policy,
+        "critic": config.critic.path or (reward if with_model else policy),
+        "reward": reward if with_model else None,
+    }
+    sizes = {
+        name: dimensions(resolve_model(name, config.run.cache), trust_remote_code=config.model.trust_remote_code)
+        for name in set(named.values())
+        if name is not None
+    }
+    return {role: sizes[name] if name else None for role, name in named.items()}
+
+
+def work_of(config: Config, *, prompt_tokens: float | None, response_tokens: float | None, deviation: float) -> Work:
+    """Args:
+    prompt_tokens, response_tokens: means. None: all are as long as they may be.
+    deviation: of response lengths, relative to their mean.
+    """
+    longest_prompt, longest = config.prompts.max_prompt_tokens, config.rollout.max_new_tokens
+    return Work(
+        models_of(config),
+        config.samples_per_step,
+        Spread(prompt_tokens or longest_prompt, longest_prompt),
+        Spread(response_tokens or longest, longest, deviation if response_tokens else 0.0),
+    )
+
+
+def learning_of(config: Config) -> Mapping[str, LearnSettings]:
+    def learner(section: LearnerConfig) -> LearnSettings:
+        return LearnSettings(
+            section.zero_stage,
+            config.ppo.epochs,
+            config.ppo.minibatches,
+            section.micro_batch_tokens,
+            section.gradient_checkpointing,
+        )
+
+    return {
+        "policy": learner(config.policy),
+        "critic": learner(config.critic),
+        "reference": LearnSettings(
+            3 if config.reference.sharded else 0, micro_batch_tokens=config.reference.micro_batch_tokens
+        ),
+        "reward": LearnSettings(0, micro_batch_tokens=config.reward.micro_batch_tokens),
+    }
+
+
+def layout_of(config: Config, device: Device, devices: int) -> Layout:
+    """The layout that the config sets, over so many cores or GPUs, which all roles share when it is colocated."""
+    needed = {demand.role: demand for demand in demands(config, learning=True) if demand.role in ROLES}
+    sizes = {role: max(1, round(demand.gpus or demand.cpus)) for role, demand in needed.items()}
+    counts = {role: demand.count for role, demand in needed.items()}
+    widths = {role: sizes[role] * (1 if role == "reward" else counts[role]) for role in MODELS}
+    if config.placement.mode == "colocated":
+        together = {role: min(devices, width) for role, width in {**widths, "rollout": sizes["rollout"]}.items()}
+        pools = [Pool(devices, together)]
+    else:
+        widths["rollout"] = sizes["rollout"]
+        pools = [Pool(sizes[role] * counts[role], {role: width}) for role, width in widths.items()]
+    return Layout(
+        device,
+        tuple(pools),
+        counts["rollout"],
+        samples_per_shard(config),
+        config.ppo.max_staleness,
+        counts["reward"],
+        learning_of(config),
+    )

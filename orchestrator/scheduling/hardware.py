@@ -1,0 +1,116 @@
+"""Devices and what they can do: public peaks, and how much of them programs like this one reach.
+
+Sources of the peaks (dense bf16, one device): NVIDIA's data sheets of H100 SXM, H200 SXM, A100 80GB SXM, A800 80GB SXM,
+H20 and L40S. Links are one direction: half of NVLink's total, PCIe 4.0 x16 on the L40S; the network is that of a DGX,
+one 400 Gb/s adapter per GPU (A100 and A800: 200 Gb/s). Prices are the middle of the on-demand ranges of early 2026 at
+pricegpu.pages.dev/blog/h100-vs-a100-cloud-price; where there is none, money is not told unless a price is given.
+
+Sources of the GPU efficiencies, the same for every kind: `learn`, `forward` and `decode` 0.40 (Llama 3, arXiv
+2407.21783, table 4: 38 to 43 % on H100); `memory` 0.60 (Databricks, "LLM Inference Performance Engineering": 60 % on
+two H100, 55 % on four A100); `decode_step_s` is what TensorRT-LLM 0.5.0's table of Llama 7B at batch 64 leaves over
+weights and cache (docs/source/performance.md); `links` 1.0 (verl, docs/advance/one_step_off.md: 7B published in under
+0.3 s). Bytes are counted: a micro-batch reads bf16 weights twice (4), writes bf16 gradients (2) and adds them to fp32
+ones (10); an optimizer step reads fp32 gradients (4), updates masters (8) and moments (16), writes weights (2).
+
+`cpu-core` is one core of the two-core machine this was written on: 0.96 TFLOP/s of bf16 GEMM, 5.6 GB/s copied (so 11.2
+GB/s of traffic), AdamW at 4.6 GB/s (`memory`). Its other figures are fitted to the first half of a quickstart run
+(`python -m benchmarks.simulate --calibrate RUN_FOLDER` fits and prints them anew). `call_s` is CPU time of the driver
+per call of a Ray actor, 0.42 to 0.50 ms over 2,000 and 500 calls to 6 actors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from orchestrator.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Parts of a device's peaks that are reached, and what is paid in seconds whatever the size.
+
+    Args:
+        learn, forward, decode: of the peak FLOP rate, in learning, in scoring and prefill, in decoding.
+        memory: of the memory bandwidth.
+        links: of the links that weights are published over.
+        decode_step_s: of one decoding step, beside its work: scheduling, kernel launches, sampling.
+        micro_batch_bytes, optimizer_bytes: memory traffic per parameter of one micro-batch and of one optimizer step.
+        call_s: of the coordinator, for one call of one actor.
+        step_s: of the coordinator, for one step.
+    """
+
+    learn: float
+    forward: float
+    decode: float
+    memory: float
+    links: float
+    decode_step_s: float
+    micro_batch_bytes: float = 16.0
+    optimizer_bytes: float = 30.0
+    call_s: float = 0.0
+    step_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU, or one core of a CPU.
+
+    Args:
+        flops: peak bf16 FLOP/s without sparsity.
+        bandwidth, link, network, host_link: bytes/s of its memory, to a neighbour in its node, to another node, to the
+            host's memory.
+        per_node: devices of one node.
+        price: US dollars per hour. None: not known.
+    """
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory_bytes: float
+    link: float
+    network: float
+    host_link: float
+    efficiency: Efficiency
+    per_node: int = 8
+    price: float | None = None
+
+
+_CALL_S = 5e-4
+_GPU = Efficiency(learn=0.40, forward=0.40, decode=0.40, memory=0.60, links=1.0, decode_step_s=1e-3, call_s=_CALL_S)
+_CPU = Efficiency(
+    learn=0.423,
+    forward=0.215,
+    decode=0.259,
+    memory=0.41,
+    links=0.0184,
+    decode_step_s=0.0369,
+    micro_batch_bytes=69.0,
+    call_s=_CALL_S,
+    step_s=0.313,
+)
+_GB = 1e9
+
+CPU_CORE = Device(
+    "cpu-core", 0.96e12, 11.2 * _GB, math.inf, 11.2 * _GB, 11.2 * _GB, math.inf, _CPU, per_node=2, price=None
+)
+DEVICES: Mapping[str, Device] = {
+    device.name: device
+    for device in (
+        Device("h100", 989e12, 3350 * _GB, 80 * _GB, 450 * _GB, 50 * _GB, 64 * _GB, _GPU, price=3.24),
+        Device("h200", 989e12, 4800 * _GB, 141 * _GB, 450 * _GB, 50 * _GB, 64 * _GB, _GPU),
+        Device("h20", 148e12, 4000 * _GB, 96 * _GB, 450 * _GB, 50 * _GB, 64 * _GB, _GPU),
+        Device("a100", 312e12, 2039 * _GB, 80 * _GB, 300 * _GB, 25 * _GB, 32 * _GB, _GPU, price=1.99),
+        Device("a800", 312e12, 2039 * _GB, 80 * _GB, 200 * _GB, 25 * _GB, 32 * _GB, _GPU),
+        Device("l40s", 362e12, 864 * _GB, 48 * _GB, 32 * _GB, 50 * _GB, 32 * _GB, _GPU),
+    )
+}
+
+
+def device_of(kind: str) -> Device:
+    """The device of this name. Raises ConfigError with the known ones."""
+    try:
+        return DEVICES[kind.lower()]
+    except KeyError:
+        raise ConfigError(f"--gpu-kind={kind!r} is not known here; choose one of {', '.join(DEVICES)}.") from None
