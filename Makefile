@@ -1,6 +1,7 @@
 # make quickstart          the main job on this machine, from nothing;  ARGS="ppo.steps=2 ..." overrides the config
 # make test                the whole test suite that a CPU can run;     ARGS="-k name" goes to pytest
 # make chaos               kills every kind of process in every phase of real runs;  ARGS="rollout driver" for some
+# make bench               how fast each part is, against references;   ARGS="learner publish" for some; bench-gpu on a GPU
 # make lint | fix | docs   checks; mends what tools can mend; writes docs/configuration.md
 # make clean               removes the environment and caches, keeps runs/
 #
@@ -8,9 +9,10 @@
 PYTHON ?= python3.11
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
+GPU_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := orchestrator actors jobs tests
+SOURCES := orchestrator actors jobs benchmarks tests
 
 export PYTHON CPU_WHEELS
 # Set to nothing: otherwise every process compiles its modules anew.
@@ -24,7 +26,7 @@ test: export TRANSFORMERS_OFFLINE := 1
 chaos: export HF_HUB_OFFLINE := 1
 chaos: export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: quickstart test chaos lint fix docs clean setup setup-dev
+.PHONY: quickstart test chaos bench bench-gpu lint fix docs clean setup setup-dev
 .DEFAULT_GOAL := quickstart
 
 setup:
@@ -44,6 +46,16 @@ test: setup-dev
 chaos: setup-dev
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.chaos.matrix $(ARGS)
 	@$(BIN)/python -m pytest tests/chaos/test_stops.py
+
+bench bench-gpu: export HF_HUB_OFFLINE := 1
+bench bench-gpu: export TRANSFORMERS_OFFLINE := 1
+bench: setup-dev
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+# GPU_PYTHON: of an environment with CUDA builds, such as the image's.
+bench-gpu:
+	@command -v nvidia-smi > /dev/null || { echo "make bench-gpu needs an NVIDIA GPU; here is none: make bench" >&2; exit 2; }
+	@$(GPU_PYTHON) -m benchmarks --gpu $(ARGS)
 
 lint: setup-dev
 	@$(BIN)/ruff check $(SOURCES)

@@ -1,0 +1,69 @@
+"""`python -m benchmarks [--gpu] [NAME ...]`: runs benchmarks one after the other, then shows all results in one table.
+
+Each runs in a process of its own; one that fails is told, and the others run on. Exit codes: 0 all ran, 1 one failed, 2
+no GPU was found where --gpu asks for one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks import table
+from benchmarks.harness import version
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS: Mapping[str, Sequence[str]] = {
+    "rollout": (),
+    "learner": (),
+    "scoring": (),
+    "publish": (),
+    "cold_start": (),
+    "overhead": (),
+    "coordinator_scale": (),
+    "coordinator_memory": (),
+}
+NEEDS_GPU = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--gpu", action="store_true")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(BENCHMARKS):
+        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    chosen: Mapping[str, Sequence[str]] = BENCHMARKS
+    if arguments.gpu:
+        if not has_gpu():
+            sys.stderr.write("make bench-gpu needs a GPU that torch can use, and there is none here: use make bench.\n")
+            sys.exit(NEEDS_GPU)
+        chosen = gpu_benchmarks()
+    names = arguments.names or list(chosen)
+    failed = [name for name in names if run(name, chosen.get(name, ()))]
+    table.main()
+    if failed:
+        sys.stderr.write(f"failed: {', '.join(failed)}; each alone: python -m benchmarks.NAME\n")
+    sys.exit(bool(failed))
+
+
+def run(name: str, arguments: Sequence[str]) -> int:
+    return subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments], cwd=ROOT, check=False).returncode
+
+
+def has_gpu() -> bool:
+    probe = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", probe], check=False).returncode == 0
+
+
+def gpu_benchmarks() -> Mapping[str, Sequence[str]]:
+    """What computes on the GPU; rollouts by Hugging Face where vLLM's CUDA build is not installed."""
+    engine = "vllm" if version("vllm") else "hf"
+    return {"rollout": ("--engine", engine), "learner": ("--role", "policy"), "scoring": ()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""`python -m benchmarks.learner [--role both|policy|critic] [--rounds N]`: learning against loops in plain PyTorch.
+
+Policy and critic learn as in the loop: at once, each on the cores that the config gives it; a plain loop has both in
+one process and takes one after the other. With `--role policy` one model learns alone, on all cores. Everyone has
+the same rows and as many optimizer steps. Counted are real tokens, prompt and response, without padding.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from actors.cluster import environment
+from actors.critic import CriticSettings, CriticWorker
+from actors.learning.distributed import Group
+from actors.learning.size import model_size
+from actors.learning.worker import LearnJob
+from actors.policy import PolicySettings, PolicyWorker
+from benchmarks.harness import Figure, Pairs, measure_turns, ratio_figure
+from benchmarks.plain_loop import STYLES, PlainLoop
+from benchmarks.table import report
+from benchmarks.turns import Answer, Contender, serve
+from benchmarks.work import Work, available, experience, load_work
+from jobs.settings import common_settings, learner_settings
+from orchestrator.scheduling.memory import ModelSize
+
+ROLES = ("policy", "critic")
+# One minibatch: of the quickstart's 16 rows, and of longer ones about as many tokens.
+OVERRIDES = {
+    "quickstart": ("ppo.prompts_per_step=16", "ppo.minibatches=1"),
+    "gsm8k": ("ppo.prompts_per_step=8", "ppo.minibatches=1"),
+}
+TARGETS = {"plain": 1.8, "tuned": 1.2, "masters": None}
+GEMM_SIZE = 4096
+
+Learn = Callable[[Work, pa.Table, int], None]
+
+
+@dataclass(frozen=True)
+class Team:
+    """Processes that compute at once."""
+
+    contenders: Sequence[Contender]
+
+    def tokens_per_s(self, work: str, rows_per_forward: int) -> float:
+        started = perf_counter()
+        for contender in self.contenders:
+            contender.begin(work=work, rows_per_forward=rows_per_forward)
+        tokens = [contender.answer()["tokens"] for contender in self.contenders]
+        return float(sum(tokens)) / (perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--role", choices=("both", *ROLES), default="both")
+    parser.add_argument("--work", choices=available(), action="append")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, help="rows per forward in the plain loops, in the place of their best")
+    parser.add_argument("--serve")
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(_build, arguments.serve)
+        return
+    works, role = arguments.work or available(), arguments.role
+    report(f"learner-{role}", measure(role, works, arguments.rounds, arguments.rows))
+
+
+def measure(role: str, works: Sequence[str], rounds: int, rows: int | None) -> list[Figure]:
+    roles = ROLES if role == "both" else (role,)
+    with ExitStack() as stack:
+        started = partial(_started, stack)
+        teams = {"ours": Team([started("ours", [item], _threads(item, roles)) for item in roles])}
+        # Three pairs of models with fp32 masters do not fit into 24 GiB.
+        kinds = [kind for kind in TARGETS if kind != "masters" or len(roles) == 1]
+        teams |= {kind: Team([started(kind, list(roles), torch.get_num_threads())]) for kind in kinds}
+        return [figure for work in works for figure in _measure_work(roles, work, teams, rounds, rows)]
+
+
+def _threads(role: str, roles: Sequence[str]) -> int:
+    if len(roles) == 1:
+        return torch.get_num_threads()
+    config = load_work("quickstart").config
+    return int({"policy": config.policy, "critic": config.critic}[role].cpus_per_rank)
+
+
+def _started(stack: ExitStack, kind: str, roles: list[str], threads: int) -> Contender:
+    variables = {} if kind == "plain" else environment(threads, on_gpu=torch.cuda.is_available())
+    return stack.enter_context(Contender("benchmarks.learner", {"kind": kind, "roles": roles}, variables))
+
+
+def _measure_work(
+    roles: Sequence[str], name: str, teams: Mapping[str, Team], rounds: int, rows: int | None
+) -> list[Figure]:
+    settings = {kind: rows or (STYLES[kind].rows_per_forward[name] if kind in STYLES else 0) for kind in teams}
+    turns = [partial(team.tokens_per_s, name, settings[kind]) for kind, team in teams.items()]
+    for warm_up in turns:
+        warm_up()
+    *measured, gemm = measure_turns([*turns, gemm_flops], rounds=rounds)
+    speeds = dict(zip(teams, measured, strict=True))
+    title = f"learner {'+'.join(roles)} {name}"
+    figures = [
+        ratio_figure(
+            f"{title} ÷ {kind} loop",
+            Pairs(speeds["ours"], speeds[kind]),
+            "tokens/s",
+            target=TARGETS[kind],
+            detail=f"{settings[kind]} rows per forward in the loop",
+        )
+        for kind in teams
+        if kind != "ours"
+    ]
+    work = load_work(name, *OVERRIDES[name])
+    table = experience(work)
+    flops = sum(model_flops(table, model_size(work.folder), role) for role in roles) / len(roles) / num_tokens(table)
+    utilisation = ratio_figure(
+        f"{title}: model FLOP utilisation",
+        Pairs([speed * flops for speed in speeds["ours"]], gemm),
+        "FLOP/s",
+        detail=f"over a bf16 GEMM of {GEMM_SIZE}³ on all cores",
+    )
+    return [*figures, utilisation]
+
+
+def num_tokens(table: pa.Table) -> int:
+    """Prompt and response tokens."""
+    return sum(len(table[name].combine_chunks().flatten()) for name in ("prompt_tokens", "response_tokens"))
+
+
+def model_flops(table: pa.Table, size: ModelSize, role: str) -> float:
+    """FLOPs of one epoch that the mathematics needs, forward and backward: 6 per weight and token in the layers, 6 per
+    weight and response token in the LM head, and causal attention; nothing for padding or for computing twice."""
+    responses = np.array([len(row) for row in table["response_tokens"].to_pylist()])
+    lengths = responses + np.array([len(row) for row in table["prompt_tokens"].to_pylist()])
+    embedding = size.vocabulary * size.hidden
+    head = 6.0 * embedding * responses.sum() if role == "policy" else 0.0
+    attention = 6.0 * size.num_layers * size.hidden * (lengths.astype(float) ** 2).sum()
+    return float(6.0 * (size.num_params - embedding) * lengths.sum() + head + attention)
+
+
+def _build(options: Mapping[str, Any]) -> Callable[..., Answer]:
+    works = {name: load_work(name, *OVERRIDES[name]) for name in available()}
+    tables = {name: experience(work) for name, work in works.items()}
+    first, kind = works["quickstart"], options["kind"]
+    make = _ours if kind == "ours" else partial(_loop, STYLES.get(kind))
+    learners = [make(role, first) for role in options["roles"]]
+
+    def answer(*, work: str, rows_per_forward: int) -> Answer:
+        for learn in learners:
+            learn(works[work], tables[work], rows_per_forward)
+        return {"tokens": num_tokens(tables[work]) * len(learners)}
+
+    return answer
+
+
+def _ours(role: str, first: Work) -> Learn:
+    config = first.config
+    common = common_settings(config)
+    group = Group(threads=torch.get_num_threads())
+    worker: PolicyWorker | CriticWorker
+    if role == "policy":
+        learner = learner_settings(config, config.policy)
+        worker = PolicyWorker(PolicySettings(config.model.path, learner=learner, ppo=config.ppo, **common), group)
+    else:
+        learner = learner_settings(config, config.critic)
+        settings = CriticSettings(config.model.path, learner=learner, ppo=config.ppo, new_head="zero", **common)
+        worker = CriticWorker(settings, group)
+
+    def learn(work: Work, table: pa.Table, rows_per_forward: int) -> None:
+        worker.micro_batch_tokens = work.config.policy.micro_batch_tokens
+        worker.settings = replace(worker.settings, ppo=work.config.ppo)
+        worker.learn([table], LearnJob(0, 0.0, 1.0, 0.0, 0))
+
+    return learn
+
+
+def _loop(style: Any, role: str, first: Work) -> Learn:
+    loop = PlainLoop(role, style, first)
+    return lambda work, table, rows: loop.learn(table, minibatches=work.config.ppo.minibatches, rows_per_forward=rows)
+
+
+def gemm_flops() -> float:
+    """The best of a few bf16 matrix products, in FLOP/s."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    left = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(torch.bfloat16)
+    seconds = []
+    for _ in range(6):
+        started = perf_counter()
+        left @ left
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(perf_counter() - started)
+    return 2.0 * GEMM_SIZE**3 / min(seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""`python -m benchmarks.scoring [--rounds N]`: reference, critic and reward against one Hugging Face forward.
+
+Both run in one process, with our allocator and on the same rows. The forward has padded batches sorted by length, of
+the fastest size; for the reference it makes log-probs out of its logits, for the others a value at every position.
+Counted are real tokens, prompt and response, without padding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from actors import tokens
+from actors.cluster import environment
+from actors.critic import CriticSettings, CriticWorker
+from actors.learning.distributed import Group
+from actors.learning.model import load_causal, load_scorer, load_tokenizer
+from actors.reference import ReferenceSettings, ReferenceWorker
+from actors.rewards.model import RewardModel
+from benchmarks.harness import Figure, measure_pairs, ratio_figure
+from benchmarks.learner import num_tokens
+from benchmarks.plain_loop import padded
+from benchmarks.table import report
+from benchmarks.turns import Answer, Contender, serve
+from benchmarks.work import Work, available, experience, load_work
+from jobs.settings import common_settings, learner_settings
+
+ROLES = ("reference", "critic", "reward")
+TRIED_ROWS = (4, 16, 64)
+
+Score = Callable[[pa.Table], object]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--role", choices=ROLES, action="append")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--serve")
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(_build, arguments.serve)
+        return
+    report("scoring", [figure for role in arguments.role or ROLES for figure in measure(role, arguments.rounds)])
+
+
+def measure(role: str, rounds: int) -> list[Figure]:
+    variables = environment(torch.get_num_threads(), on_gpu=torch.cuda.is_available())
+    with Contender("benchmarks.scoring", {"role": role}, variables) as contender:
+        return [_measure_work(contender, role, work, rounds) for work in available()]
+
+
+def _measure_work(contender: Contender, role: str, work: str, rounds: int) -> Figure:
+    def tokens_per_s(rows_per_forward: int) -> float:
+        return float(contender.ask(work=work, rows_per_forward=rows_per_forward)["tokens_per_s"])
+
+    tokens_per_s(0), tokens_per_s(TRIED_ROWS[0])
+    rows = max(TRIED_ROWS, key=tokens_per_s)
+    pairs = measure_pairs(partial(tokens_per_s, 0), partial(tokens_per_s, rows), pairs=rounds)
+    detail = f"scoring, {rows} rows per forward in the reference"
+    return ratio_figure(f"{role} {work} ÷ HF forward", pairs, "tokens/s", detail=detail)
+
+
+def _build(options: Mapping[str, Any]) -> Callable[..., Answer]:
+    works = {name: load_work(name) for name in available()}
+    tables = {name: experience(work) for name, work in works.items()}
+    first = next(iter(works.values()))
+    ours = _SCORERS[options["role"]](first)
+    model = _plain_model(options["role"], first)
+
+    def answer(*, work: str, rows_per_forward: int) -> Answer:
+        started = perf_counter()
+        if rows_per_forward:
+            _forward(model, tables[work], rows_per_forward)
+        else:
+            ours(tables[work])
+        return {"tokens_per_s": num_tokens(tables[work]) / (perf_counter() - started)}
+
+    return answer
+
+
+def _reference(work: Work) -> Score:
+    settings = work.config.reference
+    return ReferenceWorker(
+        ReferenceSettings(
+            work.config.model.path, micro_batch_tokens=settings.micro_batch_tokens, **common_settings(work.config)
+        ),
+        Group(threads=torch.get_num_threads()),
+    ).logprobs
+
+
+def _critic(work: Work) -> Score:
+    config = work.config
+    settings = CriticSettings(
+        config.model.path,
+        learner=learner_settings(config, config.critic),
+        ppo=config.ppo,
+        new_head="zero",
+        micro_batch_tokens=config.critic.micro_batch_tokens,
+        **common_settings(config),
+    )
+    return CriticWorker(settings, Group(threads=torch.get_num_threads())).values
+
+
+def _reward(work: Work) -> Score:
+    with tempfile.TemporaryDirectory() as folder:
+        load_scorer(work.folder, torch.bfloat16, new_head="normal").save_pretrained(folder)
+        load_tokenizer(work.folder).save_pretrained(folder)
+        return RewardModel(
+            Path(folder),
+            tokens.load_tokenizer(work.folder),
+            dtype=torch.bfloat16,
+            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            micro_batch_tokens=work.config.reward.micro_batch_tokens,
+            normalise=False,
+        ).scores
+
+
+_SCORERS: Mapping[str, Callable[[Work], Score]] = {"reference": _reference, "critic": _critic, "reward": _reward}
+
+
+def _plain_model(role: str, work: Work) -> Any:
+    dtype = torch.bfloat16
+    if role == "reference":
+        model = load_causal(work.folder, dtype)
+    else:
+        model = load_scorer(work.folder, dtype, new_head="normal")
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.no_grad()
+def _forward(model: Any, table: pa.Table, rows_per_forward: int) -> list[list[float]]:
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    lengths = [len(p) + len(r) for p, r in zip(columns["prompt_tokens"], columns["response_tokens"], strict=True)]
+    order = sorted(range(table.num_rows), key=lambda row: -lengths[row])
+    found: list[list[float]] = []
+    for start in range(0, len(order), rows_per_forward):
+        batch = padded(columns, order[start : start + rows_per_forward], model.device)
+        inputs = {"input_ids": batch["ids"], "attention_mask": batch["attention"], "use_cache": False}
+        if hasattr(model, "score"):
+            hidden_BTD = getattr(model, model.base_model_prefix)(**inputs).last_hidden_state
+            found += model.score(hidden_BTD).squeeze(-1).float().tolist()
+        else:
+            logprobs_BTV = torch.log_softmax(model(**inputs).logits[:, :-1].float(), dim=-1)
+            found += logprobs_BTV.gather(-1, batch["ids"][:, 1:, None]).squeeze(-1).tolist()
+    return found
+
+
+if __name__ == "__main__":
+    main()

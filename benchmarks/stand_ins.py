@@ -1,0 +1,176 @@
+"""Stand-ins for engines and models, and the real coordinator over them: its loop, log, sampler and remote calls.
+
+Stand-ins answer with tables of the real shape, RESPONSE_TOKENS a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from actors.group import ActorGroup
+from actors.learning.worker import LearnJob
+from actors.remote import RayLearner, RayRecorder, RayRollouts, ReplicatedScorer, ShardedScorer
+from orchestrator import schema
+from orchestrator.checkpoints import Checkpoints
+from orchestrator.coordinator import Coordinator, LoopSettings
+from orchestrator.experience_log import ExperienceLog
+from orchestrator.failures import Unsupervised
+from orchestrator.guards import Guards
+from orchestrator.held_out import Evaluation
+from orchestrator.roles import Publisher
+from orchestrator.sampler import Sampler, Schedule
+from orchestrator.telemetry import Telemetry
+from orchestrator.types import Metrics, Sampling, ShardRequest
+
+RESPONSE_TOKENS = 1024
+PROMPT_TOKENS = 128
+SAMPLES_PER_SHARD = 64
+DEADLINE_S = 120.0
+
+
+class StandInEngine:
+    """Answers a shard with random tokens."""
+
+    def generate(self, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
+        requests = request.requests
+        count = len(requests)
+        generator = np.random.default_rng(requests[0].seed)
+        tokens_N = generator.integers(0, 50_000, count * RESPONSE_TOKENS, dtype=np.int32)
+        columns = {
+            "row": [item.row for item in requests],
+            "prompt_id": [item.prompt.id for item in requests],
+            "sample_index": [item.sample_index for item in requests],
+            "seed": [item.seed for item in requests],
+            "prompt_text": [item.prompt.text for item in requests],
+            "response_text": ["word " * RESPONSE_TOKENS] * count,
+            "prompt_tokens": [item.prompt.tokens.tolist() for item in requests],
+            "response_tokens": lists(tokens_N, pa.int32()),
+            "engine_logprobs": lists(random_floats(count, generator)),
+            "finish_reason": ["length"] * count,
+            "version": [request.step] * count,
+            "meta": ["{}"] * count,
+        }
+        table = pa.table(columns, schema=schema.ROLLOUT)
+        counts = {
+            "num_samples": count,
+            "num_prompt_tokens": count * PROMPT_TOKENS,
+            "num_response_tokens": count * RESPONSE_TOKENS,
+            "version": request.step,
+        }
+        return table, counts
+
+
+class StandInModel:
+    """Answers for every scorer, and learns nothing from whole tables."""
+
+    def logprobs(self, table: pa.Table) -> pa.Table:
+        return pa.table({"row": table["row"], "logprobs": _floats_for(table)}, schema=schema.LOGPROBS)
+
+    def values(self, table: pa.Table) -> pa.Table:
+        bootstrap = pa.array(np.zeros(table.num_rows), pa.float32())
+        columns = {"row": table["row"], "values": _floats_for(table), "bootstrap_value": bootstrap}
+        return pa.table(columns, schema=schema.VALUES)
+
+    def score(self, table: pa.Table) -> pa.Table:
+        count = table.num_rows
+        columns = {
+            "row": table["row"],
+            "reward": [1.0] * count,
+            "reward_parts": [[("length", 1.0)]] * count,
+            "reward_error": [None] * count,
+        }
+        return pa.table(columns, schema=schema.REWARDS)
+
+    def learn(self, tables: list[pa.Table], job: LearnJob) -> dict[str, float]:
+        return {"step": float(job.step), "rows": float(sum(table.num_rows for table in tables)), "epochs": 1.0}
+
+    def save(self, folder: Path) -> None:
+        (folder / "weights").write_text("none", encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        (folder / "weights").read_text(encoding="utf-8")
+
+    def export(self, folder: Path) -> None:
+        self.save(folder)
+
+
+def random_floats(count: int, generator: np.random.Generator) -> npt.NDArray[np.float32]:
+    return -generator.random(count * RESPONSE_TOKENS, dtype=np.float32)
+
+
+def lists(flat_N: npt.NDArray[Any], kind: pa.DataType | None = None) -> pa.ListArray:
+    offsets = np.arange(0, len(flat_N) + 1, RESPONSE_TOKENS, dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat_N, kind or pa.float32()))
+
+
+def _floats_for(table: pa.Table) -> pa.ListArray:
+    generator = np.random.default_rng(int(table["seed"][0].as_py()))
+    return lists(random_floats(table.num_rows, generator))
+
+
+def coordinator(
+    folder: Path,
+    groups: Mapping[str, ActorGroup],
+    schedule: Schedule,
+    *,
+    steps: int,
+    publisher: Publisher,
+    meter: Callable[[int], Awaitable[Metrics]],
+) -> Coordinator:
+    """Over groups `rollout`, `policy`, `critic`, `reference`, `reward` and `recorder`; nothing is evaluated or saved
+    before the last step.
+    """
+    recorder = RayRecorder(groups["recorder"], record_s=DEADLINE_S)
+    rollouts = RayRollouts(groups["rollout"], generate_s=DEADLINE_S, sleeps=False)
+    limits: Mapping[str, Any] = {"score_s": DEADLINE_S, "learn_s": DEADLINE_S, "save_s": DEADLINE_S}
+    policy = RayLearner(groups["policy"], StandInModel.logprobs, seed=0, **limits)
+    critic = RayLearner(groups["critic"], StandInModel.values, seed=0, **limits)
+    reference = ShardedScorer(groups["reference"], StandInModel.logprobs, score_s=DEADLINE_S)
+    reward = ReplicatedScorer(groups["reward"], StandInModel.score, score_s=DEADLINE_S)
+    telemetry = Telemetry(folder, "benchmark", 1)
+    sampling = Sampling(max_new_tokens=RESPONSE_TOKENS)
+    log = ExperienceLog(folder / "log", recorder, max_failed_fraction=0.0)
+    return Coordinator(
+        settings=LoopSettings(steps, 0, lambda coefficient, kl, count: coefficient),
+        sampler=Sampler(
+            rollouts,
+            schedule,
+            sampling=sampling,
+            samples_per_shard=SAMPLES_PER_SHARD,
+            max_staleness=0,
+            takes_turns=True,
+        ),
+        reference=reference,
+        reward=reward,
+        policy=policy,
+        critic=critic,
+        publisher=publisher,
+        log=log,
+        checkpoints=Checkpoints(
+            folder / "checkpoints", {"policy": policy, "critic": critic}, every_steps=0, last_step=steps, keep=1
+        ),
+        evaluation=Evaluation(
+            folder / "evaluation",
+            (),
+            rollouts=rollouts,
+            policy=policy,
+            reference=reference,
+            reward=reward,
+            recorder=recorder,
+            telemetry=telemetry,
+            sampling=sampling,
+            samples_per_shard=SAMPLES_PER_SHARD,
+            every_steps=0,
+            last_step=steps,
+        ),
+        guards=Guards((), folder=folder, telemetry=telemetry, past=log.metrics, console=lambda line: None),
+        telemetry=telemetry,
+        meter=meter,
+        supervisor=Unsupervised(),
+    )

@@ -1,0 +1,95 @@
+"""Processes that take turns: each contender has a process of its own, with its own environment (allocator, threads),
+and computes only while it is asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DEADLINE_S = 300.0
+# What decides speed is what a contender is given, not what this shell happens to export.
+_NOT_INHERITED = ("LD_PRELOAD", "MALLOC_CONF", "OMP_NUM_THREADS")
+
+Answer = Mapping[str, Any]
+
+
+class Contender:
+    """A process that runs `python -m <module> --serve <options>` and answers questions, one at a time.
+
+    Args:
+        options: what `serve` hands to the module.
+        environment: added to this process's own, less allocator and thread settings.
+    """
+
+    def __init__(self, module: str, options: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+        inherited = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+        self._what = f"{module} {json.dumps(options)}"
+        self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  # closed with the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, "--serve", json.dumps(options)],
+            cwd=ROOT,
+            env={**inherited, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+    def ask(self, **question: Any) -> Answer:
+        """Raises RuntimeError, with the end of its error output, when it died or did not answer in DEADLINE_S."""
+        self.begin(**question)
+        return self.answer()
+
+    def begin(self, **question: Any) -> None:
+        """Asks, and leaves it to `answer` to wait: so that several compute at once."""
+        assert self._process.stdin
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._failure("ended") from None
+
+    def answer(self) -> Answer:
+        assert self._process.stdout
+        ready, _, _ = select.select([self._process.stdout], [], [], DEADLINE_S)
+        line = self._process.stdout.readline() if ready else ""
+        if not line:
+            raise self._failure("ended" if ready else f"did not answer in {DEADLINE_S:.0f} s")
+        answer: Answer = json.loads(line)
+        return answer
+
+    def _failure(self, cause: str) -> RuntimeError:
+        self._errors.seek(0)
+        return RuntimeError(f"{self._what} {cause}:\n{self._errors.read()[-4000:]}")
+
+    def __enter__(self) -> Contender:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+
+def serve(build: Callable[[Mapping[str, Any]], Callable[..., Answer]], options: str) -> None:
+    """The contender's side: builds what answers, then answers each line of stdin until it ends.
+
+    What libraries print goes to stderr: stdout carries answers only.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    answer = build(json.loads(options))
+    for line in sys.stdin:
+        answers.write(json.dumps(answer(**json.loads(line))) + "\n")
+        answers.flush()
