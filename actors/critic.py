@@ -17,7 +17,7 @@ from actors.learning.learner import LearnerSettings
 from actors.learning.losses import LossTerms, value_loss
 from actors.learning.model import NewHead, load_scorer, resolve_model
 from actors.learning.packing import MicroBatch, TokenRows
-from actors.learning.worker import LearningWorker, LearnJob, answers, averaged, token_lists
+from actors.learning.worker import LearningWorker, LearnJob, Share, answers, averaged, token_lists
 from orchestrator import schema
 from orchestrator.config import PpoConfig
 
@@ -59,13 +59,13 @@ class CriticWorker(LearningWorker):
             ValueModel(scorer), settings.learner, group, folder=folder, micro_batch_tokens=settings.micro_batch_tokens
         )
 
-    def values(self, table: pa.Table) -> pa.Table:
-        """Table of schema.VALUES for this rank's rows of a rollout or experience table."""
+    def values(self, table: pa.Table, share: Share | None = None) -> pa.Table:
+        """Table of schema.VALUES for a share of a rollout or experience table; see PolicyWorker.logprobs."""
         found = list(
             answers(
                 TokenRows(table),
                 self.learner.pass_through,
-                self.group,
+                share or self.share,
                 micro_batch_tokens=self.micro_batch_tokens,
                 device=self.learner.device,
             )

@@ -15,7 +15,7 @@ from actors.learning.learner import LearnerSettings, Update
 from actors.learning.losses import LossTerms, importance_weights, kl_loss, policy_loss
 from actors.learning.model import load_causal, resolve_model
 from actors.learning.packing import MicroBatch, TokenRows
-from actors.learning.worker import LearningWorker, LearnJob, answers, averaged, token_lists
+from actors.learning.worker import LearningWorker, LearnJob, Share, answers, averaged, token_lists
 from orchestrator import schema
 from orchestrator.config import PpoConfig
 
@@ -49,8 +49,9 @@ class PolicyWorker(LearningWorker):
         self.settings = settings
         super().__init__(model, settings.learner, group, folder=folder, micro_batch_tokens=settings.micro_batch_tokens)
 
-    def logprobs(self, table: pa.Table) -> pa.Table:
-        """Table of schema.LOGPROBS for this rank's rows of a rollout or experience table."""
+    def logprobs(self, table: pa.Table, share: Share | None = None) -> pa.Table:
+        """Table of schema.LOGPROBS for a share of a rollout or experience table. Null: this rank's of its group, which
+        is what ZeRO-3 needs of all ranks together."""
         return logprobs_table(
             table,
             [
@@ -58,7 +59,7 @@ class PolicyWorker(LearningWorker):
                 for micro, output in answers(
                     TokenRows(table),
                     self.learner.pass_through,
-                    self.group,
+                    share or self.share,
                     micro_batch_tokens=self.micro_batch_tokens,
                     device=self.learner.device,
                 )

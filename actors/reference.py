@@ -14,7 +14,7 @@ from actors.learning.distributed import Group
 from actors.learning.heads import PolicyModel
 from actors.learning.model import load_causal, resolve_model
 from actors.learning.packing import MicroBatch, TokenRows
-from actors.learning.worker import answers
+from actors.learning.worker import Share, answers
 from actors.policy import logprobs_table
 
 
@@ -48,8 +48,8 @@ class ReferenceWorker:
         model = PolicyModel(language_model, temperature=settings.temperature).eval().requires_grad_(False)
         self._model: Any = _shard(model, settings.dtype) if settings.sharded else model.to(group.device)
 
-    def logprobs(self, table: pa.Table) -> pa.Table:
-        """Table of schema.LOGPROBS for this rank's rows: those i with i % world_size == rank."""
+    def logprobs(self, table: pa.Table, share: Share | None = None) -> pa.Table:
+        """Table of schema.LOGPROBS for a share of a rollout table; see PolicyWorker.logprobs."""
         return logprobs_table(
             table,
             [
@@ -57,7 +57,7 @@ class ReferenceWorker:
                 for micro, output in answers(
                     TokenRows(table),
                     self._forward,
-                    self.group,
+                    share or Share(self.group.rank, self.group.world_size),
                     micro_batch_tokens=self.settings.micro_batch_tokens,
                     device=self.group.device,
                 )

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from actors.engines import RolloutWorker
 from actors.group import ActorGroup
-from actors.learning.worker import LearnJob
+from actors.learning.worker import LearnJob, Share
 from actors.process import Process, Several
 from actors.publisher import PolicyWeights
 from actors.recorder import RecorderWorker
@@ -33,7 +33,7 @@ from orchestrator.types import (
 )
 
 T = TypeVar("T")
-ScoreMethod = Callable[[Any, pa.Table], pa.Table]
+ScoreMethod = Callable[..., pa.Table]
 
 
 async def _kept(
@@ -127,22 +127,41 @@ class ReplicatedScorer:
 
 
 class ShardedScorer:
-    """Ranks of one model that score a shard together, each its own rows of it."""
+    """Ranks that score. A shard's rows are dealt to as many of them as there are ranks for each shard of a step.
+
+    Args:
+        shards_per_step: the ranks are shared by so many. Null: every shard needs all ranks, for they hold parts of one
+            model (ZeRO-3).
+    """
 
     def __init__(
-        self, group: ActorGroup, method: ScoreMethod, *, score_s: float, supervisor: RaySupervisor | None = None
+        self,
+        group: ActorGroup,
+        method: ScoreMethod,
+        *,
+        shards_per_step: int | None,
+        score_s: float,
+        supervisor: RaySupervisor | None = None,
     ) -> None:
         self._group, self._method, self._score_s, self._supervisor = group, method, score_s, supervisor
+        self._shards_per_step = shards_per_step
 
     async def score(self, shard: RolloutShard) -> Sequence[Handle]:
         return await _kept(self._supervisor, self._group, lambda: self._score(shard))
 
     async def _score(self, shard: RolloutShard) -> Sequence[Handle]:
         parts = await together(
-            self._group.call_for_bulk(rank, self._method, self._score_s, shard.handle)
-            for rank in range(len(self._group))
+            self._group.call_for_bulk(rank, self._method, self._score_s, shard.handle, share)
+            for rank, share in self._shares(shard.index)
         )
         return [handle for handle, _ in parts]
+
+    def _shares(self, shard: int) -> list[tuple[int, Share | None]]:
+        num_ranks = len(self._group)
+        if self._shards_per_step is None:
+            return [(rank, None) for rank in range(num_ranks)]
+        width = max(1, num_ranks // self._shards_per_step)
+        return [((shard * width + index) % num_ranks, Share(index, width)) for index in range(width)]
 
 
 class Learns(Protocol):
@@ -171,12 +190,13 @@ class RayLearner(ShardedScorer):
         method: ScoreMethod,
         *,
         seed: int,
+        shards_per_step: int | None,
         score_s: float,
         learn_s: float,
         save_s: float,
         weights: PolicyWeights | None = None,
     ) -> None:
-        super().__init__(group, method, score_s=score_s)
+        super().__init__(group, method, shards_per_step=shards_per_step, score_s=score_s)
         self._seed, self._learn_s, self._save_s = seed, learn_s, save_s
         self._weights = weights or PolicyWeights()
 

@@ -25,7 +25,7 @@ from actors.learning.learner import Learner, LearnerSettings, Update
 from actors.learning.losses import LossTerms, ranking_loss
 from actors.learning.model import load_scorer, resolve_model
 from actors.learning.packing import MicroBatch, TokenRows
-from actors.learning.worker import answers
+from actors.learning.worker import Share, answers
 from actors.ranked_rows import RankedRows, padding_token, ranked_rows
 from actors.rewards.model import RewardStats, write_stats
 from actors.tokens import load_tokenizer
@@ -167,7 +167,7 @@ class RewardTrainer:
         for micro, (_, last_B) in answers(
             rows,
             self._learner.pass_through,
-            self.group,
+            Share(self.group.rank, self.group.world_size),
             micro_batch_tokens=self.settings.micro_batch_tokens,
             device=self._learner.device,
         ):

@@ -5,6 +5,7 @@ Stand-ins answer with tables of the real shape, RESPONSE_TOKENS a sample.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from actors.group import ActorGroup
-from actors.learning.worker import LearnJob
+from actors.learning.worker import LearnJob, Share
 from actors.remote import RayLearner, RayRecorder, RayRollouts, ReplicatedScorer, ShardedScorer
 from orchestrator import schema
 from orchestrator.checkpoints import Checkpoints
@@ -69,10 +70,12 @@ class StandInEngine:
 class StandInModel:
     """Answers for every scorer, and learns nothing from whole tables."""
 
-    def logprobs(self, table: pa.Table) -> pa.Table:
+    def logprobs(self, table: pa.Table, share: Share) -> pa.Table:
+        table = _of(table, share)
         return pa.table({"row": table["row"], "logprobs": _floats_for(table)}, schema=schema.LOGPROBS)
 
-    def values(self, table: pa.Table) -> pa.Table:
+    def values(self, table: pa.Table, share: Share) -> pa.Table:
+        table = _of(table, share)
         bootstrap = pa.array(np.zeros(table.num_rows), pa.float32())
         columns = {"row": table["row"], "values": _floats_for(table), "bootstrap_value": bootstrap}
         return pa.table(columns, schema=schema.VALUES)
@@ -109,6 +112,10 @@ def lists(flat_N: npt.NDArray[Any], kind: pa.DataType | None = None) -> pa.ListA
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat_N, kind or pa.float32()))
 
 
+def _of(table: pa.Table, share: Share) -> pa.Table:
+    return table.take(pa.array(range(share.index, table.num_rows, share.count)))
+
+
 def _floats_for(table: pa.Table) -> pa.ListArray:
     generator = np.random.default_rng(int(table["seed"][0].as_py()))
     return lists(random_floats(table.num_rows, generator))
@@ -128,10 +135,11 @@ def coordinator(
     """
     recorder = RayRecorder(groups["recorder"], record_s=DEADLINE_S)
     rollouts = RayRollouts(groups["rollout"], generate_s=DEADLINE_S, sleeps=False)
+    shards = math.ceil(len(schedule.requests(0)) / SAMPLES_PER_SHARD)
     limits: Mapping[str, Any] = {"score_s": DEADLINE_S, "learn_s": DEADLINE_S, "save_s": DEADLINE_S}
-    policy = RayLearner(groups["policy"], StandInModel.logprobs, seed=0, **limits)
-    critic = RayLearner(groups["critic"], StandInModel.values, seed=0, **limits)
-    reference = ShardedScorer(groups["reference"], StandInModel.logprobs, score_s=DEADLINE_S)
+    policy = RayLearner(groups["policy"], StandInModel.logprobs, seed=0, shards_per_step=shards, **limits)
+    critic = RayLearner(groups["critic"], StandInModel.values, seed=0, shards_per_step=shards, **limits)
+    reference = ShardedScorer(groups["reference"], StandInModel.logprobs, shards_per_step=shards, score_s=DEADLINE_S)
     reward = ReplicatedScorer(groups["reward"], StandInModel.score, score_s=DEADLINE_S)
     telemetry = Telemetry(folder, "benchmark", 1)
     sampling = Sampling(max_new_tokens=RESPONSE_TOKENS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +39,11 @@ from jobs.settings import (
     loop_settings,
     samples_per_shard,
     sampling_of,
+    shards_per_step,
 )
 from orchestrator.checkpoints import Checkpoints
 from orchestrator.concurrency import together
-from orchestrator.config import Config
+from orchestrator.config import Config, LearnerConfig
 from orchestrator.coordinator import Coordinator
 from orchestrator.experience_log import ExperienceLog
 from orchestrator.failures import FailurePolicy
@@ -229,7 +229,11 @@ def _coordinator(
     weights = PolicyWeights()
     policy, critic = learners_of(config, groups, weights)
     reference = ShardedScorer(
-        groups["reference"], ReferenceWorker.logprobs, score_s=limits.score_s, supervisor=supervisor
+        groups["reference"],
+        ReferenceWorker.logprobs,
+        shards_per_step=shards_per_step(config, is_sharded=config.reference.sharded),
+        score_s=limits.score_s,
+        supervisor=supervisor,
     )
     reward = ReplicatedScorer(groups["reward"], RewardWorker.score, score_s=limits.score_s, supervisor=supervisor)
     publisher = BucketPublisher(
@@ -323,11 +327,21 @@ def learners_of(
 ) -> tuple[RayLearner, RayLearner]:
     """(policy, critic)"""
     limits = config.deadlines
-    learner = partial(
-        RayLearner, seed=config.run.seed, score_s=limits.score_s, learn_s=limits.learn_s, save_s=limits.save_s
-    )
-    policy = learner(groups["policy"], PolicyWorker.logprobs, weights=weights)
-    return policy, learner(groups["critic"], CriticWorker.values)
+
+    def learner(role: str, settings: LearnerConfig, method: Callable[..., Any], **more: Any) -> RayLearner:
+        return RayLearner(
+            groups[role],
+            method,
+            seed=config.run.seed,
+            shards_per_step=shards_per_step(config, is_sharded=settings.zero_stage == 3),
+            score_s=limits.score_s,
+            learn_s=limits.learn_s,
+            save_s=limits.save_s,
+            **more,
+        )
+
+    policy = learner("policy", config.policy, PolicyWorker.logprobs, weights=weights)
+    return policy, learner("critic", config.critic, CriticWorker.values)
 
 
 def recorder_of(config: Config, recorders: ActorGroup, supervisor: RaySupervisor | None = None) -> RayRecorder:

@@ -30,6 +30,11 @@ def samples_per_shard(config: Config) -> int:
     return math.ceil(config.samples_per_step / config.rollout.engines)
 
 
+def shards_per_step(config: Config, *, is_sharded: bool) -> int | None:
+    """Among how many shards the ranks of a role are shared; null where `is_sharded`: each needs all of them."""
+    return None if is_sharded else math.ceil(config.samples_per_step / samples_per_shard(config))
+
+
 def reward_model_of(config: Config, run: RunFolder) -> str | None:
     """The reward model's folder or name: the config's, or the one that the run's reward_model stage trained."""
     if config.reward.kind == "model" and config.reward.path is None:

@@ -1,7 +1,6 @@
 """What policy and critic workers share: a learner, answers to a shard by micro-batches, and the loop over minibatches.
 
-In a group of N ranks every rank gets the same tables, answers for the rows i with i % N == rank, and makes as many
-forwards as the others."""
+In a group of N ranks every rank gets the same tables to learn from, and makes as many forwards as the others."""
 
 from __future__ import annotations
 
@@ -44,6 +43,14 @@ class LearnJob:
     seed: int
 
 
+@dataclass(frozen=True)
+class Share:
+    """The rows i of a table with i % count == index."""
+
+    index: int = 0
+    count: int = 1
+
+
 class LearningWorker:
     """One rank of a group that learns. Complete when constructed; see Learner for what is collective.
 
@@ -62,6 +69,7 @@ class LearningWorker:
         micro_batch_tokens: int,
     ) -> None:
         self.group = group
+        self.share = Share(group.rank, group.world_size)
         self.learner = Learner(model, learner)
         self.tokenizer = load_tokenizer(folder)
         self.micro_batch_tokens = micro_batch_tokens
@@ -123,11 +131,11 @@ class LearningWorker:
 
 
 def answers(
-    rows: TokenRows, forward: Forward, group: Group, *, micro_batch_tokens: int, device: torch.device
+    rows: TokenRows, forward: Forward, share: Share, *, micro_batch_tokens: int, device: torch.device
 ) -> Iterator[tuple[MicroBatch, Any]]:
-    """(micro-batch, output) for this rank's share of the rows, dummies run but left out."""
-    plan = plan_forwards(rows.lengths, num_ranks=group.world_size, micro_batch_tokens=micro_batch_tokens)
-    for micro_rows in plan[group.rank]:
+    """(micro-batch, output) for this share of the rows, dummies run but left out."""
+    plan = plan_forwards(rows.lengths, num_ranks=share.count, micro_batch_tokens=micro_batch_tokens)
+    for micro_rows in plan[share.index]:
         micro = rows.pack(micro_rows, device)
         output = forward(micro)
         if micro.rows:

@@ -69,14 +69,17 @@ class Cluster:
     def __init__(self, work: Work, layout: Layout) -> None:
         self.work, self.layout = work, layout
         self._devices = {role: devices for pool in layout.pools for devices in [Devices(pool)] for role in pool.widths}
-        self._turns = {role: asyncio.Semaphore(layout.copies(role)) for role in MODELS}
+        self._turns = {
+            role: asyncio.Semaphore(layout.devices_of(role) // layout.scoring_ranks(role, work.samples))
+            for role in MODELS
+        }
         self._coordinator = Devices(Pool(1, {}))
         self.lengths = functools.lru_cache(maxsize=layout.max_staleness + 2)(work.lengths)
 
-    async def call(self, role: str, seconds: float) -> None:
-        """One call of a model, when a copy of it is free."""
+    async def call(self, role: str, seconds: float, *, ranks: int) -> None:
+        """Work of some ranks of a model, when so many are free."""
         async with self._turns[role]:
-            await self.run(role, seconds, calls=1 if self.layout.deals_on else self.layout.width(role))
+            await self.run(role, seconds, calls=1 if self.layout.deals_on else ranks, width=ranks)
 
     async def run(
         self, role: str, seconds: float, *, calls: int, width: int | None = None, first: bool = False
@@ -172,16 +175,17 @@ class SimulatedModel:
         if size is None:
             return [None]
         prompts, responses = shard.handle
+        ranks = layout.scoring_ranks(self.role, self.cluster.work.samples)
         seconds = costs.score_seconds(
             size,
             layout.device,
             layout.learning[self.role],
-            ranks=layout.width(self.role),
+            ranks=ranks,
             lengths=prompts + responses,
             head_tokens=self._head_tokens(responses),
             evenly=layout.deals_on,
         )
-        await self.cluster.call(self.role, seconds)
+        await self.cluster.call(self.role, seconds, ranks=ranks)
         return [None]
 
     async def learn(self, experience: Experience) -> Metrics:
@@ -196,7 +200,7 @@ class SimulatedModel:
                 lengths=prompts + responses,
                 head_tokens=self._head_tokens(responses),
             )
-            await self.cluster.call(self.role, seconds)
+            await self.cluster.call(self.role, seconds, ranks=layout.width(self.role))
         return {"epochs": 1.0}
 
     def _head_tokens(self, responses: Lengths) -> float:

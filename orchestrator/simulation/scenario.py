@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -79,8 +80,8 @@ class Layout:
     Args:
         reward_replicas: copies of the reward model that each score whole shards.
         learning: of each role but the engines; for reference and reward zero_stage and micro_batch_tokens count.
-        deals_on: a what-if: a shard is scored by as many ranks as it has rows for, in one call, and all ranks stay
-            equally full. Off, as the program does it: all ranks are called for every shard, rows beginning at rank 0.
+        deals_on: scoring as some peers do it: one call of all ranks, which stay equally full. Off, as this program
+            does it: see `scoring_ranks`.
     """
 
     device: Device
@@ -109,6 +110,12 @@ class Layout:
     def copies(self, role: str) -> int:
         """How many calls of a role may be at work at once."""
         return {"rollout": self.engines, "reward": self.reward_replicas}.get(role, 1)
+
+    def scoring_ranks(self, role: str, samples: int) -> int:
+        """Ranks that one shard of a step of so many samples is dealt to (actors.remote.ShardedScorer)."""
+        if self.deals_on or self.learning[role].zero_stage == 3:
+            return self.width(role)
+        return max(1, self.width(role) // math.ceil(samples / self.samples_per_shard))
 
     def devices_of(self, role: str) -> int:
         """Devices that the role's actors sit on."""
