@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -18,9 +17,7 @@ from benchmarks import calibration, peers
 from orchestrator.scheduling.costs import Dimensions, LearnSettings
 from orchestrator.scheduling.hardware import CPU_CORE, DEVICES
 from orchestrator.scheduling.memory import GIB
-from orchestrator.simulation.fit import cache_tokens
-from orchestrator.simulation.run import simulate
-from orchestrator.simulation.scenario import MODELS, Layout, Spread, Work
+from orchestrator.simulation.scenario import MODELS, Spread, Work
 from orchestrator.simulation.search import Candidate, describe, search
 
 SWEPT = (1, 4, 16, 64, 256, 1024, 4096)
@@ -82,7 +79,7 @@ def compare_with_peers() -> None:
 
 def sweep(sizes: Sequence[int]) -> None:
     """PPO with four models of 0.5 billion parameters, as many samples per GPU at every size."""
-    headings = ("GPUs", "placement", "step s", "dealt on", "idle", "policy idle", "memory GiB", "US $/step", "real s")
+    headings = ("GPUs", "placement", "step s", "idle", "policy idle", "memory GiB", "US $/step", "real s")
     table = Table(*headings, title=f"H100, Qwen2.5-0.5B, {SAMPLES_PER_GPU} samples per GPU, responses of 512 tokens")
     for num_gpus in sizes:
         work = Work(dict.fromkeys(MODELS, QWEN_HALF_B), SAMPLES_PER_GPU * num_gpus, PROMPT, RESPONSE)
@@ -95,9 +92,7 @@ def sweep(sizes: Sequence[int]) -> None:
             table.add_row(str(num_gpus), *_cells(work, candidate), f"{real_s / len(found.candidates):.2f}")
         table.add_section()
     console.print(table)
-    console.print(
-        "dealt on: step s, were a shard scored in one call, ranks equally full; real s: of this machine, each"
-    )
+    console.print("real s: of this machine, for each layout")
 
 
 def _learning() -> dict[str, LearnSettings]:
@@ -115,13 +110,10 @@ def _best_of_each_kind(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _cells(work: Work, candidate: Candidate) -> Sequence[str]:
     layout, told = candidate.layout, candidate.prediction
-    evenly: Layout = replace(layout, deals_on=True)
-    tokens = cache_tokens(work, layout, list(candidate.memory))
     money = told.money(layout)
     return (
         describe(layout),
         f"{told.step_s:.1f}",
-        f"{simulate(work, evenly, cache_tokens=tokens).step_s:.1f}",
         f"{told.idle_devices:.0%}",
         f"{told.idle['policy']:.0%}",
         f"{max(part.state + part.working for part in candidate.memory) / GIB:.0f}",
