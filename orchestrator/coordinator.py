@@ -7,6 +7,7 @@ One step, and who waits for whom (roles.py has the calls):
     commit   recorders          →  experience, durable before anything is learned from it
     learn    policy and critic, in parallel, sharded over their ranks
     publish  policy → engines   →  every engine at version step + 1, proved
+    save     policy, critic     →  a checkpoint when due, beside the next sample; learning waits for it
 """
 
 from __future__ import annotations
