@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.guards import PAUSED_FILE
 from tests.chaos.conftest import assert_as_quiet, blow
 from tests.chaos.matrix import Field, Outcome, actors_left
 
@@ -32,6 +33,37 @@ def test_a_run_of_three_steps_and_then_of_all_ends_as_one_of_all(here: Field, qu
     assert_as_quiet(here.run("halves"), quiet)
     again = here.run("halves")
     assert "nothing is left to do" in again.output
+
+
+def test_a_guard_stops_a_run_and_without_it_the_run_ends_as_a_quiet_one(here: Field, quiet: Outcome) -> None:
+    stopped = here.run("guarded", (), "guards.entropy.min=100")
+    assert stopped.code == 3, stopped.output
+    assert "policy/entropy" in stopped.output
+    assert actors_left() == []
+    assert_as_quiet(here.run("guarded"), quiet)
+
+
+def test_a_paused_run_waits_for_a_person_and_ends_as_a_quiet_one(here: Field, quiet: Outcome) -> None:
+    done = threading.Event()
+    reasons: list[str] = []
+
+    def person() -> None:
+        paused = here.run_folder("paused") / PAUSED_FILE
+        while not done.wait(0.2):
+            if paused.exists():
+                reasons.append(paused.read_text(encoding="utf-8"))
+                paused.unlink()
+
+    watching = threading.Thread(target=person)
+    watching.start()
+    try:
+        outcome = here.run("paused", (), "guards.length={max: 1, action: pause}", "guards.kl={max: 1e-9, action: warn}")
+    finally:
+        done.set()
+        watching.join()
+    assert_as_quiet(outcome, quiet)
+    assert reasons and all("length" in reason for reason in reasons)
+    assert {event["action"] for event in outcome.events("guard")} == {"pause", "warn"}
 
 
 def test_a_reward_endpoint_that_never_answers_is_named_and_ends_the_run(here: Field) -> None:
