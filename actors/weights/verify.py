@@ -25,7 +25,7 @@ from orchestrator.errors import PublishError
 
 SAMPLED_FRACTION = 1 / 16
 MIN_SAMPLED_COLUMNS = 8
-PROBE_ROWS = 1024
+PROBE_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Verifier:
         self._modules = dict(model.named_modules())
         self._tied = {f"{p.module}.{p.parameter}" for places in self._places.values() for p in places[1:]}
         self._expected: dict[str, tuple[int, dict[Place, str]]] = {}
+        self._zeros: dict[int, torch.Tensor] = {}  # by width: what becomes rows of an identity matrix while it is used
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raises PublishError naming tensors that the model needs and the trainer lacks, or the reverse."""
@@ -147,16 +148,25 @@ class Verifier:
 
     def _probe(self, module: nn.Module, columns: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
         """Columns [:, columns] of the weight that `module` multiplies with."""
-        identity = torch.zeros(len(columns), width, dtype=dtype)
-        identity[torch.arange(len(columns)), columns] = 1
+        if width not in self._zeros:
+            self._zeros[width] = torch.zeros(min(PROBE_ROWS, width), width, dtype=dtype)
+        identity = self._zeros[width][: len(columns)]
+        ones = torch.arange(len(columns)), columns
+        identity[ones] = 1
+        product = self._multiply(module, identity)
+        identity[ones] = 0
+        return product.to(dtype).T.contiguous()
+
+    def _multiply(self, module: nn.Module, rows: torch.Tensor) -> torch.Tensor:
         processor = getattr(self._model, "logits_processor", None)
         plain = processor is not None and processor.scale == 1 and processor.soft_cap is None
         method: Any = module.quant_method
+        product: torch.Tensor
         if isinstance(module, ParallelLMHead) and plain:
-            product = self._model.compute_logits(identity)
+            product = self._model.compute_logits(rows)
         else:
-            product = method.apply(module, identity, None)
-        return product.to(dtype).T.contiguous()
+            product = method.apply(module, rows, None)
+        return product
 
     def _columns(self, width: int) -> torch.Tensor:
         if self._mode == "full":

@@ -294,8 +294,11 @@ def main(rows: Sequence[str]) -> int:
         with hosts_that_die(folder, comes_back=False) as hosts:
             report.add("lost host", hosts.run("lost", raylet_blows(1)[3:4]))
     console.print(report.table)
-    shutil.rmtree(folder, ignore_errors=not report.failed)
-    return 1 if report.failed else 0
+    if report.failed:
+        console.print(f"what the runs left: {folder}")
+        return 1
+    shutil.rmtree(folder)
+    return 0
 
 
 if __name__ == "__main__":
