@@ -26,10 +26,13 @@ from ray.exceptions import (
 
 from actors.process import Process, Whereabouts
 from orchestrator.concurrency import together
-from orchestrator.errors import DeadlineExceeded, ObjectGone, RlhfError, RoleDied, RoleError
+from orchestrator.errors import DeadlineExceeded, ObjectGone, PeerLost, RlhfError, RoleDied, RoleError
 from orchestrator.types import Handle
 
 R = TypeVar("R")
+# What a rank says whose peer went in the middle of a collective, often before Ray knows of the death: gloo raises a
+# bare RuntimeError that names its source file, NCCL and rendezvous raise torch's own classes.
+_COLLECTIVE_FAILED = ("/gloo/transport/", "DistBackendError: ", "DistNetworkError: ", "DistStoreError: ")
 Start = Callable[[Sequence[int]], Awaitable[Mapping[int, ActorHandle[Any]]]]
 
 
@@ -186,7 +189,9 @@ def _own_error(error: RayTaskError, role: str, rank: int, operation: str) -> Exc
         return cause
     if isinstance(cause, ObjectLostError):
         return ObjectGone(role, rank, operation, _first_line(cause))
-    return RoleError(role, rank, operation, f"{type(cause).__name__}: {_first_line(cause)}")
+    text = f"{type(cause).__name__}: {_first_line(cause)}"
+    is_collective = any(sign in text for sign in _COLLECTIVE_FAILED)
+    return (PeerLost if is_collective else RoleError)(role, rank, operation, text)
 
 
 def _death(error: ActorDiedError, role: str, rank: int, operation: str) -> Exception:

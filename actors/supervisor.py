@@ -12,7 +12,7 @@ from actors.group import ActorGroup
 from actors.inspection import Evidence, inspect, kill
 from actors.starter import Starter
 from orchestrator.concurrency import cancel, together
-from orchestrator.errors import DeadlineExceeded, RlhfError, RoleDied, RoleError
+from orchestrator.errors import DeadlineExceeded, PeerLost, RlhfError, RoleDied, RoleError
 from orchestrator.failures import ANSWERABLE, LEARNERS, Action, Failure, FailurePolicy
 from orchestrator.telemetry import Telemetry
 
@@ -171,11 +171,12 @@ class RaySupervisor:
         process = None
         if group is not None:
             wants_stacks = isinstance(error, DeadlineExceeded)
-            ranks = range(len(group)) if wants_stacks else [rank]
+            ranks = range(len(group)) if isinstance(error, (DeadlineExceeded, PeerLost)) else [rank]
             found = await together(inspect(group.whereabouts.get(item), stacks=wants_stacks) for item in ranks)
             evidence = dict(zip(ranks, found, strict=True))
-            # In a collective all ranks wait for the one that is stopped.
-            rank = next((item for item in ranks if evidence[item].state not in ("running", "gone")), rank)
+            # In a collective all ranks wait for the one that is stopped, or complain of the one that is gone.
+            innocent = ("running", "gone") if wants_stacks else ("running",)
+            rank = next((item for item in ranks if evidence[item].state not in innocent), rank)
             process = group.whereabouts.get(rank)
             stacks = self._write_stacks(error, evidence) if wants_stacks else None
         seen = evidence.get(rank, Evidence(""))

@@ -8,6 +8,7 @@ RlhfError                     exit  the message says what, where and the way out
 │   └── RoleLost                1   it can't answer, through no fault of its program
 │       ├── RoleDied            1   its process is gone
 │       ├── DeadlineExceeded    1   it did not answer in time
+│       ├── PeerLost            1   another rank of its process group is gone
 │       └── ObjectGone          1   what it was to read went with a node
 ├── PublishError                1   an engine does not hold the announced weights
 ├── StorageError                1   the log or a checkpoint can't be written or trusted
@@ -65,6 +66,10 @@ class RoleDied(RoleLost):
 
 
 class DeadlineExceeded(RoleLost):
+    pass
+
+
+class PeerLost(RoleLost):
     pass
 
 

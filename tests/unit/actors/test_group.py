@@ -17,7 +17,7 @@ import ray
 import actors.group
 from actors.group import ActorGroup, BusyClock
 from actors.process import Process, Several
-from orchestrator.errors import DeadlineExceeded, NonFiniteError, RoleDied, RoleError
+from orchestrator.errors import DeadlineExceeded, NonFiniteError, PeerLost, RoleDied, RoleError
 
 DEADLINE_S = 60.0
 
@@ -117,6 +117,12 @@ async def test_any_other_error_names_role_rank_and_operation(shared: ActorGroup)
     with pytest.raises(RoleError, match="critic rank 1 failed in 'fail': ZeroDivisionError: by zero") as caught:
         await shared.call_all(Worker.fail, DEADLINE_S, ZeroDivisionError("by zero"))
     assert type(caught.value) is RoleError
+
+
+async def test_a_rank_that_lost_a_peer_is_not_blamed_for_its_program(shared: ActorGroup) -> None:
+    told = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    with pytest.raises(PeerLost, match="critic rank 1 failed in 'fail': RuntimeError: .*Connection closed by peer"):
+        await shared.call(1, Worker.fail, DEADLINE_S, told)
 
 
 async def test_what_does_not_answer_in_time_is_named(make: Callable[[], ActorGroup]) -> None:
