@@ -99,6 +99,7 @@ def test_a_reward_endpoint_that_never_answers_is_named_and_ends_the_run(here: Fi
     finally:
         silence.set()
         server.shutdown()
+        server.server_close()
     assert outcome.code == 1, outcome.output
     assert "DeadlineExceeded: reward rank 0 failed in 'score'" in outcome.output
     for event in outcome.events("failure"):
