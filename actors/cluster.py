@@ -22,8 +22,9 @@ from orchestrator.scheduling.plan import Demand, Node, Plan, Slot, place
 # 500 to 300 tokens/s; with 3 s it stays at 3.7 GB.
 ALLOCATOR = "oversize_threshold:0,dirty_decay_ms:3000,muzzy_decay_ms:3000"
 # Roles share cores, and a thread that spins for the next parallel region takes one from another role: beside a busy
-# process a transpose in 96 regions took 190 to 330 ms, with short spins 54 to 56, alone 45.
-SPINS = {"GOMP_SPINCOUNT": "1000"}
+# process a transpose in 96 regions took 190 to 330 ms, with these spins 71 to 77, alone 45. Shorter ones cost an
+# engine: a shard took 3.5 s by default, 3.6 with these, 4.7 with 1,000.
+SPINS = {"GOMP_SPINCOUNT": "10000"}
 # oneDNN keeps compiled kernels for every shape it met, torch's binding to it keeps more beside them, 1,024 each.
 # Micro-batches differ in shape: 800 of a tiny model ended at 1,100 MB, with the first at 64 at 735, with both at 445,
 # and took as long.
