@@ -31,7 +31,7 @@ class Whereabouts:
 
 
 class Process:
-    """Mixed into every worker class by actors/cluster.py."""
+    """Mixed into every worker class by `as_actor`."""
 
     _metrics: ActorMetrics | None = None
 
@@ -58,6 +58,11 @@ class Process:
             self._metrics = ActorMetrics(run_id, role, rank)
         self._metrics.set_weights_version(version)
         return self._metrics.report_memory()
+
+
+def as_actor(worker: type[Any]) -> Any:
+    """The Ray class of a worker class, named after it, that also answers what `Process` does."""
+    return ray.remote(type(worker.__name__, (worker, Process), {}))
 
 
 def _fetch(argument: Any) -> Any:

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.cluster import alive_nodes, environment, plan_when_ready, reserve
 from actors.group import ActorGroup, Start
 from actors.learning.distributed import Group
-from actors.process import Process, free_port
+from actors.process import as_actor, free_port
 from orchestrator.concurrency import together
 from orchestrator.errors import RoleDied
 from orchestrator.scheduling.plan import Demand, Plan, Slot
@@ -127,7 +127,6 @@ class Starter:
         return group
 
     def _actor(self, slot: Slot, worker: type[Any], arguments: Mapping[str, Any]) -> ActorHandle[Any]:
-        served = ray.remote(type(worker.__name__, (worker, Process), {}))
         options = {
             "num_cpus": slot.cpu_share,
             "num_gpus": slot.gpu_share,
@@ -135,7 +134,7 @@ class Starter:
             "runtime_env": {"env_vars": environment(slot.threads, on_gpu=slot.gpu_share > 0)},
             "max_restarts": 0,
         }
-        return served.options(**options).remote(**arguments)
+        return as_actor(worker).options(**options).remote(**arguments)
 
     async def _rendezvous(self, slots: Sequence[Slot]) -> tuple[str, int]:
         """Address and free port on the node of rank 0, where the ranks meet. A group of one needs no port.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -59,10 +60,13 @@ def run_job(overrides: Sequence[str]) -> tuple[Mapping[str, float], Path]:
     command = [sys.executable, "-m", "jobs.quickstart", *overrides]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
         assert job.stdout
+        late = threading.Timer(DEADLINE_S, job.terminate)
+        late.start()
         for line in job.stdout:
             lines.append(line)
             if line.startswith("submitted ") and "submitted" not in times:
                 times["submitted"] = time.time()
+        late.cancel()
     if job.returncode or "submitted" not in times:
         raise RuntimeError(f"the job ended with {job.returncode}:\n{''.join(lines[-30:])}")
     return times, max(RUNS.iterdir(), key=lambda folder: folder.stat().st_mtime)
@@ -105,7 +109,9 @@ def imports() -> list[Figure]:
 def import_s(module: str) -> float:
     """Seconds that a fresh process takes to import `module`, without the interpreter's own start."""
     code = f"import time; started = time.perf_counter(); import {module}; print(time.perf_counter() - started)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=DEADLINE_S
+    )
     return float(done.stdout.split()[-1])
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import ray
 
 from actors.group import ActorGroup
-from actors.process import Process
+from actors.process import as_actor
 from actors.recorder import RecorderWorker
 from benchmarks.harness import plain_figure
 from benchmarks.stand_ins import (
@@ -150,8 +150,7 @@ def groups() -> dict[str, ActorGroup]:
 
 
 def _group(role: str, worker: type[Any], arguments: Mapping[str, Any]) -> ActorGroup:
-    served = ray.remote(type(worker.__name__, (worker, Process), {}))
-    return ActorGroup(role, [served.options(num_cpus=0.5).remote(**arguments)])
+    return ActorGroup(role, [as_actor(worker).options(num_cpus=0.5).remote(**arguments)])
 
 
 async def _no_meter(version: int) -> Metrics:

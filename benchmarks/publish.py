@@ -23,7 +23,7 @@ from actors.engines import RolloutWorker
 from actors.group import ActorGroup
 from actors.learning.distributed import Group
 from actors.policy import PolicySettings
-from actors.process import Process
+from actors.process import as_actor
 from actors.publisher import BucketPublisher, PolicyWeights
 from actors.rollout import EngineSettings
 from actors.weights.sender import PublishingPolicy
@@ -145,9 +145,8 @@ def _engines(work: Work, count: int) -> ActorGroup:
 
 
 def _actor(worker: type[Any], threads: int, **arguments: Any) -> Any:
-    served = ray.remote(type(worker.__name__, (worker, Process), {}))
     variables = environment(threads, on_gpu=False)
-    return served.options(num_cpus=1, runtime_env={"env_vars": variables}).remote(**arguments)
+    return as_actor(worker).options(num_cpus=1, runtime_env={"env_vars": variables}).remote(**arguments)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import ray
 
 import actors.group
 from actors.group import ActorGroup, BusyClock
-from actors.process import Process, Several
+from actors.process import Several, as_actor
 from orchestrator.errors import DeadlineExceeded, NonFiniteError, PeerLost, RoleDied, RoleError
 
 DEADLINE_S = 60.0
@@ -85,8 +85,7 @@ def make(cluster: None) -> Iterator[Callable[[], ActorGroup]]:
 
 
 def _group() -> ActorGroup:
-    served = ray.remote(type("Worker", (Worker, Process), {}))
-    return ActorGroup("critic", [served.options(num_cpus=0.1).remote(rank) for rank in range(2)])
+    return ActorGroup("critic", [as_actor(Worker).options(num_cpus=0.1).remote(rank) for rank in range(2)])
 
 
 async def test_calls_answer_in_rank_order(shared: ActorGroup) -> None:
