@@ -7,20 +7,16 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import grpc
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from actors import allocator
 from orchestrator.errors import CapacityError, ConfigError
 from orchestrator.scheduling.plan import Demand, Node, Plan, Slot, place
 
-# Fresh pages are what eats a learner's time on the CPU, so freed ones are kept for a while. Never giving them back is
-# worse: micro-batches differ in size, and a reward model's training grew from 4 to 11 GB in seven steps and slowed from
-# 500 to 300 tokens/s; with 3 s it stays at 3.7 GB.
-ALLOCATOR = "oversize_threshold:0,dirty_decay_ms:3000,muzzy_decay_ms:3000"
 # Roles share cores, and a thread that spins for the next parallel region takes one from another role: beside a busy
 # process a transpose in 96 regions took 190 to 330 ms, with these spins 71 to 77, alone 45. Shorter ones cost an
 # engine: a shard took 3.5 s by default, 3.6 with these, 4.7 with 1,000.
@@ -156,8 +152,5 @@ def environment(threads: int, *, on_gpu: bool) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
     }
     if not on_gpu:
-        variables |= SPINS | KERNEL_CACHES
-    jemalloc = Path(ray.__file__).parent / "core" / "libjemalloc.so"
-    if not on_gpu and jemalloc.exists():
-        variables |= {"LD_PRELOAD": str(jemalloc), "MALLOC_CONF": ALLOCATOR}
+        variables |= SPINS | KERNEL_CACHES | allocator.variables()
     return variables

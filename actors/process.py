@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from actors.allocator import keep_large_blocks
 from actors.metrics import ActorMetrics
 from orchestrator.types import Handle
 
@@ -36,7 +37,8 @@ class Process:
     _metrics: ActorMetrics | None = None
 
     def ready(self) -> Whereabouts:
-        """Answers once the constructor has finished."""
+        """Answers once the constructor has finished. What is computed from then on keeps its large blocks."""
+        keep_large_blocks()
         node_id = ray.get_runtime_context().get_node_id()
         return Whereabouts(node_id, str(ray.util.get_node_ip_address()), os.getpid())
 

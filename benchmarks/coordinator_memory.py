@@ -34,6 +34,7 @@ from benchmarks.stand_ins import (
 )
 from benchmarks.table import report
 from orchestrator.algorithms.experience import ExperienceSettings
+from orchestrator.garbage import collect_seldom
 from orchestrator.types import Metrics, Prompt, PublishReport, SampleRequest, State
 
 SIZES = (64, 8192)
@@ -94,6 +95,7 @@ def run(samples: int) -> int:
                 publisher=StandInPublisher(),
                 meter=_no_meter,
             )
+            collect_seldom()  # as the jobs do
             state = asyncio.run(whole.run(State(0, 0.1)))
             if state.step != STEPS:
                 raise RuntimeError(f"the loop ended after {state.step} of {STEPS} steps")

@@ -32,6 +32,7 @@ from benchmarks.publish import AsIs
 from benchmarks.stand_ins import DEADLINE_S, RESPONSE_TOKENS, SAMPLES_PER_SHARD, coordinator
 from benchmarks.table import report
 from orchestrator.algorithms.experience import summarise
+from orchestrator.garbage import collect_seldom
 from orchestrator.types import Prompt, SampleRequest, ShardRecord, ShardRequest, State
 
 COUNTS = (10, 1000)
@@ -51,6 +52,7 @@ def main() -> None:
 
 def measure(rounds: int) -> list[Figure]:
     few, many = COUNTS
+    collect_seldom()  # as the jobs do
     engines = measure_pairs(partial(cpu_per_sample, many, 0), partial(cpu_per_sample, few, 0), pairs=rounds)
     whole = measure_pairs(partial(cpu_per_sample, many, None), partial(cpu_per_sample, few, None), pairs=rounds)
     return [

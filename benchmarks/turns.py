@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from actors.allocator import keep_large_blocks
+
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 300.0
 # What decides speed is what a contender is given, not what this shell happens to export.
@@ -89,6 +91,7 @@ def serve(build: Callable[[Mapping[str, Any]], Callable[..., Answer]], options: 
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    keep_large_blocks()
     answer = build(json.loads(options))
     for line in sys.stdin:
         answers.write(json.dumps(answer(**json.loads(line))) + "\n")

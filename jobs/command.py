@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from orchestrator.config import Config, load_config, to_yaml
 from orchestrator.errors import RlhfError
+from orchestrator.garbage import collect_seldom
 
 INTERRUPTED = 130  # what shells report of a program ended by Ctrl-C
 
@@ -87,4 +88,5 @@ def run_async(work: Coroutine[Any, Any, None]) -> None:
             loop.add_signal_handler(number, task.cancel)
         await task
 
+    collect_seldom()
     asyncio.run(supervised())

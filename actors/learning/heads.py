@@ -16,43 +16,45 @@ from actors.learning.packing import MicroBatch
 class _TokenLogProbs(torch.autograd.Function):
     """log softmax(h Wᵀ / temperature)[target] and the softmax's entropy, a chunk of positions at a time.
 
-    Logits of one chunk live at a time: forward keeps only the log-sum-exp and the entropy, backward makes the logits
-    again. Softmax is in fp32, matrix products in the weights' type, dW accumulates in fp32.
+    Logits of one chunk live at a time: forward keeps only the entropy, backward makes the logits again. Softmax is in
+    fp32, matrix products in the weights' type, dW accumulates in fp32. What is as large as the logits is computed in
+    place where it can be: on the CPU, fresh pages cost more than the arithmetic.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float, chunk: int
     ) -> tuple[Tensor, Tensor]:
-        logprobs, entropies, normalisers = [], [], []
+        logprobs, entropies = [], []
         for part in _chunks(len(targets_N), chunk):
-            logits = _logits(hidden_ND[part], weight_VD, temperature)
-            normaliser = logits.logsumexp(-1)
-            logprobs.append(logits.gather(-1, targets_N[part].unsqueeze(-1)).squeeze(-1) - normaliser)
-            mean_logit = (logits * (logits - normaliser[:, None]).exp_()).sum(-1)
-            entropies.append(normaliser - mean_logit)
-            normalisers.append(normaliser)
+            log_p = _logits(hidden_ND[part], weight_VD, temperature).log_softmax(-1)
+            logprobs.append(log_p.gather(-1, targets_N[part].unsqueeze(-1)).squeeze(-1))
+            entropies.append(log_p.exp().mul_(log_p).sum(-1).neg_())
         logprobs_N, entropy_N = torch.cat(logprobs), torch.cat(entropies)
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, torch.cat(normalisers), entropy_N)
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, entropy_N)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.set_materialize_grads(False)
         return logprobs_N, entropy_N
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs_N: Tensor | None, grad_entropy_N: Tensor | None) -> Any:
-        hidden_ND, weight_VD, targets_N, normaliser_N, entropy_N = ctx.saved_tensors
+        hidden_ND, weight_VD, targets_N, entropy_N = ctx.saved_tensors
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        if grad_logprobs_N is None:
+            grad_logprobs_N = torch.zeros_like(entropy_N)
         for part in _chunks(len(targets_N), ctx.chunk):
-            log_p = _logits(hidden_ND[part], weight_VD, ctx.temperature).sub_(normaliser_N[part].unsqueeze(-1))
-            p = log_p.exp()
-            grad_logits = torch.zeros_like(p)
-            if grad_entropy_N is not None:  # dH/dlogit_j = -p_j (log p_j + H)
-                grad_logits -= grad_entropy_N[part].unsqueeze(-1) * p * (log_p + entropy_N[part].unsqueeze(-1))
-            if grad_logprobs_N is not None:
-                grad_logits -= grad_logprobs_N[part].unsqueeze(-1) * p
-                grad_logits.scatter_add_(-1, targets_N[part].unsqueeze(-1), grad_logprobs_N[part].unsqueeze(-1))
-            grad_logits = (grad_logits / ctx.temperature).to(weight_VD.dtype)
+            logits = _logits(hidden_ND[part], weight_VD, ctx.temperature)
+            grad_chosen = grad_logprobs_N[part].unsqueeze(-1)
+            if grad_entropy_N is None:
+                grad_logits = logits.softmax(-1).mul_(-grad_chosen)
+            else:  # dH/dlogit_j = -p_j (log p_j + H)
+                log_p = logits.log_softmax(-1)
+                p, grad_entropy = log_p.exp(), grad_entropy_N[part].unsqueeze(-1)
+                grad_logits = log_p.add_(entropy_N[part].unsqueeze(-1)).mul_(grad_entropy).add_(grad_chosen)
+                grad_logits.mul_(p).neg_()
+            grad_logits.scatter_add_(-1, targets_N[part].unsqueeze(-1), grad_chosen)
+            grad_logits = _divided(grad_logits, ctx.temperature).to(weight_VD.dtype)
             grad_hidden_ND[part] = grad_logits @ weight_VD
             grad_weight_VD += grad_logits.T @ hidden_ND[part]
         return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None, None, None
@@ -63,7 +65,12 @@ def _chunks(length: int, chunk: int) -> list[slice]:
 
 
 def _logits(hidden_ND: Tensor, weight_VD: Tensor, temperature: float) -> Tensor:
-    return (hidden_ND @ weight_VD.T).float().div_(temperature)
+    return _divided((hidden_ND @ weight_VD.T).float(), temperature)
+
+
+def _divided(tensor: Tensor, temperature: float) -> Tensor:
+    """In place."""
+    return tensor if temperature == 1.0 else tensor.div_(temperature)
 
 
 class TokenLogProbs(nn.Module):
