@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
+from actors.learning.attention import use_short_attention
 from orchestrator.errors import DataError
 
 transformers_logging.disable_progress_bar()  # jobs write lines; a bar in a log is a wall of text
@@ -202,6 +203,7 @@ def _load(
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
+    use_short_attention(model)
     return model, sorted(info["missing_keys"])
 
 

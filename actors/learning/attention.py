@@ -1,0 +1,91 @@
+"""Causal attention whose backward is quick for short sequences on the CPU.
+
+torch's kernel for the CPU takes most of its time backward when sequences are short: 16 rows of 57 tokens and 9 heads in
+bf16 take 20 ms forward and backward, 9 ms here; from about 150 tokens on it is the faster one. Forward is torch's own,
+so that learning and scoring agree.
+
+Shapes: B rows, H heads, G key-value heads, R = H / G, T tokens, K head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "sdpa_short"
+SHORT = 128
+
+
+class ShortCausalAttention(torch.autograd.Function):
+    """softmax(Q Kᵀ · scale, causal) V; backward as in Dao 2022, appendix B.2, without tiles."""
+
+    @staticmethod
+    def forward(ctx: Any, query_BHTK: Tensor, key_BGTK: Tensor, value_BGTK: Tensor, scale: float) -> Tensor:
+        out_BHTK = scaled_dot_product_attention(
+            query_BHTK, key_BGTK, value_BGTK, is_causal=True, scale=scale, enable_gqa=True
+        )
+        ctx.save_for_backward(query_BHTK, key_BGTK, value_BGTK, out_BHTK)
+        ctx.scale = scale
+        return out_BHTK
+
+    @staticmethod
+    def backward(ctx: Any, grad_BHTK: Tensor) -> Any:
+        query, key, value, out = ctx.saved_tensors
+        (rows, heads, length, size), groups = query.shape, key.shape[1]
+        # The heads of a group share keys and values: their queries are as so many more tokens.
+        query, grad, out = (x.reshape(rows, groups, -1, size) for x in (query, grad_BHTK, out))
+        future_TT = torch.ones(length, length, dtype=torch.bool, device=query.device).triu_(1)
+        scores = (query @ key.mT).float().mul_(ctx.scale).view(rows, groups, -1, length, length)
+        p = scores.masked_fill_(future_TT, -torch.inf).softmax(-1).flatten(2, 3)
+        grad_p = (grad @ value.mT).float()
+        correction = (grad.float() * out.float()).sum(-1, keepdim=True)
+        grad_scores = grad_p.sub_(correction).mul_(p).mul_(ctx.scale).to(query.dtype)
+        grad_query = (grad_scores @ key).view(rows, heads, length, size)
+        return grad_query, grad_scores.mT @ query, p.to(query.dtype).mT @ grad, None
+
+
+def attend(
+    module: torch.nn.Module,
+    query_BHTK: Tensor,
+    key_BGTK: Tensor,
+    value_BGTK: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers; what it is not made for goes to transformers' own."""
+    length = query_BHTK.shape[2]
+    is_ours = (
+        torch.is_grad_enabled()
+        and query_BHTK.device.type == "cpu"
+        and length == key_BGTK.shape[2] <= SHORT
+        and attention_mask is None
+        and not dropout
+        and options.get("is_causal") in (None, True)
+        and getattr(module, "is_causal", True)
+        and all(options.get(name) is None for name in ("position_bias", "cache"))
+    )
+    if not is_ours:
+        return sdpa_attention_forward(
+            module, query_BHTK, key_BGTK, value_BGTK, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    scale = query_BHTK.shape[-1] ** -0.5 if scaling is None else scaling
+    out_BHTK = ShortCausalAttention.apply(query_BHTK, key_BGTK, value_BGTK, scale)
+    return out_BHTK.transpose(1, 2).contiguous(), None
+
+
+def use_short_attention(model: Any) -> None:
+    """Lets a model that attends by torch's kernel use it for short sequences."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(NAME)
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
