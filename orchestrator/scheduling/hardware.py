@@ -80,15 +80,15 @@ class Device:
 _CALL_S = 5e-4
 _GPU = Efficiency(learn=0.40, forward=0.40, decode=0.40, memory=0.60, links=1.0, decode_step_s=1e-3, call_s=_CALL_S)
 _CPU = Efficiency(
-    learn=0.423,
-    forward=0.215,
-    decode=0.259,
+    learn=0.86,
+    forward=0.347,
+    decode=0.282,
     memory=0.41,
-    links=0.0184,
-    decode_step_s=0.0369,
-    micro_batch_bytes=69.0,
+    links=0.0223,
+    decode_step_s=0.0409,
+    micro_batch_bytes=61.2,
     call_s=_CALL_S,
-    step_s=0.313,
+    step_s=0.191,
 )
 _GB = 1e9
 
