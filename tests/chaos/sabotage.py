@@ -71,7 +71,10 @@ class Sabotaged(Telemetry):
             struck = self.plan.with_suffix(f".{index}")
             if due and not struck.exists():
                 struck.touch()
-                threading.Timer(blow.get("delay_s", 0.0), strike, [blow, struck]).start()
+                if delay_s := blow.get("delay_s", 0.0):
+                    threading.Timer(delay_s, strike, [blow, struck]).start()
+                else:  # before anybody is asked for anything
+                    strike(blow, struck)
         with super().phase(name):
             yield
 
