@@ -4,7 +4,7 @@ torch's kernel for the CPU takes most of its time backward when sequences are sh
 bf16 take 20 ms forward and backward, 9 ms here; from about 150 tokens on it is the faster one. Forward is torch's own,
 so that learning and scoring agree.
 
-Shapes: B rows, H heads, G key-value heads, R = H / G, T tokens, K head size.
+Shapes: B rows, H heads, G key-value heads, T tokens, K head size (that of the values may be another).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ShortCausalAttention(torch.autograd.Function):
         query, key, value, out = ctx.saved_tensors
         (rows, heads, length, size), groups = query.shape, key.shape[1]
         # The heads of a group share keys and values: their queries are as so many more tokens.
-        query, grad, out = (x.reshape(rows, groups, -1, size) for x in (query, grad_BHTK, out))
+        query, grad, out = (x.reshape(rows, groups, -1, x.shape[-1]) for x in (query, grad_BHTK, out))
         future_TT = torch.ones(length, length, dtype=torch.bool, device=query.device).triu_(1)
         scores = (query @ key.mT).float().mul_(ctx.scale).view(rows, groups, -1, length, length)
         p = scores.masked_fill_(future_TT, -torch.inf).softmax(-1).flatten(2, 3)

@@ -37,6 +37,15 @@ def test_gradients_are_those_of_torch(length: int, heads: int, groups: int) -> N
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_values_may_have_another_head_size() -> None:
+    query, key, _ = inputs(9)
+    value = inputs(9)[2].detach()[..., :8].requires_grad_()
+    given = [query, key, value]
+    expected = gradients(scaled_dot_product_attention(*given, is_causal=True, scale=0.3, enable_gqa=True), given)
+    for found, wanted in zip(gradients(ShortCausalAttention.apply(*given, 0.3), given), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_bfloat16_is_no_worse_than_twice_torchs_own_error() -> None:
     given = inputs(57, dtype=torch.bfloat16)
     exact = [tensor.detach().float().requires_grad_() for tensor in given]
