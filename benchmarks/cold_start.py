@@ -62,11 +62,13 @@ def run_job(overrides: Sequence[str]) -> tuple[Mapping[str, float], Path]:
         assert job.stdout
         late = threading.Timer(DEADLINE_S, job.terminate)
         late.start()
-        for line in job.stdout:
-            lines.append(line)
-            if line.startswith("submitted ") and "submitted" not in times:
-                times["submitted"] = time.time()
-        late.cancel()
+        try:
+            for line in job.stdout:
+                lines.append(line)
+                if line.startswith("submitted ") and "submitted" not in times:
+                    times["submitted"] = time.time()
+        finally:
+            late.cancel()
     if job.returncode or "submitted" not in times:
         raise RuntimeError(f"the job ended with {job.returncode}:\n{''.join(lines[-30:])}")
     return times, max(RUNS.iterdir(), key=lambda folder: folder.stat().st_mtime)

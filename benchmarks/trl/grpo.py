@@ -18,11 +18,13 @@ from typing import Any
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from actors.allocator import keep_large_blocks
 from actors.rewards.rules import length_target
 from benchmarks.trl.work import Measured, TrlSettings, Work
 
 
 def main(work_file: Path, result_file: Path) -> None:
+    keep_large_blocks()  # as our actors do
     told = json.loads(work_file.read_text(encoding="utf-8"))
     measured = run(Work(**told["work"]), TrlSettings(**told["settings"]))
     result_file.write_text(json.dumps(asdict(measured)), encoding="utf-8")
