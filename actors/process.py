@@ -12,6 +12,7 @@ import ray
 
 from actors.allocator import keep_large_blocks
 from actors.metrics import ActorMetrics
+from orchestrator.garbage import collect_as_usual
 from orchestrator.types import Handle
 
 
@@ -35,6 +36,10 @@ class Process:
     """Mixed into every worker class by `as_actor`."""
 
     _metrics: ActorMetrics | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        collect_as_usual()
+        super().__init__(*args, **kwargs)
 
     def ready(self) -> Whereabouts:
         """Answers once the constructor has finished. What is computed from then on keeps its large blocks."""
@@ -64,7 +69,7 @@ class Process:
 
 def as_actor(worker: type[Any]) -> Any:
     """The Ray class of a worker class, named after it, that also answers what `Process` does."""
-    return ray.remote(type(worker.__name__, (worker, Process), {}))
+    return ray.remote(type(worker.__name__, (Process, worker), {}))
 
 
 def _fetch(argument: Any) -> Any:

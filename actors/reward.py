@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,9 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 
-from actors import tokens
-from actors.learning.model import resolve_model
 from actors.rewards import RewardSource, Score
 from actors.rewards.http import HttpReward
-from actors.rewards.model import RewardModel
 from actors.rewards.rules import RuleReward
 from orchestrator import schema
 from orchestrator.config import HttpRewardConfig, RuleConfig
@@ -44,6 +41,9 @@ class RewardSettings:
     trust_remote_code: bool = False
 
 
+Builder = Callable[[RewardSettings, int], RewardSource]
+
+
 class RewardWorker:
     """One replica. Complete when constructed: models are loaded, rules found.
 
@@ -52,8 +52,7 @@ class RewardWorker:
     """
 
     def __init__(self, settings: RewardSettings, *, threads: int = 1) -> None:
-        torch.set_num_threads(threads)
-        self._source = SOURCES[settings.kind](settings)
+        self._source = SOURCES[settings.kind](settings, threads)
 
     def score(self, table: pa.Table) -> pa.Table:
         """Table of schema.REWARDS for a table of schema.ROLLOUT, row by row.
@@ -62,10 +61,6 @@ class RewardWorker:
             RewardError: the source as a whole is down; a single failed sample has a null reward instead.
         """
         return rewards_table(table["row"], self._source.scores(table))
-
-    def set_threads(self, threads: int) -> None:
-        """CPU threads from now on, for phases in which more or fewer cores are free."""
-        torch.set_num_threads(threads)
 
 
 def rewards_table(rows: pa.ChunkedArray, scores: Sequence[Score]) -> pa.Table:
@@ -88,36 +83,22 @@ def _storable(score: Score) -> Score:
     return Score(None, error=f"not a finite 32-bit number: reward {score.value}, parts {dict(score.parts)}")
 
 
-def _model(settings: RewardSettings) -> RewardSource:
-    if settings.model is None or settings.policy is None:
-        raise ConfigError("reward.kind='model' needs reward.path: give the folder of a reward model.")
-    policy_tokenizer = tokens.load_tokenizer(
-        resolve_model(settings.policy, settings.cache_dir),
-        chat_template=settings.chat_template,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    return RewardModel(
-        resolve_model(settings.model, settings.cache_dir),
-        policy_tokenizer,
-        dtype=torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        micro_batch_tokens=settings.micro_batch_tokens,
-        normalise=settings.normalise,
-        max_length=settings.max_length,
-        trust_remote_code=settings.trust_remote_code,
-    )
+def _model(settings: RewardSettings, threads: int) -> RewardSource:
+    # Imported here: torch takes seconds, and rules and endpoints do without.
+    build: Builder = importlib.import_module("actors.rewards.model").from_settings
+    return build(settings, threads)
 
 
-def _rules(settings: RewardSettings) -> RewardSource:
+def _rules(settings: RewardSettings, threads: int) -> RewardSource:
     if not settings.rules:
         raise ConfigError("reward.kind='rules' needs reward.rules: list at least one {function: 'module:function'}.")
     return RuleReward(settings.rules)
 
 
-def _http(settings: RewardSettings) -> RewardSource:
+def _http(settings: RewardSettings, threads: int) -> RewardSource:
     if settings.http is None:
         raise ConfigError("reward.kind='http' needs reward.http.url: set the address of the endpoint.")
     return HttpReward(settings.http.url, timeout_s=settings.http.timeout_s, retries=settings.http.retries)
 
 
-SOURCES: Mapping[str, Callable[[RewardSettings], RewardSource]] = {"model": _model, "rules": _rules, "http": _http}
+SOURCES: Mapping[str, Builder] = {"model": _model, "rules": _rules, "http": _http}

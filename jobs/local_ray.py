@@ -90,7 +90,8 @@ def kill_marked(folder: Path) -> None:
     """
     deadline = monotonic() + GONE_S
     patient_until = monotonic() + PATIENCE_S
-    while left := _marked(folder):
+    known: set[psutil.Process] = set()
+    while left := _alive(known := known | _family(folder)):
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 # On SIGTERM a head first waits for half a minute for its node to drain.
@@ -99,10 +100,28 @@ def kill_marked(folder: Path) -> None:
         psutil.wait_procs(left, timeout=0.5)
         if monotonic() > deadline:
             raise CapacityError(f"processes of the local Ray are still there: {left}. Kill them by hand.")
+    for process in known:
+        # A zombie may have threads left: a dashboard agent's then compute in vain for a minute.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
-def _marked(folder: Path) -> list[psutil.Process]:
-    return [process for process in psutil.Process().children(recursive=True) if _mark(process) == str(folder)]
+def _family(folder: Path) -> set[psutil.Process]:
+    """The marked processes among this one's descendants, and theirs: whoever sets its title loses its environment."""
+    marked = {process for process in psutil.Process().children(recursive=True) if _mark(process) == str(folder)}
+    for process in list(marked):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            marked.update(process.children(recursive=True))
+    return marked
+
+
+def _alive(processes: set[psutil.Process]) -> list[psutil.Process]:
+    def is_alive(process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return False
+
+    return list(filter(is_alive, processes))
 
 
 def _mark(process: psutil.Process) -> str | None:

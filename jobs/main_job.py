@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from actors.cluster import connect
-from jobs.command import run_async, say
+from jobs.command import imported, run_async, say
 from jobs.pipeline import run_stages
 from jobs.prepare import Prepared
-from jobs.results import show_results
 from jobs.run_folder import open_run
 from orchestrator.config import Config
 
@@ -18,4 +17,4 @@ def run_job(config: Config, prepared: Prepared, ray_address: str | None) -> None
     for note in run.notes:
         say(note)
     run_async(run_stages(config, run, prepared, say))
-    show_results(run.path)
+    imported("jobs.results:show_results")(run.path)

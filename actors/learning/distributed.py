@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import os
@@ -22,6 +23,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed as deepspeed
 import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__
+from deepspeed.runtime import compiler
 
 # The CPU backend otherwise compiles a shared-memory all-reduce with g++ when it starts (50 s, and not on every image);
 # gloo does the same work.
@@ -100,9 +102,23 @@ def initialize(**arguments: Any) -> Any:
 
     Some of DeepSpeed's optimizers print memory reports to stdout while they are built; stdout belongs to the job.
     """
+    _import_muon()
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(dist_init_required=False, **arguments)
     return engine
+
+
+def _import_muon() -> None:
+    """Imports DeepSpeed's Muon without compiling it.
+
+    DeepSpeed 0.19 imports it for every engine, to see whether the optimizer is one; its decorators load torch's whole
+    compiler, which takes 1.6 s. Our optimizers are torch's. Can go when DeepSpeed compiles it on first use.
+    """
+    compile_, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile_
 
 
 def leave() -> None:

@@ -86,10 +86,6 @@ class LearningWorker:
     def full_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         return self.learner.full_weights(dtype)
 
-    def set_threads(self, threads: int) -> None:
-        """CPU threads from now on, for phases in which more or fewer cores are free."""
-        torch.set_num_threads(threads)
-
     def run_epochs(
         self,
         rows: TokenRows,

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,14 +15,17 @@ import torch
 
 from actors import tokens
 from actors.learning.heads import ValueModel
-from actors.learning.model import load_scorer, load_tokenizer
+from actors.learning.model import load_scorer, load_tokenizer, resolve_model
 from actors.learning.packing import token_rows
 from actors.rewards import Sample, Score, samples
 from actors.tokens import Transcript
 from orchestrator.data.records import Message
-from orchestrator.errors import DataError
+from orchestrator.errors import ConfigError, DataError
 from orchestrator.scheduling.balance import micro_batches
 from orchestrator.storage import write_json
+
+if TYPE_CHECKING:
+    from actors.reward import RewardSettings
 
 STATS_FILE = "reward_stats.json"
 
@@ -166,3 +169,25 @@ def _tokenizer(folder: Path, policy_tokenizer: Any, trust_remote_code: bool) -> 
             )
         tokenizer.chat_template = policy_tokenizer.chat_template
     return tokenizer
+
+
+def from_settings(settings: RewardSettings, threads: int) -> RewardModel:
+    """The reward model of a replica with so many CPU threads. Raises ConfigError when the settings name none."""
+    if settings.model is None or settings.policy is None:
+        raise ConfigError("reward.kind='model' needs reward.path: give the folder of a reward model.")
+    torch.set_num_threads(threads)
+    policy_tokenizer = tokens.load_tokenizer(
+        resolve_model(settings.policy, settings.cache_dir),
+        chat_template=settings.chat_template,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    return RewardModel(
+        resolve_model(settings.model, settings.cache_dir),
+        policy_tokenizer,
+        dtype=torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        micro_batch_tokens=settings.micro_batch_tokens,
+        normalise=settings.normalise,
+        max_length=settings.max_length,
+        trust_remote_code=settings.trust_remote_code,
+    )
