@@ -2,5 +2,5 @@
 
 from orchestrator.garbage import collect_seldom
 
-# Ray imports an actor's module before anything of ours runs in its process; Process goes back to the usual.
+# Ray imports an actor's module before it makes the actor; from then on Process decides.
 collect_seldom()

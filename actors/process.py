@@ -12,7 +12,7 @@ import ray
 
 from actors.allocator import keep_large_blocks
 from actors.metrics import ActorMetrics
-from orchestrator.garbage import collect_as_usual
+from orchestrator.garbage import collect_as_usual, collect_seldom
 from orchestrator.types import Handle
 
 
@@ -38,8 +38,9 @@ class Process:
     _metrics: ActorMetrics | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        collect_as_usual()
+        collect_seldom()
         super().__init__(*args, **kwargs)
+        collect_as_usual()
 
     def ready(self) -> Whereabouts:
         """Answers once the constructor has finished. What is computed from then on keeps its large blocks."""

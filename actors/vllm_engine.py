@@ -12,6 +12,7 @@ import torch
 from vllm import LLM, RequestOutput, SamplingParams, TokensPrompt
 from vllm.config import WeightTransferConfig
 from vllm.platforms import current_platform
+from vllm.v1.sample import sampler
 
 from actors import vllm_plugin
 from actors.rollout import (
@@ -27,6 +28,7 @@ from actors.rollout import (
 from actors.weights import cpu, gpu
 from actors.weights.manifest import Bucket, WeightHeader
 from orchestrator.errors import ConfigError, RlhfError
+from orchestrator.garbage import collect_seldom
 from orchestrator.types import Sampling, ShardRequest
 
 _GIB = 1 << 30
@@ -163,6 +165,8 @@ def _start(settings: EngineSettings, transfer_backend: str) -> LLM:
     if on_cpu:
         # vLLM freezes torch's thread count while it starts.
         torch.set_num_threads(settings.threads)
+        _skip_ranks()
+    collect_seldom()  # vLLM asks for five collections of everything while it starts
     return LLM(
         model=str(settings.model),
         dtype=settings.dtype,
@@ -187,6 +191,15 @@ def _start(settings: EngineSettings, transfer_backend: str) -> LLM:
         weight_transfer_config=WeightTransferConfig(backend=transfer_backend),
         disable_log_stats=True,
     )
+
+
+def _skip_ranks() -> None:
+    """Lets the rank of every sampled token be 1; nobody reads it.
+
+    vLLM 0.32 counts them with a kernel that torch compiles from C++ in the middle of the first batch: 2 s with a warm
+    cache, and it needs a compiler. Can go when SamplingParams.logprobs can leave ranks out.
+    """
+    sampler.batched_count_greater_than = lambda logprobs, chosen: chosen.new_ones(len(chosen), dtype=torch.int64)
 
 
 def _check(settings: EngineSettings) -> None:

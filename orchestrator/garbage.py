@@ -18,6 +18,6 @@ def collect_seldom() -> None:
 
 
 def collect_as_usual() -> None:
-    """Leaves what exists now out of all collections: libraries ask for some, of everything, while they start."""
+    """Leaves what exists now out of all collections, and makes collections as frequent as Python's own."""
     gc.freeze()
     gc.set_threshold(*_EACH_GENERATION)

@@ -4,8 +4,10 @@ all ranks call it, in the same order."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from actors.learning.losses import LossTerms
 from actors.learning.packing import MicroBatch
 from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.errors import NonFiniteError, StorageError
+from orchestrator.storage import writing
 
 Objective = Callable[[Any, MicroBatch], LossTerms]
 
@@ -170,12 +173,17 @@ class Learner:
         )
 
     def save(self, folder: Path) -> None:
-        """Writes weights, masters, optimizer and step count into `folder`: one file set per rank."""
-        self._engine.save_checkpoint(
-            str(folder), tag=_TAG, client_state={"optimizer_steps": self.optimizer_steps}, save_latest=False
-        )
-        if self.rank == 0:
-            (folder / _SUMMARY).write_text(json.dumps(self._shape(), indent=1), encoding="utf-8")
+        """Writes weights, masters, optimizer and step count into `folder`: one file set per rank.
+
+        Raises:
+            StorageError: a full disk, a missing permission.
+        """
+        with writing(folder), _full_disks(folder):
+            self._engine.save_checkpoint(
+                str(folder), tag=_TAG, client_state={"optimizer_steps": self.optimizer_steps}, save_latest=False
+            )
+            if self.rank == 0:
+                (folder / _SUMMARY).write_text(json.dumps(self._shape(), indent=1), encoding="utf-8")
         dist.barrier()
 
     def load(self, folder: Path) -> None:
@@ -245,6 +253,18 @@ class Learner:
             self._pretrained.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)
         dist.barrier()
+
+
+@contextlib.contextmanager
+def _full_disks(folder: Path) -> Iterator[None]:
+    """Of a full disk torch's archive writer only says, in a RuntimeError, that its position is not what it expected."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        free = shutil.disk_usage(folder).free
+        raise OSError(errno.ENOSPC, f"torch broke off writing, {free >> 20} MiB are free there", str(folder)) from error
 
 
 def _engine_config(settings: LearnerSettings) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A learner that was loaded goes on exactly like the one that was saved, bit for bit."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from actors.policy import ppo_terms
 from orchestrator.config import PpoConfig
 from orchestrator.errors import NonFiniteError, StorageError
 from orchestrator.scheduling.balance import plan_minibatches
+from tests.chaos.test_storage import fill, small_disk  # noqa: F401  a fixture
 from tests.numerics.ranks import group, run_ranks
 from tests.numerics.samples import experience, rollout
 from tests.tiny import tiny_llama, tiny_scorer
@@ -169,3 +171,12 @@ def _lengths():
         (len(p), len(r))
         for p, r in zip(*(rollout()[n].to_pylist() for n in ("prompt_tokens", "response_tokens")), strict=True)
     ]
+
+
+def test_a_full_disk_is_told_as_one(causal, small_disk):  # noqa: F811
+    distributed.join(group())
+    learner = make(causal, 1, "bfloat16")
+    filler = fill(small_disk)
+    os.truncate(filler, filler.stat().st_size - 65536)
+    with pytest.raises(StorageError, match=rf"{small_disk}\S* can't be written \(.*MiB are free"):
+        learner.save(small_disk / "step")
