@@ -118,7 +118,7 @@ def _family(folder: Path) -> set[psutil.Process]:
 def _alive(processes: set[psutil.Process]) -> list[psutil.Process]:
     def is_alive(process: psutil.Process) -> bool:
         with contextlib.suppress(psutil.NoSuchProcess):
-            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+            return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
         return False
 
     return list(filter(is_alive, processes))

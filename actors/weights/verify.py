@@ -5,15 +5,14 @@ parameter is emptied, or, for a tied lm_head, stays and is no longer looked at. 
 identity matrix as input the product is the transposed weight, exactly, for every other product is an exact zero. The
 lm_head is asked through `compute_logits`, which is what sampling goes through. All other parameters are read as bytes.
 
-Comparison is by BLAKE3 digests, so that nothing of the sent weights has to be kept. They hold no -0 and no subnormals,
+Comparison is by digests, so that nothing of the sent weights has to be kept. They hold no -0 and no subnormals,
 which products would not give back.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +27,6 @@ SAMPLED_FRACTION = 1 / 16
 MIN_SAMPLED_COLUMNS = 8
 PROBE_ROWS = 2048
 TRANSPOSED_ROWS = 64
-LAYERS_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -38,30 +36,6 @@ class Place:
     module: str
     parameter: str
     first_row: int
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows of one parameter that must have this digest."""
-
-    name: str
-    first_row: int
-    num_rows: int
-    digest: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a layer says it holds: one weight, or blocks of its columns as rows."""
-
-    blocks: list[torch.Tensor]
-    is_transposed: bool
-
-    def weight(self) -> torch.Tensor:
-        if not self.is_transposed:
-            return self.blocks[0]
-        turned = [_transposed(block) for block in self.blocks]
-        return _flushed(turned[0] if len(turned) == 1 else torch.cat(turned, dim=1))
 
 
 Places = Mapping[str, tuple[Place, ...]]
@@ -137,23 +111,20 @@ class Verifier:
         Raises:
             PublishError: naming the Hugging Face tensors that a layer does not compute with.
         """
-        wanted: dict[tuple[str, str], list[Part]] = defaultdict(list)
+        wanted: dict[tuple[str, str], list[tuple[str, int, int, str]]] = defaultdict(list)
         for name, (num_rows, digests) in self._expected.items():
             for place, digest in digests.items():
-                wanted[place.module, place.parameter].append(Part(name, place.first_row, num_rows, digest))
-        checks: deque[Future[list[str]]] = deque()
-        stale: list[str] = []
-        # One thread turns and hashes what this one asks for. A few layers ahead at most: answers are copies of layers.
-        with ThreadPoolExecutor(1, "compare") as beside:
-            for (module, parameter), parts in wanted.items():
-                checks.append(beside.submit(_differing, self._ask(Place(module, parameter, 0)), parts, module))
-                if len(checks) > LAYERS_AHEAD:
-                    stale += checks.popleft().result()
-            for check in checks:
-                stale += check.result()
+                wanted[place.module, place.parameter].append((name, place.first_row, num_rows, digest))
+        stale: dict[str, str] = {}
+        for (module, parameter), parts in wanted.items():
+            held = self._read(Place(module, parameter, 0))
+            for name, first_row, num_rows, digest in parts:
+                rows = held[first_row : first_row + num_rows] if held.dim() else held
+                if checksum(rows) != digest:
+                    stale[name] = f"{name} (in {module})"
         if stale:
             raise PublishError(
-                f"the engine does not compute with the published weights of {listed(stale)}. "
+                f"the engine does not compute with the published weights of {listed(stale.values())}. "
                 "It is out of service until a publish succeeds; restart it if this repeats."
             )
         return len(self._expected)
@@ -167,17 +138,17 @@ class Verifier:
         is_lookup = isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
         return place.parameter == "weight" and hasattr(module, "cpu_linear") and not is_lookup
 
-    def _ask(self, place: Place) -> Answer:
+    def _read(self, place: Place) -> torch.Tensor:
         if not self._is_prepacked(place):
-            return Answer([self._parameter(place)], is_transposed=False)
+            return self._parameter(place)
         module = self._modules[place.module]
         width = module.embedding_dim if isinstance(module, ParallelLMHead) else module.input_size_per_partition
         dtype, columns = self._parameter(place).dtype, self._columns(width)
         blocks = [self._probe(module, part, width, dtype) for part in columns.split(PROBE_ROWS)]
-        return Answer(blocks, is_transposed=True)
+        return _flushed(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1))
 
     def _probe(self, module: nn.Module, columns: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """Columns [:, columns] of the weight that `module` multiplies with, as rows."""
+        """Columns [:, columns] of the weight that `module` multiplies with."""
         if width not in self._zeros:
             self._zeros[width] = torch.zeros(min(PROBE_ROWS, width), width, dtype=dtype)
         identity = self._zeros[width][: len(columns)]
@@ -185,7 +156,7 @@ class Verifier:
         identity[ones] = 1
         product = self._multiply(module, identity)
         identity[ones] = 0
-        return product.to(dtype)
+        return _transposed(product.to(dtype))
 
     def _multiply(self, module: nn.Module, rows: torch.Tensor) -> torch.Tensor:
         processor = getattr(self._model, "logits_processor", None)
@@ -207,17 +178,6 @@ class Verifier:
 
     def _columns_of(self, weight: torch.Tensor) -> torch.Tensor:
         return weight if self._mode == "full" else weight[:, self._columns(weight.shape[1])]
-
-
-@torch.inference_mode()
-def _differing(answer: Answer, parts: Iterable[Part], module: str) -> list[str]:
-    """The parts, named, whose digest is not that of what the layer answered."""
-    held = answer.weight()
-
-    def rows(part: Part) -> torch.Tensor:
-        return held[part.first_row : part.first_row + part.num_rows] if held.dim() else held
-
-    return [f"{part.name} (in {module})" for part in parts if checksum(rows(part)) != part.digest]
 
 
 def _transposed(matrix: torch.Tensor) -> torch.Tensor:
