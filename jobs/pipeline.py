@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from orchestrator.errors import StorageError
 from orchestrator.exposition import PrometheusEndpoint
 from orchestrator.guards import why_paused
 from orchestrator.heartbeat import Heartbeat
+from orchestrator.mirror import Mirror, Mirroring
 from orchestrator.storage import write_json
 from orchestrator.telemetry import Telemetry
 
@@ -51,9 +52,22 @@ class _Now:
 async def run_stages(config: Config, run: RunFolder, prepared: Prepared, say: Say) -> None:
     """Runs what the config's `stages` names. Raises what a stage raises."""
     now = _Now(run.path)
-    async with Heartbeat(run.path, run.attempt, now):
+    async with _mirroring(config, run, say), Heartbeat(run.path, run.attempt, now):
         with ExitStack() as stack:
             await _run_stages(config, run, prepared, say, _open_endpoint(config, run, stack), now)
+
+
+def _mirroring(config: Config, run: RunFolder, say: Say) -> AbstractAsyncContextManager[object]:
+    if config.run.mirror is None:
+        return nullcontext()
+    return Mirroring(
+        Mirror(config.run.mirror, run.id),
+        run.path,
+        run.attempt,
+        every_s=config.run.mirror_every_s,
+        fence=run.require_newest,
+        tell=say,
+    )
 
 
 async def _run_stages(

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from jobs.command import imported, read_config, run_command, say
-from jobs.run_folder import finished_run, refuse_existing
+from jobs.run_folder import finished_run, refuse_existing, restore_lost
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file; without it all defaults.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as ppo.steps=10.")]
@@ -33,6 +33,9 @@ def main(
 
     def work() -> None:
         settings = read_config(config, overrides or (), print_config=print_config)
+        restored = restore_lost(settings)
+        if restored:
+            say(restored)
         if resume == "never":
             refuse_existing(settings)
         finished = finished_run(settings)

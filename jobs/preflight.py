@@ -26,6 +26,7 @@ from jobs.run_folder import check_run_folder
 from orchestrator.config import Config
 from orchestrator.data.readers import read_rankings
 from orchestrator.errors import ConfigError, DataError, RewardError, RlhfError
+from orchestrator.mirror import Mirror
 
 PROBES = 8  # prompts on which rules are tried
 HTTP_PROBE_S = 10.0
@@ -81,6 +82,7 @@ def preflight(config: Config) -> Preflight:
         lambda: _trackers(config),
         lambda: _port(config),
         lambda: check_run_folder(config),
+        lambda: _mirror(config),
     )
     notes.extend(note for note in map(attempt, checks) if note)
     return Preflight(prepared, notes, _distinct(problems))
@@ -174,6 +176,13 @@ def _gold(config: Config) -> None:
         load_rule(config.labeller.gold)
     if "ppo" in config.stages and config.evaluation.prompts and config.evaluation.gold is not None:
         load_rule(config.evaluation.gold)
+
+
+def _mirror(config: Config) -> str | None:
+    if config.run.mirror is None:
+        return None
+    run_id = config.run.id or "none-yet"
+    return f"mirror: {config.run.mirror}, {len(Mirror(config.run.mirror, run_id).names())} snapshots of this run"
 
 
 def _trackers(config: Config) -> None:

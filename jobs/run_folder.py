@@ -14,6 +14,7 @@ from orchestrator.checkpoints import MARKER
 from orchestrator.config import Config, load_config, to_yaml
 from orchestrator.config_changes import Change, changed_keys
 from orchestrator.errors import ConfigError, StorageError, Superseded
+from orchestrator.mirror import Mirror
 from orchestrator.storage import reading, replacing, writing
 from orchestrator.telemetry import EVENTS_FILE, read_lines
 
@@ -86,6 +87,25 @@ def open_run(config: Config) -> RunFolder:
     _keep_config(path / CONFIG_FILE, config, changes, attempt)
     notes = tuple(f"config changed since the last attempt: {change}" for change in changes)
     return RunFolder(path, run_id, attempt, notes)
+
+
+def restore_lost(config: Config) -> str | None:
+    """Makes the folder of the run that run.id names from its mirror, when it is gone; a line for people.
+
+    Raises:
+        StorageError: the mirror does not answer, or no snapshot of it is whole.
+    """
+    if config.run.id is None or config.run.mirror is None:
+        return None
+    path = storage_root(config.run.root) / config.run.id
+    if path.exists():
+        return None
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    snapshot = Mirror(config.run.mirror, config.run.id).pull(path)
+    if snapshot is None:
+        return None
+    return f"run {path.name}: its folder was gone; {len(snapshot.files)} files are back from snapshot {snapshot.name}"
 
 
 def refuse_existing(config: Config) -> None:

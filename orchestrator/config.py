@@ -39,6 +39,11 @@ class RunConfig(Section):
     """Run id. Given: the run with this id is continued, or started under it."""
     root: Path = Path("runs")
     """Folder that holds run folders; on a cluster it must be the same storage on every node."""
+    mirror: str | None = None
+    """Other storage that keeps a copy of the run, such as s3://bucket/prefix or an absolute path. When the run folder
+    is lost, `run.id` and this make it again."""
+    mirror_every_s: Seconds = 60.0
+    """Time between copies; what is newer is lost with the folder."""
     cache: Path = Path("~/.cache/rlhf-orchestrator")
     """Folder for converted models; safe to delete."""
     grace_s: Seconds = 30.0

@@ -21,6 +21,8 @@ _KEYS = frozenset(
         "run.cache",
         "run.grace_s",
         "run.id",
+        "run.mirror",
+        "run.mirror_every_s",
         "run.name",
         "run.root",
     }

@@ -62,6 +62,10 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     with reading(path):
         content = path.read_bytes()
+    return _parsed(path, content)
+
+
+def _parsed(path: Path, content: bytes) -> Any:
     try:
         return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -70,14 +74,14 @@ def read_json(path: Path) -> Any:
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object with a checksum of itself."""
-    write_json(path, {**content, _SEAL: _seal(content)})
+    write_json(path, _sealed(content))
 
 
 def create_sealed(path: Path, content: Mapping[str, Any]) -> bool:
     """The same for a file that must not be there yet: of several writers one wins. False: another one did."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        temporary.write_text(_as_json({**content, _SEAL: _seal(content)}), encoding="utf-8")
+        temporary.write_bytes(sealed_bytes(content))
         sync_file(temporary)
         _link(temporary, path)
         sync_folder(path.parent)
@@ -96,7 +100,19 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
     Raises StorageError when the file can't be read or was altered.
     """
-    content = read_json(path)
+    with reading(path):
+        content = path.read_bytes()
+    return unsealed(path, content)
+
+
+def sealed_bytes(content: Mapping[str, Any]) -> bytes:
+    """What `write_sealed` writes."""
+    return _as_json(_sealed(content)).encode("utf-8")
+
+
+def unsealed(path: Path, written: bytes) -> dict[str, Any]:
+    """What `read_sealed` makes of a file's bytes; `path` is its name in errors."""
+    content = _parsed(path, written)
     if not isinstance(content, dict):
         raise damaged(path, "it holds no JSON object")
     seal = content.pop(_SEAL, None)
@@ -149,6 +165,10 @@ def _as_json(content: Any) -> str:
 def _not_written(path: Path | str, error: OSError) -> StorageError:
     reason = error.strerror or error
     return StorageError(f"{path} can't be written ({reason}); free space, fix permissions, or put its folder back.")
+
+
+def _sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {**content, _SEAL: _seal(content)}
 
 
 def _seal(content: Mapping[str, Any]) -> str:

@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from jobs.replay import fingerprint
 from orchestrator.checkpoints import verify
+from orchestrator.mirror import Mirror
 from orchestrator.storage import sha256
 from orchestrator.telemetry import read_lines
 from tests.tiny import tiny_llama
@@ -144,3 +146,33 @@ def test_a_replay_may_start_from_a_checkpoint(launcher: Launcher, whole: Path, t
     finish(launcher.start("jobs.replay", str(tmp_path / "copy"), "--from-checkpoint"))
     assert_same_bits(whole, tmp_path / "copy" / "replay")
     assert steps_written(tmp_path / "copy" / "replay") == [2, 3]
+
+
+def test_a_run_whose_folder_is_lost_goes_on_from_its_mirror(launcher: Launcher, whole: Path, tmp_path: Path) -> None:
+    keys = ("run.id=lost", f"run.mirror={tmp_path}", "run.mirror_every_s=0.5")
+    command = ("jobs.ppo", "--config", str(launcher.folder / "config.yaml"), *keys)
+    folder = launcher.run_folder("lost")
+    killed = launcher.start(*command)
+    mirror = Mirror(str(tmp_path), "lost")
+    wait_until(killed, lambda: any("checkpoints/step-000002" in path for path in newest_files(mirror)))
+    killed.kill()
+    killed.communicate()
+    shutil.rmtree(folder)
+    output = finish(launcher.start(*command))
+    assert "run lost: its folder was gone" in output
+    assert steps_written(folder) == list(range(STEPS))
+    assert_same_bits(whole, folder)
+    assert f"checkpoints/step-{STEPS:06d}/COMPLETE" in newest_files(mirror)
+
+
+def newest_files(mirror: Mirror) -> Mapping[str, str]:
+    names = mirror.names()
+    return mirror.read(names[-1]).files if names else {}
+
+
+def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + RUN_S
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
