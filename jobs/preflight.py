@@ -182,7 +182,7 @@ def _mirror(config: Config) -> str | None:
     if config.run.mirror is None:
         return None
     run_id = config.run.id or "none-yet"
-    return f"mirror: {config.run.mirror}, {len(Mirror(config.run.mirror, run_id).names())} snapshots of this run"
+    return f"mirror: {config.run.mirror}, {Mirror(config.run.mirror, run_id).check()} snapshots of this run"
 
 
 def _trackers(config: Config) -> None:

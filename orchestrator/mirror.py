@@ -67,6 +67,14 @@ class Mirror:
         # By path: its bytes and the time of its last change, and the digest that it had then.
         self._digests: dict[str, tuple[tuple[int, int], str]] = {}
 
+    def check(self) -> int:
+        """Number of snapshots. Raises ConfigError when there is no such bucket."""
+        bucket = self._snapshots.partition("/")[0]
+        with self._answering():
+            if bucket and self._storage.get_file_info(bucket).type == fs.FileType.NotFound:
+                raise ConfigError(f"run.mirror={self._uri}: there is no bucket {bucket!r}; make it, or name another.")
+        return len(self.names())
+
     def push(self, folder: Path, attempt: int) -> Snapshot | None:
         """Copies what is new, then writes the manifest and retires older ones. None: nothing has changed, or a file
         went meanwhile, as a checkpoint does that a newer one replaces."""
