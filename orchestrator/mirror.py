@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import shutil
 import threading
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +27,14 @@ from orchestrator.checkpoints import MARKER
 from orchestrator.concurrency import cancel
 from orchestrator.errors import ConfigError, RlhfError, StorageError
 from orchestrator.heartbeat import HEARTBEAT_FILE
-from orchestrator.storage import sealed_bytes, sync_tree, unsealed, writing
+from orchestrator.storage import damaged, sealed_bytes, sync_tree, unsealed, writing
 
 KEEP = 2
 LAST_PUSH_S, STOPPED_PUSH_S = 600.0, 20.0
 _BLOCK_BYTES = 8 << 20
 # Appended to while a run goes on. Read last, they know of everything else in the snapshot.
 _GROWING = (".jsonl",)
+_NAME = re.compile(r"(\d{3,})-(\d{6,})\.json")
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,8 @@ class Mirror:
             return None
         if files == newest:
             return None
-        own = [name for name in names if name.startswith(f"{attempt:03d}-")]
-        number = int(own[-1][4:10]) + 1 if own else 1
-        snapshot = Snapshot(f"{attempt:03d}-{number:06d}.json", files)
+        last = max((number for of, number in map(_attempt_and_number, names) if of == attempt), default=0)
+        snapshot = Snapshot(f"{attempt:03d}-{last + 1:06d}.json", files)
         self._write(f"{self._snapshots}/{snapshot.name}", sealed_bytes({"files": files}))
         self._retire([*names, snapshot.name])
         return snapshot
@@ -129,7 +130,8 @@ class Mirror:
         """Names of the snapshots, oldest first."""
         with self._answering():
             found = self._storage.get_file_info(fs.FileSelector(self._snapshots, allow_not_found=True))
-            return sorted(entry.base_name for entry in found if entry.base_name.endswith(".json"))
+            names = [entry.base_name for entry in found if _NAME.fullmatch(entry.base_name)]
+            return sorted(names, key=_attempt_and_number)
 
     def _send(self, file: Path, path: str) -> str:
         """Stores a file's content, unless that is there; its SHA-256."""
@@ -181,7 +183,10 @@ class Mirror:
         """The snapshot of that name; its files may still be damaged. Raises StorageError where its manifest is."""
         with self._answering(), self._storage.open_input_stream(f"{self._snapshots}/{name}") as stream:
             content = stream.read()
-        return Snapshot(name, unsealed(Path(name), content)["files"])
+        files = unsealed(Path(name), content).get("files")
+        if not isinstance(files, dict):
+            raise damaged(Path(name), "it names no files")
+        return Snapshot(name, files)
 
     def _write(self, path: str, content: bytes) -> None:
         with self._storage.open_output_stream(path) as stream:
@@ -239,10 +244,9 @@ class Mirroring:
         grace_s: float = STOPPED_PUSH_S,
         fence: Callable[[], None],
         tell: Callable[[str], None],
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._mirror, self._folder, self._attempt = mirror, folder, attempt
-        self._every_s, self._grace_s, self._fence, self._tell, self._sleep = every_s, grace_s, fence, tell, sleep
+        self._every_s, self._grace_s, self._fence, self._tell = every_s, grace_s, fence, tell
         self._problem: str | None = None
 
     async def __aenter__(self) -> Mirroring:
@@ -261,7 +265,7 @@ class Mirroring:
 
     async def _push_on(self) -> None:
         while True:
-            await self._sleep(self._every_s)
+            await asyncio.sleep(self._every_s)
             await self._push()
 
     async def _push(self) -> None:
@@ -274,6 +278,11 @@ class Mirroring:
                 self._tell(f"mirror: {error}")
         else:
             self._problem = None
+
+
+def _attempt_and_number(name: str) -> tuple[int, int]:
+    attempt, number = name.removesuffix(".json").split("-")
+    return int(attempt), int(number)
 
 
 async def _beside(work: Callable[[], object]) -> None:

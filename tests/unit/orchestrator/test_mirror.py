@@ -140,6 +140,17 @@ def test_the_newest_attempts_snapshot_is_the_newest(run: Path, mirror: Mirror, t
     assert content(tmp_path / "again")["metrics.jsonl"] == "10\n10\n"
 
 
+@pytest.mark.parametrize("manifest", ["{}", "[]", '{"files": 3}', "half"])
+def test_a_manifest_that_is_none_is_passed_over(run: Path, mirror: Mirror, tmp_path: Path, manifest: str) -> None:
+    first = mirror.push(run, attempt=1)
+    snapshots = tmp_path / "mirror" / "run-1" / "snapshots"
+    (snapshots / "001-000002.json").write_text(manifest)
+    (snapshots / "notes.json").write_text("of somebody else")
+    assert mirror.pull(tmp_path / "again") == first
+    pushed = mirror.push(run, attempt=1)
+    assert pushed is not None and pushed.name == "001-000003.json"
+
+
 def test_a_file_that_goes_meanwhile_puts_the_copy_off(
     run: Path, mirror: Mirror, monkeypatch: pytest.MonkeyPatch
 ) -> None:
