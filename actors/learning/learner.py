@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,6 +88,11 @@ class Learner:
             fused=True,  # on the CPU too: otherwise each step makes three temporaries as large as the masters
         )
         self._engine = distributed.initialize(model=model, optimizer=optimizer, config=_engine_config(settings))
+        if settings.zero_stage == 1 and settings.dtype == "bfloat16":
+            # This wrapper's step clears its fp32 gradients, a pass over as many bytes as the masters; the engine then
+            # asks for it once more. Can go when DeepSpeed's BF16_Optimizer.zero_grad leaves cleared ones alone.
+            wrapper = self._engine.optimizer
+            wrapper.zero_grad = partial(wrapper.clear_lp_grads, set_to_none=True)
         if settings.zero_stage == 0 and settings.dtype == "bfloat16":
             # This wrapper allocates Adam's state by a step with zero gradients, which counts in the bias correction.
             self._engine.optimizer.optimizer.state.clear()
@@ -286,6 +292,9 @@ def _engine_config(settings: LearnerSettings) -> dict[str, Any]:
     }
     if settings.zero_stage:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if settings.zero_stage == 1:
+        # Otherwise what was added up in fp32 is rounded to bf16 and back, also where one rank has nothing to add.
+        config["communication_data_type"] = "fp32"
     return config
 
 

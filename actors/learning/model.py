@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.utils import logging as transformers_logging
 
 from actors.learning.attention import use_short_attention
+from actors.learning.norms import use_quick_norms
 from orchestrator.errors import DataError
 
 transformers_logging.disable_progress_bar()  # jobs write lines; a bar in a log is a wall of text
@@ -204,6 +205,7 @@ def _load(
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
     use_short_attention(model)
+    use_quick_norms(model)
     return model, sorted(info["missing_keys"])
 
 
