@@ -47,7 +47,14 @@ class PolicyWorker(LearningWorker):
         language_model = load_causal(folder, settings.learner.torch_dtype, trust_remote_code=settings.trust_remote_code)
         model = PolicyModel(language_model, temperature=settings.temperature)
         self.settings = settings
-        super().__init__(model, settings.learner, group, folder=folder, micro_batch_tokens=settings.micro_batch_tokens)
+        super().__init__(
+            model,
+            settings.learner,
+            group,
+            folder=folder,
+            micro_batch_tokens=settings.micro_batch_tokens,
+            compares=not settings.ppo.has_critic,
+        )
 
     def logprobs(self, table: pa.Table, share: Share | None = None) -> pa.Table:
         """Table of schema.LOGPROBS for a share of a rollout or experience table. Null: this rank's of its group, which
@@ -62,6 +69,7 @@ class PolicyWorker(LearningWorker):
                     share or self.share,
                     micro_batch_tokens=self.micro_batch_tokens,
                     device=self.learner.device,
+                    shares_prompts=self.shares_prompts,
                 )
             ],
         )
@@ -100,7 +108,7 @@ def ppo_terms(logprobs_N: Tensor, entropy_N: Tensor, micro: MicroBatch, ppo: Ppo
     """Loss of one micro-batch: clipped surrogate, entropy bonus, and KL to the reference where it is in the loss."""
     columns = micro.columns
     advantages_N = columns["advantages"]
-    if ppo.whiten_advantages:
+    if ppo.whiten_advantages and ppo.has_critic:
         advantages_N = (advantages_N - job.advantage_mean) / (job.advantage_std + 1e-8)
     weights_N = None
     sums: dict[str, Tensor] = {"entropy": entropy_N.detach().sum()}

@@ -14,6 +14,7 @@ from actors.learning.distributed import Group
 from actors.learning.heads import PolicyModel
 from actors.learning.model import load_causal, resolve_model
 from actors.learning.packing import MicroBatch, TokenRows
+from actors.learning.sharing import can_share
 from actors.learning.worker import Share, answers
 from actors.policy import logprobs_table
 
@@ -23,6 +24,7 @@ class ReferenceSettings:
     """Args:
     model: folder or name, see resolve_model; `cache_dir` holds converted models.
     sharded: one model over all ranks (ZeRO-3) instead of one in each.
+    shares_prompts: the prompt of neighbouring samples is computed once, where the model can.
     """
 
     model: str
@@ -31,6 +33,7 @@ class ReferenceSettings:
     temperature: float = 1.0
     sharded: bool = False
     micro_batch_tokens: int = 4096
+    shares_prompts: bool = False
     trust_remote_code: bool = False
 
 
@@ -45,6 +48,7 @@ class ReferenceWorker:
         dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
         folder = resolve_model(settings.model, settings.cache_dir)
         language_model = load_causal(folder, dtype, trust_remote_code=settings.trust_remote_code)
+        self._shares_prompts = settings.shares_prompts and can_share(language_model)
         model = PolicyModel(language_model, temperature=settings.temperature).eval().requires_grad_(False)
         self._model: Any = _shard(model, settings.dtype) if settings.sharded else model.to(group.device)
 
@@ -60,6 +64,7 @@ class ReferenceWorker:
                     share or Share(self.group.rank, self.group.world_size),
                     micro_batch_tokens=self.settings.micro_batch_tokens,
                     device=self.group.device,
+                    shares_prompts=self._shares_prompts,
                 )
             ],
         )

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.trl_step`: a whole step of ours against a whole GRPO step of TRL, on the same work.
+"""`python -m benchmarks.trl_step`: a whole GRPO step of ours against one of TRL, on the same work.
 
 Both sides sample, score and learn with the same model, prompts, lengths, samples, minibatches and reward function, in
 bf16; they take turns, each in a process that warms up first. benchmarks/trl/README.md says what each side does.
@@ -70,20 +70,20 @@ def figures(turns: Sequence[Sequence[float]], work: Work) -> list[Figure]:
             "s",
             better="lower",
             target=TARGET,
-            detail=f"{samples}; ours with critic and fp32 masters; TRL, weights and Adam in bf16",
+            detail=f"{samples}; ours with fp32 masters; TRL, weights and Adam in bf16",
         ),
         ratio_figure(
             f"step / TRL GRPO step, fp32 masters, {work.max_new_tokens} tokens",
             Pairs(ours_s, mixed_s),
             "s",
             better="lower",
-            detail=f"{samples}; ours with critic; TRL, bf16 autocast over fp32",
+            detail=f"{samples}; TRL, bf16 autocast over fp32",
         ),
     ]
 
 
 def our_config(steps: int, max_new_tokens: int) -> Config:
-    """The quickstart's PPO in TRL's shape: groups of four, a rule reward, every role learning from the first step."""
+    """The quickstart's work in TRL's shape: GRPO on groups of four, KL in the loss, a rule reward, no critic."""
     return load_config(CONFIG, our_overrides(steps, max_new_tokens))
 
 
@@ -95,7 +95,9 @@ def our_overrides(steps: int, max_new_tokens: int) -> list[str]:
         "reward.rules=[{function: 'actors.rewards.rules:length_target'}]",
         f"model.max_length={64 + max_new_tokens}",
         f"rollout.max_new_tokens={max_new_tokens}",
-        "critic.warmup_steps=0",
+        f"policy.cpus_per_rank={len(os.sched_getaffinity(0))}",
+        "ppo.advantage=grpo",
+        "ppo.kl_estimator=k3-loss",
         "ppo.prompts_per_step=16",
         "ppo.samples_per_prompt=4",
         f"ppo.steps={WARM_UP_STEPS + steps}",

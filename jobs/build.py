@@ -50,7 +50,7 @@ from orchestrator.failures import FailurePolicy
 from orchestrator.guards import Guards, acted_before, guard_table
 from orchestrator.held_out import Evaluation
 from orchestrator.prompts import PromptSchedule, Splits, sample_requests
-from orchestrator.roles import Recorder
+from orchestrator.roles import NoCritic, Recorder
 from orchestrator.sampler import Sampler
 from orchestrator.scheduling.plan import Demand, Slot
 from orchestrator.telemetry import Telemetry
@@ -107,7 +107,7 @@ async def start_engines(config: Config, starter: Starter, *, version: int | None
 
 
 async def start_learners(config: Config, starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
-    """Policy and critic, starting at once."""
+    """Policy and critic, if there is one, starting at once."""
     common = common_settings(config)
     policy = PolicySettings(
         config.model.path,
@@ -117,6 +117,9 @@ async def start_learners(config: Config, starter: Starter, reward_path: str | No
         micro_batch_tokens=config.policy.micro_batch_tokens,
         **common,
     )
+    groups = {"policy": await starter.ranks("policy", PublishingPolicy, policy)}
+    if not config.ppo.has_critic:
+        return groups
     critic = CriticSettings(
         critic_path(config.critic, reward_path) or config.model.path,
         learner=learner_settings(config, config.critic),
@@ -126,10 +129,7 @@ async def start_learners(config: Config, starter: Starter, reward_path: str | No
         micro_batch_tokens=config.critic.micro_batch_tokens,
         **common,
     )
-    return {
-        "policy": await starter.ranks("policy", PublishingPolicy, policy),
-        "critic": await starter.ranks("critic", CriticWorker, critic),
-    }
+    return {**groups, "critic": await starter.ranks("critic", CriticWorker, critic)}
 
 
 async def start_scorers(config: Config, starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
@@ -141,6 +141,7 @@ async def start_scorers(config: Config, starter: Starter, reward_path: str | Non
         temperature=config.rollout.temperature,
         sharded=config.reference.sharded,
         micro_batch_tokens=config.reference.micro_batch_tokens,
+        shares_prompts=not config.ppo.has_critic,
         **common,
     )
     reward = RewardSettings(
@@ -227,7 +228,8 @@ def _coordinator(
 ) -> Coordinator:
     limits = config.deadlines
     weights = PolicyWeights()
-    policy, critic = learners_of(config, groups, weights)
+    learners = learners_of(config, groups, weights)
+    policy = learners["policy"]
     reference = ShardedScorer(
         groups["reference"],
         ReferenceWorker.logprobs,
@@ -279,7 +281,7 @@ def _coordinator(
         reference=reference,
         reward=reward,
         policy=policy,
-        critic=critic,
+        critic=learners.get("critic", NoCritic()),
         publisher=publisher,
         log=log,
         guards=Guards(
@@ -292,7 +294,7 @@ def _coordinator(
         ),
         checkpoints=Checkpoints(
             run.checkpoints,
-            {"policy": policy, "critic": critic},
+            learners,
             every_steps=config.checkpoints.every_steps,
             last_step=ppo.steps,
             keep=config.checkpoints.keep,
@@ -324,8 +326,8 @@ def _coordinator(
 
 def learners_of(
     config: Config, groups: Mapping[str, ActorGroup], weights: PolicyWeights | None = None
-) -> tuple[RayLearner, RayLearner]:
-    """(policy, critic)"""
+) -> dict[str, RayLearner]:
+    """The policy and, if there is one, the critic, by role."""
     limits = config.deadlines
 
     def learner(role: str, settings: LearnerConfig, method: Callable[..., Any], **more: Any) -> RayLearner:
@@ -340,8 +342,10 @@ def learners_of(
             **more,
         )
 
-    policy = learner("policy", config.policy, PolicyWorker.logprobs, weights=weights)
-    return policy, learner("critic", config.critic, CriticWorker.values)
+    learners = {"policy": learner("policy", config.policy, PolicyWorker.logprobs, weights=weights)}
+    if config.ppo.has_critic:
+        learners["critic"] = learner("critic", config.critic, CriticWorker.values)
+    return learners
 
 
 def recorder_of(config: Config, recorders: ActorGroup, supervisor: RaySupervisor | None = None) -> RayRecorder:

@@ -120,7 +120,7 @@ def memory_per_role(config: Config, sizes: _Sizes) -> dict[str, Memory]:
         )
     return {
         "policy": _learner(config, config.policy, sizes.of(None), logits=True),
-        "critic": _learner(config, config.critic, sizes.of(config.critic.path or reward.path), logits=False),
+        **_critic_memory(config, sizes),
         "reference": scorer_memory(
             sizes.of(reference.path),
             dtype=dtype,
@@ -139,6 +139,13 @@ def memory_per_role(config: Config, sizes: _Sizes) -> dict[str, Memory]:
     }
 
 
+def _critic_memory(config: Config, sizes: _Sizes) -> dict[str, Memory]:
+    if not config.ppo.has_critic:
+        return {}
+    size = sizes.of(config.critic.path or config.reward.path)
+    return {"critic": _learner(config, config.critic, size, logits=False)}
+
+
 def _learner(config: Config, learner: LearnerConfig, size: ModelSize, *, logits: bool) -> Memory:
     return learner_memory(
         size,
@@ -153,9 +160,11 @@ def _learner(config: Config, learner: LearnerConfig, size: ModelSize, *, logits:
 
 def disk_bytes(config: Config, sizes: _Sizes) -> float:
     """What a run writes at most: checkpoints (one more than are kept while saving), exports, experience."""
-    policy, critic = sizes.of(None), sizes.of(config.critic.path or config.reward.path)
-    checkpoints = (config.checkpoints.keep + 1) * _SAVED_BYTES_PER_PARAM * (policy.num_params + critic.num_params)
-    exported = 4 * (policy.num_params + critic.num_params)
+    num_params = sizes.of(None).num_params
+    if config.ppo.has_critic:
+        num_params += sizes.of(config.critic.path or config.reward.path).num_params
+    checkpoints = (config.checkpoints.keep + 1) * _SAVED_BYTES_PER_PARAM * num_params
+    exported = 4 * num_params
     samples = config.ppo.steps * config.samples_per_step
     experience = samples * config.model.max_length * _LOGGED_BYTES_PER_TOKEN
     return float(checkpoints + exported + experience)

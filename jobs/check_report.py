@@ -14,6 +14,7 @@ from jobs.capacity import Capacity, capacity, find_cluster
 from jobs.command import out, say
 from jobs.preflight import Preflight, preflight
 from jobs.run_folder import storage_root
+from jobs.settings import loop_settings
 from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.config import Config, LearnerConfig
 from orchestrator.errors import RlhfError
@@ -52,7 +53,9 @@ def batch_rows(config: Config, num_prompts: int) -> list[Row]:
     samples = config.samples_per_step
     shards = math.ceil(samples / rollout.samples_per_shard)
     per_step = ppo.epochs * ppo.minibatches
-    policy_steps = max(ppo.steps - config.critic.warmup_steps, 0) * per_step
+    policy_steps = max(ppo.steps - loop_settings(config, ppo.steps).critic_warmup_steps, 0) * per_step
+    optimizer_steps = f"policy {policy_steps}" + (f", critic {ppo.steps * per_step}" if ppo.has_critic else "")
+    critic_rates = [("learning rate, critic", _rates(config.critic, ppo.steps * per_step))] if ppo.has_critic else []
     epochs = ppo.steps * ppo.prompts_per_step / num_prompts if num_prompts else math.inf
     return [
         ("samples per step", f"{ppo.prompts_per_step} prompts × {ppo.samples_per_prompt} = {samples}"),
@@ -62,9 +65,9 @@ def batch_rows(config: Config, num_prompts: int) -> list[Row]:
             "optimizer steps per step",
             f"{ppo.epochs} epochs × {ppo.minibatches} minibatches of {samples // ppo.minibatches} samples = {per_step}",
         ),
-        ("optimizer steps in all", f"policy {policy_steps}, critic {ppo.steps * per_step}, in {ppo.steps} steps"),
+        ("optimizer steps in all", f"{optimizer_steps}, in {ppo.steps} steps"),
         ("learning rate, policy", _rates(config.policy, ppo.steps * per_step)),
-        ("learning rate, critic", _rates(config.critic, ppo.steps * per_step)),
+        *critic_rates,
         ("passes over the prompts", f"{ppo.steps * ppo.prompts_per_step} of {num_prompts} prompts = {epochs:.2f}"),
     ]
 

@@ -13,6 +13,7 @@ from jobs.command import out, say
 from jobs.plan_work import layout_of, learning_of, work_of
 from orchestrator.config import Config, config_from_tree
 from orchestrator.errors import CapacityError, ConfigError
+from orchestrator.failures import LEARNERS
 from orchestrator.scheduling.hardware import CPU_CORE, DEVICES, Device, device_of
 from orchestrator.scheduling.memory import GIB, gib
 from orchestrator.simulation.run import simulate
@@ -126,9 +127,8 @@ def _placements(config: Config) -> Iterator[tuple[str, Config]]:
         )
 
 
-def settings_of(layout: Layout) -> list[str]:
+def settings_of(layout: Layout, learners: Sequence[str]) -> list[str]:
     """The overrides that make a run of this layout on GPUs."""
-    policy, critic = layout.learning["policy"], layout.learning["critic"]
     mode = "colocated" if layout.takes_turns else "separate"
     lines = [
         f"placement.mode={mode}",
@@ -142,7 +142,8 @@ def settings_of(layout: Layout) -> list[str]:
         f"reward.replicas={layout.reward_replicas}",
         f"reward.micro_batch_tokens={layout.learning['reward'].micro_batch_tokens}",
     ]
-    for role, learning in (("policy", policy), ("critic", critic)):
+    for role in learners:
+        learning = layout.learning[role]
         lines += [
             f"{role}.ranks={layout.width(role)}",
             f"{role}.zero_stage={learning.zero_stage}",
@@ -179,7 +180,8 @@ def _show(config: Config, found: Search, what: str) -> None:
     out.print(table)
     best = found.candidates[0]
     if best.memory:
-        say("best: " + " ".join(settings_of(best.layout)))
+        learners = [role for role in LEARNERS if role in best.prediction.idle]
+        say("best: " + " ".join(settings_of(best.layout, learners)))
         for part in best.memory:
             budget = f"states {gib(part.state)}, work {gib(part.working)}, KV cache {gib(part.cache)}"
             say(f"memory of a GPU of {', '.join(part.roles)}: {budget}, of {gib(part.available)}")

@@ -27,7 +27,7 @@ def dimensions(folder: Path, *, trust_remote_code: bool = False) -> Dimensions:
 
 
 def models_of(config: Config, trained_reward: Path | None = None) -> dict[str, Dimensions | None]:
-    """The model of each role; None where the reward is no model.
+    """The model of each role; None where the reward is no model, and where there is no critic.
 
     Args:
         trained_reward: what the reward_model stage trained, where it has run. None: it will be as its base.
@@ -41,7 +41,7 @@ def models_of(config: Config, trained_reward: Path | None = None) -> dict[str, D
     named = {
         "policy": policy,
         "reference": config.reference.path or policy,
-        "critic": config.critic.path or (reward if with_model else policy),
+        "critic": config.critic.path or (reward if with_model else policy) if config.ppo.has_critic else None,
         "reward": reward if with_model else None,
     }
     sizes = {
@@ -91,7 +91,7 @@ def layout_of(config: Config, device: Device, devices: int) -> Layout:
     needed = {demand.role: demand for demand in demands(config, learning=True) if demand.role in ROLES}
     sizes = {role: max(1, round(demand.gpus or demand.cpus)) for role, demand in needed.items()}
     counts = {role: demand.count for role, demand in needed.items()}
-    widths = {role: sizes[role] * (1 if role == "reward" else counts[role]) for role in MODELS}
+    widths = {role: sizes[role] * (1 if role == "reward" else counts[role]) for role in MODELS if role in needed}
     if config.placement.mode == "colocated":
         together = {role: min(devices, width) for role, width in {**widths, "rollout": sizes["rollout"]}.items()}
         pools = [Pool(devices, together)]

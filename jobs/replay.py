@@ -1,12 +1,13 @@
 """`python -m jobs.replay RUN_FOLDER [--until STEP] [--to FOLDER]`: learns again from a run's log.
 
-Starts the policy and the critic as the run did and folds learning over the committed steps; no engine, reference or
+Starts the learners as the run did and folds learning over the committed steps; no engine, reference or
 reward is needed. On the same kind of machine, with the same ranks and threads, it ends with the run's own bits.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -22,13 +23,14 @@ from orchestrator.config import Config, load_config
 from orchestrator.coordinator import Relearning
 from orchestrator.errors import ConfigError
 from orchestrator.experience_log import num_committed
+from orchestrator.failures import LEARNERS
 from orchestrator.guards import Guards, guard_table, only_warning
+from orchestrator.roles import NoCritic
 from orchestrator.storage import read_json
 from orchestrator.telemetry import Telemetry
 from orchestrator.types import State
 
-ROLES = ("policy", "critic")
-NEEDED = (*ROLES, "recorder")
+NEEDED = (*LEARNERS, "recorder")
 
 Until = Annotated[int | None, typer.Option("--until", help="Learn steps 0 to UNTIL - 1; default: all that are logged.")]
 To = Annotated[Path | None, typer.Option("--to", help="Folder of the result; default: RUN_FOLDER/replay.")]
@@ -96,8 +98,7 @@ async def _replay(config: Config, run: RunFolder, folder: Path, last_step: int, 
         groups = await start_learners(config, starter, reward_model_of(config, run))
         recorders = await start_recorders(config, starter, run)
         await all_ready({**groups, "recorder": recorders}, config.deadlines.start_s)
-        policy, critic = learners_of(config, groups)
-        learners = dict(zip(ROLES, (policy, critic), strict=True))
+        learners = learners_of(config, groups)
         saved = Checkpoints(run.checkpoints, learners, every_steps=0, last_step=last_step, keep=1)
         result = Checkpoints(folder / "checkpoints", learners, every_steps=0, last_step=last_step, keep=1)
         with Telemetry(folder, run.id, run.attempt, console=say, stage="replay", num_steps=last_step) as telemetry:
@@ -105,8 +106,8 @@ async def _replay(config: Config, run: RunFolder, folder: Path, last_step: int, 
             table = only_warning(guard_table(config.guards))
             relearning = Relearning(
                 settings=loop_settings(config, last_step),
-                policy=policy,
-                critic=critic,
+                policy=learners["policy"],
+                critic=learners.get("critic", NoCritic()),
                 log=log,
                 guards=Guards(table, folder=folder, telemetry=telemetry, past=log.metrics, console=say),
                 telemetry=telemetry,
@@ -118,15 +119,15 @@ async def _replay(config: Config, run: RunFolder, folder: Path, last_step: int, 
         await result.save(state)
         export = folder / "export"
         export.mkdir(exist_ok=True)
-        await policy.export(export)
-    _tell(run, folder, state)
+        await learners["policy"].export(export)
+    _tell(run, folder, state, tuple(learners))
 
 
-def _tell(run: RunFolder, folder: Path, state: State) -> None:
+def _tell(run: RunFolder, folder: Path, state: State, roles: Sequence[str]) -> None:
     learned = checkpoint_of(folder / "checkpoints", state.step)
     original = checkpoint_of(run.checkpoints, state.step)
     say(f"learned steps 0 to {state.step - 1} of run {run.id} again")
-    for role in ROLES:
+    for role in roles:
         found = fingerprint(learned, role)
         line = f"{role} sha256 {found}"
         if (original / "manifest.json").exists():

@@ -24,10 +24,13 @@ def sampling_of(config: Config) -> Sampling:
 
 
 def samples_per_shard(config: Config) -> int:
-    """The config's, or, without rollout.reproducible, a step's samples split over the engines."""
+    """The config's, or, without rollout.reproducible, a step's samples split over the engines; those that are compared
+    with each other stay together."""
     if config.rollout.reproducible:
         return config.rollout.samples_per_shard
-    return math.ceil(config.samples_per_step / config.rollout.engines)
+    if config.ppo.has_critic:
+        return math.ceil(config.samples_per_step / config.rollout.engines)
+    return math.ceil(config.ppo.prompts_per_step / config.rollout.engines) * config.ppo.samples_per_prompt
 
 
 def shards_per_step(config: Config, *, is_sharded: bool) -> int | None:
@@ -43,7 +46,8 @@ def reward_model_of(config: Config, run: RunFolder) -> str | None:
 
 
 def loop_settings(config: Config, steps: int) -> LoopSettings:
-    return LoopSettings(steps, config.critic.warmup_steps, _kl_controller(config))
+    warmup_steps = config.critic.warmup_steps if config.ppo.has_critic else 0
+    return LoopSettings(steps, warmup_steps, _kl_controller(config))
 
 
 def initial_state(config: Config) -> State:
@@ -72,6 +76,8 @@ def experience_settings(config: Config) -> ExperienceSettings:
         truncated=ppo.truncated,
         truncation_penalty=ppo.truncation_penalty,
         reward_clip=config.reward.clip,
+        advantage=ppo.advantage,
+        samples_per_prompt=ppo.samples_per_prompt,
     )
 
 
@@ -107,16 +113,17 @@ def engines_sleep(config: Config) -> bool:
 
 def demands(config: Config, *, learning: bool) -> list[Demand]:
     """What the roles need: for PPO and replay all of them, with `learning` off only the engines."""
-    rollout, reward = config.rollout, config.reward
+    rollout, reward, critic = config.rollout, config.reward, config.critic
     gpus = rollout.gpus_per_engine * rollout.tensor_parallel_size
     engines = Demand("rollout", rollout.engines, rollout.cpus_per_engine, gpus)
     if not learning:
         return [engines]
     reference = config.reference
+    critics = [Demand("critic", critic.ranks, critic.cpus_per_rank, critic.gpus_per_rank)]
     return [
         engines,
         Demand("policy", config.policy.ranks, config.policy.cpus_per_rank, config.policy.gpus_per_rank),
-        Demand("critic", config.critic.ranks, config.critic.cpus_per_rank, config.critic.gpus_per_rank),
+        *(critics if config.ppo.has_critic else []),
         Demand("reference", reference.replicas, reference.cpus_per_replica, reference.gpus_per_replica),
         Demand("reward", reward.replicas, reward.cpus_per_replica, reward.gpus_per_replica),
         Demand("recorder", 1, RECORDER_CPUS),

@@ -273,12 +273,15 @@ class PpoConfig(Section):
     """Value clip range. Null: off."""
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus."""
+    advantage: Literal["gae", "grpo", "rloo"] = "gae"
+    """gae: generalised advantage estimation with the critic. grpo, rloo: no critic; a response's return is compared
+    with its prompt's other responses, over their standard deviation (grpo) or not (rloo)."""
     gamma: Fraction = 1.0
     """Discount."""
     lam: Fraction = 0.95
     """GAE lambda."""
     whiten_advantages: bool = True
-    """Whiten advantages over the whole batch."""
+    """Whiten advantages over the whole batch (advantage: gae)."""
     kl_estimator: Literal["k1-reward", "k3-loss"] = "k1-reward"
     """KL to the reference per token: k1 in the reward, or k3 in the loss."""
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.05
@@ -290,13 +293,18 @@ class PpoConfig(Section):
     target_kl: Annotated[float, Field(gt=0)] | None = None
     """Stop a step's epochs when the approximate KL to its start exceeds this. Null: never."""
     truncated: Literal["bootstrap", "penalise"] = "bootstrap"
-    """A response cut by length: bootstrap with the critic, or subtract truncation_penalty."""
+    """A response cut by length: bootstrap with the critic (without one its reward stands as it is), or subtract
+    truncation_penalty."""
     truncation_penalty: Annotated[float, Field(ge=0)] = 1.0
     """Reward subtracted from a response that was cut by length (truncated: penalise)."""
     importance_cap: Annotated[float, Field(gt=0)] | None = None
     """Cap of the truncated importance weight between learner and engine. Null: off; needed at max_staleness > 0."""
     max_staleness: NonNegative = 0
     """Versions that sampling may run ahead of learning; 0: on-policy."""
+
+    @property
+    def has_critic(self) -> bool:
+        return self.advantage == "gae"
 
 
 class PlacementConfig(Section):
@@ -458,7 +466,8 @@ class Config(Section):
 
 
 def _contradictions(config: Config) -> Iterable[str]:
-    ppo, rollout, reward = config.ppo, config.rollout, config.reward
+    yield from _sizes_that_contradict(config)
+    ppo, reward = config.ppo, config.reward
     if ppo.max_staleness and config.placement.mode == "colocated":
         yield (
             f"placement.mode='colocated' needs ppo.max_staleness=0, got {ppo.max_staleness}: roles that share a "
@@ -468,19 +477,6 @@ def _contradictions(config: Config) -> Iterable[str]:
         yield (
             f"ppo.max_staleness={ppo.max_staleness} needs ppo.importance_cap: samples come from older weights and "
             "must be weighted. Set ppo.importance_cap=2.0 or ppo.max_staleness=0."
-        )
-    samples = config.samples_per_step
-    if samples % ppo.minibatches:
-        lower = samples // ppo.minibatches * ppo.minibatches
-        upper = lower + ppo.minibatches
-        yield (
-            f"ppo.prompts_per_step × ppo.samples_per_prompt = {samples} samples do not divide into "
-            f"ppo.minibatches={ppo.minibatches}. The nearest sizes that do: {lower or upper} and {upper} samples."
-        )
-    if rollout.max_new_tokens >= config.model.max_length:
-        yield (
-            f"rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in "
-            f"model.max_length={config.model.max_length}. Lower the first or raise the second."
         )
     if reward.kind == "rules" and not reward.rules:
         yield "reward.kind='rules' needs reward.rules: list at least one {function: 'package.module:function'}."
@@ -502,6 +498,47 @@ def _contradictions(config: Config) -> Iterable[str]:
     if list(config.stages) != order:
         yield f"stages must be distinct and in order; write stages: [{', '.join(order)}]."
     yield from _guards_that_contradict(config)
+
+
+def _sizes_that_contradict(config: Config) -> Iterable[str]:
+    ppo, rollout = config.ppo, config.rollout
+    samples = config.samples_per_step
+    if samples % ppo.minibatches:
+        lower = samples // ppo.minibatches * ppo.minibatches
+        upper = lower + ppo.minibatches
+        yield (
+            f"ppo.prompts_per_step × ppo.samples_per_prompt = {samples} samples do not divide into "
+            f"ppo.minibatches={ppo.minibatches}. The nearest sizes that do: {lower or upper} and {upper} samples."
+        )
+    if not ppo.has_critic:
+        yield from _groups_that_contradict(config)
+    if rollout.max_new_tokens >= config.model.max_length:
+        yield (
+            f"rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in "
+            f"model.max_length={config.model.max_length}. Lower the first or raise the second."
+        )
+
+
+def _groups_that_contradict(config: Config) -> Iterable[str]:
+    """Without a critic the samples of a prompt are compared with each other, so they must stay together."""
+    ppo, size = config.ppo, config.ppo.samples_per_prompt
+    if size < 2:
+        yield (
+            f"ppo.advantage='{ppo.advantage}' compares the samples of a prompt with each other and needs at least two, "
+            f"got ppo.samples_per_prompt={size}. Set ppo.samples_per_prompt=4, or ppo.advantage='gae'."
+        )
+    shard = config.rollout.samples_per_shard
+    if config.rollout.reproducible and shard % size:
+        yield (
+            f"rollout.samples_per_shard={shard} would part samples of one prompt, of which ppo.advantage="
+            f"'{ppo.advantage}' needs all {size} together. Set it to {max(shard // size, 1) * size}."
+        )
+    if ppo.prompts_per_step % ppo.minibatches:
+        yield (
+            f"ppo.prompts_per_step={ppo.prompts_per_step} prompts do not divide into "
+            f"ppo.minibatches={ppo.minibatches}, and with ppo.advantage='{ppo.advantage}' the samples of a prompt "
+            "stay in one minibatch. Change either."
+        )
 
 
 def _guards_that_contradict(config: Config) -> Iterable[str]:

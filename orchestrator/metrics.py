@@ -89,7 +89,10 @@ def _learning() -> Iterable[Metric]:
     yield Metric("policy/ratio_max", "Largest probability ratio new / old of a token")
     yield Metric("critic/loss", "Value loss, mean over the step's optimizer steps")
     yield Metric("critic/clip_fraction", "Share of tokens whose value the value clip cuts")
-    yield Metric("critic/explained_variance", "1 - Var(returns - values) / Var(returns), before the update")
+    explained = (
+        "1 - Var(returns - values) / Var(returns), before the update; without a critic, of the groups' baselines"
+    )
+    yield Metric("critic/explained_variance", explained)
     for role in ("policy", "critic"):
         yield Metric(f"{role}/grad_norm", "Gradient norm before clipping, mean over optimizer steps")
         yield Metric(f"{role}/learning_rate", "Learning rate of the step's last optimizer step")

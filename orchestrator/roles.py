@@ -5,7 +5,7 @@ errors.RoleError or one of its kin. actors/ implements these Protocols on Ray; t
 
     sampler      waits for  Rollouts.generate        one call per shard, in parallel over the engines
     coordinator  waits for  Scorer.score             four scorers, each shard as soon as it is sampled
-    coordinator  waits for  Recorder.record          one call per shard: join, GAE, write Parquet
+    coordinator  waits for  Recorder.record          one call per shard: join, advantages, write Parquet
     coordinator  waits for  Learner.learn            policy and critic at the same time
     coordinator  waits for  Publisher.publish        the policy's weights, to every engine, verified
 """
@@ -68,6 +68,25 @@ class Learner(Scorer, Protocol):
         """Writes a plain Hugging Face folder: safetensors, tokenizer, generation config."""
 
 
+class NoCritic:
+    """Stands where a critic would be in runs that compare samples with each other (ppo.advantage: grpo, rloo)."""
+
+    async def score(self, shard: RolloutShard) -> Sequence[Handle]:  # noqa: ARG002  Protocol
+        return ()
+
+    async def learn(self, experience: Experience) -> Metrics:  # noqa: ARG002  Protocol
+        return {}
+
+    async def save(self, folder: Path) -> None:
+        pass
+
+    async def load(self, folder: Path) -> None:
+        pass
+
+    async def export(self, folder: Path) -> None:
+        pass
+
+
 class Publisher(Protocol):
     async def publish(self, version: int) -> PublishReport:
         """Brings every engine to the policy's current weights, announced as `version`, and proves it.
@@ -80,7 +99,7 @@ class Recorder(Protocol):
     """Assembles experience near the data and writes it; the experience log keeps the manifest."""
 
     async def record(self, shard: ScoredShard, *, kl_coefficient: float, file: str) -> tuple[Handle, ShardRecord]:
-        """Joins a shard's scores, computes token rewards and GAE, writes `file` durably, returns table and record."""
+        """Joins a shard's scores, computes token rewards and advantages, writes `file` durably; (table, record)."""
 
     async def load(self, record: ShardRecord, *, file: str) -> Handle:
         """Reads a committed file back, its checksum verified. Raises StorageError naming the file."""

@@ -56,11 +56,11 @@ EXPERIENCE = pa.schema(
         *ROLLOUT,
         pa.field("old_logprobs", _FLOATS, nullable=False),  # the learner's, before it learns this step
         pa.field("ref_logprobs", _FLOATS, nullable=False),
-        pa.field("values", _FLOATS, nullable=False),
+        pa.field("values", _FLOATS, nullable=False),  # without a critic, the baseline of the prompt's samples
         pa.field("reward", pa.float32(), nullable=False),  # sequence reward, before the KL penalty
         pa.field("reward_parts", pa.map_(pa.string(), pa.float32()), nullable=False),
         pa.field("token_rewards", _FLOATS, nullable=False),  # with KL penalty, reward on the last token
-        pa.field("advantages", _FLOATS, nullable=False),  # GAE, before whitening (moments: manifest)
+        pa.field("advantages", _FLOATS, nullable=False),  # before whitening (moments: manifest)
         pa.field("returns", _FLOATS, nullable=False),
     ]
 )

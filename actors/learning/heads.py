@@ -113,8 +113,9 @@ class PolicyModel(nn.Module):
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """(logprobs_N, entropy_N) in fp32."""
-        hidden_BTD = self.pretrained.get_decoder()(input_ids=micro.input_ids_BT, use_cache=False).last_hidden_state
-        logprobs_N, entropy_N = self.head(hidden_BTD.flatten(0, 1)[micro.state_index_N], micro.targets_N)
+        decoder = self.pretrained.get_decoder()
+        hidden_LTD = decoder(input_ids=micro.input_ids_BT, use_cache=False, **micro.shared).last_hidden_state
+        logprobs_N, entropy_N = self.head(hidden_LTD.flatten(0, 1)[micro.state_index_N], micro.targets_N)
         return logprobs_N, entropy_N
 
 
@@ -134,7 +135,7 @@ class ValueModel(nn.Module):
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """(values_N, last_values_B) in fp32; a reward model's score of a sequence is its last value."""
         backbone = getattr(self.pretrained, self.pretrained.base_model_prefix)
-        hidden_BTD = backbone(input_ids=micro.input_ids_BT, use_cache=False).last_hidden_state
+        hidden_BTD = backbone(input_ids=micro.input_ids_BT, use_cache=False, **micro.shared).last_hidden_state
         wanted = torch.cat([micro.state_index_N, micro.last_index_B])
         values = self.head(hidden_BTD.flatten(0, 1)[wanted])
         values_N, last_B = values.split([len(micro.state_index_N), len(micro.last_index_B)])

@@ -1,19 +1,23 @@
 """From Arrow rows to padded micro-batches. Everything is found by lengths; what stands in the padding never matters.
 
-Shapes: B rows of a micro-batch, T tokens of its longest row (padding on the right), N = response tokens of its rows
-laid end to end. Padding sits behind the last real token, where causal attention never looks, so no mask is needed.
+Shapes: B rows of a micro-batch, L lines of its input, T tokens of the longest line (padding on the right), N = response
+tokens of its rows laid end to end. A line is a row, and then B = L, or several rows of one prompt (sharing.py). Padding
+sits behind the last real token, where causal attention never looks, so that rows of their own need no mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+
+from actors.learning import sharing
 
 Tensor = torch.Tensor
 
@@ -24,13 +28,14 @@ class MicroBatch:
 
     Args:
         rows: row indices in their table; empty for a dummy, whose tokens count for nothing.
-        input_ids_BT: right-padded tokens.
-        state_index_N: positions in the flattened (B·T) hidden states from which response token n is chosen.
+        input_ids_BT: right-padded tokens, of lines where rows share them.
+        state_index_N: positions in the flattened (L·T) hidden states from which response token n is chosen.
         targets_N: the response tokens.
         last_index_B: flattened position of each row's last token.
         lengths_B: response tokens of each row.
         columns: per-token columns (float32, N) and per-row columns (float32, B) that the loss reads.
         weight: 1, or 0 for a dummy.
+        shared: position_ids (L, T) and attention_mask (L, 1, T, T) of the forward, where a line holds several rows.
     """
 
     rows: tuple[int, ...]
@@ -41,6 +46,7 @@ class MicroBatch:
     lengths_B: Tensor
     columns: Mapping[str, Tensor]
     weight: float = 1.0
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class TokenRows:
@@ -61,6 +67,15 @@ class TokenRows:
     def num_rows(self) -> int:
         return len(self._prompt_offsets) - 1
 
+    @cached_property
+    def prompt_of(self) -> list[int]:
+        """The number of each row's prompt; neighbours with the same one have the same."""
+        found, number = [0] * self.num_rows, 0
+        for row in range(1, self.num_rows):
+            number += not np.array_equal(self._texts(row)[0], self._texts(row - 1)[0])
+            found[row] = number
+        return found
+
     @property
     def response_lengths(self) -> npt.NDArray[np.int64]:
         return np.diff(self._response_offsets)
@@ -71,35 +86,73 @@ class TokenRows:
         total: list[int] = (np.diff(self._prompt_offsets) + self.response_lengths).tolist()
         return total
 
+    def bundles(self, *, longest: int, shared: bool) -> list[tuple[int, ...]]:
+        """The rows in lines of at most `longest` tokens: `shared`, those of one prompt together, else each alone."""
+        if not shared:
+            return [(row,) for row in range(self.num_rows)]
+        texts = [self._texts(row) for row in range(self.num_rows)]
+        return sharing.bundles([prompt for prompt, _ in texts], [response for _, response in texts], longest=longest)
+
+    def line_length(self, line: Sequence[int]) -> int:
+        """Tokens of a line: its prompt once, and all responses."""
+        prompt = self._prompt_offsets[line[0] + 1] - self._prompt_offsets[line[0]]
+        return int(prompt + self.response_lengths[list(line)].sum())
+
     def token_column(self, name: str) -> npt.NDArray[np.float32]:
         return self._token_columns[name]
 
     def pack(self, rows: Sequence[int], device: torch.device) -> MicroBatch:
         """Pads rows to their longest; `rows` empty gives a one-row dummy of weight 0."""
-        if not rows:
+        return self.pack_lines([(row,) for row in rows], device)
+
+    def pack_lines(self, lines: Sequence[Sequence[int]], device: torch.device) -> MicroBatch:
+        """As `pack`; the rows of a line have one prompt, which stands once at its head."""
+        if not lines:
             return self._dummy(device)
-        prompts = [self._prompts[slice(*self._prompt_offsets[row : row + 2])] for row in rows]
-        responses = [self._responses[slice(*self._response_offsets[row : row + 2])] for row in rows]
-        width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-        input_ids_BT = np.zeros((len(rows), width), dtype=np.int64)
+        rows = [row for line in lines for row in line]
+        texts = {row: self._texts(row) for row in rows}
+        width = max(self.line_length(line) for line in lines)
+        input_ids_LT = np.zeros((len(lines), width), dtype=np.int64)
         states, last = [], []
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            end = len(prompt) + len(response)
-            input_ids_BT[i, : len(prompt)] = prompt
-            input_ids_BT[i, len(prompt) : end] = response
-            states.append(i * width + np.arange(len(prompt) - 1, end - 1))
-            last.append(i * width + end - 1)
+        for i, line in enumerate(lines):
+            prompt = texts[line[0]][0]
+            input_ids_LT[i, : len(prompt)] = prompt
+            start = len(prompt)
+            for row in line:
+                end = start + len(texts[row][1])
+                input_ids_LT[i, start:end] = texts[row][1]
+                before = np.arange(start - 1, end - 1)
+                before[:1] = len(prompt) - 1  # the first token is chosen where the prompt ends
+                states.append(i * width + before)
+                last.append(i * width + (end if end > start else len(prompt)) - 1)
+                start = end
         tokens = {name: self._rows_of(flat, rows) for name, flat in self._token_columns.items()}
         per_row = {name: values[list(rows)] for name, values in self._row_columns.items()}
         return MicroBatch(
             tuple(rows),
-            torch.from_numpy(input_ids_BT).to(device),
+            torch.from_numpy(input_ids_LT).to(device),
             torch.from_numpy(np.concatenate(states)).to(device),
-            torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(device),
+            torch.from_numpy(np.concatenate([texts[row][1] for row in rows]).astype(np.int64)).to(device),
             torch.tensor(last, device=device),
-            torch.tensor([len(r) for r in responses], device=device),
+            torch.tensor([len(texts[row][1]) for row in rows], device=device),
             {name: torch.from_numpy(array.astype(np.float32)).to(device) for name, array in (tokens | per_row).items()},
+            shared=self._shared(lines, width, device),
         )
+
+    def _texts(self, row: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(prompt, response)"""
+        prompt = self._prompts[slice(*self._prompt_offsets[row : row + 2])]
+        return prompt, self._responses[slice(*self._response_offsets[row : row + 2])]
+
+    def _shared(self, lines: Sequence[Sequence[int]], width: int, device: torch.device) -> dict[str, Tensor]:
+        if all(len(line) == 1 for line in lines):
+            return {}
+        found = []
+        for line in lines:
+            responses = self.response_lengths[list(line)].tolist()
+            found.append(sharing.owners(self.line_length(line) - sum(responses), responses, width))
+        owner_LT, position_LT = (torch.from_numpy(np.stack(arrays)).to(device) for arrays in zip(*found, strict=True))
+        return {"position_ids": position_LT, "attention_mask": sharing.visible(owner_LT)}
 
     def _rows_of(self, flat: npt.NDArray[np.float32], rows: Sequence[int]) -> npt.NDArray[np.float32]:
         return np.concatenate([flat[slice(*self._response_offsets[row : row + 2])] for row in rows])

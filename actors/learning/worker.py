@@ -20,6 +20,7 @@ from actors.learning.heads import PolicyModel, ValueModel
 from actors.learning.learner import Learner, LearnerSettings, Objective, Update
 from actors.learning.model import load_tokenizer
 from actors.learning.packing import MicroBatch, TokenRows
+from actors.learning.sharing import can_share
 from orchestrator.scheduling.balance import plan_forwards, plan_minibatches
 
 Forward = Callable[[MicroBatch], Any]
@@ -45,7 +46,7 @@ class LearnJob:
 
 @dataclass(frozen=True)
 class Share:
-    """The rows i of a table with i % count == index."""
+    """The rows i of a table with i % count == index; of rows that share their prompt, its groups."""
 
     index: int = 0
     count: int = 1
@@ -57,6 +58,8 @@ class LearningWorker:
     Args:
         folder: the model's folder, for its tokenizer.
         micro_batch_tokens: largest padded micro-batch.
+        compares: samples of one prompt are compared with each other (grpo, rloo): they stay in one minibatch, and their
+            prompt is computed once where the model can.
     """
 
     def __init__(
@@ -67,9 +70,12 @@ class LearningWorker:
         *,
         folder: Path,
         micro_batch_tokens: int,
+        compares: bool = False,
     ) -> None:
         self.group = group
         self.share = Share(group.rank, group.world_size)
+        self.compares = compares
+        self.shares_prompts = compares and can_share(model.pretrained)
         self.learner = Learner(model, learner)
         self.tokenizer = load_tokenizer(folder)
         self.micro_batch_tokens = micro_batch_tokens
@@ -101,21 +107,26 @@ class LearningWorker:
         Returns:
             (response tokens, epoch, update) of every optimizer step.
         """
-        lengths, response_lengths = rows.lengths, rows.response_lengths
+        lines = rows.bundles(longest=self.micro_batch_tokens, shared=self.shares_prompts)
+        response_lengths = rows.response_lengths
         updates: list[tuple[float, int, Update]] = []
         for epoch in range(epochs):
             plan = plan_minibatches(
-                lengths,
+                [rows.line_length(line) for line in lines],
                 num_minibatches=num_minibatches,
                 num_ranks=self.group.world_size,
                 micro_batch_tokens=self.micro_batch_tokens,
                 seed=(job.seed, job.step, epoch),
+                groups=[rows.prompt_of[line[0]] for line in lines] if self.compares else None,
             )
             for number, ranks in enumerate(plan):
-                minibatch = [row for micros in ranks for micro in micros for row in micro]
+                minibatch = [row for micros in ranks for micro in micros for line in micro for row in lines[line]]
                 count = float(response_lengths[minibatch].sum())
                 update = self.learner.update(
-                    [rows.pack(micro, self.learner.device) for micro in ranks[self.group.rank]],
+                    [
+                        rows.pack_lines([lines[i] for i in micro], self.learner.device)
+                        for micro in ranks[self.group.rank]
+                    ],
                     objective,
                     count=count,
                     what=f"step {job.step}, epoch {epoch}, minibatch {number}",
@@ -127,12 +138,24 @@ class LearningWorker:
 
 
 def answers(
-    rows: TokenRows, forward: Forward, share: Share, *, micro_batch_tokens: int, device: torch.device
+    rows: TokenRows,
+    forward: Forward,
+    share: Share,
+    *,
+    micro_batch_tokens: int,
+    device: torch.device,
+    shares_prompts: bool = False,
 ) -> Iterator[tuple[MicroBatch, Any]]:
-    """(micro-batch, output) for this share of the rows, dummies run but left out."""
-    plan = plan_forwards(rows.lengths, num_ranks=share.count, micro_batch_tokens=micro_batch_tokens)
-    for micro_rows in plan[share.index]:
-        micro = rows.pack(micro_rows, device)
+    """(micro-batch, output) for this share of the rows, dummies run but left out.
+
+    Args:
+        shares_prompts: neighbours with the same prompt are one of what is dealt, and their prompt is computed once.
+    """
+    lines = rows.bundles(longest=micro_batch_tokens, shared=shares_prompts)
+    lengths = [rows.line_length(line) for line in lines]
+    plan = plan_forwards(lengths, num_ranks=share.count, micro_batch_tokens=micro_batch_tokens)
+    for numbers in plan[share.index]:
+        micro = rows.pack_lines([lines[number] for number in numbers], device)
         output = forward(micro)
         if micro.rows:
             yield micro, output

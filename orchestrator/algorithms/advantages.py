@@ -1,7 +1,7 @@
 """Advantages over response tokens.
 
 Shapes: R rows, N = all response tokens of all rows laid end to end, R1 = R + 1 offsets (row i is [o[i], o[i+1])),
-T tokens of one row.
+T tokens of one row, G groups: the rows of one prompt.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 Offsets = npt.NDArray[np.int64]
-Advantage = Callable[[Floats, Floats, Offsets, Floats, float, float], tuple[Floats, Floats]]
+Doubles = npt.NDArray[np.float64]
+GroupAdvantage = Callable[[Doubles, npt.NDArray[np.int64]], tuple[Doubles, Doubles]]
 
 
 def gae(
@@ -65,4 +66,37 @@ def whiten(advantages: Floats, mean: float, std: float) -> Floats:
     return ((np.asarray(advantages, dtype=np.float64) - mean) / (std + 1e-8)).astype(np.float32)
 
 
-ADVANTAGES: Mapping[str, Advantage] = {"gae": gae_rows}
+def grpo(returns_R: Doubles, group_R: npt.NDArray[np.int64]) -> tuple[Doubles, Doubles]:
+    """Group-relative advantages (Shao 2024, DeepSeekMath, section 4.1.2): (R - mean) / (std + 1e-4), the standard
+    deviation with n - 1. A group of one has advantage 0.
+
+    Args:
+        group_R: which group each row is of; any numbers.
+
+    Returns:
+        (advantage, baseline) of every row; the baseline is the group's mean.
+    """
+    sizes_R, means_R, index_R = _group_means(returns_R, group_R)
+    deviations_R = returns_R - means_R
+    variances_R = np.bincount(index_R, weights=deviations_R**2)[index_R] / np.maximum(sizes_R - 1.0, 1.0)
+    return deviations_R / (np.sqrt(variances_R) + 1e-4), means_R
+
+
+def rloo(returns_R: Doubles, group_R: npt.NDArray[np.int64]) -> tuple[Doubles, Doubles]:
+    """REINFORCE leave-one-out (Ahmadian 2024, eq. 8): the return minus the mean of the group's others. As `grpo`; the
+    baseline of a group of one is its own return."""
+    sizes_R, means_R, _ = _group_means(returns_R, group_R)
+    others_R = (means_R * sizes_R - returns_R) / np.maximum(sizes_R - 1.0, 1.0)
+    baselines_R = np.where(sizes_R > 1, others_R, returns_R)
+    return returns_R - baselines_R, baselines_R
+
+
+def _group_means(returns_R: Doubles, group_R: npt.NDArray[np.int64]) -> tuple[Doubles, Doubles, npt.NDArray[np.int64]]:
+    """Of each row: its group's size, its group's mean, and its group's number among G."""
+    _, index_R = np.unique(group_R, return_inverse=True)
+    sizes_G = np.bincount(index_R).astype(np.float64)
+    means_G = np.bincount(index_R, weights=returns_R) / sizes_G
+    return sizes_G[index_R], means_G[index_R], index_R
+
+
+GROUP_ADVANTAGES: Mapping[str, GroupAdvantage] = {"grpo": grpo, "rloo": rloo}

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from orchestrator import schema
 from orchestrator.algorithms import kl
-from orchestrator.algorithms.advantages import ADVANTAGES, Floats, Offsets
+from orchestrator.algorithms.advantages import GROUP_ADVANTAGES, Floats, Offsets, gae_rows
 from orchestrator.errors import DataError, NonFiniteError
 from orchestrator.types import Moments
 
@@ -29,10 +29,11 @@ class ExperienceSettings:
 
     Args:
         kl_in_reward: whether -kl_coefficient · (log p_old - log p_ref) is added to every token's reward.
-        truncated: a response cut by length is bootstrapped with the critic's value after its last token, or ends
-            with value 0 and `truncation_penalty` subtracted from its reward.
+        truncated: a response cut by length is bootstrapped with the critic's value after its last token (there is none
+            without a critic), or ends with value 0 and `truncation_penalty` subtracted from its reward.
         reward_clip: the sequence reward is clipped to ± this before it enters the token rewards.
-        advantage: key of ADVANTAGES.
+        advantage: "gae", or a key of GROUP_ADVANTAGES, which need no critic.
+        samples_per_prompt: so many rows of a step, one after the other, are of one prompt.
     """
 
     kl_in_reward: bool = True
@@ -42,6 +43,7 @@ class ExperienceSettings:
     truncation_penalty: float = 1.0
     reward_clip: float | None = None
     advantage: str = "gae"
+    samples_per_prompt: int = 1
 
 
 def token_rewards(reward: float, old_logprobs: Floats, ref_logprobs: Floats, kl_coefficient: float) -> Floats:
@@ -64,7 +66,8 @@ def assemble(
 
     Args:
         rollout: table of schema.ROLLOUT.
-        logprobs, ref_logprobs, values, rewards: parts (in any order) that together hold every row once.
+        logprobs, ref_logprobs, values, rewards: parts (in any order) that together hold every row once; there are no
+            values without a critic. Then `values` become the baseline of the row's group, `returns` its whole return.
 
     Returns:
         (table of schema.EXPERIENCE in the rollout's row order, number of rows left out because scoring failed).
@@ -78,12 +81,11 @@ def assemble(
         "old_logprobs": _aligned("policy log-probs", logprobs, rows)["logprobs"],
         "ref_logprobs": _aligned("reference log-probs", ref_logprobs, rows)["logprobs"],
     }
-    value_table = _aligned("values", values, rows)
     reward_table = _aligned("rewards", rewards, rows)
     keep = pa.array(reward_table["reward"].is_valid().to_numpy() & (_lengths(rollout["response_tokens"]) > 0))
     table = rollout.select(schema.ROLLOUT.names).filter(keep)
     columns = {name: column.filter(keep) for name, column in columns.items()}
-    value_table, reward_table = value_table.filter(keep), reward_table.filter(keep)
+    reward_table = reward_table.filter(keep)
 
     offsets_R1 = _offsets(table["response_tokens"])
     flat = {
@@ -91,27 +93,34 @@ def assemble(
         for name, column in {
             **columns,
             "engine_logprobs": table["engine_logprobs"],
-            "values": value_table["values"],
         }.items()
     }
     reward_R = reward_table["reward"].to_numpy()
-    bootstrap_R = value_table["bootstrap_value"].to_numpy()
     _check_rows_finite("reward", reward_R, table["row"])
-    _check_rows_finite("bootstrap_value", bootstrap_R, table["row"])
     truncated_R = pc.equal(table["finish_reason"], TRUNCATED).to_numpy()
     coefficient = kl_coefficient if settings.kl_in_reward else 0.0
     final_R = _final_rewards(reward_R, truncated_R, settings)
     token_rewards_N = _token_rewards_rows(final_R, flat["old_logprobs"], flat["ref_logprobs"], offsets_R1, coefficient)
-    bootstrapped_R = truncated_R & (settings.truncated == "bootstrap")
-    advantages_N, returns_N = ADVANTAGES[settings.advantage](
-        token_rewards_N,
-        flat["values"],
-        offsets_R1,
-        np.where(bootstrapped_R, bootstrap_R, 0.0).astype(np.float32),
-        settings.gamma,
-        settings.lam,
-    )
-    computed = {**flat, "token_rewards": token_rewards_N, "advantages": advantages_N, "returns": returns_N}
+    if settings.advantage == "gae":
+        value_table = _aligned("values", values, rows).filter(keep)
+        bootstrap_R = value_table["bootstrap_value"].to_numpy()
+        _check_rows_finite("bootstrap_value", bootstrap_R, table["row"])
+        values_N = _flat("values", value_table["values"], table["row"], offsets_R1)
+        bootstrapped_R = truncated_R & (settings.truncated == "bootstrap")
+        last_values_R = np.where(bootstrapped_R, bootstrap_R, 0.0).astype(np.float32)
+        advantages_N, returns_N = gae_rows(
+            token_rewards_N, values_N, offsets_R1, last_values_R, settings.gamma, settings.lam
+        )
+    else:
+        group_R = table["row"].to_numpy() // settings.samples_per_prompt
+        advantages_N, values_N, returns_N = _compared(token_rewards_N, offsets_R1, group_R, settings.advantage)
+    computed = {
+        **flat,
+        "token_rewards": token_rewards_N,
+        "values": values_N,
+        "advantages": advantages_N,
+        "returns": returns_N,
+    }
     arrays: dict[str, Any] = {name: table[name] for name in schema.ROLLOUT.names}
     arrays |= {name: _lists(flat_N, offsets_R1) for name, flat_N in computed.items()}
     arrays |= {name: reward_table[name] for name in ("reward", "reward_parts")}
@@ -179,6 +188,20 @@ def explained_variance(sums: Mapping[str, float]) -> float:
     variance = sums["return_squares_token_sum"] / count - (sums["return_token_sum"] / count) ** 2
     unexplained = sums["residual_squares_token_sum"] / count - (sums["residual_token_sum"] / count) ** 2
     return 1.0 - unexplained / variance if variance > 0.0 else 0.0
+
+
+def _compared(
+    token_rewards_N: Floats, offsets_R1: Offsets, group_R: npt.NDArray[np.int64], kind: str
+) -> tuple[Floats, Floats, Floats]:
+    """(advantages, baselines, returns), the same for all tokens of a response; its return is undiscounted."""
+    lengths_R = np.diff(offsets_R1)
+    row_N = np.repeat(np.arange(len(lengths_R)), lengths_R)
+    returns_R = np.bincount(row_N, weights=token_rewards_N, minlength=len(lengths_R)).astype(np.float64)
+    advantages_R, baselines_R = GROUP_ADVANTAGES[kind](returns_R, group_R)
+    advantages_N, baselines_N, returns_N = (
+        column_R.astype(np.float32)[row_N] for column_R in (advantages_R, baselines_R, returns_R)
+    )
+    return advantages_N, baselines_N, returns_N
 
 
 def _final_rewards(

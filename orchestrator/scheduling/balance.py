@@ -12,7 +12,13 @@ RankPlan = list[MicroBatch]
 
 
 def plan_minibatches(
-    lengths: Sequence[int], *, num_minibatches: int, num_ranks: int, micro_batch_tokens: int, seed: int | Sequence[int]
+    lengths: Sequence[int],
+    *,
+    num_minibatches: int,
+    num_ranks: int,
+    micro_batch_tokens: int,
+    seed: int | Sequence[int],
+    groups: Sequence[int] | None = None,
 ) -> list[list[RankPlan]]:
     """Splits rows into minibatches, over ranks, and into micro-batches.
 
@@ -23,12 +29,21 @@ def plan_minibatches(
         lengths: tokens of each row, prompt and response together.
         micro_batch_tokens: largest rows × longest row; a longer single row is a micro-batch of its own.
         seed: of the permutation; the same seed gives the same plan.
+        groups: number of each row's group, whose rows stay in one minibatch. Null: each row is alone.
 
     Returns:
         plan[minibatch][rank] = micro-batches, longest rows first.
     """
-    permutation = np.random.default_rng(seed).permutation(len(lengths))
-    parts = [part.tolist() for part in np.array_split(permutation, num_minibatches) if len(part)]
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(range(len(lengths)) if groups is None else groups):
+        members.setdefault(group, []).append(row)
+    permutation = np.random.default_rng(seed).permutation(len(members))
+    grouped = list(members.values())
+    parts = [
+        [row for number in part for row in grouped[number]]
+        for part in np.array_split(permutation, num_minibatches)
+        if len(part)
+    ]
     return [
         _level([micro_batches(rows, lengths, micro_batch_tokens) for rows in _balance(part, lengths, num_ranks)])
         for part in parts

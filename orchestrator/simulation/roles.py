@@ -72,6 +72,7 @@ class Cluster:
         self._turns = {
             role: asyncio.Semaphore(layout.devices_of(role) // layout.scoring_ranks(role, work.samples))
             for role in MODELS
+            if role in self._devices
         }
         self._coordinator = Devices(Pool(1, {}))
         self.lengths = functools.lru_cache(maxsize=layout.max_staleness + 2)(work.lengths)

@@ -48,8 +48,8 @@ class Launcher:
             text=True,
         )
 
-    def ppo(self, run_id: str) -> subprocess.Popen[str]:
-        return self.start("jobs.ppo", "--config", str(self.folder / "config.yaml"), f"run.id={run_id}")
+    def ppo(self, run_id: str, *keys: str) -> subprocess.Popen[str]:
+        return self.start("jobs.ppo", "--config", str(self.folder / "config.yaml"), f"run.id={run_id}", *keys)
 
     def run_folder(self, run_id: str) -> Path:
         return self.folder / "runs" / run_id
@@ -146,6 +146,23 @@ def test_a_replay_may_start_from_a_checkpoint(launcher: Launcher, whole: Path, t
     finish(launcher.start("jobs.replay", str(tmp_path / "copy"), "--from-checkpoint"))
     assert_same_bits(whole, tmp_path / "copy" / "replay")
     assert steps_written(tmp_path / "copy" / "replay") == [2, 3]
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "rloo"])
+def test_a_run_without_a_critic_learns_and_equals_its_replay(
+    launcher: Launcher, tmp_path: Path, advantage: str
+) -> None:
+    keys = (f"ppo.advantage={advantage}", "ppo.prompts_per_step=4", "ppo.samples_per_prompt=4", "ppo.steps=2")
+    finish(launcher.ppo(advantage, *keys))
+    folder = launcher.run_folder(advantage)
+    last = "checkpoints/step-000002"
+    assert not (folder / last / "critic").exists()
+    metrics = [line["metrics"] for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "step"]
+    assert metrics[0]["kl/per_response"] == 0.0 < metrics[1]["kl/per_response"], "the policy never learned"
+    assert "busy/critic_s" not in metrics[0]
+    output = finish(launcher.start("jobs.replay", str(folder), "--to", str(tmp_path / "again")))
+    assert output.count("equal to the run's own step-000002") == 1, output
+    assert fingerprint(folder / last, "policy") == fingerprint(tmp_path / "again" / last, "policy")
 
 
 def test_a_run_whose_folder_is_lost_goes_on_from_its_mirror(launcher: Launcher, whole: Path, tmp_path: Path) -> None:

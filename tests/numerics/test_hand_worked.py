@@ -9,7 +9,7 @@ import torch
 
 from actors.learning.losses import importance_weights, kl_loss, policy_loss, ranking_loss, sft_loss, value_loss
 from orchestrator.algorithms import kl
-from orchestrator.algorithms.advantages import gae, gae_rows, whiten
+from orchestrator.algorithms.advantages import gae, gae_rows, grpo, rloo, whiten
 from orchestrator.algorithms.experience import token_rewards
 from orchestrator.algorithms.schedule import learning_rate
 
@@ -53,6 +53,20 @@ def test_gae_of_many_rows_equals_gae_of_each():
             expected = rewards[t] + 0.9 * following - values[t] + 0.9 * 0.8 * expected
             assert advantages[t] == pytest.approx(expected, rel=1e-5, abs=1e-6)
             assert returns[t] == pytest.approx(expected + values[t], rel=1e-5, abs=1e-6)
+
+
+def test_grpo_divides_by_the_deviation_of_the_group():
+    # Group 7: 1, 2, 3, mean 2, std 1 (n - 1); group 4: 5, 5, std 0; group 9: one sample.
+    advantages, baselines = grpo(np.array([1.0, 5, 2, 5, 3, 8]), np.array([7, 4, 7, 4, 7, 9]))
+    np.testing.assert_allclose(advantages, [-1 / 1.0001, 0, 0, 0, 1 / 1.0001, 0], rtol=1e-12)
+    np.testing.assert_allclose(baselines, [2, 5, 2, 5, 2, 8], rtol=1e-12)
+
+
+def test_rloo_leaves_the_sample_itself_out():
+    # Of 1, 2, 6 the others' means are 4, 3.5, 1.5; a group of one has nothing to be compared with.
+    advantages, baselines = rloo(np.array([1.0, 8, 2, 6]), np.array([0, 1, 0, 0]))
+    np.testing.assert_allclose(baselines, [4, 8, 3.5, 1.5], rtol=1e-12)
+    np.testing.assert_allclose(advantages, [-3, 0, -1.5, 4.5], rtol=1e-12)
 
 
 def test_token_rewards_put_the_score_on_the_last_token_and_k1_on_every_token():

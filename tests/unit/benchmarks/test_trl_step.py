@@ -7,8 +7,9 @@ from benchmarks.trl_step import CONFIG, our_config, our_overrides
 from orchestrator.config import load_config
 
 
-def test_every_role_learns_from_the_first_step() -> None:
-    assert our_config(3, 28).critic.warmup_steps == 0
+def test_both_sides_do_grpo() -> None:
+    ppo = our_config(3, 28).ppo
+    assert (ppo.advantage, ppo.kl_estimator, ppo.samples_per_prompt) == ("grpo", "k3-loss", 4)
 
 
 def test_the_longest_prompt_and_response_fit() -> None:

@@ -19,6 +19,7 @@ from orchestrator.experience_log import ExperienceLog
 from orchestrator.failures import Unsupervised
 from orchestrator.guards import Guard, Guards, acted_before
 from orchestrator.held_out import Evaluation
+from orchestrator.roles import NoCritic
 from orchestrator.sampler import Sampler
 from orchestrator.telemetry import Telemetry, read_lines
 from orchestrator.types import Metrics, Sampling, State
@@ -42,6 +43,7 @@ class World:
     takes_turns: bool = False
     every_steps: int = 0
     critic_warmup_steps: int = 0
+    has_critic: bool = True
     table: Sequence[Guard] = ()
     poll_s: float = 0.001
     num_dropped: int = 0
@@ -56,6 +58,7 @@ class World:
         diary = self.diary
         self.policy = FakeLearner("policy", diary, metrics_of_step=self.policy_metrics)
         self.critic = FakeLearner("critic", diary)
+        learners = {"policy": self.policy, **({"critic": self.critic} if self.has_critic else {})}
         rollouts = FakeRollouts(diary, fail_in_step=self.fail_in_step)
         recorder = FakeRecorder(diary, self.num_dropped, self.sums_of_step)
         telemetry = Telemetry(self.folder, "run", 1)
@@ -76,7 +79,7 @@ class World:
             reference=scorer,
             reward=scorer,
             policy=self.policy,
-            critic=self.critic,
+            critic=learners.get("critic", NoCritic()),
             publisher=FakePublisher(diary, rollouts),
             log=log,
             guards=Guards(
@@ -90,7 +93,7 @@ class World:
             ),
             checkpoints=Checkpoints(
                 self.folder / "checkpoints",
-                {"policy": self.policy, "critic": self.critic},
+                learners,
                 every_steps=self.every_steps,
                 last_step=self.steps,
                 keep=2,
@@ -190,6 +193,19 @@ async def test_only_the_critic_learns_while_it_warms_up(tmp_path: Path) -> None:
     await world.coordinator().run(State(0, 0.1))
     assert world.policy.learned == [2, 3]
     assert world.critic.learned == [0, 1, 2, 3]
+
+
+async def test_a_run_without_a_critic_learns_and_saves_the_policy_alone(tmp_path: Path) -> None:
+    world = World(tmp_path, has_critic=False)
+    await world.coordinator().run(State(0, 0.1))
+    assert world.policy.learned == [0, 1, 2, 3]
+    assert world.critic.learned == []
+    assert sorted(path.name for path in (tmp_path / "checkpoints" / "step-000004").iterdir() if path.is_dir()) == [
+        "policy"
+    ]
+    names = {name for line in read_lines(tmp_path / "metrics.jsonl") for name in line.get("metrics", {})}
+    assert any(name.startswith("policy/") for name in names)
+    assert not any(name.startswith("critic/") for name in names - {"critic/explained_variance"})
 
 
 async def test_engines_sleep_before_anyone_else_computes_when_they_take_turns(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def run(settings=SETTINGS, *, old=None, ref=None, value=None, reward=None, kl=0.
         rollout() if table is None else table,
         logprobs=old or [logprobs(-1.0)],
         ref_logprobs=ref or [logprobs(-1.5)],
-        values=value or [values()],
+        values=[values()] if value is None else value,
         rewards=reward or [rewards([1.0, 2.0, 3.0])],
         settings=settings,
         kl_coefficient=kl,
@@ -184,3 +184,35 @@ def test_explained_variance_is_one_for_perfect_and_zero_for_constant_values():
     perfect = table.set_column(table.column_names.index("values"), "values", table["returns"])
     assert explained_variance(summarise(table)[1]) == pytest.approx(0.0)
     assert explained_variance(summarise(perfect)[1]) == pytest.approx(1.0)
+
+
+def without_critic(advantage="rloo", **changes):
+    """Rows 10 and 11 are of one prompt, 12 of the next one."""
+    return run(ExperienceSettings(advantage=advantage, samples_per_prompt=2), value=[], **changes)
+
+
+def test_without_a_critic_a_response_is_compared_with_its_prompts_others():
+    # Returns: 1 - 2 * 0.05, 2 - 3 * 0.05, 3 - 0.05; the baseline of each is the other one's, of the third its own.
+    table, _ = without_critic()
+    assert table["values"].to_pylist() == [pytest.approx([1.85] * 2), pytest.approx([0.9] * 3), pytest.approx([2.95])]
+    assert table["returns"].to_pylist() == [pytest.approx([0.9] * 2), pytest.approx([1.85] * 3), pytest.approx([2.95])]
+    advantages = table["advantages"].to_pylist()
+    assert advantages == [pytest.approx([-0.95] * 2), pytest.approx([0.95] * 3), pytest.approx([0.0])]
+
+
+def test_groups_are_told_by_row_whatever_the_order():
+    order = pa.array([2, 0, 1])
+    table, _ = without_critic(table=rollout().take(order))
+    assert table.equals(without_critic()[0].take(order).combine_chunks())
+
+
+def test_who_is_left_of_a_group_is_compared_with_who_is_left():
+    table, dropped = without_critic("grpo", reward=[rewards([1.0, None, 3.0])])
+    assert dropped == 1
+    assert table["advantages"].to_pylist() == [[0.0, 0.0], [0.0]]
+    assert without_critic("grpo", reward=[rewards([None] * 3)])[0].num_rows == 0
+
+
+def test_a_cut_response_has_no_value_to_be_bootstrapped_with_where_there_is_no_critic():
+    table, _ = without_critic(kl=0.0)
+    assert table["returns"].to_pylist()[1] == [2.0] * 3

@@ -51,6 +51,25 @@ def test_the_seed_decides_and_nothing_else():
     assert plan((1, 2, 3)) != plan((1, 2, 4))
 
 
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 3))
+def test_groups_stay_in_one_minibatch(sizes, minibatches, ranks):
+    groups = [number for number, size in enumerate(sizes) for _ in range(size)]
+    plan = plan_minibatches(
+        [3] * len(groups), num_minibatches=minibatches, num_ranks=ranks, micro_batch_tokens=9, seed=1, groups=groups
+    )
+    found = [{groups[row] for row in rows_of(ranks)} for ranks in plan]
+    assert sum(len(part) for part in found) == len(sizes), "a group is in two minibatches"
+    assert rows_of([micros for ranks in plan for micros in ranks]) == list(range(len(groups)))
+
+
+def test_groups_of_one_are_as_none():
+    def plan(groups):
+        lengths = list(range(1, 31))
+        return plan_minibatches(lengths, num_minibatches=3, num_ranks=2, micro_batch_tokens=64, seed=5, groups=groups)
+
+    assert plan(None) == plan(list(range(30)))
+
+
 def test_ranks_get_about_as_many_tokens():
     lengths = [400, 10, 10, 390, 200, 210, 15, 15]
     (ranks,) = plan_minibatches(lengths, num_minibatches=1, num_ranks=2, micro_batch_tokens=1000, seed=0)

@@ -1,0 +1,113 @@
+"""A prompt computed once for all its responses: they stand behind it in one line, and none sees another.
+
+    tokens     p0 p1 p2 | a0 a1 | b0 b1 b2
+    positions   0  1  2 |  3  4 |  3  4  5
+    a sees     p0 p1 p2   a                    b sees   p0 p1 p2   b
+
+The result is that of separate rows up to rounding; what is saved is the prompt, once for every further response. The
+same is known as prefix sharing or tree attention (Cai 2024, Medusa, section 3.1.2, for the mask).
+
+Shapes: L lines of a micro-batch, T tokens of its longest line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from actors.learning.attention import NAME
+
+# Attention over a line costs about as much as so many tokens per squared token: the mask skips nothing. Found on a CPU
+# with a model of hidden size 576; larger ones and GPUs spend relatively more on tokens, so this errs on rows apart.
+_TOKENS_PER_PAIR = 1 / 3000
+_PROMPT, _NOBODY = 0, -1
+_TOLERANCE = 0.1
+
+Ints = npt.NDArray[np.int64]
+
+
+def bundles(prompts: Sequence[Ints], responses: Sequence[Ints], *, longest: int) -> list[tuple[int, ...]]:
+    """Neighbouring rows with the same prompt, in lines of at most `longest` tokens, where that is less work."""
+    found: list[tuple[int, ...]] = []
+    start = 0
+    for row in range(1, len(prompts) + 1):
+        if row == len(prompts) or not np.array_equal(prompts[row], prompts[start]):
+            sizes = [len(response) for response in responses[start:row]]
+            found += [tuple(start + i for i in part) for part in _parts(len(prompts[start]), sizes, longest)]
+            start = row
+    return found
+
+
+def _parts(prompt: int, responses: Sequence[int], longest: int) -> list[list[int]]:
+    """Halves until a line is cheaper than its rows apart."""
+    together = prompt + sum(responses)
+    apart = sum(_cost(prompt + response) for response in responses)
+    if len(responses) == 1 or (together <= longest and _cost(together) < apart):
+        return [list(range(len(responses)))]
+    half = len(responses) // 2
+    later = _parts(prompt, responses[half:], longest)
+    return _parts(prompt, responses[:half], longest) + [[half + i for i in part] for part in later]
+
+
+def _cost(tokens: int) -> float:
+    return tokens + tokens**2 * _TOKENS_PER_PAIR
+
+
+def owners(prompt: int, responses: Sequence[int], width: int) -> tuple[Ints, Ints]:
+    """(owner, position) of every token of a line: the owner is 0 for the prompt, i for response i, -1 for padding."""
+    owner = np.full(width, _NOBODY, dtype=np.int64)
+    position = np.zeros(width, dtype=np.int64)
+    owner[:prompt] = _PROMPT
+    position[:prompt] = np.arange(prompt)
+    start = prompt
+    for number, size in enumerate(responses, start=1):
+        owner[start : start + size] = number
+        position[start : start + size] = prompt + np.arange(size)
+        start += size
+    return owner, position
+
+
+def visible(owner_LT: Tensor) -> Tensor:
+    """Which key (last axis) each token sees: (L, 1, T, T), true for earlier ones of the prompt and of its own part."""
+    length = owner_LT.shape[1]
+    causal_TT = torch.ones(length, length, dtype=torch.bool, device=owner_LT.device).tril_()
+    keys_L1T, queries_LT1 = owner_LT.unsqueeze(1), owner_LT.unsqueeze(2)
+    return ((keys_L1T == _PROMPT) | (keys_L1T == queries_LT1)).logical_and_(causal_TT).unsqueeze(1)
+
+
+def can_share(language_model: Any) -> bool:
+    """Whether a model gives a response the same states behind a shared prompt as behind its own: tried on two of them.
+
+    Models whose attention has windows, or goes through other kernels than torch's, are not asked.
+    """
+    config = language_model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if config._attn_implementation not in ("sdpa", NAME) or kinds != {"full_attention"}:
+        return False
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return False
+    prompt, responses = [1, 2, 3], [[4, 5, 6], [7, 8, 9]]
+    owner, position = (torch.from_numpy(array)[None] for array in owners(3, [3, 3], 9))
+    device = next(language_model.parameters()).device
+    decoder = language_model.get_decoder()
+
+    def states(tokens: list[int], **more: Tensor) -> Tensor:
+        found: Tensor = decoder(input_ids=torch.tensor([tokens], device=device), use_cache=False, **more)[0]
+        return found[0].float()
+
+    with torch.no_grad():
+        try:
+            line = states(
+                [*prompt, *responses[0], *responses[1]],
+                position_ids=position.to(device),
+                attention_mask=visible(owner.to(device)),
+            )
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        apart = torch.cat([states([*prompt, *responses[0]]), states([*prompt, *responses[1]])[len(prompt) :]])
+    return bool((line - apart).norm() <= _TOLERANCE * apart.norm())
