@@ -9,7 +9,7 @@ import ray
 
 # Freed pages are kept for a while. Never giving them back is worse: micro-batches differ in size, and a reward model's
 # training grew from 4 to 11 GB in seven steps and slowed from 500 to 300 tokens/s.
-SETTINGS = "oversize_threshold:0,dirty_decay_ms:10000,muzzy_decay_ms:10000"
+SETTINGS = "oversize_threshold:0,dirty_decay_ms:30000,muzzy_decay_ms:30000"
 _NO_BLOCK_BYTES = 1 << 40
 
 
