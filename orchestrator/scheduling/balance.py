@@ -9,6 +9,7 @@ import numpy as np
 
 MicroBatch = tuple[int, ...]  # row indices; () keeps a rank in step with the others
 RankPlan = list[MicroBatch]
+_OVERHEAD = 1 / 5
 
 
 def plan_minibatches(
@@ -58,17 +59,27 @@ def plan_forwards(lengths: Sequence[int], *, num_ranks: int, micro_batch_tokens:
 
 
 def micro_batches(rows: Sequence[int], lengths: Sequence[int], micro_batch_tokens: int) -> RankPlan:
-    """Packs rows, sorted by length, so that rows × longest row stays within the budget; padding counts."""
+    """Packs rows, sorted by length, so that rows × longest row stays within the budget; padding counts.
+
+    Of the ways to cut the sorted rows it takes the one with the fewest tokens, padding included, where every micro-batch
+    costs _OVERHEAD of a full one besides: weights are read, gradients are added up.
+    """
+    ordered = sorted(rows, key=lambda row: (-lengths[row], row))
+    overhead = micro_batch_tokens * _OVERHEAD
+    cheapest = [0.0] * (len(ordered) + 1)  # of the rows from here on
+    end_of = [0] * len(ordered)
+    for start in reversed(range(len(ordered))):
+        longest = lengths[ordered[start]]
+        most = max(1, micro_batch_tokens // max(longest, 1))
+        ends = range(start + 1, min(start + most, len(ordered)) + 1)
+        costs = [(end - start) * longest + cheapest[end] for end in ends]
+        cheapest[start] = overhead + min(costs)
+        end_of[start] = ends[len(costs) - 1 - costs[::-1].index(min(costs))]
     plan: RankPlan = []
-    current: list[int] = []
-    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
-        longest = lengths[current[0]] if current else lengths[row]
-        if current and (len(current) + 1) * longest > micro_batch_tokens:
-            plan.append(tuple(current))
-            current = []
-        current.append(row)
-    if current:
-        plan.append(tuple(current))
+    start = 0
+    while start < len(ordered):
+        plan.append(tuple(ordered[start : end_of[start]]))
+        start = end_of[start]
     return plan
 
 

@@ -81,6 +81,29 @@ def test_micro_batches_are_sorted_by_length():
     assert micro_batches([0, 1, 2, 3, 4], [10, 30, 20, 9, 60], 60) == [(4,), (1, 2), (0, 3)]
 
 
+def test_micro_batches_are_cut_where_it_saves_padding_and_not_more_often():
+    answers = [286, 263, 248, 201, 177, 167, 115, 115]  # as full as can be: seven of 286, one of 115
+    assert micro_batches(range(8), answers, 2048) == [(0, 1, 2), (3, 4, 5, 6, 7)]
+    assert micro_batches(range(8), [100] * 8, 400) == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert micro_batches(range(8), [100, 99, 98, 97, 96, 95, 94, 93], 800) == [tuple(range(8))]
+
+
+@given(LENGTHS, st.integers(100, 300))
+def test_micro_batches_cost_no_more_than_the_fullest_ones(lengths, budget):
+    def cost(plan):
+        return sum(len(rows) * lengths[rows[0]] + budget / 5 for rows in plan)
+
+    fullest, current = [], []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if current and (len(current) + 1) * lengths[current[0]] > budget:
+            fullest.append(current)
+            current = []
+        current.append(row)
+    found = micro_batches(range(len(lengths)), lengths, budget)
+    assert cost(found) <= cost([*fullest, current] if current else fullest) + 1e-6
+    assert all(len(rows) == 1 or len(rows) * lengths[rows[0]] <= budget for rows in found)
+
+
 @given(LENGTHS, st.integers(1, 4))
 def test_forwards_give_each_rank_its_own_rows_and_as_many_forwards(lengths, ranks):
     plan = plan_forwards(lengths, num_ranks=ranks, micro_batch_tokens=200)
