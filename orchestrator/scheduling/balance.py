@@ -61,7 +61,7 @@ def plan_forwards(lengths: Sequence[int], *, num_ranks: int, micro_batch_tokens:
 def micro_batches(rows: Sequence[int], lengths: Sequence[int], micro_batch_tokens: int) -> RankPlan:
     """Packs rows, sorted by length, so that rows × longest row stays within the budget; padding counts.
 
-    Of the ways to cut the sorted rows it takes the one with the fewest tokens, padding included, where every micro-batch
+    Of the ways to cut the sorted rows it takes the one with the fewest tokens, padding included, where each micro-batch
     costs _OVERHEAD of a full one besides: weights are read, gradients are added up.
     """
     ordered = sorted(rows, key=lambda row: (-lengths[row], row))
