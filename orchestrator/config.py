@@ -277,7 +277,7 @@ class PpoConfig(Section):
     """gae: generalised advantage estimation with the critic. grpo, rloo: no critic; a response's return is compared
     with its prompt's other responses, over their standard deviation (grpo) or not (rloo)."""
     gamma: Fraction = 1.0
-    """Discount."""
+    """Discount (advantage: gae)."""
     lam: Fraction = 0.95
     """GAE lambda."""
     whiten_advantages: bool = True
