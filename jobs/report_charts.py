@@ -64,7 +64,9 @@ def draw_charts(run: RunData) -> list[Chart]:
             "tokens",
             {"response/length_mean": "mean", "response/length_max": "longest"},
         ),
-        _curves(run, "Explained variance", "of returns, by the critic or the group", {"critic/explained_variance": "values"}),
+        _curves(
+            run, "Explained variance", "of returns, by the critic or the group", {"critic/explained_variance": "values"}
+        ),
         _curves(
             run,
             "Engine mismatch",

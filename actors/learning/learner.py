@@ -90,9 +90,11 @@ class Learner:
         self._engine = distributed.initialize(model=model, optimizer=optimizer, config=_engine_config(settings))
         if settings.zero_stage == 1 and settings.dtype == "bfloat16":
             # This wrapper's step clears its fp32 gradients, a pass over as many bytes as the masters; the engine then
-            # asks for it once more. Can go when DeepSpeed's BF16_Optimizer.zero_grad leaves cleared ones alone.
+            # asks for it once more. And before each backward it fills the bf16 ones with zeros, to which autograd adds.
+            # Can go when DeepSpeed's BF16_Optimizer leaves cleared gradients alone, and drops those it has added up.
             wrapper = self._engine.optimizer
             wrapper.zero_grad = partial(wrapper.clear_lp_grads, set_to_none=True)
+            wrapper.backward_prologue = wrapper.zero_grad
         if settings.zero_stage == 0 and settings.dtype == "bfloat16":
             # This wrapper allocates Adam's state by a step with zero gradients, which counts in the bias correction.
             self._engine.optimizer.optimizer.state.clear()
