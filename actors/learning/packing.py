@@ -76,7 +76,7 @@ class TokenRows:
             found[row] = number
         return found
 
-    @property
+    @cached_property
     def response_lengths(self) -> npt.NDArray[np.int64]:
         return np.diff(self._response_offsets)
 
