@@ -31,6 +31,17 @@ def test_a_run_in_which_each_kind_of_process_was_killed_ends_as_a_quiet_one(here
     assert outcome.relearned() <= 3 * 2
 
 
+def test_a_run_without_a_critic_ends_as_a_quiet_one_too(here: Field) -> None:
+    keys = ("ppo.advantage=grpo", "ppo.prompts_per_step=4", "ppo.samples_per_prompt=4")
+    quiet = here.run("groups", [], *keys)
+    plan = [blow("policy", 2, "learn"), blow("policy", 3, "publish") | {"rank": 1}, blow("driver", 5, "score")]
+    outcome = here.run("groups-killed", plan, *keys)
+    assert outcome.struck == len(plan)
+    assert_as_quiet(outcome, quiet)
+    assert not list(outcome.path.glob("checkpoints/*/critic"))
+    assert [event["action"] for event in outcome.events("recovered")] == ["restart learners"] * 2
+
+
 def test_what_freezes_is_found_named_and_replaced(here: Field, quiet: Outcome) -> None:
     # With the phase's beginning: a phase of the tiny model is over in 50 ms, and nobody misses who froze after it.
     plan = [
