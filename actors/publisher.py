@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from actors.engines import RolloutWorker
 from actors.group import ActorGroup
+from actors.rollout import UpdateReport
 from actors.supervisor import RaySupervisor
 from actors.weights.sender import PublishingPolicy
 from orchestrator.concurrency import cancel, together
@@ -76,7 +77,8 @@ class BucketPublisher:
             num_tensors=min(report.num_compared or report.num_tensors for report in reports),
             num_bytes=header.num_bytes,
             seconds=monotonic() - started,
-            verify_s=max(report.seconds.get("receive", 0.0) + report.seconds.get("verify", 0.0) for report in reports),
+            verify_s=_slowest(reports, "receive", "verify"),
+            apply_s=_slowest(reports, "apply"),
         )
 
     async def _carry(self, num_buckets: int, engines: Sequence[int]) -> None:
@@ -100,3 +102,7 @@ class BucketPublisher:
             for rank in range(len(self._policy))
         )
         return parts[0][0]
+
+
+def _slowest(reports: Sequence[UpdateReport], *parts: str) -> float:
+    return max(sum(report.seconds.get(part, 0.0) for part in parts) for report in reports)

@@ -23,6 +23,9 @@ BENCHMARKS: Mapping[str, Sequence[str]] = {
     "publish": (),
     "cold_start": (),
     "overhead": (),
+    "simulate": ("--check",),
+    "staleness": (),
+    "trl_step": (),
     "coordinator_scale": (),
     "coordinator_memory": (),
 }

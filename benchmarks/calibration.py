@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 from scipy.optimize import least_squares
 
-from jobs.plan_work import layout_of, models_of
+from jobs.plan_work import layout_of, models_of, sharing_of
 from orchestrator.config import load_config
 from orchestrator.scheduling.costs import Lengths
 from orchestrator.scheduling.hardware import Device, Efficiency
@@ -48,7 +48,7 @@ def read_run(folder: Path, device: Device, cores: int) -> Run:
     trained = folder / "reward-model"
     of_step = tuple(_lengths(folder / "log" / f"step-{line['step']:06d}") for line in learned)
     models = models_of(config, trained if trained.is_dir() else None)
-    work = Measured(models, config.samples_per_step, _NO_SPREAD, _NO_SPREAD, of_step)
+    work = Measured(models, config.samples_per_step, _NO_SPREAD, _NO_SPREAD, of_step, sharing=sharing_of(config))
     seconds = [{name: line["metrics"][f"time/{name}_s"] for name in FITTED} for line in learned]
     return Run(folder.name, work, layout_of(config, device, cores), seconds)
 

@@ -4,7 +4,7 @@ Runs the quickstart's PPO stage alone, with a rule as its reward and without eva
 of its own, and reads from its output and its run folder when what had happened. Caches are warm: the model is there.
 Import times are those of fresh processes, beside the bare library.
 
-The run folder is left in benchmarks/results/runs; `benchmarks.overhead` reads its steps.
+The run folder is left in benchmarks/results/runs; `benchmarks.overhead` and `benchmarks.simulate` read its steps.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from orchestrator.telemetry import read_lines
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = RESULTS / "runs"
 TARGET_S = 30.0
-STEPS = 4
+STEPS = 6
 DEADLINE_S = 900.0
 OVERRIDES = (
     "stages=[ppo]",
     "reward.kind=rules",
     "reward.rules=[{function: 'actors.rewards.gold:vader_positivity'}]",
+    "critic.warmup_steps=0",
     "evaluation.prompts=0",
     f"run.root={RUNS}",
 )

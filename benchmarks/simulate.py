@@ -1,6 +1,7 @@
-"""`python -m benchmarks.simulate [--sweep] [--peers] [--calibrate RUN_FOLDER] [--check RUN_FOLDER ...]`
+"""`python -m benchmarks.simulate [--sweep] [--peers] [--calibrate RUN_FOLDER ...] [--check [RUN_FOLDER ...]]`
 
 The simulation at scale, beside published step times, and beside runs measured here. Without an option: sweep and peers.
+What it predicted of runs goes to benchmarks/results/simulate.json.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import calibration, peers
+from benchmarks.calibration import Run
+from benchmarks.harness import Figure, Pairs, plain_figure, ratio_figure
+from benchmarks.overhead import newest_run
+from benchmarks.table import report
 from orchestrator.scheduling.costs import Dimensions, LearnSettings
-from orchestrator.scheduling.hardware import CPU_CORE, DEVICES
+from orchestrator.scheduling.hardware import CPU_CORE, DEVICES, Efficiency
 from orchestrator.scheduling.memory import GIB
 from orchestrator.simulation.scenario import MODELS, Spread, Work
 from orchestrator.simulation.search import Candidate, describe, search
@@ -26,6 +31,7 @@ RESPONSE = Spread(512, 1024, 0.5)
 PROMPT = Spread(128, 256)
 QWEN_HALF_B = Dimensions(494_032_768, 24, 896, 4864, 151_936, kv_width=128, tied=True)
 CORES = 2
+TARGET = 0.1
 
 console = Console(width=150, highlight=False)
 
@@ -35,31 +41,53 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="1 to 4,096 GPUs")
     parser.add_argument("--gpus", type=int, nargs="*", default=SWEPT, help="sizes of the sweep")
     parser.add_argument("--peers", action="store_true", help="published step times of other frameworks")
-    parser.add_argument("--calibrate", type=Path, help="fit cpu-core to the first half of this run's steps")
     parser.add_argument(
-        "--check", type=Path, nargs="*", default=[], help="predict these runs, as fitted or as it stands"
+        "--calibrate", type=Path, nargs="+", default=[], help="fit cpu-core to the first halves of these runs' steps"
+    )
+    parser.add_argument(
+        "--check",
+        type=Path,
+        nargs="*",
+        help="predict these runs, as fitted or as it stands; without a folder the one that benchmarks.cold_start left",
     )
     arguments = parser.parse_args()
-    chosen = arguments.sweep or arguments.peers or arguments.calibrate or arguments.check
-    if arguments.calibrate or arguments.check:
-        compare_with_runs(arguments.calibrate, arguments.check)
+    checked = [newest_run()] if arguments.check == [] else arguments.check or []
+    chosen = arguments.sweep or arguments.peers or arguments.calibrate or checked
+    if arguments.calibrate or checked:
+        compare_with_runs(arguments.calibrate, checked)
     if arguments.peers or not chosen:
         compare_with_peers()
     if arguments.sweep or not chosen:
         sweep(arguments.gpus)
 
 
-def compare_with_runs(fitted: Path | None, others: Sequence[Path]) -> None:
-    """Fits cpu-core to the first half of a run (None: as its table stands), and predicts its second half and other runs
-    from their lengths alone."""
-    runs = [calibration.read_run(folder, CPU_CORE, CORES) for folder in others]
-    efficiency = CPU_CORE.efficiency
-    if fitted is not None:
-        whole = calibration.read_run(fitted, CPU_CORE, CORES)
-        half = len(whole.seconds) // 2
-        first, second = whole.part(slice(0, half), "first half"), whole.part(slice(half, None), "second half")
-        efficiency = calibration.calibrate([first], efficiency)
-        runs = [first, second, *runs]
+def compare_with_runs(fitted: Sequence[Path], others: Sequence[Path]) -> None:
+    """Fits cpu-core to the first halves of runs (none: as its table stands), and predicts their second halves and other
+    runs from their lengths alone."""
+    efficiency, seen, unseen = CPU_CORE.efficiency, [], []
+    for folder in fitted:
+        run = calibration.read_run(folder, CPU_CORE, CORES)
+        half = len(run.seconds) // 2
+        seen.append(run.part(slice(0, half), f"{run.name}, first half"))
+        unseen.append(run.part(slice(half, None), f"{run.name}, second half"))
+    unseen += [calibration.read_run(folder, CPU_CORE, CORES) for folder in others]
+    if seen:
+        efficiency = calibration.calibrate(seen, efficiency)
+    show_errors([*seen, *unseen], efficiency)
+    report("simulate", [figure for run in unseen for figure in figures(run, efficiency)])
+
+
+def figures(run: Run, efficiency: Efficiency) -> list[Figure]:
+    found = calibration.errors(run, efficiency)
+    phases = ", ".join(f"{name} {error:+.0%}" for name, (_, _, error) in found.items() if name != "step")
+    told, seen = ([step["step"] for step in steps] for steps in (calibration.predicted(run, efficiency), run.seconds))
+    return [
+        ratio_figure(f"simulated ÷ measured step, {run.name}", Pairs(told, seen), "s", detail=phases),
+        plain_figure(f"simulator off by, {run.name}", [abs(found["step"][2])], "", better="lower", target=TARGET),
+    ]
+
+
+def show_errors(runs: Sequence[Run], efficiency: Efficiency) -> None:
     table = Table("run", "steps", *calibration.FITTED, title="predicted s / measured s, medians over steps")
     for run in runs:
         found = calibration.errors(run, efficiency)

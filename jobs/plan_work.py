@@ -63,7 +63,13 @@ def work_of(config: Config, *, prompt_tokens: float | None, response_tokens: flo
         config.samples_per_step,
         Spread(prompt_tokens or longest_prompt, longest_prompt),
         Spread(response_tokens or longest, longest, deviation if response_tokens else 0.0),
+        sharing=sharing_of(config),
     )
+
+
+def sharing_of(config: Config) -> int:
+    """Samples whose prompt is computed once: all of a prompt, where there is no critic."""
+    return 1 if config.ppo.has_critic else config.ppo.samples_per_prompt
 
 
 def learning_of(config: Config) -> Mapping[str, LearnSettings]:

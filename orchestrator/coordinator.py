@@ -148,6 +148,7 @@ class Coordinator(Relearning):
             "publish/tensors_verified": report.num_tensors,
             "publish/bytes": report.num_bytes,
             "publish/verify_s": report.verify_s,
+            "publish/apply_s": report.apply_s,
         }
 
 

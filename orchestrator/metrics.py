@@ -112,6 +112,7 @@ def _cost() -> Iterable[Metric]:
     yield Metric("tokens/total", "Response tokens of all steps of the run so far", "tokens", "counter")
     yield Metric("publish/tensors_verified", "Weight tensors compared on every engine after publishing", "tensors")
     yield Metric("publish/verify_s", "Part of publishing: checksums and reading back, on the slowest engine", "s")
+    yield Metric("publish/apply_s", "Part of publishing: loading and packing weights, on the slowest engine", "s")
     yield Metric("publish/bytes", "Bytes of weights published", "bytes")
     for role in (*ROLES, "coordinator"):
         yield Metric(f"memory/{role}_rss_bytes", "Resident memory, the largest process of the role", "bytes")

@@ -189,7 +189,8 @@ class PublishReport:
     """Proof that every engine holds `version`: tensors compared on every engine, and what it cost.
 
     Args:
-        verify_s: of `seconds`, what the slowest engine spent on checksums and on reading back.
+        verify_s, apply_s: of `seconds`, what the slowest engine spent on checksums and on reading back, and what its
+            library needed to load and pack the weights.
     """
 
     version: int
@@ -198,3 +199,4 @@ class PublishReport:
     num_bytes: int
     seconds: float
     verify_s: float
+    apply_s: float = 0.0

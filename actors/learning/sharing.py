@@ -21,10 +21,8 @@ import torch
 from torch import Tensor
 
 from actors.learning.attention import NAME
+from orchestrator.scheduling.balance import share_prompt
 
-# Attention over a line costs about as much as so many tokens per squared token: the mask skips nothing. Found on a CPU
-# with a model of hidden size 576; larger ones and GPUs spend relatively more on tokens, so this errs on rows apart.
-_TOKENS_PER_PAIR = 1 / 3000
 _PROMPT, _NOBODY = 0, -1
 _TOLERANCE = 0.1
 
@@ -38,24 +36,10 @@ def bundles(prompts: Sequence[Ints], responses: Sequence[Ints], *, longest: int)
     for row in range(1, len(prompts) + 1):
         if row == len(prompts) or not np.array_equal(prompts[row], prompts[start]):
             sizes = [len(response) for response in responses[start:row]]
-            found += [tuple(start + i for i in part) for part in _parts(len(prompts[start]), sizes, longest)]
+            parts = share_prompt(len(prompts[start]), sizes, longest=longest)
+            found += [tuple(start + i for i in part) for part in parts]
             start = row
     return found
-
-
-def _parts(prompt: int, responses: Sequence[int], longest: int) -> list[list[int]]:
-    """Halves until a line is cheaper than its rows apart."""
-    together = prompt + sum(responses)
-    apart = sum(_cost(prompt + response) for response in responses)
-    if len(responses) == 1 or (together <= longest and _cost(together) < apart):
-        return [list(range(len(responses)))]
-    half = len(responses) // 2
-    later = _parts(prompt, responses[half:], longest)
-    return _parts(prompt, responses[:half], longest) + [[half + i for i in part] for part in later]
-
-
-def _cost(tokens: int) -> float:
-    return tokens + tokens**2 * _TOKENS_PER_PAIR
 
 
 def owners(prompt: int, responses: Sequence[int], width: int) -> tuple[Ints, Ints]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.scheduling.balance import RankPlan, micro_batches
+from orchestrator.scheduling.balance import RankPlan, micro_batches, share_prompt
 from orchestrator.scheduling.hardware import Device
 from orchestrator.scheduling.memory import ModelSize
 
@@ -62,6 +62,18 @@ def forward_flops(size: Dimensions, lengths: Lengths, *, head_tokens: float) -> 
     return 2.0 * size.trunk * tokens + attention + 2.0 * size.head * head_tokens
 
 
+def line_lengths(prompts: Lengths, responses: Lengths, *, sharing: int, longest: int) -> Lengths:
+    """Tokens of each line where every `sharing` neighbours have one prompt, computed once (actors.learning.sharing)."""
+    return np.asarray(
+        [
+            prompts[start] + sum(responses[start + row] for row in line)
+            for start in range(0, len(prompts), sharing)
+            for line in share_prompt(int(prompts[start]), responses[start : start + sharing].tolist(), longest=longest)
+        ],
+        dtype=np.int64,
+    )
+
+
 @dataclass(frozen=True)
 class LearnSettings:
     """How a model learns, or only scores; the keys of the same name of the configuration."""
@@ -103,19 +115,22 @@ def score_seconds(
 def learn_seconds(
     size: Dimensions, device: Device, settings: LearnSettings, *, ranks: int, lengths: Lengths, head_tokens: float
 ) -> float:
-    """One step of learning, on the rank with the longest rows: micro-batches forward and backward, then the optimizer.
+    """One step of learning, on the rank with the longest rows of each minibatch: micro-batches forward and backward,
+    then the optimizer.
 
     Gathers of ZeRO-3 are hidden behind compute, or compute behind them, whichever takes longer.
     """
-    rows = np.sort(lengths)[:: -settings.minibatches * ranks]
-    plan = micro_batches(range(len(rows)), rows.tolist(), settings.micro_batch_tokens)
-    passes = 4 if settings.gradient_checkpointing else 3
-    flops = passes * forward_flops(size, _padded(plan, rows), head_tokens=head_tokens * len(rows) / len(lengths))
     gathers = 2 * exchange_seconds(size.weight_bytes, device, ranks) if settings.zero_stage == 3 else 0.0
-    compute = max(flops / (device.flops * device.efficiency.learn), len(plan) * gathers)
-    added = len(plan) * _touch_seconds(size, device, device.efficiency.micro_batch_bytes)
-    optimizer = optimizer_seconds(size, device, settings, ranks=ranks)
-    return settings.epochs * settings.minibatches * (compute + added + optimizer)
+    seconds = settings.minibatches * optimizer_seconds(size, device, settings, ranks=ranks)
+    passes = 4 if settings.gradient_checkpointing else 3
+    longest_first = np.sort(lengths)[::-1]
+    for minibatch in range(settings.minibatches):
+        rows = longest_first[minibatch :: settings.minibatches][::ranks]
+        plan = micro_batches(range(len(rows)), rows.tolist(), settings.micro_batch_tokens)
+        flops = passes * forward_flops(size, _padded(plan, rows), head_tokens=head_tokens * len(rows) / len(lengths))
+        seconds += max(flops / (device.flops * device.efficiency.learn), len(plan) * gathers)
+        seconds += len(plan) * _touch_seconds(size, device, device.efficiency.micro_batch_bytes)
+    return settings.epochs * seconds
 
 
 def optimizer_seconds(size: Dimensions, device: Device, settings: LearnSettings, *, ranks: int) -> float:

@@ -182,7 +182,7 @@ class SimulatedModel:
             layout.device,
             layout.learning[self.role],
             ranks=ranks,
-            lengths=prompts + responses,
+            lengths=self._lines(prompts, responses),
             head_tokens=self._head_tokens(responses),
             evenly=layout.deals_on,
         )
@@ -198,11 +198,19 @@ class SimulatedModel:
                 layout.device,
                 layout.learning[self.role],
                 ranks=layout.width(self.role),
-                lengths=prompts + responses,
+                lengths=self._lines(prompts, responses),
                 head_tokens=self._head_tokens(responses),
             )
             await self.cluster.call(self.role, seconds, ranks=layout.width(self.role))
         return {"epochs": 1.0}
+
+    def _lines(self, prompts: Lengths, responses: Lengths) -> Lengths:
+        """What is computed. A reward model and a critic, which say one thing of a row, compute every row apart."""
+        sharing = self.cluster.work.sharing
+        if sharing == 1 or not self.has_head:
+            return prompts + responses
+        longest = self.cluster.layout.learning[self.role].micro_batch_tokens
+        return costs.line_lengths(prompts, responses, sharing=sharing, longest=longest)
 
     def _head_tokens(self, responses: Lengths) -> float:
         return float(responses.sum()) if self.has_head else 0.0

@@ -32,12 +32,19 @@ class Spread:
 
 @dataclass(frozen=True)
 class Work:
-    """What one step has to do. A role whose model is None costs nothing: rules for the reward, GRPO for the critic."""
+    """What one step has to do. A role whose model is None costs nothing: rules for the reward, GRPO for the critic.
 
-    models: Mapping[str, Dimensions | None]  # of policy, critic, reference, reward
+    Args:
+        models: of policy, critic, reference, reward.
+        samples: of a step; those of one prompt are neighbours.
+        sharing: samples whose prompt policy and reference compute once for all of them.
+    """
+
+    models: Mapping[str, Dimensions | None]
     samples: int
     prompt: Spread
     response: Spread
+    sharing: int = field(default=1, kw_only=True)
 
     @property
     def policy(self) -> Dimensions:
@@ -48,7 +55,8 @@ class Work:
 
     def lengths(self, step: int) -> tuple[Lengths, Lengths]:
         """(prompts, responses) of the samples of a step."""
-        return self.prompt.draw(self.samples, (step, 0)), self.response.draw(self.samples, (step, 1))
+        prompts = self.prompt.draw(math.ceil(self.samples / self.sharing), (step, 0))
+        return np.repeat(prompts, self.sharing)[: self.samples], self.response.draw(self.samples, (step, 1))
 
 
 @dataclass(frozen=True)

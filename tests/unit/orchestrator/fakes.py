@@ -111,7 +111,7 @@ class FakePublisher:
         await asyncio.sleep(0)
         self.rollouts.version = version
         self.diary.note("publish", version)
-        return PublishReport(version, 2, 10, 100, 0.01, 0.005)
+        return PublishReport(version, 2, 10, 100, 0.01, 0.005, 0.002)
 
 
 @dataclass

@@ -17,6 +17,7 @@ from orchestrator.scheduling.costs import (
     forward_flops,
     generate_seconds,
     learn_seconds,
+    line_lengths,
     publish_seconds,
     score_seconds,
 )
@@ -143,3 +144,20 @@ def test_an_unknown_gpu_is_refused_with_the_known_ones() -> None:
     assert device_of("H100") is DEVICES["h100"]
     with pytest.raises(ConfigError, match="choose one of h100"):
         device_of("abacus")
+
+
+def test_a_prompt_that_is_shared_counts_once_a_line() -> None:
+    prompts, responses = np.asarray([10, 10, 10, 20, 20, 20]), np.asarray([1, 2, 3, 4, 5, 6])
+    assert line_lengths(prompts, responses, sharing=3, longest=100).tolist() == [10 + 6, 20 + 15]
+    # 35 tokens are more than a line holds: the first response stands alone, the others in two rows or one.
+    assert line_lengths(prompts[3:], responses[3:], sharing=3, longest=31).tolist() == [24, 31]
+
+
+def test_a_minibatch_costs_what_its_own_rows_cost() -> None:
+    settings = LearnSettings(minibatches=2, micro_batch_tokens=1000)
+    apart = [
+        learn_seconds(SIZE, DEVICE, replace(settings, minibatches=1), ranks=1, lengths=rows, head_tokens=0.0)
+        for rows in (np.asarray([9, 5]), np.asarray([7, 3]))
+    ]
+    together = learn_seconds(SIZE, DEVICE, settings, ranks=1, lengths=np.asarray([3, 5, 7, 9]), head_tokens=0.0)
+    assert together == pytest.approx(sum(apart))

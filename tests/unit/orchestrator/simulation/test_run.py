@@ -138,3 +138,13 @@ def test_a_simulation_that_is_stuck_says_so(monkeypatch: pytest.MonkeyPatch) -> 
             loop.run_until_complete(loop.create_future())
     finally:
         loop.close()
+
+
+def test_samples_that_share_a_prompt_cost_less_where_it_is_computed_once() -> None:
+    alone = replace(WORK, models={**WORK.models, "critic": None}, prompt=Spread(100, 200, 0.5))
+    shared = replace(alone, sharing=4)
+    prompts, _ = shared.lengths(0)
+    assert len(prompts) == 64 and all(len(set(prompts[start : start + 4])) == 1 for start in range(0, 64, 4))
+    apart_s, shared_s = (simulate(work, colocated(1), cache_tokens=CACHE).phases_s for work in (alone, shared))
+    assert shared_s["learn"] < 0.9 * apart_s["learn"]
+    assert shared_s["score"] < apart_s["score"]
