@@ -1,0 +1,111 @@
+"""What the GPU tests run in processes of their own: engines, and a trainer that publishes to them device to device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from actors import vllm_plugin
+from actors.vllm_engine import DeviceVllmEngine
+from actors.weights.gpu import ChecksummedSource, EngineFanOut, Placement, Rendezvous, open_trainer
+from actors.weights.manifest import WeightHeader, plan
+from tests.integration.engine_scenarios import (
+    behaviour,
+    perturbed,
+    publish,
+    read_weights,
+    saved_beside,
+    settings,
+    start,
+)
+from tests.numerics.ranks import free_port
+
+SHARE_OF_GPU = 0.15  # of the memory, for each of the engines that a test holds at once
+ON_GPU = {"dtype": "bfloat16", "gpu_memory_utilization": SHARE_OF_GPU}
+
+
+def buckets_and_a_fresh_engine(folder: Path) -> tuple[int, list[float], list[float], list[float]]:
+    """Publishes through the host, as the loop does; (tensors compared, log-probs before, after, of a fresh engine)."""
+    engine = start(folder, **ON_GPU)
+    before, _ = behaviour(engine)
+    weights = read_weights(folder)
+    changed = perturbed(weights, list(weights), seed=1)
+    compared = publish(engine, changed, 1).num_compared
+    after, _ = behaviour(engine)
+    fresh, _ = behaviour(start(saved_beside(folder, changed, folder.parent / "fresh"), **ON_GPU))
+    return compared, before, after, fresh
+
+
+def asleep_and_awake(folder: Path) -> tuple[int, bool, int]:
+    """(bytes that sleeping frees, whether the engine behaves as before, tensors compared by a publish after it)."""
+    engine = start(folder, sleep_mode=True, **ON_GPU)
+    before = behaviour(engine)
+    free, _ = torch.cuda.mem_get_info()
+    engine.sleep()
+    freed = torch.cuda.mem_get_info()[0] - free
+    engine.wake()
+    same = behaviour(engine) == before
+    return freed, same, publish(engine, read_weights(folder), 1).num_compared
+
+
+class Engine:
+    """An actor with one engine whose weights come from another device."""
+
+    def __init__(self, folder: Path, placement: Placement) -> None:
+        self._engine = DeviceVllmEngine(
+            settings(folder, **ON_GPU), transfer_backend=vllm_plugin.GPU_BACKENDS[placement]
+        )
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._engine, method)(*arguments)
+
+    def logprobs(self) -> list[float]:
+        return behaviour(self._engine)[0]
+
+
+class RemoteEngine:
+    """The engine as the trainer's process reaches it."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        ray.get(self._actor.call.remote("init_weight_transfer_engine", init_info))
+
+    def start_weight_update(self) -> None:
+        ray.get(self._actor.call.remote("start_weight_update"))
+
+    def update_weights(self, update_info: Any) -> None:
+        ray.get(self._actor.call.remote("update_weights", update_info))
+
+    def finish_weight_update(self) -> None:
+        ray.get(self._actor.call.remote("finish_weight_update"))
+
+
+class Trainer:
+    """An actor with the policy's weights on its device."""
+
+    def __init__(self, folder: Path, placement: Placement, engines: list[Any]) -> None:
+        weights = read_weights(folder)
+        header = plan(((name, t.dtype, t.shape) for name, t in weights.items()), bucket_bytes=64 * 1024)
+        self._on_host = weights
+        self._weights = {name: tensor.cuda() for name, tensor in weights.items()}
+        self._source = ChecksummedSource(header, lambda: iter(self._weights.items()))
+        client = EngineFanOut([RemoteEngine(engine) for engine in engines], workers_per_engine=1)
+        rendezvous = Rendezvous("127.0.0.1", free_port())
+        self._transfer = open_trainer(placement, self._source, client, rank=0, rendezvous=rendezvous)
+
+    def publish(self, seed: int, target: Path) -> tuple[WeightHeader, dict[str, str]]:
+        """Changes all weights, sends them, and leaves a copy of the model in `target`, beside the model's folder."""
+        changed = perturbed(self._on_host, list(self._on_host), seed=seed)
+        self._weights = {name: tensor.cuda() for name, tensor in changed.items()}
+        self._transfer.send_weights()
+        saved_beside(target.parent / "model", changed, target)
+        return self._source.header, dict(self._source.checksums)
+
+
+def logprobs_of(folder: Path) -> list[float]:
+    return behaviour(start(folder, **ON_GPU))[0]

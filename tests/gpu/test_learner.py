@@ -1,0 +1,90 @@
+"""A learner in bf16 on a GPU: the same answers as in fp32 on the host, and no more memory than was planned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from actors.learning.learner import LearnerSettings
+from actors.learning.size import model_size
+from actors.learning.worker import LearnJob
+from actors.policy import PolicySettings, PolicyWorker
+from orchestrator.config import PpoConfig
+from orchestrator.scheduling.memory import learner_memory
+from tests.integration.engine_scenarios import reference_logprobs
+from tests.numerics.ranks import group
+from tests.numerics.samples import experience, rollout
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+JOB = LearnJob(step=3, advantage_mean=0.0, advantage_std=1.0, kl_coefficient=0.05, seed=1)
+MICRO_BATCH_TOKENS = 2048
+FULL = [(64, 192)] * 16  # rows that fill micro-batches
+
+
+def policy_of(folder: Path, *, minibatches: int = 2) -> PolicyWorker:
+    learner = LearnerSettings(dtype="bfloat16", learning_rate=3e-3)
+    ppo = PpoConfig(minibatches=minibatches, epochs=2)
+    settings = PolicySettings(str(folder), folder, learner, ppo, temperature=1.0, micro_batch_tokens=MICRO_BATCH_TOKENS)
+    return PolicyWorker(settings, group())
+
+
+def test_log_probs_in_bf16_are_those_of_fp32_and_the_first_ratio_is_one(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "model")
+    policy, table = policy_of(folder), rollout()
+    old = policy.logprobs(table)
+    told = [value for row in old["logprobs"].to_pylist() for value in row]
+    exact = [value for row in reference_logprobs(folder, table.to_pylist(), 1.0) for value in row]
+    assert np.abs(np.subtract(told, exact)).mean() < 0.02
+    metrics = policy.learn([experience(old_logprobs=old["logprobs"])], JOB)
+    assert metrics["first_ratio_mean"] == pytest.approx(1.0, abs=0.02)
+    assert metrics["optimizer_steps"] == 4
+    assert abs(metrics["ratio_max"] - 1) > 3e-3, "later minibatches must have moved"
+
+
+def test_what_was_saved_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "model")
+    first, second = policy_of(folder), policy_of(folder)
+    table = experience(old_logprobs=first.logprobs(rollout())["logprobs"])
+    first.learn([table], JOB)
+    first.save(tmp_path / "saved")
+    second.load(tmp_path / "saved")
+    for (name, ours), (_, theirs) in zip(first.full_weights(), second.full_weights(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_the_memory_plan_holds_what_learning_needed(tmp_path: Path) -> None:
+    """A model of the quickstart's shape; the plan may be too careful, and must not be too small."""
+    folder = tmp_path / "model"
+    shape = LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    torch.cuda.reset_peak_memory_stats()
+    policy = policy_of(folder, minibatches=1)
+    old = policy.logprobs(rollout(FULL))
+    policy.learn([experience(FULL, old_logprobs=old["logprobs"])], JOB)
+    measured = torch.cuda.max_memory_allocated()
+    planned = learner_memory(
+        model_size(folder),
+        dtype="bfloat16",
+        zero_stage=1,
+        ranks=1,
+        micro_batch_tokens=MICRO_BATCH_TOKENS,
+        gradient_checkpointing=False,
+        logits=True,
+    )
+    assert planned.state < measured < planned.on_device
