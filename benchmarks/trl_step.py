@@ -134,8 +134,17 @@ def ours(config: Config) -> Measured:
         _call(command, {"RAY_worker_niceness": "0"})  # Ray's is 15; beside other load the sides would not be equal
         (file,) = Path(folder).glob(f"*/{METRICS_FILE}")
         steps = [line["metrics"] for line in read_lines(file) if line["kind"] == "step"]
-    columns = ("time/step_s", "time/generate_s", "response/length_mean", "reward/mean")
-    return Measured(*([step[name] for step in steps] for name in columns))
+
+    def column(name: str) -> list[float]:
+        return [step[name] for step in steps]
+
+    return Measured(
+        column("time/step_s"),
+        column("time/generate_s"),
+        column("response/length_mean"),
+        column("reward/mean"),
+        parts_s={part: column(f"time/{part}_s") for part in ("score", "learn", "publish")},
+    )
 
 
 def theirs(work: Work, settings: TrlSettings) -> Measured:
@@ -156,9 +165,9 @@ def install_trl() -> None:
 def _told(contender: partial[Measured]) -> float:
     """The median step of one turn; a line says what it was made of."""
     measured = contender()
-    parts: dict[str, float] = {
-        name: statistics.median(values[WARM_UP_STEPS:]) for name, values in asdict(measured).items()
-    }
+    columns = asdict(measured)
+    columns |= {f"{name}_s": values for name, values in columns.pop("parts_s").items()}
+    parts: dict[str, float] = {name: statistics.median(values[WARM_UP_STEPS:]) for name, values in columns.items()}
     settings = contender.args[-1]
     side = "ours" if isinstance(settings, Config) else f"TRL, {settings.masters}"
     say(f"{side}: " + ", ".join(f"{name} {value:.3g}" for name, value in parts.items()))

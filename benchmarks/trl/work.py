@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -54,9 +54,11 @@ class TrlSettings:
 
 @dataclass(frozen=True)
 class Measured:
-    """One entry per step: its seconds, the part of them in which it sampled, mean response tokens, mean reward."""
+    """One entry per step: its seconds, the part of them in which it sampled, mean response tokens, mean reward; and,
+    where they are known, the seconds of its other parts."""
 
     step_s: Sequence[float]
     generate_s: Sequence[float]
     response_tokens: Sequence[float]
     reward: Sequence[float]
+    parts_s: Mapping[str, Sequence[float]] = field(default_factory=dict)
