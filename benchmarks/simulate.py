@@ -7,6 +7,7 @@ What it predicted of runs goes to benchmarks/results/simulate.json.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
@@ -19,6 +20,7 @@ from benchmarks.calibration import Run
 from benchmarks.harness import Figure, Pairs, plain_figure, ratio_figure
 from benchmarks.overhead import newest_run
 from benchmarks.table import report
+from orchestrator.errors import RlhfError
 from orchestrator.scheduling.costs import Dimensions, LearnSettings
 from orchestrator.scheduling.hardware import CPU_CORE, DEVICES, Efficiency
 from orchestrator.scheduling.memory import GIB
@@ -150,4 +152,7 @@ def _cells(work: Work, candidate: Candidate) -> Sequence[str]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RlhfError as error:
+        sys.exit(str(error))

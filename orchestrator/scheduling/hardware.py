@@ -39,6 +39,8 @@ class Efficiency:
         micro_batch_bytes, optimizer_bytes: memory traffic per parameter of one micro-batch and of one optimizer step.
         call_s: of the coordinator, for one call of one actor.
         step_s: of the coordinator, for one step.
+        crowding: how much longer a core takes while all others of its machine compute: they share memory and power.
+            GPUs do not.
     """
 
     learn: float
@@ -51,6 +53,7 @@ class Efficiency:
     optimizer_bytes: float = 30.0
     call_s: float = 0.0
     step_s: float = 0.0
+    crowding: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ _CPU = Efficiency(
     micro_batch_bytes=61.2,
     call_s=_CALL_S,
     step_s=0.191,
+    crowding=0.25,
 )
 _GB = 1e9
 
