@@ -21,7 +21,7 @@ from orchestrator.simulation.scenario import Layout, Measured, Spread
 from orchestrator.telemetry import read_lines
 
 FITTED = ("generate", "score", "learn", "publish", "step")
-FREE = ("learn", "forward", "decode", "links", "decode_step_s", "micro_batch_bytes", "step_s", "crowding")
+FREE = ("learn", "forward", "decode", "links", "decode_step_s", "micro_batch_bytes", "optimizer_bytes", "step_s")
 _NO_SPREAD = Spread(1, 1)
 _ENOUGH_CACHE = 1e9  # tokens: on the CPU a shard's samples are decoded all at once
 

@@ -13,9 +13,10 @@ weights and cache (docs/source/performance.md); `links` 1.0 (verl, docs/advance/
 ones (10); an optimizer step reads fp32 gradients (4), updates masters (8) and moments (16), writes weights (2).
 
 `cpu-core` is one core of the two-core machine this was written on: 0.96 TFLOP/s of bf16 GEMM, 5.6 GB/s copied (so 11.2
-GB/s of traffic), AdamW at 4.6 GB/s (`memory`). Its other figures are fitted to the first half of a quickstart run
-(`python -m benchmarks.simulate --calibrate RUN_FOLDER` fits and prints them anew). `call_s` is CPU time of the driver
-per call of a Ray actor, 0.42 to 0.50 ms over 2,000 and 500 calls to 6 actors.
+GB/s of traffic). Its other figures but `memory` are fitted to the first halves of four runs: the quickstart, GRPO, half
+the batch, responses twice as long (`python -m benchmarks.simulate --calibrate RUN_FOLDER ...` fits them anew).
+Fits tell what a micro-batch and an optimizer step take together; the share of each is a guess. `call_s` is CPU time of
+the driver per call of a Ray actor, 0.42 to 0.50 ms over 2,000 and 500 calls to 6 actors.
 """
 
 from __future__ import annotations
@@ -39,8 +40,6 @@ class Efficiency:
         micro_batch_bytes, optimizer_bytes: memory traffic per parameter of one micro-batch and of one optimizer step.
         call_s: of the coordinator, for one call of one actor.
         step_s: of the coordinator, for one step.
-        crowding: how much longer a core takes while all others of its machine compute: they share memory and power.
-            GPUs do not.
     """
 
     learn: float
@@ -53,7 +52,6 @@ class Efficiency:
     optimizer_bytes: float = 30.0
     call_s: float = 0.0
     step_s: float = 0.0
-    crowding: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,16 +81,16 @@ class Device:
 _CALL_S = 5e-4
 _GPU = Efficiency(learn=0.40, forward=0.40, decode=0.40, memory=0.60, links=1.0, decode_step_s=1e-3, call_s=_CALL_S)
 _CPU = Efficiency(
-    learn=0.86,
-    forward=0.347,
-    decode=0.282,
-    memory=0.41,
-    links=0.0223,
-    decode_step_s=0.0409,
-    micro_batch_bytes=61.2,
+    learn=0.259,
+    forward=0.430,
+    decode=0.232,
+    memory=0.60,
+    links=0.0316,
+    decode_step_s=0.0443,
+    micro_batch_bytes=18.1,
+    optimizer_bytes=1.91,
     call_s=_CALL_S,
-    step_s=0.191,
-    crowding=0.25,
+    step_s=0.196,
 )
 _GB = 1e9
 

@@ -6,7 +6,6 @@ import asyncio
 import functools
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from orchestrator.types import (
     ShardRequest,
 )
 
-_NO_TIME = 1e-9
 _NO_PROMPT = Prompt("simulated", "", np.zeros(0, dtype=np.int32))
 _SUMS = (
     "reward_sum reward_squares_sum kl_k1_token_sum kl_k3_token_sum response_length_squares_sum truncated_sum "
@@ -40,16 +38,10 @@ _SUMS = (
 
 
 class Devices:
-    """Interchangeable devices, lent in the order in which they were asked for.
+    """Interchangeable devices, lent in the order in which they were asked for."""
 
-    Args:
-        crowding: how much longer work takes on one of them while all others compute too (Efficiency.crowding).
-    """
-
-    def __init__(self, pool: Pool, crowding: float = 0.0) -> None:
-        self._count = self._free = pool.devices
-        self._crowding = crowding / max(1, pool.devices - 1)
-        self._change = asyncio.Event()  # in how many are busy
+    def __init__(self, pool: Pool) -> None:
+        self._free = pool.devices
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
         self.busy: defaultdict[str, float] = defaultdict(float)  # device seconds by role
 
@@ -59,30 +51,10 @@ class Devices:
         self._waiting.insert(0 if first else len(self._waiting), (width, turn))
         self._lend()
         await turn
-        began = asyncio.get_running_loop().time()
-        await self._compute(width, seconds)
-        self.busy[role] += width * (asyncio.get_running_loop().time() - began)
+        await asyncio.sleep(seconds)
+        self.busy[role] += width * seconds
         self._free += width
         self._lend()
-        self._tell_change()
-
-    async def _compute(self, width: int, seconds: float) -> None:
-        """Takes `seconds` of a quiet machine, and more while other devices are busy."""
-        if not self._crowding:
-            await asyncio.sleep(seconds)
-            return
-        self._tell_change()
-        loop = asyncio.get_running_loop()
-        while seconds > _NO_TIME:
-            slower = 1.0 + self._crowding * (self._count - self._free - width)
-            began, change = loop.time(), self._change
-            with suppress(TimeoutError):
-                await asyncio.wait_for(change.wait(), seconds * slower)
-            seconds -= (loop.time() - began) / slower
-
-    def _tell_change(self) -> None:
-        self._change.set()
-        self._change = asyncio.Event()
 
     def _lend(self) -> None:
         while self._waiting and self._waiting[0][0] <= self._free:
@@ -96,10 +68,7 @@ class Cluster:
 
     def __init__(self, work: Work, layout: Layout) -> None:
         self.work, self.layout = work, layout
-        crowding = layout.device.efficiency.crowding
-        self._devices = {
-            role: devices for pool in layout.pools for devices in [Devices(pool, crowding)] for role in pool.widths
-        }
+        self._devices = {role: devices for pool in layout.pools for devices in [Devices(pool)] for role in pool.widths}
         self._turns = {
             role: asyncio.Semaphore(layout.devices_of(role) // layout.scoring_ranks(role, work.samples))
             for role in MODELS

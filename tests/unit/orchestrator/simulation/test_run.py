@@ -12,7 +12,6 @@ from orchestrator.scheduling import costs
 from orchestrator.scheduling.costs import Dimensions, LearnSettings
 from orchestrator.scheduling.hardware import DEVICES
 from orchestrator.simulation import virtual_time
-from orchestrator.simulation.roles import Devices
 from orchestrator.simulation.run import simulate, simulate_steps
 from orchestrator.simulation.scenario import MODELS, Layout, Measured, Pool, Spread, Work
 from orchestrator.simulation.virtual_time import VirtualTimeLoop
@@ -149,20 +148,3 @@ def test_samples_that_share_a_prompt_cost_less_where_it_is_computed_once() -> No
     apart_s, shared_s = (simulate(work, colocated(1), cache_tokens=CACHE).phases_s for work in (alone, shared))
     assert shared_s["learn"] < 0.9 * apart_s["learn"]
     assert shared_s["score"] < apart_s["score"]
-
-
-def test_cores_that_compute_at_once_slow_one_another_and_devices_without_crowding_do_not() -> None:
-    async def ends_of(crowding: float) -> list[float]:
-        devices, loop = Devices(Pool(2, {"policy": 1, "critic": 1}), crowding), asyncio.get_running_loop()
-
-        async def work(role: str, seconds: float) -> float:
-            await devices.work(role, 1, seconds)
-            return loop.time()
-
-        return await asyncio.gather(work("policy", 3.0), work("critic", 1.0))
-
-    # The critic's second takes 1.5 s, in which the policy does one of its own; then it is alone.
-    loop = VirtualTimeLoop()
-    assert loop.run_until_complete(ends_of(0.5)) == pytest.approx([3.5, 1.5])
-    assert loop.run_until_complete(ends_of(0.0)) == pytest.approx([3.5 + 3.0, 3.5 + 1.0])
-    loop.close()
