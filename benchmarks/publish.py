@@ -92,13 +92,15 @@ async def _measure_count(policy: ActorGroup, engines: ActorGroup, work: Work, ro
         detail=f"{what}; {count} × bytes ÷ copy bandwidth",
     )
     applied = ratio_figure(
-        "of it, vLLM's loading and packing ÷ copies",
+        f"publish to {count}, of it vLLM's loading and packing ÷ copies",
         Pairs(apply_s, copy_s),
         "s",
         better="lower",
         detail="what its layerwise reload takes, on the slowest engine: no publish can be shorter",
     )
-    verified = ratio_figure("of it, verification ÷ copies", Pairs(verify_s, copy_s), "s", better="lower")
+    verified = ratio_figure(
+        f"publish to {count}, of it verification ÷ copies", Pairs(verify_s, copy_s), "s", better="lower"
+    )
     return [each, applied, verified]
 
 
