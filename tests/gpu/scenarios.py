@@ -23,6 +23,7 @@ from tests.integration.engine_scenarios import (
 )
 from tests.numerics.ranks import free_port
 
+CALL_S = 60
 SHARE_OF_GPU = 0.15  # of the memory, for each of the engines that a test holds at once
 ON_GPU = {"dtype": "bfloat16", "gpu_memory_utilization": SHARE_OF_GPU}
 
@@ -73,16 +74,19 @@ class RemoteEngine:
         self._actor = actor
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        ray.get(self._actor.call.remote("init_weight_transfer_engine", init_info))
+        self._call("init_weight_transfer_engine", init_info)
 
     def start_weight_update(self) -> None:
-        ray.get(self._actor.call.remote("start_weight_update"))
+        self._call("start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
-        ray.get(self._actor.call.remote("update_weights", update_info))
+        self._call("update_weights", update_info)
 
     def finish_weight_update(self) -> None:
-        ray.get(self._actor.call.remote("finish_weight_update"))
+        self._call("finish_weight_update")
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        ray.get(self._actor.call.remote(method, *arguments), timeout=CALL_S)
 
 
 class Trainer:

@@ -7,18 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors.learning.learner import LearnerSettings
+from actors.learning.model import resolve_model
 from actors.learning.size import model_size
 from actors.learning.worker import LearnJob
 from actors.policy import PolicySettings, PolicyWorker
-from orchestrator.config import PpoConfig
+from jobs.quickstart import CONFIG
+from orchestrator.config import PpoConfig, load_config
 from orchestrator.scheduling.memory import learner_memory
 from tests.integration.engine_scenarios import reference_logprobs
 from tests.numerics.ranks import group
 from tests.numerics.samples import experience, rollout
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import tiny_llama
 
 JOB = LearnJob(step=3, advantage_mean=0.0, advantage_std=1.0, kl_coefficient=0.05, seed=1)
 MICRO_BATCH_TOKENS = 2048
@@ -56,23 +57,10 @@ def test_what_was_saved_goes_on_with_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(ours, theirs), name
 
 
-def test_the_memory_plan_holds_what_learning_needed(tmp_path: Path) -> None:
-    """A model of the quickstart's shape; the plan may be too careful, and must not be too small."""
-    folder = tmp_path / "model"
-    shape = LlamaConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+def test_the_memory_plan_holds_what_learning_needed() -> None:
+    """The quickstart's model; the plan may be too careful, and must not be too small."""
+    config = load_config(CONFIG)
+    folder = resolve_model(config.model.path, config.run.cache)
     torch.cuda.reset_peak_memory_stats()
     policy = policy_of(folder, minibatches=1)
     old = policy.logprobs(rollout(FULL))

@@ -149,7 +149,7 @@ def test_an_unknown_gpu_is_refused_with_the_known_ones() -> None:
 def test_a_prompt_that_is_shared_counts_once_a_line() -> None:
     prompts, responses = np.asarray([10, 10, 10, 20, 20, 20]), np.asarray([1, 2, 3, 4, 5, 6])
     assert line_lengths(prompts, responses, sharing=3, longest=100).tolist() == [10 + 6, 20 + 15]
-    # 35 tokens are more than a line holds: the first response stands alone, the others in two rows or one.
+    # 35 tokens are more than a line holds: the first response stands alone, the other two share.
     assert line_lengths(prompts[3:], responses[3:], sharing=3, longest=31).tolist() == [24, 31]
 
 
