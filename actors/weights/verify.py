@@ -1,9 +1,10 @@
 """Proof that a vLLM model computes with the weights that were sent: reads them back out of its layers.
 
-What a layer holds is not always what it computes with. On the CPU, linear layers multiply with prepacked copies: the
-parameter is emptied, or, for a tied lm_head, stays and is no longer looked at. So those layers are asked: with the
-identity matrix as input the product is the transposed weight, exactly, for every other product is an exact zero. The
-lm_head is asked through `compute_logits`, which is what sampling goes through. All other parameters are read as bytes.
+What a layer holds is not always what it computes with. Where the CPU has a packed format for the dtype, linear layers
+multiply with packed copies: the parameter is emptied, or, for a tied lm_head, stays unused. So those layers are asked:
+with the identity matrix as input the product is the transposed weight, exactly, for every other product is an exact
+zero. The lm_head is asked through `compute_logits`, which is what sampling goes through. All other parameters are read
+as bytes.
 
 Comparison is by digests, so that nothing of the sent weights has to be kept. They hold no -0 and no subnormals,
 which products would not give back.
@@ -77,6 +78,7 @@ class Verifier:
         self._modules = dict(model.named_modules())
         self._tied = {f"{p.module}.{p.parameter}" for places in self._places.values() for p in places[1:]}
         self._expected: dict[str, tuple[int, dict[Place, str]]] = {}
+        self._packed: dict[str, bool] = {}  # by module
         self._zeros: dict[int, torch.Tensor] = {}  # by width: what becomes rows of an identity matrix while it is used
 
     def check_names(self, names: Iterable[str]) -> None:
@@ -136,13 +138,17 @@ class Verifier:
     def _is_prepacked(self, place: Place) -> bool:
         module = self._modules[place.module]
         is_lookup = isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
-        return place.parameter == "weight" and hasattr(module, "cpu_linear") and not is_lookup
+        if place.parameter != "weight" or not hasattr(module, "cpu_linear") or is_lookup:
+            return False
+        if place.module not in self._packed:
+            self._packed[place.module] = ignores_its_parameter(module, self._parameter(place).dtype)
+        return self._packed[place.module]
 
     def _read(self, place: Place) -> torch.Tensor:
         if not self._is_prepacked(place):
             return self._parameter(place)
         module = self._modules[place.module]
-        width = module.embedding_dim if isinstance(module, ParallelLMHead) else module.input_size_per_partition
+        width = _width(module)
         dtype, columns = self._parameter(place).dtype, self._columns(width)
         blocks = [self._probe(module, part, width, dtype) for part in columns.split(PROBE_ROWS)]
         return _flushed(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1))
@@ -178,6 +184,19 @@ class Verifier:
 
     def _columns_of(self, weight: torch.Tensor) -> torch.Tensor:
         return weight if self._mode == "full" else weight[:, self._columns(weight.shape[1])]
+
+
+def ignores_its_parameter(module: Any, dtype: torch.dtype) -> bool:
+    """Whether a linear layer multiplies with a packed copy. vLLM packs where the CPU and the dtype have a packed
+    format (bf16 with AMX, fp32 with oneDNN) and else multiplies with the parameter that it is handed."""
+    row = torch.zeros(1, _width(module), dtype=dtype)
+    one_output: torch.Tensor = module.cpu_linear(row, torch.zeros_like(row), None)
+    return one_output.shape[-1] != 1
+
+
+def _width(module: Any) -> int:
+    width: int = module.embedding_dim if isinstance(module, ParallelLMHead) else module.input_size_per_partition
+    return width
 
 
 def _transposed(matrix: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ from rich.table import Table
 from jobs.replay import fingerprint
 from orchestrator.telemetry import read_lines
 from tests.chaos.sabotage import CLASSES
+from tests.deadlines import scaled
 from tests.ray_local.net import Cluster, three_nodes
 from tests.tiny import tiny_llama
 
@@ -38,7 +39,7 @@ PHASES = ("generate", "score", "commit", "learn", "publish", "save")
 ROLES = ("rollout", "policy", "critic", "reference", "reward")
 STEPS = 7
 console = Console(width=150)
-RUN_S = 600.0
+RUN_S = scaled(600.0)
 
 Blow = dict[str, Any]
 
@@ -173,7 +174,7 @@ class Outcome:
 
 def actors_left() -> list[str]:
     """Actors of ours that still live; those of a run are gone soon after it."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + scaled(20)
     while True:
         titles = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
         left = [title for title in titles if title.startswith(tuple(f"ray::{name}" for name in CLASSES.values()))]

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from orchestrator.telemetry import METRICS_FILE, Telemetry, read_lines
 from orchestrator.types import Experience, State
 from tests.chaos.mutations import PLACES, VALUES, damage, damages, with_value
 from tests.chaos.recorded import experience_log, scored_shard
+from tests.deadlines import scaled
 from tests.unit.orchestrator.fakes import Diary, FakeLearner
 
 WANTED = 10_000
@@ -43,7 +45,7 @@ Damages = list[Any]
 
 
 def fuzz(count: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Runs a test on `count` examples, the same ones every time; one that takes ten seconds counts as hanging."""
+    """Runs a test on `count` examples, the same ones every time. Ten seconds on a quiet machine count as hanging."""
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         TESTS.add(test.__name__)
@@ -51,7 +53,7 @@ def fuzz(count: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Callable
             max_examples=count,
             derandomize=True,
             database=None,
-            deadline=10_000,
+            deadline=timedelta(seconds=scaled(10)),
             phases=(Phase.generate,),
             suppress_health_check=list(HealthCheck),
         )(given(**strategies)(test))

@@ -6,10 +6,11 @@ import pytest
 
 from tests.chaos.conftest import assert_as_quiet, blow
 from tests.chaos.matrix import Field, Outcome
+from tests.deadlines import scaled
 
-pytestmark = [pytest.mark.ray, pytest.mark.heavy, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.heavy, pytest.mark.slow, pytest.mark.timeout(scaled(900))]
 
-LATE_S = 10.0  # a missed deadline is told within so many seconds
+LATE_S = scaled(10.0)  # a missed deadline is told within so many seconds
 
 
 def test_a_run_in_which_each_kind_of_process_was_killed_ends_as_a_quiet_one(here: Field, quiet: Outcome) -> None:
@@ -48,7 +49,7 @@ def test_what_freezes_is_found_named_and_replaced(here: Field, quiet: Outcome) -
         blow("rollout", 1, "generate", "STOP") | {"delay_s": 0.0},
         blow("policy", 2, "learn", "STOP") | {"delay_s": 0.0, "rank": 1},
     ]
-    deadlines = {"generate": 15.0, "learn": 20.0}
+    deadlines = {"generate": scaled(15.0), "learn": scaled(20.0)}
     overrides = [f"deadlines.{name}_s={seconds}" for name, seconds in deadlines.items()]
     outcome = here.run("frozen", plan, *overrides)
     assert_as_quiet(outcome, quiet)

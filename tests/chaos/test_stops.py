@@ -12,8 +12,9 @@ import pytest
 from orchestrator.guards import PAUSED_FILE
 from tests.chaos.conftest import assert_as_quiet, blow
 from tests.chaos.matrix import Field, Outcome, actors_left
+from tests.deadlines import scaled
 
-pytestmark = [pytest.mark.ray, pytest.mark.heavy, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.heavy, pytest.mark.slow, pytest.mark.timeout(scaled(900))]
 
 
 def test_a_stopped_run_saves_where_it_stands_and_goes_on_from_there(here: Field, quiet: Outcome) -> None:

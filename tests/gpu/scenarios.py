@@ -12,6 +12,7 @@ from actors import vllm_plugin
 from actors.vllm_engine import DeviceVllmEngine
 from actors.weights.gpu import ChecksummedSource, EngineFanOut, Placement, Rendezvous, open_trainer
 from actors.weights.manifest import WeightHeader, plan
+from tests.deadlines import scaled
 from tests.integration.engine_scenarios import (
     behaviour,
     perturbed,
@@ -23,7 +24,7 @@ from tests.integration.engine_scenarios import (
 )
 from tests.numerics.ranks import free_port
 
-CALL_S = 60
+CALL_S = scaled(60)
 SHARE_OF_GPU = 0.15  # of the memory, for each of the engines that a test holds at once
 ON_GPU = {"dtype": "bfloat16", "gpu_memory_utilization": SHARE_OF_GPU}
 

@@ -12,12 +12,13 @@ import torch
 
 from actors.weights.gpu import Placement
 from orchestrator.errors import PublishError
+from tests.deadlines import scaled
 from tests.gpu import scenarios
 from tests.integration.engine_scenarios import served_llama
 
 Apart = Callable[..., Any]
 CLOSE = 0.02  # of log-probs in bf16: batches of two engines may be cut differently
-START_S = 240
+START_S = scaled(240)
 
 
 @pytest.fixture

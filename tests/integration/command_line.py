@@ -20,11 +20,12 @@ import yaml
 from typer.testing import CliRunner
 
 from jobs import ppo
+from tests.deadlines import scaled
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "RLHF_TEST_MARK"
-BEFORE_RAY_S = 60.0  # imports and a scan of tiny files: 4 to 7 s alone, more beside others
-GONE_S = 10.0
+BEFORE_RAY_S = scaled(60.0)  # imports and a scan of tiny files: 4 to 7 s alone, more beside others
+GONE_S = scaled(10.0)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-SCENARIO_SECONDS = 150
+from tests.deadlines import scaled
+
+SCENARIO_S = scaled(150)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +21,7 @@ def apart() -> Iterator[Callable[..., Any]]:
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
 
         def run(scenario: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-            return pool.submit(scenario, *arguments, **options).result(timeout=SCENARIO_SECONDS)
+            return pool.submit(scenario, *arguments, **options).result(timeout=SCENARIO_S)
 
         yield run
         # Engines take seconds each to shut down; nothing of this process is needed any more.

@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 import torch
+import vllm.model_executor.layers.utils as vllm_layers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
@@ -22,7 +23,7 @@ import actors.weights.cpu
 from actors.rollout import Engine, EngineSettings, UpdateReport
 from actors.vllm_engine import VllmEngine
 from actors.weights.manifest import Bucket, pack, plan
-from actors.weights.verify import locate
+from actors.weights.verify import ignores_its_parameter, locate
 from orchestrator.errors import RlhfError
 from orchestrator.types import Prompt, SampleRequest, Sampling, ShardRequest
 from tests.tiny import tiny_config, tiny_tokenizer
@@ -187,6 +188,25 @@ def layer_keeps_its_packed_weights(engine: VllmEngine, name: str) -> Iterator[No
         yield
 
 
+@contextmanager
+def packed_copies_everywhere() -> Iterator[None]:
+    """Gives layers a packed copy where this CPU has no packed format for the dtype (bf16 without AMX), as vLLM does on
+    others: only a copy can be stale. Layers that vLLM packs itself stay as they are."""
+    dispatch = vllm_layers.dispatch_cpu_unquantized_gemm
+
+    def pack_always(layer: torch.nn.Module, remove_weight: bool) -> None:
+        dispatch(layer, remove_weight)
+        if layer.weight.is_meta or layer.weight.ndim != 2 or ignores_its_parameter(layer, layer.weight.dtype):
+            return
+        copy = layer.weight.detach().clone()
+        layer.cpu_linear = lambda x, weight, bias: torch.nn.functional.linear(x, copy, bias)
+        if remove_weight:
+            layer.weight = torch.nn.Parameter(torch.empty(0, dtype=copy.dtype), requires_grad=False)
+
+    with mock.patch.object(vllm_layers, "dispatch_cpu_unquantized_gemm", pack_always):
+        yield
+
+
 def flip_one_bit(name: str, weights: Weights) -> Callable[[Bucket], Bucket]:
     header = plan(((key, t.dtype, t.shape) for key, t in weights.items()), bucket_bytes=64 * 1024)
     position = header.start(list(weights).index(name)) + weights[name].nbytes // 2
@@ -206,6 +226,11 @@ FAULTS = ("stale-tied-head", "never-applied", "not-packed", "bit-flip", "tensor-
 
 def publishing_fails_and_heals(folder: Path, dtype: str, fault: str, name: str, verify: str) -> dict[str, Any]:
     """One faulty publish, then a good one; says what was seen."""
+    with packed_copies_everywhere():
+        return _publishing_fails_and_heals(folder, dtype, fault, name, verify)
+
+
+def _publishing_fails_and_heals(folder: Path, dtype: str, fault: str, name: str, verify: str) -> dict[str, Any]:
     engine = start(folder, dtype=dtype, verify=verify)
     weights = read_weights(folder)
     bad = perturbed(weights, list(weights), seed=1)

@@ -17,11 +17,12 @@ import pytest
 
 from jobs.run_folder import open_run
 from orchestrator.config import load_config
+from tests.deadlines import scaled
 from tests.integration.command_line import CommandLine, assert_refused, command_line
 from tests.tiny import tiny_llama, tiny_tokenizer
 
-WITH_RAY_S = 120.0
-SIGNAL_S = 15.0
+WITH_RAY_S = scaled(120.0)
+SIGNAL_S = scaled(15.0)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,7 @@ def test_bad_input_ends_the_process_with_its_code(command: CommandLine) -> None:
 def test_an_unknown_key_is_named_before_anything_is_imported(command: CommandLine) -> None:
     ended = command.run("ppo.stepz=3")
     assert_refused(ended, "ppo.stepz", "did you mean 'ppo.steps'")
-    assert ended.seconds < 5
+    assert ended.seconds < scaled(5)
 
 
 def test_a_wrong_type_is_named_with_its_value(command: CommandLine) -> None:
@@ -205,7 +206,7 @@ def test_a_signal_ends_the_run_and_all_that_it_started(command: CommandLine, num
     time.sleep(1.0)
     sent = time.monotonic()
     process.send_signal(number)
-    ended = command.end(process, started, limit_s=40)
+    ended = command.end(process, started, limit_s=scaled(40))
     assert ended.code == 130, ended.err
     assert "Traceback" not in ended.err
     assert "stopped" in ended.err

@@ -19,9 +19,10 @@ import pytest
 from orchestrator.exposition import PrometheusEndpoint
 from orchestrator.metrics import METRICS, prometheus_name
 from orchestrator.telemetry import Telemetry
+from tests.deadlines import scaled
 
 RUN_ID = "demo-1"
-DEADLINE_S = 15.0
+DEADLINE_S = scaled(15.0)
 SERVER = shutil.which("prometheus")
 
 pytestmark = pytest.mark.skipif(
@@ -75,10 +76,10 @@ def server(tmp_path: Path, run_folder: Path) -> Iterator[str]:
     finally:
         process.terminate()
         try:
-            process.wait(timeout=10)
+            process.wait(timeout=scaled(10))
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait(timeout=10)
+            process.wait(timeout=scaled(10))
 
 
 def synthetic_step() -> dict[str, float]:
@@ -93,7 +94,7 @@ def free_port() -> int:
 
 def query(server: str, expression: str) -> list[dict[str, Any]]:
     url = f"{server}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
-    with urllib.request.urlopen(url, timeout=5) as response:
+    with urllib.request.urlopen(url, timeout=scaled(5)) as response:
         answer = json.load(response)
     assert answer["status"] == "success"
     return list(answer["data"]["result"])

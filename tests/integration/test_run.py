@@ -22,13 +22,14 @@ from orchestrator.checkpoints import verify
 from orchestrator.mirror import Mirror
 from orchestrator.storage import sha256
 from orchestrator.telemetry import read_lines
+from tests.deadlines import scaled
 from tests.tiny import tiny_llama
 
 pytestmark = [pytest.mark.ray, pytest.mark.heavy, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
-RUN_S = 240.0
+RUN_S = scaled(240.0)
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def assert_same_bits(one: Path, other: Path) -> None:
 def test_a_run_learns_and_leaves_everything_behind(launcher: Launcher, whole: Path) -> None:
     assert steps_written(whole) == list(range(STEPS))
     metrics = [line["metrics"] for line in read_lines(whole / "metrics.jsonl")]
-    assert metrics[0]["kl/per_response"] == 0.0 < metrics[-1]["kl/per_response"]
+    # k1 of a few samples may be negative; k3 may not.
+    assert metrics[0]["kl/per_token_k3"] == 0.0 < metrics[-1]["kl/per_token_k3"]
     assert all(line["publish/tensors_verified"] > 10 for line in metrics)
     assert len({line["kl/coefficient"] for line in metrics}) > 1, "the adaptive coefficient never moved"
     verify(whole / "checkpoints" / f"step-{STEPS:06d}")
@@ -128,7 +130,8 @@ def test_a_run_learns_and_leaves_everything_behind(launcher: Launcher, whole: Pa
     start = AutoModelForCausalLM.from_pretrained(launcher.folder / "model").state_dict()
     learned = AutoModelForCausalLM.from_pretrained(whole / "export").state_dict()
     assert start.keys() == learned.keys()
-    assert not torch.equal(start["model.embed_tokens.weight"].bfloat16(), learned["model.embed_tokens.weight"])
+    embeddings = learned["model.embed_tokens.weight"]
+    assert not torch.equal(start["model.embed_tokens.weight"].to(embeddings.dtype), embeddings)
 
 
 def test_a_replay_of_the_log_ends_with_the_runs_own_bits(launcher: Launcher, whole: Path, tmp_path: Path) -> None:
@@ -158,7 +161,7 @@ def test_a_run_without_a_critic_learns_and_equals_its_replay(
     last = "checkpoints/step-000002"
     assert not (folder / last / "critic").exists()
     metrics = [line["metrics"] for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "step"]
-    assert metrics[0]["kl/per_response"] == 0.0 < metrics[1]["kl/per_response"], "the policy never learned"
+    assert metrics[0]["kl/per_token_k3"] == 0.0 < metrics[1]["kl/per_token_k3"], "the policy never learned"
     assert "busy/critic_s" not in metrics[0]
     output = finish(launcher.start("jobs.replay", str(folder), "--to", str(tmp_path / "again")))
     assert output.count("equal to the run's own step-000002") == 1, output

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.deadlines import scaled
 from tests.k8s.crds import Manifest, Schemas, load_schemas
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +31,7 @@ def render() -> Render:
 
     def _render(folder: Path) -> list[Manifest]:
         command = [kubectl, "kustomize", str(folder)]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=scaled(60))
         assert done.returncode == 0, done.stderr
         assert not done.stderr, f"kustomize warns: {done.stderr}"
         return list(yaml.safe_load_all(done.stdout))

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from tests.deadlines import scaled
 from tests.k8s.conftest import ROOT
 from tests.k8s.crds import Manifest
 from tests.k8s.house_rules import rayjob_of
@@ -53,7 +54,7 @@ def test_python_is_the_one_of_the_lock() -> None:
 def test_shell_commands_parse(built: list[list[Instruction]]) -> None:
     for stage in built:
         for command in arguments_of(stage, "RUN"):
-            subprocess.run(["sh", "-n", "-c", command], check=True, timeout=10)
+            subprocess.run(["sh", "-n", "-c", command], check=True, timeout=scaled(10))
 
 
 def test_final_stage_has_what_probes_and_kernels_need(built: list[list[Instruction]]) -> None:
@@ -89,7 +90,7 @@ def test_only_the_cpu_profile_sees_the_cpu_wheels(built: list[list[Instruction]]
         capture_output=True,
         text=True,
         check=True,
-        timeout=10,
+        timeout=scaled(10),
     )
     words = done.stdout.split()
     assert words[:4] == ["install", "--no-deps", "-r", f"/app/requirements/{profile}.txt"]

@@ -17,6 +17,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 
 from orchestrator.config import Config, load_config
 from orchestrator.errors import ConfigError
+from tests.deadlines import scaled
 from tests.k8s import house_rules, kuberay_rules
 from tests.k8s.conftest import ROOT, Render
 from tests.k8s.crds import Manifest, Schemas, violations
@@ -200,7 +201,7 @@ def test_submitters_shell_hands_ray_what_the_manifest_says(objects: list[Manifes
     quoted = [json.dumps(text) for text in (json.dumps(environment), spec["entrypointResources"])]
     line = f"show --runtime-env-json {quoted[0]} --entrypoint-resources {quoted[1]} -- {spec['entrypoint']} ;"
     script = f"show() {{ printf '%s\\n' \"$@\"; }}; {line}"
-    shown = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True, timeout=10)
+    shown = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True, timeout=scaled(10))
     words = shown.stdout.splitlines()
     assert json.loads(words[1]) == environment
     assert json.loads(words[3]) == json.loads(spec["entrypointResources"])

@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 
 from actors.learning import distributed
 from actors.learning.distributed import Group
+from tests.deadlines import scaled
 
 
 def free_port() -> int:
@@ -19,7 +20,7 @@ def free_port() -> int:
 
 
 def group(rank: int = 0, world_size: int = 1, port: int | None = None) -> Group:
-    return Group(rank, world_size, master_port=port or free_port(), timeout_s=100.0)
+    return Group(rank, world_size, master_port=port or free_port(), timeout_s=scaled(100.0))
 
 
 def run_ranks(function: Any, world_size: int, *arguments: Any) -> list[Any]:

@@ -20,12 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.deadlines import scaled
+
 VENV = Path(sys.executable).parent
 SUBNET = "10.77.0"
 DASHBOARD = f"http://{SUBNET}.1:8265"
-START_S = 90.0
-GONE_S = 20.0
-COMMAND_S = 30.0
+START_S = scaled(90.0)
+GONE_S = scaled(20.0)
+COMMAND_S = scaled(30.0)
 OBJECT_STORE_BYTES = 80_000_000
 
 _FETCH = (

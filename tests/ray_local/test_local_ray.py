@@ -21,6 +21,7 @@ import requests
 from jobs.cluster_job import Job, connect, follow, stage_project, submit
 from jobs.local_ray import MARK, LocalRay, local_ray
 from orchestrator.errors import CapacityError, ConfigError
+from tests.deadlines import scaled
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,7 +91,7 @@ def test_everything_listens_on_loopback_only(cluster: LocalRay) -> None:
 
 
 def test_who_has_no_token_gets_nothing(cluster: LocalRay) -> None:
-    assert requests.get(f"{cluster.url}/api/jobs/", timeout=10).status_code == 401
+    assert requests.get(f"{cluster.url}/api/jobs/", timeout=scaled(10)).status_code == 401
     assert cluster.token_file.stat().st_mode & 0o077 == 0
     with pytest.raises(ConfigError, match="RAY_AUTH_TOKEN_PATH"):
         connect(cluster.url, token="0" * 64)
@@ -134,7 +135,7 @@ def test_job_whose_follower_is_stopped_has_time_to_commit(cluster: LocalRay) -> 
         client = connect(cluster.url, token=cluster.token)
         job_id = submit(client, Job(python(COMMITS_WHEN_STOPPED)))
         task = asyncio.create_task(follow(client, job_id, write))
-        await asyncio.wait_for(started.wait(), 60)
+        await asyncio.wait_for(started.wait(), scaled(60))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -148,7 +149,7 @@ def test_address_where_nothing_answers_is_told_in_seconds() -> None:
     started = monotonic()
     with pytest.raises(CapacityError, match="no Ray Jobs API answers at http://127.0.0.1:9"):
         connect("http://127.0.0.1:9")
-    assert monotonic() - started < 15
+    assert monotonic() - started < scaled(15)
 
 
 def test_rays_processes_end_when_the_launcher_is_killed() -> None:
@@ -165,7 +166,7 @@ with local_ray() as ray:
         family = psutil.Process(launcher.pid).children(recursive=True)
         assert processes_of(folder)
         os.kill(launcher.pid, signal.SIGKILL)
-    deadline = monotonic() + 120
+    deadline = monotonic() + scaled(120)
     while still_there(family) and monotonic() < deadline:
         sleep(0.5)
     shutil.rmtree(folder)

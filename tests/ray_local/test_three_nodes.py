@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.telemetry import read_lines
+from tests.deadlines import scaled
 from tests.ray_local.net import DASHBOARD, SUBNET, Cluster, three_hosts, three_nodes, why_not
 from tests.tiny import tiny_llama
 
@@ -22,11 +23,11 @@ pytestmark = [
     pytest.mark.heavy,
     pytest.mark.slow,
     pytest.mark.skipif(REASON is not None, reason=f"three nodes on one machine: {REASON}"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(scaled(600)),
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
-JOB_S = 400.0
+JOB_S = scaled(400.0)
 ROLE_OF_CLASS = {
     "RolloutWorker": "rollout",
     "PublishingPolicy": "policy",

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from jobs.configuration_docs import TARGET, configuration_markdown
 from orchestrator.config import Config
+from tests.deadlines import scaled
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("orchestrator", "actors", "jobs")
@@ -44,7 +45,7 @@ print(len(names))
 
 def test_orchestrator_imports_without_the_heavy_parts() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", IMPORT_ALL], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", IMPORT_ALL], cwd=ROOT, capture_output=True, text=True, timeout=scaled(120), check=False
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= sum(module.startswith("orchestrator/") for module in MODULES)

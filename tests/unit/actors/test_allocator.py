@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from actors import allocator
+from tests.deadlines import scaled
 
 BLOCK_BYTES, TIMES, PAGE_BYTES = 32 << 20, 20, 4096
 _CODE = f"""
@@ -35,7 +36,7 @@ def test_a_large_block_is_faulted_in_once() -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=scaled(120),
     )
     assert int(done.stdout) < 3 * BLOCK_BYTES / PAGE_BYTES, "blocks go back to the system at once"
 

@@ -12,6 +12,7 @@ import pytest
 from jobs.report import write_report
 from jobs.report_data import read_run
 from orchestrator.errors import DataError
+from tests.deadlines import scaled
 from tests.unit.jobs.run_folder import HOSTILE, NUM_PROMPTS, NUM_STEPS, write_run
 
 
@@ -183,7 +184,7 @@ def test_the_command_ends_with_exit_code_2_and_one_line(tmp_path, name):
         cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=scaled(60),
         check=False,
     )
     assert result.returncode == 2
@@ -198,7 +199,7 @@ def test_the_command_prints_the_path(tmp_path):
         cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=scaled(60),
         check=True,
     )
     assert Path(result.stdout.strip()) == folder / "report.html"

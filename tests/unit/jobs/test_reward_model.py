@@ -11,6 +11,7 @@ from orchestrator.config import config_from_tree
 from orchestrator.data.records import Message, RankingRecord
 from orchestrator.errors import CapacityError, DataError
 from orchestrator.scheduling.plan import Node
+from tests.deadlines import scaled
 
 RECORDS = [RankingRecord(f"p{n}", (Message("user", str(n)),), ("good", "bad")) for n in range(200)]
 
@@ -78,7 +79,7 @@ def test_a_missing_preference_file_is_exit_code_2(tmp_path: Path) -> None:
             [sys.executable, "-m", "jobs.reward_model", "stages=[reward_model]", f"run.root={tmp_path}", *arguments],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=scaled(120),
             check=False,
         )
         assert done.returncode == 2, done.stderr

@@ -12,10 +12,11 @@ from orchestrator.errors import ConfigError
 from orchestrator.exposition import PrometheusEndpoint
 from orchestrator.metrics import METRICS, prometheus_name
 from orchestrator.telemetry import Telemetry
+from tests.deadlines import scaled
 
 
 def scrape(endpoint: PrometheusEndpoint) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://{endpoint.address}/metrics", timeout=10) as response:
+    with urllib.request.urlopen(f"http://{endpoint.address}/metrics", timeout=scaled(10)) as response:
         text = response.read().decode()
     samples = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     return {name: float(value) for name, value in samples}

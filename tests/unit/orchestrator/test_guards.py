@@ -17,6 +17,7 @@ from orchestrator.guards import PAUSED_FILE, Guard, Guards, acted_before, guard_
 from orchestrator.metrics import METRICS
 from orchestrator.telemetry import Telemetry, read_lines
 from orchestrator.types import Metrics, State
+from tests.deadlines import scaled
 from tests.unit.orchestrator.test_coordinator import World
 
 BAD = 3  # the step that trips a guard; each fake step has two shards of 4 samples of 5 tokens
@@ -62,7 +63,7 @@ def guard_events(folder: Path) -> list[dict[str, Any]]:
 
 
 async def until(happened: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(scaled(10)):
         while not happened():  # noqa: ASYNC110  files and the diary tell nobody
             await asyncio.sleep(0.001)
 
@@ -104,7 +105,7 @@ async def test_pause_waits_before_the_publish_until_its_file_is_deleted(tmp_path
     assert f"guards.{drill.guard}." in text
     assert "Delete this file" in text
     (tmp_path / PAUSED_FILE).unlink()
-    assert (await asyncio.wait_for(run, 10)).step == 5
+    assert (await asyncio.wait_for(run, scaled(10))).step == 5
     assert world.diary.of("publish") == [0, 1, 2, 3, 4, 5]
     assert [event["action"] for event in guard_events(tmp_path)] == ["pause"]
 
@@ -117,7 +118,7 @@ async def test_failed_rewards_act_below_the_share_that_stops_the_run(tmp_path: P
     if action == "pause":
         await until((tmp_path / PAUSED_FILE).exists)
         (tmp_path / PAUSED_FILE).unlink()
-    assert (await asyncio.wait_for(run, 10)).step == 1
+    assert (await asyncio.wait_for(run, scaled(10))).step == 1
     (event,) = guard_events(tmp_path)
     assert (event["metric"], event["value"], event["bound"]) == ("reward/failed_fraction", 0.25, 0.2)
 
@@ -132,9 +133,9 @@ async def test_what_was_told_or_passed_is_not_told_again_when_the_step_is_learne
         await until((tmp_path / PAUSED_FILE).exists)
         (tmp_path / PAUSED_FILE).unlink()
     with pytest.raises(RoleDied):
-        await asyncio.wait_for(run, 10)
+        await asyncio.wait_for(run, scaled(10))
     world.fail_in_step = None
-    assert (await asyncio.wait_for(world.coordinator().run(State(0, 0.1)), 10)).step == 5
+    assert (await asyncio.wait_for(world.coordinator().run(State(0, 0.1)), scaled(10))).step == 5
     assert world.diary.of("learn policy").count(BAD) == 2
     assert len(guard_events(tmp_path)) == 1
 
@@ -147,11 +148,11 @@ async def test_a_run_stopped_while_it_is_paused_waits_again_until_the_file_is_go
         await until(lambda: paused.exists() and world.diary.entries[-1] == ("learn critic", BAD))
         assert run.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(run, 10)
+            await asyncio.wait_for(run, scaled(10))
         assert world.diary.of("publish").count(BAD + 1) == 0
         world.diary.note("cancelled", BAD)
     paused.unlink()
-    assert (await asyncio.wait_for(world.coordinator().run(State(0, 0.1)), 10)).step == 5
+    assert (await asyncio.wait_for(world.coordinator().run(State(0, 0.1)), scaled(10))).step == 5
     assert len(guard_events(tmp_path)) == 1
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.errors import ConfigError, StorageError, Superseded
 from orchestrator.mirror import KEEP, Mirror, Mirroring
+from tests.deadlines import scaled
 
 FILES = {
     "config.yaml": "run: {}\n",
@@ -178,7 +179,7 @@ def mirroring(mirror: Any, run: Path, told: list[str], **options: Any) -> Mirror
 
 
 def first_snapshot(mirror: Mirror) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + scaled(10)
     while not mirror.names():
         assert time.monotonic() < deadline
         time.sleep(0.01)

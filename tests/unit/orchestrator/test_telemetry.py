@@ -13,6 +13,7 @@ import pytest
 
 from orchestrator.errors import StorageError
 from orchestrator.telemetry import Telemetry, clock_text, read_lines
+from tests.deadlines import scaled
 
 
 class Clock:
@@ -307,7 +308,9 @@ def test_clock_text(seconds, text):
 def test_importing_telemetry_stays_light():
     heavy = ["matplotlib", "torch", "ray", "vllm", "deepspeed", "transformers", "tensorboard", "pyarrow"]
     code = f"import sys, orchestrator.telemetry; sys.exit(', '.join(m for m in {heavy} if m in sys.modules) or 0)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=scaled(60), check=False
+    )
     assert result.returncode == 0, result.stderr
 
 

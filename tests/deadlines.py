@@ -1,0 +1,51 @@
+"""How long tests wait: deadlines are written for two recent, quiet cores and grow on slower or busier machines.
+
+The factor is measured once for a pytest session, from a fixed piece of work and the machine's load, and handed to child
+processes through the environment. RLHF_TEST_PATIENCE=3 sets it by hand.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from time import perf_counter
+
+import numpy as np
+
+VARIABLE = "RLHF_TEST_PATIENCE"
+LARGEST = 10.0
+QUIET_PROBE_S = 0.03  # one core of a Xeon with AMX, quiet
+MIN_FACTOR = 1.5  # load may come later
+
+
+def scaled(quiet_s: float) -> float:
+    """The deadline on this machine for what `quiet_s` seconds are ample for on a quiet machine."""
+    return quiet_s * patience()
+
+
+@cache
+def patience() -> float:
+    """The factor by which this machine, with what else runs on it, may be slower than a quiet one; never below 1."""
+    given = os.environ.get(VARIABLE)
+    if given is None:
+        given = os.environ[VARIABLE] = f"{_measured():.2f}"
+    return max(1.0, float(given))
+
+
+def _measured() -> float:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    waiting = os.getloadavg()[0] / cores
+    slower = min(_probe_s() for _ in range(3)) / QUIET_PROBE_S
+    return min(LARGEST, max(MIN_FACTOR, slower * max(1.0, waiting)))
+
+
+def _probe_s() -> float:
+    """Interpreter work and small products, what most of the suite consists of; about 0.05 s."""
+    started = perf_counter()
+    counts: dict[int, int] = {}
+    for number in range(200_000):
+        counts[number % 997] = counts.get(number % 997, 0) + number
+    vector = np.ones((64, 64), np.float32)
+    for _ in range(200):
+        vector = vector @ vector / 64
+    return perf_counter() - started
