@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ class RunFolder:
     def require_newest(self) -> None:
         """Raises Superseded when a later attempt has opened this folder: two must never write one run."""
         with reading(self.path / ATTEMPTS):
-            newest = max((int(entry.name) for entry in (self.path / ATTEMPTS).iterdir()), default=0)
+            newest = max(_attempts(self.path / ATTEMPTS), default=0)
         if newest > self.attempt:
             raise Superseded(f"run {self.id}: attempt {newest} writes this run now, so attempt {self.attempt} stops.")
 
@@ -189,8 +190,13 @@ def _keep_config(path: Path, config: Config, changes: Sequence[Change], attempt:
         temporary.write_text(to_yaml(config), encoding="utf-8")
 
 
+def _attempts(folder: Path) -> list[int]:
+    """Numbers of the attempts; other files, such as .DS_Store, are not ours."""
+    return [int(entry.name) for entry in folder.iterdir() if re.fullmatch(r"[0-9]{3,9}", entry.name)]
+
+
 def _claim_attempt(folder: Path) -> int:
-    number = 1 + len(list(folder.iterdir()))
+    number = 1 + max(_attempts(folder), default=0)
     while True:
         try:
             (folder / f"{number:03d}").touch(exist_ok=False)

@@ -10,7 +10,9 @@ checkpoints/step-000010/COMPLETE       written last, once every file was found t
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import re
 import shutil
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -23,6 +25,7 @@ from orchestrator.errors import RlhfError, StorageError
 from orchestrator.roles import Learner
 from orchestrator.storage import (
     damaged,
+    inside,
     read_json,
     read_sealed,
     reading,
@@ -39,6 +42,9 @@ from orchestrator.types import State
 MARKER = "COMPLETE"
 MANIFEST = "manifest.json"
 STATE = "state.json"
+# Only what bears exactly these names is ours: a copy under another name is never touched.
+_CHECKPOINT = re.compile(r"step-\d{6,}")
+_UNFINISHED = re.compile(r"\.step-\d{6,}\.[0-9a-f]{8}\.tmp")
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +57,8 @@ class Checkpoints:
         learners: role name to learner; each writes into its own sub-folder.
         every_steps: save after every so many steps; 0: only after the last.
         last_step: number of steps of the run.
-        keep: newest checkpoints kept. Older ones go only when the newest was verified on disk.
+        keep: newest checkpoints kept. Older ones go only when the newest was verified on disk; one that can't be
+            removed is reported once and tried again after the next save.
         grace_s: how long a stopped run may take to save where it stands.
         fence: called before a checkpoint takes its place; raises when the run is another writer's.
 
@@ -77,6 +84,7 @@ class Checkpoints:
         self._grace_s = grace_s
         self._fence = fence
         self._damaged: set[Path] = set()
+        self._stuck: set[Path] = set()
         self._saving: asyncio.Future[None] | None = None
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -176,15 +184,26 @@ class Checkpoints:
 
     def complete(self) -> list[Path]:
         """Folders of complete checkpoints, oldest first, without those that `restore` found damaged."""
-        with reading(self._folder):
-            found = sorted(path for path in self._folder.glob("step-*") if (path / MARKER).exists())
+        found = [path for path in self._folders(_CHECKPOINT) if (path / MARKER).exists()]
         return [path for path in found if path not in self._damaged]
 
+    def _folders(self, pattern: re.Pattern[str]) -> list[Path]:
+        """Those with a name of ours, oldest first."""
+        with reading(self._folder):
+            found = (path for path in self._folder.iterdir() if pattern.fullmatch(path.name) and path.is_dir())
+            return sorted(found, key=lambda path: (len(path.name), path.name))
+
     def _retire(self) -> None:
-        with writing(self._folder):
-            for path in (*self.complete()[: -self._keep], *self._damaged, *self._folder.glob(".step-*.tmp")):
+        kept = self.complete()[-self._keep :]
+        old = itertools.takewhile(lambda path: kept and path != kept[0], self._folders(_CHECKPOINT))
+        for path in {*old, *self._damaged, *self._folders(_UNFINISHED)}:
+            try:
                 _remove(path)
-        self._damaged.clear()
+            except OSError as error:
+                if path not in self._stuck:
+                    self._stuck.add(path)
+                    _log.warning("%s can't be removed (%s); it is left there.", path, error.strerror or error)
+        self._damaged = {path for path in self._damaged if path.exists()}
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step:06d}"
@@ -198,7 +217,7 @@ def verify(folder: Path) -> None:
     for name, entry in manifest.items():
         if not isinstance(entry, dict) or entry.keys() != {"num_bytes", "sha256"}:
             raise damaged(folder / MANIFEST, f"its entry {name!r} is not that of a file")
-        path = folder / name
+        path = inside(folder, name)
         with reading(path):
             problem = _difference(path, entry["num_bytes"], entry["sha256"])
         if problem:

@@ -126,6 +126,8 @@ class Coordinator(Relearning):
         saved = await self.checkpoints.restore() or initial
         self.telemetry.rewind(saved.step)
         state = await self.relearn(saved)
+        if later := self.log.set_aside_after(state.step):
+            self.telemetry.event("set_aside", lost_step=state.step, steps=list(later))
         if state.step:
             self.telemetry.restored(_whence(saved, state))
         return state

@@ -2,6 +2,7 @@
 
     log/step-000007/shard-0000.parquet   one row per sample, schema.EXPERIENCE, zstd
     log/step-000007/manifest.json        written last: a step without it was never committed
+    log/set-aside/attempt-002-.../       steps that came after one that was lost
 
 Files are written near the data by recorders; this class keeps the manifest and holds no samples. docs/experience-log.md
 lists the columns and says how to open a log in pyarrow, pandas and DuckDB.
@@ -10,6 +11,8 @@ lists the columns and says how to open a log in pyarrow, pandas and DuckDB.
 from __future__ import annotations
 
 import itertools
+import re
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,11 +22,15 @@ from orchestrator.algorithms.summary import merge_metrics
 from orchestrator.concurrency import together
 from orchestrator.errors import RewardError, StorageError, Superseded
 from orchestrator.roles import Recorder
-from orchestrator.storage import create_sealed, damaged, read_sealed, reading, writing
+from orchestrator.storage import create_sealed, damaged, inside, read_sealed, reading, sync_folder, writing
 from orchestrator.types import Experience, Handle, Metrics, Moments, ScoredShard, ShardRecord, State
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+SET_ASIDE = "set-aside"
+# Only what bears exactly these names is ours: a copy under another name is never touched.
+_STEP = re.compile(r"step-(\d{6,})")
+_SHARD = re.compile(r"shard-\d{4,}(-attempt-\d{3,})?\.parquet")
 
 
 class ExperienceLog:
@@ -91,9 +98,31 @@ class ExperienceLog:
     async def load(self, step: int) -> Experience:
         """Reads a committed step back, every file checked against its checksum. Raises StorageError."""
         kl_coefficient, records = self._read_manifest(step)
-        folder = self._step_folder(step)
-        handles = await together(self._recorder.load(record, file=str(folder / record.file)) for record in records)
+        files = [str(inside(self._step_folder(step), record.file)) for record in records]
+        handles = await together(
+            self._recorder.load(record, file=file) for record, file in zip(records, files, strict=True)
+        )
         return _experience(step, records, handles, kl_coefficient)
+
+    def set_aside_after(self, step: int) -> Sequence[int]:
+        """Where the log has lost `step`, moves the steps after it to set-aside/ and returns them.
+
+        The run samples `step` again, and the later steps do not follow from the new one.
+        """
+        if self.holds(step):
+            return ()
+        with writing(self._folder):
+            steps = [int(found[1]) for path in self._folder.iterdir() if (found := _STEP.fullmatch(path.name))]
+            later = sorted(number for number in steps if number > step and self.holds(number))
+            if not later:
+                return ()
+            self._fence()
+            target = self._folder / SET_ASIDE / f"attempt-{self._attempt:03d}-{uuid.uuid4().hex[:8]}"
+            target.mkdir(parents=True)
+            for number in later:
+                self._step_folder(number).rename(target / self._step_folder(number).name)
+            sync_folder(self._folder)
+        return later
 
     def metrics(self, step: int) -> Metrics | None:
         """Metrics of a committed step, from its manifest alone. None: it was not committed. Raises StorageError."""
@@ -133,8 +162,8 @@ class ExperienceLog:
         """What an earlier attempt wrote of this step and did not commit."""
         names = {record.file for record in records}
         with writing(self._step_folder(step)):
-            for path in self._step_folder(step).glob("shard-*.parquet"):
-                if path.name not in names:
+            for path in self._step_folder(step).iterdir():
+                if _SHARD.fullmatch(path.name) and path.name not in names:
                     path.unlink(missing_ok=True)
 
     def _step_folder(self, step: int) -> Path:

@@ -27,7 +27,7 @@ from orchestrator.checkpoints import MARKER
 from orchestrator.concurrency import cancel
 from orchestrator.errors import ConfigError, RlhfError, StorageError
 from orchestrator.heartbeat import HEARTBEAT_FILE
-from orchestrator.storage import damaged, sealed_bytes, sync_tree, unsealed, writing
+from orchestrator.storage import damaged, inside, sealed_bytes, sync_tree, unsealed, writing
 
 KEEP = 2
 LAST_PUSH_S, STOPPED_PUSH_S = 600.0, 20.0
@@ -35,6 +35,8 @@ _BLOCK_BYTES = 8 << 20
 # Appended to while a run goes on. Read last, they know of everything else in the snapshot.
 _GROWING = (".jsonl",)
 _NAME = re.compile(r"(\d{3,})-(\d{6,})\.json")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_MANIFEST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -182,10 +184,14 @@ class Mirror:
     def read(self, name: str) -> Snapshot:
         """The snapshot of that name; its files may still be damaged. Raises StorageError where its manifest is."""
         with self._answering(), self._storage.open_input_stream(f"{self._snapshots}/{name}") as stream:
-            content = stream.read()
+            content = stream.read(_MANIFEST_BYTES)
         files = unsealed(Path(name), content).get("files")
         if not isinstance(files, dict):
             raise damaged(Path(name), "it names no files")
+        for path, digest in files.items():
+            inside(Path(name), path)
+            if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+                raise damaged(Path(name), f"what it names for {path!r} is no SHA-256")
         return Snapshot(name, files)
 
     def _write(self, path: str, content: bytes) -> None:
@@ -313,7 +319,8 @@ def _settled(folder: Path) -> list[str]:
     found = [
         path.relative_to(folder)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(parent in incomplete for parent in path.parents)
+        # A link may lead out of the folder, and what it leads to is not the run's.
+        if path.is_file() and not path.is_symlink() and not any(parent in incomplete for parent in path.parents)
     ]
     names = [str(path) for path in found if not any(part.startswith(".") for part in path.parts)]
     return sorted((name for name in names if name != HEARTBEAT_FILE), key=lambda name: name.endswith(_GROWING))

@@ -9,12 +9,26 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from orchestrator.errors import StorageError
 
 _SEAL = "sha256"
+# Answers of storage that lacks an operation: FUSE and SMB mounts lack hard links, some lack syncing a folder.
+_UNSUPPORTED = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL})
+_NO_LINKS = _UNSUPPORTED | {errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV}
+# A claim this old belongs to a writer that died between its claim and its file.
+_STALE_CLAIM_S = 60.0
+_WAYS_OUT = {
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space there, or raise the quota",
+    errno.EACCES: "fix its permissions",
+    errno.EPERM: "fix its permissions",
+    errno.EROFS: "mount the storage writable again",
+    errno.ENOENT: "put its folder back",
+    errno.ENOTDIR: "put its folder back",
+}
 
 
 @contextmanager
@@ -83,7 +97,7 @@ def create_sealed(path: Path, content: Mapping[str, Any]) -> bool:
     try:
         temporary.write_bytes(sealed_bytes(content))
         sync_file(temporary)
-        _link(temporary, path)
+        _move_if_absent(temporary, path)
         sync_folder(path.parent)
     except FileExistsError:
         return False
@@ -130,32 +144,86 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name` for a name that a manifest gives: relative, and without a way out of the folder.
+
+    Raises StorageError naming the entry.
+    """
+    path = PurePosixPath(name)
+    if not path.parts or "\0" in name or path.is_absolute() or ".." in path.parts or str(path) != name:
+        raise damaged(folder, f"its manifest names the file {name!r}, which is not inside it")
+    return folder / path
+
+
+def follow_umask(folder: Path) -> None:
+    """Gives every file below `folder` the mode that the umask asks for. safetensors writes files as 0600."""
+    probe = folder / f".{uuid.uuid4().hex[:8]}.tmp"
+    probe.touch()
     try:
-        os.fsync(descriptor)
+        mode = probe.stat().st_mode & 0o777
     finally:
-        os.close(descriptor)
+        probe.unlink(missing_ok=True)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
+def sync_file(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        error.filename = str(path)  # fsync works on a descriptor and names none
+        raise
 
 
 def sync_folder(path: Path) -> None:
-    sync_file(path)
+    """Syncs a folder's entries, where its storage can."""
+    try:
+        sync_file(path)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
 
 
 def sync_tree(folder: Path) -> None:
     """Syncs every file and folder below `folder`, itself included."""
     for path in folder.rglob("*"):
-        sync_file(path)
+        sync_folder(path) if path.is_dir() else sync_file(path)
     sync_folder(folder)
 
 
-def _link(source: Path, target: Path) -> None:
+def _move_if_absent(source: Path, target: Path) -> None:
+    """Raises FileExistsError where `target` exists. Storage without hard links decides by an exclusive claim."""
     try:
         os.link(source, target)
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP):
+        if error.errno not in _NO_LINKS:
             raise
-        os.replace(source, target)  # storage without hard links: the last writer wins
+        with _claimed(target, source):
+            if target.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+            os.replace(source, target)
+
+
+@contextmanager
+def _claimed(target: Path, fresh: Path) -> Iterator[None]:
+    """Holds a claim on `target`. `fresh`: a file written just now, for the storage's own clock.
+
+    Raises FileExistsError while another writer holds it.
+    """
+    claim = target.with_name(f".{target.name}.claim")
+    with suppress(FileNotFoundError):
+        if fresh.stat().st_mtime - claim.stat().st_mtime > _STALE_CLAIM_S:
+            claim.unlink()
+    claim.touch(exist_ok=False)
+    try:
+        yield
+    finally:
+        claim.unlink(missing_ok=True)
 
 
 def _as_json(content: Any) -> str:
@@ -164,7 +232,8 @@ def _as_json(content: Any) -> str:
 
 def _not_written(path: Path | str, error: OSError) -> StorageError:
     reason = error.strerror or error
-    return StorageError(f"{path} can't be written ({reason}); free space, fix permissions, or put its folder back.")
+    way_out = _WAYS_OUT.get(error.errno or 0, "check the storage that it is on")
+    return StorageError(f"{path} can't be written ({reason}); {way_out}.")
 
 
 def _sealed(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,16 +99,91 @@ async def test_a_save_that_fails_names_the_file_and_leaves_the_last_good_one(
     assert await checkpoints_in(folder)[0].restore() == State(4, 0.1)
 
 
-async def test_an_old_checkpoint_that_cannot_be_removed_is_named_and_the_new_one_stands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EROFS, errno.EACCES, errno.ENOTEMPTY], ids=errno.errorcode.get)
+@pytest.mark.parametrize("owner_and_name", [(Path, "unlink"), (shutil, "rmtree")], ids=["the marker", "the folder"])
+async def test_an_old_checkpoint_that_cannot_be_removed_is_reported_once_and_the_run_goes_on(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    owner_and_name: tuple[Any, str],
+    number: int,
 ) -> None:
     checkpoints, learner = checkpoints_in(tmp_path / "checkpoints")
     for step in (1, 2):
         await save(checkpoints, learner, step)
-    fails_on(monkeypatch, Path, "unlink", errno.EROFS, lambda path: "step-000001" in str(path))
-    with pytest.raises(StorageError, match="step-000001/COMPLETE can't be written"):
-        await save(checkpoints, learner, 3)
-    assert await checkpoints_in(tmp_path / "checkpoints")[0].restore() == State(3, 0.1)
+    with monkeypatch.context() as patch:
+        fails_on(patch, *owner_and_name, number, lambda path: "step-000001" in str(path))
+        for step in (3, 4):
+            await save(checkpoints, learner, step)
+        assert [record.message for record in caplog.records if "can't be removed" in record.message] == [
+            f"{tmp_path}/checkpoints/step-000001 can't be removed ({os.strerror(number)}); it is left there."
+        ]
+        assert await checkpoints_in(tmp_path / "checkpoints")[0].restore() == State(4, 0.1)
+    await save(checkpoints, learner, 5)
+    assert names(tmp_path / "checkpoints") == ["step-000004", "step-000005"]
+
+
+async def test_what_bears_another_name_than_ours_is_never_touched(tmp_path: Path) -> None:
+    checkpoints, learner = checkpoints_in(tmp_path / "checkpoints")
+    await save(checkpoints, learner, 1)
+    copies = ["step-000001-best", "step-000001.bak", "step-1", "my step-000001", ".step-000001.mine.tmp"]
+    for name in copies:
+        shutil.copytree(tmp_path / "checkpoints" / "step-000001", tmp_path / "checkpoints" / name)
+    for step in (2, 3, 4):
+        await save(checkpoints, learner, step)
+    assert names(tmp_path / "checkpoints") == sorted([*copies, "step-000003", "step-000004"])
+    assert await checkpoints_in(tmp_path / "checkpoints")[0].restore() == State(4, 0.1)
+    with experience_log(tmp_path / "log") as log:
+        (tmp_path / "log" / "step-000000").mkdir()
+        for name in ("shard-0000 (copy).parquet", "shard-0000.parquet.bak", "notes.txt"):
+            (tmp_path / "log" / "step-000000" / name).touch()
+        (tmp_path / "log" / "step-000000" / "shard-0007.parquet").touch()
+        await log.commit(State(0, 0.1), [scored_shard(0, 0)])
+    assert names(tmp_path / "log" / "step-000000") == [
+        "manifest.json",
+        "notes.txt",
+        "shard-0000 (copy).parquet",
+        "shard-0000.parquet",
+        "shard-0000.parquet.bak",
+    ]
+
+
+async def test_names_in_manifests_lead_nowhere_else(tmp_path: Path) -> None:
+    """A manifest comes with a copied or downloaded run, so it may have been written by anybody."""
+    checkpoints, learner = checkpoints_in(tmp_path / "checkpoints")
+    await save(checkpoints, learner, 1)
+    manifest = tmp_path / "checkpoints" / "step-000001" / "manifest.json"
+    secret = tmp_path / "secret"
+    secret.write_text("s")
+    entry = {"num_bytes": 1, "sha256": orchestrator.storage.sha256(secret)}
+    entries = orchestrator.storage.read_sealed(manifest)
+    for name in (str(secret), "../../secret", "policy/../../../secret", "./state.json", "", "a\0b"):
+        orchestrator.storage.write_sealed(manifest, {**entries, name: entry})
+        with pytest.raises(StorageError, match="which is not inside it"):
+            await checkpoints_in(tmp_path / "checkpoints")[0].restore()
+    with experience_log(tmp_path / "log") as log:
+        await log.commit(State(0, 0.1), [scored_shard(0, 0)])
+        file = tmp_path / "log" / "step-000000" / "manifest.json"
+        content = orchestrator.storage.read_sealed(file)
+        content["shards"][0]["file"] = "../../secret"
+        orchestrator.storage.write_sealed(file, content)
+        with pytest.raises(StorageError, match="which is not inside it"):
+            await log.load(0)
+
+
+async def test_a_lost_step_is_sampled_again_and_the_steps_after_it_are_set_aside(tmp_path: Path) -> None:
+    with experience_log(tmp_path / "log") as log:
+        for step in range(4):
+            await log.commit(State(step, 0.1), [scored_shard(step, 0)])
+        shutil.rmtree(tmp_path / "log" / "step-000001")
+        assert log.set_aside_after(1) == [2, 3]
+        assert [log.holds(step) for step in range(4)] == [True, False, False, False]
+        (aside,) = (tmp_path / "log" / "set-aside").iterdir()
+        assert names(aside) == ["step-000002", "step-000003"]
+        for step in (1, 2, 3):
+            await log.commit(State(step, 0.1), [scored_shard(step, 0)])
+        assert log.set_aside_after(2) == log.set_aside_after(4) == ()
+        assert num_committed(tmp_path / "log") == 4
 
 
 async def test_folders_that_vanish_are_named(tmp_path: Path) -> None:

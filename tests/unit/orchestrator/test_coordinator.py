@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 import sys
 import time
@@ -329,3 +330,33 @@ async def _until(telemetry: Telemetry, phase: str, *, step: int | None) -> None:
     """Gives way until that phase of that step is open."""
     while not (phase in telemetry.now()["phases"] and telemetry.now()["step"] == step):  # noqa: ASYNC110  no event tells
         await asyncio.sleep(0)
+
+
+async def test_a_damaged_step_whose_folder_is_deleted_as_advised_is_sampled_again_and_the_run_ends(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path)
+    await world.coordinator().run(State(0, 0.1))
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "log" / "step-000001" / "manifest.json").write_text("{")
+    with pytest.raises(StorageError, match=r"step-000001/manifest\.json is damaged.* delete its folder"):
+        await world.coordinator().run(State(0, 0.1))
+    shutil.rmtree(tmp_path / "log" / "step-000001")
+    assert await world.coordinator().run(State(0, 0.1)) == State(4, 1.6)
+    assert world.policy.learned == [0, 1, 2, 3]
+    events = [event for event in read_lines(tmp_path / "events.jsonl") if event["kind"] == "set_aside"]
+    assert [(event["lost_step"], event["steps"]) for event in events] == [(1, [2, 3])]
+
+
+async def test_damaged_checkpoints_that_are_deleted_as_advised_are_learned_again(tmp_path: Path) -> None:
+    world = World(tmp_path, every_steps=2)
+    await world.coordinator().run(State(0, 0.1))
+    folders = sorted((tmp_path / "checkpoints").iterdir())
+    for folder in folders:
+        (folder / "manifest.json").write_text("{")
+    with pytest.raises(StorageError, match="no checkpoint can be trusted: .* With all of them deleted"):
+        await world.coordinator().run(State(0, 0.1))
+    for folder in folders:
+        shutil.rmtree(folder)
+    assert await world.coordinator().run(State(0, 0.1)) == State(4, 1.6)
+    assert world.policy.learned == [0, 1, 2, 3]

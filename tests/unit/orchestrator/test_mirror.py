@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.errors import ConfigError, StorageError, Superseded
 from orchestrator.mirror import KEEP, Mirror, Mirroring
+from orchestrator.storage import write_sealed
 from tests.deadlines import scaled
 
 FILES = {
@@ -225,3 +226,40 @@ async def test_a_mirror_that_hangs_does_not_hold_up_a_stop(run: Path) -> None:
         async with mirroring(Hanging(), run, told, every_s=60.0, grace_s=0.1):
             raise RuntimeError("the run's own")
     assert told == ["mirror: the last copy was not done within 0.1 s; the one before it stands"]
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/../../../x", ""])
+def test_a_manifest_that_names_files_outside_the_run_is_not_trusted(
+    run: Path, mirror: Mirror, tmp_path: Path, name: str
+) -> None:
+    """Who may write to the mirror must not write, or delete, anywhere else."""
+    pushed = mirror.push(run, attempt=1)
+    assert pushed is not None
+    digest = next(iter(pushed.files.values()))
+    write_sealed(stored(tmp_path, "snapshots")[pushed.name], {"files": {**pushed.files, name: digest}})
+    with pytest.raises(StorageError, match="not inside it"):
+        mirror.pull(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("digest", ["../../../precious", "AB", 7, None])
+def test_a_manifest_that_names_other_objects_deletes_nothing_of_others(
+    run: Path, mirror: Mirror, tmp_path: Path, digest: object
+) -> None:
+    (tmp_path / "precious").write_text("kept")
+    first = mirror.push(run, attempt=1)
+    assert first is not None
+    write_sealed(stored(tmp_path, "snapshots")[first.name], {"files": {"a": digest}})
+    for number in range(KEEP + 1):
+        (run / "metrics.jsonl").write_text(f"{number}\n")
+        mirror.push(run, attempt=1)
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
+def test_links_are_not_followed_into_the_mirror(run: Path, mirror: Mirror, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("s")
+    (run / "link.txt").symlink_to(tmp_path / "secret")
+    pushed = mirror.push(run, attempt=1)
+    assert pushed is not None
+    assert "link.txt" not in pushed.files

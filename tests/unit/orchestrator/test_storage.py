@@ -5,13 +5,23 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import orchestrator.storage
 from orchestrator.errors import StorageError
-from orchestrator.storage import read_json, replacing, sha256, write_json
+from orchestrator.storage import (
+    create_sealed,
+    follow_umask,
+    inside,
+    read_json,
+    read_sealed,
+    replacing,
+    sha256,
+    write_json,
+)
 
 
 def test_a_file_takes_its_place_only_when_it_is_whole(tmp_path: Path) -> None:
@@ -74,3 +84,83 @@ def test_checksums_are_those_of_the_content(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"abc" * 100_000)
     assert sha256(path) == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def _answering(number: int) -> Callable[..., None]:
+    def refuse(*paths: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.ENOTSUP, errno.EACCES, errno.EMLINK, errno.EXDEV])
+def test_storage_without_hard_links_still_lets_one_writer_win(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(os, "link", _answering(number))
+    path = tmp_path / "manifest.json"
+    assert create_sealed(path, {"by": "first"})
+    assert not create_sealed(path, {"by": "second"})
+    assert read_sealed(path) == {"by": "first"}
+    assert os.listdir(tmp_path) == ["manifest.json"]
+
+
+def test_without_hard_links_a_claim_holds_others_off_until_its_writer_is_long_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", _answering(errno.ENOSYS))
+    claim, path = tmp_path / ".manifest.json.claim", tmp_path / "manifest.json"
+    claim.touch()
+    assert not create_sealed(path, {"by": "second"})
+    assert not path.exists()
+    long_ago = claim.stat().st_mtime - 120
+    os.utime(claim, (long_ago, long_ago))
+    assert create_sealed(path, {"by": "second"})
+    assert os.listdir(tmp_path) == ["manifest.json"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_storage_that_cannot_sync_a_folder_is_used_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fsync = os.fsync
+
+    def of_files_only(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files_only)
+    write_json(tmp_path / "file", {"a": 1})
+    assert read_json(tmp_path / "file") == {"a": 1}
+    monkeypatch.setattr(os, "fsync", _answering(errno.EIO))
+    with pytest.raises(StorageError, match=r"file can't be written \(Input/output error\); check the storage"):
+        write_json(tmp_path / "file", {"a": 2})
+
+
+def test_files_that_a_library_made_private_follow_the_umask(tmp_path: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        (tmp_path / "folder").mkdir()
+        for path in (tmp_path / "model.safetensors", tmp_path / "folder" / "config.json"):
+            path.touch(mode=0o600)
+        follow_umask(tmp_path)
+    finally:
+        os.umask(umask)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*.*")} == {
+        "model.safetensors": 0o640,
+        "config.json": 0o640,
+    }
+
+
+@pytest.mark.parametrize("name", ["a/b.txt", "step-000001/x", "..a", "a..b/.c"])
+def test_names_inside_a_folder_are_taken(tmp_path: Path, name: str) -> None:
+    assert inside(tmp_path, name) == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "/etc/passwd", "../x", "a/../../x", "a/..", "./a", "a//b", "a/", "a\0b"]
+)
+def test_names_that_lead_out_of_a_folder_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(StorageError, match="is damaged"):
+        inside(tmp_path, name)
