@@ -66,9 +66,13 @@ class RecorderWorker:
         path = Path(file)
         with reading(path):
             if not path.is_file():
-                raise StorageError(f"{path} of the experience log is missing; restore it from a copy, or delete its folder.")
+                raise StorageError(
+                    f"{path} of the experience log is missing; restore it from a copy, or delete its folder."
+                )
             if sha256(path) != record.sha256:
-                raise StorageError(f"{path} of the experience log was altered or truncated; restore it from a copy, or delete its folder.")
+                raise StorageError(
+                    f"{path} of the experience log was altered or truncated; restore it from a copy, or delete its folder."
+                )
             table = pq.read_table(path)
         if table.schema != schema.EXPERIENCE:
             raise StorageError(f"{path} has other columns; use the version of the program that wrote it.")
