@@ -22,6 +22,8 @@ from orchestrator.evaluation import EVALUATION
 from orchestrator.storage import reading, replacing, sha256
 from orchestrator.types import Handle, Metrics, Moments, ShardRecord
 
+_WAY_OUT = "restore it from a copy, or delete its folder."
+
 
 class RecorderWorker:
     """One process that joins, computes and writes.
@@ -70,9 +72,7 @@ class RecorderWorker:
                     f"{path} of the experience log is missing; restore it from a copy, or delete its folder."
                 )
             if sha256(path) != record.sha256:
-                raise StorageError(
-                    f"{path} of the experience log was altered or truncated; restore it from a copy, or delete its folder."
-                )
+                raise StorageError(f"{path} of the experience log was altered or truncated; {_WAY_OUT}")
             table = pq.read_table(path)
         if table.schema != schema.EXPERIENCE:
             raise StorageError(f"{path} has other columns; use the version of the program that wrote it.")
