@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from actors.learning.model import load_tokenizer, resolve_model
 from jobs.prepare import prepare
+from jobs.resolve import resolved
 from orchestrator.config import Config, load_config
 from orchestrator.types import Prompt
 
@@ -55,6 +56,7 @@ def available() -> list[str]:
 def load_work(name: str, *overrides: str) -> Work:
     """Raises DataError where its data is missing."""
     config = load_config(QUICKSTART, [*(_GSM8K_SETTINGS if name == "gsm8k" else ()), *overrides])
+    config = resolved(config, tell=lambda line: None)
     prompts = prepare(config).prompts.train
     return Work(name, config, prompts[: config.ppo.prompts_per_step])
 

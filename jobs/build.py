@@ -83,7 +83,7 @@ async def start_engines(config: Config, starter: Starter, *, version: int | None
     def arguments(slot: Slot) -> Mapping[str, Any]:
         settings = EngineSettings(
             model=Path(),
-            dtype=config.model.dtype,
+            dtype=config.model.compute_dtype,
             max_length=config.model.max_length,
             seed=config.run.seed,
             threads=slot.threads,
@@ -137,7 +137,7 @@ async def start_scorers(config: Config, starter: Starter, reward_path: str | Non
     common = common_settings(config)
     reference = ReferenceSettings(
         config.reference.path or config.model.path,
-        dtype=config.model.dtype,
+        dtype=config.model.compute_dtype,
         temperature=config.rollout.temperature,
         sharded=config.reference.sharded,
         micro_batch_tokens=config.reference.micro_batch_tokens,
@@ -151,7 +151,7 @@ async def start_scorers(config: Config, starter: Starter, reward_path: str | Non
         model=reward_path,
         policy=config.model.path,
         chat_template=config.model.chat_template,
-        dtype=config.model.dtype,
+        dtype=config.model.compute_dtype,
         micro_batch_tokens=config.reward.micro_batch_tokens,
         max_length=config.reward_model.max_length,
         normalise=config.reward.normalise,

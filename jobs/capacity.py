@@ -112,7 +112,7 @@ class _Sizes:
 
 def memory_per_role(config: Config, sizes: _Sizes) -> dict[str, Memory]:
     """Memory of one actor of each role."""
-    dtype, reference, reward, rollout = config.model.dtype, config.reference, config.reward, config.rollout
+    dtype, reference, reward, rollout = config.model.compute_dtype, config.reference, config.reward, config.rollout
     reward_memory = Memory(process=RULES_PROCESS)
     if reward.kind == "model":
         reward_memory = scorer_memory(
@@ -149,7 +149,7 @@ def _critic_memory(config: Config, sizes: _Sizes) -> dict[str, Memory]:
 def _learner(config: Config, learner: LearnerConfig, size: ModelSize, *, logits: bool) -> Memory:
     return learner_memory(
         size,
-        dtype=config.model.dtype,
+        dtype=config.model.compute_dtype,
         zero_stage=learner.zero_stage,
         ranks=learner.ranks,
         micro_batch_tokens=learner.micro_batch_tokens,

@@ -13,6 +13,7 @@ from actors.tokens import closing_tokens, load_tokenizer
 from jobs.capacity import Capacity, capacity, find_cluster
 from jobs.command import out, say
 from jobs.preflight import Preflight, preflight
+from jobs.resolve import resolved
 from jobs.run_folder import storage_root
 from jobs.settings import loop_settings
 from orchestrator.algorithms.schedule import learning_rate
@@ -28,6 +29,7 @@ Row = tuple[str, str]
 
 def check(config: Config, ray_address: str | None) -> None:
     """Prints what was found, then raises what is wrong, all of it at once (see Preflight.require)."""
+    config = resolved(config)
     found = preflight(config)
     for note in found.notes:
         say(note)

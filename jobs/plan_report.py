@@ -11,6 +11,7 @@ from rich.table import Table
 from jobs.capacity import Cluster, capacity, find_cluster
 from jobs.command import out, say
 from jobs.plan_work import layout_of, learning_of, work_of
+from jobs.resolve import resolved
 from orchestrator.config import Config, config_from_tree
 from orchestrator.errors import CapacityError, ConfigError
 from orchestrator.failures import LEARNERS
@@ -52,6 +53,7 @@ def plan(config: Config, target: Target, lengths: MeanLengths) -> None:
         ConfigError: the kind of GPU is not known.
         DataError: a model's config can't be read.
     """
+    config = resolved(config)
     work = work_of(config, prompt_tokens=lengths.prompt, response_tokens=lengths.response, deviation=lengths.spread)
     _show_work(config, work, lengths)
     found, what = _search(config, work, target)
@@ -96,7 +98,8 @@ def device_for(target: Target, num_gpus: int) -> Device:
 
 def search_gpus(config: Config, work: Work, device: Device, num_gpus: int) -> Search:
     staleness = max(1, config.ppo.max_staleness)
-    return search(work, device, num_gpus, learning=learning_of(config), dtype=config.model.dtype, staleness=staleness)
+    dtype = config.model.compute_dtype
+    return search(work, device, num_gpus, learning=learning_of(config), dtype=dtype, staleness=staleness)
 
 
 def search_cores(config: Config, work: Work, cluster: Cluster) -> Search:

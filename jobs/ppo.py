@@ -43,6 +43,7 @@ def main(
             say(f"run {finished.name} has finished; nothing is left to do. ppo.steps=N makes it longer.")
             imported("jobs.results:show_results")(finished)
             return
+        settings = imported("jobs.resolve:resolved")(settings)
         say("checking data, models and rewards ...")
         prepared = imported("jobs.preflight:checked")(settings)
         imported("jobs.main_job:run_job")(settings, prepared, ray_address)

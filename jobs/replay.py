@@ -16,6 +16,7 @@ import typer
 from actors.cluster import connect
 from jobs.build import all_ready, experience_log, learners_of, recorder_of, start_learners, start_recorders, starting
 from jobs.command import run_async, run_command, say
+from jobs.resolve import resolved
 from jobs.run_folder import CONFIG_FILE, RunFolder
 from jobs.settings import demands, initial_state, loop_settings, reward_model_of
 from orchestrator.checkpoints import Checkpoints
@@ -67,7 +68,7 @@ def read_run_folder(path: Path) -> tuple[Config, RunFolder]:
     path = path.expanduser().absolute()
     if not (path / CONFIG_FILE).is_file():
         raise ConfigError(f"{path} holds no {CONFIG_FILE}, so it is no run folder; give the one that a run printed.")
-    return load_config(path / CONFIG_FILE), RunFolder(path, path.name, attempt=0)
+    return resolved(load_config(path / CONFIG_FILE)), RunFolder(path, path.name, attempt=0)
 
 
 def steps_to_learn(run: RunFolder, until: int | None, *, from_checkpoint: bool) -> int:

@@ -23,6 +23,7 @@ from actors.reward_training import RewardTraining, Trained, train_worker
 from actors.train_run import Progress, Restarted, TrainRun, Workers
 from jobs.command import read_config, run_async, run_command, say
 from jobs.prepare import find_data
+from jobs.resolve import resolved
 from jobs.run_folder import RunFolder, open_run
 from orchestrator.algorithms.ranking import concordant_pairs, kendall_tau, num_pairs, wilson_interval
 from orchestrator.config import Config, DeadlinesConfig
@@ -218,7 +219,7 @@ def _settings(config: Config, folder: Path, *, num_records: int, threads: int) -
     num_steps = stage.epochs * math.ceil(num_records / stage.prompts_per_batch)
     learner = LearnerSettings(
         zero_stage=stage.zero_stage,
-        dtype=config.model.dtype,
+        dtype=config.model.compute_dtype,
         learning_rate=stage.learning_rate,
         schedule="linear",
         warmup_optimizer_steps=num_steps // 10,
@@ -293,7 +294,7 @@ def main(
 
     def work() -> None:
         settings = read_config(config, overrides or (), print_config=print_config)
-        _run(settings, ray_address)
+        _run(resolved(settings), ray_address)
 
     run_command(work)
 

@@ -109,6 +109,20 @@ def restore_lost(config: Config) -> str | None:
     return f"run {path.name}: its folder was gone; {len(snapshot.files)} files are back from snapshot {snapshot.name}"
 
 
+def kept_config(config: Config) -> Config | None:
+    """The config kept in the folder of the run that run.id names; None when there is no such run.
+
+    Raises:
+        ConfigError: it can't be read as a config.
+        StorageError: it can't be read at all.
+    """
+    if config.run.id is None:
+        return None
+    path = storage_root(config.run.root) / config.run.id / CONFIG_FILE
+    with reading(path):
+        return load_config(path) if path.exists() else None
+
+
 def refuse_existing(config: Config) -> None:
     """Raises ConfigError when run.id names a run that exists."""
     if config.run.id is not None and (storage_root(config.run.root) / config.run.id / CONFIG_FILE).exists():

@@ -94,7 +94,7 @@ def learner_settings(config: Config, learner: LearnerConfig) -> LearnerSettings:
     ppo = config.ppo
     return LearnerSettings(
         zero_stage=learner.zero_stage,
-        dtype=config.model.dtype,
+        dtype=config.model.compute_dtype,
         learning_rate=learner.learning_rate,
         schedule=learner.schedule,
         warmup_optimizer_steps=learner.warmup_optimizer_steps,

@@ -22,6 +22,7 @@ from orchestrator.errors import ConfigError
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Dtype = Literal["bfloat16", "float32"]
 Seconds = Annotated[float, Field(gt=0.0)]
 
 # What PyYAML raises besides its own errors, for dates, numbers and tags that mean nothing and for deep nesting.
@@ -55,8 +56,9 @@ class RunConfig(Section):
 class ModelConfig(Section):
     path: str = "smollm2-135m-instruct"
     """Policy to start from: a folder, a Hugging Face name, or the embedded smollm2-135m-instruct."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute type of all models and engines. Learners keep fp32 master weights."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Compute type of all models and engines. Learners keep fp32 master weights. auto: bfloat16 on GPUs; on CPUs the
+    type that is measured to be faster, chosen when a run starts and kept for it."""
     max_length: Positive = 512
     """Window in tokens: prompt and response together."""
     chat_template: Path | None = None
@@ -65,6 +67,13 @@ class ModelConfig(Section):
     """System message set before every prompt. Null: the chat template's own default."""
     trust_remote_code: bool = False
     """Whether to run Python code that comes with a model."""
+
+    @property
+    def compute_dtype(self) -> Dtype:
+        """The resolved `dtype`. Raises ConfigError while it is auto."""
+        if self.dtype == "auto":
+            raise ConfigError("model.dtype is still auto here; give bfloat16 or float32 (jobs.resolve chooses one).")
+        return self.dtype
 
 
 class PromptsConfig(Section):

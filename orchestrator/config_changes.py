@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ _KEYS = frozenset(
     }
 )
 
+# Keys that are resolved once, when a run starts (jobs/resolve.py). Until then they have one of the values OPEN.
+RESOLVED_ONCE = frozenset({"model.dtype"})
+OPEN = ("auto", None)
+
 
 @dataclass(frozen=True)
 class Change:
@@ -52,10 +57,17 @@ def changed_keys(old: Config, new: Config) -> tuple[Change, ...]:
     return tuple(Change(key, before.get(key), after.get(key), _matters(key, old, new)) for key in keys)
 
 
+def value_of(config: Config, key: str) -> Any:
+    """The value at a dotted key."""
+    return functools.reduce(getattr, key.split("."), config)
+
+
 def _matters(key: str, old: Config, new: Config) -> bool:
     if key == "ppo.steps":
         by_total_steps = any(learner.schedule != "constant" for learner in (new.policy, new.critic))
         return new.ppo.steps < old.ppo.steps or by_total_steps
+    if key in RESOLVED_ONCE and value_of(old, key) in OPEN:
+        return False  # a run from before this key was kept
     if key == "rollout.engines":
         return not new.rollout.reproducible
     return key not in _KEYS and key.partition(".")[0] not in _SECTIONS

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from orchestrator.config import Dtype
 from orchestrator.errors import CapacityError
 from orchestrator.scheduling.plan import Plan, Slot
-
-Dtype = Literal["bfloat16", "float32"]
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from orchestrator.config import Dtype
 from orchestrator.errors import CapacityError
-from orchestrator.scheduling.memory import Dtype, Memory, engine_memory, gib, learner_memory, scorer_memory
+from orchestrator.scheduling.memory import Memory, engine_memory, gib, learner_memory, scorer_memory
 from orchestrator.simulation.scenario import MODELS, Layout, Pool, Work
 
 USABLE = 0.85  # of a GPU, as rollout.gpu_memory_utilization

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from orchestrator.config import Dtype
 from orchestrator.errors import CapacityError
 from orchestrator.scheduling.costs import LearnSettings
 from orchestrator.scheduling.hardware import Device
-from orchestrator.scheduling.memory import Dtype
 from orchestrator.simulation.fit import DeviceMemory, cache_tokens, memory_per_device
 from orchestrator.simulation.run import simulate
 from orchestrator.simulation.scenario import MODELS, Layout, Pool, Prediction, Work

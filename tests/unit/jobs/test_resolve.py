@@ -1,0 +1,111 @@
+"""Open values are resolved once, and a later attempt takes what the run keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors import probe
+from actors.probe import Speed
+from jobs import resolve
+from jobs.resolve import RESOLVERS, resolved
+from jobs.run_folder import CONFIG_FILE, open_run
+from orchestrator.config import Config, load_config
+from orchestrator.config_changes import OPEN, RESOLVED_ONCE, changed_keys, value_of
+from orchestrator.errors import ConfigError
+
+SLOW_BF16 = Speed("Zen 3, AVX2, 2 threads", bfloat16=1e9, float32=129e9)
+FAST_BF16 = Speed("AMX, 2 threads", bfloat16=1500e9, float32=300e9)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def become(speed: Speed) -> None:
+        monkeypatch.setattr(resolve, "machine_speed", lambda cache: speed)
+
+    become(SLOW_BF16)
+    return become
+
+
+def config(root: Path, **sections: Any) -> Config:
+    run = {"root": root, "id": "demo", "cache": root / "cache"}
+    return Config.model_validate({"reward": {"path": "/models/reward"}, "run": run, **sections})
+
+
+def test_the_dtype_is_the_faster_one_of_the_machine(tmp_path: Path, machine: Any) -> None:
+    told: list[str] = []
+    assert resolved(config(tmp_path), told.append).model.dtype == "float32"
+    assert told == ["model.dtype: float32 (Zen 3, AVX2, 2 threads: bf16 1 GFLOP/s, fp32 129)"]
+    machine(FAST_BF16)
+    assert resolved(config(tmp_path)).model.dtype == "bfloat16"
+
+
+def test_the_dtype_is_bf16_on_gpus(tmp_path: Path, machine: Any) -> None:
+    assert resolved(config(tmp_path, policy={"gpus_per_rank": 1})).model.dtype == "bfloat16"
+
+
+def test_a_value_that_is_given_stays(tmp_path: Path, machine: Any) -> None:
+    given = config(tmp_path, model={"dtype": "bfloat16"})
+    assert resolved(given) == given
+
+
+def test_a_later_attempt_on_another_machine_keeps_the_value(tmp_path: Path, machine: Any) -> None:
+    open_run(resolved(config(tmp_path)))
+    machine(FAST_BF16)
+    told: list[str] = []
+    again = resolved(config(tmp_path), told.append)
+    assert again.model.dtype == "float32"
+    assert told == []
+    assert open_run(again).notes == ()
+    assert resolved(config(tmp_path / "elsewhere")).model.dtype == "bfloat16"
+
+
+def test_a_run_that_keeps_an_open_value_is_resolved_and_says_so(tmp_path: Path, machine: Any) -> None:
+    open_run(config(tmp_path))
+    run = open_run(resolved(config(tmp_path)))
+    assert run.notes == ('config changed since the last attempt: model.dtype: "auto" -> "float32"',)
+    assert load_config(run.path / CONFIG_FILE).model.dtype == "float32"
+
+
+def test_another_value_than_the_kept_one_is_refused(tmp_path: Path, machine: Any) -> None:
+    open_run(resolved(config(tmp_path)))
+    with pytest.raises(ConfigError, match=r'model.dtype: "float32" -> "bfloat16"  \(matters\)'):
+        open_run(resolved(config(tmp_path, model={"dtype": "bfloat16"})))
+
+
+def test_an_open_dtype_is_never_computed_with() -> None:
+    with pytest.raises(ConfigError, match="still auto"):
+        _ = Config.model_validate({"reward": {"path": "/m"}}).model.compute_dtype
+
+
+def test_every_key_that_is_resolved_has_a_resolver_and_is_open_by_default(tmp_path: Path, machine: Any) -> None:
+    assert set(RESOLVERS) == RESOLVED_ONCE
+    start = config(tmp_path)
+    assert all(value_of(start, key) in OPEN for key in RESOLVERS)
+    assert {change.key for change in changed_keys(start, resolved(start))} == RESOLVED_ONCE
+
+
+def test_this_machine_is_measured_once_and_a_damaged_file_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    measured = {"bfloat16": 2e9, "float32": 1e9}
+    monkeypatch.setattr(probe, "measure", lambda: calls.append(1) or measured)
+    speeds = [probe.machine_speed(tmp_path) for _ in range(3)]
+    assert len(calls) == 1
+    assert {speed.dtype for speed in speeds} == {"bfloat16"}
+    file = next((tmp_path / probe.FOLDER).iterdir())
+    for damaged in (file.read_text()[:20], '{"kind": 1}', "[]", '{"kind": "x", "bfloat16": "fast", "float32": null}'):
+        file.write_text(damaged)
+        assert probe.machine_speed(tmp_path) == speeds[0]
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    probe.machine_speed(tmp_path)
+    assert len(calls) == 6
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "measure", lambda: {"bfloat16": 1e9, "float32": 2e9})
+    (tmp_path / "file").write_text("")
+    assert probe.machine_speed(tmp_path / "file" / "cache").dtype == "float32"
