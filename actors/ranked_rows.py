@@ -68,7 +68,8 @@ def ranked_rows(
     num_truncated = 0
     for number, record in enumerate(records):
         for place, reply in enumerate(record.replies):
-            whole = render_reply(record.messages, reply, tokenizer, system_prompt)
+            text = reply if isinstance(reply, str) else reply.content
+            whole = render_reply(record.messages, text, tokenizer, system_prompt)
             # A response token needs one token before it, from whose state it is scored.
             kept = whole.last(max_length)
             if not len(kept.prompt_tokens):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.algorithms.ranking import concordant_pairs, num_pairs
-from orchestrator.data.records import Message, RankingRecord, message_dicts
+from orchestrator.data.records import Message, RankingRecord, Tools, message_dicts, reply_json
 from orchestrator.errors import DataError
 from orchestrator.prompts import derive_seed
 from orchestrator.storage import replacing
@@ -28,6 +28,7 @@ class ScoredReplies:
     messages: tuple[Message, ...]
     replies: tuple[str, ...]
     gold: tuple[float | None, ...]
+    tools: Tools = ()
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,9 @@ def write_rankings(path: Path, rankings: Iterable[LabelledRanking]) -> None:
             row = {
                 "id": record.id,
                 "messages": message_dicts(record.messages),
-                "replies": record.replies,
+                "replies": [reply_json(reply) for reply in record.replies],
                 "gold": ranking.gold,
+                **({"tools": record.tools} if record.tools else {}),
             }
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -118,7 +120,7 @@ def read_gold(path: Path) -> dict[str, tuple[float, ...]]:
 def _ranking(prompt: ScoredReplies, gold_of_reply: dict[str, float], *, noise_std: float, seed: int) -> LabelledRanking:
     replies, gold = tuple(gold_of_reply), tuple(gold_of_reply.values())
     order = rank(gold, noise_std=noise_std, seed=derive_seed("label", seed, prompt.id))
-    record = RankingRecord(prompt.id, prompt.messages, tuple(replies[position] for position in order))
+    record = RankingRecord(prompt.id, prompt.messages, tuple(replies[position] for position in order), prompt.tools)
     return LabelledRanking(record, tuple(gold[position] for position in order))
 
 

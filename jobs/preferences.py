@@ -17,7 +17,7 @@ from jobs.run_folder import RunFolder
 from jobs.settings import demands, samples_per_shard, sampling_of
 from orchestrator.concurrency import together
 from orchestrator.config import Config, RuleConfig
-from orchestrator.data.records import Message
+from orchestrator.data.records import messages_from_dicts
 from orchestrator.errors import DataError
 from orchestrator.prompts import sample_requests
 from orchestrator.sampler import cut_into_shards
@@ -80,12 +80,13 @@ async def _sample(
 
 
 def _scored(table: pa.Table, prompts: Sequence[Prompt], gold: RuleReward) -> list[ScoredReplies]:
-    messages = {prompt.id: tuple(Message(**item) for item in prompt.meta["messages"]) for prompt in prompts}
+    metas = {prompt.id: prompt.meta for prompt in prompts}
     ids, replies = table["prompt_id"].to_pylist(), table["response_text"].to_pylist()
     values = [score.value for score in gold.scores(table)]
     rows = zip(ids, replies, values, strict=True)
     scored = []
     for prompt_id, group in groupby(rows, key=lambda row: row[0]):
         _, texts, golds = zip(*group, strict=True)
-        scored.append(ScoredReplies(prompt_id, messages[prompt_id], texts, golds))
+        messages, tools = messages_from_dicts(metas[prompt_id]["messages"]), metas[prompt_id].get("tools", ())
+        scored.append(ScoredReplies(prompt_id, messages, texts, golds, tuple(tools)))
     return scored

@@ -1,66 +1,62 @@
 """A data file as a stream of numbered rows. Memory holds one row (JSON) or one batch (Parquet), never the file.
 
-Compression and kind are told by the first bytes, not by the name. Row numbers start at 1; for JSONL they are line
-numbers (blank lines count and are skipped).
+Compression and kind are detected from the first bytes, not from the name. Row numbers start at 1; for JSONL they are
+line numbers (blank lines count and are skipped). Limits: orchestrator/data/limits.py.
 """
 
 from __future__ import annotations
 
-import codecs
 import io
-import json
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow import fs
 
+from orchestrator.data.json_rows import BYTE_ORDER_MARK, CHUNK_BYTES, Row, line_rows, value_rows
+from orchestrator.data.limits import max_unpacked_bytes, mib
+from orchestrator.data.parquet import parquet_rows, unpacked
 from orchestrator.errors import DataError
+from orchestrator.inputs import size_of_file
 
-MAX_RECORD_BYTES = 64 * 2**20
-_CHUNK_BYTES = 2**20
-_BATCH_ROWS = 512
-_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\x04\x22\x4d\x18": "lz4"}
+_FOREIGN = {
+    b"PK\x03\x04": "a zip archive: unpack it",
+    b"\xfd7zX": "an xz archive: unpack it",
+    b"7z\xbc\xaf": "a 7z archive: unpack it",
+    b"ARRO": "an Arrow file: write it as Parquet",
+    b"vers": None,  # perhaps a Git LFS pointer
+}
+_LFS_POINTER = b"version https://git-lfs"
 _PARQUET_MAGIC = b"PAR1"
-_BYTE_ORDER_MARK = codecs.BOM_UTF8
 _URI = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row: its fields, or what is wrong with it."""
+@dataclass(frozen=True)
+class _Source:
+    """An open file: its bytes, decompressed, and whether they were compressed."""
 
-    number: int
-    fields: Mapping[str, Any]
-    problem: str | None = None
+    name: str
+    stream: io.BufferedReader
+    size: int
+    is_compressed: bool
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """Yields the rows of a JSONL file, a JSON array or a Parquet file.
+    """Yields the rows of a JSONL file, of JSON arrays or of a Parquet file.
 
     Raises:
-        DataError: no such file, unreadable, empty, truncated, or a JSON array that breaks off. A single bad row
-            raises nothing: it is yielded with its `problem`.
+        DataError: no such file, unreadable, empty, truncated, beyond a limit, or a JSON array that breaks off. A
+            single bad row raises nothing: it is yielded with its `problem`.
     """
     name = str(path)
     try:
-        with _open(name) as (stream, source):
-            head = stream.peek(4)
-            if not head:
-                raise DataError(f"{name} is empty: give a file with at least one record.")
-            if head.startswith(_PARQUET_MAGIC):
-                yield from _parquet_rows(name, source, stream)
-            elif _first_character(stream) == b"[":
-                yield from _array_rows(name, stream)
-            else:
-                yield from _line_rows(stream)
+        with _open(name) as source:
+            yield from _rows(source)
     except FileNotFoundError:
         raise DataError(
             f"{name} does not exist: check the path (relative paths start at the working folder)."
@@ -71,26 +67,70 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         ) from None
 
 
+def file_bytes(path: str | Path) -> int:
+    """Size of a file as it lies in its storage."""
+    filesystem, inner = _locate(str(path))
+    return int(filesystem.get_file_info(inner).size or 0)
+
+
+def _rows(source: _Source) -> Iterator[Row]:
+    name, stream = source.name, source.stream
+    head = stream.peek(len(_LFS_POINTER))
+    if not head:
+        raise DataError(f"{name} is empty: give a file with at least one record.")
+    if head.startswith(_PARQUET_MAGIC):
+        if source.is_compressed:
+            with unpacked(name, stream) as path:
+                yield from parquet_rows(name, path, source.size)
+        else:
+            yield from parquet_rows(name, _address(name), source.size)
+        return
+    _refuse_foreign(name, head)
+    first_line = _first_line(stream)
+    if first_line == b"{" or first_line.startswith(b"["):  # no line of JSONL is "{"
+        yield from value_rows(name, stream)
+    else:
+        yield from line_rows(name, stream)
+
+
+def _refuse_foreign(name: str, head: bytes) -> None:
+    if head.startswith(_LFS_POINTER):
+        raise DataError(f"{name} is a Git LFS pointer, not the file itself: run `git lfs pull`.")
+    found = _FOREIGN.get(head[:4])
+    if found:
+        raise DataError(f"{name} is {found} (JSONL, JSON and Parquet are read, plain or gzip, zstd, bz2, lz4).")
+
+
 @contextmanager
-def _open(name: str) -> Iterator[tuple[io.BufferedReader, pa.NativeFile | None]]:
-    """Opens a file of any pyarrow filesystem, decompressed; the second item is the seekable file, or None."""
+def _open(name: str) -> Iterator[_Source]:
+    """Opens a file of any pyarrow filesystem, decompressed."""
     filesystem, inner = _locate(name)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        size_of_file(inner, name, DataError)
     with ExitStack() as stack:
         file = stack.enter_context(filesystem.open_input_file(inner))
+        size = file.size()
         compression = _compression(file.read(4))
         file.seek(0)
-        if compression is None:
-            yield stack.enter_context(_buffered(file)), file
-        else:
-            yield stack.enter_context(_buffered(pa.CompressedInputStream(file, compression))), None
+        if compression is not None:
+            file = cast(pa.NativeFile, _Limited(name, pa.CompressedInputStream(file, compression), size))
+        yield _Source(name, stack.enter_context(_buffered(file)), size, compression is not None)
 
 
 def _locate(name: str) -> tuple[fs.FileSystem, str]:
+    address = _address(name)
+    if address.startswith("/"):
+        return fs.LocalFileSystem(), address
+    filesystem, inner = fs.FileSystem.from_uri(address)
+    return filesystem, inner
+
+
+def _address(name: str) -> str:
+    """A URI, or the absolute path of a local file."""
+    if not _URI.match(name):
+        return str(Path(name).expanduser().absolute())
     # pathlib folds the two slashes of "s3://bucket" into one: both spellings mean the same address.
-    if _URI.match(name):
-        filesystem, inner = fs.FileSystem.from_uri(_URI.sub(r"\1://", name) if not name.startswith("file:") else name)
-        return filesystem, inner
-    return fs.LocalFileSystem(), str(Path(name).expanduser())
+    return name if name.startswith("file:") else _URI.sub(r"\1://", name)
 
 
 def _compression(head: bytes) -> str | None:
@@ -98,137 +138,33 @@ def _compression(head: bytes) -> str | None:
 
 
 def _buffered(stream: pa.NativeFile) -> io.BufferedReader:
-    return io.BufferedReader(cast(io.RawIOBase, stream), _CHUNK_BYTES)
+    return io.BufferedReader(cast(io.RawIOBase, stream), CHUNK_BYTES)
 
 
-def _first_character(stream: io.BufferedReader) -> bytes:
-    return stream.peek(_CHUNK_BYTES).removeprefix(_BYTE_ORDER_MARK).lstrip()[:1]
+class _Limited(io.RawIOBase):
+    """A decompressed stream that may not be too much longer than the file it comes from."""
 
+    def __init__(self, name: str, stream: pa.NativeFile, file_size: int) -> None:
+        self._name, self._stream, self._file_size = name, stream, file_size
+        self._left = max_unpacked_bytes(file_size)
 
-def _parquet_rows(name: str, source: pa.NativeFile | None, stream: io.BufferedReader) -> Iterator[Row]:
-    with ExitStack() as stack:
-        if source is None:  # Parquet is read from its end: a compressed one has to be unpacked first.
-            unpacked = stack.enter_context(tempfile.TemporaryFile())
-            shutil.copyfileobj(cast(BinaryIO, stream), unpacked, _CHUNK_BYTES)
-            source = pa.PythonFile(unpacked, mode="r")
-        source.seek(0)
-        file = pq.ParquetFile(source)
-        if not file.metadata.num_rows:
-            raise DataError(f"{name} has no rows: give a file with at least one record.")
-        number = 0
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-            for fields in batch.to_pylist():
-                number += 1
-                yield Row(number, {key: value for key, value in fields.items() if value is not None})
+    def readable(self) -> bool:
+        return True
 
-
-def _line_rows(stream: io.BufferedReader) -> Iterator[Row]:
-    number = 0
-    while line := stream.readline(MAX_RECORD_BYTES):
-        number += 1
-        if number == 1:
-            line = line.removeprefix(_BYTE_ORDER_MARK)
-        if len(line) == MAX_RECORD_BYTES:
-            yield Row(
-                number, {}, f"longer than {MAX_RECORD_BYTES >> 20} MiB; is this a text file with one record a line?"
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        data = self._stream.read(len(buffer))
+        self._left -= len(data)
+        if self._left < 0:
+            raise DataError(
+                f"{self._name} has {self._file_size:,} bytes and unpacks to more than "
+                f"{mib(max_unpacked_bytes(self._file_size))}: refused as a decompression bomb. If it is none, unpack "
+                "it."
             )
-            return
-        if line.strip():
-            yield _row_of_line(number, line)
+        buffer[: len(data)] = data
+        return len(data)
 
 
-def _row_of_line(number: int, line: bytes) -> Row:
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return Row(number, {}, f"not UTF-8 text (byte {error.start + 1} of the line); convert the file to UTF-8")
-    except json.JSONDecodeError as error:
-        return Row(number, {}, f"not JSON: {error.msg} at column {error.colno}; write one JSON object a line")
-    except RecursionError:
-        return Row(number, {}, "not a record: JSON nested too deeply")
-    except ValueError:
-        return Row(number, {}, "not a record: a number with thousands of digits")
-    return _row_of_value(number, value)
-
-
-def _row_of_value(number: int, value: Any) -> Row:
-    if not isinstance(value, dict):
-        return Row(number, {}, f"not an object with fields but {describe(value)}")
-    return Row(number, value)
-
-
-def _array_rows(name: str, stream: io.BufferedReader) -> Iterator[Row]:
-    """Yields the elements of one JSON array, reading it piece by piece."""
-    text = _ArrayText(name, stream)
-    text.skip("[")
-    number = 0
-    while text.next_character() != "]":
-        number += 1
-        yield _row_of_value(number, text.value(number))
-        if text.next_character() == ",":
-            text.skip(",")
-        elif text.next_character() != "]":
-            raise DataError(f"{name}: row {number} is not followed by ',' or ']': the JSON array is broken there.")
-
-
-class _ArrayText:
-    """The not yet parsed text of a JSON array."""
-
-    def __init__(self, name: str, stream: io.BufferedReader) -> None:
-        self._name, self._stream = name, stream
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._json = json.JSONDecoder()
-        self._text, self._position = "", 0
-
-    def next_character(self) -> str:
-        while True:
-            while self._position < len(self._text) and self._text[self._position].isspace():
-                self._position += 1
-            if self._position < len(self._text):
-                return self._text[self._position]
-            if not self._read(_CHUNK_BYTES):
-                raise DataError(f"{self._name}: the JSON array breaks off before its ']': is the file complete?")
-
-    def skip(self, character: str) -> None:
-        if self.next_character() == character:
-            self._position += 1
-
-    def value(self, number: int) -> Any:
-        while True:
-            try:
-                value, self._position = self._json.raw_decode(self._text, self._position)
-                return value
-            except json.JSONDecodeError as error:
-                if not self._may_continue(error) or not self._read(max(_CHUNK_BYTES, len(self._text))):
-                    raise DataError(
-                        f"{self._name}: row {number} is not JSON: {error.msg}. Fix it; later rows can't be found."
-                    ) from None
-            except (RecursionError, ValueError):
-                raise DataError(
-                    f"{self._name}: row {number} is nested too deeply or holds a number with thousands of digits."
-                ) from None
-
-    def _may_continue(self, error: json.JSONDecodeError) -> bool:
-        """Whether more text could make the value complete: the parser stopped at the end of what has been read."""
-        at_end = error.pos >= len(self._text) - 16 or error.msg.startswith("Unterminated string")
-        return at_end and len(self._text) - self._position < MAX_RECORD_BYTES
-
-    def _read(self, num_bytes: int) -> bool:
-        data = self._stream.read(num_bytes)
-        try:
-            more = self._decoder.decode(data, final=not data)
-        except UnicodeDecodeError:
-            raise DataError(f"{self._name} is not UTF-8 text; convert the file to UTF-8.") from None
-        self._text, self._position = self._text[self._position :] + more, 0
-        return bool(data)
-
-
-def field_names(fields: Mapping[str, Any]) -> str:
-    """Names of a row's fields, for messages; escaped where they are no text that can be printed."""
-    return ", ".join(fields).encode(errors="backslashreplace").decode() or "none"
-
-
-def describe(value: Any) -> str:
-    """A value's kind in the words of JSON, for messages."""
-    kinds = {type(None): "null", bool: "true or false", str: "text", dict: "an object", list: "a list"}
-    return kinds.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
+def _first_line(stream: io.BufferedReader) -> bytes:
+    """The first line that is not blank, as far as it is at hand."""
+    start = stream.peek(CHUNK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
+    return start.partition(b"\n")[0].rstrip()

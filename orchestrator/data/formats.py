@@ -6,25 +6,29 @@ Two tables at the end name the formats; a new one is a function and a line.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from orchestrator.data.files import describe, field_names
-from orchestrator.data.records import ROLES, Message
+from orchestrator.data.messages import (
+    BadRow,
+    Fields,
+    Messages,
+    conversation,
+    is_messages,
+    is_transcript,
+    required,
+    text_of,
+    transcript,
+)
+from orchestrator.data.records import Message, Reply
+from orchestrator.data.values import describe
 
-Fields = Mapping[str, Any]
-Messages = tuple[Message, ...]
-Ranked = tuple[Messages, tuple[str, ...]]
+Ranked = tuple[Messages, tuple[Reply, ...]]
 
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 TIE = "with equal replies"
 NOT_COMPARABLE = "whose transcripts differ in more than the last reply"
-
-
-class BadRow(Exception):
-    """The row does not fit its format; the message says why."""
+_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 class LeftOut(Exception):
@@ -32,78 +36,161 @@ class LeftOut(Exception):
 
 
 def _prompt(fields: Fields) -> Messages:
-    return _conversation(_required(fields, "prompt"), "prompt")
+    """A conversation that waits for the assistant; an assistant's message at its end is the beginning of the reply.
+
+    In a row of preferences whose replies are whole conversations, the prompt may be their last turn alone.
+    """
+    pair = [fields[key] for key in ("chosen", "rejected") if key in fields]
+    if len(pair) == 2 and any(map(_is_conversation, pair)):
+        chosen, rejected = _conversations(fields, "prompt")
+        return _waiting(chosen[: _num_before_reply(chosen, rejected)], "chosen")
+    return _waiting(conversation(required(fields, "prompt"), "prompt"), "prompt")
 
 
 def _messages(fields: Fields) -> Messages:
-    """A conversation; what the assistant said last is not part of the prompt."""
-    return without_last_reply(_conversation(_required(fields, "messages"), "messages"))
+    """A whole conversation; what the assistant said last is not part of the prompt."""
+    return without_last_reply(conversation(required(fields, "messages"), "messages"))
 
 
 def _hh_prompt(fields: Fields) -> Messages:
     chosen, rejected = _hh_transcripts(fields)
-    return without_last_reply(_common(chosen, rejected))
+    return without_last_reply(chosen[: _num_common(chosen, rejected)])
 
 
 def _alpaca(fields: Fields) -> Messages:
-    instruction, extra = _text(fields, "instruction"), fields.get("input", "")
+    instruction, extra = text_of(fields, "instruction"), fields.get("input") or ""
     if not isinstance(extra, str):
         raise BadRow(f"'input' must be text, found {describe(extra)}")
     return (Message("user", f"{instruction}\n\n{extra}" if extra.strip() else instruction),)
 
 
 def _question(fields: Fields) -> Messages:
-    return (Message("user", _text(fields, "question")),)
+    return (Message("user", text_of(fields, "question")),)
 
 
 def _ranking(fields: Fields) -> Iterable[Ranked]:
     """{prompt | messages, replies: best first}. A reply that comes twice keeps its better place."""
     key = "messages" if "messages" in fields else "prompt"
-    replies = tuple(_replies(_required(fields, "replies"), "replies"))
+    replies = [_reply(value, "replies") for value in _listed(required(fields, "replies"), "replies")]
     if len(replies) < 2:
         raise BadRow(f"'replies' must hold at least two replies, best first; found {len(replies)}")
-    return [(without_last_reply(_conversation(_required(fields, key), key)), _distinct(replies))]
+    return [_ranked(_waiting(conversation(required(fields, key), key), key), replies)]
 
 
 def _pairwise(fields: Fields) -> Iterable[Ranked]:
-    """{prompt | context, chosen, rejected}: texts, lists of texts (each chosen beats each rejected), or messages."""
+    """{prompt | context, chosen, rejected}: texts, lists of texts (each chosen beats each rejected), or messages.
+
+    Messages are the reply alone, what follows the prompt, or the whole conversation with the prompt in it.
+    """
     key = "context" if "prompt" not in fields and "context" in fields else "prompt"
-    chosen, rejected = _required(fields, "chosen"), _required(fields, "rejected")
-    if _is_messages(chosen) or _is_messages(rejected):
-        start = _conversation(fields[key], key) if fields.get(key) else ()
-        return [_pair(_continued(start, chosen, "chosen"), _continued(start, rejected, "rejected"))]
-    messages = without_last_reply(_conversation(_required(fields, key), key))
-    worse = _replies(rejected, "rejected")
-    return [(messages, _distinct((good, bad))) for good in _replies(chosen, "chosen") for bad in worse]
+    chosen, rejected = required(fields, "chosen"), required(fields, "rejected")
+    if not (_is_conversation(chosen) or _is_conversation(rejected)):
+        messages = _waiting(conversation(required(fields, key), key), key)
+        good, bad = ([_reply(v, k) for v in _listed(fields[k], k)] for k in ("chosen", "rejected"))
+        return [_ranked(messages, (better, worse)) for better in good for worse in bad]
+    return [_pair(*_conversations(fields, key))]
+
+
+def _conversations(fields: Fields, key: str) -> tuple[Messages, Messages]:
+    """The whole conversations that end with the chosen and the rejected reply."""
+    start = conversation(fields[key], key) if fields.get(key) else ()
+    return _continued(start, fields["chosen"], "chosen"), _continued(start, fields["rejected"], "rejected")
 
 
 def _hh_pair(fields: Fields) -> Iterable[Ranked]:
-    return [_pair(*_hh_transcripts(fields))]
+    messages, replies = _pair(*_hh_transcripts(fields))
+    if messages[-1].role == "assistant":
+        raise BadRow("'chosen' and 'rejected' end with two turns of the assistant, one after the other")
+    return [(messages, replies)]
 
 
 def _pair(chosen: Messages, rejected: Messages) -> Ranked:
     """Two transcripts that differ in their last reply, as a prompt and two replies."""
     if chosen == rejected:
         raise LeftOut(TIE)
-    messages = _common(chosen, rejected)
-    tails = (chosen[len(messages) :], rejected[len(messages) :])
-    if not messages or any(len(tail) != 1 or tail[0].role != "assistant" for tail in tails):
+    common = _num_before_reply(chosen, rejected)
+    tails = (chosen[common:], rejected[common:])
+    if not common or any(len(tail) != 1 or tail[0].role != "assistant" for tail in tails):
         raise LeftOut(NOT_COMPARABLE)
-    return messages, (tails[0][0].content, tails[1][0].content)
+    return _ranked(_waiting(chosen[:common], "chosen"), [_as_reply(tail[0]) for tail in tails])
 
 
-def _distinct(replies: Sequence[str]) -> tuple[str, ...]:
-    distinct = tuple(dict.fromkeys(replies))
+def _num_before_reply(chosen: Messages, rejected: Messages) -> int:
+    return min(_num_common(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+
+
+def _ranked(messages: Messages, replies: Sequence[Reply]) -> Ranked:
+    distinct = tuple(dict.fromkeys(_after_begun(messages, replies)))
     if len(distinct) < 2:
         raise LeftOut(TIE)
-    return distinct
+    return messages, distinct
 
 
-def _common(left: Messages, right: Messages) -> Messages:
-    length = 0
-    while length < min(len(left), len(right)) and left[length] == right[length]:
-        length += 1
-    return left[:length]
+def _after_begun(messages: Messages, replies: Sequence[Reply]) -> Sequence[Reply]:
+    """Replies as continuations of a turn that the prompt begins: replies that repeat its beginning lose it.
+
+    Raises:
+        BadRow: only some of them repeat it, so that it is not known whether the others continue it.
+    """
+    if messages[-1].role != "assistant":
+        return replies
+    begun = messages[-1].content
+    texts = [reply if isinstance(reply, str) else reply.content for reply in replies]
+    repeats = [text.startswith(begun) for text in texts]
+    if not any(repeats):
+        return replies
+    if not all(repeats):
+        raise BadRow("the prompt begins the assistant's turn, and only some replies repeat that beginning")
+    rest = [text.removeprefix(begun) for text in texts]
+    return [
+        text if isinstance(reply, str) else replace(reply, content=text)
+        for reply, text in zip(replies, rest, strict=True)
+    ]
+
+
+def _continued(start: Messages, value: Any, key: str) -> Messages:
+    """The whole conversation: `start` with what `value` adds, or `value` where it holds `start` already.
+
+    White space at the edges of a turn makes no other turn, and system messages may stand in either.
+
+    Raises:
+        BadRow: `value` is a conversation of its own that neither holds nor continues `start`.
+    """
+    if not _is_conversation(value):
+        return (*start, _as_message(_reply(value, key)))
+    added = transcript(value, key) if isinstance(value, str) else conversation(value, key)
+    if not start or not any(turn.role == "user" for turn in added):
+        return start + added
+    (system, asked), (other_system, whole) = _without_system(start), _without_system(added)
+    size = len(asked)
+    if not (_same(asked, whole[:size]) or _same(asked, whole[:-1][-size:])):
+        if start[-1].role == "user" or added[0].role != "user":
+            raise BadRow(f"{key!r} is a conversation that neither holds nor continues the prompt")
+        return start + added
+    if system and other_system and not _same(system, other_system):
+        raise BadRow(f"{key!r} has another system message than the prompt")
+    return (other_system or system) + whole
+
+
+def _without_system(messages: Messages) -> tuple[Messages, Messages]:
+    count = next((i for i, turn in enumerate(messages) if turn.role != "system"), len(messages))
+    return messages[:count], messages[count:]
+
+
+def _same(left: Messages, right: Messages) -> bool:
+    return len(left) == len(right) == _num_common(left, right)
+
+
+def _num_common(left: Messages, right: Messages) -> int:
+    """How many turns two conversations begin with that differ at most in white space at their edges."""
+    number = 0
+    while number < min(len(left), len(right)) and _trimmed(left[number]) == _trimmed(right[number]):
+        number += 1
+    return number
+
+
+def _trimmed(message: Message) -> Message:
+    return replace(message, content=message.content.strip(), extra=None)
 
 
 def _hh_transcripts(fields: Fields) -> tuple[Messages, Messages]:
@@ -111,88 +198,69 @@ def _hh_transcripts(fields: Fields) -> tuple[Messages, Messages]:
 
 
 def _transcript(fields: Fields, key: str) -> Messages:
-    """Parses `\\n\\nHuman: ...\\n\\nAssistant: ...`, or takes a whole conversation as a list of messages.
-
-    Neighbouring turns of one speaker become one message, because chat templates want speakers to alternate.
-    """
-    if _is_messages(fields.get(key)):
-        return _conversation(fields[key], key)
-    text = _text(fields, key)
-    head, *parts = _TURN.split(text if text.startswith("\n\n") else "\n\n" + text.lstrip("\n"))
-    if head.strip() or not parts or parts[0] != "Human":
-        raise BadRow(f"{key!r} must be a transcript that starts with 'Human:', found {text.strip()[:40]!r}")
-    turns: list[Message] = []
-    for speaker, words in zip(parts[::2], parts[1::2], strict=True):
-        role, content = _HH_ROLES[speaker], words.strip()
-        if turns and turns[-1].role == role:
-            turns[-1] = Message(role, f"{turns[-1].content}\n\n{content}".strip())
-        else:
-            turns.append(Message(role, content))
-    return tuple(turns)
+    """A text `\\n\\nHuman: ...\\n\\nAssistant: ...`, or a whole conversation as a list of messages."""
+    value = fields.get(key)
+    return conversation(value, key) if is_messages(value) else transcript(text_of(fields, key), key)
 
 
 def without_last_reply(messages: Messages) -> Messages:
     while messages and messages[-1].role == "assistant":
         messages = messages[:-1]
-    if not any(message.role == "user" for message in messages):
+    if not any(turn.role == "user" for turn in messages):
         raise BadRow("no user message before the assistant's reply")
     return messages
 
 
-def _conversation(value: Any, key: str) -> Messages:
-    """Text (one user message) or a list of {role, content}."""
-    if isinstance(value, str):
-        if not value.strip():
-            raise BadRow(f"{key!r} is empty")
-        return (Message("user", value),)
-    if not _is_messages(value):
-        raise BadRow(f"{key!r} must be text or a list of {{role, content}}, found {describe(value)}")
-    return tuple(_message(item, f"{key}[{index}]") for index, item in enumerate(value))
+def _waiting(messages: Messages, key: str) -> Messages:
+    """A prompt: it may end within the assistant's turn, but not with one that says nothing, nor with a call."""
+    while messages and _is_silent(messages[-1]):
+        messages = messages[:-1]
+    if all(turn.role == "assistant" for turn in messages):
+        raise BadRow("no user message before the assistant's reply")
+    if messages[-1].tool_calls:
+        raise BadRow(f"{key!r} ends with a tool call; add the tool's result, or leave the call to the reply")
+    if messages[-1].role == messages[-2:][0].role == "assistant":
+        raise BadRow(f"{key!r} ends with two turns of the assistant, one after the other")
+    return messages
 
 
-def _message(item: Mapping[str, Any], where: str) -> Message:
-    role, content = item.get("role"), item.get("content")
-    if role not in ROLES:
-        raise BadRow(f"{where}: role must be one of {', '.join(ROLES)}, found {role!r}")
-    if not isinstance(content, str):
-        raise BadRow(f"{where}: content must be text, found {describe(content)}")
-    if role == "user" and not content.strip():
-        raise BadRow(f"{where}: the user's content is empty")
-    return Message(role, content)
+def _is_silent(turn: Message) -> bool:
+    return turn.role == "assistant" and not turn.content.strip() and not turn.tool_calls
 
 
-def _continued(start: Messages, value: Any, key: str) -> Messages:
-    if isinstance(value, str):
-        return (*start, Message("assistant", value))
-    continuation = _conversation(value, key)
-    return continuation if continuation[: len(start)] == start else start + continuation
+def _is_conversation(value: Any) -> bool:
+    return is_messages(value) or (isinstance(value, str) and is_transcript(value))
 
 
-def _is_messages(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
-
-
-def _replies(value: Any, key: str) -> Sequence[str]:
-    """Replies; an empty text is a reply (a bad one), a missing one is not."""
-    replies = [value] if isinstance(value, str) else value
-    if not isinstance(replies, list) or not replies or not all(isinstance(reply, str) for reply in replies):
+def _listed(value: Any, key: str) -> Sequence[Any]:
+    replies = [value] if isinstance(value, str | dict) else value
+    if not isinstance(replies, list) or not replies:
         raise BadRow(f"{key!r} must be text or a list of texts, found {describe(value)}")
     return replies
 
 
-def _required(fields: Fields, key: str) -> Any:
-    if key not in fields:
-        raise BadRow(f"field {key!r} is missing; the fields are: {field_names(fields)}")
-    return fields[key]
+def _reply(value: Any, key: str) -> Reply:
+    """A reply; an empty text is one (a bad one), a missing one is not. A list of one message is that message."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, dict):
+        raise BadRow(f"{key!r} must be text or a list of texts, found {describe(value)}")
+    (turn,) = conversation([value], key)
+    if turn.role != "assistant":
+        raise BadRow(f"{key!r} must be the assistant's, found role {turn.role!r}")
+    return _as_reply(turn)
 
 
-def _text(fields: Fields, key: str) -> str:
-    value = _required(fields, key)
-    if not isinstance(value, str):
-        raise BadRow(f"{key!r} must be text, found {describe(value)}")
-    if not value.strip():
-        raise BadRow(f"{key!r} is empty")
-    return value
+def _as_reply(message: Message) -> Reply:
+    """Text where a message is no more than that, so that it equals the same reply written as text."""
+    reasons = message.extra is not None and any(f'"{name}":' in message.extra for name in _REASONING)
+    return message if message.tool_calls or reasons else message.content
+
+
+def _as_message(reply: Reply) -> Message:
+    return Message("assistant", reply) if isinstance(reply, str) else reply
 
 
 PromptParser = Callable[[Fields], Messages]
@@ -212,10 +280,11 @@ RANKING_FORMATS: Mapping[str, tuple[FieldSets, RankingParser]] = {
     "pairwise": ([frozenset({key, "chosen", "rejected"}) for key in ("prompt", "context")], _pairwise),
     "hh-rlhf": ([frozenset({"chosen", "rejected"})], _hh_pair),
 }
+_EVERYWHERE = frozenset({"id", "tools", "functions"})
 NOT_META = {
-    "messages": frozenset({"id", "messages"}),
-    "prompt": frozenset({"id", "prompt"}),
-    "hh-rlhf": frozenset({"id", "chosen", "rejected"}),
-    "alpaca": frozenset({"id", "instruction", "input"}),
-    "question": frozenset({"id", "question"}),
+    "messages": _EVERYWHERE | {"messages"},
+    "prompt": _EVERYWHERE | {"prompt"},
+    "hh-rlhf": _EVERYWHERE | {"chosen", "rejected"},
+    "alpaca": _EVERYWHERE | {"instruction", "input"},
+    "question": _EVERYWHERE | {"question"},
 }

@@ -14,18 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.data import formats
-from orchestrator.data.files import Row, describe, field_names, read_rows
-from orchestrator.data.formats import BadRow, FieldSets, LeftOut
+from orchestrator.data.files import file_bytes, read_rows
+from orchestrator.data.formats import FieldSets, LeftOut
+from orchestrator.data.json_rows import Row
+from orchestrator.data.limits import Kept
+from orchestrator.data.messages import BadRow, refuse_media, tools_of
 from orchestrator.data.records import (
     Message,
     PromptRecord,
     RankingRecord,
     ReadReport,
+    Tools,
     content_digest,
     content_id,
+    identity_of,
     last_user_text,
     message_dicts,
+    reply_json,
 )
+from orchestrator.data.values import describe, field_names
 from orchestrator.errors import DataError
 
 MAX_BAD_ROWS = 5
@@ -47,10 +54,11 @@ def read_prompts(
     for row in rows:
         try:
             record = _prompt_record(row.fields, rows.format)
-            digest = content_digest(message_dicts(record.messages))[:16]
+            digest = content_digest(identity_of(record.messages, record.tools))[:16]
             if digest in seen:
                 raise LeftOut(DUPLICATE)
-            _check_unique(record.id, row.number, row_of_id)
+            if row.fields.get("id") is not None:
+                _check_unique(record.id, row.number, row_of_id)
         except BadRow as problem:
             rows.bad(row, str(problem))
             continue
@@ -59,6 +67,7 @@ def read_prompts(
             continue
         seen.add(digest)
         records.append(record)
+        rows.kept.add(record.messages, record.meta, record.tools)
         if len(records) == limit:
             break
     return tuple(records), rows.report(len(records))
@@ -86,12 +95,14 @@ def read_rankings(
             rows.left_out[str(reason)] += 1
             continue
         for record in found:
-            digest = content_digest(message_dicts(record.messages), list(record.replies))[:16]
+            replies = [reply_json(reply) for reply in record.replies]
+            digest = content_digest(identity_of(record.messages, record.tools), replies)[:16]
             if digest in seen:
                 rows.left_out[DUPLICATE] += 1
             elif limit is None or len(records) < limit:
                 seen.add(digest)
                 records.append(record)
+                rows.kept.add(record.messages, record.replies, record.tools)
         if len(records) == limit:
             break
     return tuple(records), rows.report(len(records))
@@ -106,12 +117,14 @@ class _Rows:
         self.format = format
         self.left_out: Counter[str] = Counter()
         self._path, self._known, self._key = str(path), known, key
+        self.kept = Kept(self._path, key.partition(".")[0], lambda: file_bytes(self._path))
         self._complaints: list[str] = []
         self._num_rows = 0
 
     def __iter__(self) -> Iterator[Row]:
         for row in read_rows(self._path):
             self._num_rows += 1
+            self.kept.check_share(self._num_rows)
             if row.problem is not None:
                 self.bad(row, row.problem)
                 continue
@@ -156,18 +169,32 @@ def _catalogue(known: Mapping[str, FieldSets]) -> str:
 
 def _prompt_record(fields: Mapping[str, Any], format: str) -> PromptRecord:
     _, parse = formats.PROMPT_FORMATS[format]
-    messages = parse(fields)
-    _check_text(message.content for message in messages)
+    refuse_media(fields, "the row")
+    messages, tools = parse(fields), tools_of(fields)
+    _check_messages(messages, tools)
     meta = {key: value for key, value in fields.items() if key not in formats.NOT_META[format]}
-    return PromptRecord(_identity(fields, messages), messages, last_user_text(messages), _json_values(meta))
+    identity = _identity(fields, messages, tools)
+    if not meta:
+        return PromptRecord(identity, messages, last_user_text(messages), tools=tools)
+    return PromptRecord(identity, messages, last_user_text(messages), _json_values(meta), tools)
 
 
 def _ranking_records(fields: Mapping[str, Any], format: str) -> Sequence[RankingRecord]:
     _, parse = formats.RANKING_FORMATS[format]
-    found = list(parse(fields))
+    refuse_media(fields, "the row")
+    found, tools = list(parse(fields)), tools_of(fields)
     for messages, replies in found:
-        _check_text((*(message.content for message in messages), *replies))
-    return [RankingRecord(_identity(fields, messages), messages, replies) for messages, replies in found]
+        _check_messages((*messages, *(reply for reply in replies if isinstance(reply, Message))), tools)
+        _check_text(reply for reply in replies if isinstance(reply, str))
+    return [RankingRecord(_identity(fields, messages, tools), messages, replies, tools) for messages, replies in found]
+
+
+def _check_messages(messages: Iterable[Message], tools: Tools) -> None:
+    for message in messages:
+        plain = (message.tool_calls, message.name, message.tool_call_id, message.extra) == ((), None, None, None)
+        _check_text([message.content if plain else json.dumps(message_dicts([message]), ensure_ascii=False)])
+    if tools:
+        _check_text([json.dumps(tools, ensure_ascii=False)])
 
 
 def _check_text(texts: Iterable[str]) -> None:
@@ -179,10 +206,10 @@ def _check_text(texts: Iterable[str]) -> None:
             raise BadRow(f"holds \\u{code}, half of a surrogate pair, which is no text; remove it") from None
 
 
-def _identity(fields: Mapping[str, Any], messages: tuple[Message, ...]) -> str:
+def _identity(fields: Mapping[str, Any], messages: tuple[Message, ...], tools: Tools) -> str:
     given = fields.get("id")
     if given is None:
-        return content_id(messages)
+        return content_id(messages, tools)
     if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
         raise BadRow(f"'id' must be text or a whole number, found {describe(given)}")
     _check_text([str(given)])

@@ -4,19 +4,46 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
+_NO_META: Mapping[str, Any] = {}  # shared: a file may hold millions of records
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the assistant makes. `arguments` is the JSON text of an object, `{}` where none are given."""
+
+    name: str
+    arguments: str = "{}"
+    id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation; `role` is one of ROLES."""
+    """One turn of a conversation.
+
+    Args:
+        role: one of ROLES.
+        content: text; empty where the assistant only calls tools.
+        tool_calls: what the assistant calls, in order.
+        name: of the speaker, or of the tool whose result this is.
+        tool_call_id: the call that this tool message answers.
+        extra: JSON text of the message's other fields (`reasoning_content`, ...), which the chat template gets too.
+    """
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str | None = None
+    tool_call_id: str | None = None
+    extra: str | None = None
+
+
+Reply = str | Message  # text, or an assistant's message where the reply is more than text
+Tools = tuple[Mapping[str, Any], ...]  # JSON schemas of the tools that a conversation offers
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,24 +52,31 @@ class PromptRecord:
 
     Args:
         id: given in the data, or `content_id(messages)`.
-        messages: at least one; the last one is not the assistant's.
+        messages: at least one. If the last one is the assistant's, it is the beginning of the reply: the response
+            continues it.
         text: the last user message, for people to read.
         meta: the record's other fields (JSON values), for rule rewards.
+        tools: the tools that the conversation offers.
     """
 
     id: str
     messages: tuple[Message, ...]
     text: str
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=lambda: _NO_META)
+    tools: Tools = ()
 
 
 @dataclass(frozen=True, slots=True)
 class RankingRecord:
-    """K >= 2 distinct replies to one conversation, best first. Several records may share an id (one prompt)."""
+    """K >= 2 distinct replies to one conversation, best first. Several records may share an id (one prompt).
+
+    If the last message is the assistant's, every reply continues it.
+    """
 
     id: str
     messages: tuple[Message, ...]
-    replies: tuple[str, ...]
+    replies: tuple[Reply, ...]
+    tools: Tools = ()
 
 
 @dataclass(frozen=True)
@@ -61,9 +95,57 @@ class ReadReport:
         return f"{self.path} ({self.format}): {self.num_records} records from {self.num_rows} rows{left_out}"
 
 
-def message_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """Messages as chat templates and JSON files want them."""
-    return [{"role": message.role, "content": message.content} for message in messages]
+def is_begun(messages: Sequence[Message]) -> bool:
+    """Whether the conversation ends within the assistant's turn, which the reply then continues."""
+    return messages[-1].role == "assistant"
+
+
+def message_dict(message: Message) -> dict[str, Any]:
+    """A message as chat templates and JSON files want it; arguments of calls are objects."""
+    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        found["tool_calls"] = [_call_dict(call) for call in message.tool_calls]
+    if message.name is not None:
+        found["name"] = message.name
+    if message.tool_call_id is not None:
+        found["tool_call_id"] = message.tool_call_id
+    return found if message.extra is None else {**json.loads(message.extra), **found}
+
+
+def message_dicts(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    return [message_dict(message) for message in messages]
+
+
+def message_from_dict(found: Mapping[str, Any]) -> Message:
+    """The message that `message_dict` wrote."""
+    calls = tuple(
+        ToolCall(call["function"]["name"], json_text(call["function"]["arguments"]), call.get("id"))
+        for call in found.get("tool_calls", ())
+    )
+    known = ("role", "content", "tool_calls", "name", "tool_call_id")
+    extra = {key: value for key, value in found.items() if key not in known}
+    return Message(
+        found["role"],
+        found["content"],
+        calls,
+        found.get("name"),
+        found.get("tool_call_id"),
+        json_text(extra) if extra else None,
+    )
+
+
+def messages_from_dicts(found: Iterable[Mapping[str, Any]]) -> tuple[Message, ...]:
+    return tuple(message_from_dict(item) for item in found)
+
+
+def json_text(value: Any) -> str:
+    """JSON text of a value in the order of its keys. Raises ValueError for NaN and infinity, which are no JSON."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def reply_json(reply: Reply) -> Any:
+    """A reply as JSON files hold it."""
+    return reply if isinstance(reply, str) else message_dict(reply)
 
 
 def last_user_text(messages: Sequence[Message]) -> str:
@@ -79,6 +161,27 @@ def content_digest(*parts: Any) -> bytes:
     return hashlib.sha256(text.encode("ascii")).digest()
 
 
-def content_id(messages: Sequence[Message]) -> str:
-    """16 hexadecimal digits of the sha256 of the messages."""
-    return content_digest([[message.role, message.content] for message in messages]).hex()[:16]
+def identity_of(messages: Iterable[Message], tools: Tools = ()) -> list[Any]:
+    """JSON values that are equal exactly when two conversations are the same one."""
+    turns = [_turn_identity(message) for message in messages]
+    return [*turns, {"tools": list(tools)}] if tools else turns
+
+
+def content_id(messages: Iterable[Message], tools: Tools = ()) -> str:
+    """16 hexadecimal digits of the sha256 of the messages (and tools, if there are any)."""
+    return content_digest(identity_of(messages, tools)).hex()[:16]
+
+
+def _turn_identity(message: Message) -> list[Any]:
+    others = (
+        [[call.name, call.arguments, call.id] for call in message.tool_calls],
+        message.name,
+        message.tool_call_id,
+        message.extra,
+    )
+    return [message.role, message.content, *(others if any(others) else ())]
+
+
+def _call_dict(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": json.loads(call.arguments)}
+    return {"type": "function", **({} if call.id is None else {"id": call.id}), "function": function}

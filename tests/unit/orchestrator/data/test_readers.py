@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.data import Message, files, read_prompts, read_rankings
+from orchestrator.data import Message, json_rows, read_prompts, read_rankings
 from orchestrator.errors import DataError
 
 ROWS: list[dict[str, Any]] = [{"id": f"p{i}", "prompt": f"Question {i}?", "answer": str(i)} for i in range(3)]
@@ -60,7 +60,7 @@ def test_a_file_uri_is_read_even_after_pathlib_has_folded_its_slashes(tmp_path: 
 
 
 def test_a_json_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_CHUNK_BYTES", 7)
+    monkeypatch.setattr(json_rows, "CHUNK_BYTES", 7)
     path = tmp_path / "p.json"
     rows = [{"prompt": f'è\u2028 {i} \\ " ] , [ {{'} for i in range(50)]
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,84 @@
+"""How much a data file may ask for: limits that real files stay far below, so that no file takes the machine down.
+
+A small file can stand for a huge one (compression, Parquet's dictionaries and run lengths), and rows of a few bytes
+become Python objects of a few hundred. Plain files of any length can be read; memory holds the records that are kept.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from orchestrator.errors import DataError
+
+MAX_RECORD_BYTES = 16 * 2**20  # of one row as JSON
+MAX_SPOOLED_BYTES = 512 * 2**20  # of a compressed Parquet file, which has to be unpacked into a temporary file
+MAX_DECODER_BYTES = 2**30  # of the process that decodes a Parquet file
+MAX_BLANK_LINES = 2**20  # one after the other
+SMALL_BYTES = 256 * 2**20  # that any file may unpack to
+MAX_EXPANSION = 1000  # times its own size, beyond SMALL_BYTES; gzip reaches 1032 on zeros
+SMALL_KEPT_BYTES = 512 * 2**20  # that the records of any file may take
+MAX_KEPT_EXPANSION = 200  # times the file's size, beyond SMALL_KEPT_BYTES; JSONL of tiny rows takes about 40
+_SHARE_ROWS = 2**20  # after so many rows,
+_MIN_SHARE = 1e-3  # at least this share of them has to be new
+_RECORD_BYTES = 420  # a record and what the reader notes of it, without its texts
+_MESSAGE_BYTES = 100
+
+
+def max_unpacked_bytes(file_bytes: int) -> int:
+    return max(SMALL_BYTES, MAX_EXPANSION * file_bytes)
+
+
+def mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"
+
+
+class Kept:
+    """Counts what the records of one file take in memory.
+
+    Args:
+        path: the file, for messages.
+        section: of the config, whose `limit` is the way out.
+        file_bytes: gives the size of the file.
+    """
+
+    def __init__(self, path: str, section: str, file_bytes: Callable[[], int]) -> None:
+        self._path, self._section, self._file_bytes = path, section, file_bytes
+        self._num_records = self._num_bytes = 0
+        self._limit = SMALL_KEPT_BYTES
+        self._knows_file = False
+
+    def add(self, messages: Iterable[Any], *others: Any) -> None:
+        """Counts one record. Raises DataError where it is one too many."""
+        self._num_records += 1
+        self._num_bytes += _RECORD_BYTES + sum(_MESSAGE_BYTES + sys.getsizeof(turn.content) for turn in messages)
+        self._num_bytes += sum(size_of(other) for other in others if other)
+        if self._num_bytes <= self._limit:
+            return
+        if not self._knows_file:
+            self._knows_file = True
+            self._limit = max(SMALL_KEPT_BYTES, MAX_KEPT_EXPANSION * self._file_bytes())
+            return
+        raise DataError(
+            f"{self._path}: its first {self._num_records:,} records take {mib(self._num_bytes)} of memory, more than "
+            f"{MAX_KEPT_EXPANSION} times the file's own size. Unpack the file (plain JSONL has no such limit), or set "
+            f"{self._section}.limit."
+        )
+
+    def check_share(self, num_rows: int) -> None:
+        """Raises DataError when nearly all rows of a long file repeat what was read before."""
+        if num_rows % _SHARE_ROWS == 0 and self._num_records < num_rows * _MIN_SHARE:
+            raise DataError(
+                f"{self._path}: of its first {num_rows:,} rows only {self._num_records:,} give a new record, the "
+                f"others repeat them. Remove the repeated rows, or set {self._section}.limit."
+            )
+
+
+def size_of(value: Any) -> int:
+    """Bytes that a JSON value takes as Python objects."""
+    if isinstance(value, Mapping):
+        return sys.getsizeof(value) + sum(size_of(key) + size_of(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return sys.getsizeof(value) + sum(map(size_of, value))
+    return sys.getsizeof(value)

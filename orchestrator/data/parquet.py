@@ -1,0 +1,117 @@
+"""Parquet files, decoded by a process of its own (parquet_decoder.py) with a limit on its memory.
+
+A file of 5 kB can stand for 25 GB: dictionaries, run lengths and compression repeat what is stored once, and what
+decoding a batch will take can't be known before. A decoder that asks for too much, crashes on a damaged file or
+stands still ends alone, and its rows come as JSON lines, to which the limits of JSON files apply.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from orchestrator.data import parquet_decoder
+from orchestrator.data.json_rows import CHUNK_BYTES, Row, line_rows
+from orchestrator.data.limits import MAX_DECODER_BYTES, MAX_SPOOLED_BYTES, max_unpacked_bytes, mib
+from orchestrator.errors import DataError
+
+SILENCE_S = 300.0  # without a byte from the decoder
+
+
+def parquet_rows(name: str, path: str | Path, file_size: int) -> Iterator[Row]:
+    """Yields the rows of a Parquet file.
+
+    Args:
+        name: the file in messages.
+        path: the file, local or of another filesystem of pyarrow.
+
+    Raises:
+        DataError: damaged, no rows, or it asks for more than orchestrator/data/limits.py allows.
+    """
+    limit = max_unpacked_bytes(file_size)
+    command = [sys.executable, "-P", parquet_decoder.__file__, str(path), str(MAX_DECODER_BYTES)]
+    environment = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system"}  # others reserve more than they use
+    with tempfile.TemporaryFile() as errors:
+        decoder = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
+        )
+        try:
+            lines = io.BufferedReader(_Lines(name, decoder, limit), CHUNK_BYTES)
+            number = 0
+            for row in line_rows(name, lines):
+                number = row.number
+                yield row
+            _raise_failure(name, decoder, errors)
+            if not number:
+                raise DataError(f"{name} has no rows: give a file with at least one record.")
+        finally:
+            decoder.kill()
+            decoder.wait()
+            assert decoder.stdout is not None
+            decoder.stdout.close()
+
+
+@contextmanager
+def unpacked(name: str, stream: io.BufferedReader) -> Iterator[Path]:
+    """A compressed Parquet file, unpacked: Parquet is read from its end."""
+    with tempfile.NamedTemporaryFile(prefix="rlhf-", suffix=".parquet") as file:
+        num_bytes = 0
+        while data := stream.read(CHUNK_BYTES):
+            num_bytes += len(data)
+            if num_bytes > MAX_SPOOLED_BYTES:
+                raise DataError(
+                    f"{name} is a compressed Parquet file of more than {mib(MAX_SPOOLED_BYTES)}: unpack it "
+                    "(Parquet compresses its own pages)."
+                )
+            file.write(data)
+        file.flush()
+        yield Path(file.name)
+
+
+class _Lines(io.RawIOBase):
+    """What the decoder writes, up to a limit; a decoder that stands still is a failure."""
+
+    def __init__(self, name: str, decoder: subprocess.Popen[bytes], limit: int) -> None:
+        assert decoder.stdout is not None
+        self._name, self._left, self._limit = name, limit, limit
+        self._descriptor = decoder.stdout.fileno()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        if not select.select([self._descriptor], [], [], SILENCE_S)[0]:
+            raise DataError(f"{self._name}: decoding it gave nothing for {SILENCE_S:.0f} s; is the file damaged?")
+        data = os.read(self._descriptor, len(buffer))
+        self._left -= len(data)
+        if self._left < 0:
+            raise DataError(
+                f"{self._name} unpacks to more than {mib(self._limit)}: refused as a decompression bomb. If it is "
+                "none, write it as JSONL."
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _raise_failure(name: str, decoder: subprocess.Popen[bytes], errors: io.BufferedRandom) -> None:
+    with suppress(subprocess.TimeoutExpired):
+        decoder.wait(SILENCE_S)
+    code = decoder.poll()
+    if code == 0:
+        return
+    errors.seek(0)
+    told = errors.read(2**16).decode(errors="replace").strip().splitlines()
+    if code == parquet_decoder.TOO_MUCH_MEMORY or any("bad_alloc" in line for line in told):
+        raise DataError(
+            f"{name}: decoding its rows takes more than {mib(MAX_DECODER_BYTES)} of memory. Write it in smaller rows "
+            "or row groups, or as JSONL."
+        )
+    cause = told[-1] if told else f"the decoder ended with code {code}"
+    raise DataError(f"{name} can't be read: {cause}. Check that it is complete and of the kind it claims to be.")

@@ -1,0 +1,56 @@
+"""The small inputs of ../shared/cases, each of which once gave a wrong value; tests beside this one hold copies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.data import Message, read_prompts, read_rankings
+from orchestrator.data.records import ToolCall
+
+FOLDER = Path(__file__).parents[5] / "shared" / "cases"
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"{FOLDER} is absent: it holds inputs that were misread")
+SUM = [("user", "What is 2+2?"), ("assistant", "4"), ("user", "And 3+3?")]
+POEM = [("user", "Write a poem"), ("assistant", "Roses are")]
+
+
+def turns(messages: tuple[Message, ...]) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in messages]
+
+
+@pytest.mark.parametrize("name", ["two_arrays.json", "array_then_lines.json"])
+def test_joined_arrays_give_four_records(name: str) -> None:
+    assert [record.text for record in read_prompts(FOLDER / name)[0]] == ["a0", "a1", "b0", "b1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "replies"),
+    [
+        ("pairwise_white_space.jsonl", [("user", "What is 2+2?\n")], ("4", "5")),
+        ("pairwise_last_turn_as_prompt.jsonl", SUM, ("6", "7")),
+        ("pairs_end_with_assistant.jsonl", POEM, (" red", " dead")),
+    ],
+)
+def test_pairs_come_once_and_whole(name: str, expected: list[tuple[str, str]], replies: tuple[str, str]) -> None:
+    (pair,), _ = read_rankings(FOLDER / name)
+    (prompt,), _ = read_prompts(FOLDER / name)
+    assert turns(pair.messages) == turns(prompt.messages) == expected
+    assert pair.replies == replies
+
+
+def test_a_begun_turn_is_kept() -> None:
+    assert turns(read_prompts(FOLDER / "prompt_ends_with_assistant.jsonl")[0][0].messages) == POEM
+
+
+def test_calls_and_tools_are_kept() -> None:
+    (prompt,), _ = read_prompts(FOLDER / "tool_calls_prompts.jsonl")
+    assert prompt.messages == (
+        Message("user", "Weather in Oslo?"),
+        Message("assistant", "", (ToolCall("get_weather", '{"city": "Oslo"}'),)),
+        Message("tool", "4 degrees", name="get_weather"),
+    )
+    assert prompt.tools == ({"type": "function", "function": {"name": "get_weather"}},)
+    pairs, report = read_rankings(FOLDER / "tool_calls_pairs.jsonl")
+    assert (len(pairs), report.left_out) == (2, {})
+    assert pairs[0].replies == tuple(Message("assistant", "", (ToolCall(n),)) for n in ("get_weather", "send_mail"))
