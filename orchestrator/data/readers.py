@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from orchestrator.data.records import (
     Tools,
     content_digest,
     content_id,
+    id_of,
     identity_of,
     last_user_text,
     message_dicts,
@@ -53,8 +55,7 @@ def read_prompts(
     row_of_id: dict[str, int] = {}
     for row in rows:
         try:
-            record = _prompt_record(row.fields, rows.format)
-            digest = content_digest(identity_of(record.messages, record.tools))[:16]
+            record, digest = _prompt_record(row.fields, rows.format)
             if digest in seen:
                 raise LeftOut(DUPLICATE)
             if row.fields.get("id") is not None:
@@ -167,16 +168,16 @@ def _catalogue(known: Mapping[str, FieldSets]) -> str:
     return "; ".join(f"{name} {{{', '.join(sorted(field_sets[0]))}}}" for name, field_sets in known.items())
 
 
-def _prompt_record(fields: Mapping[str, Any], format: str) -> PromptRecord:
+def _prompt_record(fields: Mapping[str, Any], format: str) -> tuple[PromptRecord, bytes]:
+    """The record, and bytes that are equal for equal conversations."""
     _, parse = formats.PROMPT_FORMATS[format]
     refuse_media(fields, "the row")
     messages, tools = parse(fields), tools_of(fields)
     _check_messages(messages, tools)
     meta = {key: value for key, value in fields.items() if key not in formats.NOT_META[format]}
-    identity = _identity(fields, messages, tools)
-    if not meta:
-        return PromptRecord(identity, messages, last_user_text(messages), tools=tools)
-    return PromptRecord(identity, messages, last_user_text(messages), _json_values(meta), tools)
+    digest = content_digest(identity_of(messages, tools))
+    record = PromptRecord(_given_id(fields) or id_of(digest), messages, last_user_text(messages), tools=tools)
+    return replace(record, meta=_json_values(meta)) if meta else record, digest[:16]
 
 
 def _ranking_records(fields: Mapping[str, Any], format: str) -> Sequence[RankingRecord]:
@@ -186,7 +187,10 @@ def _ranking_records(fields: Mapping[str, Any], format: str) -> Sequence[Ranking
     for messages, replies in found:
         _check_messages((*messages, *(reply for reply in replies if isinstance(reply, Message))), tools)
         _check_text(reply for reply in replies if isinstance(reply, str))
-    return [RankingRecord(_identity(fields, messages, tools), messages, replies, tools) for messages, replies in found]
+    given = _given_id(fields)
+    return [
+        RankingRecord(given or content_id(messages, tools), messages, replies, tools) for messages, replies in found
+    ]
 
 
 def _check_messages(messages: Iterable[Message], tools: Tools) -> None:
@@ -206,10 +210,10 @@ def _check_text(texts: Iterable[str]) -> None:
             raise BadRow(f"holds \\u{code}, half of a surrogate pair, which is no text; remove it") from None
 
 
-def _identity(fields: Mapping[str, Any], messages: tuple[Message, ...], tools: Tools) -> str:
+def _given_id(fields: Mapping[str, Any]) -> str | None:
     given = fields.get("id")
     if given is None:
-        return content_id(messages, tools)
+        return None
     if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
         raise BadRow(f"'id' must be text or a whole number, found {describe(given)}")
     _check_text([str(given)])

@@ -169,7 +169,11 @@ def identity_of(messages: Iterable[Message], tools: Tools = ()) -> list[Any]:
 
 def content_id(messages: Iterable[Message], tools: Tools = ()) -> str:
     """16 hexadecimal digits of the sha256 of the messages (and tools, if there are any)."""
-    return content_digest(identity_of(messages, tools)).hex()[:16]
+    return id_of(content_digest(identity_of(messages, tools)))
+
+
+def id_of(digest: bytes) -> str:
+    return digest.hex()[:16]
 
 
 def _turn_identity(message: Message) -> list[Any]:
