@@ -18,6 +18,7 @@ from actors.learning.losses import LossTerms, value_loss
 from actors.learning.model import NewHead, load_scorer, resolve_model
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.worker import LearningWorker, LearnJob, Share, answers, averaged, token_lists
+from actors.tokenizing import load_tokenizer
 from orchestrator import schema
 from orchestrator.config import PpoConfig
 
@@ -56,7 +57,11 @@ class CriticWorker(LearningWorker):
         )
         self.settings = settings
         super().__init__(
-            ValueModel(scorer), settings.learner, group, folder=folder, micro_batch_tokens=settings.micro_batch_tokens
+            ValueModel(scorer),
+            settings.learner,
+            group,
+            tokenizer=load_tokenizer(folder, trust_remote_code=settings.trust_remote_code),
+            micro_batch_tokens=settings.micro_batch_tokens,
         )
 
     def values(self, table: pa.Table, share: Share | None = None) -> pa.Table:

@@ -11,14 +11,14 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from actors.conversations import load_chat
 from actors.rollout import (
     EngineSettings,
     Sample,
     ServedVersion,
     UpdateReport,
-    end_tokens,
     ordered_requests,
     rollout_table,
     summary,
@@ -33,13 +33,12 @@ class HfEngine:
 
     def __init__(self, settings: EngineSettings, *, device: str = "cpu") -> None:
         self._settings, self._device = settings, torch.device(device)
-        self._tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=settings.trust_remote_code)
+        self._chat = load_chat(settings.model, settings.chat, trust_remote_code=settings.trust_remote_code)
         self._model = AutoModelForCausalLM.from_pretrained(
             settings.model, dtype=getattr(torch, settings.dtype), trust_remote_code=settings.trust_remote_code
         )
         self._model.to(self._device).eval().requires_grad_(False)
         self._parameters: dict[str, torch.Tensor] = dict(self._model.named_parameters())
-        self._ends = end_tokens(settings.model, self._tokenizer)
         self._served = ServedVersion(settings.version)
         self._unpacker: Unpacker | None = None
         self._checksums: dict[str, str] = {}
@@ -52,7 +51,7 @@ class HfEngine:
         started = perf_counter()
         torch.set_num_threads(self._settings.threads)
         samples = self._sample(requests, request.sampling)
-        table = rollout_table(requests, samples, tokenizer=self._tokenizer, ends=self._ends, version=version)
+        table = rollout_table(requests, samples, chat=self._chat, version=version)
         return table, summary(table, version=version, seconds=perf_counter() - started)
 
     @torch.inference_mode()
@@ -125,7 +124,7 @@ class HfEngine:
         for row, item in enumerate(requests):
             prompt = torch.from_numpy(item.prompt.tokens.astype("int64"))
             tokens[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt.to(self._device), 1
-        ends = torch.tensor(self._ends, device=self._device)
+        ends = torch.tensor(self._chat.stops, device=self._device)
         positions, cache, chosen, chosen_logprobs = (mask.cumsum(1) - 1).clamp(min=0), None, [], []
         finished = torch.zeros(len(requests), dtype=torch.bool, device=self._device)
         for _ in range(sampling.max_new_tokens):
@@ -145,7 +144,7 @@ class HfEngine:
             mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
             positions = positions[:, -1:] + 1
         return _cut(
-            torch.cat(chosen, dim=1).tolist(), torch.cat(chosen_logprobs, dim=1).tolist(), frozenset(self._ends)
+            torch.cat(chosen, dim=1).tolist(), torch.cat(chosen_logprobs, dim=1).tolist(), frozenset(self._chat.stops)
         )
 
 

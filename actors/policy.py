@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 from torch import Tensor
 
+from actors.conversations import load_chat
 from actors.learning import distributed
 from actors.learning.distributed import Group
 from actors.learning.heads import PolicyModel
@@ -16,6 +17,7 @@ from actors.learning.losses import LossTerms, importance_weights, kl_loss, polic
 from actors.learning.model import load_causal, resolve_model
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.worker import LearningWorker, LearnJob, Share, answers, averaged, token_lists
+from actors.templates import OWN_CHAT, ChatSettings
 from orchestrator import schema
 from orchestrator.config import PpoConfig
 
@@ -27,6 +29,7 @@ class PolicySettings:
     """Args:
     model: folder or name, see resolve_model; `cache_dir` holds converted models.
     temperature: at which responses were sampled; all log-probs are at it.
+    chat: what the run sets about conversations; its template and stop tokens go with the exported model.
     """
 
     model: str
@@ -35,6 +38,7 @@ class PolicySettings:
     ppo: PpoConfig
     temperature: float = 1.0
     micro_batch_tokens: int = 2048
+    chat: ChatSettings = OWN_CHAT
     trust_remote_code: bool = False
 
 
@@ -47,14 +51,20 @@ class PolicyWorker(LearningWorker):
         language_model = load_causal(folder, settings.learner.torch_dtype, trust_remote_code=settings.trust_remote_code)
         model = PolicyModel(language_model, temperature=settings.temperature)
         self.settings = settings
+        self._chat = load_chat(folder, settings.chat, trust_remote_code=settings.trust_remote_code)
         super().__init__(
             model,
             settings.learner,
             group,
-            folder=folder,
+            tokenizer=self._chat.tokenizer,
             micro_batch_tokens=settings.micro_batch_tokens,
             compares=not settings.ppo.has_critic,
         )
+
+    def export(self, folder: Path) -> None:
+        super().export(folder)
+        if self.group.rank == 0:
+            self._chat.save_stops(folder)
 
     def logprobs(self, table: pa.Table, share: Share | None = None) -> pa.Table:
         """Table of schema.LOGPROBS for a share of a rollout or experience table. Null: this rank's of its group, which

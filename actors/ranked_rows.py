@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import pyarrow as pa
 
+from actors.conversations import Chat
 from actors.learning.distributed import Group
 from actors.learning.packing import TokenRows
-from actors.tokens import closing_tokens, render_reply
 from orchestrator.data.records import RankingRecord
 from orchestrator.scheduling.balance import plan_minibatches
 
@@ -56,9 +55,7 @@ class RankedRows:
         return [tuple(row for i in micro for row in self.rows_of(records[i])) for micro in ranks[group.rank]]
 
 
-def ranked_rows(
-    records: Sequence[RankingRecord], tokenizer: Any, *, max_length: int, system_prompt: str | None = None
-) -> RankedRows:
+def ranked_rows(records: Sequence[RankingRecord], chat: Chat, *, max_length: int) -> RankedRows:
     """Tokenises all transcripts; those longer than `max_length` lose tokens at their start and are counted.
 
     Raises:
@@ -68,8 +65,7 @@ def ranked_rows(
     num_truncated = 0
     for number, record in enumerate(records):
         for place, reply in enumerate(record.replies):
-            text = reply if isinstance(reply, str) else reply.content
-            whole = render_reply(record.messages, text, tokenizer, system_prompt)
+            whole = chat.reply(record.messages, reply, record.tools)
             # A response token needs one token before it, from whose state it is scored.
             kept = whole.last(max_length)
             if not len(kept.prompt_tokens):
@@ -91,12 +87,12 @@ def ranked_rows(
     return RankedRows(table, first_row, num_truncated)
 
 
-def padding_token(tokenizer: Any) -> int:
+def padding_token(chat: Chat) -> int:
     """A token that never ends a transcript, to pad with.
 
     transformers finds the end of a padded sequence by the last token that is not padding; with the closing token as
     padding, as many tokenizers have it, it would take the score of the token before.
     """
-    last = int(closing_tokens(tokenizer)[-1])
+    tokenizer, last = chat.tokenizer, int(chat.closing[-1])
     known = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids, 0, 1]
     return next(int(token) for token in known if token is not None and token != last)

@@ -14,6 +14,7 @@ import pyarrow as pa
 from actors.rewards import RewardSource, Score
 from actors.rewards.http import HttpReward
 from actors.rewards.rules import RuleReward
+from actors.templates import OWN_CHAT, ChatSettings
 from orchestrator import schema
 from orchestrator.config import HttpRewardConfig, RuleConfig
 from orchestrator.errors import ConfigError
@@ -23,7 +24,7 @@ from orchestrator.errors import ConfigError
 class RewardSettings:
     """Args:
     kind: key of SOURCES.
-    model: folder or name of the reward model; `policy` of the policy, for its tokenizer (kind: model).
+    model: folder or name of the reward model; `policy` of the policy, with its `chat` (kind: model).
     max_length: longer transcripts lose their start. Null: what the model can take.
     """
 
@@ -33,7 +34,7 @@ class RewardSettings:
     model: str | None = None
     policy: str | None = None
     cache_dir: Path = Path("~/.cache/rlhf-orchestrator")
-    chat_template: Path | None = None
+    chat: ChatSettings = OWN_CHAT
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     micro_batch_tokens: int = 4096
     max_length: int | None = None

@@ -18,6 +18,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
+from actors.conversations import Chat, base_chat
 from actors.learning import distributed
 from actors.learning.distributed import Group
 from actors.learning.heads import ValueModel
@@ -28,7 +29,7 @@ from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.worker import Share, answers
 from actors.ranked_rows import RankedRows, padding_token, ranked_rows
 from actors.rewards.model import RewardStats, write_stats
-from actors.tokens import load_tokenizer
+from actors.templates import OWN_CHAT, ChatSettings
 from actors.train_run import PROGRESS_FILE
 from orchestrator.algorithms.ranking import epoch_batches, spread
 from orchestrator.data.records import RankingRecord
@@ -46,6 +47,7 @@ class RewardTraining:
 
     Args:
         model: folder or name of the model to start from, see resolve_model; `cache_dir` holds converted models.
+        policy: of the policy, whose conversations `chat` is about; see base_chat.
         folder: the finished reward model; replaced as a whole.
         work: folder for progress and the unfinished model, on the file system of `folder`.
         learner: its `total_optimizer_steps` covers all epochs.
@@ -54,6 +56,7 @@ class RewardTraining:
     """
 
     model: str
+    policy: str
     cache_dir: Path
     folder: Path
     work: Path
@@ -65,8 +68,7 @@ class RewardTraining:
     max_length: int
     threads: int
     timeout_s: float
-    chat_template: Path | None = None
-    system_prompt: str | None = None
+    chat: ChatSettings = OWN_CHAT
     trust_remote_code: bool = False
 
 
@@ -95,11 +97,10 @@ class RewardTrainer:
     ) -> None:
         self.settings, self.group = settings, group
 
-        def load() -> tuple[Any, Any, RankedRows, RankedRows]:
+        def load() -> tuple[Chat, Any, RankedRows, RankedRows]:
             folder = resolve_model(settings.model, settings.cache_dir)
-            tokenizer = load_tokenizer(
-                folder, chat_template=settings.chat_template, trust_remote_code=settings.trust_remote_code
-            )
+            policy = resolve_model(settings.policy, settings.cache_dir)
+            chat = base_chat(folder, policy, settings.chat, trust_remote_code=settings.trust_remote_code)
             scorer = load_scorer(
                 folder,
                 settings.learner.torch_dtype,
@@ -107,15 +108,12 @@ class RewardTrainer:
                 seed=settings.seed,
                 trust_remote_code=settings.trust_remote_code,
             )
-            rows = [
-                ranked_rows(part, tokenizer, max_length=settings.max_length, system_prompt=settings.system_prompt)
-                for part in (train, held_out)
-            ]
-            return tokenizer, scorer, rows[0], rows[1]
+            rows = [ranked_rows(part, chat, max_length=settings.max_length) for part in (train, held_out)]
+            return chat, scorer, rows[0], rows[1]
 
-        self.tokenizer, scorer, self._train, self._held_out = _all_or_none(load, group)
-        padding = padding_token(self.tokenizer)
-        self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(padding)
+        self.chat, scorer, self._train, self._held_out = _all_or_none(load, group)
+        padding = padding_token(self.chat)
+        self.chat.tokenizer.pad_token = self.chat.tokenizer.convert_ids_to_tokens(padding)
         scorer.config.pad_token_id = padding
         self._learner = Learner(ValueModel(scorer), settings.learner)
 
@@ -183,11 +181,12 @@ class RewardTrainer:
         if self.group.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-        self._learner.export(unfinished, self.tokenizer)
+        self._learner.export(unfinished, self.chat.tokenizer)
 
         def publish() -> RewardStats | None:
             if self.group.rank:
                 return None
+            self.chat.save(unfinished)
             stats = write_stats(unfinished, calibration)
             sync_tree(unfinished)
             _replace_folder(unfinished, self.settings.folder)

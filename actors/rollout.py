@@ -7,19 +7,23 @@ actors/hf_engine.py     HfEngine, for architectures that vLLM does not serve
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from actors.conversations import Chat
+from actors.templates import OWN_CHAT, ChatSettings
 from actors.weights.manifest import Bucket, Verify, WeightHeader
 from orchestrator import schema
 from orchestrator.errors import DataError, PublishError
 from orchestrator.types import SampleRequest, ShardRequest
+
+RAW_RESPONSE = "raw_response"  # key of `meta`
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class EngineSettings:
 
     Args:
         model: Hugging Face folder.
+        chat: what the run sets about its conversations.
         dtype: "bfloat16" or "float32".
         max_length: window in tokens, prompt and response together.
         threads: CPU threads of the engine.
@@ -96,6 +101,7 @@ class EngineSettings:
     """
 
     model: Path
+    chat: ChatSettings = OWN_CHAT
     dtype: str = "bfloat16"
     max_length: int = 512
     seed: int = 0
@@ -149,7 +155,7 @@ class ServedVersion:
 
 @dataclass(frozen=True)
 class Sample:
-    """Response tokens, EOS included when it was sampled, and their log-probs at the sampling temperature."""
+    """Response tokens, the end included when it was sampled, and their log-probs at the sampling temperature."""
 
     tokens: Sequence[int]
     logprobs: Sequence[float]
@@ -172,36 +178,20 @@ def ordered_requests(request: ShardRequest, max_length: int) -> list[SampleReque
     return sorted(request.requests, key=lambda item: item.row)
 
 
-def end_tokens(model: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end a response: the tokenizer's EOS and those of generation_config.json.
-
-    Nothing else is taken from generation_config.json: its top-p, top-k, temperature and penalties are for chatting,
-    and would make samples come from another distribution than the one that learns.
-    """
-    ids = {tokenizer.eos_token_id}
-    if (model / "generation_config.json").exists():
-        configured = GenerationConfig.from_pretrained(model).eos_token_id
-        ids |= set(configured) if isinstance(configured, list) else {configured}
-    found = sorted(token for token in ids if token is not None)
-    if not found:
-        raise DataError(f"{model} names no EOS token; set eos_token in its tokenizer_config.json.")
-    return found
-
-
 def rollout_table(
     requests: Sequence[SampleRequest],
     samples: Sequence[Sample],
     *,
-    tokenizer: PreTrainedTokenizerBase,
-    ends: Iterable[int],
+    chat: Chat,
     version: int,
 ) -> pa.Table:
     """Builds a table of schema.ROLLOUT from requests and their samples, in the same order.
 
-    Texts are without special tokens: a reward model must not meet control tokens that a policy wrote.
+    `response_text` is the reply as it was written, without what ends it; `meta["raw_response"]` is all of it.
     """
-    stops = frozenset(ends)
-    texts = tokenizer.batch_decode([list(sample.tokens) for sample in samples], skip_special_tokens=True)
+    raw = [chat.text(sample.tokens) for sample in samples]
+    texts = [chat.text(chat.body(np.array(sample.tokens, np.int32))) for sample in samples]
+    metas = [{**item.prompt.meta, RAW_RESPONSE: text} for item, text in zip(requests, raw, strict=True)]
     columns: dict[str, Sequence[Any]] = {
         "row": [item.row for item in requests],
         "prompt_id": [item.prompt.id for item in requests],
@@ -212,9 +202,9 @@ def rollout_table(
         "prompt_tokens": [item.prompt.tokens for item in requests],
         "response_tokens": [sample.tokens for sample in samples],
         "engine_logprobs": [sample.logprobs for sample in samples],
-        "finish_reason": ["stop" if sample.tokens[-1] in stops else "length" for sample in samples],
+        "finish_reason": ["stop" if sample.tokens[-1] in chat.stops else "length" for sample in samples],
         "version": [version] * len(samples),
-        "meta": [json.dumps(item.prompt.meta, ensure_ascii=False, sort_keys=True) for item in requests],
+        "meta": [json.dumps(meta, ensure_ascii=False, sort_keys=True) for meta in metas],
     }
     return pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema.ROLLOUT}, schema.ROLLOUT)
 

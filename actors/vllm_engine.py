@@ -15,12 +15,12 @@ from vllm.platforms import current_platform
 from vllm.v1.sample import sampler
 
 from actors import vllm_plugin
+from actors.conversations import load_chat
 from actors.rollout import (
     EngineSettings,
     Sample,
     ServedVersion,
     UpdateReport,
-    end_tokens,
     ordered_requests,
     rollout_table,
     summary,
@@ -47,9 +47,8 @@ class VllmEngine:
     def __init__(self, settings: EngineSettings, *, transfer_backend: str = vllm_plugin.CPU_BACKEND) -> None:
         _check(settings)
         self._settings = settings
+        self._chat = load_chat(settings.model, settings.chat, trust_remote_code=settings.trust_remote_code)
         self._llm = _start(settings, transfer_backend)
-        self._tokenizer = self._llm.get_tokenizer()
-        self._ends = end_tokens(settings.model, self._tokenizer)
         self._served = ServedVersion(settings.version)
 
     def generate(self, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
@@ -62,7 +61,7 @@ class VllmEngine:
             use_tqdm=False,
         )
         samples = [_sample(output) for output in outputs]
-        table = rollout_table(requests, samples, tokenizer=self._tokenizer, ends=self._ends, version=version)
+        table = rollout_table(requests, samples, chat=self._chat, version=version)
         return table, summary(table, version=version, seconds=perf_counter() - started)
 
     def prompt_logprobs(self, token_lists: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -121,7 +120,7 @@ class VllmEngine:
             top_k=sampling.top_k,
             max_tokens=sampling.max_new_tokens,
             seed=seed,
-            stop_token_ids=self._ends,
+            stop_token_ids=list(self._chat.stops),
             logprobs=0,
             detokenize=False,
         )

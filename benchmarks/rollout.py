@@ -27,8 +27,9 @@ from typing import Any
 import torch
 
 from actors.cluster import environment
+from actors.conversations import load_chat
 from actors.engines import ENGINES
-from actors.rollout import EngineSettings, end_tokens
+from actors.rollout import EngineSettings
 from benchmarks.harness import Figure, Pairs, measure_turns, ratio_figure
 from benchmarks.table import report
 from benchmarks.turns import Answer, Contender, serve
@@ -173,7 +174,7 @@ def _bare(llm: Any) -> Mapping[str, Sample]:
     @cache
     def inputs(work: Work, is_seeded: bool) -> tuple[list[Any], list[Any]]:
         request = _requests(work)
-        ends = end_tokens(work.folder, llm.get_tokenizer())
+        ends = list(load_chat(work.folder).stops)
         parameters = [
             vllm.SamplingParams(
                 temperature=request.sampling.temperature,
@@ -224,7 +225,7 @@ def _hf_generate(model: Any, tokenizer: Any) -> Sample:
         made = model.generate(**batch, do_sample=True, top_k=0, max_new_tokens=longest)[
             :, batch["input_ids"].shape[1] :
         ]
-        ends = torch.isin(made, torch.tensor(end_tokens(work.folder, tokenizer), device=made.device))
+        ends = torch.isin(made, torch.tensor(load_chat(work.folder).stops, device=made.device))
         return int((ends.cumsum(1) - ends.int() == 0).sum())
 
     return sample

@@ -18,11 +18,11 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from actors import tokens
 from actors.cluster import environment
+from actors.conversations import load_chat
 from actors.critic import CriticSettings, CriticWorker
 from actors.learning.distributed import Group
-from actors.learning.model import load_causal, load_scorer, load_tokenizer
+from actors.learning.model import load_causal, load_scorer
 from actors.reference import ReferenceSettings, ReferenceWorker
 from actors.rewards.model import RewardModel
 from benchmarks.harness import Figure, measure_pairs, ratio_figure
@@ -112,10 +112,11 @@ def _critic(work: Work) -> Score:
 def _reward(work: Work) -> Score:
     with tempfile.TemporaryDirectory() as folder:
         load_scorer(work.folder, torch.bfloat16, new_head="normal").save_pretrained(folder)
-        load_tokenizer(work.folder).save_pretrained(folder)
+        chat = load_chat(work.folder)
+        chat.tokenizer.save_pretrained(folder)
         return RewardModel(
             Path(folder),
-            tokens.load_tokenizer(work.folder),
+            chat,
             dtype=torch.bfloat16,
             device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
             micro_batch_tokens=work.config.reward.micro_batch_tokens,

@@ -22,7 +22,7 @@ import typer
 
 from actors.cluster import environment
 from actors.learning.model import resolve_model
-from actors.tokens import load_tokenizer
+from actors.tokenizing import load_tokenizer
 from benchmarks.harness import Figure, Pairs, measure_turns, ratio_figure
 from benchmarks.table import report
 from benchmarks.trl.work import Measured, TrlSettings, Work

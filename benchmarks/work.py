@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from actors.learning.model import load_tokenizer, resolve_model
+from actors.learning.model import resolve_model
+from actors.tokenizing import load_tokenizer
 from jobs.prepare import prepare
 from jobs.resolve import resolved
 from orchestrator.config import Config, load_config

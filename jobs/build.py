@@ -30,6 +30,7 @@ from actors.weights.sender import PublishingPolicy
 from jobs.command import say
 from jobs.run_folder import RunFolder
 from jobs.settings import (
+    chat_settings,
     common_settings,
     critic_path,
     demands,
@@ -83,7 +84,12 @@ async def start_engines(config: Config, starter: Starter, *, version: int | None
     def arguments(slot: Slot) -> Mapping[str, Any]:
         settings = EngineSettings(
             model=Path(),
+<<<<<<< HEAD
             dtype=config.model.compute_dtype,
+=======
+            chat=chat_settings(config),
+            dtype=config.model.dtype,
+>>>>>>> 176c99f (One object says how a conversation is written for a model, and every role uses it)
             max_length=config.model.max_length,
             seed=config.run.seed,
             threads=slot.threads,
@@ -115,6 +121,7 @@ async def start_learners(config: Config, starter: Starter, reward_path: str | No
         ppo=config.ppo,
         temperature=config.rollout.temperature,
         micro_batch_tokens=config.policy.micro_batch_tokens,
+        chat=chat_settings(config),
         **common,
     )
     groups = {"policy": await starter.ranks("policy", PublishingPolicy, policy)}
@@ -150,8 +157,13 @@ async def start_scorers(config: Config, starter: Starter, reward_path: str | Non
         http=config.reward.http,
         model=reward_path,
         policy=config.model.path,
+<<<<<<< HEAD
         chat_template=config.model.chat_template,
         dtype=config.model.compute_dtype,
+=======
+        chat=chat_settings(config),
+        dtype=config.model.dtype,
+>>>>>>> 176c99f (One object says how a conversation is written for a model, and every role uses it)
         micro_batch_tokens=config.reward.micro_batch_tokens,
         max_length=config.reward_model.max_length,
         normalise=config.reward.normalise,

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from actors.learning.model import resolve_model
-from actors.tokens import closing_tokens, load_tokenizer
 from jobs.capacity import Capacity, capacity, find_cluster
 from jobs.command import out, say
 from jobs.preflight import Preflight, preflight
+<<<<<<< HEAD
 from jobs.resolve import resolved
+=======
+from jobs.prepare import policy_chat
+>>>>>>> 176c99f (One object says how a conversation is written for a model, and every role uses it)
 from jobs.run_folder import storage_root
 from jobs.settings import loop_settings
 from orchestrator.algorithms.schedule import learning_rate
@@ -91,17 +93,12 @@ def _rates(learner: LearnerConfig, total: int) -> str:
 
 
 def _show_prompt(config: Config, prompt: Prompt) -> None:
-    tokenizer = load_tokenizer(
-        resolve_model(config.model.path, config.run.cache),
-        chat_template=config.model.chat_template,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    text = tokenizer.decode(prompt.tokens)
+    chat = policy_chat(config)
+    text = chat.text(prompt.tokens)
     shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."
-    closing = closing_tokens(tokenizer)
     say(f"prompt {prompt.id!r} as the model gets it, {len(prompt.tokens)} tokens:")
     say("\n".join(f"  | {line}" for line in shown.splitlines()))
-    say(f"a reply ends with {tokenizer.decode(closing)!r} (token {', '.join(map(str, closing))})")
+    say(f"a reply ends with {chat.text(chat.closing)!r} (token {', '.join(map(str, chat.closing))})")
 
 
 def _show_capacity(config: Config, found: Capacity) -> None:

@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from actors.conversations import Chat, load_chat
 from actors.learning.model import resolve_model
-from actors.tokens import load_tokenizer, prepare_prompts
+from actors.tokenizing import encode
+from jobs.settings import chat_settings
 from orchestrator.config import Config
 from orchestrator.data.readers import read_prompts
-from orchestrator.data.records import ReadReport
-from orchestrator.errors import ConfigError
+from orchestrator.data.records import PromptRecord, ReadReport, message_dicts
+from orchestrator.errors import ConfigError, DataError
 from orchestrator.prompts import Splits, split
 from orchestrator.types import Prompt
 
+_BATCH_PROMPTS = 1024
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -53,20 +58,59 @@ def prepare(config: Config) -> Prepared:
             f"prompts.max_prompt_tokens={longest} or raise model.max_length."
         )
     records, report = read_prompts(find_data(config.prompts.path), config.prompts.format, config.prompts.limit)
-    tokenizer = load_tokenizer(
-        resolve_model(config.model.path, config.run.cache),
-        chat_template=config.model.chat_template,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    prompts, left_out = prepare_prompts(
-        records, tokenizer, config.prompts.max_prompt_tokens, config.model.system_prompt
-    )
+    prompts, left_out = prepare_prompts(records, policy_chat(config), config.prompts.max_prompt_tokens)
     parts = split(
         prompts,
         held_out_fraction=config.prompts.held_out_fraction,
         reward_model_fraction=config.prompts.reward_model_fraction,
     )
     return Prepared(parts, report, left_out)
+
+
+def policy_chat(config: Config) -> Chat:
+    """How conversations are written for the policy. Raises DataError: the model's folder, tokenizer or template."""
+    folder = resolve_model(config.model.path, config.run.cache)
+    return load_chat(folder, chat_settings(config), trust_remote_code=config.model.trust_remote_code)
+
+
+def prepare_prompts(
+    records: Sequence[PromptRecord], chat: Chat, max_prompt_tokens: int
+) -> tuple[list[Prompt], list[tuple[str, int]]]:
+    """Prompts ready to sample from, and (id, tokens) of those left out because they are too long.
+
+    `Prompt.meta["messages"]` (and `"tools"`) hold the conversation, for reward models with another tokenizer.
+
+    Raises:
+        DataError: the template refuses a conversation, or every prompt is too long.
+    """
+    prompts: list[Prompt] = []
+    left_out: list[tuple[str, int]] = []
+    for start in range(0, len(records), _BATCH_PROMPTS):
+        batch = records[start : start + _BATCH_PROMPTS]
+        texts = [_text_of(record, chat) for record in batch]
+        for record, token_ids in zip(batch, encode(texts, chat.tokenizer), strict=True):
+            if len(token_ids) > max_prompt_tokens:
+                left_out.append((record.id, len(token_ids)))
+                continue
+            meta = {**record.meta, "messages": message_dicts(record.messages)}
+            if record.tools:
+                meta["tools"] = list(record.tools)
+            prompts.append(Prompt(record.id, record.text, np.array(token_ids, dtype=np.int32), meta))
+    if records and not prompts:
+        identity, shortest = min(left_out, key=lambda item: item[1])
+        raise DataError(
+            f"all {len(records)} prompts are longer than prompts.max_prompt_tokens={max_prompt_tokens}; the shortest, "
+            f"{identity!r}, has {shortest} tokens under this model's chat template. Raise prompts.max_prompt_tokens "
+            "(and model.max_length with it) or give shorter prompts."
+        )
+    return prompts, left_out
+
+
+def _text_of(record: PromptRecord, chat: Chat) -> str:
+    try:
+        return chat.prompt_text(record.messages, record.tools)
+    except DataError as error:
+        raise DataError(f"prompt {record.id!r}: {error}") from error
 
 
 def find_data(path: Path) -> Path:

@@ -25,6 +25,7 @@ from jobs.command import read_config, run_async, run_command, say
 from jobs.prepare import find_data
 from jobs.resolve import resolved
 from jobs.run_folder import RunFolder, open_run
+from jobs.settings import chat_settings
 from orchestrator.algorithms.ranking import concordant_pairs, kendall_tau, num_pairs, wilson_interval
 from orchestrator.config import Config, DeadlinesConfig
 from orchestrator.data.readers import read_rankings
@@ -228,6 +229,7 @@ def _settings(config: Config, folder: Path, *, num_records: int, threads: int) -
     )
     return RewardTraining(
         model=stage.base or config.model.path,
+        policy=config.model.path,
         cache_dir=config.run.cache,
         folder=folder,
         work=folder.with_name(f".{folder.name}.work"),
@@ -239,8 +241,7 @@ def _settings(config: Config, folder: Path, *, num_records: int, threads: int) -
         max_length=stage.max_length,
         threads=threads,
         timeout_s=config.deadlines.learn_s,
-        chat_template=config.model.chat_template,
-        system_prompt=config.model.system_prompt,
+        chat=chat_settings(config),
         trust_remote_code=config.model.trust_remote_code,
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from actors.learning.learner import LearnerSettings
+from actors.templates import ChatSettings, read_template
 from jobs.run_folder import RunFolder
 from orchestrator.algorithms.experience import ExperienceSettings
 from orchestrator.algorithms.kl import adapted_coefficient
@@ -16,6 +17,13 @@ from orchestrator.scheduling.plan import Demand
 from orchestrator.types import Sampling, State
 
 RECORDER_CPUS = 1.0
+
+
+def chat_settings(config: Config) -> ChatSettings:
+    """Raises DataError when model.chat_template can't be read."""
+    model = config.model
+    template = None if model.chat_template is None else read_template(model.chat_template)
+    return ChatSettings(template, model.system_prompt, model.today)
 
 
 def sampling_of(config: Config) -> Sampling:

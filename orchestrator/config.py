@@ -11,6 +11,7 @@ import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -62,9 +63,12 @@ class ModelConfig(Section):
     max_length: Positive = 512
     """Window in tokens: prompt and response together."""
     chat_template: Path | None = None
-    """File with a Jinja chat template, for tokenizers without one."""
+    """File with a Jinja chat template for the policy, instead of its tokenizer's own. Exported with the policy."""
+    today: date | None = None
+    """Date that chat templates tell which write one. Null: the day on which the run starts."""
     system_prompt: str | None = None
-    """System message set before every prompt. Null: the chat template's own default."""
+    """System message set before every conversation that has none, for the policy and, unless its folder says how it
+    was trained, for the reward model. Null: the chat template's own default."""
     trust_remote_code: bool = False
     """Whether to run Python code that comes with a model."""
 

@@ -102,14 +102,6 @@ def _convert(package: Path, folder: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Raises DataError where the folder has no usable tokenizer."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder} holds no usable tokenizer: {error}. Save one there with save_pretrained.") from error
-
-
 def load_causal(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
     """A causal LM with dropout off. Only safetensors are read.
 

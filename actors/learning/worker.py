@@ -18,7 +18,6 @@ from torch import Tensor
 from actors.learning.distributed import Group
 from actors.learning.heads import PolicyModel, ValueModel
 from actors.learning.learner import Learner, LearnerSettings, Objective, Update
-from actors.learning.model import load_tokenizer
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.sharing import can_share
 from orchestrator.scheduling.balance import plan_forwards, plan_minibatches
@@ -56,7 +55,7 @@ class LearningWorker:
     """One rank of a group that learns. Complete when constructed; see Learner for what is collective.
 
     Args:
-        folder: the model's folder, for its tokenizer.
+        tokenizer: goes with the exported model.
         micro_batch_tokens: largest padded micro-batch.
         compares: samples of one prompt are compared with each other (grpo, rloo): they stay in one minibatch, and their
             prompt is computed once where the model can.
@@ -68,7 +67,7 @@ class LearningWorker:
         learner: LearnerSettings,
         group: Group,
         *,
-        folder: Path,
+        tokenizer: Any,
         micro_batch_tokens: int,
         compares: bool = False,
     ) -> None:
@@ -77,7 +76,7 @@ class LearningWorker:
         self.compares = compares
         self.shares_prompts = compares and can_share(model.pretrained)
         self.learner = Learner(model, learner)
-        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer = tokenizer
         self.micro_batch_tokens = micro_batch_tokens
 
     def save(self, folder: Path) -> None:

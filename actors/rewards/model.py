@@ -7,19 +7,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from actors import tokens
+from actors.conversations import Chat, Transcript, load_chat, reward_chat
 from actors.learning.heads import ValueModel
-from actors.learning.model import load_scorer, load_tokenizer, resolve_model
+from actors.learning.model import load_scorer, resolve_model
 from actors.learning.packing import token_rows
 from actors.rewards import Sample, Score, samples
-from actors.tokens import Transcript
-from orchestrator.data.records import Message
+from orchestrator.data.records import messages_from_dicts
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.scheduling.balance import micro_batches
 from orchestrator.storage import write_json
@@ -82,8 +81,8 @@ def _check(stats: RewardStats, file: Path, way_out: str) -> None:
 class RewardModel:
     """Args:
         folder: a sequence classifier with its tokenizer and, for `normalise`, its statistics.
-        policy_tokenizer: of the policy. Where the reward model's is the same, sampled tokens go in as they are;
-            otherwise text goes in, under the reward model's own chat template.
+        policy: how conversations are written for the policy. Where they are written alike for the reward model, sampled
+            tokens go in as they are; otherwise text goes in, written as in the reward model's training.
         micro_batch_tokens: largest padded forward batch.
         max_length: longer transcripts lose their start. Null: what the model can take.
 
@@ -94,7 +93,7 @@ class RewardModel:
     def __init__(
         self,
         folder: Path,
-        policy_tokenizer: Any,
+        policy: Chat,
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -104,8 +103,8 @@ class RewardModel:
         trust_remote_code: bool = False,
     ) -> None:
         self._stats = read_stats(folder) if normalise else None
-        self._tokenizer = _tokenizer(folder, policy_tokenizer, trust_remote_code)
-        self.takes_tokens = tokens.fingerprint(self._tokenizer) == tokens.fingerprint(policy_tokenizer)
+        self.chat = reward_chat(folder, policy, trust_remote_code=trust_remote_code)
+        self.takes_tokens = self.chat.fingerprint == policy.fingerprint
         scorer = load_scorer(folder, dtype, trust_remote_code=trust_remote_code)
         longest = getattr(scorer.config, "max_position_embeddings", None)
         self._max_length = min((n for n in (max_length, longest) if n), default=None)
@@ -133,17 +132,15 @@ class RewardModel:
     def _transcripts(self, table: pa.Table) -> list[Transcript]:
         if not self.takes_tokens:
             return [self._from_text(sample) for sample in samples(table)]
-        closing = tokens.closing_tokens(self._tokenizer)
         columns = (table[name].to_pylist() for name in ("prompt_tokens", "response_tokens"))
         return [
-            Transcript(np.array(prompt, np.int32), _closed(np.array(response, np.int32), closing))
+            Transcript(np.array(prompt, np.int32), self.chat.closed(np.array(response, np.int32)))
             for prompt, response in zip(*columns, strict=True)
         ]
 
     def _from_text(self, sample: Sample) -> Transcript:
         turns = sample.meta.get("messages") or [{"role": "user", "content": sample.prompt}]
-        messages = [Message(turn["role"], turn["content"]) for turn in turns]
-        return tokens.render_reply(messages, sample.response, self._tokenizer)
+        return self.chat.reply(messages_from_dicts(turns), sample.response, sample.meta.get("tools", ()))
 
     def _score(self, raw: float) -> Score:
         if not math.isfinite(raw):
@@ -151,39 +148,17 @@ class RewardModel:
         return Score(self._stats.normalised(raw) if self._stats else raw, {"model": raw})
 
 
-def _closed(response: tokens.Tokens, closing: tokens.Tokens) -> tokens.Tokens:
-    """A response cut by length gets the closing that every transcript had when the reward model learned."""
-    ends = len(response) >= len(closing) and np.array_equal(response[len(response) - len(closing) :], closing)
-    return response if ends else np.concatenate([response, closing])
-
-
-def _tokenizer(folder: Path, policy_tokenizer: Any, trust_remote_code: bool) -> Any:
-    """The reward model's own tokenizer; one without a chat template borrows the policy's where the vocabulary is its
-    own, because then it was trained from the same base."""
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    if not tokenizer.chat_template:
-        if tokenizer.get_vocab() != policy_tokenizer.get_vocab():
-            raise DataError(
-                f"the tokenizer of reward model {folder} has no chat template and another vocabulary than the "
-                "policy's: it is not known how to write a transcript for it. Put a chat_template.jinja into its folder."
-            )
-        tokenizer.chat_template = policy_tokenizer.chat_template
-    return tokenizer
-
-
 def from_settings(settings: RewardSettings, threads: int) -> RewardModel:
     """The reward model of a replica with so many CPU threads. Raises ConfigError when the settings name none."""
     if settings.model is None or settings.policy is None:
         raise ConfigError("reward.kind='model' needs reward.path: give the folder of a reward model.")
     torch.set_num_threads(threads)
-    policy_tokenizer = tokens.load_tokenizer(
-        resolve_model(settings.policy, settings.cache_dir),
-        chat_template=settings.chat_template,
-        trust_remote_code=settings.trust_remote_code,
+    policy = load_chat(
+        resolve_model(settings.policy, settings.cache_dir), settings.chat, trust_remote_code=settings.trust_remote_code
     )
     return RewardModel(
         resolve_model(settings.model, settings.cache_dir),
-        policy_tokenizer,
+        policy,
         dtype=torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         micro_batch_tokens=settings.micro_batch_tokens,

@@ -16,8 +16,8 @@ import ray
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from actors.conversations import load_chat
 from actors.rewards.model import RewardModel
-from actors.tokens import render_reply
 from jobs.reward_model import RewardModelResult, train_reward_model
 from orchestrator.config import Config, config_from_tree
 from orchestrator.data.records import Message, RankingRecord
@@ -122,14 +122,13 @@ def test_it_learns_to_order_replies_it_has_not_seen(trained: Any) -> None:
 def test_transformers_loads_it_and_padding_changes_no_score(trained: Any) -> None:
     result, _, _ = trained
     folder = Path(result.path)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = load_chat(folder)
+    tokenizer = chat.tokenizer
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     record = _records(1)[0]
-    transcripts = [
-        render_reply(record.messages, reply, tokenizer) for reply in (*record.replies, "It is 1, rude, rude")
-    ]
+    transcripts = [chat.reply(record.messages, reply) for reply in (*record.replies, "It is 1, rude, rude")]
     reward = RewardModel(
-        folder, tokenizer, dtype=torch.float32, device=torch.device("cpu"), micro_batch_tokens=512, normalise=True
+        folder, chat, dtype=torch.float32, device=torch.device("cpu"), micro_batch_tokens=512, normalise=True
     )
     ours = reward.raw_scores(transcripts)
     padded = tokenizer.pad({"input_ids": [t.tokens.tolist() for t in transcripts]}, return_tensors="pt")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,9 @@ def test_a_table_holds_what_was_asked_and_what_was_sampled(apart: Apart, folder:
     for row, asked in zip(rows, request.requests, strict=True):
         assert (row["row"], row["sample_index"], row["seed"]) == (asked.row, asked.sample_index, asked.seed)
         assert row["prompt_tokens"] == asked.prompt.tokens.tolist()
-        assert row["meta"] == f'{{"answer": {asked.row}}}'
+        meta = json.loads(row["meta"])
+        assert meta == {"answer": asked.row, "raw_response": meta["raw_response"]}
+        assert meta["raw_response"] == row["response_text"] + ("<|im_end|>" if row["finish_reason"] == "stop" else "")
         assert row["version"] == 0
         assert len(row["engine_logprobs"]) == len(row["response_tokens"])
         assert all(value <= 0 for value in row["engine_logprobs"])

@@ -10,10 +10,11 @@ from actors.critic import CriticSettings, CriticWorker
 from actors.learning import distributed
 from actors.learning.heads import PolicyModel
 from actors.learning.learner import Learner, LearnerSettings
-from actors.learning.model import load_causal, load_tokenizer
+from actors.learning.model import load_causal
 from actors.learning.packing import TokenRows
 from actors.learning.worker import LearnJob
 from actors.policy import ppo_terms
+from actors.tokenizing import load_tokenizer
 from orchestrator.config import PpoConfig
 from orchestrator.errors import NonFiniteError, StorageError
 from orchestrator.scheduling.balance import plan_minibatches

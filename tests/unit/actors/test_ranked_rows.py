@@ -6,13 +6,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors.conversations import chat_of
 from actors.learning.distributed import Group
 from actors.ranked_rows import RankedRows, padding_token, ranked_rows
-from actors.tokens import render_reply
 from orchestrator.data.records import Message, RankingRecord
 from tests.tiny import tiny_tokenizer
 
-TOKENIZER = tiny_tokenizer()
+CHAT = chat_of(tiny_tokenizer())
+TOKENIZER = CHAT.tokenizer
 
 
 def _record(question: str, *replies: str) -> RankingRecord:
@@ -23,7 +24,7 @@ def _rows(*num_replies: int, max_length: int = 200) -> RankedRows:
     records = [
         _record("why " * (i + 1), *(f"{'so ' * (k + i)}{k}" for k in range(n))) for i, n in enumerate(num_replies)
     ]
-    return ranked_rows(records, TOKENIZER, max_length=max_length)
+    return ranked_rows(records, CHAT, max_length=max_length)
 
 
 def test_a_record_owns_its_replies_in_order() -> None:
@@ -35,9 +36,9 @@ def test_a_record_owns_its_replies_in_order() -> None:
 
 def test_a_transcript_within_the_limit_is_what_a_sampled_response_looks_like() -> None:
     record = _record("How far is it?", "Two miles.", "Far.")
-    ranked = ranked_rows([record], TOKENIZER, max_length=200)
+    ranked = ranked_rows([record], CHAT, max_length=200)
     for row, reply in enumerate(record.replies):
-        transcript = render_reply(record.messages, reply, TOKENIZER)
+        transcript = CHAT.reply(record.messages, reply)
         assert ranked.table["prompt_tokens"][row].as_py() == transcript.prompt_tokens.tolist()
         assert ranked.table["response_tokens"][row].as_py() == transcript.response_tokens.tolist()
         assert transcript.response_tokens[-1] == TOKENIZER.eos_token_id
@@ -47,10 +48,10 @@ def test_a_transcript_within_the_limit_is_what_a_sampled_response_looks_like() -
 @pytest.mark.parametrize("max_length", [30, 12, 5, 2])
 def test_a_longer_transcript_keeps_its_end_and_is_counted(max_length: int) -> None:
     record = _record("How far is it to the sea from here, please?", "Two miles.", "It is far away.")
-    ranked = ranked_rows([record], TOKENIZER, max_length=max_length)
+    ranked = ranked_rows([record], CHAT, max_length=max_length)
     assert ranked.num_truncated == 2
     for row, reply in enumerate(record.replies):
-        whole = render_reply(record.messages, reply, TOKENIZER).tokens
+        whole = CHAT.reply(record.messages, reply).tokens
         prompt, response = (ranked.table[name][row].as_py() for name in ("prompt_tokens", "response_tokens"))
         assert prompt and response
         assert prompt + response == whole[-max_length:].tolist()
@@ -79,11 +80,11 @@ def test_micro_batches_hold_whole_records_within_the_budget(
 
 def test_padding_never_ends_a_transcript() -> None:
     assert TOKENIZER.pad_token_id == TOKENIZER.eos_token_id
-    last = render_reply((Message("user", "Hi"),), "Hello", TOKENIZER).tokens[-1]
-    assert padding_token(TOKENIZER) != last
+    last = CHAT.reply((Message("user", "Hi"),), "Hello").tokens[-1]
+    assert padding_token(CHAT) != last
     other = tiny_tokenizer()
     other.pad_token = "</s>"
-    assert padding_token(other) == other.pad_token_id
+    assert padding_token(chat_of(other)) == other.pad_token_id
 
 
 def test_rows_are_packed_with_their_rank_and_record() -> None:

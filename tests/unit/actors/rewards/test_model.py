@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from actors import tokens
+from actors.conversations import chat_of
 from actors.rewards.model import STATS_FILE, RewardModel, read_stats, write_stats
 from orchestrator.data import Message
 from orchestrator.errors import DataError
@@ -35,7 +35,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(folder: Path, policy_tokenizer: Any = None, **options: Any) -> RewardModel:
     arguments = {"micro_batch_tokens": 4096, "normalise": False, **options}
     return RewardModel(
-        folder, policy_tokenizer or tiny_tokenizer(), dtype=torch.float32, device=torch.device("cpu"), **arguments
+        folder,
+        chat_of(policy_tokenizer or tiny_tokenizer()),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        **arguments,
     )
 
 
@@ -51,9 +55,9 @@ def classifier_scores(folder: Path, token_lists: list[list[int]]) -> list[float]
 
 def table(closing: bool) -> Any:
     """Responses as an engine samples them; without `closing`, cut by length."""
-    tokenizer = tiny_tokenizer()
+    chat = chat_of(tiny_tokenizer())
     messages = [Message(**message) for message in MESSAGES]
-    transcripts = [tokens.render_reply(messages, response, tokenizer) for response in RESPONSES]
+    transcripts = [chat.reply(messages, response) for response in RESPONSES]
     ends = None if closing else -1
     return rollout_table(
         RESPONSES,

@@ -1,0 +1,75 @@
+"""Tokenizers of models, within limits: their patterns are code that comes with a model and may search for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Thread
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from transformers import AutoTokenizer
+
+from orchestrator.errors import DataError
+
+Tokens = npt.NDArray[np.int32]
+
+_LOAD_S = 120.0
+_ENCODE_S = 60.0
+_SLOWEST = 10_000  # characters per second; real tokenizers do a hundred times that
+
+Result = TypeVar("Result")
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Raises DataError where the folder has no tokenizer that this library can load and use."""
+
+    def load() -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer("A short test.", add_special_tokens=False)
+        return tokenizer
+
+    return _within(load, _LOAD_S, f"{folder} holds no usable tokenizer", "Save one there with save_pretrained.")
+
+
+def encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Token ids of each text, and nothing added: a chat template writes BOS itself.
+
+    Raises:
+        DataError: the tokenizer fails on a text, or does not end in time.
+    """
+
+    def run() -> list[list[int]]:
+        ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    limit_s = _ENCODE_S + sum(map(len, texts)) / _SLOWEST
+    return _within(
+        run,
+        limit_s,
+        f"the tokenizer of {tokenizer.name_or_path} can't tokenise a text",
+        "Mend the patterns in its tokenizer.json, or use another model.",
+    )
+
+
+def _within(work: Callable[[], Result], limit_s: float, what: str, way_out: str) -> Result:
+    """The result of foreign code, run beside: a search that never ends is left behind, it gives Python's lock back."""
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # noqa: BLE001  a panic of the tokenizers library is no Exception
+            errors.append(error)
+
+    thread = Thread(target=run, name="tokenizer", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if results:
+        return results[0]
+    if not errors:
+        raise DataError(f"{what}: it does not end within {limit_s:.0f} s. {way_out}")
+    reason = str(errors[0]).strip() or type(errors[0]).__name__
+    raise DataError(f"{what}: {type(errors[0]).__name__}: {reason}. {way_out}") from errors[0]
