@@ -98,9 +98,7 @@ class Chat:
     def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Tokens:
         return self._tokens(self.prompt_text(messages, tools))
 
-    def reply(
-        self, messages: Sequence[Message], reply: Reply, tools: Sequence[Mapping[str, Any]] = ()
-    ) -> Transcript:
+    def reply(self, messages: Sequence[Message], reply: Reply, tools: Sequence[Mapping[str, Any]] = ()) -> Transcript:
         """A conversation and a reply, closed once. Prompt and reply are tokenised apart, as when a reply is sampled.
 
         Args:

@@ -84,12 +84,8 @@ async def start_engines(config: Config, starter: Starter, *, version: int | None
     def arguments(slot: Slot) -> Mapping[str, Any]:
         settings = EngineSettings(
             model=Path(),
-<<<<<<< HEAD
-            dtype=config.model.compute_dtype,
-=======
             chat=chat_settings(config),
-            dtype=config.model.dtype,
->>>>>>> 176c99f (One object says how a conversation is written for a model, and every role uses it)
+            dtype=config.model.compute_dtype,
             max_length=config.model.max_length,
             seed=config.run.seed,
             threads=slot.threads,
@@ -157,13 +153,8 @@ async def start_scorers(config: Config, starter: Starter, reward_path: str | Non
         http=config.reward.http,
         model=reward_path,
         policy=config.model.path,
-<<<<<<< HEAD
-        chat_template=config.model.chat_template,
-        dtype=config.model.compute_dtype,
-=======
         chat=chat_settings(config),
-        dtype=config.model.dtype,
->>>>>>> 176c99f (One object says how a conversation is written for a model, and every role uses it)
+        dtype=config.model.compute_dtype,
         micro_batch_tokens=config.reward.micro_batch_tokens,
         max_length=config.reward_model.max_length,
         normalise=config.reward.normalise,

@@ -11,11 +11,8 @@ from rich.table import Table
 from jobs.capacity import Capacity, capacity, find_cluster
 from jobs.command import out, say
 from jobs.preflight import Preflight, preflight
-<<<<<<< HEAD
-from jobs.resolve import resolved
-=======
 from jobs.prepare import policy_chat
->>>>>>> 176c99f (One object says how a conversation is written for a model, and every role uses it)
+from jobs.resolve import resolved
 from jobs.run_folder import storage_root
 from jobs.settings import loop_settings
 from orchestrator.algorithms.schedule import learning_rate

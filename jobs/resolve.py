@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from actors.probe import machine_speed
@@ -33,9 +34,15 @@ def model_dtype(config: Config) -> Resolved:
     return Resolved(speed.dtype, speed.describe())
 
 
+def model_today(config: Config) -> Resolved:
+    """Chat templates that write a date write the same one as long as the run lives."""
+    return Resolved(datetime.now().astimezone().date().isoformat())
+
+
 # Keys must also be in orchestrator.config_changes.RESOLVED_ONCE.
 RESOLVERS: Mapping[str, Callable[[Config], Resolved]] = {
     "model.dtype": model_dtype,
+    "model.today": model_today,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def test_the_dtype_is_bf16_on_gpus(tmp_path: Path, machine: Any) -> None:
 
 
 def test_a_value_that_is_given_stays(tmp_path: Path, machine: Any) -> None:
-    given = config(tmp_path, model={"dtype": "bfloat16"})
+    given = config(tmp_path, model={"dtype": "bfloat16", "today": date(2025, 2, 1)})
     assert resolved(given) == given
 
 
@@ -65,7 +66,8 @@ def test_a_later_attempt_on_another_machine_keeps_the_value(tmp_path: Path, mach
 def test_a_run_that_keeps_an_open_value_is_resolved_and_says_so(tmp_path: Path, machine: Any) -> None:
     open_run(config(tmp_path))
     run = open_run(resolved(config(tmp_path)))
-    assert run.notes == ('config changed since the last attempt: model.dtype: "auto" -> "float32"',)
+    assert run.notes[0] == 'config changed since the last attempt: model.dtype: "auto" -> "float32"'
+    assert {note.split(": ")[1] for note in run.notes} == RESOLVED_ONCE
     assert load_config(run.path / CONFIG_FILE).model.dtype == "float32"
 
 
@@ -109,3 +111,13 @@ def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path, monkeypa
     monkeypatch.setattr(probe, "measure", lambda: {"bfloat16": 1e9, "float32": 2e9})
     (tmp_path / "file").write_text("")
     assert probe.machine_speed(tmp_path / "file" / "cache").dtype == "float32"
+
+
+def test_the_date_belongs_to_the_run(tmp_path: Path, machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = resolved(config(tmp_path)).model.today
+    assert first is not None and abs(first - date.today()) <= timedelta(days=1)
+    open_run(resolved(config(tmp_path)))
+    monkeypatch.setitem(resolve.RESOLVERS, "model.today", lambda config: resolve.Resolved("2031-01-01"))  # type: ignore[arg-type]
+    later = resolved(config(tmp_path))
+    assert later.model.today == first and open_run(later).notes == ()
+    assert resolved(config(tmp_path / "elsewhere")).model.today == date(2031, 1, 1)
