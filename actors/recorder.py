@@ -16,7 +16,7 @@ import ray
 from actors.rewards.rules import RuleReward
 from orchestrator import schema
 from orchestrator.algorithms.experience import ExperienceSettings, assemble, summarise
-from orchestrator.config import RuleConfig
+from orchestrator.config import RuleConfig, RuleLimits
 from orchestrator.errors import RewardError, StorageError
 from orchestrator.evaluation import EVALUATION
 from orchestrator.storage import reading, replacing, sha256
@@ -32,12 +32,21 @@ class RecorderWorker:
         settings: how token rewards and advantages are made.
         run_id: written into every file's metadata.
         gold: dotted name of the rule that scores held-out samples; null: the training reward does.
+        limits, gold_s: of the gold rule's process, and its time for all held-out samples.
     """
 
-    def __init__(self, settings: ExperienceSettings, run_id: str, gold: str | None = None) -> None:
+    def __init__(
+        self,
+        settings: ExperienceSettings,
+        run_id: str,
+        gold: str | None = None,
+        *,
+        limits: RuleLimits = RuleLimits(),  # noqa: B008  frozen
+        gold_s: float = 240.0,
+    ) -> None:
         self._settings = settings
         self._run_id = run_id
-        self._gold = RuleReward([RuleConfig(function=gold)]) if gold else None
+        self._gold = RuleReward([RuleConfig(function=gold)], limits, total_s=gold_s) if gold else None
 
     def record(
         self, rollout: pa.Table, scores: dict[str, list[Any]], *, kl_coefficient: float, file: str

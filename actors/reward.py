@@ -16,7 +16,7 @@ from actors.rewards.http import HttpReward
 from actors.rewards.rules import RuleReward
 from actors.templates import OWN_CHAT, ChatSettings
 from orchestrator import schema
-from orchestrator.config import HttpRewardConfig, RuleConfig
+from orchestrator.config import HttpRewardConfig, RuleConfig, RuleLimits
 from orchestrator.errors import ConfigError
 
 
@@ -24,12 +24,16 @@ from orchestrator.errors import ConfigError
 class RewardSettings:
     """Args:
     kind: key of SOURCES.
+    limits: of the rules' process.
+    total_s: time for one shard, of rules and endpoints.
     model: folder or name of the reward model; `policy` of the policy, with its `chat` (kind: model).
     max_length: longer transcripts lose their start. Null: what the model can take.
     """
 
     kind: Literal["model", "rules", "http"]
     rules: tuple[RuleConfig, ...] = ()
+    limits: RuleLimits = RuleLimits()  # noqa: RUF009  frozen
+    total_s: float = 480.0
     http: HttpRewardConfig | None = None
     model: str | None = None
     policy: str | None = None
@@ -93,13 +97,14 @@ def _model(settings: RewardSettings, threads: int) -> RewardSource:
 def _rules(settings: RewardSettings, threads: int) -> RewardSource:
     if not settings.rules:
         raise ConfigError("reward.kind='rules' needs reward.rules: list at least one {function: 'module:function'}.")
-    return RuleReward(settings.rules)
+    return RuleReward(settings.rules, settings.limits, total_s=settings.total_s)
 
 
 def _http(settings: RewardSettings, threads: int) -> RewardSource:
     if settings.http is None:
         raise ConfigError("reward.kind='http' needs reward.http.url: set the address of the endpoint.")
-    return HttpReward(settings.http.url, timeout_s=settings.http.timeout_s, retries=settings.http.retries)
+    http = settings.http
+    return HttpReward(http.url, timeout_s=http.timeout_s, retries=http.retries, total_s=settings.total_s)
 
 
 SOURCES: Mapping[str, Builder] = {"model": _model, "rules": _rules, "http": _http}

@@ -41,6 +41,7 @@ from jobs.settings import (
     samples_per_shard,
     sampling_of,
     shards_per_step,
+    within,
 )
 from orchestrator.checkpoints import Checkpoints
 from orchestrator.concurrency import together
@@ -150,6 +151,8 @@ async def start_scorers(config: Config, starter: Starter, reward_path: str | Non
     reward = RewardSettings(
         config.reward.kind,
         rules=config.reward.rules,
+        limits=config.reward.limits,
+        total_s=within(config.deadlines.score_s),
         http=config.reward.http,
         model=reward_path,
         policy=config.model.path,
@@ -173,6 +176,8 @@ async def start_recorders(config: Config, starter: Starter, run: RunFolder) -> A
         "settings": experience_settings(config),
         "run_id": run.id,
         "gold": config.evaluation.gold,
+        "limits": config.reward.limits,
+        "gold_s": within(config.deadlines.record_s),
     }
     return await starter.group("recorder", RecorderWorker, lambda slot: arguments)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
@@ -38,7 +40,6 @@ async def make_preferences(
     chosen = prompts[: config.labeller.prompts]
     if not chosen:
         raise DataError("no prompts are set aside for the reward model: raise prompts.reward_model_fraction.")
-    gold = RuleReward([RuleConfig(function=config.labeller.gold)])
     requests = sample_requests(
         chosen, samples_per_prompt=config.labeller.replies_per_prompt, seed=config.run.seed, step=LABEL_STEP
     )
@@ -49,7 +50,10 @@ async def make_preferences(
         sampling=sampling_of(config),
     )
     tables = await _sample(config, run, shards, telemetry, say)
-    scored = _scored(pa.concat_tables(tables), chosen, gold)
+    table = pa.concat_tables(tables)
+    # In a thread: the event loop writes the heartbeat meanwhile.
+    values = await asyncio.to_thread(_gold_scores, config, table)
+    scored = _scored(table, chosen, values)
     rankings, report = label(scored, noise_std=config.labeller.noise_std, seed=config.run.seed)
     write_rankings(run.preferences, rankings)
     return report
@@ -79,10 +83,16 @@ async def _sample(
         return [tables[index] for index in range(len(shards))]
 
 
-def _scored(table: pa.Table, prompts: Sequence[Prompt], gold: RuleReward) -> list[ScoredReplies]:
+def _gold_scores(config: Config, table: pa.Table) -> list[float | None]:
+    rules = [RuleConfig(function=config.labeller.gold)]
+    total_s = config.deadlines.score_s * math.ceil(table.num_rows / samples_per_shard(config))
+    with RuleReward(rules, config.reward.limits, total_s=total_s) as gold:
+        return [score.value for score in gold.scores(table)]
+
+
+def _scored(table: pa.Table, prompts: Sequence[Prompt], values: Sequence[float | None]) -> list[ScoredReplies]:
     metas = {prompt.id: prompt.meta for prompt in prompts}
     ids, replies = table["prompt_id"].to_pylist(), table["response_text"].to_pylist()
-    values = [score.value for score in gold.scores(table)]
     rows = zip(ids, replies, values, strict=True)
     scored = []
     for prompt_id, group in groupby(rows, key=lambda row: row[0]):

@@ -19,17 +19,18 @@ from actors.learning.model import resolve_model
 from actors.rewards import RewardSource
 from actors.rewards.http import HttpReward
 from actors.rewards.model import read_stats
-from actors.rewards.rules import RuleReward, load_rule
+from actors.rewards.rules import RuleReward
 from jobs.command import say
 from jobs.prepare import Prepared, find_data, prepare
 from jobs.run_folder import check_run_folder
-from orchestrator.config import Config
+from orchestrator.config import Config, RuleConfig
 from orchestrator.data.readers import read_rankings
 from orchestrator.errors import ConfigError, DataError, RewardError, RlhfError
 from orchestrator.mirror import Mirror
 
 PROBES = 8  # prompts on which rules are tried
 HTTP_PROBE_S = 10.0
+RULES_PROBE_S = 40.0
 _REPLY = "Thank you, I am glad to help with that."
 
 
@@ -78,7 +79,7 @@ def preflight(config: Config) -> Preflight:
         lambda: _enough_prompts(config, prepared),
         lambda: _preferences(config),
         lambda: _reward(config, examples),
-        lambda: _gold(config),
+        lambda: _gold(config, examples),
         lambda: _trackers(config),
         lambda: _port(config),
         lambda: check_run_folder(config),
@@ -120,16 +121,16 @@ def _reward(config: Config, examples: pa.Table | None) -> str | None:
     if config.reward.kind == "model":
         return _reward_model(config)
     if config.reward.kind == "rules":
-        rules = RuleReward(config.reward.rules)
-        return None if examples is None else _tried("rules", rules, examples)
+        return _rules_tried("rules", config.reward.rules, "reward.rules", config, examples)
     http = config.reward.http
     if http is None or examples is None:  # without a url no config is read; without prompts there is nothing to try
         return None
-    source = HttpReward(http.url, timeout_s=min(http.timeout_s, HTTP_PROBE_S), retries=min(http.retries, 1))
-    return _tried(f"endpoint {http.url}", source, examples.slice(0, 1))
+    timeout_s, retries = min(http.timeout_s, HTTP_PROBE_S), min(http.retries, 1)
+    source = HttpReward(http.url, timeout_s=timeout_s, retries=retries)
+    return _tried(f"endpoint {http.url}", source, examples.slice(0, 1), "reward.http.url")
 
 
-def _tried(name: str, source: RewardSource, examples: pa.Table) -> str:
+def _tried(name: str, source: RewardSource, examples: pa.Table, key: str) -> str:
     """Scores a made-up reply to real prompts.
 
     Raises:
@@ -142,8 +143,8 @@ def _tried(name: str, source: RewardSource, examples: pa.Table) -> str:
     failed = [score.error for score in scores if score.value is None]
     if failed and len(failed) == len(scores):
         raise ConfigError(
-            f"reward ({name}) failed on all of {len(scores)} sample prompts: {failed[0]}. Correct reward.rules or the "
-            "endpoint, or give prompts with the fields that it reads."
+            f"reward ({name}) failed on all of {len(scores)} sample prompts: {failed[0]}. Correct what {key} names, "
+            "or give prompts with the fields that it reads."
         )
     return f"reward ({name}): scores a made-up reply to {len(scores) - len(failed)} of {len(scores)} sample prompts"
 
@@ -171,11 +172,23 @@ def _tensor_names(file: Any) -> Iterator[str]:
         raise DataError(f"{file} can't be read ({error}): is it complete?") from error
 
 
-def _gold(config: Config) -> None:
-    if "preferences" in config.stages:
-        load_rule(config.labeller.gold)
-    if "ppo" in config.stages and config.evaluation.prompts and config.evaluation.gold is not None:
-        load_rule(config.evaluation.gold)
+def _gold(config: Config, examples: pa.Table | None) -> str | None:
+    wanted = {"labeller.gold": config.labeller.gold if "preferences" in config.stages else None}
+    if "ppo" in config.stages and config.evaluation.prompts:
+        wanted["evaluation.gold"] = config.evaluation.gold
+    keys = {function: key for key, function in wanted.items() if function is not None}
+    notes = [
+        _rules_tried(f"gold, {function}", [RuleConfig(function=function)], key, config, examples)
+        for function, key in keys.items()
+    ]
+    return "\n".join(note for note in notes if note) or None
+
+
+def _rules_tried(
+    name: str, rules: Sequence[RuleConfig], key: str, config: Config, examples: pa.Table | None
+) -> str | None:
+    with RuleReward(rules, config.reward.limits, total_s=RULES_PROBE_S) as source:
+        return None if examples is None else _tried(name, source, examples, key)
 
 
 def _mirror(config: Config) -> str | None:

@@ -114,6 +114,11 @@ def learner_settings(config: Config, learner: LearnerConfig) -> LearnerSettings:
     )
 
 
+def within(deadline_s: float) -> float:
+    """Seconds for work inside a call with this deadline: what fails then fails as itself, not as a silent actor."""
+    return 0.8 * deadline_s
+
+
 def engines_sleep(config: Config) -> bool:
     """Whether engines share GPUs with learners, so that they sleep while those compute."""
     return config.placement.mode == "colocated" and config.rollout.gpus_per_engine > 0

@@ -149,11 +149,24 @@ class RuleConfig(Section):
     """Factor of this rule in the sum."""
 
 
+class RuleLimits(Section):
+    """Of the process in which rules run, the labeller's and evaluation's gold rules too."""
+
+    call_s: Seconds = 30.0
+    """Time for one call of a rule. It is ended then, and its sample fails."""
+    import_s: Seconds = 60.0
+    """Time to import the rules' modules."""
+    memory_gib: Annotated[float, Field(gt=0)] | None = 4.0
+    """Memory of the process and all that it starts. Null: no limit."""
+    processes: Positive = 64
+    """Processes that it may have at one time."""
+
+
 class HttpRewardConfig(Section):
     url: str
     """Endpoint: POST {"samples": [{"prompt","response","meta"}]} answers {"rewards": [number or null]}."""
     timeout_s: Seconds = 30.0
-    """Time for one request."""
+    """Time for one request, from connecting to the last byte of the answer."""
     retries: NonNegative = 3
     """Further tries after a failure, with growing pauses."""
 
@@ -165,6 +178,7 @@ class RewardConfig(Section):
     """Reward model folder or name (kind: model). Null: the one that the reward_model stage trained."""
     rules: tuple[RuleConfig, ...] = ()
     """Rule functions (kind: rules); their weighted sum is the reward."""
+    limits: RuleLimits = RuleLimits()
     http: HttpRewardConfig | None = None
     """Endpoint (kind: http)."""
     replicas: Positive = 1

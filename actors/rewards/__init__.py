@@ -9,8 +9,6 @@ gold    the rule that stands in for a person
 from __future__ import annotations
 
 import json
-import math
-import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -48,10 +46,3 @@ def samples(table: pa.Table) -> Iterator[Sample]:
     columns = (table[name].to_pylist() for name in ("prompt_text", "response_text", "meta"))
     for prompt, response, meta in zip(*columns, strict=True):
         yield Sample(prompt, response, json.loads(meta))
-
-
-def is_number(value: object) -> bool:
-    """A finite number, of Python or numpy; true and false are none."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return False
-    return math.isfinite(value)

@@ -2,37 +2,55 @@
 
 POST {"samples": [{"prompt": text, "response": text, "meta": object}, ...]}
 ->   {"rewards": [number or null, ...]}     as many, in order; null: this sample could not be scored
+
+An answer is bounded in time and in size, also after it is unpacked.
 """
 
 from __future__ import annotations
 
-import time
+import asyncio
+import ipaddress
+import json
+import zlib
 from dataclasses import asdict
+from time import monotonic
 from typing import Any
 
 import httpx
 import pyarrow as pa
 
-from actors.rewards import Score, is_number, samples
+from actors.rewards import Score, samples
+from actors.rewards.rule_process import finite_number
 from orchestrator.errors import ConfigError, RewardError
 
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 _TOO_MANY_REQUESTS = 429
+_ANSWER_BYTES, _SAMPLE_BYTES = 1 << 20, 1 << 10
+_ANY_ZLIB = 47  # zlib's wbits: gzip or zlib, by its header
 
 
 class HttpReward:
     """Args:
-        url: http:// or https://.
-        timeout_s: time to connect, and for each pause in sending or receiving.
+        url: http:// or https://. A proxy of the environment is used, but not for this machine's own addresses.
+        timeout_s: time for one request, from connecting to the last byte of the answer.
         retries: further tries after a refused or lost connection, a time-out, a 5xx or a 429.
+        total_s: time for all tries and pauses.
         first_pause_s: pause before the second try; doubles up to half a minute.
 
     Raises:
         ConfigError: not an http address.
     """
 
-    def __init__(self, url: str, *, timeout_s: float, retries: int, first_pause_s: float = _FIRST_PAUSE_S) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float,
+        retries: int,
+        total_s: float = 480.0,
+        first_pause_s: float = _FIRST_PAUSE_S,
+    ) -> None:
         try:
             address = httpx.URL(url)
         except httpx.InvalidURL as error:
@@ -40,38 +58,80 @@ class HttpReward:
         if address.scheme not in ("http", "https") or not address.host:
             raise ConfigError(f"reward.http.url={url!r} must start with http:// or https:// and a host.")
         self._url, self._retries, self._first_pause_s = url, retries, first_pause_s
-        self._client = httpx.Client(timeout=timeout_s)
+        self._timeout_s, self._total_s = timeout_s, total_s
+        self._context = httpx.create_ssl_context()
+        self._uses_proxies = not _is_loopback(address.host)
 
     def scores(self, table: pa.Table) -> list[Score]:
         """Raises RewardError naming the address and the cause when the endpoint gives no usable answer."""
-        body = {"samples": [asdict(sample) for sample in samples(table)]}
-        rewards = self._rewards(self._post(body), table.num_rows)
-        return [_score(reward) for reward in rewards]
+        # Not by httpx: it refuses NaN and lone surrogates, which metadata may hold.
+        body = json.dumps({"samples": [asdict(sample) for sample in samples(table)]}).encode()
+        answer = asyncio.run(self._post(body, _ANSWER_BYTES + _SAMPLE_BYTES * table.num_rows))
+        return [_score(reward) for reward in self._rewards(answer, table.num_rows)]
 
-    def _post(self, body: dict[str, Any]) -> httpx.Response:
-        for attempt in range(self._retries + 1):
-            if attempt:
-                time.sleep(min(self._first_pause_s * 2 ** (attempt - 1), _LONGEST_PAUSE_S))
+    async def _post(self, body: bytes, most_bytes: int) -> bytes:
+        until = monotonic() + self._total_s
+        tries = 0
+        while True:
+            pause = min(self._first_pause_s * 2 ** (tries - 1), _LONGEST_PAUSE_S) if tries else 0.0
+            if tries > self._retries or (tries and monotonic() + pause >= until):
+                break
+            await asyncio.sleep(pause)
+            tries += 1
             try:
-                response = self._client.post(self._url, json=body)
+                async with asyncio.timeout(min(self._timeout_s, until - monotonic())):
+                    status, answer = await self._once(body, most_bytes)
+            except TimeoutError:
+                cause = f"ReadTimeout: no whole answer within {self._timeout_s:g} s"
+                continue
             except httpx.RequestError as error:
                 cause = f"{type(error).__name__}: {error}"
                 continue
-            if response.is_success:
-                return response
-            cause = f"HTTP {response.status_code} {response.reason_phrase}: {response.text[:200]!r}"
-            if not response.is_server_error and response.status_code != _TOO_MANY_REQUESTS:
+            if status.is_success:
+                return answer
+            cause = f"HTTP {status.status_code} {status.reason_phrase}: {_shown(answer)}"
+            if status.has_redirect_location:
+                cause = f"HTTP {status.status_code}, elsewhere: {status.headers['location'][:200]!r}"
+            if not status.is_server_error and status.status_code != _TOO_MANY_REQUESTS:
                 raise RewardError(f"reward endpoint {self._url} refused the request ({cause}). Check the address.")
         raise RewardError(
-            f"reward endpoint {self._url} gave no answer in {self._retries + 1} tries; the last one: {cause}. Check "
+            f"reward endpoint {self._url} gave no answer in {tries} tries; the last one: {cause}. Check "
             "that it runs and can be reached from the reward workers, or raise reward.http.retries or timeout_s."
         )
 
-    def _rewards(self, response: httpx.Response, count: int) -> list[Any]:
+    async def _once(self, body: bytes, most_bytes: int) -> tuple[httpx.Response, bytes]:
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        async with (
+            httpx.AsyncClient(timeout=self._timeout_s, verify=self._context, trust_env=self._uses_proxies) as client,
+            client.stream("POST", self._url, content=body, headers=headers) as response,
+        ):
+            encoding = response.headers.get("content-encoding", "identity").strip().lower()
+            if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
+                raise RewardError(
+                    f"reward endpoint {self._url} packs its answer as {encoding[:40]!r} though it was asked for a "
+                    "plain one. Let it answer plainly, or with gzip."
+                )
+            unpacker = None if encoding == "identity" else zlib.decompressobj(_ANY_ZLIB)
+            answer = b""
+            async for chunk in response.aiter_raw():
+                try:
+                    answer += chunk if unpacker is None else unpacker.decompress(chunk, most_bytes + 1 - len(answer))
+                except zlib.error as error:
+                    raise httpx.DecodingError(str(error)) from None
+                if len(answer) > most_bytes:
+                    raise RewardError(
+                        f"reward endpoint {self._url} answered more than {most_bytes} bytes, HTTP "
+                        f"{response.status_code}: {_shown(answer)}. One number per sample is wanted."
+                    )
+            return response, answer
+
+    def _rewards(self, text: bytes, count: int) -> list[Any]:
         try:
-            answer = response.json()
-        except ValueError:
-            raise RewardError(f"reward endpoint {self._url} answered no JSON: {response.text[:200]!r}.") from None
+            # parse_int: Python refuses integers of more than 4300 digits, and with them the whole answer.
+            answer = json.loads(text, parse_int=float, object_pairs_hook=_unambiguous)
+        except (ValueError, RecursionError) as error:
+            fault = f" ({error})" if isinstance(error, _TwiceError) else ""
+            raise RewardError(f"reward endpoint {self._url} answered no JSON{fault}: {_shown(text)}.") from None
         rewards = answer.get("rewards") if isinstance(answer, dict) else None
         if not isinstance(rewards, list) or len(rewards) != count:
             found = f"{len(rewards)} rewards" if isinstance(rewards, list) else repr(answer)[:200]
@@ -82,9 +142,36 @@ class HttpReward:
         return rewards
 
 
+class _TwiceError(ValueError):
+    pass
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _TwiceError("an object with one key twice")
+    return found
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None) or address
+    return bool(mapped.is_loopback or mapped.is_unspecified)
+
+
+def _shown(text: bytes) -> str:
+    return repr(text[:200].decode("utf-8", errors="replace"))
+
+
 def _score(reward: Any) -> Score:
     if reward is None:
         return Score(None, error="the reward endpoint answered null")
-    if not is_number(reward):
+    number = finite_number(reward)
+    if number is None:
         return Score(None, error=f"the reward endpoint answered {str(reward)[:80]!r}, not a finite number")
-    return Score(float(reward), {"http": float(reward)})
+    return Score(number, {"http": number})

@@ -1,23 +1,21 @@
 """Rule rewards: functions of (prompt, response, meta) that give a number, or named parts that are added up.
 
-A rule that raises, or gives something else than finite numbers, fails that one sample and no other.
+A rule that raises, exits, hangs, or gives something else than finite numbers, fails that one sample and no other.
 """
 
 from __future__ import annotations
 
-import importlib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from time import monotonic
 from typing import Any
 
 import pyarrow as pa
 
-from actors.rewards import Sample, Score, is_number, samples
-from orchestrator.config import RuleConfig
-from orchestrator.errors import ConfigError
-
-Rule = Callable[[str, str, Mapping[str, Any]], float | Mapping[str, float]]
+from actors.rewards import Score
+from actors.rewards.contained import ProcessEndedError, RuleProcess
+from orchestrator.config import RuleConfig, RuleLimits
+from orchestrator.errors import ConfigError, RewardError
 
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 _MARK = "####"
@@ -50,76 +48,73 @@ def _final_number(text: str) -> float | None:
     return float(number.replace(",", "").replace("$", ""))
 
 
-def load_rule(name: str) -> Rule:
-    """The function at `package.module:function`.
-
-    Raises:
-        ConfigError: no such module, no such attribute, or it can't be called.
-    """
-    module_name, separator, attribute = name.partition(":")
-    if not separator or not attribute or not module_name:
-        raise ConfigError(f"rule {name!r} is not of the form package.module:function.")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a rule's module is the user's code and may raise anything
-        raise ConfigError(
-            f"rule {name!r}: module {module_name!r} can't be imported ({type(error).__name__}: {error}). Check "
-            "its name, and that it is installed (or in the working directory) on every node."
-        ) from error
-    rule = getattr(module, attribute, None)
-    if rule is None:
-        known = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        raise ConfigError(f"rule {name!r}: {module_name!r} has no {attribute!r}; it has: {known or 'no functions'}.")
-    if not callable(rule):
-        raise ConfigError(f"rule {name!r} is a {type(rule).__name__}; name a function of (prompt, response, meta).")
-    return rule
-
-
-@dataclass(frozen=True)
-class _WeightedRule:
-    name: str
-    rule: Rule
-    weight: float
-
-
 class RuleReward:
-    """The weighted sum of rules.
+    """The weighted sum of rules, which run in a process of their own (contained.py).
+
+    Args:
+        total_s: time for one table. What is not scored by then is a failure.
 
     Raises:
-        ConfigError: a rule can't be found, or one is named twice.
+        ConfigError: a rule can't be found or imported, or one is named twice.
     """
 
-    def __init__(self, rules: Sequence[RuleConfig]) -> None:
+    def __init__(self, rules: Sequence[RuleConfig], limits: RuleLimits, *, total_s: float) -> None:
         functions = [rule.function for rule in rules]
         twice = sorted({function for function in functions if functions.count(function) > 1})
         if twice:
             raise ConfigError(f"reward.rules names {twice[0]!r} twice; name it once, with the sum of the weights.")
+        for function in functions:
+            module, _, attribute = function.partition(":")
+            if not module or not attribute:
+                raise ConfigError(f"rule {function!r} is not of the form package.module:function.")
         short = [function.rpartition(":")[2] for function in functions]
         names = [name if short.count(name) == 1 else function for name, function in zip(short, functions, strict=True)]
-        self._rules = [
-            _WeightedRule(name, load_rule(rule.function), rule.weight) for name, rule in zip(names, rules, strict=True)
-        ]
+        self._rules = [(name, rule.function, rule.weight) for name, rule in zip(names, rules, strict=True)]
+        self._limits, self._total_s = limits, total_s
+        self._process = RuleProcess(self._rules, limits)
 
     def scores(self, table: pa.Table) -> list[Score]:
-        return [self.score(sample) for sample in samples(table)]
+        """A rule that ends, hangs or bursts its process fails the sample it was given; the others are scored.
 
-    def score(self, sample: Sample) -> Score:
-        total, parts = 0.0, dict[str, float]()
-        for weighted in self._rules:
+        Raises:
+            RewardError: the rules can't be imported any more.
+        """
+        columns = (table[name].to_pylist() for name in ("prompt_text", "response_text", "meta"))
+        rows = list(zip(*columns, strict=True))
+        until = monotonic() + self._total_s
+        scores: list[Score] = []
+        while len(scores) < len(rows) and monotonic() < until:
             try:
-                result = weighted.rule(sample.prompt, sample.response, sample.meta)
-            except Exception as error:  # noqa: BLE001  a rule is the user's code and may raise anything
-                return Score(None, error=f"rule {weighted.name}: {type(error).__name__}: {error}")
-            named = _named_parts(weighted.name, result)
-            bad = [name for name, value in named.items() if not is_number(value)]
-            if bad or not named:
-                return Score(None, error=f"rule {weighted.name} gave {result!r}, not a finite number or named ones")
-            parts |= {name: float(value) for name, value in named.items()}
-            total += weighted.weight * float(sum(named.values()))
-        return Score(total, parts)
+                for answer in self._running().ask(rows[len(scores) :], until):
+                    scores.append(_score(answer))  # noqa: PERF401  those before an end are kept
+            except ProcessEndedError as error:
+                if error.is_certain:  # else it is asked again, as the first one of a new process
+                    scores.append(Score(None, error=str(error)))
+        late = Score(None, error=f"not scored: the rules took more than {self._total_s:.0f} s for one shard")
+        return scores + [late] * (len(rows) - len(scores))
+
+    def close(self) -> None:
+        """Ends the process of the rules."""
+        self._process.close()
+
+    def __enter__(self) -> RuleReward:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _running(self) -> RuleProcess:
+        if not self._process.is_alive():
+            self._process.close()
+            try:
+                self._process = RuleProcess(self._rules, self._limits)
+            except ConfigError as error:
+                raise RewardError(f"the process of the rules can't be started again: {error}") from None
+        return self._process
 
 
-def _named_parts(rule: str, result: Any) -> dict[str, Any]:
-    if isinstance(result, Mapping):
-        return {f"{rule}.{part}": value for part, value in result.items()}
-    return {rule: result}
+def _score(answer: Any) -> Score:
+    if isinstance(answer, str):
+        return Score(None, error=answer)
+    value, parts = answer
+    return Score(value, parts)

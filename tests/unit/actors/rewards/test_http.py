@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from actors.rewards.http import HttpReward
@@ -139,3 +144,187 @@ def test_answers_of_another_shape_are_reward_errors(serve: Any, answer: Any, fau
 def test_an_address_that_is_none_is_a_config_error(url: str) -> None:
     with pytest.raises(ConfigError, match=r"reward\.http\.url"):
         client(url)
+
+
+class Raw:
+    """Takes one request per connection and sends these bytes, a pause before each, then closes or waits."""
+
+    def __init__(self, chunks: Iterator[bytes], *, pause_s: float = 0.0, reads: bool = True) -> None:
+        self._chunks, self._pause_s, self._reads = chunks, pause_s, reads
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.num_requests = 0
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/score"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            connection, _ = self._listener.accept()
+            self.num_requests += 1
+            with connection:
+                if not self._reads:  # the kernel answers what was not read with a reset
+                    continue
+                connection.recv(1 << 20)
+                try:
+                    for chunk in self._chunks:
+                        time.sleep(self._pause_s)
+                        connection.sendall(chunk)
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(1 << 20):  # closed with unread bytes, the answer would be lost
+                        pass
+                except OSError:
+                    continue
+
+
+def answered(body: bytes, *headers: str) -> Iterator[bytes]:
+    head = ["HTTP/1.1 200 OK", f"Content-Length: {len(body)}", *headers]
+    return iter(["\r\n".join(head).encode() + b"\r\n\r\n" + body])
+
+
+def for_ever(head: bytes, item: bytes) -> Iterator[bytes]:
+    yield head
+    while True:
+        yield item
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "item"),
+    [
+        (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+        (CHUNKED, b"1\r\n \r\n"),
+        (b"", b"H"),
+        (b"", b"HTTP/1.1 102 Processing\r\n\r\n"),
+    ],
+    ids=["headers", "body", "status line", "interim answers"],
+)
+def test_an_answer_that_drips_ends_with_its_time(head: bytes, item: bytes) -> None:
+    endpoint = Raw(for_ever(head, item), pause_s=0.2)
+    started = time.monotonic()
+    with pytest.raises(RewardError, match="in 1 tries; the last one: (ReadTimeout: no whole answer within 1 s|Remote)"):
+        client(endpoint.url, retries=0, timeout_s=1.0).scores(rollout_table(["a"]))
+    assert time.monotonic() - started < 4
+
+
+def test_all_tries_together_have_a_time() -> None:
+    endpoint = Raw(for_ever(b"", b"H"), pause_s=0.2)
+    source = HttpReward(endpoint.url, timeout_s=1.0, retries=1000, total_s=2.5, first_pause_s=0.01)
+    started = time.monotonic()
+    with pytest.raises(RewardError, match="gave no answer in [23] tries"):
+        source.scores(rollout_table(["a"]))
+    assert time.monotonic() - started < 6
+
+
+def test_an_answer_that_unpacks_to_gigabytes_is_cut_off() -> None:
+    packed = gzip.compress(bytes(1 << 28), 9)
+    bomb = gzip.compress(b'{"rewards": [1], "more": "' + b"A" * (1 << 28) + b'"}', 9)
+    before = psutil.Process().memory_info().rss
+    for body in (packed, bomb):
+        with pytest.raises(RewardError, match="answered more than 1049600 bytes, HTTP 200"):
+            client(Raw(answered(body, "Content-Encoding: gzip")).url).scores(rollout_table(["a"]))
+    with pytest.raises(RewardError, match="answered more than"):
+        client(Raw(for_ever(CHUNKED, b"10000\r\n" + b" " * 65536 + b"\r\n")).url).scores(rollout_table(["a"]))
+    assert psutil.Process().memory_info().rss - before < 64 << 20
+
+
+@pytest.mark.parametrize(
+    "header", ["Content-Encoding: gzip", "content-encoding: deflate", "Content-Encoding: identity"]
+)
+def test_an_answer_may_be_packed_and_of_any_type(header: str) -> None:
+    body = b'{"rewards": [1.5]}'
+    packed = body if "identity" in header else gzip.compress(body)
+    endpoint = Raw(answered(packed, header, "Content-Type: text/html; charset=latin-1"))
+    assert client(endpoint.url).scores(rollout_table(["a"]))[0].value == 1.5
+
+
+def test_a_packing_that_was_not_asked_for_is_named() -> None:
+    with pytest.raises(RewardError, match="packs its answer as 'zstd'"):
+        client(Raw(answered(b"x", "Content-Encoding: zstd")).url).scores(rollout_table(["a"]))
+    with pytest.raises(RewardError, match="DecodingError"):
+        client(Raw(answered(b"x" * 50, "Content-Encoding: gzip")).url, retries=0).scores(rollout_table(["a"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1" + "0" * 400, None),
+        ("1" + "0" * 5000, None),
+        ("-1" + "0" * 400, None),
+        ("1e400", None),
+        ("1e308", 1e308),
+        ("-0", 0.0),
+        ('"1"', None),
+        ("[1]", None),
+        ('{"a": 1}', None),
+        ("false", None),
+        ("-Infinity", None),
+    ],
+)
+def test_a_number_that_is_none_fails_its_sample_only(text: str, value: float | None) -> None:
+    endpoint = Raw(answered(f'{{"rewards": [1, {text}, 2]}}'.encode()))
+    scores = client(endpoint.url).scores(rollout_table(["a", "b", "c"]))
+    assert [score.value for score in scores] == [1.0, value, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        (b'{"rewards": [1], "rewards": [2]}', "answered no JSON .an object with one key twice"),
+        (b"[" * 500_000, "answered no JSON"),
+        (b'{"rewards": [' + b"[" * 500_000, "answered no JSON"),
+        (b"\xff\xfe\x00", "answered no JSON"),
+        (b"", "answered no JSON: ''"),
+    ],
+)
+def test_json_that_can_not_be_read_is_a_reward_error(body: bytes, fault: str) -> None:
+    with pytest.raises(RewardError, match=fault):
+        client(Raw(answered(body)).url).scores(rollout_table(["a"]))
+
+
+def test_a_redirect_names_where_it_leads() -> None:
+    endpoint = Raw(iter([b"HTTP/1.1 307 Temporary Redirect\r\nLocation: http://b/\r\nContent-Length: 0\r\n\r\n"]))
+    with pytest.raises(RewardError, match="refused the request .HTTP 307, elsewhere: 'http://b/'"):
+        client(endpoint.url).scores(rollout_table(["a"]))
+
+
+def test_a_connection_that_is_reset_is_tried_again() -> None:
+    endpoint = Raw(iter([]), reads=False)
+    with pytest.raises(RewardError, match="in 3 tries; the last one: (ReadError|WriteError|RemoteProtocolError)"):
+        client(endpoint.url).scores(rollout_table(["a" * 100_000]))
+    assert endpoint.num_requests == 3
+
+
+def test_a_proxy_is_not_asked_for_this_machine(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy, endpoint = serve((200, {"rewards": [9]})), serve((200, {"rewards": [1]}))
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.server_port}")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for host in ("127.0.0.1", "localhost", "[::ffff:127.0.0.1]"):
+        url = f"http://{host}:{endpoint.server_port}/score"
+        assert client(url).scores(rollout_table(["a"]))[0].value == 1.0
+    assert client("http://reward.invalid/score").scores(rollout_table(["a"]))[0].value == 9.0
+
+
+def test_an_unknown_certificate_is_named(tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    subprocess.run([*command, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server = Endpoint([(200, {"rewards": [1]})])
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(RewardError, match="CERTIFICATE_VERIFY_FAILED"):
+        client(server.url.replace("http:", "https:"), retries=0).scores(rollout_table(["a"]))
+    with pytest.raises(RewardError, match=r"SSL|Remote|Read"):
+        client(server.url, retries=0).scores(rollout_table(["a"]))
+    server.shutdown()
+    server.server_close()
+
+
+def test_metadata_that_is_no_strict_json_goes_out(serve: Any) -> None:
+    endpoint = serve((200, {"rewards": [1, 2]}))
+    metas = [{"k": float("nan")}, {"k": "\ud800"}]
+    assert [score.value for score in client(endpoint.url).scores(rollout_table(["a", "b"], metas=metas))] == [1.0, 2.0]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from actors.rewards import Sample
-from actors.rewards.rules import RuleReward, exact_answer, length_target, load_rule
-from orchestrator.config import RuleConfig
+from actors.rewards.rules import RuleReward, exact_answer, length_target
+from orchestrator.config import RuleConfig, RuleLimits
 from orchestrator.errors import ConfigError
 from tests.unit.actors.rewards.rollouts import rollout_table
 
@@ -33,7 +32,12 @@ def picky(prompt: str, response: str, meta: Mapping[str, Any]) -> Any:
 
 
 def reward(*rules: tuple[str, float]) -> RuleReward:
-    return RuleReward([RuleConfig(function=f"{HERE}:{name}", weight=weight) for name, weight in rules])
+    return named(*((f"{HERE}:{name}", weight) for name, weight in rules))
+
+
+def named(*rules: tuple[str, float]) -> RuleReward:
+    configs = [RuleConfig(function=function, weight=weight) for function, weight in rules]
+    return RuleReward(configs, RuleLimits(), total_s=60.0)
 
 
 @pytest.mark.parametrize(
@@ -58,23 +62,24 @@ def test_length_target() -> None:
 
 
 def test_the_reward_is_the_weighted_sum_and_parts_are_raw() -> None:
-    score = reward(("words", 0.5), ("parts", 2.0)).score(Sample("q", "one two", {}))
+    with reward(("words", 0.5), ("parts", 2.0)) as source:
+        (score,) = source.scores(rollout_table(["one two"]))
     assert score.value == 0.5 * 2 + 2.0 * 3
     assert score.parts == {"words": 2.0, "parts.polite": 1.0, "parts.brief": 2.0}
 
 
 def test_a_failing_sample_is_a_failure_not_zero_and_fails_alone() -> None:
     responses = ["1.5", "not json", "NaN", "true", '"text"', "{}", '{"a": null}', "null", "2"]
-    scores = reward(("picky", 1.0)).scores(rollout_table(responses))
+    with reward(("picky", 1.0)) as source:
+        scores = source.scores(rollout_table(responses))
     assert [score.value for score in scores] == [1.5, *[None] * 7, 2.0]
     assert scores[1].error is not None and "rule picky: JSONDecodeError" in scores[1].error
     assert all(score.error and "not a finite number" in score.error for score in scores[2:8])
 
 
 def test_rules_see_prompt_response_and_meta() -> None:
-    (score,) = RuleReward([RuleConfig(function="actors.rewards.rules:exact_answer")]).scores(
-        rollout_table(["#### 7"], metas=[{"answer": "#### 7"}])
-    )
+    with named(("actors.rewards.rules:exact_answer", 1.0)) as source:
+        (score,) = source.scores(rollout_table(["#### 7"], metas=[{"answer": "#### 7"}]))
     assert score.value == 1.0
 
 
@@ -90,7 +95,7 @@ def test_rules_see_prompt_response_and_meta() -> None:
 )
 def test_names_that_lead_nowhere_are_config_errors(name: str, fault: str) -> None:
     with pytest.raises(ConfigError, match=fault):
-        load_rule(name)
+        named((name, 1.0))
 
 
 def test_a_rule_named_twice_is_a_config_error() -> None:
@@ -98,10 +103,11 @@ def test_a_rule_named_twice_is_a_config_error() -> None:
         reward(("words", 1.0), ("words", 2.0))
 
 
-def test_rules_of_one_name_from_two_modules_keep_their_parts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = type(sys)("other_rules")
-    other.words = parts  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "other_rules", other)
-    rules = [RuleConfig(function=f"{HERE}:words"), RuleConfig(function="other_rules:words")]
-    score = RuleReward(rules).score(Sample("q", "one", {}))
+def test_rules_of_one_name_from_two_modules_keep_their_parts_apart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "other_rules.py").write_text("def words(*_): return {'polite': 1.0, 'brief': 2.0}")
+    monkeypatch.syspath_prepend(tmp_path)
+    with named((f"{HERE}:words", 1.0), ("other_rules:words", 1.0)) as source:
+        (score,) = source.scores(rollout_table(["one"]))
     assert set(score.parts) == {f"{HERE}:words", "other_rules:words.polite", "other_rules:words.brief"}

@@ -1,0 +1,172 @@
+"""Rules in a process of their own: a rule that exits, hangs, crashes or takes too much fails its own sample only."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import select
+import socket
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from time import monotonic
+from typing import IO, Any
+
+from actors.rewards import rule_process
+from orchestrator.config import RuleLimits
+from orchestrator.errors import ConfigError
+
+Row = tuple[str, str, str]
+"""Prompt, response, and meta as JSON."""
+NamedRule = tuple[str, str, float]
+"""Name in messages and parts, `module:function`, weight."""
+
+_CHUNK = 1 << 16
+_LONGEST_ANSWER = 1 << 20
+_STOP_S = 15.0
+_NOTICE_S = 1.0
+_GREETING = 1  # answers before the first sample's
+
+
+class ProcessEndedError(Exception):
+    """The process is gone; the text says which rule was under way and why.
+
+    Args:
+        is_certain: the sample under way is the reason. Otherwise an earlier one may have left what ended the process.
+    """
+
+    def __init__(self, text: str, *, is_certain: bool) -> None:
+        super().__init__(text)
+        self.is_certain = is_certain
+
+
+class RuleProcess:
+    """Args:
+        rules: imported by the process.
+        limits: a call that takes longer ends the process, and so does more memory or more processes.
+
+    Raises:
+        ConfigError: a rule can't be imported within limits.import_s, or is no function.
+    """
+
+    def __init__(self, rules: Sequence[NamedRule], limits: RuleLimits) -> None:
+        self._rules, self._limits = rules, limits
+        requests, self._requests = socket.socketpair()
+        self._answers, answers = socket.socketpair()
+        with requests, answers:
+            memory = int((limits.memory_gib or 0) * (1 << 30))
+            numbers = (requests.fileno(), answers.fileno(), memory, limits.processes)
+            keeper = subprocess.Popen(
+                # -P: the program's own folder holds modules named as those of the standard library.
+                [sys.executable, "-P", str(Path(rule_process.__file__)), *map(str, numbers)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=numbers[:2],
+                start_new_session=True,
+            )
+        self._received = b""
+        self._num_answers = 0
+        assert keeper.stdin is not None
+        assert keeper.stdout is not None
+        self._control, self._report = keeper.stdin, keeper.stdout
+        self._end = weakref.finalize(self, _end, keeper, self._requests, self._answers)
+        self._greet()
+
+    def ask(self, rows: Sequence[Row], until: float) -> Iterator[Any]:
+        """Answers of rule_process, one per row, in order, as they come.
+
+        Args:
+            until: of the monotonic clock; the process is ended then.
+
+        Raises:
+            ProcessEndedError: before all were answered.
+        """
+        answered = 0
+        try:
+            self._send(rows)
+            for _ in rows:
+                yield self._answer(*self._call_limit(until))
+                answered += 1
+        finally:
+            if answered < len(rows):
+                self.close()
+
+    def is_alive(self) -> bool:
+        """Whether it can be asked: a rule may end its process after its answer, in a thread of its own."""
+        return self._end.alive and not select.select([self._report], [], [], 0)[0]
+
+    def close(self) -> None:
+        """Ends the process and everything that it started."""
+        self._end()
+
+    def _call_limit(self, until: float) -> tuple[float, str]:
+        by = monotonic() + self._limits.call_s
+        return (by, f"reward.limits.call_s={self._limits.call_s:g} s") if by < until else (until, "what was left of it")
+
+    def _greet(self) -> None:
+        limit = self._limits.import_s
+        try:
+            self._send({"path": sys.path, "rules": list(self._rules)})
+            problem = self._answer(monotonic() + limit, f"reward.limits.import_s={limit:g} s")["problem"]
+        except ProcessEndedError as error:
+            raise ConfigError(f"{error} while it was imported. Correct its module.") from None
+        if problem:
+            self.close()
+            raise ConfigError(f"rule {problem}")
+
+    def _send(self, message: Any) -> None:
+        data = pickle.dumps(message)
+        self._requests.settimeout(self._limits.import_s)
+        with contextlib.suppress(OSError):  # its end is found out by the answers
+            self._requests.sendall(rule_process.LENGTH.pack(len(data)) + data)
+
+    def _answer(self, until: float, limit: str) -> Any:
+        while b"\n" not in self._received:
+            waited = max(0.0, until - monotonic())
+            sources: list[socket.socket | IO[bytes]] = [self._answers, self._report]
+            ready = select.select(sources, [], [], waited)[0]
+            more = self._answers.recv(_CHUNK) if self._answers in ready else b""
+            self._received += more
+            if not more:
+                raise self._ended(f"gave no answer within {limit}" if not ready else None)
+            if len(self._received) > _LONGEST_ANSWER:
+                raise self._ended("wrote into the answers of its process")
+        line, _, self._received = self._received.partition(b"\n")
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            raise self._ended("wrote into the answers of its process") from None
+        self._num_answers += 1
+        return answer
+
+    def _ended(self, reason: str | None) -> ProcessEndedError:
+        """Ends the process; says which rule was under way and, where no reason is known, the keeper's."""
+        if reason is None:  # the keeper finds out by itself
+            select.select([self._report], [], [], _NOTICE_S)
+        self._control.close()
+        said = self._report.read() if select.select([self._report], [], [], _STOP_S)[0] else b""
+        self.close()
+        last: dict[str, Any] = {"reason": "ended its process and its keeper", "rule": -1}
+        if said:
+            last = json.loads(said)
+        names = [name for name, _, _ in self._rules]
+        name = names[last["rule"]] if last["rule"] >= 0 else ", ".join(names)
+        is_first = self._num_answers == _GREETING
+        return ProcessEndedError(f"rule {name} {reason or last['reason']}", is_certain=bool(reason) or is_first)
+
+
+def _end(keeper: subprocess.Popen[bytes], *sockets: socket.socket) -> None:
+    """The keeper ends all other processes when its standard input is closed; killed, it would leave some."""
+    for stream in (keeper.stdin, *sockets):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        keeper.wait(_STOP_S)
+    keeper.kill()
+    keeper.wait()
+    if keeper.stdout is not None:
+        keeper.stdout.close()

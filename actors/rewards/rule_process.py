@@ -1,0 +1,302 @@
+"""The process in which rules run. Run by path, needs only the standard library: it starts in milliseconds.
+
+Two processes from one interpreter. The keeper watches: it ends the other one, and everything that was started from it,
+when the caller closes the keeper's standard input, when the caller is gone, or when a limit is exceeded; then it says
+why on its standard output. The other one imports the rules and calls them. What a rule prints goes to standard error.
+
+Arguments: file descriptors of requests and answers, limit of memory in bytes (0: none), limit of processes.
+Requests are pickles behind an 8-byte length, answers are lines of JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import math
+import mmap
+import numbers
+import os
+import pickle
+import reprlib
+import resource
+import select
+import signal
+import struct
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+LENGTH = struct.Struct("<Q")
+_POSITION = struct.Struct("<qq")  # sample and rule under way, in memory that both processes share
+_TICK_MS = 100
+_END_S = 10.0
+_LONGEST_TEXT = 300
+_MOST_PARTS = 100
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+Rule = Callable[[str, str, Mapping[str, Any]], Any]
+
+
+def finite_number(value: object) -> float | None:
+    """`value` as a float. None: it is no number (true and false are none), or not finite as a 64-bit float."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, Decimal)):
+        return None
+    try:
+        number = float(value)
+    except (ArithmeticError, ValueError, TypeError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def main() -> None:
+    requests, answers, memory_bytes, processes = map(int, sys.argv[1:])
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    position = mmap.mmap(-1, _POSITION.size)
+    child = os.fork()
+    if child == 0:
+        try:
+            _become_worker(memory_bytes)
+            _serve(requests, answers, position)
+        except BaseException:  # noqa: BLE001  nothing may come back from here: there are two of this program
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    os.close(requests)
+    os.close(answers)
+    reason = _watch(child, memory_bytes, processes)
+    _end_all()
+    sample, rule = _POSITION.unpack(position)
+    os.write(1, json.dumps({"reason": reason, "sample": sample, "rule": rule}).encode())
+
+
+# The keeper.
+
+
+def _watch(child: int, memory_bytes: int, processes: int) -> str:
+    """Waits for a reason to end everything, and returns it."""
+    poller = select.poll()
+    poller.register(0, select.POLLIN)
+    if hasattr(os, "pidfd_open"):
+        poller.register(os.pidfd_open(child), select.POLLIN)
+    while True:
+        events = poller.poll(_TICK_MS)
+        status = _reap(child)
+        if status is not None:
+            code = os.waitstatus_to_exitcode(status)
+            return f"ended its process with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+        if any(descriptor == 0 for descriptor, _ in events):
+            return "closed the connection of its process"
+        family = _family()
+        if len(family) > processes:
+            return f"had {len(family)} processes, more than reward.limits.processes={processes}"
+        held = _held_bytes(family, memory_bytes)
+        if memory_bytes and held > memory_bytes:
+            return f"held {held / (1 << 30):.1f} GiB, more than reward.limits.memory_gib={memory_bytes / (1 << 30):g}"
+
+
+def _reap(child: int) -> int | None:
+    """Takes note of processes that ended; the wait status of `child` when it is among them."""
+    found = None
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return found
+            found = status if pid == child else found
+    return found
+
+
+def _end_all() -> None:
+    """Kills all that was started from here. Orphans come to this process, so that none is missed."""
+    until = time.monotonic() + _END_S
+    while (family := _family()) and time.monotonic() < until:
+        for pid in family:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+        _reap(0)
+
+
+def _family() -> list[int]:
+    """Processes that descend from this one."""
+    if sys.platform != "linux":
+        return _family_by_ps()
+    found = list(_children(os.getpid()))
+    for pid in found:  # grows while it is walked through
+        found.extend(_children(pid))
+    return found
+
+
+def _children(pid: int) -> Iterator[int]:
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                yield from map(int, Path(f"/proc/{pid}/task/{task}/children").read_bytes().split())
+
+
+def _family_by_ps() -> list[int]:
+    listed = subprocess.run(["ps", "-axo", "pid=,ppid="], capture_output=True, check=False, timeout=_END_S)
+    pairs = [line.split() for line in listed.stdout.splitlines()]
+    found = [os.getpid()]
+    for parent in found:
+        found.extend(int(pid) for pid, of in pairs if int(of) == parent)
+    return found[1:]
+
+
+def _held_bytes(family: Sequence[int], limit: int) -> int:
+    """Memory of these processes in RAM. Pages that forked processes share count once."""
+    held = sum(_resident_bytes(pid) for pid in family)
+    return held if held <= limit or len(family) < 2 else sum(_proportional_bytes(pid) for pid in family)
+
+
+def _resident_bytes(pid: int) -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * mmap.PAGESIZE
+    return 0
+
+
+def _proportional_bytes(pid: int) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_bytes().splitlines():
+            if line.startswith(b"Pss:"):
+                return int(line.split()[1]) << 10
+    return 0
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+# The process that calls rules.
+
+
+def _become_worker(memory_bytes: int) -> None:
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.setsid()
+    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if memory_bytes:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+
+
+def _serve(requests: int, answers: int, position: mmap.mmap) -> None:
+    """Answers requests until there are none: first the rules' names, then batches of samples."""
+    own = os.getpid()
+
+    def answer(line: Any) -> None:
+        if os.getpid() != own:
+            os._exit(0)  # a rule forked, and the copy came back from it
+        data = json.dumps(line).encode() + b"\n"
+        while data:
+            data = data[os.write(answers, data) :]
+
+    stream = os.fdopen(requests, "rb")
+    hello = _read(stream)
+    sys.path[:], sys.argv = hello["path"], [""]
+    _POSITION.pack_into(position, 0, -1, -1)
+    rules: list[tuple[str, Rule, float]] = []
+    for index, (name, function, weight) in enumerate(hello["rules"]):
+        _POSITION.pack_into(position, 0, -1, index)
+        rule = _loaded(function)
+        if isinstance(rule, str):
+            answer({"problem": f"{function!r}: {rule}"})
+            return
+        rules.append((name, rule, weight))
+    answer({"problem": None})
+    while True:
+        for index, sample in enumerate(_read(stream)):
+            answer(_scored(rules, sample, partial(_POSITION.pack_into, position, 0, index)))
+
+
+def _read(stream: Any) -> Any:
+    """The next request. At the end of them the process ends: its caller is gone."""
+    head = stream.read(LENGTH.size)
+    if len(head) < LENGTH.size:
+        os._exit(0)
+    return pickle.loads(stream.read(*LENGTH.unpack(head)))  # from the caller, who wrote it
+
+
+def _loaded(name: str) -> Rule | str:
+    """The function at `package.module:function`, or what is wrong with it."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+        rule = getattr(module, attribute, None)
+    except BaseException as error:  # noqa: BLE001  a rule's module is the user's code and may raise anything
+        return (
+            f"module {module_name!r} can't be imported ({_described(error)}). Check its name, and that it is installed "
+            "(or in the working directory) on every node."
+        )
+    if rule is None:
+        known = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+        return f"{module_name!r} has no {attribute!r}; it has: {known[:_LONGEST_TEXT] or 'no functions'}."
+    if not callable(rule):
+        return f"it is a {type(rule).__name__}; name a function of (prompt, response, meta)."
+    known_rule: Rule = rule
+    return known_rule
+
+
+def _scored(rules: Sequence[tuple[str, Rule, float]], sample: Sequence[str], at: Callable[[int], None]) -> Any:
+    """[weighted sum, raw parts], or text that says which rule failed and why."""
+    prompt, response, meta_text = sample
+    meta = json.loads(meta_text)
+    total, parts = 0.0, dict[str, float]()
+    for index, (name, rule, weight) in enumerate(rules):
+        at(index)
+        try:
+            named, problem = _named_numbers(name, rule(prompt, response, meta))
+        except BaseException as error:  # noqa: BLE001  a rule is the user's code and may raise anything, SystemExit too
+            named, problem = {}, _described(error)
+        if problem:
+            return f"rule {name}: {problem}"
+        parts |= named
+        total += weight * sum(named.values())
+    if not math.isfinite(total):
+        return f"the weighted sum of {_shown(parts)} is not a finite number"
+    return [total, parts]
+
+
+def _named_numbers(name: str, result: Any) -> tuple[dict[str, float], str]:
+    """What a rule gave, by part, or what is wrong with it."""
+    named = {name: result}
+    if isinstance(result, Mapping):
+        if len(result) > _MOST_PARTS:
+            return {}, f"gave {len(result)} parts; {_MOST_PARTS} can be kept"
+        named = {f"{name}.{part}": value for part, value in result.items()}
+        if len(named) != len(result) or any(len(part) > _LONGEST_TEXT for part in named):
+            return {}, f"gave parts whose names are equal or longer than {_LONGEST_TEXT}: {_shown(result)}"
+    converted = {part: finite_number(value) for part, value in named.items()}
+    if not named or None in converted.values():
+        return {}, f"gave {_shown(result)}, not a finite number or named ones"
+    return {part: value for part, value in converted.items() if value is not None}, ""
+
+
+def _described(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return f"MemoryError: no more memory within reward.limits.memory_gib {_text(str, error)}".rstrip()
+    return f"{type(error).__name__}: {_text(str, error)}"
+
+
+def _shown(value: object) -> str:
+    return _text(reprlib.repr, value)
+
+
+def _text(show: Callable[[Any], str], value: object) -> str:
+    try:
+        return show(value)[:_LONGEST_TEXT]
+    except BaseException:  # noqa: BLE001  the user's class shows itself, and may raise anything
+        return f"a {type(value).__name__}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""A rule that exits, hangs, crashes or takes too much fails its own sample; all others of the shard are scored."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from actors.rewards.rules import RuleReward
+from orchestrator.config import RuleConfig, RuleLimits
+from orchestrator.errors import ConfigError
+from tests.unit.actors.rewards.rollouts import rollout_table
+
+ROOT = Path(__file__).resolve().parents[4]
+RULES = "tests.unit.actors.rewards.hostile_rules"
+LIMITS = RuleLimits(call_s=3.0, import_s=60.0, memory_gib=0.5, processes=20)
+
+
+def reward(*functions: str, limits: RuleLimits = LIMITS, total_s: float = 120.0) -> RuleReward:
+    return RuleReward([RuleConfig(function=f"{RULES}:{name}") for name in functions], limits, total_s=total_s)
+
+
+@pytest.fixture(scope="module")
+def act() -> Iterator[RuleReward]:
+    with reward("act") as source:
+        yield source
+
+
+def sleeping() -> set[str]:
+    """The arguments of `sleep` processes."""
+    lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    return {line[1] for line in lines if line[:1] == ["sleep"]}
+
+
+def keepers() -> list[int]:
+    return [process.pid for process in psutil.Process().children() if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize(
+    ("response", "error"),
+    [
+        ("exit", "rule act: SystemExit"),
+        ("exit 0", "rule act: SystemExit: 0"),
+        ("interrupt", "rule act: KeyboardInterrupt"),
+        ("generator exit", "rule act: GeneratorExit"),
+        ("unshowable", "rule act: Unshowable: a Unshowable"),
+        ("long", "rule act: ValueError: x{300}$"),
+        ("recursion", "rule act: RecursionError"),
+        ("os exit", "rule act ended its process with exit code 0"),
+        ("abort", "rule act ended its process with SIGABRT"),
+        ("segfault", "rule act ended its process with SIGSEGV"),
+        ("kill", "rule act ended its process with SIGKILL"),
+        ("kill group", "rule act ended its process with SIGKILL"),
+        ("kill keeper", "rule act"),
+        ("leave one and die", "rule act ended its process with exit code 0"),
+        ("close", "rule act ended its process"),
+        ("write", "rule act"),
+        ("sleep", r"rule act gave no answer within reward\.limits\.call_s=3 s"),
+        ("stop", r"gave no answer within reward\.limits\.call_s"),
+        ("loop", r"rule act(: MemoryError| gave no answer within reward\.limits\.call_s)"),
+        ("GIL", r"gave no answer within reward\.limits\.call_s"),
+        ("regex", r"gave no answer within reward\.limits\.call_s"),
+        ("allocate", r"rule act: MemoryError: no more memory within reward\.limits\.memory_gib"),
+        ("fork bomb", r"rule act had \d+ processes, more than reward\.limits\.processes=20"),
+    ],
+)
+def test_what_a_rule_does_to_its_process_fails_its_sample_only(act: RuleReward, response: str, error: str) -> None:
+    started = time.monotonic()
+    first, bad, last = act.scores(rollout_table(["1.5", response, "2.5"]))
+    assert (first.value, bad.value, last.value) == (1.5, None, 2.5)
+    assert re.search(error, bad.error or ""), bad.error
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize(
+    ("response", "value"),
+    [
+        ("print", 1.0),
+        ("forked copy", 1.0),
+        ("decimal", 0.5),
+        ("fraction", 0.25),
+        ("minus zero", 0.0),
+        *(
+            (response, None)
+            for response in (
+                "400 digits",
+                "5000 digits",
+                "minus 400 digits",
+                "inf",
+                "decimal nan",
+                "decimal 1e400",
+                "fraction of 400 digits",
+                "complex",
+                "true",
+                "part of 400 digits",
+                "nested",
+                "equal names",
+                "many parts",
+                "lying parts",
+                "sum too large",
+            )
+        ),
+    ],
+)
+def test_answers_are_finite_numbers_or_failures(act: RuleReward, response: str, value: float | None) -> None:
+    scores = act.scores(rollout_table(["1.5", response, "2.5"]))
+    assert [score.value for score in scores] == [1.5, value, 2.5]
+    assert (scores[1].error is None) == (value is not None)
+    assert len(scores[1].error or "") < 500
+
+
+def test_processes_that_a_rule_leaves_are_bounded_and_end_with_it() -> None:
+    with reward("act") as source:
+        scores = source.scores(rollout_table(["leave processes", "1", "leave one and die", "2", "leave one"]))
+        assert [score.value for score in scores[1::2]] == [1.0, 2.0]
+        assert scores[2].value is None
+        assert sleeping() & {"3600", "3601", "3602"} == {"3602"}
+    assert sleeping() & {"3600", "3601", "3602"} == set()
+
+
+def test_a_sample_is_not_blamed_for_what_an_earlier_one_left() -> None:
+    with reward("act") as source:
+        scores = source.scores(rollout_table(["die later", "nap", "nap", "leave processes", "nap", "nap"]))
+    assert [score.value for score in scores[:3]] == [1.0, 0.5, 0.5]
+    assert [score.value for score in scores[4:]] == [0.5, 0.5]
+
+
+def test_memory_of_all_that_a_rule_starts_counts() -> None:
+    with reward("act", limits=LIMITS.model_copy(update={"call_s": 60.0})) as source:
+        started = time.monotonic()
+        bad, good = source.scores(rollout_table(["allocate in a child", "2"]))
+        # The child has the same limit, or their sum exceeds it.
+        assert good.value == 2.0
+        assert time.monotonic() - started < 50
+        assert bad.value is None or bad.error is None
+
+
+def test_of_several_rules_the_one_under_way_is_named() -> None:
+    with reward("length", "act") as source:
+        good, hanging, dying = source.scores(rollout_table(["1", "sleep", "os exit"]))
+    assert good.value == 2.0
+    assert good.parts == {"length": 1.0, "act": 1.0}
+    assert "rule act gave no answer" in (hanging.error or "")
+    assert "rule act ended its process" in (dying.error or "")
+
+
+def test_a_shard_has_a_time_after_which_the_rest_fails() -> None:
+    with reward("act", total_s=4.0) as source:
+        scores = source.scores(rollout_table(["1", *["sleep"] * 5]))
+    assert [score.value for score in scores] == [1.0, *[None] * 5]
+    assert "what was left of" in (scores[2].error or "")
+    assert "not scored: the rules took more than 4 s for one shard" in (scores[-1].error or "")
+
+
+def test_a_rule_that_ends_its_process_between_shards_is_started_again(act: RuleReward) -> None:
+    assert act.scores(rollout_table(["die later"]))[0].value == 1.0
+    time.sleep(0.5)
+    assert act.scores(rollout_table(["2"]))[0].value == 2.0
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        ("raise SystemExit(0)", r"module 'rule' can't be imported \(SystemExit: 0\)"),
+        ("raise KeyboardInterrupt", "can't be imported .KeyboardInterrupt"),
+        ("import os; os._exit(0)", "rule f ended its process with exit code 0 while it was imported"),
+        ("import ctypes; ctypes.string_at(8)", "ended its process with SIGSEGV while it was imported"),
+        ("while True: pass", r"gave no answer within reward\.limits\.import_s=2 s while it was imported"),
+        ("x = bytearray(1 << 40)", "can't be imported .MemoryError"),
+        ("f = 3", "it is a int; name a function"),
+        ("def g(*_): return 1", "has no 'f'; it has: g"),
+        ("import does_not_exist", "No module named 'does_not_exist'"),
+        ("f = ", "can't be imported .SyntaxError"),
+    ],
+)
+def test_a_module_that_does_not_import_is_a_config_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, fault: str
+) -> None:
+    (tmp_path / "rule.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    limits = LIMITS.model_copy(update={"import_s": 2.0 if "while" in body else 60.0})
+    before = keepers()
+    with pytest.raises(ConfigError, match=fault):
+        RuleReward([RuleConfig(function="rule:f")], limits, total_s=10.0)
+    assert keepers() == before
+
+
+def test_nothing_outlives_a_caller_that_is_killed() -> None:
+    code = (
+        f"import psutil\nfrom {__name__} import reward, rollout_table\nsource = reward('act')\n"
+        "source.scores(rollout_table(['leave one']))\n"
+        "print(*[process.pid for process in psutil.Process().children(recursive=True)], flush=True)\n"
+        "source.scores(rollout_table(['sleep']))"
+    )
+    caller = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert caller.stdout is not None
+    pids = [int(word) for word in caller.stdout.readline().split()]
+    assert len(pids) == 3
+    caller.kill()
+    caller.wait()
+    until = time.monotonic() + 20
+    while (left := [pid for pid in pids if psutil.pid_exists(pid)]) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert left == []
+
+
+def test_a_rule_does_not_see_the_callers_descriptors() -> None:
+    reader, writer = os.pipe()
+    os.set_inheritable(writer, True)
+    with reward("act") as source:
+        source.scores(rollout_table(["write"]))
+    os.close(writer)
+    assert os.read(reader, 10) == b""
+    os.close(reader)
