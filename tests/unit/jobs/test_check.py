@@ -156,3 +156,35 @@ def test_a_cluster_too_small_in_cores_or_memory_is_refused(tree: dict[str, Any])
 def test_an_address_of_another_kind_is_refused_with_the_command_that_takes_it(tree: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="python -m jobs.submit --address"):
         check(config_of(tree), "ray://head:10001")
+
+
+HOSTILE = "tests.unit.actors.rewards.hostile_rules"
+
+
+@pytest.mark.parametrize(
+    ("rule", "fault"),
+    [
+        ("exits", r"reward \(rules\) failed on all of 8 sample prompts: rule exits: SystemExit: 0"),
+        (
+            "hangs",
+            r"reward \(rules\) failed on all of 8 sample prompts: rule hangs gave no answer within reward\.limits",
+        ),
+    ],
+)
+def test_a_rule_that_exits_or_hangs_is_told_by_check(tree: dict[str, Any], rule: str, fault: str) -> None:
+    reward = {"kind": "rules", "rules": [{"function": f"{HOSTILE}:{rule}"}], "limits": {"call_s": 0.5}}
+    found = preflight(config_of(tree, reward=reward))
+    with pytest.raises(ConfigError, match=fault):
+        found.require()
+
+
+def test_a_rule_that_exits_on_some_prompts_is_counted(tree: dict[str, Any]) -> None:
+    reward = {"kind": "rules", "rules": [{"function": f"{HOSTILE}:sometimes_exits"}]}
+    notes = "\n".join(preflight(config_of(tree, reward=reward)).notes)
+    assert re.search(r"reward \(rules\): scores a made-up reply to [1-8] of 8 sample prompts", notes)
+
+
+def test_gold_rules_are_tried_too(tree: dict[str, Any]) -> None:
+    found = preflight(config_of(tree, evaluation={"prompts": 4, "gold": f"{HOSTILE}:exits"}))
+    with pytest.raises(ConfigError, match=r"gold, .*:exits\) failed on all .* SystemExit: 0.* evaluation\.gold"):
+        found.require()

@@ -160,3 +160,18 @@ def act(prompt: str, response: str, meta: Mapping[str, Any]) -> Any:
 
 def length(prompt: str, response: str, meta: Mapping[str, Any]) -> float:
     return float(len(response))
+
+
+def exits(prompt: str, response: str, meta: Mapping[str, Any]) -> float:
+    raise SystemExit(0)
+
+
+def hangs(prompt: str, response: str, meta: Mapping[str, Any]) -> float:
+    time.sleep(3600)
+    return 1.0
+
+
+def sometimes_exits(prompt: str, response: str, meta: Mapping[str, Any]) -> float:
+    if prompt.endswith("3."):
+        os._exit(0)
+    return 1.0
