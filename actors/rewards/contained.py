@@ -104,7 +104,9 @@ class RuleProcess:
 
     def _call_limit(self, until: float) -> tuple[float, str]:
         by = monotonic() + self._limits.call_s
-        return (by, f"reward.limits.call_s={self._limits.call_s:g} s") if by < until else (until, "what was left of it")
+        if until < by:
+            return until, "what was left of its shard's time"
+        return by, f"reward.limits.call_s={self._limits.call_s:g} s"
 
     def _greet(self) -> None:
         limit = self._limits.import_s
