@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from jobs.console import Screen, console
 from orchestrator.config import Config, load_config, to_yaml
 from orchestrator.errors import RlhfError
 from orchestrator.garbage import collect_seldom
 
 INTERRUPTED = 130  # what shells report of a program ended by Ctrl-C
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out, err = console("stdout"), console("stderr")
 
 
 def say(text: str) -> None:
@@ -66,7 +65,7 @@ def _signals_later() -> Iterator[None]:
 
 def run_command(work: Callable[[], None]) -> None:
     """Runs a command's work; errors of our own become one message and their exit code, SIGTERM is as Ctrl-C."""
-    logging.basicConfig(level=logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, stream=Screen("stderr"))  # type: ignore[arg-type]  # it only writes
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         work()

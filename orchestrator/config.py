@@ -10,7 +10,7 @@ import difflib
 import reprlib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from orchestrator.errors import ConfigError
+from orchestrator.outside_text import has_credential
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -28,6 +29,14 @@ Seconds = Annotated[float, Field(gt=0.0)]
 
 # What PyYAML raises besides its own errors, for dates, numbers and tags that mean nothing and for deep nesting.
 _YAML_MISHAPS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+_CREDENTIAL_PLACES = {
+    "run.mirror": "pyarrow reads AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws/credentials",
+    "telemetry.mlflow_uri": "MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+    "MLFLOW_TRACKING_TOKEN",
+    "reward.http.url": "name its environment variable or file in reward.http.token_from",
+}
 
 
 class Section(BaseModel):
@@ -605,11 +614,28 @@ def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
 
 
 def config_from_tree(tree: Mapping[str, Any], *, source: str) -> Config:
+    for key in _credentials("", tree):
+        raise ConfigError(
+            f"{source}: {key} holds a credential, which would reach the process list, logs, config.yaml and reports. "
+            f"Take it out of the URL; {_CREDENTIAL_PLACES.get(key, 'give it by the environment')}."
+        )
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         lines = [_explain(item) for item in error.errors()]
         raise ConfigError(f"{source}: " + "\n  ".join(lines)) from None
+
+
+def _credentials(prefix: str, value: Any) -> Iterator[str]:
+    """Names of the keys whose values are URLs with a credential."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _credentials(f"{prefix}.{name}" if prefix else str(name), inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _credentials(prefix, inner)
+    elif isinstance(value, str) and has_credential(value):
+        yield prefix
 
 
 def to_yaml(config: Config) -> str:

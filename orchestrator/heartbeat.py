@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from orchestrator.concurrency import cancel
+from orchestrator.outside_text import redacted
 
 HEARTBEAT_FILE = "heartbeat.json"
 EVERY_S = 5.0
@@ -75,7 +76,7 @@ class Heartbeat:
             if self._is_superseded():
                 return
             # Not synced: what a power cut takes away nobody needs.
-            self._temporary.write_text(text, encoding="utf-8")
+            self._temporary.write_text(redacted(text), encoding="utf-8")
             self._temporary.replace(self._path)
 
     def _is_superseded(self) -> bool:

@@ -22,6 +22,7 @@ from typing import Any
 
 from orchestrator.errors import StorageError
 from orchestrator.exposition import PrometheusEndpoint
+from orchestrator.outside_text import redacted
 from orchestrator.roles import Trackers
 from orchestrator.storage import replacing, sync_folder
 
@@ -336,7 +337,7 @@ def _append_line(path: Path, line: Mapping[str, Any]) -> None:
     is_new = not path.exists()
     try:
         with path.open("ab", buffering=0) as stream:
-            _append_whole(stream, _as_text(line).encode())
+            _append_whole(stream, redacted(_as_text(line)).encode())
             os.fsync(stream.fileno())
         if is_new:
             sync_folder(path.parent)

@@ -23,6 +23,7 @@ from actors.learning.distributed import deepspeed
 from actors.learning.heads import PolicyModel, ValueModel
 from actors.learning.losses import LossTerms
 from actors.learning.packing import MicroBatch
+from actors.learning.safe_loading import SafeCheckpointEngine
 from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.errors import NonFiniteError, StorageError
 from orchestrator.storage import writing
@@ -88,6 +89,7 @@ class Learner:
             fused=True,  # on the CPU too: otherwise each step makes three temporaries as large as the masters
         )
         self._engine = distributed.initialize(model=model, optimizer=optimizer, config=_engine_config(settings))
+        self._engine.checkpoint_engine = SafeCheckpointEngine(self._engine._config)
         if settings.zero_stage == 1 and settings.dtype == "bfloat16":
             # This wrapper's step clears its fp32 gradients, a pass over as many bytes as the masters; the engine then
             # asks for it once more. And before each backward it fills the bf16 ones with zeros, to which autograd adds.

@@ -117,6 +117,31 @@ def test_another_shape_is_refused_by_name(causal, tmp_path):
         make(causal, 1, "float32").load(tmp_path / "nothing")
 
 
+class _Attack:
+    """What a pickle may name: a call with arguments, made when it is loaded."""
+
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("file", ["model_states", "optim_states"])
+def test_a_checkpoint_that_names_code_is_not_loaded(causal, tmp_path, stage, file):
+    distributed.join(group())
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    make(causal, stage, "bfloat16").save(folder)
+    (path,) = (path for path in folder.rglob("*.pt") if file in path.name)
+    content = torch.load(path, weights_only=False)
+    torch.save({**content, "more": _Attack(tmp_path / "owned")}, path)
+    with pytest.raises(StorageError, match=rf"{path.name} holds more than weights"):
+        make(causal, stage, "bfloat16").load(folder)
+    assert not (tmp_path / "owned").exists()
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("poison", ["loss", "gradient"])

@@ -1,0 +1,40 @@
+"""DeepSpeed's checkpoint files, read without running what a pickle could name.
+
+A checkpoint may come from a mirror or from another person's folder. DeepSpeed loads its files as plain pickles, which
+run any code that they name; here only tensors, plain values and three classes of DeepSpeed's own are loaded.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from orchestrator.errors import StorageError
+
+# All that DeepSpeed 0.19 puts into its files besides tensors and plain values, in every stage.
+_DEEPSPEED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
+
+
+class SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed is untyped
+    """Writes as DeepSpeed does, and refuses to load anything but data.
+
+    Can go when DeepSpeed loads with weights_only itself.
+    """
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Raises StorageError where the file holds something else."""
+        try:
+            with torch.serialization.safe_globals(_DEEPSPEED_CLASSES):
+                return torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = str(error).partition("\n")[0][:300]
+            raise StorageError(
+                f"{path} holds more than weights and optimizer states, so it was not loaded: {reason} Restore the "
+                "checkpoint from a copy that you trust, or delete it."
+            ) from None
