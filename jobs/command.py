@@ -65,7 +65,7 @@ def _signals_later() -> Iterator[None]:
 
 def run_command(work: Callable[[], None]) -> None:
     """Runs a command's work; errors of our own become one message and their exit code, SIGTERM is as Ctrl-C."""
-    logging.basicConfig(level=logging.WARNING, stream=Screen("stderr"))  # type: ignore[arg-type]  # it only writes
+    logging.basicConfig(level=logging.WARNING, stream=Screen("stderr"))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         work()

@@ -21,7 +21,7 @@ from orchestrator.errors import StorageError
 _DEEPSPEED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
 
 
-class SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed is untyped
+class SafeCheckpointEngine(TorchCheckpointEngine):
     """Writes as DeepSpeed does, and refuses to load anything but data.
 
     Can go when DeepSpeed loads with weights_only itself.
