@@ -104,7 +104,13 @@ def _http(settings: RewardSettings, threads: int) -> RewardSource:
     if settings.http is None:
         raise ConfigError("reward.kind='http' needs reward.http.url: set the address of the endpoint.")
     http = settings.http
-    return HttpReward(http.url, timeout_s=http.timeout_s, retries=http.retries, total_s=settings.total_s)
+    return HttpReward(
+        http.url,
+        timeout_s=http.timeout_s,
+        retries=http.retries,
+        total_s=settings.total_s,
+        token_from=http.token_from,
+    )
 
 
 SOURCES: Mapping[str, Builder] = {"model": _model, "rules": _rules, "http": _http}

@@ -126,7 +126,7 @@ def _reward(config: Config, examples: pa.Table | None) -> str | None:
     if http is None or examples is None:  # without a url no config is read; without prompts there is nothing to try
         return None
     timeout_s, retries = min(http.timeout_s, HTTP_PROBE_S), min(http.retries, 1)
-    source = HttpReward(http.url, timeout_s=timeout_s, retries=retries)
+    source = HttpReward(http.url, timeout_s=timeout_s, retries=retries, token_from=http.token_from)
     return _tried(f"endpoint {http.url}", source, examples.slice(0, 1), "reward.http.url")
 
 

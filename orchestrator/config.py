@@ -178,6 +178,9 @@ class HttpRewardConfig(Section):
     """Time for one request, from connecting to the last byte of the answer."""
     retries: NonNegative = 3
     """Further tries after a failure, with growing pauses."""
+    token_from: str | None = Field(None, pattern=r"^(env:[A-Za-z_][A-Za-z0-9_]*|file:/.+)$")
+    """Where the reward workers find a token that is sent as `Authorization: Bearer`: env:NAME or file:/PATH. The token
+    itself never stands in the config. Null: none is sent."""
 
 
 class RewardConfig(Section):

@@ -11,8 +11,11 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import os
+import re
 import zlib
 from dataclasses import asdict
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -22,11 +25,13 @@ import pyarrow as pa
 from actors.rewards import Score, samples
 from actors.rewards.rule_process import finite_number
 from orchestrator.errors import ConfigError, RewardError
+from orchestrator.inputs import read_text
 
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 _TOO_MANY_REQUESTS = 429
 _ANSWER_BYTES, _SAMPLE_BYTES = 1 << 20, 1 << 10
+_TOKEN = re.compile(r"[!-~]+")
 _ANY_ZLIB = 47  # zlib's wbits: gzip or zlib, by its header
 
 
@@ -36,10 +41,11 @@ class HttpReward:
         timeout_s: time for one request, from connecting to the last byte of the answer.
         retries: further tries after a refused or lost connection, a time-out, a 5xx or a 429.
         total_s: time for all tries and pauses.
+        token_from: env:NAME or file:/PATH of a token to send; read again for every request, so that it may change.
         first_pause_s: pause before the second try; doubles up to half a minute.
 
     Raises:
-        ConfigError: not an http address.
+        ConfigError: not an http address, or no token where `token_from` points.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class HttpReward:
         timeout_s: float,
         retries: int,
         total_s: float = 480.0,
+        token_from: str | None = None,
         first_pause_s: float = _FIRST_PAUSE_S,
     ) -> None:
         try:
@@ -59,6 +66,8 @@ class HttpReward:
             raise ConfigError(f"reward.http.url={url!r} must start with http:// or https:// and a host.")
         self._url, self._retries, self._first_pause_s = url, retries, first_pause_s
         self._timeout_s, self._total_s = timeout_s, total_s
+        self._token_from = token_from
+        self._headers()
         self._context = httpx.create_ssl_context()
         self._uses_proxies = not _is_loopback(address.host)
 
@@ -100,10 +109,9 @@ class HttpReward:
         )
 
     async def _once(self, body: bytes, most_bytes: int) -> tuple[httpx.Response, bytes]:
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         async with (
             httpx.AsyncClient(timeout=self._timeout_s, verify=self._context, trust_env=self._uses_proxies) as client,
-            client.stream("POST", self._url, content=body, headers=headers) as response,
+            client.stream("POST", self._url, content=body, headers=self._headers()) as response,
         ):
             encoding = response.headers.get("content-encoding", "identity").strip().lower()
             if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
@@ -125,6 +133,10 @@ class HttpReward:
                     )
             return response, answer
 
+    def _headers(self) -> dict[str, str]:
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        return headers | ({"Authorization": f"Bearer {_token(self._token_from)}"} if self._token_from else {})
+
     def _rewards(self, text: bytes, count: int) -> list[Any]:
         try:
             # parse_int: Python refuses integers of more than 4300 digits, and with them the whole answer.
@@ -140,6 +152,20 @@ class HttpReward:
                 f"answered {found}."
             )
         return rewards
+
+
+def _token(source: str) -> str:
+    kind, _, name = source.partition(":")
+    if kind == "env":
+        token = os.environ.get(name, "")
+    else:
+        token = read_text(Path(name), f"reward.http.token_from={source}", ConfigError)
+    if not _TOKEN.fullmatch(token.strip()):
+        raise ConfigError(
+            f"reward.http.token_from={source} gives no token (one line of printable characters) on this node. Set the "
+            "variable, or write the file, where the reward workers run."
+        )
+    return token.strip()
 
 
 class _TwiceError(ValueError):

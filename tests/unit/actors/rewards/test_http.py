@@ -30,6 +30,7 @@ class Endpoint(ThreadingHTTPServer):
     def __init__(self, answers: list[tuple[int, Any]], delay_s: float = 0.0) -> None:
         self.answers, self.delay_s = answers, delay_s
         self.asked: list[Any] = []
+        self.authorizations: list[str | None] = []
         super().__init__(("127.0.0.1", 0), _Handler)
 
     @property
@@ -43,6 +44,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.asked.append(json.loads(body))
+        self.server.authorizations.append(self.headers["Authorization"])
         status, answer = self.server.answers[min(len(self.server.asked), len(self.server.answers)) - 1]
         time.sleep(self.server.delay_s)
         self.send_response(status)
@@ -328,3 +330,33 @@ def test_metadata_that_is_no_strict_json_goes_out(serve: Any) -> None:
     endpoint = serve((200, {"rewards": [1, 2]}))
     metas = [{"k": float("nan")}, {"k": "\ud800"}]
     assert [score.value for score in client(endpoint.url).scores(rollout_table(["a", "b"], metas=metas))] == [1.0, 2.0]
+
+
+def test_a_token_comes_from_the_environment_or_a_file_and_may_change(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = serve((200, {"rewards": [1]}))
+    monkeypatch.setenv("SCORER_TOKEN", "from-the-environment")
+    file = tmp_path / "token"
+    file.write_text("from-a-file\n")
+    for source in ("env:SCORER_TOKEN", f"file:{file}"):
+        HttpReward(endpoint.url, timeout_s=5.0, retries=0, token_from=source).scores(rollout_table(["a"]))
+    source = HttpReward(endpoint.url, timeout_s=5.0, retries=0, token_from=f"file:{file}")
+    file.write_text("another")
+    source.scores(rollout_table(["a"]))
+    client(endpoint.url).scores(rollout_table(["a"]))
+    assert endpoint.authorizations == ["Bearer from-the-environment", "Bearer from-a-file", "Bearer another", None]
+
+
+@pytest.mark.parametrize("content", ["", " ", "two\nlines", "no\x00token"])
+def test_a_token_that_is_not_there_is_named_before_anything_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    file = tmp_path / "token"
+    file.write_text(content)
+    monkeypatch.delenv("SCORER_TOKEN", raising=False)
+    for source in ("env:SCORER_TOKEN", f"file:{file}"):
+        with pytest.raises(ConfigError, match=f"token_from={source} gives no token"):
+            HttpReward("http://127.0.0.1:1/", timeout_s=1.0, retries=0, token_from=source)
+    with pytest.raises(ConfigError, match="does not exist"):
+        HttpReward("http://127.0.0.1:1/", timeout_s=1.0, retries=0, token_from=f"file:{tmp_path}/none")
