@@ -15,12 +15,13 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/venv
 COPY requirements/ /app/requirements/
-RUN if [ "$PROFILE" = cpu ]; then set -- --extra-index-url "$CPU_WHEELS"; fi \
-    && /opt/venv/bin/pip install --no-deps -r "/app/requirements/$PROFILE.txt" "$@"
+RUN CPU_WHEELS=$CPU_WHEELS /app/requirements/packages.sh /opt/venv "/app/requirements/$PROFILE.txt"
 COPY . /app
 # Editable: paths in a config such as jobs/data/... mean the same files as in a checkout.
-RUN /opt/venv/bin/pip install --no-deps -e /app \
+RUN /opt/venv/bin/pip install --no-deps --no-build-isolation -e /app \
     && /opt/venv/bin/python -m compileall -q /app
+# User 1000 can write no byte code here. Some packages carry templates that are no Python.
+RUN /opt/venv/bin/python -m compileall -q -j 0 /opt/venv/lib > /dev/null || true
 
 FROM python:${PYTHON}
 # g++: Triton, torch.compile and DeepSpeed build kernels when they first run. wget, bash: KubeRay's probes and commands.
@@ -34,7 +35,8 @@ RUN apt-get update \
     && install --directory --owner=rlhf --group=rlhf /runs \
     && echo "export PATH=/opt/venv/bin:\$PATH" > /etc/profile.d/venv.sh
 COPY --from=builder /opt/venv /opt/venv
-COPY --from=builder --chown=1000:1000 /app /app
+# Owned by root: what runs as user 1000 can't change the program.
+COPY --from=builder /app /app
 # NVIDIA_VISIBLE_DEVICES stays unset: set here, pods that ask for no GPU would see all GPUs of their node.
 # TOKENIZERS_PARALLELISM is no secret.
 # hadolint ignore=DL3064
@@ -47,4 +49,4 @@ ENV PATH=/opt/venv/bin:$PATH \
     TOKENIZERS_PARALLELISM=false
 WORKDIR /app
 USER 1000:1000
-CMD ["python", "-m", "jobs.ppo", "--config", "jobs/configs/quickstart.yaml"]
+CMD ["python", "-m", "jobs.ppo", "--config", "jobs/configs/quickstart.yaml", "run.root=/runs"]

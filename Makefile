@@ -3,10 +3,12 @@
 # make chaos               kills every kind of process in every phase of real runs;  ARGS="rollout driver" for some
 # make bench               how fast each part is, against references;   ARGS="learner publish" for some; bench-gpu on a GPU
 # make lint | fix | docs   checks; mends what tools can mend; writes docs/configuration.md
+# make lock                resolves requirements/*.txt anew (needs uv); ARGS=--upgrade takes the newest versions
 # make clean               removes the environment and caches, keeps runs/
 #
-# Needs Python 3.11, make and a C compiler. pip's settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) are respected.
-PYTHON ?= python3.11
+# Needs make and a C compiler. Takes the first Python 3.11 to 3.13 on PATH (or PYTHON=/path), else lets uv fetch one.
+# pip's settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) are respected.
+PYTHON ?=
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
 GPU_PYTHON ?= python3
@@ -26,7 +28,7 @@ test: export TRANSFORMERS_OFFLINE := 1
 chaos: export HF_HUB_OFFLINE := 1
 chaos: export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: quickstart test chaos bench bench-gpu lint fix docs clean setup setup-dev
+.PHONY: quickstart test chaos bench bench-gpu lint fix docs lock clean setup setup-dev
 .DEFAULT_GOAL := quickstart
 
 setup:
@@ -70,6 +72,9 @@ fix: setup-dev
 docs: setup-dev
 	@$(BIN)/python -m jobs.configuration_docs
 
+lock:
+	@requirements/lock.sh $(ARGS)
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) .uv .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,10 +8,9 @@ venv=$1
 shift
 # Empty, the variable does not count: byte code is written once here, not at the start of every process.
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=
-pip=(install --quiet --quiet --no-deps --no-compile --progress-bar off)
-fallback=${CPU_WHEELS:-https://download.pytorch.org/whl/cpu}
 
-stamp_of() { echo "$venv/.installed-$(basename "$1" .txt)-$(cat "$1" pyproject.toml | sha256sum | cut -c1-16)"; }
+digest() { { sha256sum 2> /dev/null || shasum -a 256; } | cut -c1-16; }
+stamp_of() { echo "$venv/.installed-$(basename "$1" .txt)-$(cat "$1" pyproject.toml | digest)"; }
 
 # Two calls at once: the second waits for the first.
 if command -v flock > /dev/null; then
@@ -26,16 +25,8 @@ for lock in "$@"; do
 done
 [ ${#missing[@]} -gt 0 ] || exit 0
 
-python=${PYTHON:-python3.11}
-if ! command -v "$python" > /dev/null; then
-  echo "setup: $python is not on PATH; install Python 3.11 or name one: make PYTHON=/path/to/python3.11 ..." >&2
-  exit 2
-fi
-if ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
-  echo "setup: $python is not Python 3.11, which the lock files are for; name one: make PYTHON=/path/to/python3.11" >&2
-  exit 2
-fi
 if [ ! -x "$venv/bin/pip" ] || [ -e "$unfinished" ]; then
+  python=$(requirements/python.sh "$(dirname "$venv")/.uv")
   "$python" -m venv --clear "$venv"
 fi
 touch "$unfinished"
@@ -43,24 +34,16 @@ touch "$unfinished"
 started=$SECONDS
 for lock in "${missing[@]}"; do
   echo "setup: installing $(grep -c == "$lock") packages of $lock into $venv (a few minutes)"
-  torch=$(grep -E '^torch==.*\+cpu' "$lock" || true)
-  if [ -n "$torch" ] && ! "$venv/bin/python" -m pip "${pip[@]}" "$torch" 2> /dev/null; then
-    echo "setup: pip's own indexes have no $torch; taking it from $fallback"
-    "$venv/bin/python" -m pip "${pip[@]}" --extra-index-url "$fallback" "$torch" || {
-      echo "setup: no $torch there either; name an index of CPU builds: make CPU_WHEELS=URL ..." >&2
-      exit 2
-    }
-  fi
-  "$venv/bin/python" -m pip "${pip[@]}" -r "$lock"
+  requirements/packages.sh "$venv" "$lock"
 done
-"$venv/bin/python" -m pip "${pip[@]}" --no-build-isolation --editable .
+"$venv/bin/python" -m pip install --quiet --quiet --no-deps --no-build-isolation --editable .
 # Shows at once whether the set loads, and compiles what every process will load.
-if grep -q '^vllm' "${missing[@]}"; then
-  "$venv/bin/python" -W ignore -c 'import deepspeed, ray, torch, transformers, vllm' > "$venv/import.log" 2>&1 || {
-    echo "setup: the installed packages do not load; see $venv/import.log" >&2
-    exit 1
-  }
-fi
+heavy=deepspeed,ray,torch,transformers
+"$venv/bin/python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("vllm"))' && heavy=$heavy,vllm
+"$venv/bin/python" -W ignore -c "import $heavy" > "$venv/import.log" 2>&1 || {
+  echo "setup: the installed packages do not load; see $venv/import.log" >&2
+  exit 1
+}
 for lock in "${missing[@]}"; do
   rm -f "$venv/.installed-$(basename "$lock" .txt)-"*
   touch "$(stamp_of "$lock")"

@@ -8,7 +8,7 @@ pins=benchmarks/trl/requirements.txt
 stamp=$venv/.installed-$(cat "$pins" requirements/cpu.txt | sha256sum | cut -c1-16)
 [ ! -e "$stamp" ] || exit 0
 
-"${PYTHON:-python3.11}" -m venv --clear "$venv"
+.venv/bin/python -m venv --clear "$venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$pins"
 # A plain path: what .venv adds to its own path, this project among it, stays out.
 .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \

@@ -81,9 +81,9 @@ def test_login_shells_find_ray_too(built: list[list[Instruction]]) -> None:
 
 
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
-def test_only_the_cpu_profile_sees_the_cpu_wheels(built: list[list[Instruction]], profile: str) -> None:
-    (install,) = [command for command in arguments_of(built[0], "RUN") if "requirements" in command]
-    script = install.replace("/opt/venv/bin/pip", "echo")
+def test_packages_are_those_of_the_profiles_lock(built: list[list[Instruction]], profile: str) -> None:
+    (install,) = [command for command in arguments_of(built[0], "RUN") if "packages.sh" in command]
+    script = install.replace("/app/requirements/packages.sh", "env | grep CPU_WHEELS; echo")
     done = subprocess.run(
         ["sh", "-c", script],
         env={"PROFILE": profile, "CPU_WHEELS": "https://wheels.example", "PATH": "/usr/bin:/bin"},
@@ -92,9 +92,17 @@ def test_only_the_cpu_profile_sees_the_cpu_wheels(built: list[list[Instruction]]
         check=True,
         timeout=scaled(10),
     )
-    words = done.stdout.split()
-    assert words[:4] == ["install", "--no-deps", "-r", f"/app/requirements/{profile}.txt"]
-    assert words[4:] == (["--extra-index-url", "https://wheels.example"] if profile == "cpu" else [])
+    assert done.stdout.splitlines()[-1] == f"/opt/venv /app/requirements/{profile}.txt"
+    assert (ROOT / "requirements/packages.sh").stat().st_mode & 0o111 and (ROOT / f"requirements/{profile}.txt").exists()
+
+
+def test_the_pods_user_can_not_change_the_program(built: list[list[Instruction]]) -> None:
+    copies = arguments_of(built[-1], "COPY")
+    assert {copy.split()[-1] for copy in copies} == {"/opt/venv", "/app"}
+    assert not [copy for copy in copies if "--chown" in copy or "--chmod" in copy]
+    shell = " ".join(arguments_of(built[-1], "RUN"))
+    assert "chown" not in shell and "chmod" not in shell
+    assert "run.root=/runs" in arguments_of(built[-1], "CMD")[0], "a run writes where the user may"
 
 
 def test_context_is_a_list_of_what_goes_in() -> None:
