@@ -147,7 +147,7 @@ def _engines(work: Work, count: int) -> ActorGroup:
         kv_cache_gib=KV_CACHE_GIB,
     )
     arguments = {
-        "kind": config.rollout.engine,
+        "kind": config.rollout.engine_kind,
         "model": config.model.path,
         "cache_dir": config.run.cache,
         "settings": settings,

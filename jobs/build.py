@@ -100,7 +100,7 @@ async def start_engines(config: Config, starter: Starter, *, version: int | None
             trust_remote_code=config.model.trust_remote_code,
         )
         return {
-            "kind": config.rollout.engine,
+            "kind": config.rollout.engine_kind,
             "model": config.model.path,
             "cache_dir": config.run.cache,
             "settings": settings,

@@ -21,6 +21,7 @@ from actors.rewards.http import HttpReward
 from actors.rewards.model import read_stats
 from actors.rewards.rules import RuleReward
 from jobs.command import say
+from jobs.preflight_engine import check_engine
 from jobs.prepare import Prepared, find_data, prepare
 from jobs.run_folder import check_run_folder
 from orchestrator.config import Config, RuleConfig
@@ -82,6 +83,7 @@ def preflight(config: Config) -> Preflight:
         lambda: _gold(config, examples),
         lambda: _trackers(config),
         lambda: _port(config),
+        lambda: check_engine(config),
         lambda: check_run_folder(config),
         lambda: _mirror(config),
     )

@@ -6,6 +6,7 @@ a later attempt takes the kept one. Code after this sees resolved values only.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -39,10 +40,18 @@ def model_today(config: Config) -> Resolved:
     return Resolved(datetime.now().astimezone().date().isoformat())
 
 
+def rollout_engine(config: Config) -> Resolved:
+    """vLLM; where it is not installed (it is not published for macOS), generation by transformers."""
+    if importlib.util.find_spec("vllm") is not None:
+        return Resolved("vllm")
+    return Resolved("hf", "vLLM is not installed here; transformers samples, more slowly")
+
+
 # Keys must also be in orchestrator.config_changes.RESOLVED_ONCE.
 RESOLVERS: Mapping[str, Callable[[Config], Resolved]] = {
     "model.dtype": model_dtype,
     "model.today": model_today,
+    "rollout.engine": rollout_engine,
 }
 
 

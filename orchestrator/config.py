@@ -259,8 +259,9 @@ class ReferenceConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["vllm", "hf"] = "vllm"
-    """vllm, or hf (generate of transformers) for architectures that vLLM does not serve."""
+    engine: Literal["auto", "vllm", "hf"] = "auto"
+    """vllm, or hf (generate of transformers) for architectures that vLLM does not serve. auto: vllm where it is
+    installed, else hf."""
     engines: Positive = 1
     """Number of engines."""
     tensor_parallel_size: Positive = 1
@@ -286,6 +287,13 @@ class RolloutConfig(Section):
     """CPU threads of one engine."""
     gpus_per_engine: Annotated[float, Field(ge=0)] = 0.0
     """GPUs of one engine."""
+
+    @property
+    def engine_kind(self) -> Literal["vllm", "hf"]:
+        """The resolved `engine`. Raises ConfigError while it is auto."""
+        if self.engine == "auto":
+            raise ConfigError("rollout.engine is still auto here; give vllm or hf (jobs.resolve chooses one).")
+        return self.engine
 
 
 class PublishConfig(Section):

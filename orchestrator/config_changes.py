@@ -34,7 +34,7 @@ _KEYS = frozenset(
 )
 
 # Keys that are resolved once, when a run starts (jobs/resolve.py). Until then they have one of the values OPEN.
-RESOLVED_ONCE = frozenset({"model.dtype", "model.today"})
+RESOLVED_ONCE = frozenset({"model.dtype", "model.today", "rollout.engine"})
 OPEN = ("auto", None)
 
 

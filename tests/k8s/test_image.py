@@ -93,7 +93,9 @@ def test_packages_are_those_of_the_profiles_lock(built: list[list[Instruction]],
         timeout=scaled(10),
     )
     assert done.stdout.splitlines()[-1] == f"/opt/venv /app/requirements/{profile}.txt"
-    assert (ROOT / "requirements/packages.sh").stat().st_mode & 0o111 and (ROOT / f"requirements/{profile}.txt").exists()
+    assert (ROOT / "requirements/packages.sh").stat().st_mode & 0o111 and (
+        ROOT / f"requirements/{profile}.txt"
+    ).exists()
 
 
 def test_the_pods_user_can_not_change_the_program(built: list[list[Instruction]]) -> None:

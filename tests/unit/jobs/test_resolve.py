@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from actors import probe
 from actors.probe import Speed
 from jobs import resolve
+from jobs.preflight_engine import check_engine
 from jobs.resolve import RESOLVERS, resolved
 from jobs.run_folder import CONFIG_FILE, open_run
 from orchestrator.config import Config, load_config
@@ -48,7 +50,7 @@ def test_the_dtype_is_bf16_on_gpus(tmp_path: Path, machine: Any) -> None:
 
 
 def test_a_value_that_is_given_stays(tmp_path: Path, machine: Any) -> None:
-    given = config(tmp_path, model={"dtype": "bfloat16", "today": date(2025, 2, 1)})
+    given = config(tmp_path, model={"dtype": "bfloat16", "today": date(2025, 2, 1)}, rollout={"engine": "hf"})
     assert resolved(given) == given
 
 
@@ -80,6 +82,45 @@ def test_another_value_than_the_kept_one_is_refused(tmp_path: Path, machine: Any
 def test_an_open_dtype_is_never_computed_with() -> None:
     with pytest.raises(ConfigError, match="still auto"):
         _ = Config.model_validate({"reward": {"path": "/m"}}).model.compute_dtype
+
+
+def without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "vllm" else find(name, *more))
+
+
+def test_the_engine_is_vllm_where_it_is_installed_and_else_transformers_and_says_so(
+    tmp_path: Path, machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    assert resolved(config(tmp_path), told.append).rollout.engine == "vllm"
+    assert not [line for line in told if "engine" in line]
+    without_vllm(monkeypatch)
+    assert resolved(config(tmp_path), told.append).rollout.engine == "hf"
+    assert told[-1] == "rollout.engine: hf (vLLM is not installed here; transformers samples, more slowly)"
+
+
+def test_a_run_keeps_its_engine(tmp_path: Path, machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as elsewhere:
+        without_vllm(elsewhere)
+        open_run(resolved(config(tmp_path)))
+    assert resolved(config(tmp_path)).rollout.engine == "hf"
+
+
+def test_vllm_asked_for_by_name_and_missing_is_refused_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = config(tmp_path, rollout={"engine": "vllm"})
+    check_engine(named)
+    without_vllm(monkeypatch)
+    with pytest.raises(ConfigError, match=r"vLLM is not installed here. Set rollout.engine=hf"):
+        check_engine(named)
+    check_engine(config(tmp_path, rollout={"engine": "hf"}))
+
+
+def test_an_open_engine_is_never_started() -> None:
+    with pytest.raises(ConfigError, match="still auto"):
+        _ = Config.model_validate({"reward": {"path": "/m"}}).rollout.engine_kind
 
 
 def test_every_key_that_is_resolved_has_a_resolver_and_is_open_by_default(tmp_path: Path, machine: Any) -> None:
