@@ -20,7 +20,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.config import Dtype
-from orchestrator.errors import RlhfError
+from orchestrator.errors import ConfigError, RlhfError
+from orchestrator.inputs import at_home
 from orchestrator.storage import write_json
 
 FOLDER = "machines"
@@ -70,7 +71,7 @@ def machine_speed(cache: Path) -> Speed:
     """This machine's speed, from `cache` where a machine of its kind was measured before."""
     kind = _kind()
     name = hashlib.sha256(json.dumps(kind, sort_keys=True).encode()).hexdigest()[:16]
-    path = cache.expanduser() / FOLDER / f"{name}.json"
+    path = at_home(cache, "run.cache", ConfigError) / FOLDER / f"{name}.json"
     with suppress(OSError, ValidationError):  # no such file, or a damaged one: measured again
         return _SPEED.validate_json(path.read_bytes())
     speed = Speed(_in_words(kind), **measure())

@@ -16,6 +16,7 @@ from orchestrator.config import Config
 from orchestrator.data.readers import read_prompts
 from orchestrator.data.records import PromptRecord, ReadReport, message_dicts
 from orchestrator.errors import ConfigError, DataError
+from orchestrator.inputs import at_home
 from orchestrator.prompts import Splits, split
 from orchestrator.types import Prompt
 
@@ -115,6 +116,6 @@ def _text_of(record: PromptRecord, chat: Chat) -> str:
 
 def find_data(path: Path) -> Path:
     """A path as given, or, for a relative one that is not there, the same below this program's own folder."""
-    path = path.expanduser()
+    path = at_home(path, "the file", DataError)
     shipped = PACKAGE_ROOT / path
     return shipped if not path.exists() and shipped.exists() else path

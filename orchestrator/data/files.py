@@ -21,7 +21,7 @@ from orchestrator.data.json_rows import BYTE_ORDER_MARK, CHUNK_BYTES, Row, line_
 from orchestrator.data.limits import max_unpacked_bytes, mib
 from orchestrator.data.parquet import parquet_rows, unpacked
 from orchestrator.errors import DataError
-from orchestrator.inputs import size_of_file
+from orchestrator.inputs import at_home, size_of_file
 
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\x04\x22\x4d\x18": "lz4"}
 _FOREIGN = {
@@ -128,7 +128,7 @@ def _locate(name: str) -> tuple[fs.FileSystem, str]:
 def _address(name: str) -> str:
     """A URI, or the absolute path of a local file."""
     if not _URI.match(name):
-        return str(Path(name).expanduser().absolute())
+        return str(at_home(name, "the file", DataError).absolute())
     # pathlib folds the two slashes of "s3://bucket" into one: both spellings mean the same address.
     return name if name.startswith("file:") else _URI.sub(r"\1://", name)
 
