@@ -15,6 +15,7 @@ from orchestrator.errors import DataError
 
 Tokens = npt.NDArray[np.int32]
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _LOAD_S = 120.0
 _ENCODE_S = 60.0
 _SLOWEST = 10_000  # characters per second; real tokenizers do a hundred times that
@@ -31,6 +32,11 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return tokenizer
 
     return _within(load, _LOAD_S, f"{folder} holds no usable tokenizer", "Save one there with save_pretrained.")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder says anything of a tokenizer."""
+    return any((folder / name).exists() for name in _TOKENIZER_FILES)
 
 
 def encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:

@@ -125,10 +125,10 @@ async def start_learners(config: Config, starter: Starter, reward_path: str | No
     if not config.ppo.has_critic:
         return groups
     critic = CriticSettings(
-        critic_path(config.critic, reward_path) or config.model.path,
+        critic_path(config, reward_path) or config.model.path,
         learner=learner_settings(config, config.critic),
         ppo=config.ppo,
-        new_head=None if critic_path(config.critic, reward_path) else "zero",
+        new_head=None if critic_path(config, reward_path) else "zero",
         seed=config.run.seed,
         micro_batch_tokens=config.critic.micro_batch_tokens,
         **common,

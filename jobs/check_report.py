@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from actors.conversations import Chat
 from jobs.capacity import Capacity, capacity, find_cluster
 from jobs.command import out, say
 from jobs.preflight import Preflight, preflight
-from jobs.prepare import policy_chat
+from jobs.preflight_conversations import describe_chat
 from jobs.resolve import resolved
 from jobs.run_folder import storage_root
 from jobs.settings import loop_settings
@@ -34,7 +35,7 @@ def check(config: Config, ray_address: str | None) -> None:
         say(note)
     if found.prepared is not None:
         prompts = found.prepared.prompts
-        _show_prompt(config, (prompts.train or prompts.reward_model or prompts.held_out)[0])
+        _show_prompt(found.prepared.chat, (prompts.train or prompts.reward_model or prompts.held_out)[0])
         if "ppo" in config.stages:
             _show("batches", batch_rows(config, len(prompts.train)))
     problems = [*found.problems]
@@ -89,13 +90,13 @@ def _rates(learner: LearnerConfig, total: int) -> str:
     return text
 
 
-def _show_prompt(config: Config, prompt: Prompt) -> None:
-    chat = policy_chat(config)
+def _show_prompt(chat: Chat, prompt: Prompt) -> None:
     text = chat.text(prompt.tokens)
     shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."
     say(f"prompt {prompt.id!r} as the model gets it, {len(prompt.tokens)} tokens:")
     say("\n".join(f"  | {line}" for line in shown.splitlines()))
-    say(f"a reply ends with {chat.text(chat.closing)!r} (token {', '.join(map(str, chat.closing))})")
+    for line in describe_chat(chat):
+        say(line)
 
 
 def _show_capacity(config: Config, found: Capacity) -> None:

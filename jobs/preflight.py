@@ -15,14 +15,16 @@ from typing import Any
 import pyarrow as pa
 from safetensors import SafetensorError, safe_open
 
+from actors.conversations import Chat
 from actors.learning.model import resolve_model
 from actors.rewards import RewardSource
 from actors.rewards.http import HttpReward
 from actors.rewards.model import read_stats
 from actors.rewards.rules import RuleReward
 from jobs.command import say
+from jobs.preflight_conversations import check_reward_conversations, check_vocabularies
 from jobs.preflight_engine import check_engine
-from jobs.prepare import Prepared, find_data, prepare
+from jobs.prepare import Prepared, find_data, policy_chat, prepare
 from jobs.run_folder import check_run_folder
 from orchestrator.config import Config, RuleConfig
 from orchestrator.data.readers import read_rankings
@@ -72,7 +74,8 @@ def preflight(config: Config) -> Preflight:
             problems.append(error)
             return None
 
-    prepared: Prepared | None = attempt(lambda: prepare(config))
+    chat: Chat | None = attempt(lambda: policy_chat(config))
+    prepared: Prepared | None = None if chat is None else attempt(lambda: prepare(config, chat))
     if prepared is not None:
         notes.append(prepared.describe())
     examples = _examples(prepared)
@@ -81,6 +84,8 @@ def preflight(config: Config) -> Preflight:
         lambda: _preferences(config),
         lambda: _reward(config, examples),
         lambda: _gold(config, examples),
+        lambda: check_vocabularies(config, chat),
+        lambda: check_reward_conversations(config, chat, prepared),
         lambda: _trackers(config),
         lambda: _port(config),
         lambda: check_engine(config),

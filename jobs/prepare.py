@@ -26,11 +26,12 @@ PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Prepared:
-    """Prompts of a run. `left_out` lists (id, tokens) of prompts that are too long."""
+    """Prompts of a run. `left_out` lists (id, tokens) of prompts that are too long; `chat` has written them."""
 
     prompts: Splits[Prompt]
     report: ReadReport
     left_out: Sequence[tuple[str, int]]
+    chat: Chat
 
     def describe(self) -> str:
         parts = self.prompts
@@ -44,8 +45,8 @@ class Prepared:
         return text
 
 
-def prepare(config: Config) -> Prepared:
-    """Reads and renders the prompts.
+def prepare(config: Config, chat: Chat | None = None) -> Prepared:
+    """Reads and renders the prompts; `chat` is the policy's, where it is known already.
 
     Raises:
         DataError: the file, a row, the model folder, its tokenizer or its chat template.
@@ -59,13 +60,14 @@ def prepare(config: Config) -> Prepared:
             f"prompts.max_prompt_tokens={longest} or raise model.max_length."
         )
     records, report = read_prompts(find_data(config.prompts.path), config.prompts.format, config.prompts.limit)
-    prompts, left_out = prepare_prompts(records, policy_chat(config), config.prompts.max_prompt_tokens)
+    chat = chat or policy_chat(config)
+    prompts, left_out = prepare_prompts(records, chat, config.prompts.max_prompt_tokens)
     parts = split(
         prompts,
         held_out_fraction=config.prompts.held_out_fraction,
         reward_model_fraction=config.prompts.reward_model_fraction,
     )
-    return Prepared(parts, report, left_out)
+    return Prepared(parts, report, left_out, chat)
 
 
 def policy_chat(config: Config) -> Chat:

@@ -11,7 +11,7 @@ from actors.templates import ChatSettings, read_template
 from jobs.run_folder import RunFolder
 from orchestrator.algorithms.experience import ExperienceSettings
 from orchestrator.algorithms.kl import adapted_coefficient
-from orchestrator.config import Config, CriticConfig, LearnerConfig
+from orchestrator.config import Config, LearnerConfig
 from orchestrator.coordinator import LoopSettings
 from orchestrator.scheduling.plan import Demand
 from orchestrator.types import Sampling, State
@@ -93,9 +93,10 @@ def common_settings(config: Config) -> dict[str, Any]:
     return {"cache_dir": config.run.cache, "trust_remote_code": config.model.trust_remote_code}
 
 
-def critic_path(critic: CriticConfig, reward_path: str | None) -> str | None:
-    """Null: there is none to start from, and a new head is put on the policy."""
-    return critic.path or reward_path
+def critic_path(config: Config, reward_path: str | None) -> str | None:
+    """Null: a new head is put on the policy, because critic.path names it or there is nothing else to start from."""
+    path = config.critic.path or reward_path
+    return None if path == config.model.path else path
 
 
 def learner_settings(config: Config, learner: LearnerConfig) -> LearnerSettings:

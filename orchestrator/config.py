@@ -238,7 +238,8 @@ class LearnerConfig(Section):
 
 class CriticConfig(LearnerConfig):
     path: str | None = None
-    """Model that the critic starts from. Null: the reward model, else the policy with a new head."""
+    """Model that the critic starts from, with the policy's vocabulary; the same as model.path: the policy with a new
+    head. Null: the reward model, else the policy with a new head."""
     warmup_steps: NonNegative = 0
     """First steps in which only the critic learns."""
 

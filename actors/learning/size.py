@@ -11,6 +11,15 @@ from orchestrator.errors import DataError
 from orchestrator.scheduling.memory import ModelSize
 
 
+def num_embeddings(folder: Path, *, trust_remote_code: bool = False) -> int:
+    """For how many token ids the model in a folder has embeddings. Raises DataError as model_size."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return int(config.get_text_config().vocab_size)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"{folder}/config.json names no vocab_size of an architecture known here: {error}.") from error
+
+
 def model_size(folder: Path, *, trust_remote_code: bool = False) -> ModelSize:
     """Raises DataError when the folder's config is of no known architecture."""
     try:
