@@ -34,7 +34,7 @@ from actors.train_run import PROGRESS_FILE
 from orchestrator.algorithms.ranking import epoch_batches, spread
 from orchestrator.data.records import RankingRecord
 from orchestrator.errors import RlhfError
-from orchestrator.storage import sync_tree
+from orchestrator.storage import follow_umask, sync_tree, writing
 
 CALIBRATION_REPLIES = 256  # the mean of that many scores is known to a sixteenth of their standard deviation
 
@@ -180,16 +180,19 @@ class RewardTrainer:
         unfinished = self.settings.work / "model"
         if self.group.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
+            with writing(unfinished):
+                unfinished.mkdir(parents=True)
         self._learner.export(unfinished, self.chat.tokenizer)
 
         def publish() -> RewardStats | None:
             if self.group.rank:
                 return None
-            self.chat.save(unfinished)
-            stats = write_stats(unfinished, calibration)
-            sync_tree(unfinished)
-            _replace_folder(unfinished, self.settings.folder)
+            with writing(unfinished):
+                self.chat.save(unfinished)
+                stats = write_stats(unfinished, calibration)
+                follow_umask(unfinished)
+                sync_tree(unfinished)
+                _replace_folder(unfinished, self.settings.folder)
             return stats
 
         published: list[RewardStats | None] = [None] * self.group.world_size
@@ -280,5 +283,5 @@ def _replace_folder(source: Path, target: Path) -> None:
 
 
 def _append(path: Path, metrics: Mapping[str, float]) -> None:
-    with path.open("a", encoding="utf-8") as stream:
+    with writing(path), path.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(metrics) + "\n")

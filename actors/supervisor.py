@@ -200,10 +200,13 @@ class RaySupervisor:
 
     def _write_stacks(self, error: RlhfError, evidence: dict[int, Evidence]) -> str:
         folder = self._run / "stacks"
-        folder.mkdir(exist_ok=True)
-        name = f"{len(list(folder.iterdir())) + 1:03d}-{getattr(error, 'role', 'role')}.txt"
         parts = [f"rank {rank}: {item.state}\n{item.stacks}\n" for rank, item in evidence.items()]
-        (folder / name).write_text(f"{error}\n\n" + "\n".join(parts), encoding="utf-8")
+        try:
+            folder.mkdir(exist_ok=True)
+            name = f"{len(list(folder.iterdir())) + 1:03d}-{getattr(error, 'role', 'role')}.txt"
+            (folder / name).write_text(f"{error}\n\n" + "\n".join(parts), encoding="utf-8")
+        except OSError as problem:  # a full disk must not take the place of the failure that is looked into
+            return f"not kept, {folder} can't be written ({problem.strerror})"
         return f"stacks/{name}"
 
     def _step(self) -> int:

@@ -28,7 +28,7 @@ from orchestrator.failures import LEARNERS
 from orchestrator.guards import Guards, guard_table, only_warning
 from orchestrator.inputs import at_home
 from orchestrator.roles import NoCritic
-from orchestrator.storage import read_json
+from orchestrator.storage import read_json, writing
 from orchestrator.telemetry import Telemetry
 from orchestrator.types import State
 
@@ -57,7 +57,8 @@ def main(
         folder = (to or run.path / "replay").absolute()
         if folder == run.path:
             raise ConfigError(f"--to {to} is the run's own folder, whose results it would replace; name another.")
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         connect(ray_address, wait_s=config.placement.wait_s)
         run_async(_replay(config, run, folder, last_step, from_checkpoint=from_checkpoint))
 

@@ -33,7 +33,7 @@ from orchestrator.data.records import RankingRecord
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.prompts import split
 from orchestrator.scheduling.plan import Demand, Node, place
-from orchestrator.storage import write_json
+from orchestrator.storage import write_json, writing
 from orchestrator.telemetry import Telemetry
 
 SHOWN = 20  # lines for people about the optimizer steps of the stage
@@ -139,7 +139,8 @@ async def train_reward_model(
     threads = place_workers(config, alive_nodes())
     settings = _settings(config, folder, num_records=len(records), threads=threads)
     shutil.rmtree(settings.work, ignore_errors=True)
-    settings.work.mkdir(parents=True)
+    with writing(settings.work):
+        settings.work.mkdir(parents=True)
     stage, limits = config.reward_model, config.deadlines
     training = TrainRun(
         train_worker,

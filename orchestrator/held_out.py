@@ -8,6 +8,7 @@ from pathlib import Path
 from orchestrator.concurrency import together
 from orchestrator.roles import Recorder, Rollouts, Scorer
 from orchestrator.sampler import cut_into_shards
+from orchestrator.storage import writing
 from orchestrator.telemetry import Telemetry
 from orchestrator.types import EvaluatedShard, RolloutShard, SampleRequest, Sampling, State
 
@@ -42,7 +43,8 @@ class Evaluation:
         self._policy, self._reference, self._reward = policy, reference, reward
         self._sampling, self._samples_per_shard = sampling, samples_per_shard
         self._every_steps, self._last_step = every_steps, last_step
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
     async def run_if_due(self, state: State) -> None:
         """Evaluates the weights of `state` unless that was done, also by an earlier attempt."""

@@ -165,7 +165,8 @@ def follow_umask(folder: Path) -> None:
         probe.unlink(missing_ok=True)
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
-            path.chmod(mode)
+            with suppress(PermissionError, NotImplementedError):  # FUSE and SMB mounts may keep no modes
+                path.chmod(mode)
 
 
 def sync_file(path: Path) -> None:

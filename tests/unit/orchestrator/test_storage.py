@@ -153,6 +153,13 @@ def test_files_that_a_library_made_private_follow_the_umask(tmp_path: Path) -> N
     }
 
 
+def test_mounts_that_keep_no_modes_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(Path, "chmod", _answering(errno.EPERM))
+    follow_umask(tmp_path)
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
 @pytest.mark.parametrize("name", ["a/b.txt", "step-000001/x", "..a", "a..b/.c"])
 def test_names_inside_a_folder_are_taken(tmp_path: Path, name: str) -> None:
     assert inside(tmp_path, name) == tmp_path / name
