@@ -12,10 +12,11 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 from scipy.optimize import least_squares
 
+from jobs.plan_report import core_of
 from jobs.plan_work import layout_of, models_of, sharing_of
 from orchestrator.config import load_config
 from orchestrator.scheduling.costs import Lengths
-from orchestrator.scheduling.hardware import Device, Efficiency
+from orchestrator.scheduling.hardware import Efficiency
 from orchestrator.simulation.run import simulate_steps
 from orchestrator.simulation.scenario import Layout, Measured, Spread
 from orchestrator.telemetry import read_lines
@@ -40,8 +41,9 @@ class Run:
         return replace(self, name=name, work=work, seconds=self.seconds[steps])
 
 
-def read_run(folder: Path, device: Device, cores: int) -> Run:
-    """A run's steps in which policy and critic both learned, without the first of them, which pays for warming up."""
+def read_run(folder: Path, cores: int) -> Run:
+    """A run's steps in which policy and critic both learned, without the first of them, which pays for warming up. Its
+    device is a core of a machine like this one, in the run's type."""
     config = load_config(folder / "config.yaml")
     lines = [line for line in read_lines(folder / "metrics.jsonl") if line["stage"] == "ppo" and line["kind"] == "step"]
     learned = [line for line in lines if "policy/loss" in line["metrics"]][1:]
@@ -50,7 +52,7 @@ def read_run(folder: Path, device: Device, cores: int) -> Run:
     models = models_of(config, trained if trained.is_dir() else None)
     work = Measured(models, config.samples_per_step, _NO_SPREAD, _NO_SPREAD, of_step, sharing=sharing_of(config))
     seconds = [{name: line["metrics"][f"time/{name}_s"] for name in FITTED} for line in learned]
-    return Run(folder.name, work, layout_of(config, device, cores), seconds)
+    return Run(folder.name, work, layout_of(config, core_of(config), cores), seconds)
 
 
 def _lengths(folder: Path) -> tuple[Lengths, Lengths]:

@@ -104,7 +104,7 @@ def _measure_work(
     turns = [partial(team.tokens_per_s, name, settings[kind]) for kind, team in teams.items()]
     for warm_up in turns:
         warm_up()
-    *measured, gemm = measure_turns([*turns, gemm_flops], rounds=rounds)
+    *measured, gemm = measure_turns([*turns, partial(gemm_flops, load_work(name).dtype)], rounds=rounds)
     speeds = dict(zip(teams, measured, strict=True))
     title = f"learner {'+'.join(roles)} {name}"
     figures = [
@@ -125,7 +125,7 @@ def _measure_work(
         f"{title}: model FLOP utilisation",
         Pairs([speed * flops for speed in speeds["ours"]], gemm),
         "FLOP/s",
-        detail=f"over a bf16 GEMM of {GEMM_SIZE}³ on all cores",
+        detail=f"over a GEMM of {GEMM_SIZE}³ of the same type on all cores",
     )
     return [*figures, utilisation]
 
@@ -187,10 +187,10 @@ def _loop(style: Any, role: str, first: Work) -> Learn:
     return lambda work, table, rows: loop.learn(table, minibatches=work.config.ppo.minibatches, rows_per_forward=rows)
 
 
-def gemm_flops() -> float:
-    """The best of a few bf16 matrix products, in FLOP/s."""
+def gemm_flops(dtype: torch.dtype) -> float:
+    """The best of a few matrix products, in FLOP/s."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    left = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(torch.bfloat16)
+    left = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype)
     seconds = []
     for _ in range(6):
         started = perf_counter()

@@ -1,6 +1,6 @@
 """The references of the learner's benchmark: PPO's updates as people write them in plain PyTorch.
 
-A Hugging Face model in bf16, AdamW, padded batches with an attention mask, logits of every position over the whole
+A Hugging Face model, AdamW, padded batches with an attention mask, logits of every position over the whole
 vocabulary. Tuned: rows sorted by length, AdamW fused, the fastest number of rows per forward. With masters: the same
 with fp32 masters, as ours has them (without them, updates smaller than bf16's steps are lost).
 
@@ -57,7 +57,7 @@ class PlainLoop:
     def __init__(self, role: str, style: Style, work: Work) -> None:
         self._role, self._style = role, style
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.bfloat16
+        dtype = work.dtype
         model = (
             load_causal(work.folder, dtype) if role == "policy" else load_scorer(work.folder, dtype, new_head="zero")
         )

@@ -203,7 +203,7 @@ def _vllm(work: Work, *, is_compiled: bool) -> Any:
     vllm = importlib.import_module("vllm")
     return vllm.LLM(
         model=str(work.folder),
-        dtype="bfloat16",
+        dtype=work.config.model.compute_dtype,
         max_model_len=work.config.model.max_length,
         max_num_seqs=max(SAMPLES.values()),
         enforce_eager=not is_compiled,

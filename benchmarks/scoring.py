@@ -111,13 +111,13 @@ def _critic(work: Work) -> Score:
 
 def _reward(work: Work) -> Score:
     with tempfile.TemporaryDirectory() as folder:
-        load_scorer(work.folder, torch.bfloat16, new_head="normal").save_pretrained(folder)
+        load_scorer(work.folder, work.dtype, new_head="normal").save_pretrained(folder)
         chat = load_chat(work.folder)
         chat.tokenizer.save_pretrained(folder)
         return RewardModel(
             Path(folder),
             chat,
-            dtype=torch.bfloat16,
+            dtype=work.dtype,
             device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
             micro_batch_tokens=work.config.reward.micro_batch_tokens,
             normalise=False,
@@ -128,7 +128,7 @@ _SCORERS: Mapping[str, Callable[[Work], Score]] = {"reference": _reference, "cri
 
 
 def _plain_model(role: str, work: Work) -> Any:
-    dtype = torch.bfloat16
+    dtype = work.dtype
     if role == "reference":
         model = load_causal(work.folder, dtype)
     else:

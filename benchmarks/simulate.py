@@ -22,7 +22,7 @@ from benchmarks.overhead import newest_run
 from benchmarks.table import report
 from orchestrator.errors import RlhfError
 from orchestrator.scheduling.costs import Dimensions, LearnSettings
-from orchestrator.scheduling.hardware import CPU_CORE, DEVICES, Efficiency
+from orchestrator.scheduling.hardware import DEVICES, Efficiency
 from orchestrator.scheduling.memory import GIB
 from orchestrator.simulation.scenario import MODELS, Spread, Work
 from orchestrator.simulation.search import Candidate, describe, search
@@ -65,14 +65,15 @@ def main() -> None:
 
 def compare_with_runs(fitted: Sequence[Path], others: Sequence[Path]) -> None:
     """Fits cpu-core to the first halves of runs (none: as its table stands), and predicts their second halves and other
-    runs from their lengths alone."""
-    efficiency, seen, unseen = CPU_CORE.efficiency, [], []
+    runs from their lengths alone. All runs must have computed in one type."""
+    seen, unseen = [], []
     for folder in fitted:
-        run = calibration.read_run(folder, CPU_CORE, CORES)
+        run = calibration.read_run(folder, CORES)
         half = len(run.seconds) // 2
         seen.append(run.part(slice(0, half), f"{run.name}, first half"))
         unseen.append(run.part(slice(half, None), f"{run.name}, second half"))
-    unseen += [calibration.read_run(folder, CPU_CORE, CORES) for folder in others]
+    unseen += [calibration.read_run(folder, CORES) for folder in others]
+    efficiency = [*seen, *unseen][0].layout.device.efficiency
     if seen:
         efficiency = calibration.calibrate(seen, efficiency)
     show_errors([*seen, *unseen], efficiency)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from actors.learning.model import resolve_model
 from actors.tokenizing import load_tokenizer
@@ -42,6 +43,12 @@ class Work:
     name: str
     config: Config
     prompts: Sequence[Prompt]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What ours and the references compute in: the faster type of this machine, unless one is given."""
+        dtype: torch.dtype = getattr(torch, self.config.model.compute_dtype)
+        return dtype
 
     @property
     def folder(self) -> Path:

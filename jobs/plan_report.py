@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from rich.table import Table
 
+from actors.probe import machine_speed
 from jobs.capacity import Cluster, capacity, find_cluster
 from jobs.command import out, say
 from jobs.plan_work import layout_of, learning_of, work_of
@@ -15,7 +16,7 @@ from jobs.resolve import resolved
 from orchestrator.config import Config, config_from_tree
 from orchestrator.errors import CapacityError, ConfigError
 from orchestrator.failures import LEARNERS
-from orchestrator.scheduling.hardware import CPU_CORE, DEVICES, Device, device_of
+from orchestrator.scheduling.hardware import DEVICES, Device, cpu_core, device_of
 from orchestrator.scheduling.memory import GIB, gib
 from orchestrator.simulation.run import simulate
 from orchestrator.simulation.scenario import MODELS, Layout, Prediction, Work
@@ -53,7 +54,7 @@ def plan(config: Config, target: Target, lengths: MeanLengths) -> None:
         ConfigError: the kind of GPU is not known.
         DataError: a model's config can't be read.
     """
-    config = resolved(config)
+    config = _for_target(config, target)
     work = work_of(config, prompt_tokens=lengths.prompt, response_tokens=lengths.response, deviation=lengths.spread)
     _show_work(config, work, lengths)
     found, what = _search(config, work, target)
@@ -62,6 +63,13 @@ def plan(config: Config, target: Target, lengths: MeanLengths) -> None:
     if not found.candidates:
         raise CapacityError("nothing fits; the lines above say of every placement what is short, and the way out.")
     _show(config, found, what)
+
+
+def _for_target(config: Config, target: Target) -> Config:
+    """The resolved config; GPUs that are only planned for compute in bf16, whatever this machine does."""
+    if target.gpus is None or config.model.dtype != "auto":
+        return resolved(config)
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
 
 
 def _by_reason(found: Search) -> dict[str, list[str]]:
@@ -105,6 +113,7 @@ def search_gpus(config: Config, work: Work, device: Device, num_gpus: int) -> Se
 def search_cores(config: Config, work: Work, cluster: Cluster) -> Search:
     """Without GPUs: the config as it is, and the other placement. Memory is that of nodes, as jobs.check has it."""
     cores = int(sum(node.cpus for node in cluster.nodes))
+    core = core_of(config)
     candidates: list[Candidate] = []
     refused: dict[str, str] = {}
     for name, variant in _placements(config):
@@ -113,10 +122,16 @@ def search_cores(config: Config, work: Work, cluster: Cluster) -> Search:
         except CapacityError as error:
             refused[name] = str(error)
             continue
-        layout = layout_of(variant, CPU_CORE, cores)
+        layout = layout_of(variant, core, cores)
         tokens = config.rollout.kv_cache_gib * GIB / work.policy.cache_bytes_per_token
         candidates.append(Candidate(layout, (), simulate(work, layout, cache_tokens=tokens)))
     return Search(sorted(candidates, key=lambda candidate: candidate.prediction.step_s), refused)
+
+
+def core_of(config: Config) -> Device:
+    """One core of a machine like this one, in the config's type."""
+    dtype = config.model.compute_dtype
+    return cpu_core(dtype, machine_speed(config.run.cache).per_core(dtype))
 
 
 def _placements(config: Config) -> Iterator[tuple[str, Config]]:

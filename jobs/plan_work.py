@@ -10,20 +10,26 @@ from transformers import AutoConfig
 from actors.learning.model import resolve_model
 from actors.learning.size import model_size
 from jobs.settings import demands, samples_per_shard
-from orchestrator.config import Config, LearnerConfig
+from orchestrator.config import Config, Dtype, LearnerConfig
 from orchestrator.scheduling.costs import Dimensions, LearnSettings
 from orchestrator.scheduling.hardware import Device
+from orchestrator.scheduling.memory import BYTES_OF
 from orchestrator.simulation.scenario import MODELS, ROLES, Layout, Pool, Spread, Work
 
 
-def dimensions(folder: Path, *, trust_remote_code: bool = False) -> Dimensions:
+def dimensions(folder: Path, *, dtype: Dtype, trust_remote_code: bool = False) -> Dimensions:
     """From config.json alone; no weights need to be there. Raises DataError when it is of no known architecture."""
     size = model_size(folder, trust_remote_code=trust_remote_code)
     text = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
     heads = text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or size.hidden // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    return Dimensions(**vars(size), kv_width=kv_heads * head_width, tied=bool(text.tie_word_embeddings))
+    return Dimensions(
+        **vars(size),
+        kv_width=kv_heads * head_width,
+        tied=bool(text.tie_word_embeddings),
+        bytes_per_weight=BYTES_OF[dtype],
+    )
 
 
 def models_of(config: Config, trained_reward: Path | None = None) -> dict[str, Dimensions | None]:
@@ -45,7 +51,11 @@ def models_of(config: Config, trained_reward: Path | None = None) -> dict[str, D
         "reward": reward if with_model else None,
     }
     sizes = {
-        name: dimensions(resolve_model(name, config.run.cache), trust_remote_code=config.model.trust_remote_code)
+        name: dimensions(
+            resolve_model(name, config.run.cache),
+            dtype=config.model.compute_dtype,
+            trust_remote_code=config.model.trust_remote_code,
+        )
         for name in set(named.values())
         if name is not None
     }

@@ -61,7 +61,7 @@ def trainer_config(work: Work, settings: TrlSettings, folder: str) -> GRPOConfig
         output_dir=folder,
         use_cpu=True,
         model_init_kwargs={"dtype": settings.masters},
-        bf16=settings.masters == "float32",
+        bf16=settings.masters == "float32" and settings.autocast,
         # One generation for all minibatches of a step, as ours.
         per_device_train_batch_size=settings.micro_batch_samples,
         gradient_accumulation_steps=accumulated,

@@ -44,11 +44,13 @@ class TrlSettings:
     """What TRL's user chooses beyond the work.
 
     Args:
-        masters: "bfloat16": weights and Adam's moments too; "float32": both in fp32, computing under bf16 autocast.
+        masters: "bfloat16": weights and Adam's moments too; "float32": both in fp32.
+        autocast: with masters in fp32, compute in bf16; off on machines that multiply fp32 faster.
         micro_batch_samples: samples of one forward and backward pass.
     """
 
     masters: Literal["bfloat16", "float32"] = "bfloat16"
+    autocast: bool = True
     micro_batch_samples: int = 16
 
 

@@ -19,11 +19,6 @@ from orchestrator.scheduling.memory import ModelSize
 
 Lengths = npt.NDArray[np.int64]
 
-WEIGHT_BYTES = 2  # bf16, as engines hold and publishes carry them
-OPTIMIZER_BYTES = (
-    36  # per parameter: bf16 gradient to fp32 (6), fp32 gradient (4), masters (8), moments (16), weight (2)
-)
-
 
 @dataclass(frozen=True)
 class Dimensions(ModelSize):
@@ -32,10 +27,12 @@ class Dimensions(ModelSize):
     Args:
         kv_width: key-value heads × their size.
         tied: whether the LM head is the embedding.
+        bytes_per_weight: as engines hold and publishes carry them; 2 for bf16, 4 for fp32.
     """
 
     kv_width: int
     tied: bool
+    bytes_per_weight: int = 2
 
     @property
     def head(self) -> int:
@@ -48,11 +45,11 @@ class Dimensions(ModelSize):
 
     @property
     def weight_bytes(self) -> float:
-        return float(WEIGHT_BYTES * self.num_params)
+        return float(self.bytes_per_weight * self.num_params)
 
     @property
     def cache_bytes_per_token(self) -> float:
-        return 2.0 * WEIGHT_BYTES * self.num_layers * self.kv_width
+        return 2.0 * self.bytes_per_weight * self.num_layers * self.kv_width
 
 
 def forward_flops(size: Dimensions, lengths: Lengths, *, head_tokens: float) -> float:
@@ -184,7 +181,7 @@ def decode_step_seconds(
     read = size.weight_bytes + size.cache_bytes_per_token * context
     flops = 2.0 * (size.trunk + size.head) * batch + 4.0 * size.num_layers * size.hidden * context
     exchanged = (
-        4.0 * size.num_layers * batch * WEIGHT_BYTES * size.hidden * (width - 1) / width
+        4.0 * size.num_layers * batch * size.bytes_per_weight * size.hidden * (width - 1) / width
     )  # two all-reduces a layer
     at_work = np.maximum(
         read / (width * device.bandwidth * efficiency.memory), flops / (width * device.flops * efficiency.decode)

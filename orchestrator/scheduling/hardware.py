@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from orchestrator.config import Dtype
 from orchestrator.errors import ConfigError
 
 
@@ -59,7 +60,7 @@ class Device:
     """One GPU, or one core of a CPU.
 
     Args:
-        flops: peak bf16 FLOP/s without sparsity.
+        flops: peak FLOP/s without sparsity, on GPUs in bf16.
         bandwidth, link, network, host_link: bytes/s of its memory, to a neighbour in its node, to another node, to the
             host's memory.
         per_node: devices of one node.
@@ -92,11 +93,16 @@ _CPU = Efficiency(
     call_s=_CALL_S,
     step_s=0.196,
 )
+_CPU_FP32 = replace(_CPU, learn=0.75, forward=0.75, decode=0.5)
 _GB = 1e9
 
 CPU_CORE = Device(
     "cpu-core", 0.96e12, 11.2 * _GB, math.inf, 11.2 * _GB, 11.2 * _GB, math.inf, _CPU, per_node=2, price=None
 )
+CPU_CORES: Mapping[Dtype, Device] = {
+    "bfloat16": CPU_CORE,
+    "float32": replace(CPU_CORE, name="cpu-core, fp32", flops=65e9, efficiency=_CPU_FP32),
+}
 DEVICES: Mapping[str, Device] = {
     device.name: device
     for device in (
@@ -108,6 +114,11 @@ DEVICES: Mapping[str, Device] = {
         Device("l40s", 362e12, 864 * _GB, 48 * _GB, 32 * _GB, 50 * _GB, 32 * _GB, _GPU),
     )
 }
+
+
+def cpu_core(dtype: Dtype, flops: float) -> Device:
+    """One core that reaches so many FLOP/s in matrix products of this type."""
+    return replace(CPU_CORES[dtype], flops=flops)
 
 
 def device_of(kind: str) -> Device:

@@ -29,7 +29,7 @@ RAY_PROCESSES = 700 * MIB  # of one node: raylet, agents, and on the head its se
 
 LOGIT_CHUNK = 512  # positions whose logits a learner or the reference holds at one time
 
-_BYTES: Mapping[Dtype, int] = {"bfloat16": 2, "float32": 4}
+BYTES_OF: Mapping[Dtype, int] = {"bfloat16": 2, "float32": 4}
 _MOMENTS, _MASTERS = 8, 4  # bytes per parameter, Adam's two and the weights', both fp32
 _ADAM_TEMPORARIES = 8  # bytes per parameter of a shard while it is updated
 _ALIVE_IN_BACKWARD = (10, 4)  # values per token and layer that a Llama keeps: × hidden size, × feed-forward size
@@ -80,7 +80,7 @@ def learner_memory(
 
     Stage 1 shards moments and masters, stage 2 gradients too, stage 3 weights too.
     """
-    held = _BYTES[dtype]
+    held = BYTES_OF[dtype]
     optimizer = _MOMENTS + (_MASTERS if dtype == "bfloat16" or zero_stage else 0)
     gradients = held + (4 if dtype == "bfloat16" and zero_stage else 0)
     per_param = (
@@ -102,7 +102,7 @@ def learner_memory(
 def scorer_memory(size: ModelSize, *, dtype: Dtype, shards: int, micro_batch_tokens: int, logits: bool) -> Memory:
     """One rank of a reference or a reward model, which only runs forward: one layer's activations live at a time."""
     working = _layer_bytes(size, dtype, micro_batch_tokens) + (_logit_bytes(size, micro_batch_tokens) if logits else 0)
-    return Memory(_BYTES[dtype] * size.num_params / shards, working, process=SCORER_PROCESS)
+    return Memory(BYTES_OF[dtype] * size.num_params / shards, working, process=SCORER_PROCESS)
 
 
 def engine_memory(size: ModelSize, *, dtype: Dtype, tensor_parallel_size: int, cache_bytes: float) -> Memory:
@@ -110,13 +110,13 @@ def engine_memory(size: ModelSize, *, dtype: Dtype, tensor_parallel_size: int, c
 
     A publish is verified on a second copy of the weights.
     """
-    state = _BYTES[dtype] * size.num_params / tensor_parallel_size
+    state = BYTES_OF[dtype] * size.num_params / tensor_parallel_size
     return Memory(state, state, cache_bytes, ENGINE_PROCESS)
 
 
 def _layer_bytes(size: ModelSize, dtype: Dtype, tokens: int) -> float:
     per_hidden, per_inner = _ALIVE_IN_BACKWARD
-    return _BYTES[dtype] * tokens * (per_hidden * size.hidden + per_inner * size.feed_forward)
+    return BYTES_OF[dtype] * tokens * (per_hidden * size.hidden + per_inner * size.feed_forward)
 
 
 def _logit_bytes(size: ModelSize, tokens: int) -> float:

@@ -61,21 +61,22 @@ class Module(torch.nn.Module):
     num_key_value_groups = 3
 
 
-@pytest.mark.parametrize("case", ["long", "mask", "not causal", "no gradient"])
+@pytest.mark.parametrize("case", ["long", "mask", "not causal", "no gradient", "fp32"])
 def test_what_it_is_not_made_for_is_left_to_torch(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ShortCausalAttention, "apply", lambda *given: pytest.fail("used"))
-    query, key, value = inputs(SHORT + 1 if case == "long" else 5)
-    mask = torch.zeros(3, 1, 5, 5) if case == "mask" else None
+    dtype = torch.float32 if case == "fp32" else torch.bfloat16
+    query, key, value = inputs(SHORT + 1 if case == "long" else 5, dtype=dtype)
+    mask = torch.zeros(3, 1, 5, 5, dtype=dtype) if case == "mask" else None
     options = {"is_causal": False} if case == "not causal" else {}
     with torch.set_grad_enabled(case != "no gradient"):
         out, _ = attend(Module(), query, key, value, mask, scaling=0.25, **options)
-        is_causal = case in ("long", "no gradient")
+        is_causal = case in ("long", "no gradient", "fp32")
         expected = scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=0.25, enable_gqa=True)
     torch.testing.assert_close(out, expected.transpose(1, 2))
 
 
 def test_a_loaded_model_uses_it_and_does_not_save_its_name(tmp_path: Path) -> None:
-    model = load_causal(tiny_llama(tmp_path / "model"), torch.float32)
+    model = load_causal(tiny_llama(tmp_path / "model"), torch.bfloat16)
     used: list[int] = []
     original = ShortCausalAttention.forward
 

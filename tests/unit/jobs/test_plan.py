@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def tree(folder: Path) -> dict[str, Any]:
     return {
-        "model": {"path": str(folder), "max_length": 2048},
+        "model": {"path": str(folder), "dtype": "bfloat16", "max_length": 2048},
         "reward": {"kind": "rules", "rules": [{"function": "actors.rewards.gold:vader_positivity"}]},
         "rollout": {"max_new_tokens": 1024},
         "ppo": {"steps": 100, "prompts_per_step": 128, "samples_per_prompt": 1},
@@ -63,7 +63,7 @@ def on(gpus: int | None, kind: str | None = "h100", price: float | None = None) 
 
 
 def test_a_model_is_measured_by_its_config_alone(folder: Path) -> None:
-    size = dimensions(folder)
+    size = dimensions(folder, dtype="bfloat16")
     assert (size.num_params, size.kv_width, size.tied) == (8_030_261_248, 1024, False)
 
 

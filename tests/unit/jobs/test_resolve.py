@@ -19,8 +19,8 @@ from orchestrator.config import Config, load_config
 from orchestrator.config_changes import OPEN, RESOLVED_ONCE, changed_keys, value_of
 from orchestrator.errors import ConfigError
 
-SLOW_BF16 = Speed("Zen 3, AVX2, 2 threads", bfloat16=1e9, float32=129e9)
-FAST_BF16 = Speed("AMX, 2 threads", bfloat16=1500e9, float32=300e9)
+SLOW_BF16 = Speed("Zen 3, AVX2, 2 threads", threads=2, bfloat16=1e9, float32=129e9)
+FAST_BF16 = Speed("AMX, 2 threads", threads=2, bfloat16=1500e9, float32=300e9)
 
 
 @pytest.fixture
