@@ -11,11 +11,13 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import aiohttp
@@ -31,6 +33,7 @@ PROJECT_FILES = ("pyproject.toml", "README.md", "LICENSE")
 POLL_S = 1.0
 REQUEST_S = 60.0
 START_S = 180.0
+SUBMIT_S = 30.0
 LOST_S = 60.0
 LAST_LINES_S = 10.0
 # Ray gives a stopped job 3 s before it kills it: too short to commit what was sampled.
@@ -136,23 +139,50 @@ def stage_project(root: Path, folder: Path, include: Sequence[Path] = ()) -> Non
 def submit(client: JobsClient, job: Job) -> str:
     """Hands the job over; returns its submission id.
 
+    A server that is starting answers with a 5xx or drops the connection. The job's id is chosen here, so that a further
+    try can't start it twice.
+
     Raises:
-        CapacityError: the cluster does not take it.
+        CapacityError: the cluster does not take it, or not within SUBMIT_S.
     """
+    job_id = f"rlhf-{secrets.token_hex(8)}"
     environment = {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S), **job.environment}
     runtime_env: dict[str, Any] = {"env_vars": environment}
     if job.working_dir:
         runtime_env["working_dir"] = str(job.working_dir)
-    try:
-        return str(
-            client.submit_job(
-                entrypoint=job.entrypoint, runtime_env=runtime_env, entrypoint_resources=dict(job.resources) or None
+    until = monotonic() + SUBMIT_S
+    while True:
+        try:
+            return str(
+                client.submit_job(
+                    entrypoint=job.entrypoint,
+                    submission_id=job_id,
+                    runtime_env=runtime_env,
+                    entrypoint_resources=dict(job.resources) or None,
+                )
             )
-        )
-    except (RuntimeError, requests.RequestException, ValueError) as error:
-        raise CapacityError(
-            f"the cluster at {client.get_address()} did not take the job: {_first_line(error)}. Look at its dashboard."
-        ) from None
+        except (RuntimeError, requests.RequestException, ValueError) as error:
+            if _is_there(client, job_id):
+                return job_id
+            if not _may_pass(error) or monotonic() > until:
+                raise CapacityError(
+                    f"the cluster at {client.get_address()} did not take the job: {_first_line(error)}. Look at its "
+                    "dashboard."
+                ) from None
+        sleep(POLL_S)
+
+
+def _is_there(client: JobsClient, job_id: str) -> bool:
+    with contextlib.suppress(RuntimeError, requests.RequestException):
+        client.get_job_info(job_id)
+        return True
+    return False
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a further try may succeed: a lost connection, or a server's own error (Ray tells the status in words)."""
+    is_lost = isinstance(error, (requests.ConnectionError, requests.Timeout))
+    return is_lost or re.search(r"status code 5\d\d", str(error)) is not None
 
 
 async def follow(client: JobsClient, job_id: str, write: Callable[[str], None]) -> int:
