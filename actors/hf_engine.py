@@ -11,9 +11,10 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from transformers import AutoModelForCausalLM
 
 from actors.conversations import load_chat
+from actors.learning.export import named_state
+from actors.learning.model import load_causal
 from actors.rollout import (
     EngineSettings,
     Sample,
@@ -33,12 +34,12 @@ class HfEngine:
 
     def __init__(self, settings: EngineSettings, *, device: str = "cpu") -> None:
         self._settings, self._device = settings, torch.device(device)
-        self._chat = load_chat(settings.model, settings.chat, trust_remote_code=settings.trust_remote_code)
-        self._model = AutoModelForCausalLM.from_pretrained(
-            settings.model, dtype=getattr(torch, settings.dtype), trust_remote_code=settings.trust_remote_code
-        )
-        self._model.to(self._device).eval().requires_grad_(False)
-        self._parameters: dict[str, torch.Tensor] = dict(self._model.named_parameters())
+        remote = settings.trust_remote_code
+        self._chat = load_chat(settings.model, settings.chat, trust_remote_code=remote)
+        self._model = load_causal(settings.model, getattr(torch, settings.dtype), trust_remote_code=remote)
+        self._model.to(self._device).requires_grad_(False)
+        self._needed = [name for name, _ in named_state(self._model)]
+        self._held: dict[str, torch.Tensor] = {}
         self._served = ServedVersion(settings.version)
         self._unpacker: Unpacker | None = None
         self._checksums: dict[str, str] = {}
@@ -62,8 +63,8 @@ class HfEngine:
     def begin_update(self, header: WeightHeader) -> None:
         self._served.begin(header)
         with self._served.failing():
-            aliases = [name for name, _ in self._model.named_parameters(remove_duplicate=False)]
-            check_names((spec.name for spec in header.tensors), needed=self._parameters, optional=aliases)
+            self._held = self._model.state_dict()  # moving the model between devices replaces its buffers
+            check_names((spec.name for spec in header.tensors), needed=self._needed, optional=self._held)
         self._unpacker, self._checksums = Unpacker(header), {}
         self._seconds = {"receive": 0.0, "apply": 0.0, "verify": 0.0}
 
@@ -76,9 +77,9 @@ class HfEngine:
             tensors = self._unpacker.add(bucket)
             received = perf_counter()
             for name, tensor in tensors:
-                parameter = self._model.get_parameter(name)
-                parameter.copy_(tensor)
-                self._checksums[name] = checksum(tensor.to(parameter.dtype))
+                held = self._held[name]
+                held.copy_(tensor)
+                self._checksums[name] = checksum(tensor.to(held.dtype))
         self._seconds["receive"] += received - started
         self._seconds["apply"] += perf_counter() - received
 
@@ -90,7 +91,7 @@ class HfEngine:
         with self._served.failing():
             if not self._unpacker.done:
                 raise PublishError("the update was finished before all of its buckets had arrived; publish again.")
-            stale = [name for name, sent in compared.items() if checksum(self._model.get_parameter(name)) != sent]
+            stale = [name for name, sent in compared.items() if checksum(self._held[name]) != sent]
             if stale:
                 raise PublishError(f"the engine does not hold the published weights of {listed(stale)}; publish again.")
         self._seconds["verify"] += perf_counter() - started

@@ -1,16 +1,23 @@
-"""What stands on a transformer's hidden states: log-probabilities of given tokens, and scalar values.
+"""Heads on a transformer's hidden states: log-probabilities of given tokens, and scalar values.
 
 Shapes: N selected positions, D hidden size, V vocabulary, B rows, T positions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from actors.learning.packing import MicroBatch
+from actors.learning import proofs
+from actors.learning.packing import MicroBatch, token_rows
+from actors.learning.steady import SteadyModel
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -86,6 +93,59 @@ class TokenLogProbs(nn.Module):
         return logprobs_N, entropy_N
 
 
+class OwnLogProbs(nn.Module):
+    """The same for models whose logits are more than hidden states times a matrix (scaled, capped, biased): through the
+    model's own forward, a chunk of positions at a time. Backward makes the logits of a chunk again.
+
+    Holds no parameters: they are those of the language model, whose own modules ZeRO-3 gathers.
+    """
+
+    def __init__(self, language_model: Any, *, temperature: float, chunk: int) -> None:
+        super().__init__()
+        self._logits = partial(own_logits, language_model)  # a partial: the model must not become a submodule
+        self.temperature, self.chunk = temperature, chunk
+
+    def forward(self, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [
+            checkpoint(self._part, hidden_ND[part], targets_N[part], use_reentrant=False, preserve_rng_state=False)
+            for part in _chunks(len(targets_N), self.chunk)
+        ]
+        return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
+
+    def _part(self, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = (self._logits(hidden_ND).float() / self.temperature).log_softmax(-1)
+        return log_p.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+
+
+def own_logits(language_model: Any, hidden_ND: Tensor) -> Tensor:
+    """Logits that a causal LM makes of given hidden states: its own forward, with its decoder's answer given."""
+    unread = 1 if language_model.config.pad_token_id == 0 else 0  # transformers warns of padding
+    positions = torch.full((1, len(hidden_ND)), unread, device=hidden_ND.device)
+    with _answering(language_model.get_decoder(), hidden_ND.unsqueeze(0)):
+        logits: Tensor = language_model(input_ids=positions, use_cache=False).logits
+    return logits[0]
+
+
+class _Answer(BaseModelOutputWithPast):
+    """A decoder's output with nothing but hidden states; whatever else is asked for (router logits, ...) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@contextmanager
+def _answering(decoder: nn.Module, hidden_1ND: Tensor) -> Iterator[None]:
+    own = vars(decoder).get("forward")
+    decoder.forward = lambda *_, **__: _Answer(last_hidden_state=hidden_1ND)
+    try:
+        yield
+    finally:
+        del decoder.forward
+        if own is not None:
+            decoder.forward = own
+
+
 class ScalarHead(nn.Module):
     """One number per position, in fp32 whatever the weights' type."""
 
@@ -98,18 +158,31 @@ class ScalarHead(nn.Module):
         return nn.functional.linear(hidden_ND.float(), self.weight.float(), bias).squeeze(-1)
 
 
-class PolicyModel(nn.Module):
+class PolicyModel(SteadyModel):
     """Log-probs and entropies of response tokens, at a temperature.
 
     Args:
         language_model: a causal LM of transformers.
         chunk: positions whose logits live at the same time.
+
+    Raises:
+        DataError: the log-probs would not be the model's own, see proofs.py.
     """
 
     def __init__(self, language_model: Any, *, temperature: float, chunk: int = 512) -> None:
         super().__init__()
         self.pretrained = language_model
-        self.head = TokenLogProbs(language_model.get_output_embeddings().weight, temperature=temperature, chunk=chunk)
+        head = language_model.get_output_embeddings()
+        self.head: TokenLogProbs | OwnLogProbs
+        if proofs.has_linear_logits(language_model, partial(own_logits, language_model)):
+            self.head = TokenLogProbs(head.weight, temperature=temperature, chunk=chunk)
+        else:
+            self.head = OwnLogProbs(language_model, temperature=temperature, chunk=chunk)
+
+    def around(self, language_model: Any) -> PolicyModel:
+        """The same of another model."""
+        temperature, chunk = self.head.temperature, self.head.chunk
+        return PolicyModel(language_model, temperature=temperature, chunk=chunk)
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """(logprobs_N, entropy_N) in fp32."""
@@ -119,11 +192,14 @@ class PolicyModel(nn.Module):
         return logprobs_N, entropy_N
 
 
-class ValueModel(nn.Module):
+class ValueModel(SteadyModel):
     """Values of the states in which response tokens are chosen, and of the state after the last one.
 
     Args:
         scorer: a one-label sequence classifier of transformers.
+
+    Raises:
+        DataError: the values would not be the model's own scores, see proofs.py.
     """
 
     def __init__(self, scorer: Any) -> None:
@@ -131,6 +207,11 @@ class ValueModel(nn.Module):
         self.pretrained = scorer
         head = scorer.score
         self.head = ScalarHead(head.weight, getattr(head, "bias", None))
+        proofs.require_own_scores(scorer)
+
+    def around(self, scorer: Any) -> ValueModel:
+        """The same of another model."""
+        return ValueModel(scorer)
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """(values_N, last_values_B) in fp32; a reward model's score of a sequence is its last value."""
@@ -140,3 +221,16 @@ class ValueModel(nn.Module):
         values = self.head(hidden_BTD.flatten(0, 1)[wanted])
         values_N, last_B = values.split([len(micro.state_index_N), len(micro.last_index_B)])
         return values_N, last_B
+
+
+def probe(model: PolicyModel | ValueModel, device: torch.device) -> MicroBatch:
+    """A micro-batch of a few tokens, to compare what a model says of them."""
+    num_tokens = model.pretrained.get_input_embeddings().num_embeddings
+    tokens = [token % num_tokens for token in proofs.PROBE]
+    return token_rows([tokens[:2]], [tokens[2:]]).pack([0], device)
+
+
+def probed(model: PolicyModel | ValueModel) -> Tensor:
+    """What a model says of `probe`."""
+    output: tuple[Tensor, Tensor] = model(probe(model, next(model.parameters()).device))
+    return output[0]

