@@ -24,13 +24,13 @@ ROLLOUT = pa.schema(
         pa.field("sample_index", pa.int32(), nullable=False),  # 0 .. samples_per_prompt - 1
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("prompt_text", pa.string(), nullable=False),  # as the user wrote it, before the chat template
-        pa.field("response_text", pa.string(), nullable=False),
+        pa.field("response_text", pa.string(), nullable=False),  # as written, without what ends it
         pa.field("prompt_tokens", _TOKENS, nullable=False),  # after the chat template
         pa.field("response_tokens", _TOKENS, nullable=False),
         pa.field("engine_logprobs", _FLOATS, nullable=False),  # at the sampling temperature
         pa.field("finish_reason", pa.string(), nullable=False),  # "stop" (EOS sampled) or "length"
         pa.field("version", pa.int32(), nullable=False),  # of the weights that sampled it
-        pa.field("meta", pa.string(), nullable=False),  # the prompt's other fields, JSON
+        pa.field("meta", pa.string(), nullable=False),  # the prompt's other fields and raw_response, JSON
     ]
 )
 

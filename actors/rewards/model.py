@@ -106,14 +106,20 @@ class RewardModel:
         self.chat = reward_chat(folder, policy, trust_remote_code=trust_remote_code)
         self.takes_tokens = self.chat.fingerprint == policy.fingerprint
         scorer = load_scorer(folder, dtype, trust_remote_code=trust_remote_code)
+        self._num_embeddings = int(scorer.get_input_embeddings().num_embeddings)
         longest = getattr(scorer.config, "max_position_embeddings", None)
         self._max_length = min((n for n in (max_length, longest) if n), default=None)
         self._model = ValueModel(scorer).eval().requires_grad_(False).to(device)
         self._device, self._micro_batch_tokens = device, micro_batch_tokens
 
     def scores(self, table: pa.Table) -> list[Score]:
-        """A non-finite score is a failure of its sample."""
-        return [self._score(raw) for raw in self.raw_scores(self._transcripts(table))]
+        """A non-finite score is a failure of its sample, as is a conversation that the model's template refuses."""
+        transcripts = self._transcripts(table)
+        raw = iter(self.raw_scores([found for found in transcripts if isinstance(found, Transcript)]))
+        return [
+            self._score(next(raw)) if isinstance(found, Transcript) else Score(None, error=str(found))
+            for found in transcripts
+        ]
 
     def raw_scores(self, transcripts: Sequence[Transcript]) -> list[float]:
         """Scores before normalising, in order."""
@@ -129,18 +135,23 @@ class RewardModel:
             scores[list(batch)] = last_B.float().cpu().numpy()
         return [float(score) for score in scores]
 
-    def _transcripts(self, table: pa.Table) -> list[Transcript]:
+    def _transcripts(self, table: pa.Table) -> list[Transcript | DataError]:
         if not self.takes_tokens:
             return [self._from_text(sample) for sample in samples(table)]
         columns = (table[name].to_pylist() for name in ("prompt_tokens", "response_tokens"))
-        return [
-            Transcript(np.array(prompt, np.int32), self.chat.closed(np.array(response, np.int32)))
-            for prompt, response in zip(*columns, strict=True)
-        ]
+        found: list[Transcript | DataError] = []
+        for sample, prompt, response in zip(samples(table), *columns, strict=True):
+            whole = Transcript(np.array(prompt, np.int32), self.chat.closed(np.array(response, np.int32)))
+            # A policy can sample ids that no tokenizer knows, where its embeddings are padded and this model's are not.
+            found.append(whole if whole.tokens.max() < self._num_embeddings else self._from_text(sample))
+        return found
 
-    def _from_text(self, sample: Sample) -> Transcript:
+    def _from_text(self, sample: Sample) -> Transcript | DataError:
         turns = sample.meta.get("messages") or [{"role": "user", "content": sample.prompt}]
-        return self.chat.reply(messages_from_dicts(turns), sample.response, sample.meta.get("tools", ()))
+        try:
+            return self.chat.reply(messages_from_dicts(turns), sample.response, sample.meta.get("tools", ()))
+        except DataError as error:
+            return error
 
     def _score(self, raw: float) -> Score:
         if not math.isfinite(raw):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from actors.conversations import Chat, chat_of, load_chat
+from actors.conversations import Chat, base_chat, chat_of, load_chat
 from actors.templates import ChatSettings, read_template
 from orchestrator.data import Message
+from orchestrator.data.records import ToolCall
 from orchestrator.errors import DataError
 from tests.tiny import CHATML, tiny_tokenizer
 
@@ -75,3 +77,79 @@ def test_fingerprints_differ_by_all_that_changes_what_tokens_say() -> None:
     assert chat().fingerprint == chat().fingerprint
     different = [chat(), chat(other), chat_of(larger), chat(system_prompt="Be brief.")]
     assert len({one.fingerprint for one in different}) == len(different)
+
+
+CALLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function.name }}({{ call.function.arguments | tojson }})</call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOLS = ({"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}},)
+CALL = Message("assistant", "", (ToolCall("weather", '{"city": "Oslo"}'),))
+
+
+def test_tools_and_calls_reach_the_template() -> None:
+    asked = (*USER, CALL, Message("tool", "Rain"))
+    text = chat(CALLS).prompt_text(asked, TOOLS)
+    assert text.startswith('[{"type": "function"') and '<call>weather({"city": "Oslo"})</call><|im_end|>' in text
+    with pytest.raises(DataError, match="writes nothing of the tool 'weather': it is not made for tools"):
+        chat().prompt_text(asked)
+    with pytest.raises(DataError, match="writes nothing of the tool 'weather'"):
+        chat().prompt_text(USER, TOOLS)
+
+
+def test_a_reply_that_calls_a_tool_is_written_by_the_template_and_closed_once() -> None:
+    other = Message("assistant", "", (ToolCall("weather", '{"city": "Bern"}'),))
+    written = [chat(CALLS).reply(USER, reply, TOOLS) for reply in (CALL, other)]
+    texts = [chat(CALLS).text(transcript.response_tokens) for transcript in written]
+    assert texts == [f'<call>weather({{"city": "{city}"}})</call><|im_end|>' for city in ("Oslo", "Bern")]
+    assert written[0].prompt_tokens.tolist() == chat(CALLS).prompt(USER, TOOLS).tolist()
+    assert chat().text(chat().reply(USER, Message("assistant", "Yes.")).response_tokens) == "Yes.<|im_end|>"
+
+
+def test_a_begun_turn_is_continued_and_not_closed() -> None:
+    begun = (*USER, Message("assistant", "Roses are "))
+    text = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nRoses are "
+    assert chat().prompt_text(begun) == text
+    assert chat().text(chat().reply(begun, "red.").tokens) == f"{text}red.<|im_end|>"
+    called = chat(CALLS).reply(begun, CALL, TOOLS)
+    assert chat(CALLS).text(called.response_tokens).startswith("<call>weather(")
+    with pytest.raises(DataError, match="does not write an assistant's turn"):
+        chat("{{ messages[0].content }}?").prompt_text(begun)
+
+
+def test_a_text_that_is_closed_already_is_closed_once() -> None:
+    assert chat().text(chat().reply(USER, "Yes.<|im_end|>").response_tokens) == "Yes.<|im_end|>"
+
+
+def test_the_base_of_a_reward_model_keeps_its_own_template(tmp_path: Path) -> None:
+    policy, base, bare = (tmp_path / name for name in ("policy", "base", "bare"))
+    own = CHATML.replace("<|im_start|>", "<s>")
+    tiny_tokenizer().save_pretrained(policy)
+    tiny_tokenizer(chat_template=own).save_pretrained(base)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(bare)
+    given = CHATML.replace("<|im_start|>", "</s>")
+    settings = ChatSettings(given, "Be kind.")
+    asked = [base_chat(folder, policy, settings).prompt_text(USER) for folder in (policy, base, bare)]
+    for text, mark in zip(asked, ("</s>", "<s>", "</s>"), strict=True):
+        assert text == f"{mark}system\nBe kind.<|im_end|>\n{mark}user\nWhy?<|im_end|>\n{mark}assistant\n"
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(bare)
+    with pytest.raises(DataError, match="no chat template and another vocabulary"):
+        base_chat(bare, policy, settings)
+
+
+def test_an_exported_model_stops_where_this_one_did(tmp_path: Path) -> None:
+    """EOS `</s>` (3), closing `<|im_end|>` (0): a server that reads the export must stop at both."""
+    file = tmp_path / "generation_config.json"
+    one = chat_of(tiny_tokenizer(eos_token="</s>"))
+    for before in ({}, {"eos_token_id": 3}, {"eos_token_id": [3]}, {"eos_token_id": None}):
+        file.write_text(json.dumps({"max_length": 9, **before}))
+        one.save_stops(tmp_path)
+        assert json.loads(file.read_text()) == {"max_length": 9, "eos_token_id": [0, 3]}
+    before = {"eos_token_id": [0, 2, 3]}
+    file.write_text(json.dumps(before))
+    one.save_stops(tmp_path)
+    assert json.loads(file.read_text()) == before

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from actors.conversations import chat_of
+from actors.conversations import CHAT_FILE, Chat, chat_of, reward_chat
 from actors.rewards.model import STATS_FILE, RewardModel, read_stats, write_stats
+from actors.templates import ChatSettings
 from orchestrator.data import Message
 from orchestrator.errors import DataError
 from tests.tiny import CHATML, tiny_scorer, tiny_tokenizer
@@ -164,3 +168,106 @@ def test_a_tokenizer_without_template_borrows_the_policys_only_with_the_same_voc
     larger.add_tokens(["<extra>"])
     with pytest.raises(DataError, match="no chat template and another vocabulary"):
         model(folder, larger)
+
+
+def trained(tmp_path: Path, **settings: Any) -> tuple[Path, Chat]:
+    """A reward model as the reward_model stage leaves it, and how its training wrote conversations."""
+    folder = tiny_scorer(tmp_path)
+    chat = chat_of(tiny_tokenizer(), ChatSettings(**settings))
+    chat.save(folder)
+    return folder, chat
+
+
+def scores_of(reward_model: RewardModel) -> list[float | None]:
+    return [score.value for score in reward_model.scores(table(closing=True))]
+
+
+def test_a_reward_model_is_scored_with_the_system_prompt_of_its_training(tmp_path: Path) -> None:
+    folder, chat = trained(tmp_path, system_prompt="Judge kindly.")
+    messages = [Message(**message) for message in MESSAGES]
+    expected = classifier_scores(folder, [chat.reply(messages, text).tokens.tolist() for text in RESPONSES])
+    reward_model = model(folder)
+    assert not reward_model.takes_tokens
+    assert scores_of(reward_model) == pytest.approx(expected, abs=1e-5)
+    assert scores_of(reward_model) != pytest.approx(scores_of(model(tiny_scorer(tmp_path / "plain"))), abs=1e-3)
+
+
+def test_a_reward_model_that_tells_nothing_of_its_training_gets_the_runs_system_prompt(tmp_path: Path) -> None:
+    folder = tiny_scorer(tmp_path)
+    policy = chat_of(tiny_tokenizer(chat_template=OTHER), ChatSettings(system_prompt="Be kind."))
+    chat = chat_of(tiny_tokenizer(), ChatSettings(system_prompt="Be kind."))
+    messages = [Message(**message) for message in MESSAGES]
+    expected = classifier_scores(folder, [chat.reply(messages, text).tokens.tolist() for text in RESPONSES])
+    found = RewardModel(
+        folder,
+        policy,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        micro_batch_tokens=4096,
+        normalise=False,
+    )
+    assert scores_of(found) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_same_training_takes_tokens(tmp_path: Path) -> None:
+    assert model(trained(tmp_path)[0]).takes_tokens
+
+
+DAYS = (date(2025, 1, 1), date(2026, 1, 1))
+DATED = "{{ strftime_now('%d %b %Y') }}" + CHATML
+
+
+def test_the_date_of_its_training_is_kept(tmp_path: Path) -> None:
+    folder = tiny_scorer(tmp_path)
+    tiny_tokenizer(chat_template=DATED).save_pretrained(folder)
+    then, now = (chat_of(tiny_tokenizer(chat_template=DATED), ChatSettings(today=day)) for day in DAYS)
+    then.save(folder)
+    kept = reward_chat(folder, now)
+    assert kept.prompt_text((Message("user", "Hi"),)).startswith("01 Jan 2025")
+    assert kept.fingerprint == then.fingerprint != now.fingerprint
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"system_prompt": null, "today": "x", "closing": [0], "stops": [0]}']
+)
+def test_a_damaged_record_of_the_training_is_a_data_error(tmp_path: Path, content: str) -> None:
+    folder, _ = trained(tmp_path)
+    (folder / CHAT_FILE).write_text(content)
+    with pytest.raises(DataError, match="must hold system_prompt, today, closing and stops"):
+        model(folder)
+
+
+def test_a_reply_that_ended_at_another_stop_gets_one_closing(folder: Path) -> None:
+    """A policy whose tokenizer names `</s>` stops at it too; the reward model learned `<|im_end|>`."""
+    ended = table(closing=False)
+    stop = tiny_tokenizer().convert_tokens_to_ids("</s>")
+    responses = [[*ids, stop] for ids in ended["response_tokens"].to_pylist()]
+    place = ended.schema.get_field_index("response_tokens")
+    ended = ended.set_column(place, ended.schema.field(place), pa.array(responses, pa.list_(pa.int32())))
+    keeps = chat_of(tiny_tokenizer(eos_token="</s>"))
+    other = Path(shutil.copytree(folder, folder.parent / "stops", dirs_exist_ok=True))
+    keeps.save(other)
+    found = RewardModel(
+        other, keeps, dtype=torch.float32, device=torch.device("cpu"), micro_batch_tokens=4096, normalise=False
+    )
+    assert found.takes_tokens
+    whole = classifier_scores(folder, expected_tokens(CHATML))
+    assert [score.value for score in found.scores(ended)] == pytest.approx(whole, abs=1e-5)
+
+
+def test_ids_beyond_the_embeddings_go_in_as_text(folder: Path) -> None:
+    beyond = table(closing=True)
+    responses = [[*ids[:-1], 100_000, ids[-1]] for ids in beyond["response_tokens"].to_pylist()]
+    place = beyond.schema.get_field_index("response_tokens")
+    beyond = beyond.set_column(place, beyond.schema.field(place), pa.array(responses, pa.list_(pa.int32())))
+    whole = classifier_scores(folder, expected_tokens(CHATML))
+    assert [score.value for score in model(folder).scores(beyond)] == pytest.approx(whole, abs=1e-5)
+
+
+def test_a_conversation_that_its_template_refuses_fails_that_sample(tmp_path: Path) -> None:
+    folder = tiny_scorer(tmp_path)
+    refusing = "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}" + CHATML
+    tiny_tokenizer(chat_template=refusing).save_pretrained(folder)
+    scores = model(folder).scores(table(closing=True))
+    assert [score.value for score in scores] == [None] * 3
+    assert all("one turn only" in str(score.error) for score in scores)
