@@ -18,7 +18,6 @@ from actors.learning.losses import LossTerms, value_loss
 from actors.learning.model import NewHead, load_scorer, resolve_model
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.worker import LearningWorker, LearnJob, Share, answers, averaged, token_lists
-from actors.tokenizing import load_tokenizer
 from orchestrator import schema
 from orchestrator.config import PpoConfig
 
@@ -60,7 +59,6 @@ class CriticWorker(LearningWorker):
             ValueModel(scorer),
             settings.learner,
             group,
-            tokenizer=load_tokenizer(folder, trust_remote_code=settings.trust_remote_code),
             micro_batch_tokens=settings.micro_batch_tokens,
         )
 

@@ -55,7 +55,7 @@ class LearningWorker:
     """One rank of a group that learns. Complete when constructed; see Learner for what is collective.
 
     Args:
-        tokenizer: goes with the exported model.
+        tokenizer: goes with an exported model; None: nothing is exported.
         micro_batch_tokens: largest padded micro-batch.
         compares: samples of one prompt are compared with each other (grpo, rloo): they stay in one minibatch, and their
             prompt is computed once where the model can.
@@ -67,8 +67,8 @@ class LearningWorker:
         learner: LearnerSettings,
         group: Group,
         *,
-        tokenizer: Any,
         micro_batch_tokens: int,
+        tokenizer: Any = None,
         compares: bool = False,
     ) -> None:
         self.group = group

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ import ray
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from actors.conversations import load_chat
+from actors.conversations import load_chat, reward_chat
 from actors.rewards.model import RewardModel
 from jobs.reward_model import RewardModelResult, train_reward_model
 from orchestrator.config import Config, config_from_tree
 from orchestrator.data.records import Message, RankingRecord
 from orchestrator.errors import CapacityError, DataError, NonFiniteError
 from orchestrator.telemetry import Telemetry, read_lines
-from tests.tiny import tiny_llama
+from tests.tiny import CHATML, tiny_llama, tiny_tokenizer
 
 _MOODS = ("kind", "plain", "rude")
 
@@ -137,6 +138,30 @@ def test_transformers_loads_it_and_padding_changes_no_score(trained: Any) -> Non
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert ours[0] > ours[1] > ours[2]
     assert model.config.num_labels == 1 and tokenizer.chat_template
+
+
+def test_a_base_of_another_vocabulary_is_scored_as_it_was_trained(cluster: None, base: Path, tmp_path: Path) -> None:
+    """The base writes turns in its own way; the policy's template is not for it, the system prompt is."""
+    other = tiny_llama(tmp_path / "other")
+    own = tiny_tokenizer(chat_template=CHATML.replace("<|im_start|>", "<s>"))
+    own.add_tokens(["<more>"])
+    own.save_pretrained(other)
+    (tmp_path / "policy.jinja").write_text(CHATML.replace("<|im_start|>", "</s>"))
+    config = _config(base, tmp_path, base=str(other), epochs=1)
+    model = config.model.model_copy(
+        update={"system_prompt": "Be kind.", "chat_template": tmp_path / "policy.jinja", "today": date(2025, 2, 3)}
+    )
+    _train(config.model_copy(update={"model": model}), tmp_path, _records(12), _records(2))
+    folder = tmp_path / "reward-model"
+    assert json.loads((folder / "conversation.json").read_text()) == {
+        "system_prompt": "Be kind.", "today": "2025-02-03", "closing": [0], "stops": [0],
+    }  # fmt: skip
+    chat = reward_chat(folder, load_chat(base))
+    record = _records(1)[0]
+    assert chat.text(chat.reply(record.messages, record.replies[0]).tokens) == (
+        "<s>system\nBe kind.<|im_end|>\n<s>user\nSay something about number 0.<|im_end|>\n<s>assistant\n"
+        "It is 0, kind<|im_end|>"
+    )
 
 
 def test_statistics_of_training_replies_are_recorded(trained: Any) -> None:

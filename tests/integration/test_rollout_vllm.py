@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from orchestrator import schema
 from orchestrator.types import Sampling
 from tests.integration import engine_scenarios as scenarios
+from tests.tiny import tiny_tokenizer
 
 Apart = Callable[..., Any]
 
@@ -64,6 +66,24 @@ def test_a_table_holds_what_was_asked_and_what_was_sampled(apart: Apart, folder:
     assert numbers["num_prompt_tokens"] == sum(len(row["prompt_tokens"]) for row in rows)
     assert numbers["num_response_tokens"] == sum(len(row["response_tokens"]) for row in rows)
     assert len({tuple(row["response_tokens"]) for row in rows}) > 24
+
+
+def test_the_engine_stops_at_the_closing_and_at_every_eos(apart: Apart, folder: Path, tmp_path: Path) -> None:
+    """A base model with ChatML: its tokenizer names `</s>` (3), only config.json `<s>` (2), the closing is 0."""
+    base = Path(shutil.copytree(folder, tmp_path / "base"))
+    tiny_tokenizer(eos_token="</s>").save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "eos_token_id": [2, 3]}))
+    (base / "generation_config.json").unlink()
+    request = scenarios.shard(sampling=Sampling(max_new_tokens=90), num_samples=32)
+    table, _ = apart(scenarios.samples_of_one_engine, base, [request])[0]
+    for row in table.to_pylist():
+        *before, last = row["response_tokens"]
+        assert not {0, 2, 3} & set(before)
+        assert row["finish_reason"] == ("stop" if last in (0, 2, 3) else "length")
+        written = tiny_tokenizer().decode(before if last in (0, 2, 3) else [*before, last])
+        assert row["response_text"] == written
+    assert "stop" in table["finish_reason"].to_pylist()
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])

@@ -5,7 +5,9 @@ import os
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
+from actors.conversations import load_chat
 from actors.critic import CriticSettings, CriticWorker
 from actors.learning import distributed
 from actors.learning.heads import PolicyModel
@@ -13,7 +15,8 @@ from actors.learning.learner import Learner, LearnerSettings
 from actors.learning.model import load_causal
 from actors.learning.packing import TokenRows
 from actors.learning.worker import LearnJob
-from actors.policy import ppo_terms
+from actors.policy import PolicySettings, PolicyWorker, ppo_terms
+from actors.templates import ChatSettings
 from actors.tokenizing import load_tokenizer
 from orchestrator.config import PpoConfig
 from orchestrator.errors import NonFiniteError, StorageError
@@ -21,7 +24,7 @@ from orchestrator.scheduling.balance import plan_minibatches
 from tests.chaos.test_storage import fill, small_disk  # noqa: F401  a fixture
 from tests.numerics.ranks import group, run_ranks
 from tests.numerics.samples import experience, rollout
-from tests.tiny import tiny_llama, tiny_scorer
+from tests.tiny import CHATML, tiny_llama, tiny_scorer, tiny_tokenizer
 
 PPO = PpoConfig()
 SETTINGS = LearnerSettings(
@@ -179,6 +182,24 @@ def test_an_export_is_an_ordinary_folder(causal, tmp_path, stage):
     assert all(torch.equal(exported[name], published[name]) for name in published)
     assert load_tokenizer(tmp_path).chat_template == load_tokenizer(causal).chat_template
     assert (tmp_path / "generation_config.json").is_file()
+
+
+def test_an_export_is_asked_and_stops_as_the_policy_was(tmp_path):
+    """A base model: no template of its own, and an EOS that is not the template's closing."""
+    base = tiny_llama(tmp_path / "base")
+    bare = tiny_tokenizer(eos_token="</s>")
+    bare.chat_template = None
+    bare.save_pretrained(base)
+    (base / "chat_template.jinja").unlink()
+    (base / "generation_config.json").unlink()
+    settings = ChatSettings(CHATML.replace("<|im_start|>", "<s>"))
+    learner = LearnerSettings(dtype="float32", zero_stage=0)
+    policy = PolicyWorker(PolicySettings(str(base), base, learner, PPO, chat=settings), group())
+    policy.export(tmp_path / "export")
+    asked = load_chat(base, settings)
+    exported = load_chat(tmp_path / "export")
+    assert exported.fingerprint == asked.fingerprint and exported.stops == asked.stops == (0, 3)
+    assert GenerationConfig.from_pretrained(tmp_path / "export").eos_token_id == [0, 3]
 
 
 def test_the_critic_learns_its_returns(tmp_path):
