@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,4 +121,4 @@ def find_data(path: Path) -> Path:
     """A path as given, or, for a relative one that is not there, the same below this program's own folder."""
     path = at_home(path, "the file", DataError)
     shipped = PACKAGE_ROOT / path
-    return shipped if not path.exists() and shipped.exists() else path
+    return shipped if not os.path.lexists(path) and os.path.isfile(shipped) else path

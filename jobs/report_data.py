@@ -12,11 +12,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from orchestrator.errors import DataError
 from orchestrator.evaluation import EVALUATION, Comparison, EvaluationRow, compare
 from orchestrator.telemetry import EVENTS_FILE, METRICS_FILE, read_lines
+from orchestrator.yaml_text import parse_yaml
 
 NUM_EXTREMES = 3
 _SAMPLE_COLUMNS = ["prompt_id", "prompt_text", "response_text", "reward"]
@@ -119,8 +119,8 @@ def read_run(folder: Path) -> RunData:
 def _config(path: Path, notes: list[str]) -> tuple[str, Mapping[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
-        tree = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = parse_yaml(text)
+    except (OSError, ValueError) as error:
         notes.append(f"{path.name} can't be read ({type(error).__name__}).")
         return "", {}
     return text, tree if isinstance(tree, dict) else {}

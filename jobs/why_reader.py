@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
-import yaml
 
 from jobs.run_folder import ATTEMPTS, CONFIG_FILE, storage_root
 from jobs.why_facts import Beat, Call, Event, Facts, Process
@@ -22,6 +21,7 @@ from orchestrator.experience_log import num_committed
 from orchestrator.guards import PAUSED_FILE
 from orchestrator.heartbeat import HEARTBEAT_FILE
 from orchestrator.telemetry import EVENTS_FILE, METRICS_FILE
+from orchestrator.yaml_text import parse_yaml
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ def read_facts(folder: Path, now: float) -> Facts | None:
     traces = (CONFIG_FILE, ATTEMPTS, EVENTS_FILE, METRICS_FILE, HEARTBEAT_FILE)
     if not any(reader.get(name, lambda path: path.exists(), False) for name in traces):
         return None
-    config = reader.get(CONFIG_FILE, lambda path: _mapping(yaml.safe_load, path), empty)
+    config = reader.get(CONFIG_FILE, lambda path: _mapping(parse_yaml, path), empty)
     run, ppo, stages = (config.get(section) for section in ("run", "ppo", "stages"))
     root = run.get("root") if isinstance(run, dict) else None
     return Facts(
@@ -69,7 +69,7 @@ class _Reader:
             return read(self._folder / name)
         except (FileNotFoundError, NotADirectoryError):
             return otherwise
-        except (OSError, StorageError, ValueError, RecursionError, yaml.YAMLError) as error:
+        except (OSError, StorageError, ValueError, RecursionError) as error:
             self.notes.append(f"{name} can't be read ({type(error).__name__}).")
             return otherwise
 

@@ -19,7 +19,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from orchestrator.errors import ConfigError
+from orchestrator.inputs import read_text
 from orchestrator.outside_text import has_credential
+from orchestrator.yaml_text import MAX_YAML_BYTES, parse_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -27,10 +29,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Dtype = Literal["bfloat16", "float32"]
 Seconds = Annotated[float, Field(gt=0.0)]
 
-# What PyYAML raises besides its own errors, for dates, numbers and tags that mean nothing and for deep nesting.
-_YAML_MISHAPS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-
-
+_SHOWN_ERRORS = 20
 _CREDENTIAL_PLACES = {
     "run.mirror": "pyarrow reads AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws/credentials",
     "telemetry.mlflow_uri": "MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
@@ -634,7 +633,9 @@ def config_from_tree(tree: Mapping[str, Any], *, source: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        lines = [_explain(item) for item in error.errors()[:_SHOWN_ERRORS]]
+        if error.error_count() > _SHOWN_ERRORS:
+            lines.append(f"and {error.error_count() - _SHOWN_ERRORS} more")
         raise ConfigError(f"{source}: " + "\n  ".join(lines)) from None
 
 
@@ -655,12 +656,7 @@ def to_yaml(config: Config) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"config file {path} can't be read ({error.strerror}); check the path of --config.") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"config file {path} is not UTF-8 text; give a YAML file to --config.") from None
+    text = read_text(path, f"config file {path}", ConfigError, max_bytes=MAX_YAML_BYTES)
     tree = _parsed(text, str(path))
     if tree is None:
         return {}
@@ -669,50 +665,36 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without what Python can't always print again: whole numbers of more than 64 bits, halves of characters."""
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        value: int = super().construct_yaml_int(node)
-        if value.bit_length() > 64:
-            raise ValueError("a whole number has more than 64 bits")
-        return value
-
-    def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
-        value: str = super().construct_yaml_str(node)
-        value.encode()
-        return value
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
-
-
 def _parsed(text: str, what: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, *_YAML_MISHAPS) as error:
+        return parse_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"{what} is not valid YAML: {error}") from None
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
+    shown = f"override {_shortened(override)!r}"
     if not separator or not key:
-        raise ConfigError(f"override {override!r} is not of the form section.key=value, e.g. ppo.steps=10.")
-    value = _parsed(text, f"value of override {override!r}")
+        raise ConfigError(f"{shown} is not of the form section.key=value, e.g. ppo.steps=10.")
+    value = _parsed(text, f"value of {shown}")
     *sections, leaf = key.strip().split(".")
     for section in sections:
         child = tree.get(section)
         if child is None:
             child = tree[section] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section.")
+            raise ConfigError(f"{shown}: {_shortened(section)!r} is a value, not a section.")
         tree = child
     tree[leaf] = value
 
 
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
 def _explain(error: Any) -> str:
-    location = ".".join(str(part) for part in error["loc"])
+    location = _shortened(".".join(str(part) for part in error["loc"]))
     if error["type"] == "extra_forbidden":
         return f"unknown key {location!r}{_suggestion(error['loc'])}"
     if error["type"] == "value_error":

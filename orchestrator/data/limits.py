@@ -14,13 +14,13 @@ from orchestrator.errors import DataError
 
 MAX_RECORD_BYTES = 16 * 2**20  # of one row as JSON
 MAX_SPOOLED_BYTES = 512 * 2**20  # of a compressed Parquet file, which has to be unpacked into a temporary file
-MAX_DECODER_BYTES = 2**30  # of the process that decodes a Parquet file
+MAX_DECODER_BYTES = 768 * 2**20  # of the process that decodes a Parquet file
 MAX_BLANK_LINES = 2**20  # one after the other
 SMALL_BYTES = 256 * 2**20  # that any file may unpack to
 MAX_EXPANSION = 1000  # times its own size, beyond SMALL_BYTES; gzip reaches 1032 on zeros
 SMALL_KEPT_BYTES = 512 * 2**20  # that the records of any file may take
 MAX_KEPT_EXPANSION = 200  # times the file's size, beyond SMALL_KEPT_BYTES; JSONL of tiny rows takes about 40
-_SHARE_ROWS = 2**20  # after so many rows,
+_SHARE_ROWS = 2**18  # after so many rows,
 _MIN_SHARE = 1e-3  # at least this share of them has to be new
 _RECORD_BYTES = 420  # a record and what the reader notes of it, without its texts
 _MESSAGE_BYTES = 100
