@@ -1,6 +1,7 @@
 # make quickstart          the main job on this machine, from nothing;  ARGS="ppo.steps=2 ..." overrides the config
 # make test                the whole test suite that a CPU can run;     ARGS="-k name" goes to pytest
 # make chaos               kills every kind of process in every phase of real runs;  ARGS="rollout driver" for some
+# make fuzz                10,000 damaged and hostile inputs: none may crash, hang or take 1 GB
 # make bench               how fast each part is, against references;   ARGS="learner publish" for some; bench-gpu on a GPU
 # make lint | fix | docs   checks; mends what tools can mend; writes docs/configuration.md
 # make lock                resolves requirements/*.txt anew (needs uv); ARGS=--upgrade takes the newest versions
@@ -28,7 +29,7 @@ test: export TRANSFORMERS_OFFLINE := 1
 chaos: export HF_HUB_OFFLINE := 1
 chaos: export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: quickstart test chaos bench bench-gpu lint fix docs lock clean setup setup-dev
+.PHONY: quickstart test chaos fuzz bench bench-gpu lint fix docs lock clean setup setup-dev
 .DEFAULT_GOAL := quickstart
 
 setup:
@@ -48,6 +49,11 @@ test: setup-dev
 chaos: setup-dev
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.chaos.matrix $(ARGS)
 	@$(BIN)/python -m pytest tests/chaos/test_stops.py
+
+# The suite runs a share of these; every input has a limit of its own.
+fuzz: setup-dev
+	@FUZZ_SHARE=1 $(BIN)/python -m pytest tests/chaos/test_fuzz.py tests/chaos/test_fuzz_data.py \
+		tests/chaos/test_fuzz_bombs.py -q --timeout 7200 $(ARGS)
 
 bench bench-gpu: export HF_HUB_OFFLINE := 1
 bench bench-gpu: export TRANSFORMERS_OFFLINE := 1

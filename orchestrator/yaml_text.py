@@ -22,8 +22,8 @@ def parse_yaml(text: str) -> Any:
     """The value of a YAML text. Raises ValueError where it is none or is beyond the limits."""
     if len(text) > MAX_YAML_BYTES:
         raise ValueError(f"it is longer than {MAX_YAML_BYTES >> 10} KiB")
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -31,8 +31,6 @@ def parse_yaml(text: str) -> Any:
         return loader.construct_document(node)
     except _MISHAPS as error:
         raise ValueError(str(error) or type(error).__name__) from None
-    finally:
-        loader.dispose()
 
 
 class _Loader(yaml.SafeLoader):

@@ -12,7 +12,7 @@ from typing import Any
 
 from orchestrator.errors import DataError
 
-MAX_RECORD_BYTES = 16 * 2**20  # of one row as JSON
+MAX_RECORD_BYTES = 8 * 2**20  # of one row as JSON
 MAX_SPOOLED_BYTES = 512 * 2**20  # of a compressed Parquet file, which has to be unpacked into a temporary file
 MAX_DECODER_BYTES = 768 * 2**20  # of the process that decodes a Parquet file
 MAX_BLANK_LINES = 2**20  # one after the other

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.chaos import fuzzing
 from tests.chaos.matrix import STEPS, Blow, Field, Outcome, actors_left, one_node
 
 
@@ -31,3 +35,26 @@ def assert_as_quiet(outcome: Outcome, quiet: Outcome) -> None:
     assert outcome.steps() == list(range(STEPS))
     assert outcome.tokens() == quiet.tokens(), "something that was committed was sampled again, or lost"
     assert actors_left() == []
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """In memory where that is possible: thousands of files are written and synced."""
+    memory = Path("/dev/shm")
+    path = Path(tempfile.mkdtemp(prefix="fuzz", dir=memory if memory.is_dir() else None))
+    yield path
+    shutil.rmtree(path)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What a fuzz tried; a whole one has to try all its inputs."""
+    if fuzzing.OUTCOMES:
+        terminalreporter.section("fuzz")
+        for line in fuzzing.summary():
+            terminalreporter.line(line)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    tried = sum(outcomes.total() for outcomes in fuzzing.OUTCOMES.values())
+    if fuzzing.SHARE >= 1 and not session.exitstatus and tried < fuzzing.WANTED:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

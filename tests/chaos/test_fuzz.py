@@ -1,4 +1,4 @@
-"""10,000 damaged inputs: each gives what was written, or an RlhfError that names the file; nothing else ever happens.
+"""Damaged configs, checkpoints, logs and run folders: each gives what was written, or an RlhfError that names the file.
 
 Reading changes no file. A checkpoint or a shard of which one byte differs is never taken for what was written.
 """
@@ -7,207 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gzip
 import json
 import shutil
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
-from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from jobs.run_folder import open_run
 from orchestrator.checkpoints import Checkpoints
 from orchestrator.config import Config, config_from_tree, load_config
-from orchestrator.data import read_prompts, read_rankings
-from orchestrator.data.records import ROLES, Message
-from orchestrator.errors import ConfigError, RlhfError
+from orchestrator.errors import ConfigError
 from orchestrator.experience_log import ExperienceLog, num_committed
 from orchestrator.telemetry import METRICS_FILE, Telemetry, read_lines
 from orchestrator.types import Experience, State
+from tests.chaos.fuzzing import Damages, example, fuzz
 from tests.chaos.mutations import PLACES, VALUES, damage, damages, with_value
 from tests.chaos.recorded import experience_log, scored_shard
-from tests.deadlines import scaled
 from tests.unit.orchestrator.fakes import Diary, FakeLearner
-
-WANTED = 10_000
-EXAMPLES: Counter[str] = Counter()
-TESTS: set[str] = set()
-Damages = list[Any]
-
-
-def fuzz(count: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Runs a test on `count` examples, the same ones every time. Ten seconds on a quiet machine count as hanging."""
-
-    def decorate(test: Callable[..., None]) -> Callable[..., None]:
-        TESTS.add(test.__name__)
-        return settings(
-            max_examples=count,
-            derandomize=True,
-            database=None,
-            deadline=timedelta(seconds=scaled(10)),
-            phases=(Phase.generate,),
-            suppress_health_check=list(HealthCheck),
-        )(given(**strategies)(test))
-
-    return decorate
-
-
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    """In memory where that is possible: thousands of files are written and synced."""
-    memory = Path("/dev/shm")
-    path = Path(tempfile.mkdtemp(prefix="fuzz", dir=memory if memory.is_dir() else None))
-    yield path
-    shutil.rmtree(path)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@contextlib.contextmanager
-def example(test: str, where: Path, *, names: Path | None = None, reads: bool = True) -> Iterator[None]:
-    """One example: only an RlhfError may come, it names the file and can be printed; what is read stays as it is."""
-    EXAMPLES[test] += 1
-    before = contents(where) if reads else {}
-    message = None
-    try:
-        yield
-    except RlhfError as error:
-        message = str(error)
-    assert message is None or (str(names or where) in message and message.encode())
-    if reads:
-        assert contents(where) == before
-    assert not list(where.rglob("*.tmp"))
-
-
-# Prompts and preferences
-
-TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "?"}]
-HH = "\n\nHuman: Hi {}\n\nAssistant:"
-PROMPTS: dict[str, list[dict[str, Any]]] = {
-    "prompt": [{"id": f"p{i}", "prompt": f"Why {i}?", "answer": i, "tests": [{"in": "ä"}]} for i in range(4)],
-    "messages": [{"messages": [*TURNS[:2], {"role": "user", "content": f"Why {i}?"}], "score": 0.5} for i in range(4)],
-    "hh-rlhf": [{"chosen": f"{HH.format(i)} yes", "rejected": f"{HH.format(i)} no"} for i in range(4)],
-    "alpaca": [{"instruction": f"Add {i}", "input": "1", "output": "2"} for i in range(4)],
-    "question": [{"question": f"Why {i}?", "answer": "so"} for i in range(4)],
-}
-RANKINGS: dict[str, list[dict[str, Any]]] = {
-    "ranking": [{"id": f"p{i}", "prompt": f"Why {i}?", "replies": ["so", "no", "oh"]} for i in range(4)],
-    "pairwise": [{"prompt": f"Why {i}?", "chosen": "so", "rejected": ["no", "oh"]} for i in range(4)],
-    "hh-rlhf": PROMPTS["hh-rlhf"],
-}
-
-
-def _parquet(rows: list[dict[str, Any]]) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows), sink)
-    return bytes(sink.getvalue())
-
-
-def _lines(rows: list[Any]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def _array(rows: list[Any]) -> bytes:
-    return json.dumps(rows, indent=1).encode()
-
-
-def _zstd(data: bytes) -> bytes:
-    return bytes(pa.compress(data, "zstd", asbytes=True))
-
-
-KINDS = st.tuples(st.sampled_from((_lines, _array, _parquet)), st.sampled_from((bytes, bytes, gzip.compress, _zstd)))
-
-
-def check_messages(messages: tuple[Message, ...]) -> None:
-    assert messages and messages[-1].role != "assistant"
-    assert all(message.role in ROLES and message.content.encode() is not None for message in messages)
-
-
-def read_damaged(test: str, folder: Path, data: bytes, rows: dict[str, list[dict[str, Any]]]) -> None:
-    path = folder / "data" / "file"
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(data)
-    with example(test, path.parent, names=path):
-        if rows is PROMPTS:
-            prompts, report = read_prompts(path)
-            assert report.num_records == len(prompts) > 0
-            for prompt in prompts:
-                check_messages(prompt.messages)
-                assert prompt.id.encode() and prompt.text.encode()
-                json.dumps(prompt.meta, ensure_ascii=False, allow_nan=False).encode()
-        else:
-            rankings, report = read_rankings(path)
-            assert report.num_records == len(rankings) > 0
-            for ranking in rankings:
-                check_messages(ranking.messages)
-                assert ranking.id.encode() and len(set(ranking.replies)) == len(ranking.replies) >= 2
-                assert all(reply.encode() is not None for reply in ranking.replies)
-
-
-@fuzz(1800, format=st.sampled_from(sorted(PROMPTS)), kind=KINDS, mutations=damages())
-def test_prompt_files(folder: Path, format: str, kind: Any, mutations: Damages) -> None:
-    encode, pack = kind
-    read_damaged("test_prompt_files", folder, damage(pack(encode(PROMPTS[format])), mutations), PROMPTS)
-
-
-@fuzz(1200, format=st.sampled_from(sorted(RANKINGS)), kind=KINDS, mutations=damages())
-def test_preference_files(folder: Path, format: str, kind: Any, mutations: Damages) -> None:
-    encode, pack = kind
-    read_damaged("test_preference_files", folder, damage(pack(encode(RANKINGS[format])), mutations), RANKINGS)
-
-
-@fuzz(1500, rows=st.sampled_from((PROMPTS, RANKINGS)), number=st.integers(0, 4), place=PLACES, array=st.booleans())
-def test_rows_with_other_values(
-    folder: Path, rows: dict[str, list[dict[str, Any]]], number: int, place: tuple[int, int], array: bool
-) -> None:
-    chosen = list(rows.values())[number % len(rows)]
-    text = with_value(chosen if array else chosen[1], *place)
-    data = text.encode("utf-8") if array else _lines(chosen[:1]) + text.encode("utf-8") + b"\n" + _lines(chosen[2:])
-    read_damaged("test_rows_with_other_values", folder, data, rows)
-
-
-COLUMNS = st.sampled_from(
-    [
-        pa.array([1, None, 3]),
-        pa.array(["a", None, "b"]),
-        pa.array([float("nan"), float("inf"), 1.0]),
-        pa.array([b"\xff\xfe", b"a", None]),
-        pa.array([b"\xff\xfe", b"a", b"\xc3"]).view(pa.string()),
-        pa.array([["a", "b"], [], None]),
-        pa.array([[b"\xff"], [], None]),
-        pa.array([[{"role": "user", "content": "hi"}], [], [{"role": None, "content": None}]]),
-        pa.array([2**62, -(2**62), 0]).cast(pa.timestamp("us")),
-        pa.array([2**62, -(2**62), 0]).cast(pa.timestamp("us", tz="UTC")),
-        pa.array([2**62, -(2**62), 0]).cast(pa.duration("ns")),
-        pa.array([2**30, -(2**30), 0], pa.int32()).cast(pa.date32()),
-        pa.array([[("k", 1)], [], None], pa.map_(pa.string(), pa.int32())),
-        pa.array(["a", "b", "a"]).dictionary_encode(),
-        pa.nulls(3),
-        pa.array([{"a": {"b": [1]}}, None, {"a": None}]),
-    ]
-)
-NAMES = st.sampled_from(sorted({name for row in (*PROMPTS.values(), *RANKINGS.values()) for name in row[0]}))
-
-
-@fuzz(
-    700, columns=st.lists(st.tuples(NAMES, COLUMNS), min_size=1, max_size=3), rows=st.sampled_from((PROMPTS, RANKINGS))
-)
-def test_parquet_of_other_schemas(folder: Path, columns: list[Any], rows: dict[str, list[dict[str, Any]]]) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_arrays([array for _, array in columns], names=[name for name, _ in columns]), sink)
-    read_damaged("test_parquet_of_other_schemas", folder, bytes(sink.getvalue()), rows)
-
 
 # Configs
 
@@ -416,11 +235,3 @@ def test_run_folders_with_another_config(folder: Path, mutations: Damages) -> No
     finally:
         refused = not (path.parent / "attempts" / "002").exists()
         assert not refused or path.read_bytes() == data
-
-
-def test_they_were_ten_thousand(capsys: pytest.CaptureFixture[str]) -> None:
-    if EXAMPLES.keys() != TESTS:
-        pytest.skip("the tests of this file have to run in one process to be counted")
-    with capsys.disabled():
-        print(f"\n{EXAMPLES.total():,} damaged inputs: {dict(EXAMPLES)}")  # noqa: T201
-    assert EXAMPLES.total() >= WANTED

@@ -29,6 +29,7 @@ BOMBS = {
     "dashes": "- " * 60_000,
     "whole number": "a: " + "9" * 100_000,
     "hexadecimal": "a: 0x" + "f" * 100_000,
+    "no text": "a: \x00",
     "base 60": "a: 1" + ":59" * 40_000,
 }
 

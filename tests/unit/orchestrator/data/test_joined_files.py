@@ -81,8 +81,8 @@ def test_every_record_of_a_joined_file_is_read(
         (b"\xfd7zXZ\x00" + LINES, "xz archive"),
         (b"ARROW1\x00\x00", "Arrow file"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
-        (b'{"prompt": "' + b"x" * json_rows.MAX_RECORD_BYTES + b'"}', "row 1: longer than 16 MiB"),
-        (b'[{"prompt": "' + b"x" * (json_rows.MAX_RECORD_BYTES + 2**20) + b'"}]', "row 1 is longer than 16 MiB"),
+        (b'{"prompt": "' + b"x" * json_rows.MAX_RECORD_BYTES + b'"}', "row 1: longer than 8 MiB"),
+        (b'[{"prompt": "' + b"x" * (json_rows.MAX_RECORD_BYTES + 2**20) + b'"}]', "row 1 is longer than 8 MiB"),
     ],
 )
 def test_what_can_not_be_read_is_named(tmp_path: Path, content: bytes, fault: str) -> None:

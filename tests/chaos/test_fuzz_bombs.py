@@ -1,0 +1,31 @@
+"""Bombs: each is read or refused in bounded time and memory, in a process of its own, and nothing is left behind."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.chaos.bombs import FAMILIES
+from tests.chaos.bounded import bounded
+from tests.chaos.fuzzing import count_of, record
+from tests.deadlines import scaled
+
+LIMIT_S = 60.0  # on a quiet machine; CPU time has a limit of its own
+
+
+@pytest.mark.timeout(0)  # every input has its own limit
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bombs_cost_little(folder: Path, family: str) -> None:
+    make, whole = FAMILIES[family]
+    for number in range(count_of(whole)):
+        place = folder / "bomb"
+        place.mkdir()
+        try:
+            outcome = bounded(*make(place, Random(f"{family} {number}")), limit_s=scaled(LIMIT_S))
+        finally:
+            shutil.rmtree(place)
+        record(family, outcome.kind, outcome.cpu_s, outcome.peak_bytes)
+        outcome.require_harmless(f"{family} {number}")
