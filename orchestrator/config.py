@@ -30,6 +30,7 @@ Dtype = Literal["bfloat16", "float32"]
 Seconds = Annotated[float, Field(gt=0.0)]
 
 _SHOWN_ERRORS = 20
+_DEEPEST_KEY = 20  # sections before a key of an override; real keys have up to three
 _CREDENTIAL_PLACES = {
     "run.mirror": "pyarrow reads AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws/credentials",
     "telemetry.mlflow_uri": "MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
@@ -679,6 +680,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{shown} is not of the form section.key=value, e.g. ppo.steps=10.")
     value = _parsed(text, f"value of {shown}")
     *sections, leaf = key.strip().split(".")
+    if len(sections) > _DEEPEST_KEY:
+        raise ConfigError(f"{shown}: no key has {len(sections)} sections before it.")
     for section in sections:
         child = tree.get(section)
         if child is None:

@@ -61,7 +61,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         raise DataError(
             f"{name} does not exist: check the path (relative paths start at the working folder)."
         ) from None
-    except (OSError, ValueError, OverflowError, RuntimeError, pa.ArrowException) as error:  # also: no home folder
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:  # values that no Python object can hold
         raise DataError(
             f"{name} can't be read: {error}. Check that it is complete and of the kind it claims to be."
         ) from None
