@@ -15,24 +15,15 @@ from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import (
-    ActorDiedError,
-    GetTimeoutError,
-    ObjectLostError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-)
+from ray.exceptions import RayError
 
 from actors.process import Process, Whereabouts
+from actors.ray_errors import translated
 from orchestrator.concurrency import together
-from orchestrator.errors import DeadlineExceeded, ObjectGone, PeerLost, RlhfError, RoleDied, RoleError
+from orchestrator.errors import DeadlineExceeded
 from orchestrator.types import Handle
 
 R = TypeVar("R")
-# What a rank says whose peer went in the middle of a collective, often before Ray knows of the death: gloo raises a
-# bare RuntimeError that names its source file, NCCL and rendezvous raise torch's own classes.
-_COLLECTIVE_FAILED = ("/gloo/transport/", "DistBackendError: ", "DistNetworkError: ", "DistStoreError: ")
 Start = Callable[[Sequence[int]], Awaitable[Mapping[int, ActorHandle[Any]]]]
 
 
@@ -137,19 +128,11 @@ class ActorGroup:
         try:
             with self.busy, self._noted(Call(self.role, rank, operation, deadline_s)):
                 return await asyncio.wait_for(reference, deadline_s)
-        except (TimeoutError, GetTimeoutError):
+        except RayError as error:  # before TimeoutError: what a worker raised is of both classes
+            raise translated(error, self.role, rank, operation) from error
+        except TimeoutError:
             cause = f"no answer within its deadline of {deadline_s:g} s (section deadlines of the config)"
             raise DeadlineExceeded(self.role, rank, operation, cause) from None
-        except RayTaskError as error:
-            raise _own_error(error, self.role, rank, operation) from error
-        except ActorDiedError as error:
-            raise _death(error, self.role, rank, operation) from error
-        except RayActorError as error:
-            raise RoleDied(self.role, rank, operation, _first_line(error)) from error
-        except ObjectLostError as error:
-            raise ObjectGone(self.role, rank, operation, _first_line(error)) from error
-        except RayError as error:
-            raise RoleError(self.role, rank, operation, _first_line(error)) from error
 
     def waiting(self) -> list[dict[str, Any]]:
         """The calls under way, for a heartbeat."""
@@ -181,28 +164,3 @@ class ActorGroup:
     def _kill(self, rank: int) -> None:
         with contextlib.suppress(RayError):
             ray.kill(self.actors[rank])
-
-
-def _own_error(error: RayTaskError, role: str, rank: int, operation: str) -> Exception:
-    cause = error.cause
-    if isinstance(cause, RlhfError):
-        return cause
-    if isinstance(cause, ObjectLostError):
-        return ObjectGone(role, rank, operation, _first_line(cause))
-    text = f"{type(cause).__name__}: {_first_line(cause)}"
-    is_collective = any(sign in text for sign in _COLLECTIVE_FAILED)
-    return (PeerLost if is_collective else RoleError)(role, rank, operation, text)
-
-
-def _death(error: ActorDiedError, role: str, rank: int, operation: str) -> Exception:
-    """What a constructor raised, where that is why the actor is dead: Ray keeps it as the error's only argument."""
-    cause = error.args[0] if error.args else None
-    if isinstance(cause, RayTaskError):
-        return _own_error(cause, role, rank, "start")
-    return RoleDied(role, rank, operation, _first_line(error))
-
-
-def _first_line(error: BaseException | None) -> str:
-    text = str(error).strip()
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines[:3]) if lines else type(error).__name__

@@ -1,15 +1,33 @@
-"""Experiment trackers: TensorBoard, Weights & Biases, MLflow. Each is optional and off unless the config names it."""
+"""Experiment trackers: TensorBoard, Weights & Biases, MLflow. Each is optional and off unless the config names it.
+
+None of them can block or end a run (background.py)."""
 
 from __future__ import annotations
 
+import contextlib
+import netrc
+import os
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from queue import Empty, Queue
+from time import monotonic
 from typing import Any
+from urllib.parse import urlsplit
 
+import httpx
+
+from actors.background import BackgroundTracker
 from orchestrator.config import TelemetryConfig
 from orchestrator.errors import ConfigError
 from orchestrator.roles import Trackers
+
+# MLflow's own tries go on for minutes; what it did not take is sent again anyway.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+_WANDB_URL = "https://api.wandb.ai"
+_REACH_S = 10.0
 
 try:
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -28,26 +46,101 @@ except ImportError:
 
 
 def open_trackers(
-    config: TelemetryConfig, folder: Path, run_id: str, *, first_step: int, settings: Mapping[str, Any]
+    config: TelemetryConfig, folder: Path, run_id: str, *, settings: Mapping[str, Any], tell: Callable[[str], None]
 ) -> list[Trackers]:
-    """The trackers that the config turns on.
+    """The trackers that the config turns on, each on a thread of its own; they are opened with the first metrics.
 
     Args:
         folder: the run's folder; local files go below it.
-        first_step: step that this attempt starts with; what trackers hold of it and later steps is superseded.
         settings: the resolved config, shown by W&B and MLflow.
+        tell: gets a line when a tracker fails, and one when it has caught up.
 
     Raises:
         ConfigError: a tracker's package is not installed.
     """
-    trackers: list[Trackers] = []
+    require_packages(config)
+    project, uri = config.wandb_project, config.mlflow_uri
+    starts: dict[str, Callable[[int], Trackers]] = {}
     if config.tensorboard:
-        trackers.append(TensorBoardTracker(folder / "tensorboard", first_step=first_step))
+        starts["TensorBoard"] = lambda step: TensorBoardTracker(folder / "tensorboard", first_step=step)
+    if project is not None:
+        starts["Weights & Biases"] = lambda _: WandbTracker(project, run_id, folder, settings)
+    if uri is not None:
+        starts["MLflow"] = lambda _: MlflowTracker(uri, run_id, settings)
+    return [BackgroundTracker(name, start, tell) for name, start in starts.items()]
+
+
+def require_packages(config: TelemetryConfig) -> None:
+    """Raises ConfigError naming a tracker that is turned on and whose package is not installed."""
+    wanted = (
+        (config.tensorboard, EventFileWriter, "tensorboard", "telemetry.tensorboard=true", "false"),
+        (config.wandb_project, wandb, "wandb", f"telemetry.wandb_project={config.wandb_project!r}", "null"),
+        (config.mlflow_uri, mlflow, "mlflow", f"telemetry.mlflow_uri={config.mlflow_uri!r}", "null"),
+    )
+    for value, module, package, setting, off in wanted:
+        if value and module is None:
+            key = setting.partition("=")[0]
+            raise ConfigError(
+                f"{setting} needs the package {package}, which is not installed: `pip install {package}`, or set "
+                f"{key}={off}."
+            )
+
+
+def try_trackers(config: TelemetryConfig, wait_s: float) -> list[str]:
+    """A line for each tracker of the config that does not answer, or that has no key. Takes `wait_s` at most."""
+    tries: dict[str, Callable[[], object]] = {}
     if config.wandb_project is not None:
-        trackers.append(WandbTracker(config.wandb_project, run_id, folder, settings))
+        tries["telemetry.wandb_project"] = _try_wandb
     if config.mlflow_uri is not None:
-        trackers.append(MlflowTracker(config.mlflow_uri, run_id, settings))
-    return trackers
+        client = mlflow.MlflowClient(tracking_uri=config.mlflow_uri)
+        tries["telemetry.mlflow_uri"] = lambda: client.search_experiments(max_results=1)
+    until = monotonic() + wait_s
+    outcomes = {key: _outcome_of(attempt) for key, attempt in tries.items()}
+    lines = []
+    for key, outcome in outcomes.items():
+        try:
+            fault = outcome.get(timeout=max(0.0, until - monotonic()))
+        except Empty:
+            fault = f"no answer within {wait_s:g} s"
+        if fault:
+            lines.append(f"WARNING {key}: {fault}. Metrics wait until it answers; set {key}=null to do without.")
+    return lines
+
+
+def _outcome_of(attempt: Callable[[], object]) -> Queue[str]:
+    """Calls it on a thread that nothing waits for; gets why it failed, or an empty text."""
+    outcome: Queue[str] = Queue()
+
+    def run() -> None:
+        try:
+            attempt()
+            outcome.put("")
+        except BaseException as error:  # noqa: BLE001  the tracker's library may raise anything, SystemExit too
+            outcome.put(f"{type(error).__name__}: {str(error)[:300]}")
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome
+
+
+def _try_wandb() -> None:
+    _require_wandb_key()
+    if os.environ.get("WANDB_MODE", "online") == "online":
+        url = os.environ.get("WANDB_BASE_URL", _WANDB_URL)
+        httpx.head(url, timeout=_REACH_S, follow_redirects=True)
+
+
+def _require_wandb_key() -> None:
+    """Raises ConfigError where W&B would ask for a key, on a terminal that nobody may look at."""
+    if os.environ.get("WANDB_MODE", "online") != "online" or os.environ.get("WANDB_API_KEY"):
+        return
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", _WANDB_URL)).hostname or ""
+    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        if netrc.netrc(file).authenticators(host):
+            return
+    raise ConfigError(
+        f"Weights & Biases has no key for {host}: set WANDB_API_KEY, or run `wandb login`, or set WANDB_MODE=offline"
+    )
 
 
 class TensorBoardTracker:
@@ -57,8 +150,6 @@ class TensorBoardTracker:
     """
 
     def __init__(self, folder: Path, *, first_step: int = 0) -> None:
-        if EventFileWriter is None:
-            raise ConfigError(_missing("telemetry.tensorboard=true", "tensorboard", "telemetry.tensorboard=false"))
         self._writer = EventFileWriter(str(folder))
         start = SessionLog(status=SessionLog.START)
         self._writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=start))
@@ -76,8 +167,7 @@ class WandbTracker:
     """A Weights & Biases run with the run's id; later attempts continue it. W&B ignores steps that it already has."""
 
     def __init__(self, project: str, run_id: str, folder: Path, settings: Mapping[str, Any]) -> None:
-        if wandb is None:
-            raise ConfigError(_missing(f"telemetry.wandb_project={project!r}", "wandb", "telemetry.wandb_project=null"))
+        _require_wandb_key()
         self._run = wandb.init(
             project=project, id=run_id, name=run_id, dir=str(folder), config=dict(settings), resume="allow"
         )
@@ -98,8 +188,6 @@ class MlflowTracker:
     _EXPERIMENT = "rlhf"
 
     def __init__(self, uri: str, run_id: str, settings: Mapping[str, Any]) -> None:
-        if mlflow is None:
-            raise ConfigError(_missing(f"telemetry.mlflow_uri={uri!r}", "mlflow", "telemetry.mlflow_uri=null"))
         self._client = mlflow.MlflowClient(tracking_uri=uri)
         found = self._find(run_id)
         if found is not None:
@@ -135,7 +223,3 @@ def _flat(prefix: str, tree: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flat(f"{prefix}{key}.", value) if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
-
-
-def _missing(setting: str, package: str, way_out: str) -> str:
-    return f"{setting} needs the package {package}, which is not installed: `pip install {package}`, or set {way_out}."

@@ -142,7 +142,7 @@ def _stage(
     """A stage's telemetry; its start and its end, of whatever kind, are events."""
     is_ppo = name == "ppo"
     settings = config.model_dump(mode="json")
-    trackers = open_trackers(config.telemetry, run.path, run.id, first_step=0, settings=settings) if is_ppo else ()
+    trackers = open_trackers(config.telemetry, run.path, run.id, settings=settings, tell=say) if is_ppo else ()
     num_steps = config.ppo.steps if is_ppo else None
     telemetry = Telemetry(
         run.path,

@@ -5,7 +5,6 @@ Every check runs, and all that is wrong is told at once. Nothing is started and 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from actors.rewards import RewardSource
 from actors.rewards.http import HttpReward
 from actors.rewards.model import read_stats
 from actors.rewards.rules import RuleReward
+from actors.trackers import require_packages, try_trackers
 from jobs.command import say
 from jobs.preflight_conversations import check_reward_conversations, check_vocabularies
 from jobs.preflight_engine import check_engine
@@ -34,6 +34,7 @@ from orchestrator.mirror import Mirror
 PROBES = 8  # prompts on which rules are tried
 HTTP_PROBE_S = 10.0
 RULES_PROBE_S = 40.0
+TRACKERS_PROBE_S = 10.0
 _REPLY = "Thank you, I am glad to help with that."
 
 
@@ -205,16 +206,9 @@ def _mirror(config: Config) -> str | None:
     return f"mirror: {config.run.mirror}, {Mirror(config.run.mirror, run_id).check()} snapshots of this run"
 
 
-def _trackers(config: Config) -> None:
-    telemetry = config.telemetry
-    wanted = {
-        "telemetry.tensorboard": ("tensorboard", telemetry.tensorboard),
-        "telemetry.wandb_project": ("wandb", telemetry.wandb_project),
-        "telemetry.mlflow_uri": ("mlflow", telemetry.mlflow_uri),
-    }
-    for key, (package, value) in wanted.items():
-        if value and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"{key}={value!r} needs package {package}: pip install {package}, or turn it off.")
+def _trackers(config: Config) -> str | None:
+    require_packages(config.telemetry)
+    return "\n".join(try_trackers(config.telemetry, TRACKERS_PROBE_S)) or None
 
 
 def _port(config: Config) -> None:

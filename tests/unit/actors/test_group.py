@@ -119,6 +119,12 @@ async def test_any_other_error_names_role_rank_and_operation(shared: ActorGroup)
     assert type(caught.value) is RoleError
 
 
+async def test_a_time_out_inside_a_worker_is_not_a_missed_deadline(shared: ActorGroup) -> None:
+    with pytest.raises(RoleError, match="critic rank 1 failed in 'fail': TimeoutError: of its own") as caught:
+        await shared.call_all(Worker.fail, DEADLINE_S, TimeoutError("of its own"))
+    assert type(caught.value) is RoleError
+
+
 async def test_a_rank_that_lost_a_peer_is_not_blamed_for_its_program(shared: ActorGroup) -> None:
     told = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
     with pytest.raises(PeerLost, match="critic rank 1 failed in 'fail': RuntimeError: .*Connection closed by peer"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from actors import trackers
-from actors.trackers import TensorBoardTracker, open_trackers
+from actors.trackers import TensorBoardTracker, open_trackers, try_trackers
 from orchestrator.config import TelemetryConfig
 from orchestrator.errors import ConfigError
 
@@ -43,15 +44,25 @@ def test_tensorboard_hides_steps_that_a_later_attempt_learned_again(tmp_path):
     assert scalars(tmp_path, "reward/mean") == [(0, 0.0), (1, 1.0), (2, 12.0), (3, 13.0)]
 
 
-def test_only_what_the_config_names_is_opened(tmp_path):
-    def opened(config: TelemetryConfig) -> list[Any]:
-        return open_trackers(config, tmp_path, "demo-1", first_step=0, settings={})
+def opened(config: TelemetryConfig, folder: Path, **settings: Any) -> list[Any]:
+    return open_trackers(config, folder, "demo-1", settings=settings, tell=pytest.fail)
 
-    assert opened(TelemetryConfig(tensorboard=False)) == []
-    (tracker,) = opened(TelemetryConfig())
-    assert isinstance(tracker, TensorBoardTracker)
+
+def test_only_what_the_config_names_is_opened(tmp_path):
+    assert opened(TelemetryConfig(tensorboard=False), tmp_path) == []
+    (tracker,) = opened(TelemetryConfig(), tmp_path)
+    tracker.log(0, {"reward/mean": 1.0})
     tracker.close()
-    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+    assert scalars(tmp_path / "tensorboard", "reward/mean") == [(0, 1.0)]
+
+
+def test_a_further_attempt_keeps_what_earlier_ones_showed(tmp_path):
+    for steps in ((0, 1, 2), (2, 3)):
+        (tracker,) = opened(TelemetryConfig(), tmp_path)
+        for step in steps:
+            tracker.log(step, {"reward/mean": float(step)})
+        tracker.close()
+    assert [step for step, _ in scalars(tmp_path / "tensorboard", "reward/mean")] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +76,7 @@ def test_only_what_the_config_names_is_opened(tmp_path):
 def test_a_missing_package_is_a_config_error_with_a_way_out(monkeypatch, tmp_path, attribute, settings, message):
     monkeypatch.setattr(trackers, attribute, None)
     with pytest.raises(ConfigError, match=f"{message}.*pip install .*, or set telemetry"):
-        open_trackers(TelemetryConfig(**settings), tmp_path, "demo-1", first_step=0, settings={})
+        opened(TelemetryConfig(**settings), tmp_path)
 
 
 class FakeWandb:
@@ -90,8 +101,9 @@ class FakeWandb:
 def test_weights_and_biases_continues_the_run_with_the_run_id(monkeypatch, tmp_path):
     fake = FakeWandb()
     monkeypatch.setattr(trackers, "wandb", fake)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     config = TelemetryConfig(tensorboard=False, wandb_project="project")
-    (tracker,) = open_trackers(config, tmp_path, "demo-1", first_step=3, settings={"ppo": {"steps": 9}})
+    (tracker,) = opened(config, tmp_path, ppo={"steps": 9})
     tracker.log(3, {"reward/mean": 0.5})
     tracker.close()
     assert (fake.options["id"], fake.options["resume"], fake.options["project"]) == ("demo-1", "allow", "project")
@@ -105,7 +117,7 @@ def test_mlflow_keeps_one_run_over_attempts(tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     config = TelemetryConfig(tensorboard=False, mlflow_uri=uri)
     for step in range(2):
-        (tracker,) = open_trackers(config, tmp_path, "demo-1", first_step=step, settings={"ppo": {"steps": 9}})
+        (tracker,) = opened(config, tmp_path, ppo={"steps": 9})
         tracker.log(step, {"reward/mean": float(step)})
         tracker.close()
     client = mlflow.MlflowClient(tracking_uri=uri)
@@ -113,3 +125,34 @@ def test_mlflow_keeps_one_run_over_attempts(tmp_path):
     assert run.data.params == {"ppo.steps": "9"}
     history = client.get_metric_history(run.info.run_id, "reward/mean")
     assert [(point.step, point.value) for point in history] == [(0, 0.0), (1, 1.0)]
+
+
+def test_check_says_within_seconds_that_a_key_or_a_server_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(trackers, "wandb", FakeWandb())
+    monkeypatch.setattr(trackers, "mlflow", SimpleNamespace(MlflowClient=Absent))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    config = TelemetryConfig(tensorboard=False, wandb_project="p", mlflow_uri="http://127.0.0.1:1")
+    started = time.monotonic()
+    lines = try_trackers(config, wait_s=1.0)
+    assert time.monotonic() - started < 5
+    assert "WARNING telemetry.wandb_project: ConfigError: Weights & Biases has no key for api.wandb.ai" in lines[0]
+    assert "WARNING telemetry.mlflow_uri: no answer within 1 s" in lines[1]
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
+    (line,) = try_trackers(config.model_copy(update={"mlflow_uri": None}), wait_s=5.0)
+    assert "no key for 127.0.0.1" in line
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    (line,) = try_trackers(config.model_copy(update={"mlflow_uri": None}), wait_s=5.0)
+    assert "ConnectError" in line
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert try_trackers(config.model_copy(update={"mlflow_uri": None}), wait_s=5.0) == []
+
+
+class Absent:
+    def __init__(self, tracking_uri: str) -> None:
+        pass
+
+    def search_experiments(self, max_results: int) -> None:
+        time.sleep(3600)
