@@ -128,7 +128,7 @@ class BackgroundTracker:
             self._tell_once(f"{type(error).__name__}: {str(error)[:300]}")
 
     def _tell_once(self, what: str) -> None:
-        if self._is_told:
+        if self._is_told or self._closing.is_set():  # `close` tells what is left
             return
         self._is_told = True
         self._tell(

@@ -26,6 +26,8 @@ from orchestrator.roles import Trackers
 # MLflow's own tries go on for minutes; what it did not take is sent again anyway.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+# W&B waits this long when it is opened, and again when the process ends.
+os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")
 _WANDB_URL = "https://api.wandb.ai"
 _REACH_S = 10.0
 
@@ -103,7 +105,10 @@ def try_trackers(config: TelemetryConfig, wait_s: float) -> list[str]:
         except Empty:
             fault = f"no answer within {wait_s:g} s"
         if fault:
-            lines.append(f"WARNING {key}: {fault}. Metrics wait until it answers; set {key}=null to do without.")
+            lines.append(
+                f"WARNING {key}: {fault.rstrip('.')}. The run starts anyway, and metrics wait until it answers; "
+                f"{key}=null turns it off."
+            )
     return lines
 
 

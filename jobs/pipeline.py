@@ -23,7 +23,7 @@ from jobs.settings import initial_state, reward_model_of
 from orchestrator.checkpoints import Checkpoints
 from orchestrator.config import Config, Stage
 from orchestrator.data.readers import read_rankings
-from orchestrator.errors import StorageError
+from orchestrator.errors import ConfigError, StorageError
 from orchestrator.exposition import PrometheusEndpoint
 from orchestrator.guards import why_paused
 from orchestrator.heartbeat import Heartbeat
@@ -54,7 +54,7 @@ async def run_stages(config: Config, run: RunFolder, prepared: Prepared, say: Sa
     now = _Now(run.path)
     async with _mirroring(config, run, say), Heartbeat(run.path, run.attempt, now):
         with ExitStack() as stack:
-            await _run_stages(config, run, prepared, say, _open_endpoint(config, run, stack), now)
+            await _run_stages(config, run, prepared, say, _open_endpoint(config, run, stack, say), now)
 
 
 def _mirroring(config: Config, run: RunFolder, say: Say) -> AbstractAsyncContextManager[object]:
@@ -126,13 +126,19 @@ async def _ppo(config: Config, run: RunFolder, prepared: Prepared, telemetry: Te
             await coordinator.policy.export(run.export)
 
 
-def _open_endpoint(config: Config, run: RunFolder, stack: ExitStack) -> PrometheusEndpoint | None:
-    port = config.telemetry.prometheus_port
-    if port is None:
+def _open_endpoint(config: Config, run: RunFolder, stack: ExitStack, say: Say) -> PrometheusEndpoint | None:
+    """The endpoint on its port, else on a free one, else none: nobody scrapes a run that does not start."""
+    telemetry = config.telemetry
+    if telemetry.prometheus_port is None:
         return None
-    return stack.enter_context(
-        PrometheusEndpoint(run.path, run.id, run.attempt, host=config.telemetry.prometheus_host, port=port)
-    )
+    for port in (telemetry.prometheus_port, 0):
+        try:
+            return stack.enter_context(
+                PrometheusEndpoint(run.path, run.id, run.attempt, host=telemetry.prometheus_host, port=port)
+            )
+        except ConfigError as error:
+            say(f"WARNING {error}")
+    return None
 
 
 @contextmanager

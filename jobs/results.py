@@ -9,10 +9,15 @@ from rich.table import Table
 from jobs.command import out, say
 from jobs.report import result_facts, write_report
 from jobs.report_data import read_run
+from orchestrator.errors import RlhfError
 
 
 def show_results(run_folder: Path) -> None:
-    report = write_report(run_folder)
+    """Without raising for a report that can't be written: the run is done."""
+    try:
+        report: Path | str = write_report(run_folder)
+    except (OSError, RlhfError) as error:
+        report = f"not written ({error}); make it with `python -m jobs.report {run_folder}`"
     table = Table(title=f"run {run_folder.name}", show_header=False)
     for fact in result_facts(read_run(run_folder)):
         table.add_row(fact.name, fact.value, fact.detail)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -90,7 +91,8 @@ class PrometheusEndpoint:
         self._latest.update(gauges, steps=steps, tokens=tokens)
 
     def close(self) -> None:
-        self._file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._file.unlink(missing_ok=True)
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(_CLOSE_TIMEOUT_S)
