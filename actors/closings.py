@@ -163,7 +163,9 @@ def _eos_of(file: Path) -> list[int]:
         return []
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} can't be read as JSON: {error}. Is it complete?") from error
-    sections = [tree, tree.get("text_config")] if isinstance(tree, dict) else []
+    if not isinstance(tree, dict):
+        raise DataError(f"{file} must hold a JSON object, found {type(tree).__name__}. Is it complete?")
+    sections = [tree, tree.get("text_config")]
     found = [section.get("eos_token_id") for section in sections if isinstance(section, dict)]
     named = [value for value in found if value is not None]
     ids = named[0] if named and isinstance(named[0], list) else named[:1]

@@ -223,6 +223,7 @@ def test_stops_are_named_by_any_of_the_models_files(tmp_path: Path, files: dict[
         ({"config": {"eos_token_id": "</s>"}}, "must be a token id or a list of them, found '</s>'"),
         ({"config": {"eos_token_id": [True]}}, "must be a token id"),
         ({"config": "{"}, "can't be read as JSON"),
+        ({"generation_config": "[]"}, "must hold a JSON object, found list"),
         ({"config": "[" * 100_000}, "can't be read as JSON"),
     ],
 )

@@ -16,7 +16,7 @@ from actors.hf_engine import HfEngine
 from actors.rollout import EngineSettings, Sample, rollout_table
 from actors.templates import ChatSettings
 from orchestrator.types import Prompt, SampleRequest, Sampling, ShardRequest
-from tests.tiny import CHATML, tiny_config, tiny_tokenizer
+from tests.tiny import CHATML, tiny_config
 from tests.unit.actors.letters import letters
 
 TEXT_END = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '[END]\n' }}{% endfor %}"
@@ -54,22 +54,28 @@ def test_rules_get_the_reply_as_it_was_written_without_its_end(name: str) -> Non
     assert found["finish_reason"] == reason
 
 
+ENDS = {name: int(letters(None).convert_tokens_to_ids(name)) for name in ("<|im_end|>", "<s>", "</s>")}
+
+
 @pytest.mark.parametrize("stops", ["the tokenizer", "generation_config.json", "config.json"])
 def test_the_hf_engine_stops_at_the_closing_and_at_every_eos(tmp_path: Path, stops: str) -> None:
-    """EOS of the tokenizer is `</s>`; the closing `<|im_end|>` (0) and `<s>` (2) come from elsewhere."""
-    tiny_tokenizer(eos_token="</s>").save_pretrained(tmp_path)
+    """EOS of the tokenizer is `</s>`; `<|im_end|>` is the template's closing, and `<s>` is named by a file."""
+    tokenizer = letters(CHATML, "</s>")
+    tokenizer.save_pretrained(tmp_path)
     config = tiny_config()
-    config.eos_token_id = [2, 3] if stops == "config.json" else 3
+    config.vocab_size = len(tokenizer)
+    config.eos_token_id = [ENDS["<s>"], ENDS["</s>"]] if stops == "config.json" else ENDS["</s>"]
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
+    torch.nn.init.zeros_(model.model.norm.weight)  # every token is as likely as any other
     model.save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").unlink()
     if stops == "generation_config.json":
-        GenerationConfig(eos_token_id=[2]).save_pretrained(tmp_path)
-    expected = {0, 3} if stops == "the tokenizer" else {0, 2, 3}
-    engine = HfEngine(EngineSettings(tmp_path, dtype="float32", max_length=256, chat=ChatSettings()))
-    requests = [SampleRequest(i, Prompt("p", "hi", np.array([9, 17], np.int32), {}), i, i) for i in range(48)]
-    table, _ = engine.generate(ShardRequest(0, 0, requests, Sampling(temperature=1.0, max_new_tokens=150)))
+        GenerationConfig(eos_token_id=[ENDS["<s>"]]).save_pretrained(tmp_path)
+    expected = set(ENDS.values()) - ({ENDS["<s>"]} if stops == "the tokenizer" else set())
+    engine = HfEngine(EngineSettings(tmp_path, dtype="float32", max_length=64, threads=1, chat=ChatSettings()))
+    requests = [SampleRequest(i, Prompt("p", "hi", np.array([9, 17], np.int32), {}), i, i) for i in range(64)]
+    table, _ = engine.generate(ShardRequest(0, 0, requests, Sampling(temperature=1.0, max_new_tokens=40)))
     rows = table.to_pylist()
     for found in rows:
         *before, last = found["response_tokens"]
