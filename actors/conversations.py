@@ -129,14 +129,10 @@ class Chat:
 
     def text(self, tokens: Sequence[int] | Tokens) -> str:
         """Tokens as text, just as they were written: special tokens stay."""
-        return str(
-            self.tokenizer.decode(
-                list(map(int, tokens)),
-                skip_special_tokens=False,
-                clean_up_tokenization_spaces=False,
-                spaces_between_special_tokens=False,
-            )
-        )
+        exact = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        if not self.tokenizer.is_fast:
+            exact["spaces_between_special_tokens"] = False  # only tokenizers in Python put them in
+        return str(self.tokenizer.decode(list(map(int, tokens)), **exact))
 
     @cached_property
     def vocabulary(self) -> Mapping[str, int]:

@@ -27,7 +27,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Raises DataError where the folder has no tokenizer that this library can load and use."""
 
     def load() -> Any:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        # Mistral's own tokenizer, which a tekken.json asks for, has no chat template and takes no rendered text.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, mistral_format=False)
         tokenizer("A short test.", add_special_tokens=False)
         return tokenizer
 

@@ -107,6 +107,13 @@ def test_named_templates_in_the_config_are_read(folder: Path) -> None:
     assert load_chat(folder).template.text == CHATML
 
 
+def test_mistrals_own_format_does_not_take_the_place_of_the_template(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "mistral"}')
+    (folder / "tekken.json").write_text("{}")
+    text = "<|im_start|>user\nHi there.<|im_end|>"
+    assert encode([text], load_chat(folder).tokenizer) == encode([text], tiny_tokenizer())
+
+
 def pattern(text: str) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(text), "isolated")
