@@ -101,7 +101,9 @@ def volumes_lead_somewhere(objects: list[Manifest]) -> Iterator[str]:
     maps = {config["metadata"]["name"]: config["data"] for config in of_kind(objects, "ConfigMap")}
     for name, template in templates_of(rayjob_of(objects)).items():
         volumes = {volume["name"]: volume for volume in template["spec"].get("volumes", [])}
-        mounted = {mount["name"] for mount in ray_container(template).get("volumeMounts", [])}
+        beside = cluster_of(rayjob_of(objects)).get("autoscalerOptions", {}) if name == "head" else {}
+        mounts = [*ray_container(template).get("volumeMounts", []), *beside.get("volumeMounts", [])]
+        mounted = {mount["name"] for mount in mounts}
         if mounted != set(volumes):
             yield f"{name}: mounted {sorted(mounted)}, declared {sorted(volumes)}"
         for volume in volumes.values():
@@ -241,11 +243,12 @@ def pods_are_guarded(objects: list[Manifest]) -> Iterator[str]:
 
 def network_admits_who_must_come(objects: list[Manifest]) -> Iterator[str]:
     job = rayjob_of(objects)
-    (policy,) = of_kind(objects, "NetworkPolicy")
     submitter, worker = job["spec"]["submitterPodTemplate"], ray_pods(objects)["trainer"]
+    policies = [policy["spec"] for policy in of_kind(objects, "NetworkPolicy")]
+    rules = [rule for spec in policies if selects(spec["podSelector"], worker) for rule in spec.get("ingress", [])]
     open_to = {"submitter": False, "worker": False}
     opened = set()
-    for rule in policy["spec"]["ingress"]:
+    for rule in rules:
         ports = {port["port"] for port in rule.get("ports", [])}
         local = [peer["podSelector"] for peer in rule["from"] if "namespaceSelector" not in peer]
         open_to["submitter"] |= 8265 in ports and any(selects(selector, submitter) for selector in local)

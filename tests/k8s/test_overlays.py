@@ -18,7 +18,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from orchestrator.config import Config, load_config
 from orchestrator.errors import ConfigError
 from tests.deadlines import scaled
-from tests.k8s import house_rules, kuberay_rules
+from tests.k8s import hardening_rules, house_rules, kuberay_rules
 from tests.k8s.conftest import ROOT, Render
 from tests.k8s.crds import Manifest, Schemas, violations
 from tests.k8s.house_rules import of_kind, ray_container, rayjob_of
@@ -92,6 +92,7 @@ def test_kuberay_accepts_the_job(objects: list[Manifest]) -> None:
 
 def test_the_house_rules_hold(objects: list[Manifest]) -> None:
     assert house_rules.complaints(objects) == []
+    assert hardening_rules.complaints(objects) == []
 
 
 def test_everything_lives_in_one_namespace(objects: list[Manifest]) -> None:
@@ -144,17 +145,27 @@ def test_entrypoint_with_an_unknown_key_is_refused(objects: list[Manifest], tmp_
         run_config(objects, tmp_path)
 
 
-def test_one_setting_changes_the_image_of_every_pod(render: Render, overlay: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("image", "rendered"),
+    [
+        ({"newTag": "2"}, "registry.example/rlhf:2"),
+        ({"digest": f"sha256:{'ab' * 32}"}, f"registry.example/rlhf@sha256:{'ab' * 32}"),
+    ],
+    ids=["tag", "digest"],
+)
+def test_one_setting_changes_the_image_of_every_pod(
+    render: Render, overlay: str, tmp_path: Path, image: dict[str, str], rendered: str
+) -> None:
     for folder in ("k8s", "jobs/configs"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     file = tmp_path / "k8s/overlays" / overlay / "kustomization.yaml"
     kustomization = yaml.safe_load(file.read_text(encoding="utf-8"))
-    kustomization["images"] = [{"name": "rlhf-orchestrator", "newName": "registry.example/rlhf", "newTag": "2"}]
+    kustomization["images"] = [{"name": "rlhf-orchestrator", "newName": "registry.example/rlhf", **image}]
     kustomization["namePrefix"] = "a-"
     file.write_text(yaml.safe_dump(kustomization), encoding="utf-8")
     objects = render(file.parent)
     assert {container["image"] for pod in pods(objects).values() for container in pod["spec"]["containers"]} == {
-        "registry.example/rlhf:2"
+        rendered
     }
     assert list(house_rules.volumes_lead_somewhere(objects)) == []
 

@@ -10,7 +10,7 @@ import kubernetes_validate
 import pytest
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
-from tests.k8s import house_rules, kuberay_rules
+from tests.k8s import hardening_rules, house_rules, kuberay_rules
 from tests.k8s.crds import Manifest, Schemas, violations
 from tests.k8s.house_rules import of_kind, quantity, rayjob_of
 from tests.k8s.kuberay_rules import cluster_of
@@ -240,9 +240,70 @@ HOUSE_BREAKS: dict[str, list[Break]] = {
         lambda o: only(o, "PodDisruptionBudget")["spec"].update(minAvailable=3),
     ],
     "network_admits_who_must_come": [
-        lambda o: only(o, "NetworkPolicy")["spec"]["ingress"].pop(0),
+        lambda o: opened(o, "rlhf-ray")["ingress"].pop(0),
         lambda o: spec(o)["submitterPodTemplate"]["metadata"]["labels"].pop("app.kubernetes.io/component"),
-        lambda o: drop(only(o, "NetworkPolicy")["spec"]["ingress"][2]["ports"], port=9464),
+        lambda o: drop(opened(o, "rlhf-ray")["ingress"][2]["ports"], port=9464),
+    ],
+}
+
+
+def opened(objects: list[Manifest], name: str) -> Manifest:
+    (found,) = [policy for policy in of_kind(objects, "NetworkPolicy") if policy["metadata"]["name"] == name]
+    return found["spec"]
+
+
+def autoscaler(objects: list[Manifest]) -> Manifest:
+    found: Manifest = cluster(objects)["autoscalerOptions"]
+    return found
+
+
+def submitter(objects: list[Manifest]) -> Manifest:
+    found: Manifest = spec(objects)["submitterPodTemplate"]["spec"]
+    return found
+
+
+TOKEN = {"name": "api-token", "mountPath": hardening_rules.TOKEN_PATH}
+HARDENING_BREAKS: dict[str, list[Break]] = {
+    "no_pod_holds_an_api_token": [
+        lambda o: pod(o, "trainer").pop("automountServiceAccountToken"),
+        lambda o: submitter(o).update(automountServiceAccountToken=True),
+        lambda o: container(o, "head")["volumeMounts"].append(TOKEN),
+        lambda o: drop(autoscaler(o)["volumeMounts"], name="api-token"),
+    ],
+    "root_file_systems_are_read_only": [
+        lambda o: container(o, "rollout").update(securityContext={"allowPrivilegeEscalation": False}),
+        lambda o: submitter(o)["containers"][0]["securityContext"].update(readOnlyRootFilesystem=False),
+        lambda o: autoscaler(o).pop("securityContext"),
+        lambda o: autoscaler(o)["securityContext"].update(capabilities={"drop": ["NET_RAW"]}),
+        lambda o: drop(container(o, "trainer")["volumeMounts"], mountPath="/tmp"),
+        lambda o: drop(autoscaler(o)["volumeMounts"], mountPath="/home/rlhf"),
+        lambda o: drop(pod(o, "coordinator")["volumes"], name="home"),
+    ],
+    "emptied_folders_are_bounded": [
+        lambda o: [volume["emptyDir"].pop("sizeLimit") for volume in pod(o, "head")["volumes"] if "emptyDir" in volume],
+        lambda o: submitter(o)["volumes"][0].update(emptyDir={}),
+    ],
+    "egress_is_limited": [
+        lambda o: drop(o, spec=opened(o, "rlhf-ray")),
+        lambda o: opened(o, "rlhf-submitter").update(policyTypes=["Ingress"]),
+        lambda o: opened(o, "rlhf-ray")["egress"].append({}),
+        lambda o: opened(o, "rlhf-ray")["egress"].pop(0),
+        lambda o: opened(o, "rlhf-ray")["egress"].pop(1),
+        lambda o: opened(o, "rlhf-downloads")["egress"][0]["to"][0]["ipBlock"].pop("except"),
+        lambda o: opened(o, "rlhf-downloads")["egress"][0]["to"][0]["ipBlock"].update(
+            cidr="10.1.0.0/16", **{"except": []}
+        ),
+        lambda o: opened(o, "rlhf-downloads")["egress"][0]["ports"].append({"port": 22}),
+        lambda o: opened(o, "rlhf-downloads")["egress"][0].pop("ports"),
+        lambda o: opened(o, "rlhf-autoscaler")["egress"][0]["to"][0]["ipBlock"].pop("except"),
+        lambda o: opened(o, "rlhf-submitter")["egress"].pop(1),
+    ],
+    "secrets_are_where_they_are_used": [
+        lambda o: container(o, "head").update(envFrom=[{"secretRef": {"name": "rlhf-model-secrets"}}]),
+        lambda o: container(o, "rollout")["envFrom"].append({"secretRef": {"name": "rlhf-driver-secrets"}}),
+        lambda o: container(o, "trainer")["env"].append(
+            {"name": "X", "valueFrom": {"secretKeyRef": {"name": "rlhf-driver-secrets", "key": "X"}}}
+        ),
     ],
 }
 
@@ -270,7 +331,15 @@ def test_house_rule_refuses(rule: str, broken: Break, gpu_objects: list[Manifest
     assert list(house_rules.RULES[rule](gpu_objects)) != []
 
 
+@pytest.mark.parametrize(("rule", "broken"), cases(HARDENING_BREAKS))
+def test_hardening_rule_refuses(rule: str, broken: Break, gpu_objects: list[Manifest]) -> None:
+    assert list(hardening_rules.RULES[rule](gpu_objects)) == []
+    broken(gpu_objects)
+    assert list(hardening_rules.RULES[rule](gpu_objects)) != []
+
+
 def test_every_rule_has_a_breaking_case() -> None:
+    assert set(HARDENING_BREAKS) == set(hardening_rules.RULES)
     assert set(KUBERAY_BREAKS) == set(kuberay_rules.RULES)
     assert set(HOUSE_BREAKS) == set(house_rules.RULES)
 
