@@ -12,6 +12,8 @@ from time import perf_counter
 
 import numpy as np
 
+from orchestrator.config import DeadlinesConfig
+
 VARIABLE = "RLHF_TEST_PATIENCE"
 LARGEST = 10.0
 QUIET_PROBE_S = 0.03  # one core of a Xeon with AMX, quiet
@@ -21,6 +23,11 @@ MIN_FACTOR = 1.5  # load may come later
 def scaled(quiet_s: float) -> float:
     """The deadline on this machine for what `quiet_s` seconds are ample for on a quiet machine."""
     return quiet_s * patience()
+
+
+def of_a_run() -> dict[str, float]:
+    """The config section `deadlines` for runs that tests start: the defaults, on this machine."""
+    return {name: scaled(seconds) for name, seconds in DeadlinesConfig().model_dump().items()}
 
 
 @cache

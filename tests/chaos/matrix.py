@@ -30,7 +30,7 @@ from rich.table import Table
 from jobs.replay import fingerprint
 from orchestrator.telemetry import read_lines
 from tests.chaos.sabotage import CLASSES
-from tests.deadlines import scaled
+from tests.deadlines import of_a_run, scaled
 from tests.ray_local.net import Cluster, three_nodes
 from tests.tiny import tiny_llama
 
@@ -76,6 +76,7 @@ def settings(folder: Path) -> dict[str, Any]:
         "checkpoints": {"every_steps": 2, "export": False},
         "evaluation": {"prompts": 0},
         "telemetry": {"prometheus_port": None, "tensorboard": False},
+        "deadlines": of_a_run(),
         "failures": {"infrastructure": 20},
         "placement": {"wait_s": 60.0},
     }

@@ -20,7 +20,7 @@ import yaml
 from typer.testing import CliRunner
 
 from jobs import ppo
-from tests.deadlines import scaled
+from tests.deadlines import of_a_run, scaled
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "RLHF_TEST_MARK"
@@ -109,6 +109,7 @@ def command_line(folder: Path, model: Path) -> Iterator[CommandLine]:
         "rollout": {"engine": "hf", "max_new_tokens": 16, "cpus_per_engine": 1},
         "ppo": {"steps": 2, "prompts_per_step": 8, "samples_per_prompt": 1},
         "evaluation": {"prompts": 4},
+        "deadlines": of_a_run(),
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))

@@ -24,6 +24,7 @@ from orchestrator.config import Config, config_from_tree
 from orchestrator.data.records import Message, RankingRecord
 from orchestrator.errors import CapacityError, DataError, NonFiniteError
 from orchestrator.telemetry import Telemetry, read_lines
+from tests.deadlines import of_a_run
 from tests.tiny import CHATML, tiny_llama, tiny_tokenizer
 
 _MOODS = ("kind", "plain", "rude")
@@ -69,6 +70,7 @@ def _config(base: Path, folder: Path, **stage: Any) -> Config:
             "preferences": {"path": "given-in-the-test"},
             "run": {"root": str(folder)},
             "placement": {"wait_s": 5.0},
+            "deadlines": of_a_run(),
             "reward_model": settings | stage,
         },
         source="test",

@@ -22,7 +22,7 @@ from orchestrator.checkpoints import verify
 from orchestrator.mirror import Mirror
 from orchestrator.storage import sha256
 from orchestrator.telemetry import read_lines
-from tests.deadlines import scaled
+from tests.deadlines import of_a_run, scaled
 from tests.tiny import tiny_llama
 
 pytestmark = [pytest.mark.ray, pytest.mark.heavy, pytest.mark.slow]
@@ -84,6 +84,7 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
         "checkpoints": {"every_steps": 2},
         "evaluation": {"prompts": 0},
         "telemetry": {"prometheus_port": None, "tensorboard": False},
+        "deadlines": of_a_run(),
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     temporary = Path("/tmp") / f"rn{os.getpid()}"  # Ray's socket paths must be short

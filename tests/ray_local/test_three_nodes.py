@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.telemetry import read_lines
-from tests.deadlines import scaled
+from tests.deadlines import of_a_run, scaled
 from tests.ray_local.net import DASHBOARD, SUBNET, Cluster, three_hosts, three_nodes, why_not
 from tests.tiny import tiny_llama
 
@@ -67,6 +67,7 @@ def tiny_overrides(folder: Path) -> list[str]:
     settings = {
         "stages": "[ppo]",
         "run.id": "three",
+        **{f"deadlines.{name}": seconds for name, seconds in of_a_run().items()},
         "model.path": tiny_llama(folder / "model"),
         "prompts.limit": 60,
         "prompts.max_prompt_tokens": 88,
