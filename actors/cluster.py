@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import ray
+from ray._private import services
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from actors import allocator
@@ -26,48 +31,125 @@ SPINS = {"GOMP_SPINCOUNT": "10000"}
 # and took as long.
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "16"}
 QUIET_WAIT_S = 5.0
+LEAVE_S = 10.0
 PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
 
 
-def connect(address: str | None, *, wait_s: float) -> None:
-    """Joins the cluster at `address` (null: the one that RAY_ADDRESS names, else a local one of this process).
+@dataclass(frozen=True)
+class Address:
+    """Where a cluster is, and who says so: a name for messages."""
+
+    text: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.source})"
+
+
+def named_address(option: str | None) -> Address | None:
+    """The cluster that --ray-address or RAY_ADDRESS names; null: neither does, or it asks for a local one.
+
+    What Ray would find by itself, in /tmp/ray/ray_current_cluster or among the processes of this machine, counts only
+    when "auto" asks for it: it may be somebody else's cluster, or one that is dead.
+
+    Raises:
+        CapacityError: "auto", and no cluster runs on this machine.
+        ConfigError: an address of another kind.
+    """
+    text, source = option, "--ray-address"
+    if not text:
+        text, source = os.environ.get("RAY_ADDRESS"), "RAY_ADDRESS"
+    if not text or text == "local":
+        return None
+    if text == "auto":
+        with _without_ray_address():
+            try:
+                found = services.canonicalize_bootstrap_address_or_die("auto")
+            except ConnectionError as error:
+                raise CapacityError(
+                    f"{source}=auto, and Ray finds no cluster on this machine ({_first_line(error)}). Give host:port, "
+                    "or leave it out: then a private Ray is started."
+                ) from None
+        return Address(found, f"found by Ray on this machine for {source}=auto")
+    if "://" in text:
+        raise ConfigError(
+            f"{source}={text!r} is not the address of a cluster's control service (host:port, mostly port 6379). To "
+            "send a job to a cluster from outside use `python -m jobs.submit --address http://HOST:8265`."
+        )
+    return Address(text, source)
+
+
+def connect(address: Address, *, wait_s: float) -> None:
+    """Joins the cluster at `address`.
 
     Raises:
         CapacityError: it does not answer within `wait_s`, or refuses the token.
-        ConfigError: an address of another kind.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address is not None:
-        _await_answer(address, wait_s)
-        os.environ["RAY_ADDRESS"] = address  # tells a cluster that may grow from one that this process starts
+    _await_answer(address, wait_s)
+    os.environ["RAY_ADDRESS"] = address.text
     try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=None)
+        with _own_sigterm():
+            ray.init(address=address.text, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=None)
     except Exception as error:  # ray raises anything from ValueError to ConnectionError here
-        raise _no_cluster(address or "this machine", str(error).strip().splitlines()[0]) from error
+        raise _no_cluster(address, _first_line(error)) from error
 
 
-def _await_answer(address: str, wait_s: float) -> None:
-    """Waits until a gRPC server answers at host:port: Ray itself would try for minutes, and tell of each try."""
-    if "://" in address:
-        raise ConfigError(
-            f"Ray address {address!r} is not that of a cluster's control service (host:port, mostly port 6379). To "
-            "send a job to a cluster from outside use `python -m jobs.submit --address http://HOST:8265`."
-        )
-    if ":" not in address or os.environ.get("RAY_USE_TLS", "0") != "0":
-        return  # "auto" or "local", which Ray looks up; or certificates, which are Ray's own business
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+def disconnect() -> None:
+    """Leaves the cluster. From one that is gone Ray's own call returns after a minute; nothing waits for that."""
+    leaving = threading.Thread(target=ray.shutdown, name="leave-cluster", daemon=True)
+    leaving.start()
+    leaving.join(LEAVE_S)
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray puts a handler of its own in place, which ends the process with code 15 and no word."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as error:
+        if error.code != signal.SIGTERM:
+            raise
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _without_ray_address() -> Iterator[None]:
+    """Ray prefers the variable to its own search."""
+    before = os.environ.pop("RAY_ADDRESS", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["RAY_ADDRESS"] = before
+
+
+def _await_answer(address: Address, wait_s: float) -> None:
+    """Waits until the control service at host:port answers: Ray itself would try for minutes, and warn each time."""
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return  # certificates are Ray's own business
+    with grpc.insecure_channel(address.text, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=wait_s)
         except grpc.FutureTimeoutError:
             raise _no_cluster(address, f"waited {wait_s:g} s") from None
 
 
-def _no_cluster(where: str, cause: str) -> CapacityError:
+def _no_cluster(address: Address, cause: str) -> CapacityError:
     return CapacityError(
-        f"no Ray cluster answers at {where} ({cause}). Check the address and the token (RAY_AUTH_MODE, "
-        "RAY_AUTH_TOKEN_PATH), or start one with `ray start --head`."
+        f"no Ray cluster answers at {address}: {cause}. Correct or unset the address (without one a private Ray is "
+        "started), or start a cluster there with `ray start --head`."
     )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def alive_nodes() -> list[Node]:
@@ -102,8 +184,8 @@ async def plan_when_ready(demands: Sequence[Demand], *, mode: Any, wait_s: float
 
 
 def _can_never_fit() -> bool:
-    """A cluster of one node that this process started itself never grows."""
-    return ray.get_runtime_context().gcs_address.startswith("127.") or os.environ.get("RAY_ADDRESS") is None
+    """A cluster on loopback is of one machine and never grows."""
+    return bool(ray.get_runtime_context().gcs_address.startswith("127."))
 
 
 async def reserve(plan: Plan, *, wait_s: float, tell: Callable[[str], None]) -> PlacementGroup:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from orchestrator.errors import RoleDied
 from orchestrator.scheduling.plan import Demand, Plan, Slot
 
 PORT_DEADLINE_S = 60.0
+CLOSE_S = 5.0
 
 Arguments = Callable[[Slot], Mapping[str, Any]]
 
@@ -80,12 +82,19 @@ class Starter:
         return all(slot.address in alive for slot in self.plan.slots)
 
     def close(self) -> None:
-        """Ends all actors and frees what was reserved."""
-        for group in self._groups:
-            group.kill()
-        if self._reservation is not None:
-            remove_placement_group(self._reservation)
-            self._reservation = None
+        """Ends all actors and frees what was reserved. A cluster that is gone frees them by itself: Ray's calls then
+        block for a minute each, so nothing waits for them longer than CLOSE_S."""
+        reservation, self._reservation = self._reservation, None
+
+        def close() -> None:
+            for group in self._groups:
+                group.kill()
+            if reservation is not None:
+                remove_placement_group(reservation)
+
+        closing = threading.Thread(target=close, name="close-groups", daemon=True)
+        closing.start()
+        closing.join(CLOSE_S)
 
     async def group(self, role: str, worker: type[Any], arguments: Arguments) -> ActorGroup:
         """Actors that know nothing of each other; returns at once, constructors run on."""

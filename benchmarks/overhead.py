@@ -21,7 +21,8 @@ from time import perf_counter
 from benchmarks.cold_start import RUNS
 from benchmarks.harness import Figure, Pairs, plain_figure, ratio_figure
 from benchmarks.table import report
-from jobs.run_folder import ATTEMPTS, RunFolder
+from jobs.attempts import ATTEMPTS
+from jobs.run_folder import RunFolder
 from orchestrator.errors import DataError
 from orchestrator.metrics import PHASES
 from orchestrator.telemetry import read_lines

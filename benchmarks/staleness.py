@@ -27,7 +27,7 @@ import typer
 
 from benchmarks.harness import Figure, Pairs, measure_turns, ratio_figure
 from benchmarks.table import report
-from jobs.cluster_job import Job, connect, follow, submit
+from jobs.cluster_job import Job, connect_local, follow, submit
 from jobs.command import say
 from jobs.local_ray import local_ray
 from jobs.quickstart import CONFIG, ENVIRONMENT
@@ -127,7 +127,7 @@ def run(staleness: int, steps: int, max_new_tokens: int) -> list[Step]:
     ):
         keys = [*overrides(staleness, WARM_UP_STEPS + steps, max_new_tokens), f"run.root={folder}"]
         command = shlex.join([sys.executable, "-m", "jobs.ppo", "--config", str(CONFIG), *keys])
-        client = connect(ray.url, token=ray.token)
+        client = connect_local(ray)
         job_id = submit(client, Job(f"cd {shlex.quote(str(ROOT))} && exec {command}"))
         if asyncio.run(follow(client, job_id, lines.append)):
             raise RlhfError(f"the run at staleness {staleness} failed; its last lines:\n{''.join(lines)[-4000:]}")

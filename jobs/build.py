@@ -28,6 +28,7 @@ from actors.starter import Starter, placed
 from actors.supervisor import RaySupervisor
 from actors.weights.sender import PublishingPolicy
 from jobs.command import say
+from jobs.grace import saving_s
 from jobs.run_folder import RunFolder
 from jobs.settings import (
     chat_settings,
@@ -306,7 +307,7 @@ def _coordinator(
             every_steps=config.checkpoints.every_steps,
             last_step=ppo.steps,
             keep=config.checkpoints.keep,
-            grace_s=config.run.grace_s,
+            grace_s=saving_s(config.run),
             fence=run.require_newest,
         ),
         evaluation=Evaluation(

@@ -10,7 +10,7 @@ import psutil
 import ray
 import torch
 
-from actors.cluster import alive_nodes, connect
+from actors.cluster import alive_nodes, connect, named_address
 from actors.learning.model import resolve_model
 from actors.learning.size import model_size
 from jobs.settings import demands
@@ -51,13 +51,14 @@ def find_cluster(ray_address: str | None, *, wait_s: float) -> Cluster:
     Raises:
         CapacityError: there is an address, and nothing answers.
     """
-    if ray_address is None and "RAY_ADDRESS" not in os.environ:
+    address = named_address(ray_address)
+    if address is None:
         num_gpus = torch.cuda.device_count()
         gpu_memory = sum(torch.cuda.get_device_properties(index).total_memory for index in range(num_gpus))
         node = Node(THIS_MACHINE, float(os.cpu_count() or 1), float(num_gpus))
         offer = NodeOffer(psutil.virtual_memory().total, gpu_memory if num_gpus else None)
         return Cluster("this machine", [node], {THIS_MACHINE: offer})
-    connect(ray_address, wait_s=wait_s)
+    connect(address, wait_s=wait_s)
     nodes = alive_nodes()
     resources = {entry["NodeManagerAddress"]: entry["Resources"] for entry in ray.nodes() if entry["Alive"]}
     offers = {}

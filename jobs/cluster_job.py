@@ -1,6 +1,7 @@
 """One job on a Ray cluster, through Ray's Jobs API: submitted, its lines followed, its exit code told.
 
 connect(url) -> JobsClient       every request has a deadline
+connect_local(ray) -> the same for a private local Ray: its token goes to nobody else
 submit(client, job) -> id
 follow(client, id, write) -> exit code of the job's process
 """
@@ -14,17 +15,20 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from jobs.listener import Listener, checked_client, checked_session
+from jobs.local_ray import LocalRay
 from orchestrator.errors import CapacityError, ConfigError
 
 PACKAGES = ("actors", "jobs", "orchestrator")
@@ -36,7 +40,7 @@ START_S = 180.0
 SUBMIT_S = 30.0
 LOST_S = 60.0
 LAST_LINES_S = 10.0
-# Ray gives a stopped job 3 s before it kills it: too short to commit what was sampled.
+# Ray gives a stopped job 3 s before it kills it: too short to save where it stands.
 STOP_GRACE_S = 60
 
 FAILED = 1
@@ -64,23 +68,66 @@ class Job:
 
 
 class JobsClient(JobSubmissionClient):  # type: ignore[misc]  # ray's class is untyped
-    """Ray's client, whose requests wait for ever, with a deadline for each."""
+    """Ray's client, whose requests wait for ever, with a deadline for each.
 
-    def __init__(self, address: str, *, request_s: float, headers: Mapping[str, str]) -> None:
-        self._request_s = request_s
+    Args:
+        listener: who has to serve `address`; nothing, the token least of all, is sent to anybody else. Null: a server
+            on the network, which the user trusts.
+    """
+
+    def __init__(
+        self, address: str, *, request_s: float, headers: Mapping[str, str], listener: Listener | None
+    ) -> None:
+        self.request_s = request_s
+        self._listener = listener
+        self._session = checked_session(listener) if listener else requests.Session()
         super().__init__(address, headers=dict(headers))
 
-    def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> requests.Response:
-        response: requests.Response = super()._do_request(method, endpoint, **{"timeout": self._request_s, **kwargs})
-        return response
+    def _do_request(
+        self, method: str, endpoint: str, *, data: bytes | None = None, json_data: Any = None, **kwargs: Any
+    ) -> requests.Response:
+        answer = self._session.request(
+            method,
+            self._address + endpoint,
+            data=data,
+            json=json_data,
+            headers=self._headers,
+            verify=self._verify,
+            **{"timeout": self.request_s, **kwargs},
+        )
+        if answer.status_code in (401, 403):
+            raise AuthenticationError(answer.text)
+        return answer
+
+    def require_server(self) -> None:
+        """Raises CapacityError when the process that has to serve the address has ended."""
+        if self._listener is not None:
+            self._listener.require()
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        if self._listener is None:
+            async for chunk in super().tail_job_logs(job_id):
+                yield chunk
+            return
+        async with (
+            checked_client(self._listener) as client,
+            client.ws_connect(f"{self._address}/api/jobs/{job_id}/logs/tail", headers=self._headers) as socket,
+        ):
+            async for message in socket:
+                yield message.data
+            if socket.close_code == aiohttp.WSCloseCode.ABNORMAL_CLOSURE:
+                raise RuntimeError(f"the connection to the lines of job {job_id} broke")
 
 
-def connect(address: str, *, token: str | None = None, wait_s: float = 10.0) -> JobsClient:
+def connect(
+    address: str, *, token: str | None = None, listener: Listener | None = None, wait_s: float = 10.0
+) -> JobsClient:
     """The Jobs API at `address` (http://host:port).
 
     Args:
         address: URL of the cluster's dashboard.
         token: the cluster's token; null: the one that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH names, if any.
+        listener: the process of ours that has to serve `address`.
         wait_s: how long the first answer may take.
 
     Raises:
@@ -93,7 +140,7 @@ def connect(address: str, *, token: str | None = None, wait_s: float = 10.0) -> 
     os.environ["RAY_API_SERVER_ADDRESS"] = address
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        client = JobsClient(address, request_s=wait_s, headers=headers)
+        client = JobsClient(address, request_s=wait_s, headers=headers, listener=listener)
     except AuthenticationError as error:
         raise ConfigError(
             f"the cluster at {address} refuses this token ({_first_line(error)}). Set RAY_AUTH_MODE=token and "
@@ -101,11 +148,32 @@ def connect(address: str, *, token: str | None = None, wait_s: float = 10.0) -> 
         ) from None
     except (ConnectionError, requests.RequestException, RuntimeError, ValueError, KeyError) as error:
         raise CapacityError(
-            f"no Ray Jobs API answers at {address} within {wait_s:.0f} s ({_first_line(error)}). Check host and port "
-            "of the dashboard, or start a cluster with `ray start --head`."
+            f"no Ray Jobs API answers at {address} within {wait_s:.0f} s ({_first_line(error)}). "
+            + (
+                _about_proxy(address)
+                or "Check host and port of the dashboard, or start a cluster with `ray start --head`."
+            )
         ) from None
-    client._request_s = REQUEST_S
+    client.request_s = REQUEST_S
     return client
+
+
+def connect_local(ray: LocalRay) -> JobsClient:
+    """The Jobs API of a private local Ray."""
+    return connect(ray.url, token=ray.token, listener=ray.listener)
+
+
+def _about_proxy(address: str) -> str | None:
+    """The proxy that requests to `address` go through, as the environment says, and how to do without."""
+    host = urlsplit(address).hostname or ""
+    for scheme, proxy in requests.utils.get_environ_proxies(address).items():
+        if scheme in (urlsplit(address).scheme, "all"):
+            shown = urlsplit(proxy)
+            return (
+                f"The request went through the proxy {shown.hostname}:{shown.port} of the environment "
+                f"({scheme}_proxy); where {host} is reached without one, set NO_PROXY={host}."
+            )
+    return None
 
 
 def stage_project(root: Path, folder: Path, include: Sequence[Path] = ()) -> None:
@@ -212,6 +280,7 @@ async def _ended(client: JobsClient, job_id: str, *, started_by: float = float("
         try:
             details = await asyncio.to_thread(client.get_job_info, job_id)
         except (RuntimeError, requests.RequestException) as error:
+            client.require_server()
             if monotonic() - answered > LOST_S:
                 raise CapacityError(
                     f"the cluster at {client.get_address()} has not answered for {LOST_S:.0f} s while job {job_id} ran "
@@ -234,7 +303,7 @@ async def _tail(client: JobsClient, job_id: str, write: Callable[[str], None]) -
     written = 0
     while True:
         position = 0
-        with contextlib.suppress(RuntimeError, aiohttp.ClientError, OSError):
+        with contextlib.suppress(RuntimeError, aiohttp.ClientError, OSError, CapacityError):
             async for chunk in client.tail_job_logs(job_id):
                 fresh = chunk[max(0, written - position) :]
                 position += len(chunk)

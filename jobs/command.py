@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
-import signal
-from collections.abc import Callable, Coroutine, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.markup import escape
 
+from jobs import stops
 from jobs.console import Screen, console
 from orchestrator.config import Config, load_config, to_yaml
 from orchestrator.errors import RlhfError
 from orchestrator.garbage import collect_seldom
 
-INTERRUPTED = 130  # what shells report of a program ended by Ctrl-C
+EXIT_S = 10.0  # for threads and libraries, once a stopped command has said its last line
+UNWIND_S = 60.0  # for ending actors and Ray's processes, once everything is saved
 
 out, err = console("stdout"), console("stderr")
 
@@ -43,49 +43,38 @@ def imported(name: str) -> Callable[..., Any]:
     """The function at `module:function`, imported now. The libraries behind a job take seconds to import, and a typo in
     its config is to be told at once."""
     module, _, function = name.partition(":")
-    with _signals_later():
+    with stops.ending_at_once():
         return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 
 
-@contextmanager
-def _signals_later() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait for the end of the body: an interrupted import surfaces as all kinds of errors."""
-    came: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if came:
-        raise KeyboardInterrupt
-
-
 def run_command(work: Callable[[], None]) -> None:
-    """Runs a command's work; errors of our own become one message and their exit code, SIGTERM is as Ctrl-C."""
+    """Runs a command's work. Our own errors become one message and their exit code; a stop (stops.py) becomes 130."""
     logging.basicConfig(level=logging.WARNING, stream=Screen("stderr"))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stops.interrupt()
     try:
         work()
     except RlhfError as error:
         err.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}")
         raise typer.Exit(error.exit_code) from error
     except (KeyboardInterrupt, asyncio.CancelledError):
-        err.print("stopped; what was committed is safe, and the same run.id goes on from there.")
-        raise typer.Exit(INTERRUPTED) from None
+        stops.end_within(EXIT_S, "what it left running ends by itself.")
+        err.print(stops.STOPPED)
+        raise typer.Exit(stops.INTERRUPTED) from None
 
 
-def run_async(work: Coroutine[Any, Any, None]) -> None:
-    """Runs a coroutine; Ctrl-C and SIGTERM cancel it, so that it can end what it started."""
+def run_async(work: Coroutine[Any, Any, None], *, grace_s: float) -> None:
+    """Runs a coroutine; a stop cancels it, so that it can save what it holds and end what it started.
+
+    Args:
+        grace_s: how long saving may take. The process ends at most UNWIND_S after that.
+    """
+    stop = stops.Cancelling(grace_s + UNWIND_S)
 
     async def supervised() -> None:
         task = asyncio.ensure_future(work)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, task.cancel)
+        stop.begin(task)
         await task
 
     collect_seldom()
-    asyncio.run(supervised())
+    with stop.listening():
+        asyncio.run(supervised())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from actors.cluster import connect
+from jobs.cluster import cluster
 from jobs.command import imported, run_async, say
+from jobs.grace import saving_s, warning
 from jobs.pipeline import run_stages
 from jobs.prepare import Prepared
 from jobs.run_folder import open_run
@@ -11,10 +12,10 @@ from orchestrator.config import Config
 
 
 def run_job(config: Config, prepared: Prepared, ray_address: str | None) -> None:
-    connect(ray_address, wait_s=config.placement.wait_s)
-    run = open_run(config)
-    say(f"run {run.id}, attempt {run.attempt}: {run.path}")
-    for note in run.notes:
-        say(note)
-    run_async(run_stages(config, run, prepared, say))
+    with cluster(ray_address, wait_s=config.placement.wait_s, tell=say):
+        run = open_run(config, say)
+        say(f"run {run.id}, attempt {run.attempt}: {run.path}")
+        for note in filter(None, [*run.notes, warning(config.run)]):
+            say(note)
+        run_async(run_stages(config, run, prepared, say), grace_s=saving_s(config.run))
     imported("jobs.results:show_results")(run.path)

@@ -1,4 +1,4 @@
-"""`make quickstart`: the main job on a Ray of its own on this machine.
+"""`make quickstart`: the main job on a private Ray on this machine.
 
 Starts Ray (loopback only, private token), submits `jobs.ppo` through Ray's Jobs API, passes its lines on, stops what it
 started. Exit code: the job's. Models come from folders; with HF_HUB_OFFLINE=0 also from the Hugging Face hub.
@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cluster_job import FAILED, Job, connect, follow, submit
+from jobs.cluster_job import FAILED, STOP_GRACE_S, Job, connect_local, follow, submit
 from jobs.command import run_async, run_command, say
 from jobs.local_ray import LocalRay, local_ray
 from jobs.submit import write_raw
@@ -55,14 +55,14 @@ def main(
 
 
 def run_on_local_ray(entrypoint: str, config: Config) -> int:
-    """Runs a shell command as a job on a Ray of its own; returns its exit code."""
+    """Runs a shell command as a job on a private local Ray; returns its exit code."""
     started = monotonic()
     say("starting Ray on this machine ...")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with local_ray() as ray:
         say(f"Ray is up after {monotonic() - started:.0f} s; dashboard {ray.url} (token in {ray.token_file})")
-        client = connect(ray.url, token=ray.token)
+        client = connect_local(ray)
         job_id = submit(client, Job(entrypoint))
         say(f"submitted {job_id} through Ray's Jobs API")
         code = FAILED
@@ -71,7 +71,7 @@ def run_on_local_ray(entrypoint: str, config: Config) -> int:
             nonlocal code
             code = await follow(client, job_id, write_raw)
 
-        run_async(watch())
+        run_async(watch(), grace_s=STOP_GRACE_S)
         if code == FAILED:
             _keep_logs(ray, config.run.root / "ray-logs" / job_id)
     say(f"Ray stopped; {monotonic() - started:.0f} s in all, exit code {code}")

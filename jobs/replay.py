@@ -13,8 +13,8 @@ from typing import Annotated
 
 import typer
 
-from actors.cluster import connect
 from jobs.build import all_ready, experience_log, learners_of, recorder_of, start_learners, start_recorders, starting
+from jobs.cluster import cluster
 from jobs.command import run_async, run_command, say
 from jobs.resolve import resolved
 from jobs.run_folder import CONFIG_FILE, RunFolder
@@ -59,8 +59,9 @@ def main(
             raise ConfigError(f"--to {to} is the run's own folder, whose results it would replace; name another.")
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        connect(ray_address, wait_s=config.placement.wait_s)
-        run_async(_replay(config, run, folder, last_step, from_checkpoint=from_checkpoint))
+        with cluster(ray_address, wait_s=config.placement.wait_s, tell=say):
+            replaying = _replay(config, run, folder, last_step, from_checkpoint=from_checkpoint)
+            run_async(replaying, grace_s=config.run.grace_s)
 
     run_command(work)
 

@@ -17,10 +17,11 @@ from typing import Annotated
 import ray
 import typer
 
-from actors.cluster import alive_nodes, connect
+from actors.cluster import alive_nodes
 from actors.learning.learner import LearnerSettings
 from actors.reward_training import RewardTraining, Trained, train_worker
 from actors.train_run import Progress, Restarted, TrainRun, Workers
+from jobs.cluster import cluster
 from jobs.command import read_config, run_async, run_command, say
 from jobs.prepare import find_data
 from jobs.resolve import resolved
@@ -311,11 +312,11 @@ def _run(config: Config, ray_address: str | None) -> None:
     records, report = read_rankings(find_data(config.preferences.path), preferences.format, preferences.limit)
     say(report.summary())
     train, held_out = split_held_out(records, preferences.held_out)
-    connect(ray_address, wait_s=config.placement.wait_s)
-    run = open_run(config)
-    say(f"run {run.id}, attempt {run.attempt}: {run.path}")
-    with Telemetry(run.path, run.id, run.attempt, stage="reward_model") as telemetry:
-        run_async(_train(config, train, held_out, run, telemetry))
+    with cluster(ray_address, wait_s=config.placement.wait_s, tell=say):
+        run = open_run(config, say)
+        say(f"run {run.id}, attempt {run.attempt}: {run.path}")
+        with Telemetry(run.path, run.id, run.attempt, stage="reward_model") as telemetry:
+            run_async(_train(config, train, held_out, run, telemetry), grace_s=config.run.grace_s)
 
 
 async def _train(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
+import secrets
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from jobs.attempts import ATTEMPTS, claim, numbers
 from orchestrator.checkpoints import MARKER
 from orchestrator.config import Config, load_config, to_yaml
 from orchestrator.config_changes import Change, changed_keys
@@ -20,7 +21,6 @@ from orchestrator.storage import reading, replacing, writing
 from orchestrator.telemetry import EVENTS_FILE, read_lines
 
 CONFIG_FILE = "config.yaml"
-ATTEMPTS = "attempts"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RunFolder:
     def require_newest(self) -> None:
         """Raises Superseded when a later attempt has opened this folder: two must never write one run."""
         with reading(self.path / ATTEMPTS):
-            newest = max(_attempts(self.path / ATTEMPTS), default=0)
+            newest = max(numbers(self.path / ATTEMPTS), default=0)
         if newest > self.attempt:
             raise Superseded(f"run {self.id}: attempt {newest} writes this run now, so attempt {self.attempt} stops.")
 
@@ -64,30 +64,61 @@ class RunFolder:
         return self.path / "export"
 
 
-def open_run(config: Config) -> RunFolder:
+def open_run(config: Config, tell: Callable[[str], None] = lambda line: None) -> RunFolder:
     """Creates the run's folder, or opens it for a further attempt when run.id names one that exists.
 
     A config that differs in keys that do not matter (config_changes.py) takes the place of the one before, which is
     kept as config.attempt-NNN.yaml, NNN being the last attempt that it was in force for.
 
+    Args:
+        tell: gets a line for people when an attempt that may be alive is waited for.
+
     Raises:
+        CapacityError: another attempt of this run is alive.
         ConfigError: the folder holds a run whose config differs in a key that matters, or can't be read.
         StorageError: it can't be written.
     """
-    run_id = config.run.id or f"{config.run.name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}-{os.getpid() % 1000:03d}"
-    path = storage_root(config.run.root) / run_id
+    path = _make_folder(storage_root(config.run.root), config)
+    attempt = claim(path, wait_s=config.placement.wait_s, tell=tell)
+    # Read only now: an attempt that began beside this one may have been the first to keep its config.
     try:
-        (path / ATTEMPTS).mkdir(parents=True, exist_ok=True)
+        changes = _harmless_changes(path / CONFIG_FILE, config)
+    except BaseException:
+        with writing(path / ATTEMPTS):
+            (path / ATTEMPTS / f"{attempt:03d}").unlink()
+        raise
+    _keep_config(path / CONFIG_FILE, config, changes, attempt)
+    notes = tuple(f"config changed since the last attempt: {change}" for change in changes)
+    return RunFolder(path, path.name, attempt, notes)
+
+
+def _make_folder(root: Path, config: Config) -> Path:
+    """The run's folder, which only this user can enter: it holds samples, and whatever an error quotes. An existing
+    one is left as it is, so that a folder that was opened to others stays open.
+
+    A new run gets a folder that nobody else has, also when two start in the same second.
+    """
+    path = root / (config.run.id or _new_id(config.run.name, os.getpid()))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                path.mkdir(mode=0o700, exist_ok=config.run.id is not None)
+                break
+            except FileExistsError:
+                if config.run.id is not None:
+                    raise
+                path = root / _new_id(config.run.name, secrets.randbelow(1000))
+        (path / ATTEMPTS).mkdir(exist_ok=True)
     except OSError as error:
         raise StorageError(
             f"run folder {path} can't be made ({error.strerror}); set run.root to a place that can."
         ) from None
-    changes = _harmless_changes(path / CONFIG_FILE, config)
-    with writing(path / ATTEMPTS):
-        attempt = _claim_attempt(path / ATTEMPTS)
-    _keep_config(path / CONFIG_FILE, config, changes, attempt)
-    notes = tuple(f"config changed since the last attempt: {change}" for change in changes)
-    return RunFolder(path, run_id, attempt, notes)
+    return path
+
+
+def _new_id(name: str, number: int) -> str:
+    return f"{name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}-{number % 1000:03d}"
 
 
 def restore_lost(config: Config) -> str | None:
@@ -106,6 +137,8 @@ def restore_lost(config: Config) -> str | None:
     snapshot = Mirror(config.run.mirror, config.run.id).pull(path)
     if snapshot is None:
         return None
+    with writing(path):
+        path.chmod(0o700)
     return f"run {path.name}: its folder was gone; {len(snapshot.files)} files are back from snapshot {snapshot.name}"
 
 
@@ -202,18 +235,3 @@ def _keep_config(path: Path, config: Config, changes: Sequence[Change], attempt:
             temporary.write_bytes(before)
     with replacing(path) as temporary:
         temporary.write_text(to_yaml(config), encoding="utf-8")
-
-
-def _attempts(folder: Path) -> list[int]:
-    """Numbers of the attempts; other files, such as .DS_Store, are not ours."""
-    return [int(entry.name) for entry in folder.iterdir() if re.fullmatch(r"[0-9]{3,9}", entry.name)]
-
-
-def _claim_attempt(folder: Path) -> int:
-    number = 1 + max(_attempts(folder), default=0)
-    while True:
-        try:
-            (folder / f"{number:03d}").touch(exist_ok=False)
-            return number
-        except FileExistsError:
-            number += 1

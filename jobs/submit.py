@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cluster_job import Job, connect, follow, stage_project, submit
+from jobs.cluster_job import STOP_GRACE_S, Job, connect, follow, stage_project, submit
 from jobs.command import err, out, run_async, run_command, say
 from orchestrator.config import load_config
 from orchestrator.errors import ConfigError
@@ -56,7 +56,7 @@ def main(
                 nonlocal code
                 code = await follow(client, job_id, write_raw)
 
-            run_async(watch())
+            run_async(watch(), grace_s=STOP_GRACE_S)
 
     run_command(work)
     if code:

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import psutil
 
-from jobs.run_folder import ATTEMPTS, CONFIG_FILE, storage_root
+from jobs.attempts import ATTEMPTS
+from jobs.run_folder import CONFIG_FILE, storage_root
 from jobs.why_facts import Beat, Call, Event, Facts, Process
 from orchestrator.checkpoints import MARKER
 from orchestrator.errors import StorageError

@@ -129,6 +129,9 @@ class Checkpoints:
         except RlhfError:
             await asyncio.to_thread(_discard, temporary, final)
             raise
+        except asyncio.CancelledError:
+            await asyncio.to_thread(shutil.rmtree, temporary, ignore_errors=True)
+            raise
         self._damaged.discard(final)
         await asyncio.to_thread(self._retire)
 
@@ -163,6 +166,7 @@ class Checkpoints:
         Raises:
             StorageError: every checkpoint has a file that is missing, truncated or altered.
         """
+        await asyncio.to_thread(self._remove_halves)
         problems: list[StorageError] = []
         for folder in reversed(self.complete()):
             try:
@@ -204,6 +208,11 @@ class Checkpoints:
                     self._stuck.add(path)
                     _log.warning("%s can't be removed (%s); it is left there.", path, error.strerror or error)
         self._damaged = {path for path in self._damaged if path.exists()}
+
+    def _remove_halves(self) -> None:
+        """What a save left that was killed: as large as a checkpoint, and of no use."""
+        for path in self._folder.glob(".step-*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step:06d}"

@@ -89,3 +89,20 @@ def test_a_run_has_finished_when_its_last_stage_did_and_no_later_attempt_began(t
     assert finished_run(settings) == run.path
     longer = settings.model_copy(update={"ppo": settings.ppo.model_copy(update={"steps": settings.ppo.steps + 1})})
     assert finished_run(longer) is None
+
+
+def test_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_path: Path) -> None:
+    runs = [open_run(config(tmp_path, run={"root": tmp_path, "seed": seed})) for seed in range(5)]
+    assert len({run.path for run in runs}) == 5
+    assert [run.attempt for run in runs] == [1] * 5
+    assert [load_config(run.path / "config.yaml").run.seed for run in runs] == list(range(5))
+    for run in runs:  # each id is one that can be given again
+        config(tmp_path, run={"root": tmp_path, "id": run.id})
+
+
+def test_only_this_user_can_enter_a_run_folder_and_who_opens_it_keeps_it_open(tmp_path: Path) -> None:
+    run = open_run(config(tmp_path))
+    assert run.path.stat().st_mode & 0o777 == 0o700
+    run.path.chmod(0o750)
+    open_run(config(tmp_path))
+    assert run.path.stat().st_mode & 0o777 == 0o750

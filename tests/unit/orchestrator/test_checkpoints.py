@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,3 +198,32 @@ async def test_saves_are_due_every_so_many_steps_and_after_the_last(tmp_path: Pa
         for step in range(1, 11):
             await world.checkpoints.save_if_due(State(step, 0.0))
         assert world.names() == [f"step-{step:06d}" for step in expected]
+
+
+async def test_a_save_that_is_cut_short_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path)
+    await world.save(2)
+    begun = asyncio.Event()
+
+    async def slow(learner: FakeLearner, folder: Path) -> None:
+        (folder / "weights").write_bytes(b"half")
+        begun.set()
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(FakeLearner, "save", slow)
+    saving = asyncio.create_task(world.save(4))
+    await begun.wait()
+    saving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await saving
+    assert [path.name for path in world.folder.iterdir()] == ["step-000002"]
+
+
+async def test_what_a_killed_save_left_goes_when_the_run_goes_on(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    await world.save(2)
+    half = world.folder / ".step-000004.abcd1234.tmp"
+    half.mkdir()
+    (half / "weights").write_bytes(b"half")
+    assert await World(tmp_path).checkpoints.restore() == State(2, 0.2)
+    assert [path.name for path in world.folder.iterdir()] == ["step-000002"]

@@ -1,0 +1,70 @@
+"""Where a local Ray keeps its files: out of others' reach, short enough for sockets, nothing left of dead launchers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import local_ray
+from jobs.local_ray import LONGEST_TEMPORARY, PREFIX, private_folder, remove_leftovers
+from orchestrator.errors import CapacityError
+
+ROOT = Path(__file__).resolve().parents[3]
+DIES = """
+import os, sys
+from pathlib import Path
+from jobs.local_ray import private_folder
+with private_folder(Path(sys.argv[1])) as folder:
+    (folder / "token").write_text("secret")
+    print(folder, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_the_folder_of_a_live_launcher_stays_and_that_of_a_dead_one_goes(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DIES, str(tmp_path)]
+    dead = Path(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip())
+    assert (dead / "token").exists()
+    with private_folder(tmp_path) as alive:
+        assert alive.stat().st_mode & 0o777 == 0o700
+        remove_leftovers(tmp_path)
+        assert alive.exists()
+        assert not dead.exists()
+    assert not alive.exists()
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "lock").touch()
+    (tmp_path / f"{PREFIX}link").symlink_to(target)
+    (tmp_path / f"{PREFIX}file").touch()
+    (tmp_path / f"{PREFIX}other").mkdir()  # without a lock: of another program, or just being made
+    remove_leftovers(tmp_path)
+    assert (target / "lock").exists()
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_long_temporary_folder_is_passed_over_and_without_any_the_way_out_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    long = tmp_path / ("x" * LONGEST_TEMPORARY)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    monkeypatch.delenv("TEMP", raising=False)
+    monkeypatch.delenv("TMP", raising=False)
+    assert local_ray._temporary() == Path("/tmp")
+    monkeypatch.setattr(local_ray.os, "access", lambda *_: False)
+    with pytest.raises(CapacityError, match=f"none of {long}, /tmp, /var/tmp .*at most {LONGEST_TEMPORARY} bytes"):
+        local_ray._temporary()
+
+
+def test_every_try_has_a_token_of_its_own_that_only_this_user_reads(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    tokens = [local_ray._new_token(path) for _ in range(2)]
+    assert tokens[0] != tokens[1]
+    assert path.read_text() == tokens[1]
+    assert path.stat().st_mode & 0o777 == 0o600
