@@ -104,6 +104,15 @@ print(ray.nodes())
 """
 
 
+CONNECT = """
+import socket
+BECOME
+store = socket.socket(socket.AF_UNIX)
+store.connect("{path}")
+print("connected")
+"""
+
+
 @dataclass(frozen=True)
 class Tried:
     what: str
@@ -140,9 +149,8 @@ def everything(folder: Path, run: Path) -> Iterator[Tried]:
     control = (folder / "ray" / "ray_current_cluster").read_text(encoding="utf-8").strip()
     for mode in ("disabled", "token"):
         environment = {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
-        yield _tried(
-            user, f"join as a driver, authentication {mode}", [sys.executable, "-c", JOIN, control], environment
-        )
+        done = _run(_becoming(user, JOIN, control), environment)
+        yield _told(f"join as a driver, authentication {mode}", done)
 
 
 def listening(folder: Path) -> list[Socket]:
@@ -158,7 +166,7 @@ def listening(folder: Path) -> list[Socket]:
 
 def _files(user: pwd.struct_passwd, folder: Path, run: Path) -> Iterator[Tried]:
     session = folder / "ray" / "session_latest"
-    connect = f"import socket\nBECOME\ns = socket.socket(socket.AF_UNIX)\ns.connect('{session}/sockets/plasma_store')\nprint(1)"
+    connect = CONNECT.format(path=session / "sockets" / "plasma_store")
     commands: dict[str, Sequence[str]] = {
         "temporary folder": ["ls", str(folder)],
         "token": ["cat", str(folder / "token")],

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic, sleep
@@ -18,14 +19,16 @@ import psutil
 import pytest
 import requests
 
-from jobs.cluster_job import Job, connect, follow, stage_project, submit
+from jobs.cluster_job import Job, connect, connect_local, follow, stage_project, submit
 from jobs.local_ray import MARK, LocalRay, local_ray
+from jobs.run_folder import open_run
+from orchestrator.config import Config
 from orchestrator.errors import CapacityError, ConfigError
 from tests.deadlines import scaled
+from tests.ray_local.other_user import LOOPBACK, everything, listening
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[2]
-LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 COMMITS_WHEN_STOPPED = """
 import signal, sys, time
 def commit(*_):
@@ -70,7 +73,7 @@ def still_there(family: list[psutil.Process]) -> list[psutil.Process]:
 
 def run_job(cluster: LocalRay, job: Job) -> tuple[int, str]:
     written: list[str] = []
-    client = connect(cluster.url, token=cluster.token)
+    client = connect_local(cluster)
     code = asyncio.run(follow(client, submit(client, job), written.append))
     return code, "".join(written)
 
@@ -80,14 +83,22 @@ def python(code: str) -> str:
 
 
 def test_everything_listens_on_loopback_only(cluster: LocalRay) -> None:
-    addresses = {
-        connection.laddr.ip
-        for process in processes_of(cluster.folder)
-        for connection in process.net_connections(kind="tcp")
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert addresses
-    assert addresses <= LOOPBACK
+    sockets = listening(cluster.folder)
+    assert int(cluster.url.rsplit(":", 1)[1]) in {socket.port for socket in sockets}
+    assert {socket.address for socket in sockets} <= LOOPBACK
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_user_of_the_machine_gets_nothing(cluster: LocalRay) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as root:
+        Path(root).chmod(0o755)
+        run = open_run(Config.model_validate({"run": {"root": root, "id": "demo"}})).path
+        for name in ("log", "checkpoints"):
+            (run / name).mkdir()
+        submit(connect_local(cluster), Job("sleep 60"))
+        tried = list(everything(cluster.folder, run))
+    assert len(tried) > 150
+    assert [str(one) for one in tried if one.was_had] == []
 
 
 def test_who_has_no_token_gets_nothing(cluster: LocalRay) -> None:
@@ -132,7 +143,7 @@ def test_job_whose_follower_is_stopped_has_time_to_commit(cluster: LocalRay) -> 
             started.set()
 
     async def stopped_when_started() -> None:
-        client = connect(cluster.url, token=cluster.token)
+        client = connect_local(cluster)
         job_id = submit(client, Job(python(COMMITS_WHEN_STOPPED)))
         task = asyncio.create_task(follow(client, job_id, write))
         await asyncio.wait_for(started.wait(), scaled(60))
