@@ -57,7 +57,7 @@ def run_command(work: Callable[[], None]) -> None:
         err.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}")
         raise typer.Exit(error.exit_code) from error
     except (KeyboardInterrupt, asyncio.CancelledError):
-        stops.end_within(EXIT_S, "what it left running ends by itself.")
+        stops.end_within(EXIT_S)
         err.print(stops.STOPPED)
         raise typer.Exit(stops.INTERRUPTED) from None
 

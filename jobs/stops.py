@@ -92,11 +92,12 @@ class Cancelling:
             self._task.get_loop().call_soon_threadsafe(self._task.cancel)
 
 
-def end_within(seconds: float, why: str) -> None:
+def end_within(seconds: float, why: str | None = None) -> None:
     """Ends the process with INTERRUPTED after so long, unless it has ended: for threads and libraries that hang."""
 
     def end() -> None:
-        _write(why)
+        if why is not None:
+            _write(why)
         os._exit(INTERRUPTED)
 
     timer = threading.Timer(seconds, end)

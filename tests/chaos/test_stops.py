@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 
+from jobs.stops import STOPPED
 from orchestrator.guards import PAUSED_FILE
 from tests.chaos.conftest import assert_as_quiet, blow
-from tests.chaos.matrix import Field, Outcome, actors_left
+from tests.chaos.matrix import ROOT, RUN_S, Field, Outcome, actors_left
 from tests.deadlines import scaled
 
 pytestmark = [pytest.mark.ray, pytest.mark.heavy, pytest.mark.slow, pytest.mark.timeout(scaled(900))]
@@ -27,6 +36,72 @@ def test_a_stopped_run_saves_where_it_stands_and_goes_on_from_there(here: Field,
     assert_as_quiet(outcome, quiet)
     (restored,) = outcome.events("restored")
     assert restored["table"]["learned again from the log"] == "nothing"
+
+
+def started(here: Field, run_id: str, environment: Mapping[str, str], *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "jobs.ppo", "--config", str(here.folder / "config.yaml"), f"run.id={run_id}"]
+    return subprocess.Popen(
+        [*command, *overrides],
+        cwd=ROOT,
+        env={**environment, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def reach(process: subprocess.Popen[str], line: str) -> str:
+    """Reads up to a line that contains `line`."""
+    assert process.stdout is not None
+    read = ""
+    for text in process.stdout:
+        read += text
+        if line in text:
+            return read
+    raise AssertionError(f"it ended before {line!r}:\n{read}")
+
+
+def test_all_processes_told_to_stop_at_once_end_quickly_and_the_run_goes_on(here: Field, quiet: Outcome) -> None:
+    """As Slurm and systemd do. The run has a private Ray, all of whose processes end too."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with started(here, "tree", environment) as run:
+        reach(run, "ppo 3/")
+        family = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+        assert len(family) > 10
+        begun = time.monotonic()
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        output, _ = run.communicate(timeout=scaled(60))
+    assert time.monotonic() - begun < scaled(30)
+    assert (run.returncode, output.splitlines()[-1]) == (130, STOPPED), output
+    assert actors_left() == []
+    assert_as_quiet(here.run("tree"), quiet)
+
+
+def test_stopped_while_actors_start_the_run_says_so_and_goes_on(here: Field, quiet: Outcome) -> None:
+    with started(here, "early", {**os.environ, "RAY_ADDRESS": here.address}) as run:
+        reach(run, "placement:")
+        run.send_signal(signal.SIGHUP)
+        output, _ = run.communicate(timeout=scaled(60))
+    assert (run.returncode, output.splitlines()[-1]) == (130, STOPPED), output
+    assert actors_left() == []
+    assert_as_quiet(here.run("early"), quiet)
+
+
+def test_a_second_start_of_a_live_run_waits_and_is_refused_and_the_first_ends_as_ever(
+    here: Field, quiet: Outcome
+) -> None:
+    environment = {**os.environ, "RAY_ADDRESS": here.address}
+    with started(here, "twice", environment) as first:
+        reach(first, "ppo: all roles are ready")
+        with started(here, "twice", environment, "placement.wait_s=3") as second:
+            refused, _ = second.communicate(timeout=scaled(120))
+        assert second.returncode == 2, refused
+        assert f"attempt 1 (process {first.pid} on" in refused
+        output, _ = first.communicate(timeout=RUN_S)
+    assert first.returncode == 0, output
+    assert_as_quiet(here.run("twice"), quiet)
 
 
 def test_a_run_of_three_steps_and_then_of_all_ends_as_one_of_all(here: Field, quiet: Outcome) -> None:

@@ -22,6 +22,7 @@ import requests
 from jobs.cluster_job import Job, connect, connect_local, follow, stage_project, submit
 from jobs.local_ray import MARK, LocalRay, local_ray
 from jobs.run_folder import open_run
+from jobs.stops import INTERRUPTED, STOPPED
 from orchestrator.config import Config
 from orchestrator.errors import CapacityError, ConfigError
 from tests.deadlines import scaled
@@ -38,6 +39,19 @@ def commit(*_):
 signal.signal(signal.SIGTERM, commit)
 print("started", flush=True)
 time.sleep(120)
+"""
+
+
+HOLDS = """
+import os, time, typer
+from jobs.command import run_command
+from jobs.local_ray import local_ray
+def work():
+    print("starting", flush=True)
+    with local_ray(num_cpus=1) as ray:
+        print(ray.folder, flush=True)
+        time.sleep(300)
+typer.run(lambda: run_command(work))
 """
 
 
@@ -182,3 +196,29 @@ with local_ray() as ray:
         sleep(0.5)
     shutil.rmtree(folder)
     assert still_there(family) == []
+
+
+@pytest.mark.parametrize(("number", "phase"), [(signal.SIGHUP, "up"), (signal.SIGTERM, "starting")])
+def test_a_launcher_that_is_told_to_stop_leaves_no_folder_and_no_process(number: signal.Signals, phase: str) -> None:
+    """Without a home folder, and with a proxy that leads nowhere: a private Ray needs neither."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="t") as temporary:
+        environment = {**os.environ, "TMPDIR": temporary, "http_proxy": "http://127.0.0.1:9", "HOME": "/nonexistent"}
+        command = [sys.executable, "-c", HOLDS]
+        with subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as launcher:
+            assert launcher.stdout is not None
+            assert launcher.stdout.readline() == "starting\n"
+            if phase == "up":
+                assert Path(launcher.stdout.readline().strip()).parent == Path(temporary)
+            else:
+                while not list(Path(temporary).glob("rlhf-*/ray/session_latest")):
+                    assert launcher.poll() is None
+                    sleep(0.1)
+            family = psutil.Process(launcher.pid).children(recursive=True)
+            assert family
+            launcher.send_signal(number)
+            _, err = launcher.communicate(timeout=scaled(60))
+        assert (launcher.returncode, err) == (INTERRUPTED, f"{STOPPED}\n")
+        assert list(Path(temporary).glob("rlhf-*")) == []
+        assert still_there(family) == []
