@@ -8,14 +8,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import ray
-from ray._private import services
+from ray._private import ray_constants, services
+from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+from ray.exceptions import AuthenticationError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from actors import allocator
@@ -31,16 +33,23 @@ SPINS = {"GOMP_SPINCOUNT": "10000"}
 # and took as long.
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "16"}
 QUIET_WAIT_S = 5.0
+_ASKED = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"  # any call that needs the token
 LEAVE_S = 5.0
 PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a cluster is, and who says so: a name for messages."""
+    """Where a cluster is, and who says so: a name for messages.
+
+    Args:
+        text: host:port of its control service.
+        is_private: a Ray of our own, all of which is on loopback.
+    """
 
     text: str
     source: str
+    is_private: bool = False
 
     def __str__(self) -> str:
         return f"{self.text} ({self.source})"
@@ -83,11 +92,19 @@ def connect(address: Address, *, wait_s: float) -> None:
     """Joins the cluster at `address`.
 
     Raises:
-        CapacityError: it does not answer within `wait_s`, or refuses the token.
+        CapacityError: it does not answer within `wait_s`.
+        ConfigError: it refuses the token.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _await_answer(address, wait_s)
     os.environ["RAY_ADDRESS"] = address.text
+    # Ray would try twenty times, for 40 s each; here something answered just now.
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
+    # Ray replaces loopback by the machine's outward address, unless it thinks that it is on an operating system
+    # without clusters. The variable is for processes to come; Ray itself is imported already.
+    if address.is_private:
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         with _own_sigterm():
             ray.init(address=address.text, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=None)
@@ -137,8 +154,33 @@ def _await_answer(address: Address, wait_s: float) -> None:
     with grpc.insecure_channel(address.text, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=wait_s)
+            asked = channel.unary_unary(_ASKED)
+            asked(b"", timeout=wait_s, metadata=[(key.lower(), value) for key, value in _token().items()])
         except grpc.FutureTimeoutError:
             raise _no_cluster(address, f"waited {wait_s:g} s") from None
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+                raise _refused(address) from None
+            raise _no_cluster(address, f"what listens there answers Ray's {_ASKED} with {error.code().name}") from None
+
+
+def _token() -> Mapping[str, str]:
+    """Header with the token that RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token holds; empty without one.
+
+    Raises:
+        ConfigError: RAY_AUTH_MODE=token, and there is none.
+    """
+    try:
+        return dict(get_auth_headers_if_auth_enabled({}))
+    except (AuthenticationError, RuntimeError) as error:
+        raise ConfigError(f"RAY_AUTH_MODE=token, and no token can be read: {_first_line(error)}") from None
+
+
+def _refused(address: Address) -> ConfigError:
+    return ConfigError(
+        f"the cluster at {address} refuses this token, or the lack of one. Set RAY_AUTH_MODE=token and "
+        "RAY_AUTH_TOKEN_PATH to the file that holds the cluster's token."
+    )
 
 
 def _no_cluster(address: Address, cause: str) -> CapacityError:

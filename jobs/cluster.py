@@ -30,7 +30,7 @@ def cluster(ray_address: str | None, *, wait_s: float, tell: Callable[[str], Non
     tell("starting a private Ray on this machine (--ray-address or RAY_ADDRESS name a cluster) ...")
     with local_ray() as ray:
         os.environ |= ray.environment
-        connect(Address(ray.address, "our own"), wait_s=wait_s)
+        connect(Address(ray.address, "our own", is_private=True), wait_s=wait_s)
         try:
             yield
         finally:

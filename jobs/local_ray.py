@@ -256,9 +256,9 @@ def _environment(folder: Path) -> dict[str, str]:
         # it is on an operating system without clusters.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Fixed ports otherwise, over which two clusters on one machine would quarrel.
-        "AUTOSCALER_METRIC_PORT": "0",
-        "DASHBOARD_METRIC_PORT": "0",
+        # No such ports: anybody could read them, and two clusters on one machine would quarrel over the usual ones.
+        "AUTOSCALER_METRIC_PORT": "-1",
+        "DASHBOARD_METRIC_PORT": "-1",
     }
 
 

@@ -17,13 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from jobs.local_ray import MARK
 
 STRANGER = "rlhf-stranger"
+LIMIT_S, TIMED_OUT = 60, 124
 Environment = Mapping[str, str]
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 # Without a token there are also /, health checks and /metrics, which hold no text of a run.
@@ -41,18 +41,17 @@ GUARDED_PATHS = (
     ("GET", "/logs/"),
     ("POST", "/get_or_create_runtime_env"),
 )
-# Python may lie where the stranger can't read: it starts as root and becomes the stranger once all is imported.
-BECOME = "import os; os.setgroups([]); os.setgid({user.pw_gid}); os.setuid({user.pw_uid}); os.chdir('/')"
 # Both print [what, was had, answer] per line; arguments: ports.
 ASK_HTTP = f"""
 import http.client, json, sys
-BECOME
 def ask(port, method, path, headers):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     connection.request(method, path, body='{{"entrypoint": "id"}}' if method == "POST" else None, headers=headers)
     answer = connection.getresponse()
     text = answer.read(200)
-    return answer.status < 400, f"HTTP {{answer.status}} {{text[:60]!r}}"
+    is_metrics = text.startswith((b"# HELP", b"# TYPE"))  # whatever the path
+    had = answer.status < 400 and not is_metrics
+    return had, f"HTTP {{answer.status}} {{'metrics: numbers, no text of a run' if is_metrics else text[:60]}}"
 plain = {{"Content-Type": "application/json"}}
 calls = [(*call, plain) for call in {GUARDED_PATHS!r}]
 calls.append(("GET", "/api/jobs/", {{**plain, "Authorization": "Bearer " + "0" * 64}}))
@@ -60,6 +59,9 @@ for port in map(int, sys.argv[1:]):
     for method, path, headers in calls:
         try:
             had, answer = ask(port, method, path, headers)
+        except http.client.BadStatusLine:
+            print(json.dumps([f"port {{port}}: HTTP", False, "speaks no HTTP"]), flush=True)
+            break
         except (OSError, http.client.HTTPException) as error:
             had, answer = False, repr(error)
         wrong = " with a wrong token" if "Authorization" in headers else ""
@@ -83,7 +85,6 @@ GRPC_METHODS = (
 )
 ASK_GRPC = f"""
 import grpc, json, sys
-BECOME
 for port in sys.argv[1:]:
     with grpc.insecure_channel(f"127.0.0.1:{{port}}", options=[("grpc.enable_http_proxy", 0)]) as channel:
         for name in {GRPC_METHODS!r}:
@@ -96,20 +97,11 @@ for port in sys.argv[1:]:
             if "UNAVAILABLE" in text or "DEADLINE" in text:
                 break  # speaks no gRPC
 """
+CONNECT = 'socket(S, PF_UNIX, SOCK_STREAM, 0); connect(S, sockaddr_un($ARGV[0])) or die "$!\\n"; print "connected"'
 JOIN = """
 import sys, ray
-BECOME
 ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
 print(ray.nodes())
-"""
-
-
-CONNECT = """
-import socket
-BECOME
-store = socket.socket(socket.AF_UNIX)
-store.connect("{path}")
-print("connected")
 """
 
 
@@ -141,7 +133,7 @@ def everything(folder: Path, run: Path) -> Iterator[Tried]:
         yield Tried(f"port {socket.port} of {socket.owner}", not is_loopback, f"listens on {socket.address}")
     ports = [str(socket.port) for socket in sockets]
     for script in (ASK_HTTP, ASK_GRPC):
-        done = _run(_becoming(user, script, *ports))
+        done = _run(user, [sys.executable, "-c", script, *ports])
         for line in done.stdout.splitlines():
             yield Tried(*json.loads(line))
         if done.returncode:
@@ -149,7 +141,7 @@ def everything(folder: Path, run: Path) -> Iterator[Tried]:
     control = (folder / "ray" / "ray_current_cluster").read_text(encoding="utf-8").strip()
     for mode in ("disabled", "token"):
         environment = {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
-        done = _run(_becoming(user, JOIN, control), environment)
+        done = _run(user, [sys.executable, "-c", JOIN, control], environment)
         yield _told(f"join as a driver, authentication {mode}", done)
 
 
@@ -166,7 +158,6 @@ def listening(folder: Path) -> list[Socket]:
 
 def _files(user: pwd.struct_passwd, folder: Path, run: Path) -> Iterator[Tried]:
     session = folder / "ray" / "session_latest"
-    connect = CONNECT.format(path=session / "sockets" / "plasma_store")
     commands: dict[str, Sequence[str]] = {
         "temporary folder": ["ls", str(folder)],
         "token": ["cat", str(folder / "token")],
@@ -175,8 +166,14 @@ def _files(user: pwd.struct_passwd, folder: Path, run: Path) -> Iterator[Tried]:
         "logs": ["ls", str(session / "logs") + "/"],
         "log of the head": ["cat", str(folder / "start-0.log")],
         "sockets": ["ls", str(session / "sockets") + "/"],
-        "object store through its socket": _becoming(user, connect),
-        "object store in /dev/shm": ["sh", "-c", "cat /dev/shm/plasma* /dev/shm/rlhf* | head -c 16"],
+        "object store through its socket": [
+            "perl",
+            "-MSocket",
+            "-e",
+            CONNECT,
+            str(session / "sockets" / "plasma_store"),
+        ],
+        "object store in /dev/shm": ["sh", "-c", "find /dev/shm -readable -name 'plasma*' | grep ."],
         "run folder": ["ls", str(run) + "/"],
         "config of the run": ["cat", str(run / "config.yaml")],
         "log of the run": ["ls", str(run / "log") + "/"],
@@ -201,33 +198,31 @@ def _secrets(user: pwd.struct_passwd, folder: Path) -> Iterator[Tried]:
 
 
 def _tried(user: pwd.struct_passwd, what: str, command: Sequence[str]) -> Tried:
-    is_root = command[0] == sys.executable  # becomes the stranger by itself
-    return _told(
-        what, _run(command) if is_root else _run(command, user=user.pw_uid, group=user.pw_gid, extra_groups=[])
-    )
+    return _told(what, _run(user, command))
 
 
 def _told(what: str, done: subprocess.CompletedProcess[str]) -> Tried:
     """Anything on standard output, or success, counts as had."""
+    if done.returncode == TIMED_OUT and not done.stdout:
+        return Tried(what, False, f"no answer within {LIMIT_S} s")
     lines = (done.stdout or done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
     return Tried(what, bool(done.stdout) or done.returncode == 0, re.sub(r"\s+", " ", lines[-1])[:110])
 
 
-def _becoming(user: pwd.struct_passwd, script: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-c", script.replace("BECOME", BECOME.format(user=user)), *arguments]
-
-
 def _run(
-    command: Sequence[str], environment: Environment | None = None, **user: Any
+    user: pwd.struct_passwd, command: Sequence[str], environment: Environment | None = None
 ) -> subprocess.CompletedProcess[str]:
+    """Runs as `user`. Python may lie where only root can enter, so it may read any file; it reads none of ours."""
+    reads = ("--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search")
+    ids = ("--reuid", str(user.pw_uid), "--regid", str(user.pw_gid), "--clear-groups")
+    is_python = command[0] == sys.executable
     return subprocess.run(
-        command,
+        ["timeout", str(LIMIT_S), "setpriv", *ids, *(reads if is_python else ()), *command],
+        cwd="/",
         env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", **(environment or {})},
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
-        **user,
     )
 
 

@@ -106,7 +106,9 @@ def test_everything_listens_on_loopback_only(cluster: LocalRay) -> None:
 def test_another_user_of_the_machine_gets_nothing(cluster: LocalRay) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as root:
         Path(root).chmod(0o755)
-        run = open_run(Config.model_validate({"run": {"root": root, "id": "demo"}})).path
+        run = open_run(
+            Config.model_validate({"reward": {"path": "/models/reward"}, "run": {"root": root, "id": "demo"}})
+        ).path
         for name in ("log", "checkpoints"):
             (run / name).mkdir()
         submit(connect_local(cluster), Job("sleep 60"))
