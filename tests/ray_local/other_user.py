@@ -140,7 +140,7 @@ def everything(folder: Path, run: Path) -> Iterator[Tried]:
             raise RuntimeError(done.stderr)
     control = (folder / "ray" / "ray_current_cluster").read_text(encoding="utf-8").strip()
     for mode in ("disabled", "token"):
-        environment = {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
+        environment = {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": "0" * 64, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
         done = _run(user, [sys.executable, "-c", JOIN, control], environment)
         yield _told(f"join as a driver, authentication {mode}", done)
 
