@@ -73,14 +73,17 @@ def run_on_local_ray(entrypoint: str, config: Config) -> int:
 
         run_async(watch(), grace_s=STOP_GRACE_S)
         if code == FAILED:
-            _keep_logs(ray, config.run.root / "ray-logs" / job_id)
+            keep_logs(ray, config.run.root / "ray-logs" / job_id)
     say(f"Ray stopped; {monotonic() - started:.0f} s in all, exit code {code}")
     return code
 
 
-def _keep_logs(ray: LocalRay, target: Path) -> None:
-    shutil.copytree(ray.logs, target, dirs_exist_ok=True, ignore_dangling_symlinks=True)
-    say(f"logs of Ray's processes: {target}")
+def keep_logs(ray: LocalRay, folder: Path) -> None:
+    """Copies the logs of Ray's processes into a new `folder` that only this user can enter. Ray's own are 0777."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700)
+    shutil.copytree(ray.logs, folder / "logs", ignore_dangling_symlinks=True)
+    say(f"logs of Ray's processes: {folder / 'logs'}")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from jobs import local_ray
-from jobs.local_ray import LONGEST_TEMPORARY, PREFIX, private_folder, remove_leftovers
+from jobs.listener import Listener
+from jobs.local_ray import LONGEST_TEMPORARY, PREFIX, LocalRay, private_folder, remove_leftovers
+from jobs.quickstart import keep_logs
 from orchestrator.errors import CapacityError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -68,3 +71,14 @@ def test_every_try_has_a_token_of_its_own_that_only_this_user_reads(tmp_path: Pa
     assert tokens[0] != tokens[1]
     assert path.read_text() == tokens[1]
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_logs_that_are_kept_are_out_of_others_reach_although_ray_opens_its_folders(tmp_path: Path) -> None:
+    ray = LocalRay("127.0.0.1:1", "http://127.0.0.1:2", "secret", tmp_path, Listener(psutil.Process(), 2))
+    ray.logs.mkdir(parents=True)
+    ray.logs.chmod(0o777)
+    (ray.logs / "raylet.out").write_text("said")
+    keep_logs(ray, tmp_path / "runs" / "ray-logs" / "job")
+    kept = tmp_path / "runs" / "ray-logs" / "job"
+    assert kept.stat().st_mode & 0o777 == 0o700
+    assert (kept / "logs" / "raylet.out").read_text() == "said"
