@@ -84,12 +84,12 @@ def claim(run: Path, *, wait_s: float, tell: Callable[[str], None]) -> int:
 
 def _await_end(run: Path, attempt: int, wait_s: float, tell: Callable[[str], None]) -> None:
     """Returns when the attempt is dead. Raises CapacityError when it is still alive after `wait_s`."""
-    owner = _owner(run / ATTEMPTS / f"{attempt:03d}")
     begun = last_change = monotonic()
     sign = _sign(run, attempt)
     was_told = False
     while True:
         now, fresh = monotonic(), _sign(run, attempt)
+        owner = _owner(run / ATTEMPTS / f"{attempt:03d}")  # who has just begun it may not have written this yet
         if fresh is not None and fresh.get("ended"):
             return
         is_alive = owner.is_alive()
