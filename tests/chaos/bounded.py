@@ -15,9 +15,10 @@ from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 from orchestrator.errors import RlhfError
+from tests.deadlines import scaled
 
 MAX_PEAK_BYTES = 10**9  # of one input: the process that reads it and its children
-MAX_CPU_S = 30.0
+MAX_CPU_S = scaled(30.0)
 _PROTECTION_BYTES = 3 * 2**30  # beyond this the process gets no memory, so that a fault does not take the machine
 
 _CONTEXT = multiprocessing.get_context("forkserver")

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.deadlines import scaled
+
 ROOT = Path(__file__).resolve().parents[3]
 TALKS = r"""
 import sys, time
@@ -38,7 +40,7 @@ def talk(tmp_path: Path, shell: str, **environment: str) -> tuple[int, str, str]
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
-        timeout=120,
+        timeout=scaled(120),
         check=False,
     )
     text = ran.stdout.decode("utf-8", "replace") + ran.stderr.decode("utf-8", "replace")

@@ -16,6 +16,7 @@ import pytest
 from actors.rewards.rules import RuleReward
 from orchestrator.config import RuleConfig, RuleLimits
 from orchestrator.errors import ConfigError
+from tests.deadlines import scaled
 from tests.unit.actors.rewards.rollouts import rollout_table
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -76,7 +77,7 @@ def test_what_a_rule_does_to_its_process_fails_its_sample_only(act: RuleReward, 
     first, bad, last = act.scores(rollout_table(["1.5", response, "2.5"]))
     assert (first.value, bad.value, last.value) == (1.5, None, 2.5)
     assert re.search(error, bad.error or ""), bad.error
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < scaled(60)
 
 
 @pytest.mark.parametrize(
@@ -133,12 +134,12 @@ def test_a_sample_is_not_blamed_for_what_an_earlier_one_left() -> None:
 
 
 def test_memory_of_all_that_a_rule_starts_counts() -> None:
-    with reward("act", limits=LIMITS.model_copy(update={"call_s": 60.0})) as source:
+    with reward("act", limits=LIMITS.model_copy(update={"call_s": scaled(60.0)})) as source:
         started = time.monotonic()
         bad, good = source.scores(rollout_table(["allocate in a child", "2"]))
         # The child has the same limit, or their sum exceeds it.
         assert good.value == 2.0
-        assert time.monotonic() - started < 50
+        assert time.monotonic() - started < scaled(50)
         assert bad.value is None or bad.error is None
 
 
@@ -205,7 +206,7 @@ def test_nothing_outlives_a_caller_that_is_killed() -> None:
     assert len(pids) == 3
     caller.kill()
     caller.wait()
-    until = time.monotonic() + 20
+    until = time.monotonic() + scaled(20)
     while (left := [pid for pid in pids if psutil.pid_exists(pid)]) and time.monotonic() < until:
         time.sleep(0.1)
     assert left == []
