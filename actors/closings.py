@@ -16,7 +16,9 @@ from typing import Any
 
 from actors.templates import TemplateRefused
 from orchestrator.errors import DataError
+from orchestrator.inputs import read_text
 
+_MAX_JSON_BYTES = 16 << 20
 # Turns of the conversations written below: digits come through any filter of a template (upper, escape, tojson).
 FIRST, REPLY, SECOND = "314159265", "271828182", "141421356"
 
@@ -157,11 +159,11 @@ def named_ends(folder: Path | None, tokenizer: Any) -> dict[int, str]:
 
 
 def _eos_of(file: Path) -> list[int]:
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.exists():
         return []
-    except (OSError, ValueError, RecursionError) as error:
+    try:
+        tree = json.loads(read_text(file, str(file), DataError, max_bytes=_MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} can't be read as JSON: {error}. Is it complete?") from error
     if not isinstance(tree, dict):
         raise DataError(f"{file} must hold a JSON object, found {type(tree).__name__}. Is it complete?")

@@ -29,6 +29,7 @@ from actors.templates import OWN_CHAT, ChatSettings, ChatTemplate
 from actors.tokenizing import Tokens, encode, load_tokenizer
 from orchestrator.data.records import Message, Reply, is_begun, message_dict, message_dicts
 from orchestrator.errors import DataError
+from orchestrator.inputs import read_text
 from orchestrator.storage import write_json
 
 CHAT_FILE = "conversation.json"
@@ -283,8 +284,11 @@ class _Kept:
 
 
 def _read_kept(file: Path) -> _Kept | None:
+    if not file.exists():
+        return None
+    text = read_text(file, str(file), DataError)
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
+        tree = json.loads(text)
         prompt = tree["system_prompt"]
         kept = _Kept(
             None if prompt is None else str(prompt),
@@ -292,9 +296,7 @@ def _read_kept(file: Path) -> _Kept | None:
             [int(token) for token in tree["closing"]],
             [int(token) for token in tree["stops"]],
         )
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{file} must hold system_prompt, today, closing and stops ({error!r}); it says how the reward model was "
             "trained. Copy it again from where the model was trained."

@@ -18,6 +18,7 @@ from typing import Any
 
 from actors.template_process import CPU_SECONDS, MEMORY_BYTES
 from orchestrator.errors import DataError
+from orchestrator.inputs import at_home, read_text
 
 _ANSWER_S = 120.0  # the process ends itself after CPU_SECONDS; this is for a machine that gives it no time at all
 _WAY_OUT = "Mend the template, or set model.chat_template=FILE (for a reward model: chat_template.jinja in its folder)."
@@ -40,10 +41,8 @@ class ChatSettings:
 
 def read_template(path: Path) -> str:
     """The text of model.chat_template. Raises DataError when it can't be read."""
-    try:
-        return path.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"model.chat_template={path} can't be read as text: {error}.") from error
+    key = "model.chat_template"
+    return read_text(at_home(path, key, DataError), f"{key}={path}", DataError)
 
 
 OWN_CHAT = ChatSettings()  # all as the model has it

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -230,6 +231,12 @@ def test_stops_are_named_by_any_of_the_models_files(tmp_path: Path, files: dict[
 def test_stops_that_cannot_be_right_are_refused(tmp_path: Path, files: dict[str, object], fault: str) -> None:
     with pytest.raises(DataError, match=fault):
         stops_of(folder_with(tmp_path, **files))
+
+
+def test_a_pipe_in_the_place_of_a_models_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(DataError, match="config.json can't be read: it is a named pipe"):
+        stops_of(tmp_path)
 
 
 def test_an_eos_that_is_not_in_the_vocabulary_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,12 @@ def test_a_folder_without_tokenizer_or_template_is_a_data_error(tmp_path: Path) 
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(DataError, match="Set model.chat_template=FILE"):
         load_chat(tmp_path)
-    with pytest.raises(DataError, match="can't be read as text"):
-        read_template(tmp_path / "none.jinja")
+    (tmp_path / "latin.jinja").write_bytes("{{ 'ä' }}".encode("latin-1"))
+    os.mkfifo(tmp_path / "pipe.jinja")
+    faults = {"none": "does not exist", "latin": "is not UTF-8 text", "pipe": "it is a named pipe"}
+    for name, fault in faults.items():
+        with pytest.raises(DataError, match=rf"model.chat_template=.*{name}.jinja.* {fault}"):
+            read_template(tmp_path / f"{name}.jinja")
     (tmp_path / "own.jinja").write_text(CHATML)
     loaded = load_chat(tmp_path, ChatSettings(read_template(tmp_path / "own.jinja")))
     assert loaded.prompt(USER).tolist() == chat().prompt(USER).tolist()
