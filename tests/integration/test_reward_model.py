@@ -149,11 +149,12 @@ def test_a_base_of_another_vocabulary_is_scored_as_it_was_trained(cluster: None,
     own.add_tokens(["<more>"])
     own.save_pretrained(other)
     (tmp_path / "policy.jinja").write_text(CHATML.replace("<|im_start|>", "</s>"))
-    config = _config(base, tmp_path, base=str(other), epochs=1)
+    config = _config(base, tmp_path, epochs=1)
+    stage = config.reward_model.model_copy(update={"base": str(other)})
     model = config.model.model_copy(
         update={"system_prompt": "Be kind.", "chat_template": tmp_path / "policy.jinja", "today": date(2025, 2, 3)}
     )
-    _train(config.model_copy(update={"model": model}), tmp_path, _records(12), _records(2))
+    _train(config.model_copy(update={"model": model, "reward_model": stage}), tmp_path, _records(12), _records(2))
     folder = tmp_path / "reward-model"
     assert json.loads((folder / "conversation.json").read_text()) == {
         "system_prompt": "Be kind.", "today": "2025-02-03", "closing": [0], "stops": [0],
