@@ -17,6 +17,7 @@ import grpc
 import ray
 from ray._private import ray_constants, services
 from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+from ray._raylet import AuthenticationTokenLoader, Config
 from ray.exceptions import AuthenticationError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
@@ -96,20 +97,27 @@ def connect(address: Address, *, wait_s: float) -> None:
         ConfigError: it refuses the token.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address.is_private:
+        _read_environment_again()
     _await_answer(address, wait_s)
     os.environ["RAY_ADDRESS"] = address.text
     # Ray would try twenty times, for 40 s each; here something answered just now.
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
-    # Ray replaces loopback by the machine's outward address, unless it thinks that it is on an operating system
-    # without clusters. The variable is for processes to come; Ray itself is imported already.
-    if address.is_private:
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         with _own_sigterm():
             ray.init(address=address.text, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=None)
     except Exception as error:  # ray raises anything from ValueError to ConnectionError here
         raise _no_cluster(address, _first_line(error)) from error
+
+
+def _read_environment_again() -> None:
+    """Ray read its variables when it was imported, before a private Ray had a token."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+    # Ray replaces loopback by the machine's outward address, unless it thinks that it is on an operating system
+    # without clusters. The variable is for processes to come.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def disconnect() -> None:

@@ -224,3 +224,30 @@ def test_a_launcher_that_is_told_to_stop_leaves_no_folder_and_no_process(number:
         assert (launcher.returncode, err) == (INTERRUPTED, f"{STOPPED}\n")
         assert list(Path(temporary).glob("rlhf-*")) == []
         assert still_there(family) == []
+
+
+def test_a_command_without_an_address_has_a_private_ray_and_joins_no_other(cluster: LocalRay) -> None:
+    """Also beside another Ray that lives, and without a home folder."""
+    joins = """
+import ray
+from jobs.cluster import cluster
+with cluster(None, wait_s=20.0, tell=print):
+    print(ray.get_runtime_context().gcs_address, ray.get(ray.remote(lambda: 42).remote()))
+print(ray.is_initialized())
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", joins],
+        cwd=ROOT,
+        env={**environment, "HOME": "/nonexistent"},
+        capture_output=True,
+        text=True,
+        timeout=scaled(120),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    _, joined, is_initialized = done.stdout.splitlines()
+    address, answer = joined.split()
+    assert (answer, is_initialized) == ("42", "False")
+    assert address.startswith("127.0.0.1:")
+    assert address != cluster.address
