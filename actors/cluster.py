@@ -17,7 +17,7 @@ import grpc
 import ray
 from ray._private import ray_constants, services
 from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # a compiled module
 from ray.exceptions import AuthenticationError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
