@@ -1,8 +1,8 @@
 """`python -m benchmarks.cold_start [--imports] [--steps N] [key=value ...]`: from submitting to the first samples.
 
-Runs the quickstart's PPO stage alone, with a rule as its reward and without evaluation, through Ray's Jobs API on a Ray
-of its own, and reads from its output and its run folder when what had happened. Caches are warm: the model is there.
-Import times are those of fresh processes, beside the bare library.
+Runs the PPO stage of jobs/configs/ppo.yaml alone, with a rule as its reward and without evaluation, through Ray's
+Jobs API on a Ray of its own, and reads from its output and its run folder when what had happened. Caches are warm: the
+model is there. Import times are those of fresh processes, beside the bare library.
 
 The run folder is left in benchmarks/results/runs; `benchmarks.overhead` and `benchmarks.simulate` read its steps.
 """
@@ -58,7 +58,7 @@ def run_job(overrides: Sequence[str]) -> tuple[Mapping[str, float], Path]:
     """
     times = {"command": time.time()}
     lines: list[str] = []
-    command = [sys.executable, "-m", "jobs.quickstart", *overrides]
+    command = [sys.executable, "-m", "jobs.quickstart", "--config", "jobs/configs/ppo.yaml", *overrides]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
         assert job.stdout
         late = threading.Timer(DEADLINE_S, job.terminate)

@@ -30,11 +30,12 @@ from benchmarks.table import report
 from jobs.cluster_job import Job, connect_local, follow, submit
 from jobs.command import say
 from jobs.local_ray import local_ray
-from jobs.quickstart import CONFIG, ENVIRONMENT
+from jobs.quickstart import ENVIRONMENT
 from orchestrator.errors import CapacityError, RlhfError
 from orchestrator.telemetry import METRICS_FILE, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "jobs" / "configs" / "ppo.yaml"
 STALENESS = (0, 1, 2)
 WARM_UP_STEPS = 1
 QUICKSTART_TOKENS = 28

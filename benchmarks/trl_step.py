@@ -35,7 +35,7 @@ from orchestrator.telemetry import METRICS_FILE, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL_PYTHON = ROOT / "benchmarks" / ".venv-trl" / "bin" / "python"
-CONFIG = ROOT / "jobs" / "configs" / "quickstart.yaml"
+CONFIG = ROOT / "jobs" / "configs" / "ppo.yaml"
 DEADLINE_S = 1800.0
 WARM_UP_STEPS = 1
 TARGET = 0.5

@@ -19,7 +19,7 @@ from orchestrator.config import Config, load_config
 from orchestrator.types import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
+QUICKSTART = ROOT / "jobs" / "configs" / "ppo.yaml"
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k-train.jsonl.gz"
 NAMES = ("quickstart", "gsm8k")
 ENDED_EARLY = 0.1  # share of the quickstart's responses that end before max_new_tokens

@@ -7,6 +7,7 @@ of PPO those of the simulated loop. All are times on an otherwise idle machine w
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,8 @@ import numpy as np
 from actors.probe import Speed, machine_speed
 from actors.reward_training import CALIBRATION_REPLIES
 from jobs.plan_work import layout_of, models_of, work_of
-from jobs.prepare import Prepared
+from jobs.prepare import Prepared, prepare
+from jobs.resolve import resolved
 from orchestrator.config import Config
 from orchestrator.scheduling.costs import (
     Dimensions,
@@ -31,11 +33,13 @@ from orchestrator.simulation.scenario import Layout
 from orchestrator.telemetry import clock_text
 from orchestrator.types import Prompt
 
-# Seconds until a stage's processes are ready, and those that end it: imports, models, files. Measured on two cores.
-START_S: Mapping[str, float] = {"ray": 20.0, "preferences": 35.0, "reward_model": 40.0, "ppo": 60.0}
+# Seconds until a stage's processes are ready, and those that end it: imports, models, files. Together they are what a
+# quickstart of 8:13 minutes took on two cores beside its work; the share of each stage is a guess.
+START_S: Mapping[str, float] = {"ray": 10.0, "preferences": 20.0, "reward_model": 25.0, "ppo": 40.0}
 _SIMULATED_STEPS = 3
 _HELD_OUT = 0.1  # of the preferences, as jobs.reward_model has it
 _ENOUGH_CACHE = 1e9
+BUSY = 0.7  # of the cores, in processes that want to compute
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,17 @@ class Estimate:
     def describe(self) -> str:
         parts = ", ".join(f"{name.replace('_', ' ')} {clock_text(seconds)}" for name, seconds in self.parts.items())
         return f"about {clock_text(self.seconds)} min on this machine when nothing else runs on it ({parts})"
+
+
+def expected(config: Config) -> str:
+    """What to say about a config before it runs. Raises what reading its prompts and models raises."""
+    config = resolved(config, tell=lambda line: None)
+    found = estimate(config, prepare(config))
+    text = f"model.dtype={config.model.dtype}: {found.speed.describe()}\nthis takes {found.describe()}"
+    load = os.getloadavg()[0]
+    if load > found.speed.threads * BUSY:
+        text += f"; {load:.0f} processes compute here now, so it will take longer"
+    return text
 
 
 def estimate(config: Config, prepared: Prepared) -> Estimate:

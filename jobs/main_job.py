@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from actors.node_speeds import slower_nodes
 from jobs.cluster import cluster
 from jobs.command import imported, run_async, say
 from jobs.grace import saving_s, warning
 from jobs.pipeline import run_stages
 from jobs.prepare import Prepared
+from jobs.resolve import uses_gpus
 from jobs.run_folder import open_run
 from orchestrator.config import Config
 
 
 def run_job(config: Config, prepared: Prepared, ray_address: str | None) -> None:
     with cluster(ray_address, wait_s=config.placement.wait_s, tell=say):
+        if not uses_gpus(config):
+            for line in slower_nodes(config.model.compute_dtype, config.run.cache):
+                say(line)
         run = open_run(config, say)
         say(f"run {run.id}, attempt {run.attempt}: {run.path}")
         for note in filter(None, [*run.notes, warning(config.run)]):
             say(note)
         run_async(run_stages(config, run, prepared, say), grace_s=saving_s(config.run))
-    imported("jobs.results:show_results")(run.path)
+    if "ppo" in config.stages:
+        imported("jobs.results:show_results")(run.path)

@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import Annotated
@@ -17,11 +18,14 @@ from typing import Annotated
 import typer
 
 from jobs.cluster_job import FAILED, STOP_GRACE_S, Job, connect_local, follow, submit
-from jobs.command import run_async, run_command, say
+from jobs.command import imported, run_async, run_command, say
 from jobs.local_ray import LocalRay, local_ray
+from jobs.run_folder import kept_config
 from jobs.submit import write_raw
 from orchestrator.config import Config, load_config
+from orchestrator.errors import RlhfError
 
+MODULE = "jobs.ppo"
 CONFIG = Path("jobs/configs/quickstart.yaml")
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -36,7 +40,7 @@ ENVIRONMENT = {
 def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="Overrides such as ppo.steps=2.")] = None,
     config: Annotated[Path, typer.Option("--config", help="YAML file.")] = CONFIG,
-    module: Annotated[str, typer.Option("--module", help="Command to run.")] = "jobs.ppo",
+    module: Annotated[str, typer.Option("--module", help="Command to run.")] = MODULE,
 ) -> None:
     """Runs a job from nothing to its result on this machine. Exit code: the job's."""
     code = 0
@@ -48,18 +52,27 @@ def main(
         # The job runs where this command was called, so relative paths mean what they say here.
         entrypoint = shlex.join([sys.executable, "-m", module, "--config", str(config), *keys])
         entrypoint = f"cd {shlex.quote(str(Path.cwd()))} && exec {entrypoint}"
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        if module == MODULE:
+            _announce(settings)
         code = run_on_local_ray(entrypoint, settings)
 
     run_command(work)
     raise typer.Exit(code)
 
 
+def _announce(config: Config) -> None:
+    """Says how long a new run will take; what is wrong with its input is left to the job, which checks all of it."""
+    with suppress(RlhfError):
+        if kept_config(config) is None and not imported("jobs.resolve:uses_gpus")(config):
+            say(imported("jobs.estimate:expected")(config))
+
+
 def run_on_local_ray(entrypoint: str, config: Config) -> int:
     """Runs a shell command as a job on a private local Ray; returns its exit code."""
     started = monotonic()
     say("starting Ray on this machine ...")
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     with local_ray() as ray:
         say(f"Ray is up after {monotonic() - started:.0f} s; dashboard {ray.url} (token in {ray.token_file})")
         client = connect_local(ray)

@@ -56,7 +56,7 @@ def submit(cluster: Cluster, *overrides: str) -> tuple[int, str]:
     """Exit code and output of the documented command."""
     done = cluster.run(
         *("ray", "job", "submit", "--address", DASHBOARD, "--working-dir", ".", "--"),
-        *("python", "-m", "jobs.ppo", "--config", "jobs/configs/quickstart.yaml", *overrides),
+        *("python", "-m", "jobs.ppo", "--config", "jobs/configs/ppo.yaml", *overrides),
         cwd=ROOT,
         timeout_s=JOB_S,
     )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.staleness import STALENESS, Step, figures, overrides, step_of
-from jobs.quickstart import CONFIG
+from benchmarks.staleness import CONFIG, STALENESS, Step, figures, overrides, step_of
 from orchestrator.config import load_config
 
 
