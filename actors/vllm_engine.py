@@ -48,7 +48,7 @@ class VllmEngine:
         _check(settings)
         self._settings = settings
         self._chat = load_chat(settings.model, settings.chat, trust_remote_code=settings.trust_remote_code)
-        self._llm = _start(settings, transfer_backend)
+        self._llm = start_llm(settings, transfer_backend)
         self._served = ServedVersion(settings.version)
 
     def generate(self, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
@@ -157,7 +157,7 @@ class DeviceVllmEngine(VllmEngine):
             return self._serve(version, header, num_compared, {})
 
 
-def _start(settings: EngineSettings, transfer_backend: str) -> LLM:
+def start_llm(settings: EngineSettings, transfer_backend: str, *, skip_tokenizer_init: bool = False) -> LLM:
     os.environ.update(_VLLM_ENVIRONMENT)
     vllm_plugin.register()
     on_cpu = current_platform.is_cpu()
@@ -189,6 +189,7 @@ def _start(settings: EngineSettings, transfer_backend: str) -> LLM:
         logprobs_mode="processed_logprobs",
         weight_transfer_config=WeightTransferConfig(backend=transfer_backend),
         disable_log_stats=True,
+        skip_tokenizer_init=skip_tokenizer_init,
     )
 
 

@@ -62,7 +62,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "OLMoE": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "GLM-4 (0414)": ("glm4", {}),
     "GLM": ("glm", {}),
-    "GLM-4-MoE": ("glm4_moe", {**_GLM_EXPERTS, "first_k_dense_replace": 1}),
+    "GLM-4-MoE": ("glm4_moe", {**_GLM_EXPERTS, "head_dim": 32, "first_k_dense_replace": 1}),
     "DeepSeek-V3": (
         "deepseek_v3",
         {
@@ -70,10 +70,14 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "first_k_dense_replace": 1,
             "num_key_value_heads": 2,
             "q_lora_rank": 32,
-            "kv_lora_rank": 32,
+            # vLLM's latent attention has kernels for these two only.
+            "kv_lora_rank": 512,
+            "qk_rope_head_dim": 64,
+            "head_dim": 64,
             "qk_nope_head_dim": 32,
-            "qk_rope_head_dim": 32,
             "v_head_dim": 32,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
         },
     ),
     "Granite": ("granite", {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}),
@@ -109,10 +113,12 @@ def tiny_model(name: str, *, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
-    for tensor in model.state_dict().values():
+    buffers = dict(model.named_buffers())
+    for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             noise = torch.randn(tensor.shape, generator=generator)
-            tensor.mul_(1 + 0.1 * noise).add_(noise, alpha=0.1)
+            is_constant = name in buffers and bool(tensor.any())  # of an activation, such as an epsilon
+            tensor.mul_(1 + 0.1 * noise).add_(noise, alpha=0.0 if is_constant else 0.1)
     model.tie_weights()
     return model.eval()
 

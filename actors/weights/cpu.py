@@ -18,8 +18,11 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from actors.weights.experts import pack_again
 from actors.weights.manifest import Bucket, Unpacker, Verify, WeightHeader
-from actors.weights.verify import Places, Verifier, locate
+from actors.weights.places import Places, checkpoint_form, locate
+from actors.weights.readback import Reader
+from actors.weights.verify import Verifier
 from orchestrator.errors import PublishError
 
 
@@ -49,13 +52,14 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         self._unpacker: Unpacker | None = None
         self._verifier: Verifier | None = None
         self._half_loaded = False
-        self._places = locate(self.model)
+        self._form = checkpoint_form(self.vllm_config)
+        self._places = locate(self.model, self._form)
         self.seconds = dict.fromkeys(("receive", "apply", "verify"), 0.0)
 
     def init_transfer_engine(self, init_info: BucketInitInfo) -> None:
         """Raises PublishError when the names sent are not the model's."""
-        verifier = Verifier(self.model, self._places, mode=init_info.verify, seed=init_info.seed)
-        verifier.check_names(spec.name for spec in init_info.header.tensors)
+        verifier = Verifier(Reader(self.model), self._places, mode=init_info.verify, seed=init_info.seed)
+        verifier.check_names((spec.name for spec in init_info.header.tensors), optional=self._form.buffers)
         self._verifier, self._unpacker = verifier, Unpacker(init_info.header)
         self.seconds = dict.fromkeys(self.seconds, 0.0)
 
@@ -64,6 +68,7 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
             # An update that broke off leaves layers waiting for the rest of it; they would mix two versions.
             finalize_layerwise_reload(self.model, self.model_config)
         self._half_loaded = True
+        pack_again(self.model)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -79,7 +84,7 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         for name, tensor in tensors:
             self._verifier.expect(name, tensor, update_info.bucket.checksums[name])
         expected = perf_counter()
-        self.model.load_weights(iter(tensors))
+        self.model.load_weights(self._form.convert(tensors))
         self.seconds["receive"] += received - started
         self.seconds["verify"] += expected - received
         self.seconds["apply"] += perf_counter() - expected
@@ -111,8 +116,7 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
 def refresh_tied_layers(model: nn.Module, places: Places) -> None:
     """Packs tied layers again. They receive no weights of their own, so the reload leaves their packed copy stale."""
     modules = dict(model.named_modules())
-    for tied in places.values():
-        for place in tied[1:]:
-            module = modules[place.module]
-            if hasattr(module, "cpu_linear"):
-                module.quant_method.process_weights_after_loading(module)
+    for name in {place.module for many in places.values() for place in many if place.tied}:
+        module = modules[name]
+        if hasattr(module, "cpu_linear"):
+            module.quant_method.process_weights_after_loading(module)

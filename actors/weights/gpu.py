@@ -16,13 +16,17 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
+from vllm.config import VllmConfig
 from vllm.distributed.weight_transfer import ParamMeta, TrainerWeightTransferEngine, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLWeightTransferEngine
 
 from actors.weights.manifest import TensorSpec, Verify, WeightHeader, checksum
-from actors.weights.verify import Verifier, locate
+from actors.weights.places import checkpoint_form, locate
+from actors.weights.readback import Reader
+from actors.weights.verify import Verifier
+from orchestrator.errors import PublishError
 
 Placement = Literal["separate", "colocated"]
 
@@ -31,16 +35,23 @@ class _Verified:
     """Adds `compare` to one of vLLM's engines. Needs whole tensors in every worker: tensor parallel size 1."""
 
     model: torch.nn.Module
+    vllm_config: VllmConfig
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._places = locate(self.model)
+        self._form = checkpoint_form(self.vllm_config)
+        if not self._form.is_same:
+            raise PublishError(
+                f"{self.vllm_config.model_config.model}: vLLM loads other tensors than the trainer holds, and engines "
+                "on GPUs are sent the trainer's; set rollout.engine=hf."
+            )
+        self._places = locate(self.model, self._form)
 
     def compare(self, header: WeightHeader, checksums: Mapping[str, str], verify: Verify) -> int:
         """Returns the number of parameters read back. Raises PublishError naming those that differ from the trainer's,
         or that only one side has."""
-        verifier = Verifier(self.model, self._places, mode=verify, seed=0)
-        verifier.check_names(spec.name for spec in header.tensors)
+        verifier = Verifier(Reader(self.model), self._places, mode=verify, seed=0)
+        verifier.check_names((spec.name for spec in header.tensors), optional=self._form.buffers)
         for spec in header.tensors:
             verifier.expect_checksum(spec, checksums[spec.name])
         return verifier.compare()

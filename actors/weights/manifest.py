@@ -44,8 +44,12 @@ class TensorSpec:
         return dtype
 
     @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+    @property
     def num_bytes(self) -> int:
-        return prod(self.shape) * self.torch_dtype.itemsize
+        return self.num_elements * self.torch_dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ import actors.weights.cpu
 from actors.rollout import Engine, EngineSettings, UpdateReport
 from actors.vllm_engine import VllmEngine
 from actors.weights.manifest import Bucket, pack, plan
-from actors.weights.verify import ignores_its_parameter, locate
+from actors.weights.places import Places
+from actors.weights.readback import ignores_its_parameter
 from orchestrator.errors import RlhfError
 from orchestrator.types import Prompt, SampleRequest, Sampling, ShardRequest
 from tests.tiny import tiny_config, tiny_tokenizer
@@ -174,7 +175,7 @@ def never_applied(engine: VllmEngine, name: str) -> Iterator[None]:
 def layer_keeps_its_packed_weights(engine: VllmEngine, name: str) -> Iterator[None]:
     """One layer is loaded and packs nothing anew: it goes on computing with what it had."""
     model = _model(engine)
-    (place,) = locate(model)[name]
+    (place,) = _places(engine)[name]
     module = dict(model.named_modules())[place.module]
     process = type(module.quant_method).process_weights_after_loading
 
@@ -273,9 +274,18 @@ def _faulty_publish(engine: VllmEngine, weights: Weights, fault: str, name: str)
             engine.finish_update(1)
 
 
+def _worker(engine: VllmEngine) -> Any:
+    return engine._llm.llm_engine.model_executor.driver_worker.worker
+
+
 def _model(engine: VllmEngine) -> torch.nn.Module:
-    model: torch.nn.Module = engine._llm.llm_engine.model_executor.driver_worker.worker.get_model()
+    model: torch.nn.Module = _worker(engine).get_model()
     return model
+
+
+def _places(engine: VllmEngine) -> Places:
+    places: Places = _worker(engine).weight_transfer_engine._places
+    return places
 
 
 def reference_logprobs(folder: Path, rows: Sequence[Mapping[str, Any]], temperature: float) -> list[list[float]]:

@@ -1,0 +1,149 @@
+"""Reads parameters back out of the layers of a vLLM model: what they compute with, not what they hold.
+
+Both differ on CPUs. Where the CPU has a packed format for the dtype, linear layers multiply with packed copies: the
+parameter is emptied, or, for a tied lm_head, stays unused. So those layers are asked: with the identity matrix as input
+the product is the transposed weight, exactly, for every other product is an exact zero. The layer that makes the logits
+is asked through `compute_logits`, which is what sampling goes through. Experts are packed by moving elements; where to
+is learned from the packing itself. All other parameters are read as bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+from actors.weights.experts import ExpertLayout
+from actors.weights.manifest import canonical
+
+Way = Literal["bytes", "product", "experts"]
+
+PROBE_ROWS = 2048
+TRANSPOSED_ROWS = 64
+
+
+class Reader:
+    """Reads one vLLM model whose layers hold whole tensors (tensor parallel size 1)."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._modules = dict(model.named_modules())
+        self._head = _head_of(model)
+        self._packed: dict[str, bool] = {}  # by module
+        self._layouts: dict[tuple[object, ...], ExpertLayout] = {}  # by shapes and dtype
+        self._zeros: dict[int, torch.Tensor] = {}  # by width: what becomes rows of an identity matrix while it is used
+
+    def parameter(self, module: str, name: str) -> torch.Tensor:
+        parameter: torch.Tensor = getattr(self._modules[module], name)
+        return parameter
+
+    def ways(self, module: str, name: str) -> tuple[Way, ...]:
+        """All that must be read: an embedding that also makes the logits may do it with a packed copy."""
+        layer = self._modules[module]
+        if ExpertLayout.is_packed(layer, name):
+            return ("experts",)
+        if name != "weight" or not hasattr(layer, "cpu_linear"):
+            return ("bytes",)
+        is_lookup = isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
+        if is_lookup and layer is not self._head:
+            return ("bytes",)
+        if module not in self._packed:
+            self._packed[module] = ignores_its_parameter(layer, self.parameter(module, name).dtype)
+        if not self._packed[module]:
+            return ("bytes",)
+        return ("bytes", "product") if is_lookup else ("product",)
+
+    def width(self, module: str) -> int:
+        return _shape(self._modules[module])[1]
+
+    def read(self, module: str, name: str, way: Way, columns: torch.Tensor | None = None) -> torch.Tensor:
+        """The parameter as its loader fills it.
+
+        Args:
+            columns: with way "product": which columns to read; None: all.
+        """
+        parameter, layer = self.parameter(module, name), self._modules[module]
+        if way == "bytes":
+            return parameter
+        if way == "experts":
+            return self._layout(layer).unpack(name, parameter)
+        width = _shape(layer)[1]
+        wanted = torch.arange(width) if columns is None else columns
+        blocks = [self._probe(layer, part, width, parameter.dtype) for part in wanted.split(PROBE_ROWS)]
+        return flushed(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1))
+
+    def _layout(self, layer: Any) -> ExpertLayout:
+        key = (layer.w13_weight.shape, layer.w2_weight.shape, layer.w13_weight.dtype)
+        if key not in self._layouts:
+            self._layouts[key] = ExpertLayout.of(layer)
+        return self._layouts[key]
+
+    def _probe(self, layer: nn.Module, columns: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """Columns [:, columns] of the weight that `layer` multiplies with."""
+        if width not in self._zeros:
+            self._zeros[width] = torch.zeros(min(PROBE_ROWS, width), width, dtype=dtype)
+        identity = self._zeros[width][: len(columns)]
+        ones = torch.arange(len(columns)), columns
+        identity[ones] = 1
+        product = self._multiply(layer, identity)
+        identity[ones] = 0
+        return _transposed(product.to(dtype))
+
+    def _multiply(self, layer: Any, rows: torch.Tensor) -> torch.Tensor:
+        processor = getattr(self._model, "logits_processor", None)
+        plain = processor is not None and processor.scale == 1 and processor.soft_cap is None
+        product: torch.Tensor
+        if layer is self._head and plain and getattr(layer, "bias", None) is None:
+            product = self._model.compute_logits(rows)
+        else:
+            product = layer.quant_method.apply(layer, rows, None)
+        return product
+
+
+def _head_of(model: Any) -> nn.Module | None:
+    """The layer that makes the logits; None where the model makes them otherwise."""
+    processor = getattr(model, "logits_processor", None)
+    if processor is None:
+        return None
+    seen: list[nn.Module] = []
+    watch: Callable[..., None] = lambda _, args: seen.append(args[0])  # noqa: E731
+    hook = processor.register_forward_pre_hook(watch)
+    try:
+        width = model.config.get_text_config().hidden_size
+        with torch.inference_mode():
+            model.compute_logits(torch.zeros(1, width, dtype=next(model.parameters()).dtype))
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+def ignores_its_parameter(layer: Any, dtype: torch.dtype) -> bool:
+    """Whether a linear layer multiplies with a packed copy. vLLM packs where the CPU and the dtype have a packed
+    format (bf16 with AMX, fp32 with oneDNN) and else multiplies with the parameter that it is handed."""
+    num_outputs, width = _shape(layer)
+    one_more = torch.zeros(num_outputs + 1, width, dtype=dtype)
+    product: torch.Tensor = layer.cpu_linear(one_more[:1], one_more, None)
+    return product.shape[-1] != len(one_more)
+
+
+def _shape(layer: Any) -> torch.Size:
+    """(outputs, inputs) of a linear layer as its loader fills it: a packed weight is emptied."""
+    shape: torch.Size = get_layerwise_info(layer).restore_metadata[0]["weight"].shape
+    return shape
+
+
+def _transposed(matrix: torch.Tensor) -> torch.Tensor:
+    """Copied in blocks of rows, which stay in the cache: 0.07 s instead of 0.18 for 270 MB of weights."""
+    turned = matrix.new_empty(matrix.shape[1], matrix.shape[0])
+    for source, target in zip(matrix.split(TRANSPOSED_ROWS), turned.split(TRANSPOSED_ROWS, dim=1), strict=True):
+        target.copy_(source.T)
+    return turned
+
+
+def flushed(tensor: torch.Tensor) -> torch.Tensor:
+    """Without the subnormals that a cast to float16 makes; other dtypes have the exponents of those sent."""
+    return canonical(tensor) if tensor.dtype == torch.float16 else tensor
