@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
-from vllm import TokensPrompt
+from vllm import SamplingParams, TokensPrompt
 from vllm.distributed import destroy_model_parallel
 
 from actors import vllm_plugin
@@ -29,7 +29,6 @@ from actors.vllm_engine import VllmEngine, start_llm
 from actors.weights.conversion import state_of
 from actors.weights.manifest import pack, plan
 from orchestrator.errors import PublishError
-from orchestrator.types import Sampling
 
 TOLERANCE = 5e-3  # nats, in fp32; vLLM's approximations of tanh and GELU differ by up to 6e-4
 LONGEST = 64
@@ -57,10 +56,16 @@ class Verdict:
     untried: str | None = None
 
 
-def trial(folder: Path, *, dtype: str, trust_remote_code: bool = False) -> Verdict:
+def trial(folder: Path, *, dtype: str, max_length: int, trust_remote_code: bool = False) -> Verdict:
+    """Tries an engine on a small random model of the folder's architecture.
+
+    Args:
+        dtype: of the engine's weights. Log-probs are compared in fp32, a publish is proved in this type too.
+        max_length: longest sequence of the run; a sliding window that is at least as long is not tried.
+    """
     with tempfile.TemporaryDirectory(prefix="rlhf-trial-") as scratch:
         try:
-            small = _SmallModel(folder, Path(scratch), trust_remote_code)
+            small = _SmallModel(folder, Path(scratch), max_length, trust_remote_code)
         # transformers builds models of any config; what a small one lacks may fail anywhere.
         except Exception as error:  # noqa: BLE001
             return Verdict(untried=_one_line(error))
@@ -81,9 +86,9 @@ def trial(folder: Path, *, dtype: str, trust_remote_code: bool = False) -> Verdi
 class _SmallModel:
     """Two sets of random weights of one small model, what transformers says with each, and a folder with the first."""
 
-    def __init__(self, folder: Path, scratch: Path, trust_remote_code: bool) -> None:
+    def __init__(self, folder: Path, scratch: Path, max_length: int, trust_remote_code: bool) -> None:
         self.folder, self.trust_remote_code = scratch, trust_remote_code
-        config = shrunk(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
+        config = shrunk(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), max_length)
         longest = min(LONGEST, getattr(config, "max_position_embeddings", None) or LONGEST)
         generator = torch.Generator().manual_seed(0)
         lengths = (5, longest // 3, longest)
@@ -121,10 +126,13 @@ def randomise(model: Any, *, seed: int) -> None:
                 tensor.mul_(1 + 0.1 * noise).add_(noise, alpha=0.0 if is_constant else 0.1)
 
 
-def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A config of the same architecture with a few layers, heads, experts and tokens, and heads of the same size."""
+def shrunk(config: PreTrainedConfig, max_length: int) -> PreTrainedConfig:
+    """A config of the same architecture with a few layers, heads, experts and tokens, and heads of the same size.
+    Sequences leave a sliding window where those of `max_length` leave it."""
     values, names = config.to_dict(), config.attribute_map
     small = {name: most for name, most in _SMALL.items() if _is_larger(getattr(config, name, None), most)}
+    if _is_larger(getattr(config, "sliding_window", None), max_length - 1):
+        small["sliding_window"] = 2 * LONGEST
     heads = getattr(config, "num_attention_heads", None)
     if heads and config.hidden_size > _SMALL_HIDDEN:
         groups = getattr(config, "num_key_value_heads", None) or heads
@@ -156,14 +164,11 @@ class _BareEngine(VllmEngine):
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
         self._llm = start_llm(settings, vllm_plugin.CPU_BACKEND, skip_tokenizer_init=True)
-        self._ends = []
         self._served = ServedVersion(settings.version)
 
     def sampled(self, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
-        parameters = self._parameters(Sampling(max_new_tokens=count), seed=1)
-        completion = self._llm.generate([TokensPrompt(prompt_token_ids=prompt)], parameters, use_tqdm=False)[0].outputs[
-            0
-        ]
+        parameters = SamplingParams(max_tokens=count, seed=1, logprobs=0, ignore_eos=True, detokenize=False)
+        completion = self._llm.generate(TokensPrompt(prompt_token_ids=prompt), parameters, use_tqdm=False)[0].outputs[0]
         tokens = list(completion.token_ids)
         return tokens, [entry[token].logprob for token, entry in zip(tokens, completion.logprobs or (), strict=True)]
 
@@ -219,10 +224,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args()
     transformers_logging.set_verbosity_error()
-    verdict = trial(options.folder, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+    verdict = trial(
+        options.folder,
+        dtype=options.dtype,
+        max_length=options.max_length,
+        trust_remote_code=options.trust_remote_code,
+    )
     sys.stdout.write("\n" + json.dumps(asdict(verdict)) + "\n")
     sys.stdout.flush()
     os._exit(0)  # vLLM's own ending takes seconds

@@ -22,6 +22,7 @@ from actors.rewards.model import read_stats
 from actors.rewards.rules import RuleReward
 from actors.trackers import require_packages, try_trackers
 from jobs.command import say
+from jobs.preflight_architecture import check_architecture
 from jobs.preflight_conversations import check_reward_conversations, check_vocabularies
 from jobs.preflight_engine import check_engine
 from jobs.prepare import Prepared, find_data, policy_chat, prepare
@@ -90,6 +91,7 @@ def preflight(config: Config) -> Preflight:
         lambda: _trackers(config),
         lambda: _port(config),
         lambda: check_engine(config),
+        lambda: check_architecture(config),
         lambda: check_run_folder(config),
         lambda: _mirror(config),
     )

@@ -35,7 +35,8 @@ class Reader:
         self._head = _head_of(model)
         self._packed: dict[str, bool] = {}  # by module
         self._layouts: dict[tuple[object, ...], ExpertLayout] = {}  # by shapes and dtype
-        self._zeros: dict[int, torch.Tensor] = {}  # by width: what becomes rows of an identity matrix while it is used
+        # By width and dtype: what becomes rows of an identity matrix while it is used.
+        self._zeros: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
     def parameter(self, module: str, name: str) -> torch.Tensor:
         parameter: torch.Tensor = getattr(self._modules[module], name)
@@ -84,9 +85,10 @@ class Reader:
 
     def _probe(self, layer: nn.Module, columns: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
         """Columns [:, columns] of the weight that `layer` multiplies with."""
-        if width not in self._zeros:
-            self._zeros[width] = torch.zeros(min(PROBE_ROWS, width), width, dtype=dtype)
-        identity = self._zeros[width][: len(columns)]
+        key = width, dtype
+        if key not in self._zeros:
+            self._zeros[key] = torch.zeros(min(PROBE_ROWS, width), width, dtype=dtype)
+        identity = self._zeros[key][: len(columns)]
         ones = torch.arange(len(columns)), columns
         identity[ones] = 1
         product = self._multiply(layer, identity)
