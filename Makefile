@@ -2,6 +2,7 @@
 # make test                the whole test suite that a CPU can run;     ARGS="-k name" goes to pytest
 # make chaos               kills every kind of process in every phase of real runs;  ARGS="rollout driver" for some
 # make fuzz                10,000 damaged and hostile inputs: none may crash, hang or take 1 GB
+# make architectures       tries every architecture, writes docs/architectures.md
 # make bench               how fast each part is, against references;   ARGS="learner publish" for some; bench-gpu on a GPU
 # make lint | fix | docs   checks; mends what tools can mend; writes docs/configuration.md
 # make lock                resolves requirements/*.txt anew (needs uv); ARGS=--upgrade takes the newest versions
@@ -29,7 +30,7 @@ test: export TRANSFORMERS_OFFLINE := 1
 chaos: export HF_HUB_OFFLINE := 1
 chaos: export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: quickstart test chaos fuzz bench bench-gpu lint fix docs lock clean setup setup-dev
+.PHONY: quickstart test chaos fuzz architectures bench bench-gpu lint fix docs lock clean setup setup-dev
 .DEFAULT_GOAL := quickstart
 
 setup:
@@ -54,6 +55,12 @@ chaos: setup-dev
 fuzz: setup-dev
 	@FUZZ_SHARE=1 $(BIN)/python -m pytest tests/chaos/test_fuzz.py tests/chaos/test_fuzz_data.py \
 		tests/chaos/test_fuzz_bombs.py -q --timeout 7200 $(ARGS)
+
+# About three minutes on two cores.
+architectures: export HF_HUB_OFFLINE := 1
+architectures: export TRANSFORMERS_OFFLINE := 1
+architectures: setup-dev
+	@$(BIN)/python -m tests.matrix
 
 bench bench-gpu: export HF_HUB_OFFLINE := 1
 bench bench-gpu: export TRANSFORMERS_OFFLINE := 1

@@ -22,11 +22,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 from vllm import SamplingParams, TokensPrompt
 from vllm.distributed import destroy_model_parallel
+from vllm.model_executor.models import registry
 
 from actors import vllm_plugin
+from actors.learning.export import named_state
 from actors.rollout import EngineSettings, ServedVersion
 from actors.vllm_engine import VllmEngine, start_llm
-from actors.weights.conversion import state_of
 from actors.weights.manifest import pack, plan
 from orchestrator.errors import PublishError
 
@@ -63,6 +64,8 @@ def trial(folder: Path, *, dtype: str, max_length: int, trust_remote_code: bool 
         dtype: of the engine's weights. Log-probs are compared in fp32, a publish is proved in this type too.
         max_length: longest sequence of the run; a sliding window that is at least as long is not tried.
     """
+    # vLLM looks at a model's class in a process of its own, for 10 s; this one is as good.
+    registry._run_in_subprocess = lambda look: look()
     with tempfile.TemporaryDirectory(prefix="rlhf-trial-") as scratch:
         try:
             small = _SmallModel(folder, Path(scratch), max_length, trust_remote_code)
@@ -102,7 +105,7 @@ class _SmallModel:
         self.logprobs = self._logprobs(model)
         randomise(model, seed=1)
         self.new_logprobs = self._logprobs(model)
-        self.new_state = {name: tensor.detach().clone() for name, tensor in state_of(model)}
+        self.new_state = {name: tensor.detach().clone() for name, tensor in named_state(model)}
 
     @torch.inference_mode()
     def _logprobs(self, model: Any) -> torch.Tensor:
@@ -119,7 +122,7 @@ def randomise(model: Any, *, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     buffers = dict(model.named_buffers())
     with torch.no_grad():
-        for name, tensor in state_of(model):
+        for name, tensor in named_state(model):
             if tensor.is_floating_point():
                 noise = torch.randn(tensor.shape, generator=generator)
                 is_constant = name in buffers and bool(tensor.any())  # of an activation, such as an epsilon

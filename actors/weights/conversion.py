@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
+from actors.learning.export import named_state
 from actors.weights.manifest import listed
 from orchestrator.errors import PublishError
 
@@ -30,7 +31,7 @@ class CheckpointForm:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self.specs = [(name, tuple(tensor.shape)) for name, tensor in state_of(model)]
+        self.specs = [(name, tuple(tensor.shape)) for name, tensor in named_state(model)]
         self.buffers = frozenset(name for name, _ in self.specs) - {name for name, _ in model.named_parameters()}
         whole = {name: torch.empty(shape, device="meta") for name, shape in self.specs}
         converted = revert_weight_conversion(model, dict(whole))
@@ -52,10 +53,3 @@ class CheckpointForm:
                 yield pair
             else:
                 yield from revert_weight_conversion(self._model, dict([pair])).items()
-
-
-def state_of(model: Any) -> Iterator[NamedTensor]:
-    """Parameters, tied ones once, and persistent buffers: what a trainer publishes."""
-    yield from model.named_parameters()
-    kept = model.state_dict(keep_vars=True)
-    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)

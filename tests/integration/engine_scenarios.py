@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,8 +19,10 @@ import torch
 import vllm.model_executor.layers.utils as vllm_layers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
+from vllm.distributed import destroy_model_parallel
 
 import actors.weights.cpu
+from actors.learning.export import named_state
 from actors.rollout import Engine, EngineSettings, UpdateReport
 from actors.vllm_engine import VllmEngine
 from actors.weights.manifest import Bucket, pack, plan
@@ -27,6 +30,7 @@ from actors.weights.places import Places
 from actors.weights.readback import ignores_its_parameter
 from orchestrator.errors import RlhfError
 from orchestrator.types import Prompt, SampleRequest, Sampling, ShardRequest
+from tests.families import tiny_model
 from tests.tiny import tiny_config, tiny_tokenizer
 
 Weights = dict[str, torch.Tensor]
@@ -272,6 +276,79 @@ def _faulty_publish(engine: VllmEngine, weights: Weights, fault: str, name: str)
         engine.receive_bucket(next(iter(pack(header, weights.items()))))
         if fault == "broken-off":
             engine.finish_update(1)
+
+
+Alter = Callable[[str, torch.Tensor], torch.Tensor | None]
+
+
+@contextmanager
+def altered_while_loading(engine: VllmEngine, alter: Alter) -> Iterator[None]:
+    """The engine receives everything, and loads other tensors of the checkpoint; None: leaves them out."""
+    model = _model(engine)
+    load = model.load_weights
+
+    def load_altered(weights: Any) -> Any:
+        altered = ((name, alter(name, tensor)) for name, tensor in weights)
+        return load((name, tensor) for name, tensor in altered if tensor is not None)
+
+    with mock.patch.object(model, "load_weights", load_altered):
+        yield
+
+
+def every_fault_is_seen(folder: Path, dtype: str) -> dict[str, list[str]]:
+    """Publishes to an engine once for each tensor of its checkpoint and each fault: it is left out, or one of its
+    elements is another. Publishes well in between.
+
+    Args:
+        folder: of a model, with two more states of it in the files of `write_states`.
+
+    Returns:
+        By fault: the tensors with which the publish ended as a good one. "well": publishes that did not, though good.
+    """
+    state, newer = (load_file(folder / f"state-{number}") for number in range(2))
+    destroy_model_parallel()
+    engine = start(folder, dtype=dtype)
+    names: list[str] = []
+    with altered_while_loading(engine, lambda key, tensor: names.append(key) or tensor):
+        report = publish(engine, state, 1)
+    missed: dict[str, list[str]] = {"left out": [], "one element": [], "well": []}
+    if report.num_compared != len(state):
+        missed["well"].append("not every tensor was compared")
+    for number, faulty in enumerate(names):
+        for what, alter in FAULTS_OF_ONE.items():
+            weights = (state, newer)[number % 2]  # other values than the engine holds
+            with altered_while_loading(engine, partial(_only, faulty, alter)):
+                if failure(partial(publish, engine, weights, 2)) is None:
+                    missed[what].append(faulty)
+            if failure(partial(publish, engine, (newer, state)[number % 2], 3)) is not None:
+                missed["well"].append(faulty)
+    if "experts" in " ".join(state):
+        with mock.patch.object(actors.weights.cpu, "pack_again"):
+            missed["packed once"] = [] if failure(partial(publish, engine, state, 4)) else ["experts"]
+    return missed
+
+
+def _only(faulty: str, alter: Callable[[torch.Tensor], torch.Tensor | None], name: str, tensor: torch.Tensor) -> Any:
+    return alter(tensor) if name == faulty else tensor
+
+
+def _one_element(tensor: torch.Tensor) -> torch.Tensor:
+    changed = tensor.clone()
+    changed.view(-1)[-1] += 1
+    return changed
+
+
+FAULTS_OF_ONE: Mapping[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
+    "left out": lambda tensor: None,
+    "one element": _one_element,
+}
+
+
+def write_states(name: str, folder: Path, dtype: torch.dtype) -> None:
+    """Two states of a model of tests.families. Not where vLLM is: it changes classes of transformers."""
+    for number in range(2):
+        model = tiny_model(name, seed=number + 1).to(dtype)
+        save_file({key: tensor.detach().clone() for key, tensor in named_state(model)}, folder / f"state-{number}")
 
 
 def _worker(engine: VllmEngine) -> Any:

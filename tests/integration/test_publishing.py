@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.families import tiny_folder
 from tests.integration import engine_scenarios as scenarios
 
 Apart = Callable[..., Any]
@@ -73,3 +74,13 @@ def test_checksums_alone_do_not_see_what_only_reading_back_sees(apart: Apart, tm
     folder = _model(tmp_path, tied=True, dtype="float32")
     seen = apart(scenarios.publishing_fails_and_heals, folder, "float32", "stale-tied-head", EMBEDDING, "checksums")
     assert seen["error"] is None
+
+
+# Transposed; fused in the checkpoint; rearranged; experts that are stacked, packed and have a bias of their own.
+@pytest.mark.parametrize("name", ["GPT-2", "Phi-3", "BLOOM", "Phi", "Mixtral", "GLM-4-MoE"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_tensor_that_is_left_out_or_altered_is_seen(apart: Apart, tmp_path: Path, dtype: str, name: str) -> None:
+    folder = tiny_folder(name, tmp_path / "model", dtype=getattr(torch, dtype))
+    scenarios.write_states(name, folder, getattr(torch, dtype))
+    missed = apart(scenarios.every_fault_is_seen, folder, dtype)
+    assert not any(missed.values()), missed

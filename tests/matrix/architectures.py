@@ -1,0 +1,196 @@
+"""What this program does with each architecture of tests.families: tries it, and makes docs/architectures.md.
+
+`python -m tests.matrix` (`make architectures`) tries all of them and writes the table. The suite tries some, and
+compares their rows with it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from actors.hf_engine import HfEngine
+from actors.learning import distributed
+from actors.learning.heads import PolicyModel, probed
+from actors.learning.learner import Learner, LearnerSettings
+from actors.learning.losses import LossTerms
+from actors.learning.model import load_causal
+from actors.learning.packing import token_rows
+from actors.learning.proofs import require_steady
+from actors.rollout import EngineSettings
+from actors.tokenizing import load_tokenizer
+from actors.weights.manifest import pack, plan
+from orchestrator.errors import RlhfError
+from tests.deadlines import scaled
+from tests.families import FAMILIES, tiny_folder
+from tests.numerics.ranks import group
+
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
+PROMPTS, RESPONSES = [[5, 6, 7], [9]], [[10, 11, 12], [13, 14, 15, 16]]
+MAX_LENGTH = 128
+TRIAL_S = scaled(120)
+TOLERANCE = 1e-4
+_COLUMNS = ("log-probs", "gradients", "no dropout", "export", "HF engine", "vLLM")
+_HEAD = f"""# Architectures
+
+What this program does with each architecture, written by `make architectures`, which tries every row with tiny random
+models in fp32 on a CPU. The suite tries some of the rows and compares them with this table.
+
+- log-probs: ours equal those of transformers' own forward. gradients: ours equal autograd's through its logits.
+- no dropout: a model that learns computes what it computes when it scores, whatever its config drops out.
+- export: what was learned is written, loaded by transformers, and says the same.
+- HF engine, vLLM: the engine takes a publish, proves it, and its log-probs are the trainer's. Where vLLM does not,
+  `check` says so before anything starts; `rollout.engine=hf` is the way out.
+
+| architecture | {" | ".join(_COLUMNS)} | verdict |
+|---|{"---|" * len(_COLUMNS)}---|
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One architecture: whether each column is right, and why vLLM does not serve it."""
+
+    name: str
+    right: Mapping[str, bool]
+    refusal: str | None
+    problem: str | None
+
+    def line(self) -> str:
+        marks = " | ".join("yes" if self.right.get(column) else "no" for column in _COLUMNS)
+        return f"| {self.name} | {marks} | {self.verdict()} |"
+
+    def verdict(self) -> str:
+        if self.problem is not None:
+            return f"refused: {self.problem}"
+        return "works" if self.refusal is None else f"works with HF rollouts; vLLM: {self.refusal}"
+
+
+def rows(names: Sequence[str]) -> list[Row]:
+    """Tries each architecture with our learner, the HF engine and vLLM."""
+    transformers_logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory(prefix="rlhf-architectures-") as scratch, _apart() as apart:
+        folders = {name: tiny_folder(name, Path(scratch) / str(number)) for number, name in enumerate(names)}
+        return [_row(name, folder, apart) for name, folder in folders.items()]
+
+
+def render(found: Sequence[Row]) -> str:
+    return _HEAD + "".join(f"{row.line()}\n" for row in found)
+
+
+def _row(name: str, folder: Path, apart: Callable[..., Any]) -> Row:
+    right: dict[str, bool] = {}
+    problem = None
+    try:
+        _learn_and_roll_out(folder, right)
+    except RlhfError as error:
+        problem = _short(str(error), folder)
+    verdict = apart(_vllm_trial, folder)
+    right["vLLM"] = verdict.refusal is None and verdict.untried is None
+    refusal = verdict.refusal or verdict.untried
+    return Row(name, right, None if refusal is None else _short(refusal, folder), problem)
+
+
+def _short(text: str, folder: Path) -> str:
+    """Without what differs from machine to machine."""
+    text = re.sub(r"by [0-9.e+-]+ nats", "", text.replace(str(folder), "it"))
+    text = re.sub(r"^\w+Error: (1 validation error for \w+ Value error, )?", "", text)
+    return re.split(r"\. |; |, so a publish|, not ", text)[0].strip(" .").replace("|", "\\|")[:110]
+
+
+def _learn_and_roll_out(folder: Path, right: dict[str, bool]) -> None:
+    """Fills in every column but vLLM's.
+
+    Raises:
+        RlhfError: the model is refused.
+    """
+    expected, expected_gradient = _transformers_own(folder)
+    model = PolicyModel(load_causal(folder, torch.float32), temperature=1.0, chunk=3)
+    require_steady(model, lambda: probed(model))
+    model.train()
+    micro = token_rows(PROMPTS, RESPONSES).pack([0, 1], torch.device("cpu"))
+    logprobs = model(micro)[0]
+    again = model(micro)[0]
+    model.eval()
+    right["log-probs"] = _close(logprobs, expected)
+    right["no dropout"] = torch.equal(logprobs, again) and _close(model(micro)[0], logprobs)
+    found = _gradient(model.pretrained, logprobs)
+    right["gradients"] = bool((found - expected_gradient).norm() < TOLERANCE * expected_gradient.norm())
+
+    learner = _learner(folder)
+    learner.update([micro], lambda output, _: LossTerms(output[0].sum(), {}, {}), count=7.0, what="a step")
+    learned = learner.pass_through(micro)[0]
+    learner.export(folder / "export", load_tokenizer(folder))
+    exported, _ = _transformers_own(folder / "export")
+    right["export"] = _close(exported, learned) and not _close(expected, learned)
+    right["HF engine"] = _close(_hf_engine_logprobs(folder, learner), learned)
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool((one - other).abs().max() < TOLERANCE)
+
+
+def _transformers_own(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of the responses by transformers' own forward, one row at a time, and their gradient."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = []
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        logits = model(torch.tensor([prompt + response]), use_cache=False).logits[0]
+        found.append(logits[len(prompt) - 1 : -1].log_softmax(-1)[range(len(response)), response])
+    logprobs = torch.cat(found)
+    return logprobs.detach(), _gradient(model, logprobs)
+
+
+def _gradient(model: Any, logprobs: torch.Tensor) -> torch.Tensor:
+    (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
+
+
+def _learner(folder: Path) -> Learner:
+    distributed.join(group())
+    settings = LearnerSettings(dtype="float32", zero_stage=1, learning_rate=1e-2)
+    return Learner(PolicyModel(load_causal(folder, torch.float32), temperature=1.0), settings)
+
+
+def _hf_engine_logprobs(folder: Path, learner: Learner) -> torch.Tensor:
+    """What the HF engine says of the responses after the learner's weights were published to it."""
+    engine = HfEngine(EngineSettings(folder, dtype="float32", max_length=MAX_LENGTH))
+    header = plan(learner.weight_specs(), bucket_bytes=1 << 20)
+    engine.begin_update(header)
+    for bucket in pack(header, learner.full_weights()):
+        engine.receive_bucket(bucket)
+    engine.finish_update(1)
+    texts = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
+    said = engine.prompt_logprobs(texts)
+    return torch.tensor([v for row, reply in zip(said, RESPONSES, strict=True) for v in row[-len(reply) :]])
+
+
+def _vllm_trial(folder: Path) -> Any:
+    """The verdict that `check` asks for; what `jobs.preflight_architecture` runs, with vLLM imported once for all."""
+    from actors.vllm_trial import trial  # noqa: PLC0415 (in a process of its own)
+
+    return trial(folder, dtype="float32", max_length=MAX_LENGTH)
+
+
+@contextmanager
+def _apart() -> Iterator[Callable[..., Any]]:
+    """Runs functions in one process of their own, with a deadline for each."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=TRIAL_S)
+        for process in (pool._processes or {}).values():
+            process.kill()  # engines take seconds to end
+
+
+ALL: Sequence[str] = tuple(FAMILIES)
