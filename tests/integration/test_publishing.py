@@ -77,9 +77,14 @@ def test_checksums_alone_do_not_see_what_only_reading_back_sees(apart: Apart, tm
 
 
 # Transposed; fused in the checkpoint; rearranged; experts that are stacked, packed and have a bias of their own.
-@pytest.mark.parametrize("name", ["GPT-2", "Phi-3", "BLOOM", "Phi", "Mixtral", "GLM-4-MoE"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_tensor_that_is_left_out_or_altered_is_seen(apart: Apart, tmp_path: Path, dtype: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "float32") for name in ("GPT-2", "Phi-3", "BLOOM", "Phi", "Mixtral")),
+        *((name, "bfloat16") for name in ("GPT-2", "GLM-4-MoE")),
+    ],
+)
+def test_every_tensor_that_is_left_out_or_altered_is_seen(apart: Apart, tmp_path: Path, name: str, dtype: str) -> None:
     folder = tiny_folder(name, tmp_path / "model", dtype=getattr(torch, dtype))
     scenarios.write_states(name, folder, getattr(torch, dtype))
     missed = apart(scenarios.every_fault_is_seen, folder, dtype)
