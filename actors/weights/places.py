@@ -214,6 +214,7 @@ class _Recorder(TorchDispatchMode):
         self.constants: list[tuple[tuple[str, str], View]] = []
         self.computed: set[str] = set()
         self._elsewhere: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._latest = torch.empty(0)
 
     def numbered(self, specs: Iterable[tuple[str, tuple[int, ...]]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields each tensor with a number of its own in every element, counted on from tensor to tensor."""
@@ -221,7 +222,8 @@ class _Recorder(TorchDispatchMode):
             first = self._firsts[-1]
             self._names.append(name)
             self._firsts.append(first + prod(shape))
-            yield name, torch.arange(first, self._firsts[-1], device="cpu").reshape(tuple(shape))
+            self._latest = torch.arange(first, self._firsts[-1], device="cpu").reshape(tuple(shape))
+            yield name, self._latest
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -247,13 +249,17 @@ class _Recorder(TorchDispatchMode):
     def _record(self, owner: tuple[str, str], target: torch.Tensor, numbers: torch.Tensor, *, is_copy: bool) -> None:
         if not numbers.numel():
             return
+        # A view of a whole tensor: its strides say all.
+        if numbers.dtype == torch.int64 and _storage(numbers) == _storage(self._latest):
+            self.places.append((self._names[-1], Place(*owner, _view(target), _view(numbers))))
+            return
         first = int(numbers.flatten()[0]) if numbers.dtype == torch.int64 else 0
         index = bisect_right(self._firsts, first) - 1
         if not 0 <= index < len(self._names):
             if is_copy:
                 self.computed.add(self._names[-1])
             else:
-                self.constants.append((owner, View(tuple(target.shape), target.stride(), int(target.storage_offset()))))
+                self.constants.append((owner, _view(target)))
             return
         end = self._firsts[index + 1]
         if int(numbers.max()) >= end and len(target) > 1:  # several tensors were stacked
@@ -275,6 +281,11 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+def _view(tensor: torch.Tensor) -> View:
+    kept = [pair for pair in zip(tensor.shape, tensor.stride(), strict=True) if pair[0] != 1]
+    return View(tuple(n for n, _ in kept), tuple(stride for _, stride in kept), int(tensor.storage_offset()))
 
 
 def _views(target: torch.Tensor, numbers: torch.Tensor, first: int, end: int) -> tuple[View, View] | None:

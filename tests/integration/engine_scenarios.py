@@ -329,7 +329,7 @@ def every_fault_is_seen(folder: Path, dtype: str) -> dict[str, list[str]]:
 
 @contextmanager
 def memory_without_older_weights() -> Iterator[None]:
-    """Fills new tensors with NaN: a layer that loads nothing could get the freed memory of the very weights it lacks."""
+    """Fills new tensors with NaN: a layer that loads nothing could get freed memory of the weights that it lacks."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
