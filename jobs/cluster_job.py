@@ -14,8 +14,7 @@ import logging
 import os
 import re
 import secrets
-import shutil
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
@@ -30,9 +29,6 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from jobs.listener import Listener, checked_client, checked_session
 from jobs.local_ray import LocalRay
 from orchestrator.errors import CapacityError, ConfigError
-
-PACKAGES = ("actors", "jobs", "orchestrator")
-PROJECT_FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 POLL_S = 1.0
 REQUEST_S = 60.0
@@ -174,34 +170,6 @@ def _about_proxy(address: str) -> str | None:
                 f"({scheme}_proxy); where {host} is reached without one, set NO_PROXY={host}."
             )
     return None
-
-
-def stage_project(root: Path, folder: Path, include: Sequence[Path] = ()) -> None:
-    """Copies what a job needs of the project at `root` into `folder`: the packages, no environment, runs or tests.
-
-    Ray refuses packages above a size; a checkout with its environment and runs exceeds it.
-
-    Args:
-        root: the checkout.
-        folder: an empty folder.
-        include: further files or folders, relative to `root` or not; they land under their own name.
-
-    Raises:
-        ConfigError: one of `include` does not exist.
-    """
-    skip = shutil.ignore_patterns("__pycache__", "*.pyc")
-    for name in PACKAGES:
-        shutil.copytree(root / name, folder / name, ignore=skip)
-    for name in PROJECT_FILES:
-        if (root / name).exists():
-            shutil.copy2(root / name, folder / name)
-    for path in include:
-        if not path.exists():
-            raise ConfigError(f"--include {path}: no such file or folder.")
-        if path.is_dir():
-            shutil.copytree(path, folder / path.resolve().name, ignore=skip, dirs_exist_ok=True)
-        else:
-            shutil.copy2(path, folder / path.name)
 
 
 def submit(client: JobsClient, job: Job) -> str:

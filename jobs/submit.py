@@ -14,8 +14,9 @@ from typing import Annotated
 
 import typer
 
-from jobs.cluster_job import STOP_GRACE_S, Job, connect, follow, stage_project, submit
+from jobs.cluster_job import STOP_GRACE_S, Job, connect, follow, submit
 from jobs.command import err, out, run_async, run_command, say
+from jobs.staging import stage_project
 from orchestrator.config import load_config
 from orchestrator.errors import ConfigError
 
@@ -45,7 +46,7 @@ def main(
         with tempfile.TemporaryDirectory(prefix="rlhf-") as folder:
             stage = Path(folder) / "project"
             stage.mkdir()
-            stage_project(ROOT, stage, include or ())
+            stage_project(ROOT, stage, include or (), say)
             shutil.copy2(config, stage / SENT_CONFIG)
             entrypoint = "exec " + shlex.join(["python", "-m", module, "--config", SENT_CONFIG, *(overrides or ())])
             job_id = submit(client, Job(entrypoint, working_dir=stage, resources=resources))

@@ -19,9 +19,10 @@ import psutil
 import pytest
 import requests
 
-from jobs.cluster_job import Job, connect, connect_local, follow, stage_project, submit
+from jobs.cluster_job import Job, connect, connect_local, follow, submit
 from jobs.local_ray import MARK, LocalRay, local_ray
 from jobs.run_folder import open_run
+from jobs.staging import stage_project
 from jobs.stops import INTERRUPTED, STOPPED
 from orchestrator.config import Config
 from orchestrator.errors import CapacityError, ConfigError
