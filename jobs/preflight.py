@@ -25,6 +25,7 @@ from jobs.command import say
 from jobs.preflight_architecture import check_architecture
 from jobs.preflight_conversations import check_reward_conversations, check_vocabularies
 from jobs.preflight_engine import check_engine
+from jobs.preflight_models import check_models
 from jobs.prepare import Prepared, find_data, policy_chat, prepare
 from jobs.run_folder import check_run_folder
 from orchestrator.config import Config, RuleConfig
@@ -92,6 +93,7 @@ def preflight(config: Config) -> Preflight:
         lambda: _port(config),
         lambda: check_engine(config),
         lambda: check_architecture(config),
+        lambda: check_models(config),
         lambda: check_run_folder(config),
         lambda: _mirror(config),
     )

@@ -156,12 +156,7 @@ def load_scorer(
         DataError: tensors are missing (named) or the files can't be read.
     """
     model, missing = _load(AutoModelForSequenceClassification, folder, dtype, trust_remote_code, num_labels=1)
-    head = getattr(model, "score", None)
-    if not isinstance(head, torch.nn.Linear):
-        raise DataError(
-            f"{folder}: {type(model).__name__} has no linear head named 'score'; use an architecture whose sequence "
-            "classifier has one (Llama, Qwen, Mistral, Gemma, GPT-2, ...)."
-        )
+    head = require_score_head(model, folder)
     head_missing = [name for name in missing if name.startswith("score.")]
     if len(missing) > len(head_missing):
         raise DataError(f"{folder} lacks {len(missing)} tensors of the model: {_some(missing)}. It is incomplete.")
@@ -173,6 +168,17 @@ def load_scorer(
     if head_missing and new_head is not None:
         _init_head(head, new_head, seed)
     return model
+
+
+def require_score_head(model: Any, folder: Path) -> torch.nn.Linear:
+    """The scalar head of a sequence classifier. Raises DataError where it has none of the kind that is served."""
+    head = getattr(model, "score", None)
+    if not isinstance(head, torch.nn.Linear):
+        raise DataError(
+            f"{folder}: {type(model).__name__} has no linear head named 'score'; use an architecture whose sequence "
+            "classifier has one (Llama, Qwen, Mistral, Gemma, GPT-2, ...)."
+        )
+    return head
 
 
 def _init_head(head: torch.nn.Linear, kind: NewHead, seed: int) -> None:

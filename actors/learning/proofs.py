@@ -12,6 +12,7 @@ Shapes: N positions, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from orchestrator.errors import DataError
 PROBE = (5, 6, 7, 8)
 _LARGE = 1000.0  # logits this large show every cap
 _TRIES = 8
+_STEPS, _SLOPE_ERROR = (1e-2, 2e-3, 5e-4), 0.05
 # What calling a model's forward in a way that it is not made for raises.
 FORWARD_ERRORS = (
     TypeError,
@@ -136,6 +138,38 @@ def require_steady(model: nn.Module, forward: Callable[[], Tensor]) -> None:
             f"in training it computes by chance or otherwise than in scoring{where}, as dropout does",
             "Set gradient_checkpointing=false, or set its dropouts to 0 in config.json.",
         )
+
+
+def require_gradient(model: nn.Module, forward: Callable[[], Tensor]) -> None:
+    """Raises DataError when the gradient of a model in training mode is not the slope of what it computes, measured by
+    small steps of all parameters in a random direction. For small fp32 models.
+
+    Args:
+        forward: calls the model on a few tokens.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.enable_grad():
+        found = torch.autograd.grad(forward().double().sum(), parameters, allow_unused=True)
+    generator = torch.Generator().manual_seed(0)
+    directions = [p.detach().abs().mean() * torch.randn(p.shape, generator=generator) for p in parameters]
+    pairs = [(g.double(), d.double()) for g, d in zip(found, directions, strict=True) if g is not None]
+    told = sum(float((gradient * direction).sum()) for gradient, direction in pairs)
+    scale = math.sqrt(sum(float((gradient * direction).square().sum()) for gradient, direction in pairs))
+    # A step may change which experts are chosen; a smaller one then does not.
+    slopes = [_slope(parameters, directions, forward, step / max(scale, 1e-12)) for step in _STEPS]
+    if not any(abs(slope - told) <= _SLOPE_ERROR * scale for slope in slopes):
+        pretrained: Any = model.pretrained
+        raise _refused(pretrained, f"its gradient says a slope of {told:.3g} where steps measure {slopes[0]:.3g}")
+
+
+def _slope(parameters: list[nn.Parameter], directions: list[Tensor], forward: Callable[[], Tensor], by: float) -> float:
+    values = []
+    with torch.no_grad():
+        for factor in (by, -2 * by, by):  # the last one goes back
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.add_(direction, alpha=factor)
+            values.append(float(forward().double().sum()))
+    return (values[0] - values[1]) / (2 * by)
 
 
 def _unsteady(model: nn.Module, forward: Callable[[], Tensor]) -> str | None:

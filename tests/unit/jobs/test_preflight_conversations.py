@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from actors.conversations import chat_of
@@ -30,19 +31,23 @@ NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no syst
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     made = {"policy": tiny_llama(root / "policy"), "scorer": tiny_scorer(root / "scorer")}
-    for name, source in (("shuffled", "scorer"), ("fewer", "scorer"), ("bare", "scorer"), ("narrow", "scorer")):
+    copies = {"shuffled": "scorer", "fewer": "scorer", "bare": "scorer", "narrow": "scorer"}
+    for name, source in {**copies, "shuffled causal": "policy", "narrow causal": "policy"}.items():
         made[name] = Path(shutil.copytree(made[source], root / name))
-    swapped = json.loads((made["shuffled"] / "tokenizer.json").read_text())
-    vocabulary = swapped["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    (made["shuffled"] / "tokenizer.json").write_text(json.dumps(swapped))
-    for file in made["bare"].glob("*token*"):
-        file.unlink()
-    for name in ("fewer", "narrow"):
+    for name in ("shuffled", "shuffled causal"):
+        swapped = json.loads((made[name] / "tokenizer.json").read_text())
+        vocabulary = swapped["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+        (made[name] / "tokenizer.json").write_text(json.dumps(swapped))
+    for name in ("fewer", "narrow", "narrow causal"):
         config = json.loads((made[name] / "config.json").read_text())
         (made[name] / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
-    for file in made["narrow"].glob("*token*"):
-        file.unlink()
+        tensors = load_file(made[name] / "model.safetensors")
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:100].clone()
+        save_file(tensors, made[name] / "model.safetensors", metadata={"format": "pt"})
+    for name in ("bare", "narrow", "narrow causal"):
+        for file in made[name].glob("*token*"):
+            file.unlink()
     return made
 
 
@@ -105,6 +110,7 @@ def test_another_vocabulary_is_refused_with_the_way_out(
     tmp_path: Path, models: dict[str, Path], key: str, name: str, fault: str
 ) -> None:
     section, leaf = key.split(".")
+    name = f"{name} causal" if section == "reference" else name
     sections = {section: reward(models, name)} if key == "reward.path" else {section: {leaf: str(models[name])}}
     (problem,) = problems(tmp_path, models, **sections)
     assert f"{key}: " in problem and "its numbers would mean nothing" in problem
