@@ -159,5 +159,5 @@ def test_a_gradient_that_is_not_the_slope_is_refused(
 
     original = miniature._small
     monkeypatch.setattr(miniature, "_small", small)
-    with pytest.raises(DataError, match="its gradient is"):
+    with pytest.raises(DataError, match="its gradient says a slope"):
         check(llama, tmp_path)
