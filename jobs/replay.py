@@ -21,6 +21,7 @@ from jobs.run_folder import CONFIG_FILE, RunFolder
 from jobs.settings import demands, initial_state, loop_settings, reward_model_of
 from orchestrator.checkpoints import Checkpoints
 from orchestrator.config import Config, load_config
+from orchestrator.config_changes import changed_keys
 from orchestrator.coordinator import Relearning
 from orchestrator.errors import ConfigError
 from orchestrator.experience_log import num_committed
@@ -71,7 +72,17 @@ def read_run_folder(path: Path) -> tuple[Config, RunFolder]:
     path = at_home(path, "RUN_FOLDER", ConfigError).absolute()
     if not (path / CONFIG_FILE).is_file():
         raise ConfigError(f"{path} holds no {CONFIG_FILE}, so it is no run folder; give the one that a run printed.")
-    return resolved(load_config(path / CONFIG_FILE)), RunFolder(path, path.name, attempt=0)
+    kept = load_config(path / CONFIG_FILE)
+    config = resolved(kept)
+    changed = [change for change in changed_keys(kept, config) if change.matters and change.is_model]
+    if changed:
+        raise ConfigError(
+            f"learning again would start from other weights than run {path.name} did: "
+            + "; ".join(map(str, changed))
+            + ". Put back the files that it started with, or set run.accept_changed_files: true in "
+            + f"{path / CONFIG_FILE}."
+        )
+    return config, RunFolder(path, path.name, attempt=0)
 
 
 def steps_to_learn(run: RunFolder, until: int | None, *, from_checkpoint: bool) -> int:

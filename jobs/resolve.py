@@ -1,7 +1,8 @@
 """Values of the config that depend on the machine or the moment, resolved once when a run starts.
 
 A key of the table below is open while it is `auto` or null. A new run resolves it, and its config.yaml keeps the value;
-a later attempt takes the kept one. Code after this sees resolved values only.
+a later attempt takes the kept one. Code after this sees resolved values only. The digests of the files that a run reads
+are computed at every attempt, and compared with the kept ones (config_changes.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from actors.probe import machine_speed
 from jobs.command import say
+from jobs.contents import contents
 from jobs.run_folder import kept_config
 from orchestrator.config import Config, config_from_tree
 from orchestrator.config_changes import OPEN, value_of
@@ -75,6 +77,7 @@ def resolved(config: Config, tell: Callable[[str], None] = say) -> Config:
         _set(tree, key, found.value)
         if found.why:
             tell(f"{key}: {found.value} ({found.why})")
+    tree["run"]["contents"] = contents(config)
     return config_from_tree(tree, source="the resolved config")
 
 

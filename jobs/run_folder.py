@@ -218,9 +218,15 @@ def _harmless_changes(path: Path, config: Config) -> tuple[Change, ...]:
     changes = changed_keys(load_config(path), config)
     if any(change.matters for change in changes):
         lines = (f"{change}  ({'matters' if change.matters else 'does not matter'})" for change in changes)
+        way_out = "Set the keys that matter back to continue it, or give another run.id to start a new run."
+        if any(change.matters and change.is_of_contents for change in changes):
+            way_out += (
+                " A file that changed under its path: put back the one that the run started with, or continue with the "
+                "new one by run.accept_changed_files=true."
+            )
         raise ConfigError(
             f"run {path.parent.name!r} was started with another config, kept in {path}:\n  " + "\n  ".join(lines) + "\n"
-            "Set the keys that matter back to continue it, or give another run.id to start a new run."
+            f"{way_out}"
         )
     return changes
 

@@ -61,6 +61,11 @@ class RunConfig(Section):
     """Time to save where a run stands when it is stopped. Less than what Kubernetes or Ray give before they kill."""
     seed: int = 1
     """Seed of the run; all randomness derives from it."""
+    contents: Mapping[str, str] = {}
+    """Digests of the files that the run reads: prompts, preferences, models, chat template, rules. Written when a run
+    starts; what is given here is not read."""
+    accept_changed_files: bool = False
+    """Whether to continue a run although files changed under their paths since its last attempt."""
 
 
 class ModelConfig(Section):

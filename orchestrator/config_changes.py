@@ -23,6 +23,7 @@ _KEYS = frozenset(
         "reward.limits.import_s",
         "reward.limits.memory_gib",
         "reward.limits.processes",
+        "run.accept_changed_files",
         "run.cache",
         "run.grace_s",
         "run.id",
@@ -32,6 +33,11 @@ _KEYS = frozenset(
         "run.root",
     }
 )
+
+CONTENTS = "run.contents."
+"""Before the name of a file's digest."""
+
+_START_WEIGHTS = tuple(f"{CONTENTS}{name}.path" for name in ("model", "critic", "reward"))
 
 # Keys that are resolved once, when a run starts (jobs/resolve.py). Until then they have one of the values OPEN.
 RESOLVED_ONCE = frozenset({"model.dtype", "model.today", "rollout.engine"})
@@ -51,7 +57,20 @@ class Change:
     matters: bool
 
     def __str__(self) -> str:
+        if self.is_of_contents and self.old and self.new:
+            name = self.key.removeprefix(CONTENTS)
+            return f"what {name} holds: digest {self.old[:12]} -> {self.new[:12]}"
         return f"{self.key}: {json.dumps(self.old)} -> {json.dumps(self.new)}"
+
+    @property
+    def is_of_contents(self) -> bool:
+        """Whether a file changed, and not a key."""
+        return self.key.startswith(CONTENTS)
+
+    @property
+    def is_model(self) -> bool:
+        """Whether the weights that learning starts from changed."""
+        return self.key in _START_WEIGHTS
 
 
 def changed_keys(old: Config, new: Config) -> tuple[Change, ...]:
@@ -72,6 +91,12 @@ def _matters(key: str, old: Config, new: Config) -> bool:
         return new.ppo.steps < old.ppo.steps or by_total_steps
     if key in RESOLVED_ONCE and value_of(old, key) in OPEN:
         return False  # a run from before this key was kept
+    before, after = old.run.contents, new.run.contents
+    if key.startswith(CONTENTS):
+        name = key.removeprefix(CONTENTS)
+        return name in before and name in after and not new.run.accept_changed_files
+    if key in before and before[key] == after.get(key):
+        return False  # the same file under another path
     if key == "rollout.engines":
         return not new.rollout.reproducible
     return key not in _KEYS and key.partition(".")[0] not in _SECTIONS

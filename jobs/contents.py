@@ -1,0 +1,106 @@
+"""What the files that a run reads hold, as digests: a run's identity is its content, not its paths.
+
+Small files count byte by byte. Of a file above WHOLE_BYTES, weights as a rule, the size, the ends and evenly spaced
+blocks count: training changes every tensor, and reading all of a large model would take minutes at every start.
+Of a rule the file that defines it counts, not what that imports. What comes with this program is not looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from actors.learning.model import EMBEDDED, resolve_model
+from jobs.prepare import PACKAGE_ROOT, find_data
+from orchestrator.config import Config
+from orchestrator.errors import RlhfError
+
+WHOLE_BYTES = 64 << 20
+_BLOCK_BYTES, _NUM_BLOCKS = 16 << 10, 256
+_OF_A_MODEL = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".py", ".tiktoken")
+
+
+def contents(config: Config) -> dict[str, str]:
+    """A digest by key of the config, or by `rule package.module:function`. What can't be read is left out: the checks
+    of a run say what is wrong with it."""
+    found: dict[str, str] = {}
+    for name, digest in _digests(config):
+        with suppress(RlhfError, OSError, ValueError):
+            value = digest()
+            if value is not None:
+                found[name] = value
+    return found
+
+
+def _digests(config: Config) -> Iterator[tuple[str, Callable[[], str | None]]]:
+    files = {
+        "prompts.path": config.prompts.path,
+        "preferences.path": config.preferences.path if "reward_model" in config.stages else None,
+        "model.chat_template": config.model.chat_template,
+    }
+    models = {
+        "model.path": config.model.path,
+        "reward_model.base": config.reward_model.base if "reward_model" in config.stages else None,
+        "reward.path": config.reward.path if config.reward.kind == "model" else None,
+        "critic.path": config.critic.path,
+        "reference.path": config.reference.path,
+    }
+    rules = {rule.function for rule in config.reward.rules} if config.reward.kind == "rules" else set()
+    rules |= {config.labeller.gold} if "preferences" in config.stages else set()
+    rules |= {config.evaluation.gold} if config.evaluation.gold and config.evaluation.prompts else set()
+    for name, file in files.items():
+        if file is not None:
+            yield name, partial(_data_digest, Path(file))
+    for name, model in models.items():
+        if model is not None and model != EMBEDDED:
+            yield name, partial(_model_digest, model, config.run.cache)
+    for rule in sorted(rules):
+        yield f"rule {rule}", partial(_rule_digest, rule)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, or of its size and samples of it (see above)."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        if size <= WHOLE_BYTES:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.sha256(str(size).encode())
+        for block in range(_NUM_BLOCKS):
+            stream.seek(block * (size - _BLOCK_BYTES) // (_NUM_BLOCKS - 1))
+            digest.update(stream.read(_BLOCK_BYTES))
+        return digest.hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """Of the names and contents of a model's files."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in _OF_A_MODEL and path.is_file())
+    lines = [f"{path.name} {file_digest(path)}\n" for path in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _data_digest(path: Path) -> str:
+    return file_digest(find_data(path))
+
+
+def _model_digest(name_or_path: str, cache: Path) -> str:
+    return folder_digest(resolve_model(name_or_path, cache))
+
+
+def _rule_digest(function: str) -> str | None:
+    """Of the file that defines a rule, found without importing anything: its package is code, too."""
+    places: list[str] | None = sys.path
+    name, origin = "", None
+    for part in function.partition(":")[0].split("."):
+        name = f"{name}.{part}" if name else part
+        spec = PathFinder.find_spec(name, places)
+        if spec is None:
+            return None
+        origin, places = spec.origin, list(spec.submodule_search_locations or ())
+    if origin is None or Path(origin).resolve().is_relative_to(PACKAGE_ROOT / "actors"):
+        return None
+    return file_digest(Path(origin))
