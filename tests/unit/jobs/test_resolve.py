@@ -34,7 +34,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def config(root: Path, **sections: Any) -> Config:
     run = {"root": root, "id": "demo", "cache": root / "cache"}
-    return Config.model_validate({"reward": {"path": "/models/reward"}, "run": run, **sections})
+    return Config.model_validate(
+        {"prompts": {"path": "/none.jsonl"}, "reward": {"path": "/models/reward"}, "run": run, **sections}
+    )
 
 
 def test_the_dtype_is_the_faster_one_of_the_machine(tmp_path: Path, machine: Any) -> None:
