@@ -27,6 +27,7 @@ import numpy.typing as npt
 from actors.closings import find_closing, marks_of, named_ends, require_content
 from actors.templates import OWN_CHAT, ChatSettings, ChatTemplate
 from actors.tokenizing import Tokens, encode, load_tokenizer
+from actors.tool_turns import as_written
 from orchestrator.data.records import Message, Reply, is_begun, message_dict, message_dicts
 from orchestrator.errors import DataError
 from orchestrator.inputs import read_text
@@ -176,18 +177,12 @@ class Chat:
     def _render(
         self, turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
     ) -> str:
-        """Raises DataError also where the template leaves out tools or calls: many know of none."""
-        text = self.template.render(turns, tools, add_generation_prompt=add_generation_prompt)
-        calls = [call for turn in turns for call in turn.get("tool_calls", ())]
-        for item in (*tools, *calls):
-            function = item.get("function", item)
-            name = function.get("name") if isinstance(function, Mapping) else None
-            if isinstance(name, str) and name not in text:
-                raise DataError(
-                    f"the chat template of {self.template.name} writes nothing of the tool {name!r}: it is not made "
-                    "for tools. Set model.chat_template=FILE to one that is, or leave such conversations out."
-                )
-        return text
+        """Raises DataError also where the template leaves out tools, calls or results: many know of none."""
+
+        def render(turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
+            return self.template.render(turns, tools, add_generation_prompt=add_generation_prompt)
+
+        return render(as_written(render, turns, tools, self.template.name), tools)
 
     def _answer(
         self, asked: str, messages: Sequence[Message], reply: Message, tools: Sequence[Mapping[str, Any]]

@@ -8,10 +8,11 @@ from functools import cached_property
 
 import pyarrow as pa
 
-from actors.conversations import Chat
+from actors.conversations import Chat, Transcript
 from actors.learning.distributed import Group
 from actors.learning.packing import TokenRows
-from orchestrator.data.records import RankingRecord
+from orchestrator.data.records import Message, RankingRecord
+from orchestrator.errors import DataError
 from orchestrator.scheduling.balance import plan_minibatches
 
 _COLUMNS = ("quality", "group")
@@ -64,8 +65,7 @@ def ranked_rows(records: Sequence[RankingRecord], chat: Chat, *, max_length: int
     prompts, responses, qualities, groups, first_row = [], [], [], [], [0]
     num_truncated = 0
     for number, record in enumerate(records):
-        for place, reply in enumerate(record.replies):
-            whole = chat.reply(record.messages, reply, record.tools)
+        for place, whole in enumerate(_transcripts(record, chat)):
             # A response token needs one token before it, from whose state it is scored.
             kept = whole.last(max_length)
             if not len(kept.prompt_tokens):
@@ -85,6 +85,18 @@ def ranked_rows(records: Sequence[RankingRecord], chat: Chat, *, max_length: int
         }
     )
     return RankedRows(table, first_row, num_truncated)
+
+
+def _transcripts(record: RankingRecord, chat: Chat) -> list[Transcript]:
+    """Raises DataError where replies differ in nothing that the template writes: one can't be better than the other."""
+    found = [chat.reply(record.messages, reply, record.tools) for reply in record.replies]
+    distinct = {tuple(transcript.response_tokens) for transcript in found}
+    if len(distinct) < len(found) and any(isinstance(reply, Message) for reply in record.replies):
+        raise DataError(
+            f"preference {record.id!r}: the chat template of {chat.template.name} writes two of its replies alike. "
+            "Remove the record, or set model.chat_template=FILE to a template that writes what they differ in."
+        )
+    return found
 
 
 def padding_token(chat: Chat) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.algorithms.ranking import concordant_pairs, num_pairs
-from orchestrator.data.records import Message, RankingRecord, Tools, message_dicts, reply_json
+from orchestrator.data.records import Message, RankingRecord, Tools, is_begun, message_dicts, reply_json
 from orchestrator.errors import DataError
 from orchestrator.prompts import derive_seed
 from orchestrator.storage import replacing
@@ -106,6 +106,7 @@ def write_rankings(path: Path, rankings: Iterable[LabelledRanking]) -> None:
                 "replies": [reply_json(reply) for reply in record.replies],
                 "gold": ranking.gold,
                 **({"tools": record.tools} if record.tools else {}),
+                **({"continued": True} if is_begun(record.messages) else {}),
             }
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 

@@ -69,12 +69,16 @@ def _question(fields: Fields) -> Messages:
 
 
 def _ranking(fields: Fields) -> Iterable[Ranked]:
-    """{prompt | messages, replies: best first}. A reply that comes twice keeps its better place."""
+    """{prompt | messages, replies: best first}. A reply that comes twice keeps its better place.
+
+    `continued: true` says that replies to a begun turn are what follows it, whatever they begin with.
+    """
     key = "messages" if "messages" in fields else "prompt"
     replies = [_reply(value, "replies") for value in _listed(required(fields, "replies"), "replies")]
     if len(replies) < 2:
         raise BadRow(f"'replies' must hold at least two replies, best first; found {len(replies)}")
-    return [_ranked(_waiting(conversation(required(fields, key), key), key), replies)]
+    messages = _waiting(conversation(required(fields, key), key), key)
+    return [_ranked(messages, replies if fields.get("continued") is True else _after_begun(messages, replies))]
 
 
 def _pairwise(fields: Fields) -> Iterable[Ranked]:
@@ -87,7 +91,7 @@ def _pairwise(fields: Fields) -> Iterable[Ranked]:
     if not (_is_conversation(chosen) or _is_conversation(rejected)):
         messages = _waiting(conversation(required(fields, key), key), key)
         good, bad = ([_reply(v, k) for v in _listed(fields[k], k)] for k in ("chosen", "rejected"))
-        return [_ranked(messages, (better, worse)) for better in good for worse in bad]
+        return [_ranked(messages, _after_begun(messages, (better, worse))) for better in good for worse in bad]
     return [_pair(*_conversations(fields, key))]
 
 
@@ -112,7 +116,8 @@ def _pair(chosen: Messages, rejected: Messages) -> Ranked:
     tails = (chosen[common:], rejected[common:])
     if not common or any(len(tail) != 1 or tail[0].role != "assistant" for tail in tails):
         raise LeftOut(NOT_COMPARABLE)
-    return _ranked(_waiting(chosen[:common], "chosen"), [_as_reply(tail[0]) for tail in tails])
+    messages = _waiting(chosen[:common], "chosen")
+    return _ranked(messages, _after_begun(messages, [_as_reply(tail[0]) for tail in tails]))
 
 
 def _num_before_reply(chosen: Messages, rejected: Messages) -> int:
@@ -120,7 +125,7 @@ def _num_before_reply(chosen: Messages, rejected: Messages) -> int:
 
 
 def _ranked(messages: Messages, replies: Sequence[Reply]) -> Ranked:
-    distinct = tuple(dict.fromkeys(_after_begun(messages, replies)))
+    distinct = tuple(dict.fromkeys(replies))
     if len(distinct) < 2:
         raise LeftOut(TIE)
     return messages, distinct

@@ -9,6 +9,7 @@ import pytest
 
 from jobs.labeller import ScoredReplies, _noise, label, rank, write_rankings
 from orchestrator.data import Message, read_rankings
+from orchestrator.data.records import ToolCall
 from orchestrator.errors import DataError
 
 USER = (Message("user", "Why?"),)
@@ -75,3 +76,16 @@ def test_what_is_written_is_read_back_without_the_gold_scores(tmp_path: Path) ->
     assert list(records) == [ranking.record for ranking in rankings]
     assert report.format == "ranking"
     assert '"gold": [0.9, 0.5, 0.1]' in path.read_text(encoding="utf-8").splitlines()[0]
+
+
+def test_begun_turns_calls_and_tools_come_back_from_the_file_as_they_were(tmp_path: Path) -> None:
+    call = Message("assistant", "", (ToolCall("f", '{"x": 1}', "c1"),))
+    begun = (*USER, call, Message("tool", "1", name="f", tool_call_id="c1"), Message("assistant", "So"))
+    tools = ({"type": "function", "function": {"name": "f"}},)
+    # One reply happens to repeat how the turn begins, and the file must not take that for a repetition.
+    for replies in (("So", " it is", "So it is"), ("So", "So it is")):
+        scores = ScoredReplies("p", begun, replies, (0.9, 0.5, 0.1)[: len(replies)], tools)
+        rankings, _ = label([scores], noise_std=0.0, seed=1)
+        write_rankings(tmp_path / "file.jsonl", rankings)
+        (record,), _ = read_rankings(tmp_path / "file.jsonl")
+        assert (record.messages, record.replies, record.tools) == (begun, replies, tools)
