@@ -43,11 +43,13 @@ def parquet_rows(name: str, path: str | Path, file_size: int) -> Iterator[Row]:
             command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
         )
         try:
-            lines = io.BufferedReader(_Lines(name, decoder, limit), CHUNK_BYTES)
+            lines = _Lines(name, decoder, limit)
             number = 0
-            for row in line_rows(name, lines):
+            for row in line_rows(name, io.BufferedReader(lines, CHUNK_BYTES)):
                 number = row.number
                 yield row
+            if not lines.is_at_end:  # a row that is too long ends the reading; the decoder waits with the rest of it
+                return
             _raise_failure(name, decoder, errors)
             if not number:
                 raise DataError(f"{name} has no rows: give a file with at least one record.")
@@ -82,6 +84,7 @@ class _Lines(io.RawIOBase):
         assert decoder.stdout is not None
         self._name, self._left, self._limit = name, limit, limit
         self._descriptor = decoder.stdout.fileno()
+        self.is_at_end = False
 
     def readable(self) -> bool:
         return True
@@ -91,6 +94,7 @@ class _Lines(io.RawIOBase):
             raise DataError(f"{self._name}: decoding it gave nothing for {SILENCE_S:.0f} s; is the file damaged?")
         data = os.read(self._descriptor, len(buffer))
         self._left -= len(data)
+        self.is_at_end = not data
         if self._left < 0:
             raise DataError(
                 f"{self._name} unpacks to more than {mib(self._limit)}: refused as a decompression bomb. If it is "
