@@ -395,6 +395,16 @@ def samples_of_one_engine(
     return [engine.generate(request) for request in requests]
 
 
+_SHARED: dict[Path, VllmEngine] = {}
+
+
+def samples_of_a_used_engine(folder: Path, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
+    """For tests to which it does not matter what the engine sampled before."""
+    if folder not in _SHARED:
+        _SHARED[folder] = start(folder)
+    return _SHARED[folder].generate(request)
+
+
 def refusals(folder: Path) -> dict[str, str | None]:
     """What engines answer that can't do what they are asked."""
     unpublished = start(folder, version=None)

@@ -44,7 +44,7 @@ def test_a_shard_gives_the_same_bits_again_in_any_order_and_after_another(
 
 def test_a_table_holds_what_was_asked_and_what_was_sampled(apart: Apart, folder: Path) -> None:
     request = scenarios.shard(sampling=Sampling(max_new_tokens=90), num_samples=32)
-    table, numbers = apart(scenarios.samples_of_one_engine, folder, [request])[0]
+    table, numbers = apart(scenarios.samples_of_a_used_engine, folder, request)
     assert table.schema.equals(schema.ROLLOUT)
     rows = table.to_pylist()
     for row, asked in zip(rows, request.requests, strict=True):
@@ -92,7 +92,7 @@ def test_logprobs_are_those_of_the_model_at_the_sampling_temperature(
 ) -> None:
     """The folder's generation_config asks for top_k=2, top_p=0.5: if it were heeded, log-probs could not agree."""
     request = scenarios.shard(sampling=Sampling(temperature=temperature, max_new_tokens=24))
-    table, _ = apart(scenarios.samples_of_one_engine, folder, [request])[0]
+    table, _ = apart(scenarios.samples_of_a_used_engine, folder, request)
     rows = table.to_pylist()
     expected = scenarios.reference_logprobs(folder, rows, temperature)
     for row, reference in zip(rows, expected, strict=True):
