@@ -55,7 +55,7 @@ def quickstart(tmp_path: Path, dtype: str, *overrides: str) -> Config:
     return load_config(QUICKSTART, [f"model.path={tmp_path}", f"model.dtype={dtype}", *overrides])
 
 
-@pytest.mark.parametrize(("speed", "minutes"), [(AVX2, 15), (AMX, 8)])
+@pytest.mark.parametrize(("speed", "minutes"), [(AVX2, 30), (AMX, 8)])
 def test_the_quickstart_is_sized_for_laptops(
     tmp_path: Path, machine: Any, prepared: Prepared, speed: Speed, minutes: int
 ) -> None:
