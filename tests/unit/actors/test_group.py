@@ -55,6 +55,7 @@ class Worker:
 def cluster() -> Iterator[None]:
     folder = Path("/tmp") / f"gr{os.getpid()}"  # Ray's socket paths must be short
     ray.init(
+        "local",  # never a cluster that another test, or somebody else on the machine, has started
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,

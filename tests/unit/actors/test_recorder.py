@@ -31,6 +31,7 @@ RESPONSES = ["I love it", "I hate it", "ok"]  # length_target wants 50 words
 def cluster() -> Iterator[None]:
     folder = Path("/tmp") / f"rc{os.getpid()}"  # Ray's socket paths must be short
     ray.init(
+        "local",  # never a cluster that another test, or somebody else on the machine, has started
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,

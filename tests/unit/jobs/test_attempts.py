@@ -19,6 +19,7 @@ import pytest
 from jobs import attempts
 from jobs.attempts import claim
 from orchestrator.errors import CapacityError
+from tests.deadlines import scaled
 
 ROOT = Path(__file__).resolve().parents[3]
 CLAIMS_AND_STAYS = """
@@ -93,7 +94,7 @@ def test_a_live_attempt_is_not_superseded_and_a_killed_one_is_at_once(run: Path,
         claimed(run)
     assert [path.name for path in (run / "attempts").iterdir()] == ["001"]
     first.kill()  # and not yet waited for: a zombie is dead
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + scaled(10)
     while psutil.Process(first.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
         time.sleep(0.05)
     assert claimed(run) == 2
@@ -120,7 +121,7 @@ def test_an_attempt_that_said_that_it_ended_is_followed_at_once(run: Path) -> No
     beat(run, 1, 0, "stopped")
     started = time.monotonic()
     assert claimed(run) == 2
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < scaled(5)
 
 
 def test_an_attempt_on_another_machine_lives_while_its_heartbeat_changes(run: Path, silent_s: float) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from jobs.listener import Listener, checked_client, checked_session, find_listener
 from orchestrator.errors import CapacityError
+from tests.deadlines import scaled
 
 SECRET = {"Authorization": "Bearer secret"}
 
@@ -56,7 +57,7 @@ def test_who_took_the_port_of_a_dead_process_gets_nothing(
     port, got = stranger
     listener = Listener(dead, port)
     with checked_session(listener) as session, pytest.raises(CapacityError, match="may be somebody else's"):
-        session.get(f"http://127.0.0.1:{port}/api/jobs/", headers=SECRET, timeout=5)
+        session.get(f"http://127.0.0.1:{port}/api/jobs/", headers=SECRET, timeout=scaled(5))
 
     async def follow() -> None:
         async with checked_client(listener) as client:
@@ -93,7 +94,7 @@ def test_the_process_that_listens_is_reached_without_proxy_and_netrc(monkeypatch
         listener = find_listener([psutil.Process()], server.server_port)
         assert listener is not None
         with checked_session(listener) as session:
-            answer = session.get(f"http://127.0.0.1:{server.server_port}/", headers=SECRET, timeout=5)
+            answer = session.get(f"http://127.0.0.1:{server.server_port}/", headers=SECRET, timeout=scaled(5))
         server.shutdown()
     assert answer.ok
     assert heard == ["Bearer secret"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from jobs.stops import INTERRUPTED, STOPPED
+from tests.deadlines import scaled
 
 ROOT = Path(__file__).resolve().parents[3]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -104,7 +105,7 @@ def stopped(process: subprocess.Popen[str], *signals: signal.Signals, pause_s: f
     for number in signals:
         process.send_signal(number)
         time.sleep(pause_s)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=scaled(30))
     return process.returncode, out, err
 
 
