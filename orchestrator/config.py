@@ -662,7 +662,7 @@ def to_yaml(config: Config) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    text = read_text(path, f"config file {path}", ConfigError, max_bytes=MAX_YAML_BYTES)
+    text = read_text(path, f"--config: config file {path}", ConfigError, max_bytes=MAX_YAML_BYTES)
     tree = _parsed(text, str(path))
     if tree is None:
         return {}

@@ -216,9 +216,15 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def _close(found: Tensor, expected: Tensor, *, factor: float = 1.0) -> bool:
-    """Equal up to rounding, measured by the largest number there is."""
-    limit = factor * _tolerance(expected.dtype) * expected.float().abs().max()
-    return found.shape == expected.shape and bool(((found.float() - expected.float()).abs() <= limit).all())
+    """Equal up to rounding, measured by the largest number there is. Broken weights give NaN on both sides; that is
+    reported where numbers are checked, with the step that met it."""
+    if found.shape != expected.shape:
+        return False
+    dtype = expected.dtype
+    expected, found = expected.float(), found.float()
+    limit = factor * _tolerance(dtype) * expected.abs().nan_to_num(0.0, posinf=0.0).max()
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    return bool((same | ((found - expected).abs() <= limit)).all())
 
 
 def _refused(model: Any, why: str, way_out: str = "Use a model of another architecture.") -> DataError:
