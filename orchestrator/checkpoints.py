@@ -211,7 +211,7 @@ class Checkpoints:
 
     def _remove_halves(self) -> None:
         """What a save left that was killed: as large as a checkpoint, and of no use."""
-        for path in self._folder.glob(".step-*.tmp"):
+        for path in self._folders(_UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)
 
     def _path(self, step: int) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from actors.learning.heads import PolicyModel, ValueModel, probed
 from actors.learning.model import load_causal, load_scorer
 from actors.tokenizing import load_tokenizer
 from orchestrator.errors import DataError, StorageError
-from orchestrator.storage import sync_tree, writing
+from orchestrator.storage import follow_umask, sync_tree, writing
 
 GENERATION_CONFIG = "generation_config.json"
 # The learner may compute on another device than the one on which an export is read back.
@@ -128,7 +127,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         with writing(folder):
             unfinished.mkdir(parents=True)
             yield unfinished
-            _open_to_readers(unfinished)
+            follow_umask(unfinished)
             sync_tree(unfinished)
             if folder.exists():
                 folder.rename(replaced)
@@ -136,12 +135,3 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     finally:
         for leftover in (unfinished, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _open_to_readers(folder: Path) -> None:
-    """Some libraries write files that nobody else may read, whatever the umask."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.chmod(0o666 & ~umask)

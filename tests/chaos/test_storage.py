@@ -133,6 +133,7 @@ async def test_what_bears_another_name_than_ours_is_never_touched(tmp_path: Path
         await save(checkpoints, learner, step)
     assert names(tmp_path / "checkpoints") == sorted([*copies, "step-000003", "step-000004"])
     assert await checkpoints_in(tmp_path / "checkpoints")[0].restore() == State(4, 0.1)
+    assert names(tmp_path / "checkpoints") == sorted([*copies, "step-000003", "step-000004"])
     with experience_log(tmp_path / "log") as log:
         (tmp_path / "log" / "step-000000").mkdir()
         for name in ("shard-0000 (copy).parquet", "shard-0000.parquet.bak", "notes.txt"):
