@@ -53,6 +53,7 @@ class RewardTraining:
         learner: its `total_optimizer_steps` covers all epochs.
         threads: CPU threads of one worker.
         timeout_s: deadline of every collective.
+        layers: kept of the base's; see load_scorer.
     """
 
     model: str
@@ -68,6 +69,7 @@ class RewardTraining:
     max_length: int
     threads: int
     timeout_s: float
+    layers: int | None = None
     chat: ChatSettings = OWN_CHAT
     trust_remote_code: bool = False
 
@@ -106,6 +108,7 @@ class RewardTrainer:
                 settings.learner.torch_dtype,
                 new_head="normal",
                 seed=settings.seed,
+                layers=settings.layers,
                 trust_remote_code=settings.trust_remote_code,
             )
             rows = [ranked_rows(part, chat, max_length=settings.max_length) for part in (train, held_out)]

@@ -13,7 +13,7 @@ import torch
 from actors.cluster import alive_nodes, connect, named_address
 from actors.learning.model import resolve_model
 from actors.learning.size import model_size
-from jobs.settings import demands
+from jobs.settings import critic_base, demands, reward_base
 from orchestrator.config import Config, LearnerConfig
 from orchestrator.scheduling.memory import (
     GIB,
@@ -101,14 +101,14 @@ class _Sizes:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._known: dict[str, ModelSize] = {}
+        self._known: dict[tuple[str, int | None], ModelSize] = {}
 
-    def of(self, name: str | None) -> ModelSize:
-        name = name or self._config.model.path
-        if name not in self._known:
-            folder = resolve_model(name, self._config.run.cache)
-            self._known[name] = model_size(folder, trust_remote_code=self._config.model.trust_remote_code)
-        return self._known[name]
+    def of(self, name: str | None, layers: int | None = None) -> ModelSize:
+        model = name or self._config.model.path, layers
+        if model not in self._known:
+            folder, trust = resolve_model(model[0], self._config.run.cache), self._config.model.trust_remote_code
+            self._known[model] = model_size(folder, layers=layers, trust_remote_code=trust)
+        return self._known[model]
 
 
 def memory_per_role(config: Config, sizes: _Sizes) -> dict[str, Memory]:
@@ -117,7 +117,11 @@ def memory_per_role(config: Config, sizes: _Sizes) -> dict[str, Memory]:
     reward_memory = Memory(process=RULES_PROCESS)
     if reward.kind == "model":
         reward_memory = scorer_memory(
-            sizes.of(reward.path), dtype=dtype, shards=1, micro_batch_tokens=reward.micro_batch_tokens, logits=False
+            sizes.of(*reward_base(config)),
+            dtype=dtype,
+            shards=1,
+            micro_batch_tokens=reward.micro_batch_tokens,
+            logits=False,
         )
     return {
         "policy": _learner(config, config.policy, sizes.of(None), logits=True),
@@ -143,7 +147,7 @@ def memory_per_role(config: Config, sizes: _Sizes) -> dict[str, Memory]:
 def _critic_memory(config: Config, sizes: _Sizes) -> dict[str, Memory]:
     if not config.ppo.has_critic:
         return {}
-    size = sizes.of(config.critic.path or config.reward.path)
+    size = sizes.of(*critic_base(config))
     return {"critic": _learner(config, config.critic, size, logits=False)}
 
 
@@ -163,7 +167,7 @@ def disk_bytes(config: Config, sizes: _Sizes) -> float:
     """What a run writes at most: checkpoints (one more than are kept while saving), exports, experience."""
     num_params = sizes.of(None).num_params
     if config.ppo.has_critic:
-        num_params += sizes.of(config.critic.path or config.reward.path).num_params
+        num_params += sizes.of(*critic_base(config)).num_params
     checkpoints = (config.checkpoints.keep + 1) * _SAVED_BYTES_PER_PARAM * num_params
     exported = 4 * num_params
     samples = config.ppo.steps * config.samples_per_step

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from actors.learning.model import resolve_model
 from actors.learning.size import model_size
-from jobs.settings import demands, samples_per_shard
+from jobs.settings import critic_base, demands, reward_base, samples_per_shard
 from orchestrator.config import Config, Dtype, LearnerConfig
 from orchestrator.scheduling.costs import Dimensions, LearnSettings
 from orchestrator.scheduling.hardware import Device
@@ -17,9 +17,9 @@ from orchestrator.scheduling.memory import BYTES_OF
 from orchestrator.simulation.scenario import MODELS, ROLES, Layout, Pool, Spread, Work
 
 
-def dimensions(folder: Path, *, dtype: Dtype, trust_remote_code: bool = False) -> Dimensions:
+def dimensions(folder: Path, *, dtype: Dtype, layers: int | None = None, trust_remote_code: bool = False) -> Dimensions:
     """From config.json alone; no weights need to be there. Raises DataError when it is of no known architecture."""
-    size = model_size(folder, trust_remote_code=trust_remote_code)
+    size = model_size(folder, layers=layers, trust_remote_code=trust_remote_code)
     text = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
     heads = text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or size.hidden // heads
@@ -41,25 +41,25 @@ def models_of(config: Config, trained_reward: Path | None = None) -> dict[str, D
     Raises:
         DataError: a model can't be found or is of no known architecture.
     """
-    policy = config.model.path
-    reward = str(trained_reward or config.reward.path or config.reward_model.base or policy)
-    with_model = config.reward.kind == "model"
+    trained = (str(trained_reward), None) if trained_reward else None
+    critic = trained if trained and config.critic.path is None else critic_base(config)
     named = {
-        "policy": policy,
-        "reference": config.reference.path or policy,
-        "critic": config.critic.path or (reward if with_model else policy) if config.ppo.has_critic else None,
-        "reward": reward if with_model else None,
+        "policy": (config.model.path, None),
+        "reference": (config.reference.path or config.model.path, None),
+        "critic": critic if config.ppo.has_critic else None,
+        "reward": (trained or reward_base(config)) if config.reward.kind == "model" else None,
     }
     sizes = {
-        name: dimensions(
-            resolve_model(name, config.run.cache),
+        named_model: dimensions(
+            resolve_model(named_model[0], config.run.cache),
             dtype=config.model.compute_dtype,
+            layers=named_model[1],
             trust_remote_code=config.model.trust_remote_code,
         )
-        for name in set(named.values())
-        if name is not None
+        for named_model in set(named.values())
+        if named_model is not None
     }
-    return {role: sizes[name] if name else None for role, name in named.items()}
+    return {role: sizes[named_model] if named_model else None for role, named_model in named.items()}
 
 
 def work_of(config: Config, *, prompt_tokens: float | None, response_tokens: float | None, deviation: float) -> Work:

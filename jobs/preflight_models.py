@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from actors.learning.files import read_config, read_headers, require_weights, window
 from actors.learning.miniature import prove_small
 from actors.learning.model import resolve_model
+from actors.learning.size import model_size
 from actors.tokenizing import has_tokenizer, load_tokenizer
 from orchestrator.config import Config
 from orchestrator.errors import ConfigError
@@ -27,6 +28,7 @@ class _Use:
     Args:
         key: of the config; names the model in errors.
         window: positions that it must take. None: longer input is cut.
+        layers: that are kept, from the first on. None: all.
         new_head: a scalar head is made where there is none.
     """
 
@@ -37,6 +39,7 @@ class _Use:
     learns: bool = False
     checkpointing: bool = False
     exports: bool = False
+    layers: int | None = None
     new_head: bool = False
 
 
@@ -70,7 +73,10 @@ def _uses(config: Config) -> Iterator[_Use]:
             yield _critic(config, longest)
     if "reward_model" in stages:
         base = config.reward_model.base or config.model.path
-        yield _Use("reward_model.base", base, scores=True, window=None, learns=True, exports=True, new_head=True)
+        layers = config.reward_model.layers
+        yield _Use(
+            "reward_model.base", base, scores=True, window=None, learns=True, exports=True, layers=layers, new_head=True
+        )
 
 
 def _critic(config: Config, longest: int) -> _Use:
@@ -100,6 +106,8 @@ def _distinct(uses: Iterator[_Use]) -> list[_Use]:
 def _check(config: Config, use: _Use, folder: Path) -> bool:
     trust = config.model.trust_remote_code
     settings = read_config(folder, trust_remote_code=trust)
+    if use.layers is not None:
+        model_size(folder, layers=use.layers, trust_remote_code=trust)  # that the cut model can be built
     _require_window(use, folder, settings)
     loader: Any = AutoModelForSequenceClassification if use.scores else AutoModelForCausalLM
     if use.scores:

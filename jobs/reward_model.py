@@ -243,6 +243,7 @@ def _settings(config: Config, folder: Path, *, num_records: int, threads: int) -
         max_length=stage.max_length,
         threads=threads,
         timeout_s=config.deadlines.learn_s,
+        layers=stage.layers,
         chat=chat_settings(config),
         trust_remote_code=config.model.trust_remote_code,
     )

@@ -53,6 +53,20 @@ def reward_model_of(config: Config, run: RunFolder) -> str | None:
     return config.reward.path
 
 
+def reward_base(config: Config) -> tuple[str, int | None]:
+    """The model whose size the reward model has, and how many of its layers are kept (None: all)."""
+    if config.reward.path is not None:
+        return config.reward.path, None
+    return config.reward_model.base or config.model.path, config.reward_model.layers
+
+
+def critic_base(config: Config) -> tuple[str, int | None]:
+    """The same of the critic, which begins as the reward model where there is one and critic.path is null."""
+    if config.critic.path is not None:
+        return config.critic.path, None
+    return reward_base(config) if config.reward.kind == "model" else (config.model.path, None)
+
+
 def loop_settings(config: Config, steps: int) -> LoopSettings:
     warmup_steps = config.critic.warmup_steps if config.ppo.has_critic else 0
     return LoopSettings(steps, warmup_steps, _kl_controller(config))

@@ -134,6 +134,9 @@ class PreferencesConfig(Section):
 class RewardModelConfig(Section):
     base: str | None = None
     """Model that the reward model starts from. Null: model.path."""
+    layers: Positive | None = None
+    """How many of the base's layers are kept, from the first on. Null: all. A shallow reward model costs less to train
+    and to score with, and few layers are enough for what can be read off the words, such as tone."""
     epochs: Positive = 1
     """Passes over the preferences."""
     prompts_per_batch: Positive = 8

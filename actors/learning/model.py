@@ -15,10 +15,11 @@ from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from actors.learning.attention import use_short_attention
+from actors.learning.depth import shallow
 from actors.learning.norms import use_quick_norms
 from orchestrator.errors import DataError
 from orchestrator.inputs import at_home
@@ -144,6 +145,7 @@ def load_scorer(
     *,
     new_head: NewHead | None = None,
     seed: int = 0,
+    layers: int | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """A model with one scalar per position: a reward model or a critic, in evaluation mode. Only safetensors are read.
@@ -151,11 +153,13 @@ def load_scorer(
     Args:
         new_head: None: the folder must hold the head. Otherwise a head is made when (and only when) there is none:
             all zero, or N(0, 1/(d + 1)) from `seed` (Stiennon 2020, appendix B.1).
+        layers: how many are kept, from the first on; None: all.
 
     Raises:
         DataError: tensors are missing (named) or the files can't be read.
+        ConfigError: the model has fewer layers.
     """
-    model, missing = _load(AutoModelForSequenceClassification, folder, dtype, trust_remote_code, num_labels=1)
+    model, missing = _load(AutoModelForSequenceClassification, folder, dtype, trust_remote_code, layers, num_labels=1)
     head = require_score_head(model, folder)
     head_missing = [name for name in missing if name.startswith("score.")]
     if len(missing) > len(head_missing):
@@ -193,16 +197,17 @@ def _init_head(head: torch.nn.Linear, kind: NewHead, seed: int) -> None:
 
 
 def _load(
-    loader: Any, folder: Path, dtype: torch.dtype, trust_remote_code: bool, **options: Any
+    loader: Any, folder: Path, dtype: torch.dtype, trust_remote_code: bool, layers: int | None = None, **options: Any
 ) -> tuple[Any, list[str]]:
     try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
         model, info = loader.from_pretrained(
             folder,
+            config=shallow(config, layers, folder),
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            **options,
         )
     except LOADING_ERRORS as error:
         raise DataError(

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from actors.learning.depth import shallow
+from actors.learning.model import LOADING_ERRORS
 from orchestrator.errors import DataError
 from orchestrator.scheduling.memory import ModelSize
 
@@ -20,13 +22,19 @@ def num_embeddings(folder: Path, *, trust_remote_code: bool = False) -> int:
         raise DataError(f"{folder}/config.json names no vocab_size of an architecture known here: {error}.") from error
 
 
-def model_size(folder: Path, *, trust_remote_code: bool = False) -> ModelSize:
-    """Raises DataError when the folder's config is of no known architecture."""
+def model_size(folder: Path, *, layers: int | None = None, trust_remote_code: bool = False) -> ModelSize:
+    """Of the whole model, or of its first `layers` layers.
+
+    Raises:
+        DataError: the folder's config is of no known architecture.
+        ConfigError: it has fewer layers.
+    """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = shallow(config, layers, folder)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise DataError(f"{folder}/config.json is of no architecture known here: {error}.") from error
     text = config.get_text_config()
     return ModelSize(
