@@ -161,3 +161,21 @@ def test_a_gradient_that_is_not_the_slope_is_refused(
     monkeypatch.setattr(miniature, "_small", small)
     with pytest.raises(DataError, match="its gradient says a slope"):
         check(llama, tmp_path)
+
+
+def test_more_layers_than_the_reward_base_has_are_refused(llama: Path, tmp_path: Path) -> None:
+    depth = AutoConfig.from_pretrained(llama).num_hidden_layers
+
+    def tried(layers: int) -> str | None:
+        return check(
+            llama,
+            tmp_path,
+            stages=["preferences", "reward_model"],
+            reward={"kind": "model", "rules": []},
+            reward_model={"layers": layers},
+        )
+
+    assert "reward_model.base was tried small" in (tried(1) or "")
+    assert "reward_model.base was tried small" in (tried(depth) or "")
+    with pytest.raises(ConfigError, match=rf"reward_model\.layers={depth + 1}, but .* set {depth} or less"):
+        tried(depth + 1)
