@@ -17,7 +17,7 @@ from actors.probe import Speed, machine_speed
 from actors.reward_training import CALIBRATION_REPLIES
 from jobs.plan_work import layout_of, models_of, work_of
 from jobs.prepare import Prepared, prepare
-from jobs.resolve import resolved
+from jobs.resolve import WITHOUT_TRIAL, resolved
 from orchestrator.config import Config
 from orchestrator.scheduling.costs import (
     Dimensions,
@@ -60,7 +60,7 @@ class Estimate:
 
 def expected(config: Config) -> str:
     """What to say about a config before it runs. Raises what reading its prompts and models raises."""
-    config = resolved(config, tell=lambda line: None)
+    config = resolved(config, tell=lambda line: None, keys=WITHOUT_TRIAL)
     found = estimate(config, prepare(config))
     text = f"model.dtype={config.model.dtype}: {found.speed.describe()}\nthis takes {found.describe()}"
     load = os.getloadavg()[0]

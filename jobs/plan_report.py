@@ -12,7 +12,7 @@ from actors.probe import machine_speed
 from jobs.capacity import Cluster, capacity, find_cluster
 from jobs.command import out, say
 from jobs.plan_work import layout_of, learning_of, work_of
-from jobs.resolve import resolved
+from jobs.resolve import WITHOUT_TRIAL, resolved
 from orchestrator.config import Config, config_from_tree
 from orchestrator.errors import CapacityError, ConfigError
 from orchestrator.failures import LEARNERS
@@ -68,7 +68,7 @@ def plan(config: Config, target: Target, lengths: MeanLengths) -> None:
 def _for_target(config: Config, target: Target) -> Config:
     """The resolved config; GPUs that are only planned for compute in bf16, whatever this machine does."""
     if target.gpus is None or config.model.dtype != "auto":
-        return resolved(config)
+        return resolved(config, keys=WITHOUT_TRIAL)
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
 
 

@@ -16,7 +16,7 @@ import typer
 from jobs.build import all_ready, experience_log, learners_of, recorder_of, start_learners, start_recorders, starting
 from jobs.cluster import cluster
 from jobs.command import run_async, run_command, say
-from jobs.resolve import resolved
+from jobs.resolve import WITHOUT_TRIAL, resolved
 from jobs.run_folder import CONFIG_FILE, RunFolder
 from jobs.settings import demands, initial_state, loop_settings, reward_model_of
 from orchestrator.checkpoints import Checkpoints
@@ -73,7 +73,7 @@ def read_run_folder(path: Path) -> tuple[Config, RunFolder]:
     if not (path / CONFIG_FILE).is_file():
         raise ConfigError(f"{path} holds no {CONFIG_FILE}, so it is no run folder; give the one that a run printed.")
     kept = load_config(path / CONFIG_FILE)
-    config = resolved(kept)
+    config = resolved(kept, keys=WITHOUT_TRIAL)
     changed = [change for change in changed_keys(kept, config) if change.matters and change.is_model]
     if changed:
         raise ConfigError(

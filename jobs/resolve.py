@@ -8,7 +8,7 @@ are computed at every attempt, and compared with the kept ones (config_changes.p
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -16,9 +16,11 @@ from typing import Any
 from actors.probe import machine_speed
 from jobs.command import say
 from jobs.contents import contents
+from jobs.engine_trial import samples, verdict_on_vllm
 from jobs.run_folder import kept_config
 from orchestrator.config import Config, config_from_tree
 from orchestrator.config_changes import OPEN, value_of
+from orchestrator.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,10 @@ class Resolved:
     why: str = ""
 
 
-def model_dtype(config: Config) -> Resolved:
+Tell = Callable[[str], None]
+
+
+def model_dtype(config: Config, tell: Tell) -> Resolved:
     """bf16 on GPUs; on CPUs the type in which this machine multiplies faster."""
     if uses_gpus(config):
         return Resolved("bfloat16", "on GPUs")
@@ -37,48 +42,64 @@ def model_dtype(config: Config) -> Resolved:
     return Resolved(speed.dtype, speed.describe())
 
 
-def model_today(config: Config) -> Resolved:
+def model_today(config: Config, tell: Tell) -> Resolved:
     """Chat templates that write a date write the same one as long as the run lives."""
     return Resolved(datetime.now().astimezone().date().isoformat())
 
 
-def rollout_engine(config: Config) -> Resolved:
-    """vLLM; where it is not installed (it is not published for macOS), generation by transformers."""
-    if importlib.util.find_spec("vllm") is not None:
+def rollout_engine(config: Config, tell: Tell) -> Resolved:
+    """vLLM where it is installed (it is not published for macOS) and, as far as a trial can say, serves the policy's
+    architecture; else generation by transformers. Open where nothing samples."""
+    if not samples(config):
+        return Resolved("auto")
+    if importlib.util.find_spec("vllm") is None:
+        return Resolved("hf", "vLLM is not installed here; transformers samples, more slowly")
+    try:
+        verdict = verdict_on_vllm(config, lambda line: tell(f"rollout.engine=auto: {line}"))
+    except DataError:  # of a model that can't be found; the checks of a run say so, with all else that is wrong
+        verdict = None
+    if verdict is None or verdict.refusal is None:
         return Resolved("vllm")
-    return Resolved("hf", "vLLM is not installed here; transformers samples, more slowly")
+    reason = f"vLLM can't serve model.path={config.model.path}: {verdict.refusal.rstrip('.')}"
+    return Resolved("hf", f"{reason}; transformers samples, more slowly")
 
 
-# Keys must also be in orchestrator.config_changes.RESOLVED_ONCE.
-RESOLVERS: Mapping[str, Callable[[Config], Resolved]] = {
+# In this order: the engine is tried in the dtype. Keys must also be in orchestrator.config_changes.RESOLVED_ONCE.
+RESOLVERS: Mapping[str, Callable[[Config, Tell], Resolved]] = {
     "model.dtype": model_dtype,
     "model.today": model_today,
     "rollout.engine": rollout_engine,
 }
+WITHOUT_TRIAL = ("model.dtype", "model.today")
+"""For what only computes with a config: trying an engine takes a while."""
 
 
-def resolved(config: Config, tell: Callable[[str], None] = say) -> Config:
+def resolved(config: Config, tell: Tell = say, keys: Collection[str] = tuple(RESOLVERS)) -> Config:
     """The config without open values: those that the run's own config.yaml keeps, else what the resolvers choose.
 
     Args:
         tell: gets a line for each value that is chosen here.
+        keys: others are left open, unless the run keeps a value.
 
     Raises:
         ConfigError: the kept config can't be read, or the values contradict others.
         StorageError: the run folder can't be read.
     """
     kept = kept_config(config)
-    tree = config.model_dump(mode="json")
     for key, resolve in RESOLVERS.items():
         if value_of(config, key) not in OPEN:
             continue
         kept_value = value_of(kept, key) if kept else None
-        found = Resolved(kept_value) if kept_value not in OPEN else resolve(config)
-        _set(tree, key, found.value)
+        if kept_value not in OPEN:
+            found = Resolved(kept_value)
+        elif key in keys:
+            found = resolve(config, tell)
+        else:
+            continue
+        config = _with(config, key, found.value)
         if found.why:
             tell(f"{key}: {found.value} ({found.why})")
-    tree["run"]["contents"] = contents(config)
-    return config_from_tree(tree, source="the resolved config")
+    return _with(config, "run.contents", contents(config))
 
 
 def uses_gpus(config: Config) -> bool:
@@ -93,8 +114,11 @@ def uses_gpus(config: Config) -> bool:
     return any(shares)
 
 
-def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+def _with(config: Config, key: str, value: Any) -> Config:
+    tree = config.model_dump(mode="json")
     *sections, leaf = key.split(".")
-    for section in sections:
-        tree = tree[section]
-    tree[leaf] = value
+    section = tree
+    for name in sections:
+        section = section[name]
+    section[leaf] = value
+    return config_from_tree(tree, source="the resolved config")

@@ -270,7 +270,7 @@ class ReferenceConfig(Section):
 class RolloutConfig(Section):
     engine: Literal["auto", "vllm", "hf"] = "auto"
     """vllm, or hf (generate of transformers) for architectures that vLLM does not serve. auto: vllm where it is
-    installed, else hf."""
+    installed and, tried on a small random model, serves the architecture of model.path rightly; else hf."""
     engines: Positive = 1
     """Number of engines."""
     tensor_parallel_size: Positive = 1

@@ -51,7 +51,7 @@ models in fp32 on a CPU. The suite tries some of the rows and compares them with
 - no dropout: a model that learns computes what it computes when it scores, whatever its config drops out.
 - export: what was learned is written, loaded by transformers, and says the same.
 - HF engine, vLLM: the engine takes a publish, proves it, and its log-probs are the trainer's. Where vLLM does not,
-  `check` says so before anything starts; `rollout.engine=hf` is the way out.
+  `rollout.engine=auto` takes the HF engine and says why; `rollout.engine=vllm` is refused before anything starts.
 
 | architecture | {" | ".join(_COLUMNS)} | verdict |
 |---|{"---|" * len(_COLUMNS)}---|

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.preflight_architecture import check_architecture
+from jobs.resolve import resolved
 from orchestrator.config import Config
 from orchestrator.errors import ConfigError
 from tests.deadlines import scaled
@@ -52,7 +53,7 @@ def test_the_table_has_a_row_for_every_architecture_and_every_row_says_what_to_d
     assert all(" | works |" in line or " | works with HF rollouts; vLLM: " in line for line in table())
 
 
-def test_check_refuses_what_vllm_does_not_serve_and_remembers_it(tmp_path: Path) -> None:
+def test_check_refuses_what_vllm_does_not_serve_and_remembers_it_and_auto_takes_hf(tmp_path: Path) -> None:
     folder = tiny_folder("MPT", tmp_path / "model")
     config = Config.model_validate(
         {
@@ -65,6 +66,10 @@ def test_check_refuses_what_vllm_does_not_serve_and_remembers_it(tmp_path: Path)
     for _ in range(2):
         with pytest.raises(ConfigError, match="MptForCausalLM was supported.*Set rollout.engine=hf"):
             check_architecture(config)
+    auto = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": "auto"})})
+    told: list[str] = []
+    assert resolved(auto, told.append).rollout.engine == "hf"
+    assert "MptForCausalLM was supported" in told[-1] and len(told) == 1
     (kept,) = (tmp_path / "cache" / "engine-trials").glob("*.json")
     kept.write_text(json.dumps({"refusal": None, "difference": 1e-6, "untried": None}))
     assert "vLLM serves this architecture" in str(check_architecture(config))

@@ -12,6 +12,7 @@ import pytest
 from actors import probe
 from actors.probe import Speed
 from jobs import resolve
+from jobs.engine_trial import Verdict
 from jobs.preflight_engine import check_engine
 from jobs.resolve import RESOLVERS, resolved
 from jobs.run_folder import CONFIG_FILE, open_run
@@ -29,6 +30,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(resolve, "machine_speed", lambda cache: speed)
 
     become(SLOW_BF16)
+    monkeypatch.setattr(resolve, "verdict_on_vllm", lambda config, tell: Verdict(difference=0.0))
     return become
 
 
@@ -160,7 +162,7 @@ def test_the_date_belongs_to_the_run(tmp_path: Path, machine: Any, monkeypatch: 
     first = resolved(config(tmp_path)).model.today
     assert first is not None and abs(first - datetime.now().astimezone().date()) <= timedelta(days=1)
     open_run(resolved(config(tmp_path)))
-    monkeypatch.setitem(resolve.RESOLVERS, "model.today", lambda config: resolve.Resolved("2031-01-01"))  # type: ignore[arg-type]
+    monkeypatch.setitem(resolve.RESOLVERS, "model.today", lambda config, tell: resolve.Resolved("2031-01-01"))  # type: ignore[arg-type]
     later = resolved(config(tmp_path))
     assert later.model.today == first and open_run(later).notes == ()
     assert resolved(config(tmp_path / "elsewhere")).model.today == date(2031, 1, 1)
