@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,9 +30,11 @@ from orchestrator.scheduling.memory import (
     scorer_memory,
     too_much,
 )
-from orchestrator.scheduling.plan import Node, Plan, place
+from orchestrator.scheduling.plan import Demand, Node, Plan, place
 
 THIS_MACHINE = "this machine"
+REWARD_MODEL = "reward_model"
+"""The name of what trains the reward model, in plans and messages."""
 _LOGGED_BYTES_PER_TOKEN = 40  # token id and some eight floats, before compression
 _SAVED_BYTES_PER_PARAM = 14  # weights, masters, two moments
 
@@ -88,12 +91,29 @@ def capacity(config: Config, cluster: Cluster) -> Capacity:
         CapacityError: cores, GPUs or memory are short.
         DataError: a model's config can't be read.
     """
-    with_ppo = "ppo" in config.stages
-    plan = place(demands(config, learning=with_ppo), cluster.nodes, mode=config.placement.mode)
+    if "reward_model" in config.stages:
+        place_reward_workers(config, cluster.nodes)
+    needed = demands(config, learning="ppo" in config.stages) if config.has_rollouts else []
+    plan = place(needed, cluster.nodes, mode=config.placement.mode)
     sizes = _Sizes(config)
     memory_of = memory_per_role(config, sizes)
     found = needs(plan, memory_of, cluster.offers)
     return Capacity(cluster, plan, memory_of, found, too_much(found), disk_bytes(config, sizes))
+
+
+def place_reward_workers(config: Config, nodes: Sequence[Node]) -> int:
+    """CPU threads of one worker of the reward_model stage.
+
+    Raises:
+        CapacityError: the workers do not fit on the nodes.
+    """
+    stage = config.reward_model
+    threads = stage.threads_per_worker
+    if threads is None:
+        per_node = math.ceil(stage.workers / max(len(nodes), 1))
+        threads = max(int(min((node.cpus for node in nodes), default=1.0) / per_node), 1)
+    place([Demand(REWARD_MODEL, stage.workers, threads, stage.gpus_per_worker)], nodes, mode="separate")
+    return threads
 
 
 class _Sizes:

@@ -35,7 +35,10 @@ def check(config: Config, ray_address: str | None) -> None:
         say(note)
     if found.prepared is not None:
         prompts = found.prepared.prompts
-        _show_prompt(found.prepared.chat, (prompts.train or prompts.reward_model or prompts.held_out)[0])
+        for prompt in (prompts.train or prompts.reward_model or prompts.held_out)[:1]:
+            _show_prompt(found.prepared.chat, prompt)
+        for line in describe_chat(found.prepared.chat):
+            say(line)
         if "ppo" in config.stages:
             _show("batches", batch_rows(config, len(prompts.train)))
     problems = [*found.problems]
@@ -95,8 +98,6 @@ def _show_prompt(chat: Chat, prompt: Prompt) -> None:
     shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."
     say(f"prompt {prompt.id!r} as the model gets it, {len(prompt.tokens)} tokens:")
     say("\n".join(f"  | {line}" for line in shown.splitlines()))
-    for line in describe_chat(chat):
-        say(line)
 
 
 def _show_capacity(config: Config, found: Capacity) -> None:

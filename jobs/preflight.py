@@ -26,9 +26,10 @@ from jobs.preflight_architecture import check_architecture
 from jobs.preflight_conversations import check_reward_conversations, check_vocabularies
 from jobs.preflight_engine import check_engine
 from jobs.preflight_models import check_models
-from jobs.prepare import Prepared, find_data, policy_chat, prepare
+from jobs.prepare import Prepared, find_data, policy_chat, prepare, without_prompts
+from jobs.reward_model import split_held_out
 from jobs.run_folder import check_run_folder
-from orchestrator.config import Config, RuleConfig
+from orchestrator.config import Config, RuleConfig, Stage
 from orchestrator.data.readers import read_rankings
 from orchestrator.errors import ConfigError, DataError, RewardError, RlhfError
 from orchestrator.mirror import Mirror
@@ -57,6 +58,22 @@ class Preflight:
         return self.prepared
 
 
+def check_alone(config: Config, stage: Stage) -> None:
+    """Checks a run of one stage by a command of its own, which neither mirrors its run nor opens trackers and ports.
+
+    Raises:
+        ConfigError, DataError: see Preflight.require.
+    """
+    run = config.run.model_copy(update={"mirror": None})
+    telemetry = config.telemetry.model_copy(
+        update={"prometheus_port": None, "tensorboard": False, "wandb_project": None, "mlflow_uri": None}
+    )
+    found = preflight(config.model_copy(update={"stages": (stage,), "run": run, "telemetry": telemetry}), kept=config)
+    found.require()
+    for note in found.notes:
+        say(note)
+
+
 def checked(config: Config) -> Prepared:
     """The prompts of a run whose input is good. Raises what is wrong, see Preflight.require."""
     found = preflight(config)
@@ -66,7 +83,12 @@ def checked(config: Config) -> Prepared:
     return prepared
 
 
-def preflight(config: Config) -> Preflight:
+def preflight(config: Config, *, kept: Config | None = None) -> Preflight:
+    """Checks what the config's stages read and start.
+
+    Args:
+        kept: what the run folder will keep, where that is not `config`.
+    """
     notes: list[str] = []
     problems: list[RlhfError] = []
 
@@ -78,8 +100,10 @@ def preflight(config: Config) -> Preflight:
             return None
 
     chat: Chat | None = attempt(lambda: policy_chat(config))
-    prepared: Prepared | None = None if chat is None else attempt(lambda: prepare(config, chat))
-    if prepared is not None:
+    prepared: Prepared | None = None
+    if chat is not None:
+        prepared = attempt(lambda: prepare(config, chat)) if config.has_rollouts else without_prompts(chat)
+    if prepared is not None and config.has_rollouts:
         notes.append(prepared.describe())
     examples = _examples(prepared)
     checks: tuple[Callable[[], str | None], ...] = (
@@ -94,7 +118,7 @@ def preflight(config: Config) -> Preflight:
         lambda: check_engine(config),
         lambda: check_architecture(config),
         lambda: check_models(config),
-        lambda: check_run_folder(config),
+        lambda: check_run_folder(kept or config),
         lambda: _mirror(config),
     )
     notes.extend(note for note in map(attempt, checks) if note)
@@ -123,7 +147,8 @@ def _preferences(config: Config) -> str | None:
     preferences = config.preferences
     if preferences.path is None or "reward_model" not in config.stages:
         return None
-    _, report = read_rankings(find_data(preferences.path), preferences.format, preferences.limit)
+    records, report = read_rankings(find_data(preferences.path), preferences.format, preferences.limit)
+    split_held_out(records, preferences.held_out)
     return f"preferences: {report.summary()}"
 
 
@@ -211,6 +236,8 @@ def _mirror(config: Config) -> str | None:
 
 
 def _trackers(config: Config) -> str | None:
+    if "ppo" not in config.stages:
+        return None
     require_packages(config.telemetry)
     return "\n".join(try_trackers(config.telemetry, TRACKERS_PROBE_S)) or None
 

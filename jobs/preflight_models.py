@@ -54,15 +54,16 @@ def check_models(config: Config) -> str | None:
 
 def _uses(config: Config) -> Iterator[_Use]:
     longest, policy, stages = config.model.max_length, config.policy, config.stages
-    yield _Use(
-        "model.path",
-        config.model.path,
-        scores=False,
-        window=longest,
-        learns="ppo" in stages,
-        checkpointing=policy.gradient_checkpointing,
-        exports="ppo" in stages,
-    )
+    if config.has_rollouts:
+        yield _Use(
+            "model.path",
+            config.model.path,
+            scores=False,
+            window=longest,
+            learns="ppo" in stages,
+            checkpointing=policy.gradient_checkpointing,
+            exports="ppo" in stages,
+        )
     if "ppo" in stages:
         if config.reference.path is not None:
             yield _Use("reference.path", config.reference.path, scores=False, window=longest)

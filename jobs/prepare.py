@@ -71,6 +71,11 @@ def prepare(config: Config, chat: Chat | None = None) -> Prepared:
     return Prepared(parts, report, left_out, chat)
 
 
+def without_prompts(chat: Chat) -> Prepared:
+    """For stages that read none."""
+    return Prepared(Splits((), (), ()), ReadReport("", "", 0, 0, {}), (), chat)
+
+
 def policy_chat(config: Config) -> Chat:
     """How conversations are written for the policy. Raises DataError: the model's folder, tokenizer or template."""
     folder = resolve_model(config.model.path, config.run.cache)

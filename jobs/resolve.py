@@ -16,7 +16,7 @@ from typing import Any
 from actors.probe import machine_speed
 from jobs.command import say
 from jobs.contents import contents
-from jobs.engine_trial import samples, verdict_on_vllm
+from jobs.engine_trial import verdict_on_vllm
 from jobs.run_folder import kept_config
 from orchestrator.config import Config, config_from_tree
 from orchestrator.config_changes import OPEN, value_of
@@ -50,7 +50,7 @@ def model_today(config: Config, tell: Tell) -> Resolved:
 def rollout_engine(config: Config, tell: Tell) -> Resolved:
     """vLLM where it is installed (it is not published for macOS) and, as far as a trial can say, serves the policy's
     architecture; else generation by transformers. Open where nothing samples."""
-    if not samples(config):
+    if not config.has_rollouts:
         return Resolved("auto")
     if importlib.util.find_spec("vllm") is None:
         return Resolved("hf", "vLLM is not installed here; transformers samples, more slowly")

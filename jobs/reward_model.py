@@ -17,14 +17,15 @@ from typing import Annotated
 import ray
 import typer
 
-from actors.cluster import alive_nodes
+from actors.cluster import alive_nodes, named_address
 from actors.learning.learner import LearnerSettings
 from actors.reward_training import RewardTraining, Trained, train_worker
 from actors.train_run import Progress, Restarted, TrainRun, Workers
+from jobs.capacity import REWARD_MODEL, find_cluster, place_reward_workers
 from jobs.cluster import cluster
-from jobs.command import read_config, run_async, run_command, say
+from jobs.command import imported, read_config, run_async, run_command, say
 from jobs.prepare import find_data
-from jobs.resolve import resolved
+from jobs.resolve import WITHOUT_TRIAL, resolved
 from jobs.run_folder import RunFolder, open_run
 from jobs.settings import chat_settings
 from orchestrator.algorithms.ranking import concordant_pairs, kendall_tau, num_pairs, wilson_interval
@@ -33,13 +34,11 @@ from orchestrator.data.readers import read_rankings
 from orchestrator.data.records import RankingRecord
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.prompts import split
-from orchestrator.scheduling.plan import Demand, Node, place
 from orchestrator.storage import write_json, writing
 from orchestrator.telemetry import Telemetry
 
 SHOWN = 20  # lines for people about the optimizer steps of the stage
 RESULT_FILE = "reward_model.json"
-_ROLE = "reward_model"
 _RECORDED = ("loss", "accuracy", "grad_norm", "learning_rate")
 
 Say = Callable[[str], None]
@@ -137,7 +136,7 @@ async def train_reward_model(
     """
     started = monotonic()
     folder = folder.absolute()
-    threads = place_workers(config, alive_nodes())
+    threads = place_reward_workers(config, alive_nodes())
     settings = _settings(config, folder, num_records=len(records), threads=threads)
     shutil.rmtree(settings.work, ignore_errors=True)
     with writing(settings.work):
@@ -146,7 +145,7 @@ async def train_reward_model(
     training = TrainRun(
         train_worker,
         {"settings": settings, "records": ray.put((tuple(records), tuple(held_out)))},
-        Workers(_ROLE, stage.workers, threads, stage.gpus_per_worker, config.placement.wait_s, limits.learn_s),
+        Workers(REWARD_MODEL, stage.workers, threads, stage.gpus_per_worker, config.placement.wait_s, limits.learn_s),
         settings.work,
     )
     steps = await _follow(training, settings.learner.total_optimizer_steps, limits, telemetry, say)
@@ -200,21 +199,6 @@ def measure(scores: Sequence[Sequence[float]], gold: Sequence[Sequence[float]] |
         num_pairs=pairs,
         kendall_tau=_mean(known) if known else None,
     )
-
-
-def place_workers(config: Config, nodes: Sequence[Node]) -> int:
-    """CPU threads of one worker.
-
-    Raises:
-        CapacityError: the workers do not fit on the nodes.
-    """
-    stage = config.reward_model
-    threads = stage.threads_per_worker
-    if threads is None:
-        per_node = math.ceil(stage.workers / max(len(nodes), 1))
-        threads = max(int(min((node.cpus for node in nodes), default=1.0) / per_node), 1)
-    place([Demand(_ROLE, stage.workers, threads, stage.gpus_per_worker)], nodes, mode="separate")
-    return threads
 
 
 def _settings(config: Config, folder: Path, *, num_records: int, threads: int) -> RewardTraining:
@@ -298,22 +282,33 @@ def main(
 
     def work() -> None:
         settings = read_config(config, overrides or (), print_config=print_config)
-        _run(resolved(settings), ray_address)
+        run_alone(settings, ray_address)
 
     run_command(work)
 
 
-def _run(config: Config, ray_address: str | None) -> None:
-    if config.preferences.path is None:
+def run_alone(config: Config, ray_address: str | None) -> None:
+    """Checks, then runs the stage. The run keeps the config as it is: `jobs.ppo` can continue with its other stages.
+
+    Raises:
+        ConfigError, DataError, CapacityError: found before anything starts, but for the room on a named cluster.
+    """
+    preferences = config.preferences
+    if preferences.path is None:
         raise ConfigError(
             "preferences.path is null: give a preference file, or let the labeller make one with "
             "`python -m jobs.ppo` and stages: [preferences, reward_model]."
         )
-    preferences = config.preferences
-    records, report = read_rankings(find_data(config.preferences.path), preferences.format, preferences.limit)
+    config = resolved(config, keys=WITHOUT_TRIAL)
+    say("checking data and models ...")
+    imported("jobs.preflight:check_alone")(config, "reward_model")
+    if named_address(ray_address) is None:
+        place_reward_workers(config, find_cluster(None, wait_s=0.0).nodes)
+    records, report = read_rankings(find_data(preferences.path), preferences.format, preferences.limit)
     say(report.summary())
     train, held_out = split_held_out(records, preferences.held_out)
     with cluster(ray_address, wait_s=config.placement.wait_s, tell=say):
+        place_reward_workers(config, alive_nodes())
         run = open_run(config, say)
         say(f"run {run.id}, attempt {run.attempt}: {run.path}")
         with Telemetry(run.path, run.id, run.attempt, stage="reward_model") as telemetry:

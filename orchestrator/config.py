@@ -514,6 +514,11 @@ class Config(Section):
     def samples_per_step(self) -> int:
         return self.ppo.prompts_per_step * self.ppo.samples_per_prompt
 
+    @property
+    def has_rollouts(self) -> bool:
+        """Whether any stage samples replies to the prompts, and so starts rollout engines."""
+        return "preferences" in self.stages or "ppo" in self.stages
+
     @model_validator(mode="after")
     def _keys_fit_together(self) -> Config:
         for complaint in _contradictions(self):

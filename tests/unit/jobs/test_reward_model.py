@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.reward_model import RewardModelResult, measure, place_workers, split_held_out
+from jobs.capacity import place_reward_workers
+from jobs.reward_model import RewardModelResult, measure, split_held_out
 from orchestrator.config import config_from_tree
 from orchestrator.data.records import Message, RankingRecord
 from orchestrator.errors import CapacityError, DataError
@@ -57,14 +58,14 @@ def test_quality_by_hand() -> None:
 )
 def test_threads_of_a_worker(workers: int, threads: int | None, cpus: list[float], expected: int) -> None:
     nodes = [Node(f"10.0.0.{n}", count) for n, count in enumerate(cpus)]
-    assert place_workers(_config(workers=workers, threads_per_worker=threads), nodes) == expected
+    assert place_reward_workers(_config(workers=workers, threads_per_worker=threads), nodes) == expected
 
 
 def test_too_many_workers_are_refused_before_anything_starts() -> None:
     with pytest.raises(CapacityError, match="reward_model wants 3"):
-        place_workers(_config(workers=3), [Node("10.0.0.1", 2)])
+        place_reward_workers(_config(workers=3), [Node("10.0.0.1", 2)])
     with pytest.raises(CapacityError, match="too few GPUs"):
-        place_workers(_config(gpus_per_worker=1), [Node("10.0.0.1", 2)])
+        place_reward_workers(_config(gpus_per_worker=1), [Node("10.0.0.1", 2)])
 
 
 def test_the_result_says_what_was_measured() -> None:
