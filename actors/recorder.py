@@ -19,6 +19,7 @@ from orchestrator.algorithms.experience import ExperienceSettings, assemble, sum
 from orchestrator.config import RuleConfig, RuleLimits
 from orchestrator.errors import RewardError, StorageError
 from orchestrator.evaluation import EVALUATION
+from orchestrator.held_out import failures_file
 from orchestrator.storage import reading, replacing, sha256
 from orchestrator.types import Handle, Metrics, Moments, ShardRecord
 
@@ -46,6 +47,7 @@ class RecorderWorker:
     ) -> None:
         self._settings = settings
         self._run_id = run_id
+        self._gold_name = gold
         self._gold = RuleReward([RuleConfig(function=gold)], limits, total_s=gold_s) if gold else None
 
     def record(
@@ -56,7 +58,7 @@ class RecorderWorker:
         table, num_dropped = assemble(rollout, **parts, settings=self._settings, kl_coefficient=kl_coefficient)
         path = Path(file)
         if num_dropped:
-            _write_failures(path.with_name(f"failed-{path.stem}.jsonl"), pa.concat_tables(parts["rewards"]))
+            _write_failures(failures_file(path), pa.concat_tables(parts["rewards"]))
         _write(path, table, {"run_id": self._run_id})
         moments, sums, extremes = summarise(table) if table.num_rows else (Moments(), {}, {})
         record = ShardRecord(
@@ -88,15 +90,37 @@ class RecorderWorker:
         return table.replace_schema_metadata(None).combine_chunks(), table.num_rows
 
     def evaluate(self, shards: list[dict[str, list[Any]]], *, file: str) -> Metrics:
-        """Joins held-out samples with their scores, writes one Parquet file, returns `evaluation/*` metrics."""
-        table = pa.concat_tables([_evaluated(shard, self._gold) for shard in shards])
-        _write(Path(file), table, {"run_id": self._run_id})
+        """Joins held-out samples with their scores, writes one Parquet file, returns `evaluation/*` metrics.
+
+        A sample whose score failed has a null gold score and is listed beside the file with the reason.
+
+        Raises:
+            RewardError: every score failed.
+        """
+        joined = pa.concat_tables([_joined(shard) for shard in shards])
+        errors = joined["reward_error"]
+        if self._gold is not None:
+            scores = self._gold.scores(joined)  # all at once: they share the rule's time
+            gold = pa.array([score.value for score in scores], pa.float64())
+            errors = pa.array([score.error for score in scores], pa.string())
+            joined = joined.set_column(joined.schema.get_field_index("gold"), "gold", gold)
+        failed = pc.is_null(joined["gold"])
+        num_failed = pc.sum(failed).as_py() or 0
+        path = Path(file)
+        if num_failed == joined.num_rows:
+            raise RewardError(_all_failed(self._gold_name, joined.num_rows, errors[0].as_py()))
+        if num_failed:
+            listed = pa.table({"prompt_id": joined["prompt_id"], "error": errors}).filter(failed)
+            _write_lines(failures_file(path), listed)
+        table = joined.select(EVALUATION.names).cast(EVALUATION)
+        _write(path, table, {"run_id": self._run_id})
         metrics = {
             "evaluation/gold_mean": pc.mean(table["gold"]).as_py(),
             "evaluation/gold_std": pc.stddev(table["gold"], ddof=1).as_py(),
             "evaluation/kl_per_response": pc.mean(table["kl"]).as_py(),
             "evaluation/length_mean": pc.mean(table["length"]).as_py(),
             "evaluation/reward_mean": pc.mean(table["reward"]).as_py(),
+            "evaluation/failed": num_failed,
         }
         return {name: float(value) for name, value in metrics.items() if value is not None}
 
@@ -111,12 +135,16 @@ def _write(path: Path, table: pa.Table, metadata: dict[str, str]) -> None:
 
 
 def _write_failures(path: Path, rewards: pa.Table) -> None:
-    failed = rewards.filter(pc.is_null(rewards["reward"])).select(["row", "reward_error"])
+    _write_lines(path, rewards.filter(pc.is_null(rewards["reward"])).select(["row", "reward_error"]))
+
+
+def _write_lines(path: Path, failed: pa.Table) -> None:
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(item) + "\n" for item in failed.to_pylist()), encoding="utf-8")
 
 
-def _evaluated(shard: dict[str, list[Any]], gold: RuleReward | None) -> pa.Table:
+def _joined(shard: dict[str, list[Any]]) -> pa.Table:
+    """Columns of EVALUATION, scored by the training reward, and what else a gold rule reads."""
     parts = {name: pa.concat_tables(_fetch(handles)).sort_by("row") for name, handles in shard.items()}
     rollout = parts["rollout"]
     policy, reference = (pc.list_flatten(parts[name]["logprobs"]).to_numpy() for name in ("policy", "reference"))
@@ -124,13 +152,14 @@ def _evaluated(shard: dict[str, list[Any]], gold: RuleReward | None) -> pa.Table
     kl = _sum_rows(policy.astype("float64") - reference, lengths.to_numpy())
     reward = parts["reward"]["reward"].cast(pa.float64())
     columns = {
-        **{name: rollout[name] for name in ("prompt_id", "prompt_text", "response_text")},
-        "gold": pa.array(_gold_scores(gold, rollout), pa.float64()) if gold else reward,
+        **{name: rollout[name] for name in ("prompt_id", "prompt_text", "response_text", "meta")},
+        "gold": reward,
         "kl": pa.array(kl),
         "length": lengths,
         "reward": reward,
+        "reward_error": parts["reward"]["reward_error"],
     }
-    return pa.table([columns[name] for name in EVALUATION.names], schema=EVALUATION)
+    return pa.table(columns)
 
 
 def _sum_rows(flat: Any, lengths: Any) -> Any:
@@ -138,9 +167,10 @@ def _sum_rows(flat: Any, lengths: Any) -> Any:
     return np.bincount(row_of_item, weights=flat, minlength=len(lengths))
 
 
-def _gold_scores(gold: RuleReward, rollout: pa.Table) -> list[float]:
-    scores = gold.scores(rollout)
-    for score in scores:
-        if score.value is None:
-            raise RewardError(f"the gold rule failed on a held-out sample: {score.error}. Mend evaluation.gold.")
-    return [score.value for score in scores if score.value is not None]
+def _all_failed(gold: str | None, num_rows: int, first: str) -> str:
+    if gold is None:
+        return f"the reward failed on all {num_rows} held-out responses: {first}. Correct what `reward` names."
+    return (
+        f"the gold rule {gold} failed on all {num_rows} held-out responses: {first}. Correct evaluation.gold, or set "
+        "evaluation.gold=null to score by the training reward, or evaluation.prompts=0."
+    )

@@ -12,6 +12,7 @@ from time import monotonic
 import pyarrow as pa
 
 from actors.engines import RolloutWorker
+from actors.rewards import Score
 from actors.rewards.rules import RuleReward
 from jobs.build import all_ready, start_engines, starting, supervisor_of
 from jobs.labeller import LabelReport, ScoredReplies, label, write_rankings
@@ -52,8 +53,11 @@ async def make_preferences(
     tables = await _sample(config, run, shards, telemetry, say)
     table = pa.concat_tables(tables)
     # In a thread: the event loop writes the heartbeat meanwhile.
-    values = await asyncio.to_thread(_gold_scores, config, table)
-    scored = _scored(table, chosen, values)
+    scores = await asyncio.to_thread(_gold_scores, config, table)
+    failures = require_some(scores, config.labeller.gold)
+    if failures:
+        say(f"WARNING preferences: {failures}")
+    scored = _scored(table, chosen, [score.value for score in scores])
     rankings, report = label(scored, noise_std=config.labeller.noise_std, seed=config.run.seed)
     write_rankings(run.preferences, rankings)
     return report
@@ -83,11 +87,28 @@ async def _sample(
         return [tables[index] for index in range(len(shards))]
 
 
-def _gold_scores(config: Config, table: pa.Table) -> list[float | None]:
+def require_some(scores: Sequence[Score], gold: str) -> str:
+    """What to say about the replies that the gold rule could not score; empty where there are none.
+
+    Raises:
+        DataError: it could score none.
+    """
+    errors = [score.error for score in scores if score.value is None]
+    if scores and len(errors) == len(scores):
+        raise DataError(
+            f"the gold rule {gold} failed on all {len(scores)} sampled replies: {errors[0]}. Correct labeller.gold, or "
+            "give preferences.path and leave the stage preferences out."
+        )
+    if not errors:
+        return ""
+    return f"the gold rule {gold} failed on {len(errors)} of {len(scores)} replies, which are left out: {errors[0]}"
+
+
+def _gold_scores(config: Config, table: pa.Table) -> list[Score]:
     rules = [RuleConfig(function=config.labeller.gold)]
     total_s = config.deadlines.score_s * math.ceil(table.num_rows / samples_per_shard(config))
     with RuleReward(rules, config.reward.limits, total_s=total_s) as gold:
-        return [score.value for score in gold.scores(table)]
+        return gold.scores(table)
 
 
 def _scored(table: pa.Table, prompts: Sequence[Prompt], values: Sequence[float | None]) -> list[ScoredReplies]:

@@ -90,6 +90,9 @@ def result_facts(run: RunData) -> Iterator[Fact]:
         if comparison.sd_first > 0.0:
             detail = f"95 % interval {comparison.low:+.2f} to {comparison.high:+.2f}, paired bootstrap"
             yield Fact("Gain", f"{comparison.delta_in_sd:+.2f} SD", detail)
+        if run.num_left_out:
+            detail = f"{run.num_left_out} others have no score before or after; evaluation/failed-*.jsonl says why"
+            yield Fact("Prompts compared", f"{comparison.num_prompts}", detail)
     if run.evaluations and (rows := run.evaluations[max(run.evaluations)]):
         kl = sum(row.kl for row in rows) / len(rows)
         yield Fact("KL per response, held out", f"{kl:.2f} nats", f"version {max(run.evaluations)}")

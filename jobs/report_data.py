@@ -46,6 +46,7 @@ class RunData:
         steps: metrics by step of the PPO stage.
         evaluations: rows by version.
         comparison: last evaluation against the first; None with fewer than two.
+        num_left_out: prompts of these two that have no score in one of them, and are not compared.
         rewards: extremes by training reward over the experience log.
         golds: extremes by gold score of the last evaluation.
         score_name: what "gold" is called for people.
@@ -60,6 +61,7 @@ class RunData:
     steps: Mapping[int, Mapping[str, float]]
     evaluations: Mapping[int, Sequence[EvaluationRow]]
     comparison: Comparison | None
+    num_left_out: int
     rewards: Extremes
     golds: Extremes
     score_name: str
@@ -90,20 +92,23 @@ def read_run(folder: Path) -> RunData:
         raise DataError(f"{folder} is no folder; give the folder of a run (it holds {METRICS_FILE}).")
     notes: list[str] = []
     lines, events = read_lines(folder / METRICS_FILE), read_lines(folder / EVENTS_FILE)
-    evaluations = dict(_evaluations(folder, notes))
+    asked: dict[int, set[str]] = {}
+    evaluations = dict(_evaluations(folder, notes, asked))
     if not lines and not evaluations:
         raise DataError(
             f"{folder} holds no metrics and no evaluations yet: {METRICS_FILE} is missing or empty. Wait for the "
             "run's first step, or give another run folder."
         )
     config_text, config = _config(folder / "config.yaml", notes)
+    comparison = _comparison(evaluations, notes)
     return RunData(
         run_id=folder.resolve().name,
         config_text=config_text,
         num_steps_planned=_planned_steps(config),
         steps=_steps(lines),
         evaluations=evaluations,
-        comparison=_comparison(evaluations, notes),
+        comparison=comparison,
+        num_left_out=_num_left_out(asked, comparison),
         rewards=_extremes(_logged_samples(folder, notes)),
         golds=_extremes(_evaluated_samples(evaluations)),
         score_name=_score_name(config),
@@ -147,13 +152,19 @@ def _steps(lines: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, float]]
     }
 
 
-def _evaluations(folder: Path, notes: list[str]) -> Iterator[tuple[int, list[EvaluationRow]]]:
+def _evaluations(
+    folder: Path, notes: list[str], asked: dict[int, set[str]]
+) -> Iterator[tuple[int, list[EvaluationRow]]]:
     for path in sorted((folder / "evaluation").glob("step-*.parquet")):
         rows = _table(path, EVALUATION.names, folder, notes)
         if rows and (number := re.search(r"\d+", path.stem)):
+            asked[int(number.group())] = {row["prompt_id"] for row in rows}
             scored = [EvaluationRow(**row) for row in rows if row["gold"] is not None]
             if len(scored) < len(rows):
-                notes.append(f"{path.name}: {len(rows) - len(scored)} rows without a gold score are left out.")
+                notes.append(
+                    f"{path.name}: {len(rows) - len(scored)} rows without a gold score are left out; "
+                    f"failed-{path.stem}.jsonl says why."
+                )
             yield int(number.group()), scored
 
 
@@ -211,6 +222,10 @@ def _comparison(evaluations: Mapping[int, Sequence[EvaluationRow]], notes: list[
     except DataError as error:
         notes.append(str(error))
         return None
+
+
+def _num_left_out(asked: Mapping[int, set[str]], comparison: Comparison | None) -> int:
+    return 0 if comparison is None else len(asked[min(asked)] | asked[max(asked)]) - comparison.num_prompts
 
 
 def _accuracy(lines: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> float | None:

@@ -385,7 +385,8 @@ class EvaluationConfig(Section):
     prompts: NonNegative = 128
     """Held-out prompts; 0: no evaluation."""
     gold: str | None = "actors.rewards.gold:vader_positivity"
-    """Rule function that scores held-out responses. Null: the training reward."""
+    """Rule function that scores held-out responses. Null: the training reward. A response that it fails on is left out
+    before and after; where it fails on all, the run ends."""
 
 
 class TelemetryConfig(Section):

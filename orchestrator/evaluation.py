@@ -17,7 +17,7 @@ EVALUATION = pa.schema(
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("prompt_text", pa.string(), nullable=False),
         pa.field("response_text", pa.string(), nullable=False),
-        pa.field("gold", pa.float64(), nullable=False),
+        pa.field("gold", pa.float64()),  # null where it failed
         pa.field("kl", pa.float64(), nullable=False),  # to the reference, summed over the response (k1)
         pa.field("length", pa.int32(), nullable=False),  # tokens, EOS included
         pa.field("reward", pa.float64()),  # of the training reward; null where it failed or was not asked
@@ -29,7 +29,7 @@ _RESAMPLES_AT_ONCE = 256  # bounds memory at 256 × prompts indices
 
 @dataclass(frozen=True)
 class EvaluationRow:
-    """One held-out response: a row of EVALUATION."""
+    """One scored held-out response: a row of EVALUATION."""
 
     prompt_id: str
     prompt_text: str
@@ -74,7 +74,10 @@ def compare(
     first_of, last_of = _mean_gold(first), _mean_gold(last)
     common = [prompt_id for prompt_id in first_of if prompt_id in last_of]
     if not common:
-        raise DataError("the two evaluations have no prompt in common; compare evaluations of one run.")
+        raise DataError(
+            "the two evaluations have no prompt in common that was scored in both; compare evaluations of one run, and "
+            "see the failed-*.jsonl beside them for scores that failed."
+        )
     first_P = np.array([first_of[prompt_id] for prompt_id in common])
     last_P = np.array([last_of[prompt_id] for prompt_id in common])
     if not (np.isfinite(first_P).all() and np.isfinite(last_P).all()):

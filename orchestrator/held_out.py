@@ -13,8 +13,14 @@ from orchestrator.telemetry import Telemetry
 from orchestrator.types import EvaluatedShard, RolloutShard, SampleRequest, Sampling, State
 
 
+def failures_file(file: Path) -> Path:
+    """Where the failures of a file of samples are listed."""
+    return file.with_name(f"failed-{file.stem}.jsonl")
+
+
 class Evaluation:
-    """Samples held-out prompts, scores them and writes evaluation/step-NNNNNN.parquet, one row per prompt.
+    """Samples held-out prompts, scores them and writes evaluation/step-NNNNNN.parquet, one row per prompt. What
+    could not be scored is listed beside it.
 
     Args:
         folder: where the files go.
@@ -62,13 +68,27 @@ class Evaluation:
         sampled = await together(self._rollouts.generate(shard) for shard in shards)
         await self._rollouts.sleep()
         scored = await together(self._score(shard) for shard in sampled)
-        metrics = await self._recorder.evaluate(scored, file=str(self._file(state.step)))
+        file = self._file(state.step)
+        metrics = await self._recorder.evaluate(scored, file=str(file))
         self._telemetry.evaluation(state.version, metrics)
+        self._tell_failures(state.version, int(metrics.get("evaluation/failed", 0)), file)
 
     async def _score(self, shard: RolloutShard) -> EvaluatedShard:
         scorers = (self._policy, self._reference, self._reward)
         logprobs, ref_logprobs, rewards = await together(scorer.score(shard) for scorer in scorers)
         return EvaluatedShard(shard, logprobs, ref_logprobs, rewards)
+
+    def _tell_failures(self, version: int, num_failed: int, file: Path) -> None:
+        if num_failed:
+            reasons = failures_file(file)
+            self._telemetry.tell(
+                f"WARNING evaluation of version {version}: {num_failed} of {len(self._requests)} held-out responses "
+                f"have no score and are left out; {reasons} says why",
+                "evaluation_failures",
+                version=version,
+                failed=num_failed,
+                reasons=str(reasons),
+            )
 
     def _file(self, step: int) -> Path:
         return self._folder / f"step-{step:06d}.parquet"

@@ -126,6 +126,9 @@ def _beside_steps() -> Iterable[Metric]:
     yield Metric("evaluation/reward_mean", "Mean training reward of held-out responses", "reward", when=evaluation)
     yield Metric("evaluation/kl_per_response", "KL to the reference on held-out responses", "nats", when=evaluation)
     yield Metric("evaluation/length_mean", "Mean length of held-out responses", "tokens", when=evaluation)
+    yield Metric(
+        "evaluation/failed", "Held-out responses without a gold score, left out of what is scored", when=evaluation
+    )
     stage: When = "reward_model stage"
     yield Metric("reward_model/loss", "Ranking loss", when=stage)
     yield Metric("reward_model/accuracy", "Share of training pairs in the right order", when=stage)

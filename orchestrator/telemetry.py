@@ -203,6 +203,12 @@ class Telemetry:
         head = {"time": self._wall_clock(), "attempt": self._attempt, "stage": self._stage, "kind": kind}
         _append_line(self._folder / EVENTS_FILE, {**head, **fields})
 
+    def tell(self, line: str, kind: str, **fields: Any) -> None:
+        """An event that people should read: appends it, and shows a line about it."""
+        self.event(kind, **fields)
+        if self._console is not None:
+            self._console(line)
+
     def restored(self, table: Mapping[str, str]) -> None:
         """Tells what the run goes on with."""
         self.event("restored", table=dict(table))

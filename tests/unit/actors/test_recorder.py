@@ -19,6 +19,7 @@ import ray
 from actors.recorder import RecorderWorker
 from orchestrator import schema
 from orchestrator.algorithms.experience import ExperienceSettings
+from orchestrator.config import RuleLimits
 from orchestrator.errors import RewardError, StorageError
 from orchestrator.evaluation import EVALUATION
 from tests.unit.actors.rewards.rollouts import rollout_table
@@ -152,17 +153,93 @@ def test_held_out_samples_are_joined_with_the_gold_score(recorder: RecorderWorke
     assert metrics["evaluation/kl_per_response"] == pytest.approx(1.0)
 
 
-def test_a_gold_rule_that_fails_stops_the_evaluation(cluster: None, tmp_path: Path) -> None:
-    recorder = RecorderWorker(ExperienceSettings(), "run-1", "actors.rewards.rules:exact_answer")
-    shard = {
-        "rollout": [ray.put(rollout())],
-        "policy": [logprobs(-1.0, [10, 11, 12])],
-        "reference": [logprobs(-1.0, [10, 11, 12])],
-        "reward": [rewards([1.0, 2.0, 3.0])],
+HOSTILE = "tests.unit.actors.rewards.hostile_rules:act"
+
+
+def held_out(responses: list[str], reward: list[float | None]) -> dict[str, list[Any]]:
+    """A shard whose prompts are named by its responses."""
+    rows = [10, 11, 12]
+    table = rollout().set_column(5, "response_text", pa.array(responses))
+    table = table.set_column(1, "prompt_id", pa.array([f"prompt of {text}" for text in responses]))
+    assert table.schema.names == schema.ROLLOUT.names
+    return {
+        "rollout": [ray.put(table)],
+        "policy": [logprobs(-1.0, rows)],
+        "reference": [logprobs(-1.0, rows)],
+        "reward": [rewards(reward)],
     }
-    with pytest.raises(RewardError, match="gold rule failed on a held-out sample"):
-        recorder.evaluate([shard], file=str(tmp_path / "step.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("act", "why"),
+    [
+        ("lying", "rule act: ValueError: could not convert string to float: 'lying'"),
+        ("exit 0", "rule act: SystemExit: 0"),
+        ("kill", "rule act ended its process with SIGKILL"),
+        ("sleep", r"rule act gave no answer within reward.limits.call_s=0.5 s"),
+        ("400 digits", "not a finite number"),
+    ],
+)
+def test_a_gold_rule_that_fails_on_one_sample_fails_that_sample(
+    cluster: None, tmp_path: Path, act: str, why: str
+) -> None:
+    recorder = RecorderWorker(ExperienceSettings(), "run-1", HOSTILE, limits=RuleLimits(call_s=0.5))
+    shards = [held_out(["0.5", act, "1.5"], [1.0, 2.0, 3.0]), held_out(["2.5", "3.5", "4.5"], [1.0, 2.0, 3.0])]
+    metrics = recorder.evaluate(shards, file=str(tmp_path / "step-000004.parquet"))
+    table = pq.read_table(tmp_path / "step-000004.parquet")
+    assert table["gold"].to_pylist() == [0.5, None, 1.5, 2.5, 3.5, 4.5]
+    assert table["reward"].to_pylist() == [1.0, 2.0, 3.0] * 2
+    assert metrics["evaluation/failed"] == 1.0
+    assert metrics["evaluation/gold_mean"] == 2.5
+    (line,) = (tmp_path / "failed-step-000004.jsonl").read_text().splitlines()
+    failed = json.loads(line)
+    assert failed["prompt_id"] == f"prompt of {act}" and why in failed["error"]
+
+
+def test_a_training_reward_that_fails_on_one_held_out_sample_fails_that_sample(cluster: None, tmp_path: Path) -> None:
+    recorder = RecorderWorker(ExperienceSettings(), "run-1")
+    metrics = recorder.evaluate(
+        [held_out(["a", "b", "c"], [1.0, None, 3.0])], file=str(tmp_path / "step-000000.parquet")
+    )
+    assert pq.read_table(tmp_path / "step-000000.parquet")["gold"].to_pylist() == [1.0, None, 3.0]
+    assert (metrics["evaluation/failed"], metrics["evaluation/gold_mean"]) == (1.0, 2.0)
+    (line,) = (tmp_path / "failed-step-000000.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"prompt_id": "prompt of b", "error": "grader died"}
+
+
+def test_nothing_is_listed_where_nothing_failed(recorder: RecorderWorker, tmp_path: Path) -> None:
+    metrics = recorder.evaluate([held_out(["a", "b", "c"], [1.0] * 3)], file=str(tmp_path / "step-000000.parquet"))
+    assert metrics["evaluation/failed"] == 0.0
+    assert os.listdir(tmp_path) == ["step-000000.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("gold", "match"),
+    [
+        (
+            HOSTILE,
+            r"the gold rule .*:act failed on all 3 held-out responses: rule act: .*'a'\. Correct evaluation.gold",
+        ),
+        (None, r"the reward failed on all 3 held-out responses: grader died. Correct what `reward` names"),
+    ],
+)
+def test_scores_that_all_fail_stop_the_evaluation(cluster: None, tmp_path: Path, gold: str | None, match: str) -> None:
+    recorder = RecorderWorker(ExperienceSettings(), "run-1", gold)
+    with pytest.raises(RewardError, match=match):
+        recorder.evaluate([held_out(["a", "b", "c"], [None] * 3)], file=str(tmp_path / "step.parquet"))
     assert not (tmp_path / "step.parquet").exists()
+
+
+def test_all_held_out_samples_share_the_gold_rules_time(
+    recorder: RecorderWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    gold = recorder._gold
+    assert gold is not None
+    score = gold.scores
+    monkeypatch.setattr(gold, "scores", lambda table: asked.append(table.num_rows) or score(table))
+    recorder.evaluate([held_out(["a", "b", "c"], [1.0] * 3) for _ in range(4)], file=str(tmp_path / "step.parquet"))
+    assert asked == [12]
 
 
 def test_pyarrow_opens_a_whole_log(recorder: RecorderWorker, tmp_path: Path) -> None:

@@ -7,11 +7,14 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.report import write_report
 from jobs.report_data import read_run
 from orchestrator.errors import DataError
+from orchestrator.evaluation import EVALUATION
 from tests.deadlines import scaled
 from tests.unit.jobs.run_folder import HOSTILE, NUM_PROMPTS, NUM_STEPS, write_run
 
@@ -132,6 +135,38 @@ def test_samples_before_and_after_are_of_the_same_prompts(finished, html):
     for prompt_id in sorted(before)[:12]:
         start = text.index(before[prompt_id].prompt_text)
         assert text.index(before[prompt_id].response_text, start) < text.index(after[prompt_id].response_text, start)
+
+
+def test_prompts_without_a_score_before_or_after_are_left_out_of_both(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "demo")
+    first, last = (folder / "evaluation" / f"step-{version:06d}.parquet" for version in (0, NUM_STEPS))
+    unscored = {first: {"q0001", "q0002"}, last: {"q0002", "q0003"}}
+    for file, prompts in unscored.items():
+        rows = pq.read_table(file).to_pylist()
+        # What is left out would change every number, were it on one side only.
+        spoiled = [{**row, "gold": None if row["prompt_id"] in prompts else row["gold"]} for row in rows]
+        spoiled = [{**row, "gold": row["gold"] and 50.0} if row["prompt_id"] == "q0001" else row for row in spoiled]
+        pq.write_table(pa.Table.from_pylist(spoiled, schema=EVALUATION), file)
+    run = read_run(folder)
+    comparison = run.comparison
+    assert comparison is not None
+    assert (comparison.num_prompts, run.num_left_out) == (NUM_PROMPTS - 3, 3)
+    assert comparison.gold_first < 1.0 and comparison.gold_last < 1.0
+    write_report(folder)
+    text = Page((folder / "report.html").read_text(encoding="utf-8")).text
+    assert "3 others have no score before or after" in text
+    assert "step-000000.parquet: 2 rows without a gold score are left out; failed-step-000000.jsonl says why." in text
+
+
+def test_a_run_without_any_common_score_is_still_reported(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "demo")
+    file = folder / "evaluation" / "step-000000.parquet"
+    rows = [{**row, "gold": None} for row in pq.read_table(file).to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=EVALUATION), file)
+    write_report(folder)
+    run = read_run(folder)
+    assert run.comparison is None
+    assert any("no prompt in common that was scored in both" in note for note in run.notes)
 
 
 def test_best_and_worst_are_the_extremes_of_all_samples(finished):
