@@ -3,7 +3,7 @@ small random models of the same architectures; no weights are read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,29 +27,41 @@ class _Use:
 
     Args:
         key: of the config; names the model in errors.
+        scores: with a scalar head, which is made where there is none.
         window: positions that it must take. None: longer input is cut.
         layers: that are kept, from the first on. None: all.
-        new_head: a scalar head is made where there is none.
     """
 
     key: str
     model: str
     scores: bool
     window: int | None
-    learns: bool = False
     checkpointing: bool = False
     exports: bool = False
     layers: int | None = None
-    new_head: bool = False
 
 
 def check_models(config: Config) -> str | None:
-    """Raises DataError or ConfigError naming the model and the way out."""
-    tried: list[str] = []
-    for use in _distinct(_uses(config)):
+    """Roles that use one folder in one way share a proof of it.
+
+    Raises:
+        DataError, ConfigError: naming the model and the way out.
+    """
+    uses_of: dict[tuple[Path, bool, bool], list[_Use]] = {}
+    for use in _uses(config):
         folder = resolve_model(use.model, config.run.cache)
-        tried.append(f"{use.key} {'was tried small' if _check(config, use, folder) else 'will be proved when loaded'}")
+        settings = read_config(folder, trust_remote_code=config.model.trust_remote_code)
+        _require_size(config, use, folder, settings)
+        uses_of.setdefault((folder.resolve(), use.scores, use.checkpointing), []).append(use)
+    tried = [_describe(uses, is_tried=_prove(config, uses)) for uses in uses_of.values()]
     return f"models: weights are whole; {', '.join(tried)}"
+
+
+def _describe(uses: Sequence[_Use], *, is_tried: bool) -> str:
+    keys = " and ".join(use.key for use in uses)
+    if not is_tried:
+        return f"{keys} will be proved when loaded"
+    return f"{keys} {'were' if len(uses) > 1 else 'was'} tried small"
 
 
 def _uses(config: Config) -> Iterator[_Use]:
@@ -60,7 +72,6 @@ def _uses(config: Config) -> Iterator[_Use]:
             config.model.path,
             scores=False,
             window=longest,
-            learns="ppo" in stages,
             checkpointing=policy.gradient_checkpointing,
             exports="ppo" in stages,
         )
@@ -69,15 +80,13 @@ def _uses(config: Config) -> Iterator[_Use]:
             yield _Use("reference.path", config.reference.path, scores=False, window=longest)
         if config.reward.kind == "model" and config.reward.path is not None:
             # That it has a head is checked with its statistics.
-            yield _Use("reward.path", config.reward.path, scores=True, window=None, new_head=True)
+            yield _Use("reward.path", config.reward.path, scores=True, window=None)
         if config.ppo.has_critic:
             yield _critic(config, longest)
     if "reward_model" in stages:
         base = config.reward_model.base or config.model.path
         layers = config.reward_model.layers
-        yield _Use(
-            "reward_model.base", base, scores=True, window=None, learns=True, exports=True, layers=layers, new_head=True
-        )
+        yield _Use("reward_model.base", base, scores=True, window=None, exports=True, layers=layers)
 
 
 def _critic(config: Config, longest: int) -> _Use:
@@ -94,27 +103,21 @@ def _critic(config: Config, longest: int) -> _Use:
         path,
         scores=True,
         window=longest,
-        learns=True,
         checkpointing=config.critic.gradient_checkpointing,
-        new_head=True,
     )
 
 
-def _distinct(uses: Iterator[_Use]) -> list[_Use]:
-    return list(dict.fromkeys(uses))
-
-
-def _check(config: Config, use: _Use, folder: Path) -> bool:
-    trust = config.model.trust_remote_code
+def _prove(config: Config, uses: Sequence[_Use]) -> bool:
+    """Whether the weights are whole and what is relied on holds, for uses that differ in what proofs include: one that
+    exports proves all that one that doesn't would. False where no small model could be made."""
+    use, trust = uses[0], config.model.trust_remote_code
+    folder = resolve_model(use.model, config.run.cache)
     settings = read_config(folder, trust_remote_code=trust)
-    if use.layers is not None:
-        model_size(folder, layers=use.layers, trust_remote_code=trust)  # that the cut model can be built
-    _require_window(use, folder, settings)
     loader: Any = AutoModelForSequenceClassification if use.scores else AutoModelForCausalLM
     if use.scores:
         settings.num_labels = 1
-    require_weights(folder, loader, settings, read_headers(folder), may_lack=HEAD if use.new_head else None)
-    exports = use.exports and has_tokenizer(folder)
+    require_weights(folder, loader, settings, read_headers(folder), may_lack=HEAD if use.scores else None)
+    exports = any(use.exports for use in uses) and has_tokenizer(folder)
     return prove_small(
         folder,
         settings,
@@ -123,6 +126,12 @@ def _check(config: Config, use: _Use, folder: Path) -> bool:
         checkpointing=use.checkpointing,
         exports=exports,
     )
+
+
+def _require_size(config: Config, use: _Use, folder: Path, settings: Any) -> None:
+    if use.layers is not None:  # that the cut model can be built
+        model_size(folder, layers=use.layers, trust_remote_code=config.model.trust_remote_code)
+    _require_window(use, folder, settings)
 
 
 def _require_window(use: _Use, folder: Path, settings: Any) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from actors.learning import miniature
 from actors.learning.miniature import prove_small
+from jobs import preflight_models
 from jobs.preflight_models import check_models
 from orchestrator.config import config_from_tree
 from orchestrator.errors import ConfigError, DataError, RlhfError
@@ -43,8 +44,60 @@ def test_a_good_model_is_tried_in_all_its_roles(llama: Path, tmp_path: Path) -> 
     scorer = tiny_scorer(tmp_path / "scorer")
     note = check(llama, tmp_path, reward={"kind": "model", "path": str(scorer)})
     assert note is not None
-    for role in ("model.path", "reward.path", "critic (reward.path)"):
-        assert f"{role} was tried small" in note
+    assert "model.path was tried small" in note
+    assert "reward.path and critic (reward.path) were tried small" in note
+
+
+ROLES: dict[str, tuple[dict[str, Any], list[dict[str, bool]]]] = {
+    "policy, critic and the base of the reward model": (
+        {"stages": ["reward_model", "ppo"], "preferences": {"path": "/pairs.jsonl"}, "reward": {"kind": "model"}},
+        [{"scores": False, "exports": True}, {"scores": True, "exports": True}],
+    ),
+    "policy and reference": (
+        {"reference": {"path": "MODEL"}, "ppo": {"advantage": "grpo", "samples_per_prompt": 4}},
+        [{"scores": False, "exports": True}],
+    ),
+    "a reference under another name": (
+        {"reference": {"path": "LINK"}, "ppo": {"advantage": "grpo", "samples_per_prompt": 4}},
+        [{"scores": False, "exports": True}],
+    ),
+    "a reference of its own": (
+        {"reference": {"path": "COPY"}, "ppo": {"advantage": "grpo", "samples_per_prompt": 4}},
+        [{"scores": False, "exports": True}, {"scores": False, "exports": False}],
+    ),
+    "a policy that recomputes activations": (
+        {
+            "reference": {"path": "MODEL"},
+            "policy": {"gradient_checkpointing": True},
+            "ppo": {"advantage": "grpo", "samples_per_prompt": 4},
+        },
+        [
+            {"scores": False, "exports": True, "checkpointing": True},
+            {"scores": False, "exports": False, "checkpointing": False},
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("roles", ROLES)
+def test_roles_that_use_a_model_in_one_way_share_its_proof(
+    roles: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proved: list[dict[str, Any]] = []
+    monkeypatch.setattr(preflight_models, "prove_small", lambda *_, **how: proved.append(how) or True)
+    sections, expected = ROLES[roles]
+    (tmp_path / "link").symlink_to(llama)
+    names = {"MODEL": str(llama), "LINK": str(tmp_path / "link"), "COPY": str(tmp_path / "copy")}
+    if "own" in roles:
+        shutil.copytree(llama, tmp_path / "copy")
+    named = {
+        key: {name: names.get(value, value) for name, value in section.items()}
+        if isinstance(section, dict)
+        else section
+        for key, section in sections.items()
+    }
+    check(llama, tmp_path, **named)
+    assert [{name: how[name] for name in wanted} for how, wanted in zip(proved, expected, strict=True)] == expected
 
 
 @pytest.mark.parametrize("name", ["Gemma 2", "OPT", "GLM-4-MoE", "Mixtral", "GPT-2", "BLOOM", "Cohere"])
