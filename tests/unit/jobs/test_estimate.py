@@ -71,7 +71,9 @@ def test_more_work_takes_longer(tmp_path: Path, machine: Any, prepared: Prepared
     def seconds(*overrides: str) -> dict[str, float]:
         return dict(estimate(quickstart(tmp_path, "float32", *overrides), prepared).parts)
 
-    start, twice = seconds(), seconds("ppo.steps=16", "reward_model.epochs=2")
+    config = quickstart(tmp_path, "float32")
+    start = seconds()
+    twice = seconds(f"ppo.steps={2 * config.ppo.steps}", f"reward_model.epochs={2 * config.reward_model.epochs}")
     assert twice["preferences"] == start["preferences"]
     assert twice["reward_model"] > 1.5 * start["reward_model"] - START_S["reward_model"]
     evaluations = 2 * start["ppo"] - twice["ppo"]  # and the start: what more steps do not repeat
