@@ -176,7 +176,8 @@ class RuleLimits(Section):
     memory_gib: Annotated[float, Field(gt=0)] | None = 4.0
     """Memory of the process and all that it starts. Null: no limit."""
     processes: Positive = 64
-    """Processes that it may have at one time."""
+    """Processes that it may have at one time. Whatever it has started ends with it; where this program may make a PID
+    namespace (as root with CAP_SYS_ADMIN) also what forks faster than it could be killed."""
 
 
 class HttpRewardConfig(Section):

@@ -26,7 +26,7 @@ NamedRule = tuple[str, str, float]
 
 _CHUNK = 1 << 16
 _LONGEST_ANSWER = 1 << 20
-_STOP_S = 15.0
+_STOP_S = rule_process.END_S + 15.0
 _NOTICE_S = 1.0
 _GREETING = 1  # answers before the first sample's
 

@@ -38,10 +38,12 @@ LENGTH = struct.Struct("<Q")
 _POSITION = struct.Struct("<qq")  # sample and rule under way, in memory that both processes share
 _TICK_MS = 25
 _NICER = 10  # so that the keeper gets a core at once, however many processes a rule has started
-_END_S = 10.0
+END_S = 60.0  # without a namespace of their own, thousands of processes are killed one by one
 _LONGEST_TEXT = 300
 _MOST_PARTS = 100
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_CLONE_NEWNS, _CLONE_NEWPID = 0x20000, 0x20000000
+_MS_REC, _MS_SLAVE = 1 << 14, 1 << 19
 
 Rule = Callable[[str, str, Mapping[str, Any]], Any]
 
@@ -61,10 +63,11 @@ def main() -> None:
     requests, answers, memory_bytes, processes = map(int, sys.argv[1:])
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     position = mmap.mmap(-1, _POSITION.size)
+    init = _begin_namespace()
     child = os.fork()
     if child == 0:
         try:
-            _become_worker(memory_bytes)
+            _become_worker(memory_bytes, shows_processes=init is not None)
             _serve(requests, answers, position)
         except BaseException:  # noqa: BLE001  nothing may come back from here: there are two of this program
             traceback.print_exc()
@@ -72,8 +75,8 @@ def main() -> None:
             os._exit(1)
     os.close(requests)
     os.close(answers)
-    reason = _watch(child, memory_bytes, processes)
-    _end_all(child)
+    reason = _watch(child, init, memory_bytes, processes)
+    _end_all(child, init)
     sample, rule = _POSITION.unpack(position)
     os.write(1, json.dumps({"reason": reason, "sample": sample, "rule": rule}).encode())
 
@@ -81,7 +84,25 @@ def main() -> None:
 # The keeper.
 
 
-def _watch(child: int, memory_bytes: int, processes: int) -> str:
+def _begin_namespace() -> int | None:
+    """Has all that is started from here live in a PID namespace of its own: the process to kill, with which the kernel
+    ends them all, and none can fork meanwhile. None: no right to (CAP_SYS_ADMIN), or no such thing.
+
+    As a rule's processes don't see others, they can't signal them either.
+    """
+    if sys.platform != "linux" or ctypes.CDLL(None).unshare(_CLONE_NEWPID):
+        return None
+    init = os.fork()
+    if init:
+        return init
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.closerange(0, os.sysconf("SC_OPEN_MAX"))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # orphans come to this process, and are reaped like this
+    while True:
+        signal.pause()
+
+
+def _watch(child: int, init: int | None, memory_bytes: int, processes: int) -> str:
     """Waits for a reason to end everything, and returns it."""
     poller = select.poll()
     poller.register(0, select.POLLIN)
@@ -95,7 +116,7 @@ def _watch(child: int, memory_bytes: int, processes: int) -> str:
             return f"ended its process with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
         if any(descriptor == 0 for descriptor, _ in events):
             return "closed the connection of its process"
-        family = _family()
+        family = [pid for pid in _family() if pid != init]
         if len(family) > processes:
             return f"had {len(family)} processes, more than reward.limits.processes={processes}"
         held = _held_bytes(family, memory_bytes)
@@ -115,13 +136,16 @@ def _reap(child: int) -> int | None:
     return found
 
 
-def _end_all(worker: int) -> None:
-    """Kills all that was started from here. Orphans come to this process, so that none is missed.
+def _end_all(worker: int, init: int | None) -> None:
+    """Kills all that was started from here. Orphans come to this process or to `init`, so that none is missed.
 
     A whole process group is killed in one call, during which none of it can fork: one by one, processes that fork
-    without end would grow faster than they can be killed.
+    without end may grow faster than they can be killed.
     """
-    until = time.monotonic() + _END_S
+    until = time.monotonic() + END_S
+    if init is not None:
+        with contextlib.suppress(OSError):
+            os.kill(init, signal.SIGKILL)
     _kill_group(worker)
     while (family := _family()) and time.monotonic() < until:
         for group in {_group_of(pid) for pid in family} - {os.getpgrp()}:
@@ -163,7 +187,7 @@ def _children(pid: int) -> Iterator[int]:
 
 
 def _family_by_ps() -> list[int]:
-    listed = subprocess.run(["ps", "-axo", "pid=,ppid="], capture_output=True, check=False, timeout=_END_S)
+    listed = subprocess.run(["ps", "-axo", "pid=,ppid="], capture_output=True, check=False, timeout=END_S)
     pairs = [line.split() for line in listed.stdout.splitlines()]
     found = [os.getpid()]
     for parent in found:
@@ -199,7 +223,14 @@ def _prctl(option: int, value: int) -> None:
 # The process that calls rules.
 
 
-def _become_worker(memory_bytes: int) -> None:
+def _become_worker(memory_bytes: int, *, shows_processes: bool) -> None:
+    """Args:
+    shows_processes: /proc becomes that of the namespace, in which process ids are other ones.
+    """
+    libc = ctypes.CDLL(None)
+    is_apart = shows_processes and not libc.unshare(_CLONE_NEWNS)
+    if is_apart and not libc.mount(None, b"/", None, _MS_REC | _MS_SLAVE, None):  # else others would see it mounted
+        libc.mount(b"proc", b"/proc", b"proc", 0, None)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
     os.nice(_NICER)

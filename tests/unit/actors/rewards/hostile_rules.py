@@ -20,6 +20,7 @@ from decimal import Decimal
 from typing import Any
 
 MOST_FORKS = 2000
+DOUBLINGS = 9
 
 
 class Unshowable(Exception):
@@ -62,6 +63,33 @@ def _fork_bomb() -> float:
         os.fork()
     time.sleep(600)
     return 1.0
+
+
+def _scattering_fork_bomb() -> float:
+    """No two processes are in one group or session. 2 to the power of DOUBLINGS, and they end by themselves."""
+    for _ in range(DOUBLINGS):
+        if os.fork() == 0:
+            os.setsid()
+    time.sleep(30)
+    os._exit(0)
+
+
+def _moving() -> float:
+    """Few processes at any time, and each lives for as long as it takes to start the next one."""
+    for _ in range(4):
+        if os.fork() == 0:
+            until = time.monotonic() + 60.0
+            while time.monotonic() < until:
+                if os.fork():
+                    os._exit(0)
+                os.setsid()
+            os._exit(0)
+    return 1.0
+
+
+def _same_process() -> float:
+    """1 where /proc and the system's calls name this process alike."""
+    return float(int(os.readlink("/proc/self")) == os.getpid())
 
 
 def _forked_copy() -> float:
@@ -134,6 +162,9 @@ ACTS: Mapping[str, Callable[[], Any]] = {
     "allocate": _allocate,
     "allocate in a child": _allocate_in_a_child,
     "fork bomb": _fork_bomb,
+    "scattering fork bomb": _scattering_fork_bomb,
+    "moving": _moving,
+    "same process": _same_process,
     "forked copy": _forked_copy,
     "leave processes": _leave_processes,
     "leave one": _leave_one,

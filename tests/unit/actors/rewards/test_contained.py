@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -40,6 +45,17 @@ def sleeping() -> set[str]:
     return {line[1] for line in lines if line[:1] == ["sleep"]}
 
 
+def marked(name: str, value: str) -> list[int]:
+    """Living processes, other than this one, that were started with a value in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            is_dead = process.status() == psutil.STATUS_ZOMBIE
+            if process.pid != os.getpid() and not is_dead and process.environ().get(name) == value:
+                found.append(process.pid)
+    return found
+
+
 def keepers() -> list[int]:
     return [process.pid for process in psutil.Process().children() if process.status() != psutil.STATUS_ZOMBIE]
 
@@ -70,6 +86,7 @@ def keepers() -> list[int]:
         ("regex", r"gave no answer within reward\.limits\.call_s"),
         ("allocate", r"rule act: MemoryError: no more memory within reward\.limits\.memory_gib"),
         ("fork bomb", r"rule act had \d+ processes, more than reward\.limits\.processes=20"),
+        ("scattering fork bomb", r"rule act had \d+ processes, more than reward\.limits\.processes=20"),
     ],
 )
 def test_what_a_rule_does_to_its_process_fails_its_sample_only(act: RuleReward, response: str, error: str) -> None:
@@ -85,6 +102,8 @@ def test_what_a_rule_does_to_its_process_fails_its_sample_only(act: RuleReward, 
     [
         ("print", 1.0),
         ("forked copy", 1.0),
+        ("moving", 1.0),
+        ("same process", 1.0),
         ("decimal", 0.5),
         ("fraction", 0.25),
         ("minus zero", 0.0),
@@ -124,6 +143,43 @@ def test_processes_that_a_rule_leaves_are_bounded_and_end_with_it() -> None:
         assert scores[2].value is None
         assert sleeping() & {"3600", "3601", "3602"} == {"3602"}
     assert sleeping() & {"3600", "3601", "3602"} == set()
+
+
+BOMBS = ("kill keeper", "fork bomb", "scattering fork bomb", "leave processes", "same process", "moving")
+SCORING = """
+import json, os, sys
+from tests.unit.actors.rewards.test_contained import reward
+from tests.unit.actors.rewards.rollouts import rollout_table
+
+with reward("act") as source:
+    print(json.dumps([source.scores(rollout_table([bomb, "0.5"]))[1].value for bomb in sys.argv[1:]]))
+"""
+
+
+def _without_namespaces() -> None:
+    ctypes.CDLL(None).prctl(24, 21, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_SYS_ADMIN: as root in most containers
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities of Linux")
+@pytest.mark.parametrize("rights", [None, _without_namespaces])
+def test_no_process_outlives_its_rules_with_and_without_a_namespace(rights: Callable[[], None] | None) -> None:
+    mark = uuid.uuid4().hex
+    ended = subprocess.run(
+        [sys.executable, "-c", SCORING, *BOMBS],
+        cwd=ROOT,
+        env={**os.environ, "BOMB": mark},
+        preexec_fn=rights,
+        capture_output=True,
+        text=True,
+        timeout=scaled(240),
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert json.loads(ended.stdout.splitlines()[-1]) == [0.5] * len(BOMBS)
+    until = time.monotonic() + scaled(10)
+    while (left := marked("BOMB", mark)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert left == []
 
 
 def test_a_sample_is_not_blamed_for_what_an_earlier_one_left() -> None:
@@ -203,13 +259,26 @@ def test_nothing_outlives_a_caller_that_is_killed() -> None:
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert caller.stdout is not None
     pids = [int(word) for word in caller.stdout.readline().split()]
-    assert len(pids) == 3
+    assert len(pids) in (3, 4)  # the keeper, the process of the rules and what that left; init of a namespace
     caller.kill()
     caller.wait()
     until = time.monotonic() + scaled(20)
     while (left := [pid for pid in pids if psutil.pid_exists(pid)]) and time.monotonic() < until:
         time.sleep(0.1)
     assert left == []
+
+
+def test_nothing_outlives_a_keeper_that_is_killed_where_there_is_a_namespace() -> None:
+    before = keepers()
+    with reward("act") as source:
+        source.scores(rollout_table(["leave one"]))
+        (keeper,) = set(keepers()) - set(before)
+        family = psutil.Process(keeper).children(recursive=True)
+        if len(family) < 3:
+            pytest.skip("no right to a namespace: PR_SET_PDEATHSIG ends the process of the rules only")
+        os.kill(keeper, signal.SIGKILL)
+        assert psutil.wait_procs(family, timeout=scaled(20))[1] == []
+        assert [score.value for score in source.scores(rollout_table(["2"]))] == [2.0]
 
 
 def test_a_rule_does_not_see_the_callers_descriptors() -> None:
