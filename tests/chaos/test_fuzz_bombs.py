@@ -8,11 +8,12 @@ from random import Random
 
 import pytest
 
-from tests.chaos.bombs import FAMILIES
+from tests.chaos import bombs, reward_bombs
 from tests.chaos.bounded import bounded
 from tests.chaos.fuzzing import count_of, record
 from tests.deadlines import scaled
 
+FAMILIES = {**bombs.FAMILIES, **reward_bombs.FAMILIES}
 LIMIT_S = 60.0  # on a quiet machine; CPU time has a limit of its own
 
 
