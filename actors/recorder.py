@@ -18,7 +18,7 @@ from orchestrator import schema
 from orchestrator.algorithms.experience import ExperienceSettings, assemble, summarise
 from orchestrator.config import RuleConfig, RuleLimits
 from orchestrator.errors import RewardError, StorageError
-from orchestrator.evaluation import EVALUATION
+from orchestrator.evaluation import EVALUATION, evaluation_metrics
 from orchestrator.held_out import failures_file
 from orchestrator.storage import reading, replacing, sha256
 from orchestrator.types import Handle, Metrics, Moments, ShardRecord
@@ -61,6 +61,9 @@ class RecorderWorker:
             _write_failures(failures_file(path), pa.concat_tables(parts["rewards"]))
         _write(path, table, {"run_id": self._run_id})
         moments, sums, extremes = summarise(table) if table.num_rows else (Moments(), {}, {})
+        num_cut = sum(map(_num_cut, parts["rewards"]))
+        if num_cut:
+            sums = {**sums, "reward_cut_sum": float(num_cut)}
         record = ShardRecord(
             file=path.name,
             sha256=sha256(path),
@@ -114,15 +117,13 @@ class RecorderWorker:
             _write_lines(failures_file(path), listed)
         table = joined.select(EVALUATION.names).cast(EVALUATION)
         _write(path, table, {"run_id": self._run_id})
-        metrics = {
-            "evaluation/gold_mean": pc.mean(table["gold"]).as_py(),
-            "evaluation/gold_std": pc.stddev(table["gold"], ddof=1).as_py(),
-            "evaluation/kl_per_response": pc.mean(table["kl"]).as_py(),
-            "evaluation/length_mean": pc.mean(table["length"]).as_py(),
-            "evaluation/reward_mean": pc.mean(table["reward"]).as_py(),
-            "evaluation/failed": num_failed,
-        }
-        return {name: float(value) for name, value in metrics.items() if value is not None}
+        num_cut = sum(_num_cut(part) for shard in shards for part in _fetch(shard["reward"]))
+        return {**evaluation_metrics(table), "evaluation/reward_cut": float(num_cut)}
+
+
+def _num_cut(rewards: pa.Table) -> int:
+    """Samples of which the reward model did not read the start."""
+    return int(np.count_nonzero(rewards["tokens_cut"].to_numpy()))
 
 
 def _fetch(handles: Sequence[Handle]) -> list[pa.Table]:

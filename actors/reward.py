@@ -27,7 +27,7 @@ class RewardSettings:
     limits: of the rules' process.
     total_s: time for one shard, of rules and endpoints.
     model: folder or name of the reward model; `policy` of the policy, with its `chat` (kind: model).
-    max_length: longer transcripts lose their start. Null: what the model can take.
+    max_length: longer transcripts lose their start, counted. Null: what the model can take.
     """
 
     kind: Literal["model", "rules", "http"]
@@ -76,6 +76,7 @@ def rewards_table(rows: pa.ChunkedArray, scores: Sequence[Score]) -> pa.Table:
         pa.array([score.value for score in stored], pa.float32()),
         pa.array([list(score.parts.items()) for score in stored], schema.REWARDS.field("reward_parts").type),
         pa.array([score.error for score in stored], pa.string()),
+        pa.array([score.tokens_cut for score in stored], pa.int32()),
     ]
     return pa.table(columns, schema=schema.REWARDS)
 
@@ -85,7 +86,8 @@ def _storable(score: Score) -> Score:
     with np.errstate(over="ignore"):
         if np.isfinite(np.array(numbers).astype(np.float32)).all():
             return score
-    return Score(None, error=f"not a finite 32-bit number: reward {score.value}, parts {dict(score.parts)}")
+    problem = f"not a finite 32-bit number: reward {score.value}, parts {dict(score.parts)}"
+    return Score(None, error=problem, tokens_cut=score.tokens_cut)
 
 
 def _model(settings: RewardSettings, threads: int) -> RewardSource:

@@ -87,6 +87,7 @@ class StandInModel:
             "reward": [1.0] * count,
             "reward_parts": [[("length", 1.0)]] * count,
             "reward_error": [None] * count,
+            "tokens_cut": [0] * count,
         }
         return pa.table(columns, schema=schema.REWARDS)
 

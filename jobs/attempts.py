@@ -104,7 +104,7 @@ def _await_end(run: Path, attempt: int, wait_s: float, tell: Callable[[str], Non
             raise CapacityError(
                 f"run {run.name} is being written by attempt {attempt} ({owner}), which is alive, and two attempts "
                 f"can't write one run. Look at it with `python -m jobs.why {run}`; stop it, and this command continues "
-                "the run; or give another run.id."
+                "the run; or give another run.id (a replay: another --to)."
             )
         if not was_told:
             what = "to end" if is_alive else "to show whether it is alive"

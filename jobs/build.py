@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,13 @@ from jobs.settings import (
     experience_settings,
     learner_settings,
     loop_settings,
+    reward_max_length,
     samples_per_shard,
     sampling_of,
     shards_per_step,
     within,
 )
+from orchestrator.best import Best, BestByEvaluation
 from orchestrator.checkpoints import Checkpoints
 from orchestrator.concurrency import together
 from orchestrator.config import Config, LearnerConfig
@@ -160,7 +162,7 @@ async def start_scorers(config: Config, starter: Starter, reward_path: str | Non
         chat=chat_settings(config),
         dtype=config.model.compute_dtype,
         micro_batch_tokens=config.reward.micro_batch_tokens,
-        max_length=config.reward_model.max_length,
+        max_length=reward_max_length(config),
         normalise=config.reward.normalise,
         **common,
     )
@@ -309,6 +311,7 @@ def _coordinator(
             keep=config.checkpoints.keep,
             grace_s=saving_s(config.run),
             fence=run.require_newest,
+            best=best_of(config, run),
         ),
         evaluation=Evaluation(
             run.evaluation,
@@ -331,6 +334,14 @@ def _coordinator(
         ),
         supervisor=supervisor,
     )
+
+
+def best_of(config: Config, run: RunFolder) -> Callable[[Iterable[int]], Best | None]:
+    """Chooses the best of some steps by their evaluations; without checkpoints.best_metric none is."""
+    metric = config.checkpoints.best_metric
+    if metric is None:
+        return lambda steps: None
+    return BestByEvaluation(run.evaluation, metric, config.checkpoints.best_max_kl).among
 
 
 def learners_of(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,15 +20,16 @@ from jobs.prepare import Prepared, find_data
 from jobs.reward_model import RESULT_FILE, split_held_out, train_reward_model
 from jobs.run_folder import RunFolder
 from jobs.settings import initial_state, reward_model_of
-from orchestrator.checkpoints import Checkpoints
+from jobs.stage_events import stage_events
 from orchestrator.config import Config, Stage
+from orchestrator.coordinator import Coordinator
 from orchestrator.data.readers import read_rankings
 from orchestrator.errors import ConfigError, StorageError
 from orchestrator.exposition import PrometheusEndpoint
 from orchestrator.guards import why_paused
 from orchestrator.heartbeat import Heartbeat
 from orchestrator.mirror import Mirror, Mirroring
-from orchestrator.storage import write_json
+from orchestrator.storage import write_json, writing
 from orchestrator.telemetry import Telemetry
 
 Say = Callable[[str], None]
@@ -124,6 +125,22 @@ async def _ppo(config: Config, run: RunFolder, prepared: Prepared, telemetry: Te
         if config.checkpoints.export:
             run.export.mkdir(exist_ok=True)
             await coordinator.policy.export(run.export)
+            await _export_best(coordinator, run, say)
+
+
+async def _export_best(coordinator: Coordinator, run: RunFolder, say: Say) -> None:
+    """The policy of the best checkpoint, where that is not the last one. Its weights replace those of the policy."""
+    shutil.rmtree(run.best_export, ignore_errors=True)
+    try:
+        best = await coordinator.checkpoints.load_best()
+    except StorageError as error:
+        say(f"WARNING the best checkpoint is not exported: {error}")
+        return
+    if best is not None:
+        with writing(run.best_export):
+            run.best_export.mkdir()
+        await coordinator.policy.export(run.best_export)
+        say(f"best by evaluation: {best}; exported to {run.best_export}")
 
 
 def _open_endpoint(config: Config, run: RunFolder, stack: ExitStack, say: Say) -> PrometheusEndpoint | None:
@@ -162,17 +179,5 @@ def _stage(
         fence=run.require_newest,
     )
     now.telemetry = telemetry
-    with telemetry:
-        telemetry.event("stage_started")
-        try:
-            yield telemetry
-        except asyncio.CancelledError:
-            saved = Checkpoints(run.checkpoints, {}, every_steps=0, last_step=0, keep=1).complete()
-            with suppress(StorageError):
-                telemetry.event("stop_requested", step=telemetry.now()["step"], saved=saved[-1].name if saved else None)
-            raise
-        except BaseException as error:
-            with suppress(StorageError):  # on a full disk the first error is the one to tell
-                telemetry.event("stage_failed", error=f"{type(error).__name__}: {error}")
-            raise
-        telemetry.event("stage_finished")
+    with telemetry, stage_events(telemetry, config.stages, run.checkpoints):
+        yield telemetry

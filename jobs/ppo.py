@@ -9,6 +9,7 @@ import typer
 
 from jobs.command import imported, read_config, run_command, say
 from jobs.run_folder import finished_run, refuse_existing, restore_lost
+from orchestrator.config import Config
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file; without it all defaults.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as ppo.steps=10.")]
@@ -33,22 +34,30 @@ def main(
 
     def work() -> None:
         settings = read_config(config, overrides or (), print_config=print_config)
-        restored = restore_lost(settings)
-        if restored:
-            say(restored)
-        if resume == "never":
-            refuse_existing(settings)
-        finished = finished_run(settings)
-        if finished is not None:
-            say(f"run {finished.name} has finished; nothing is left to do. ppo.steps=N makes it longer.")
-            imported("jobs.results:show_results")(finished)
-            return
-        settings = imported("jobs.resolve:resolved")(settings)
-        say("checking data, models and rewards ...")
-        prepared = imported("jobs.preflight:checked")(settings)
-        imported("jobs.main_job:run_job")(settings, prepared, ray_address)
+        run_config(settings, resume=resume, ray_address=ray_address)
 
     run_command(work)
+
+
+def run_config(config: Config, *, resume: str = "auto", ray_address: str | None = None) -> None:
+    """Starts or continues the run of a config: whatever its stages are, alone or in a pipeline."""
+    restored = restore_lost(config)
+    if restored:
+        say(restored)
+    if resume == "never":
+        refuse_existing(config)
+    finished = finished_run(config)
+    if finished is not None:
+        has_results = "ppo" in config.stages
+        more = " ppo.steps=N makes it longer." if has_results else ""
+        say(f"run {finished.name} has finished; nothing is left to do.{more}")
+        if has_results:
+            imported("jobs.results:show_results")(finished)
+        return
+    config = imported("jobs.resolve:resolved")(config)
+    say("checking data, models and rewards ...")
+    prepared = imported("jobs.preflight:checked")(config)
+    imported("jobs.main_job:run_job")(config, prepared, ray_address)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,11 @@ from jobs.preflight_architecture import check_architecture
 from jobs.preflight_conversations import check_reward_conversations, check_vocabularies
 from jobs.preflight_engine import check_engine
 from jobs.preflight_models import check_models
+from jobs.preflight_reward import check_reward_window
 from jobs.prepare import Prepared, find_data, policy_chat, prepare, without_prompts
 from jobs.reward_model import split_held_out
 from jobs.run_folder import check_run_folder
+from jobs.settings import alone
 from orchestrator.config import Config, RuleConfig, Stage
 from orchestrator.data.readers import read_rankings
 from orchestrator.errors import ConfigError, DataError, RewardError, RlhfError
@@ -58,25 +60,17 @@ class Preflight:
         return self.prepared
 
 
-def check_alone(config: Config, stage: Stage) -> None:
-    """Checks a run of one stage by a command of its own, which neither mirrors its run nor opens trackers and ports.
-
-    Raises:
-        ConfigError, DataError: see Preflight.require.
-    """
-    run = config.run.model_copy(update={"mirror": None})
-    telemetry = config.telemetry.model_copy(
-        update={"prometheus_port": None, "tensorboard": False, "wandb_project": None, "mlflow_uri": None}
-    )
-    found = preflight(config.model_copy(update={"stages": (stage,), "run": run, "telemetry": telemetry}), kept=config)
-    found.require()
-    for note in found.notes:
-        say(note)
+def check_alone(config: Config, stage: Stage) -> Prepared:
+    """As `checked`, for a run of one stage by a command of its own (settings.alone)."""
+    return _told(preflight(alone(config, stage), kept=config))
 
 
 def checked(config: Config) -> Prepared:
     """The prompts of a run whose input is good. Raises what is wrong, see Preflight.require."""
-    found = preflight(config)
+    return _told(preflight(config))
+
+
+def _told(found: Preflight) -> Prepared:
     prepared = found.require()
     for note in found.notes:
         say(note)
@@ -113,6 +107,7 @@ def preflight(config: Config, *, kept: Config | None = None) -> Preflight:
         lambda: _gold(config, examples),
         lambda: check_vocabularies(config, chat),
         lambda: check_reward_conversations(config, chat, prepared),
+        lambda: check_reward_window(config),
         lambda: _trackers(config),
         lambda: _port(config),
         lambda: check_engine(config),

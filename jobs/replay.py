@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from jobs.attempts import ATTEMPTS, claim
 from jobs.build import all_ready, experience_log, learners_of, recorder_of, start_learners, start_recorders, starting
 from jobs.cluster import cluster
 from jobs.command import run_async, run_command, say
 from jobs.resolve import WITHOUT_TRIAL, resolved
 from jobs.run_folder import CONFIG_FILE, RunFolder
 from jobs.settings import demands, initial_state, loop_settings, reward_model_of
-from orchestrator.checkpoints import Checkpoints
+from jobs.stage_events import stage_events
+from orchestrator.checkpoints import Checkpoints, complete_checkpoints
 from orchestrator.config import Config, load_config
 from orchestrator.config_changes import changed_keys
 from orchestrator.coordinator import Relearning
@@ -27,6 +30,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.experience_log import num_committed
 from orchestrator.failures import LEARNERS
 from orchestrator.guards import Guards, guard_table, only_warning
+from orchestrator.heartbeat import Heartbeat
 from orchestrator.inputs import at_home
 from orchestrator.roles import NoCritic
 from orchestrator.storage import read_json, writing
@@ -34,6 +38,7 @@ from orchestrator.telemetry import Telemetry
 from orchestrator.types import State
 
 NEEDED = (*LEARNERS, "recorder")
+STAGE = "replay"
 
 Until = Annotated[int | None, typer.Option("--until", help="Learn steps 0 to UNTIL - 1; default: all that are logged.")]
 To = Annotated[Path | None, typer.Option("--to", help="Folder of the result; default: RUN_FOLDER/replay.")]
@@ -60,9 +65,11 @@ def main(
             raise ConfigError(f"--to {to} is the run's own folder, whose results it would replace; name another.")
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / ATTEMPTS).mkdir(exist_ok=True)
+        attempt = claim(folder, wait_s=config.placement.wait_s, tell=say)
+        replay = _Replay(config, run, folder, attempt, last_step, from_checkpoint)
         with cluster(ray_address, wait_s=config.placement.wait_s, tell=say):
-            replaying = _replay(config, run, folder, last_step, from_checkpoint=from_checkpoint)
-            run_async(replaying, grace_s=config.run.grace_s)
+            run_async(replay.run(), grace_s=config.run.grace_s)
 
     run_command(work)
 
@@ -93,7 +100,7 @@ def steps_to_learn(run: RunFolder, until: int | None, *, from_checkpoint: bool) 
         wanted = f"--until {until} must lie between 1 and {held}" if held else "there is nothing to replay"
         raise ConfigError(f"the log {run.log} holds {held} committed steps; {wanted}.")
     if from_checkpoint:
-        complete = Checkpoints(run.checkpoints, {}, every_steps=0, last_step=last_step, keep=1).complete()
+        complete = complete_checkpoints(run.checkpoints)
         if not complete or complete[-1] > checkpoint_of(run.checkpoints, last_step):
             newest = f"the newest is {complete[-1].name}" if complete else "there is none"
             raise ConfigError(
@@ -107,16 +114,38 @@ def checkpoint_of(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:06d}"
 
 
-async def _replay(config: Config, run: RunFolder, folder: Path, last_step: int, *, from_checkpoint: bool) -> None:
-    needed = [demand for demand in demands(config, learning=True) if demand.role in NEEDED]
-    async with starting(config, needed) as starter:
-        groups = await start_learners(config, starter, reward_model_of(config, run))
-        recorders = await start_recorders(config, starter, run)
-        await all_ready({**groups, "recorder": recorders}, config.deadlines.start_s)
-        learners = learners_of(config, groups)
-        saved = Checkpoints(run.checkpoints, learners, every_steps=0, last_step=last_step, keep=1)
-        result = Checkpoints(folder / "checkpoints", learners, every_steps=0, last_step=last_step, keep=1)
-        with Telemetry(folder, run.id, run.attempt, console=say, stage="replay", num_steps=last_step) as telemetry:
+@dataclass(frozen=True)
+class _Replay:
+    """One replay, which leaves the same signs of its life and of its end as a run does."""
+
+    config: Config
+    run_folder: RunFolder
+    folder: Path
+    attempt: int
+    last_step: int
+    from_checkpoint: bool
+
+    async def run(self) -> None:
+        checkpoints = self.folder / "checkpoints"
+        with Telemetry(
+            self.folder, self.run_folder.id, self.attempt, console=say, stage=STAGE, num_steps=self.last_step
+        ) as telemetry:
+            async with Heartbeat(self.folder, self.attempt, telemetry.now):
+                with stage_events(telemetry, [STAGE], checkpoints):
+                    state, roles = await self._learn(telemetry, checkpoints)
+        _tell(self.run_folder, self.folder, state, roles)
+
+    async def _learn(self, telemetry: Telemetry, checkpoints: Path) -> tuple[State, Sequence[str]]:
+        """The state after the last step, and the roles that learned."""
+        config, run, last_step = self.config, self.run_folder, self.last_step
+        needed = [demand for demand in demands(config, learning=True) if demand.role in NEEDED]
+        async with starting(config, needed) as starter:
+            groups = await start_learners(config, starter, reward_model_of(config, run))
+            recorders = await start_recorders(config, starter, run)
+            await all_ready({**groups, "recorder": recorders}, config.deadlines.start_s)
+            learners = learners_of(config, groups)
+            saved = Checkpoints(run.checkpoints, learners, every_steps=0, last_step=last_step, keep=1)
+            result = Checkpoints(checkpoints, learners, every_steps=0, last_step=last_step, keep=1)
             log = experience_log(config, run, recorder_of(config, recorders))
             table = only_warning(guard_table(config.guards))
             relearning = Relearning(
@@ -124,18 +153,18 @@ async def _replay(config: Config, run: RunFolder, folder: Path, last_step: int, 
                 policy=learners["policy"],
                 critic=learners.get("critic", NoCritic()),
                 log=log,
-                guards=Guards(table, folder=folder, telemetry=telemetry, past=log.metrics, console=say),
+                guards=Guards(table, folder=self.folder, telemetry=telemetry, past=log.metrics, console=say),
                 telemetry=telemetry,
             )
-            start = await saved.restore() if from_checkpoint else None
+            start = await saved.restore() if self.from_checkpoint else None
             state = start or initial_state(config)
             telemetry.rewind(state.step)
             state = await relearning.relearn(state)
-        await result.save(state)
-        export = folder / "export"
-        export.mkdir(exist_ok=True)
-        await learners["policy"].export(export)
-    _tell(run, folder, state, tuple(learners))
+            await result.save(state)
+            export = self.folder / "export"
+            export.mkdir(exist_ok=True)
+            await learners["policy"].export(export)
+        return state, tuple(learners)
 
 
 def _tell(run: RunFolder, folder: Path, state: State, roles: Sequence[str]) -> None:

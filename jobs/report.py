@@ -93,6 +93,9 @@ def result_facts(run: RunData) -> Iterator[Fact]:
         if run.num_left_out:
             detail = f"{run.num_left_out} others have no score before or after; evaluation/failed-*.jsonl says why"
             yield Fact("Prompts compared", f"{comparison.num_prompts}", detail)
+    if run.best is not None and run.best.step != max(run.evaluations, default=None):
+        place = f"checkpoints/step-{run.best.step:06d}"
+        yield Fact("Best checkpoint", f"version {run.best.step}", f"{run.best.metric} {run.best.value:.3f}, {place}")
     if run.evaluations and (rows := run.evaluations[max(run.evaluations)]):
         kl = sum(row.kl for row in rows) / len(rows)
         yield Fact("KL per response, held out", f"{kl:.2f} nats", f"version {max(run.evaluations)}")

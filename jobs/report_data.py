@@ -13,6 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from orchestrator.best import Best
+from orchestrator.checkpoints import read_best
 from orchestrator.errors import DataError
 from orchestrator.evaluation import EVALUATION, Comparison, EvaluationRow, compare
 from orchestrator.telemetry import EVENTS_FILE, METRICS_FILE, read_lines
@@ -49,6 +51,7 @@ class RunData:
         num_left_out: prompts of these two that have no score in one of them, and are not compared.
         rewards: extremes by training reward over the experience log.
         golds: extremes by gold score of the last evaluation.
+        best: the best checkpoint by evaluation; None: there is none.
         score_name: what "gold" is called for people.
         status: "finished", "failed: <why>" or "not finished".
         wall_s: seconds between first and last sign of life, summed over attempts.
@@ -67,6 +70,7 @@ class RunData:
     score_name: str
     reward_model_accuracy: float | None
     reward_model_detail: str
+    best: Best | None
     status: str
     wall_s: float
     num_attempts: int
@@ -114,7 +118,8 @@ def read_run(folder: Path) -> RunData:
         score_name=_score_name(config),
         reward_model_accuracy=_accuracy(lines, events),
         reward_model_detail=_reward_model_detail(events),
-        status=_status(events),
+        best=read_best(folder / "checkpoints"),
+        status=_status(events, config),
         wall_s=_wall_seconds([*lines, *events]),
         num_attempts=len({line["attempt"] for line in [*lines, *events]}),
         notes=notes,
@@ -246,13 +251,16 @@ def _reward_model_detail(events: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(parts)
 
 
-def _status(events: Sequence[Mapping[str, Any]]) -> str:
+def _status(events: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> str:
     last = next((event for event in reversed(events) if event["kind"].startswith(("stage_", "run_"))), None)
     if last is None:
         return "not finished"
     if last["kind"].endswith("_failed"):
         return f"failed: {last.get('error', 'no reason recorded')}"
-    return "finished" if last["kind"].endswith("_finished") else "not finished"
+    begun = next((event for event in reversed(events) if event["kind"] == "stage_started"), {})
+    stages = begun.get("stages") or config.get("stages")
+    is_last = not isinstance(stages, list) or not stages or last.get("stage") == stages[-1]
+    return "finished" if last["kind"].endswith("_finished") and is_last else "not finished"
 
 
 def _wall_seconds(lines: Sequence[Mapping[str, Any]]) -> float:

@@ -9,10 +9,9 @@ import math
 import shutil
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Annotated
 
 import ray
 import typer
@@ -23,18 +22,16 @@ from actors.reward_training import RewardTraining, Trained, train_worker
 from actors.train_run import Progress, Restarted, TrainRun, Workers
 from jobs.capacity import REWARD_MODEL, find_cluster, place_reward_workers
 from jobs.cluster import cluster
-from jobs.command import imported, read_config, run_async, run_command, say
-from jobs.prepare import find_data
+from jobs.command import imported, run_async, say
 from jobs.resolve import WITHOUT_TRIAL, resolved
-from jobs.run_folder import RunFolder, open_run
-from jobs.settings import chat_settings
+from jobs.run_folder import open_run
+from jobs.settings import alone, chat_settings
 from orchestrator.algorithms.ranking import concordant_pairs, kendall_tau, num_pairs, wilson_interval
 from orchestrator.config import Config, DeadlinesConfig
-from orchestrator.data.readers import read_rankings
 from orchestrator.data.records import RankingRecord
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.prompts import split
-from orchestrator.storage import write_json, writing
+from orchestrator.storage import writing
 from orchestrator.telemetry import Telemetry
 
 SHOWN = 20  # lines for people about the optimizer steps of the stage
@@ -272,23 +269,9 @@ def _mean(values: Iterable[float]) -> float:
     return statistics.fmean(values)
 
 
-def main(
-    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides such as reward_model.epochs=2.")] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="YAML file; without it all defaults.")] = None,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved config and exit.")] = False,
-    ray_address: Annotated[str | None, typer.Option("--ray-address", help="Default: RAY_ADDRESS, else local.")] = None,
-) -> None:
-    """Trains a reward model on preferences.path. Exit code: 0 done, 1 failed, 2 bad config, data or cluster."""
-
-    def work() -> None:
-        settings = read_config(config, overrides or (), print_config=print_config)
-        run_alone(settings, ray_address)
-
-    run_command(work)
-
-
 def run_alone(config: Config, ray_address: str | None) -> None:
-    """Checks, then runs the stage. The run keeps the config as it is: `jobs.ppo` can continue with its other stages.
+    """Checks, then runs the stage, as a pipeline does. The run keeps the config as it is: `rlhf run` can continue with
+    its other stages.
 
     Raises:
         ConfigError, DataError, CapacityError: found before anything starts, but for the room on a named cluster.
@@ -296,36 +279,23 @@ def run_alone(config: Config, ray_address: str | None) -> None:
     preferences = config.preferences
     if preferences.path is None:
         raise ConfigError(
-            "preferences.path is null: give a preference file, or let the labeller make one with "
-            "`python -m jobs.ppo` and stages: [preferences, reward_model]."
+            "preferences.path is null: give a preference file, or let the labeller make one with `rlhf run` and "
+            "stages: [preferences, reward_model]."
         )
     config = resolved(config, keys=WITHOUT_TRIAL)
     say("checking data and models ...")
-    imported("jobs.preflight:check_alone")(config, "reward_model")
+    prepared = imported("jobs.preflight:check_alone")(config, "reward_model")
     if named_address(ray_address) is None:
         place_reward_workers(config, find_cluster(None, wait_s=0.0).nodes)
-    records, report = read_rankings(find_data(preferences.path), preferences.format, preferences.limit)
-    say(report.summary())
-    train, held_out = split_held_out(records, preferences.held_out)
     with cluster(ray_address, wait_s=config.placement.wait_s, tell=say):
         place_reward_workers(config, alive_nodes())
         run = open_run(config, say)
         say(f"run {run.id}, attempt {run.attempt}: {run.path}")
-        with Telemetry(run.path, run.id, run.attempt, stage="reward_model") as telemetry:
-            run_async(_train(config, train, held_out, run, telemetry), grace_s=config.run.grace_s)
-
-
-async def _train(
-    config: Config,
-    train: Sequence[RankingRecord],
-    held_out: Sequence[RankingRecord],
-    run: RunFolder,
-    telemetry: Telemetry,
-) -> None:
-    result = await train_reward_model(config, train, held_out, run.reward_model, telemetry, say)
-    write_json(run.path / RESULT_FILE, asdict(result))
-    say(f"reward model: {result.describe()}")
+        if (run.path / RESULT_FILE).exists():
+            say("an earlier attempt has trained its reward model; nothing is left to do")
+        work = imported("jobs.pipeline:run_stages")(alone(config, "reward_model"), run, prepared, say)
+        run_async(work, grace_s=config.run.grace_s)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(imported("jobs.ppo:reward_model"))

@@ -63,6 +63,10 @@ class RunFolder:
     def export(self) -> Path:
         return self.path / "export"
 
+    @property
+    def best_export(self) -> Path:
+        return self.path / "export-best"
+
 
 def open_run(config: Config, tell: Callable[[str], None] = lambda line: None) -> RunFolder:
     """Creates the run's folder, or opens it for a further attempt when run.id names one that exists.

@@ -11,7 +11,7 @@ from actors.templates import ChatSettings, read_template
 from jobs.run_folder import RunFolder
 from orchestrator.algorithms.experience import ExperienceSettings
 from orchestrator.algorithms.kl import adapted_coefficient
-from orchestrator.config import Config, LearnerConfig
+from orchestrator.config import Config, LearnerConfig, Stage
 from orchestrator.coordinator import LoopSettings
 from orchestrator.scheduling.plan import Demand
 from orchestrator.types import Sampling, State
@@ -24,6 +24,15 @@ def chat_settings(config: Config) -> ChatSettings:
     model = config.model
     template = None if model.chat_template is None else read_template(model.chat_template)
     return ChatSettings(template, model.system_prompt, model.today)
+
+
+def alone(config: Config, stage: Stage) -> Config:
+    """For one stage by a command of its own, which neither mirrors its run nor opens trackers and ports."""
+    run = config.run.model_copy(update={"mirror": None})
+    telemetry = config.telemetry.model_copy(
+        update={"prometheus_port": None, "tensorboard": False, "wandb_project": None, "mlflow_uri": None}
+    )
+    return config.model_copy(update={"stages": (stage,), "run": run, "telemetry": telemetry})
 
 
 def sampling_of(config: Config) -> Sampling:
@@ -58,6 +67,13 @@ def reward_base(config: Config) -> tuple[str, int | None]:
     if config.reward.path is not None:
         return config.reward.path, None
     return config.reward_model.base or config.model.path, config.reward_model.layers
+
+
+def reward_max_length(config: Config) -> int | None:
+    """Longest transcript that the reward model is given. None: what it can take."""
+    if config.reward.max_length is not None:
+        return config.reward.max_length
+    return config.reward_model.max_length if config.reward.path is None else None
 
 
 def critic_base(config: Config) -> tuple[str, int | None]:

@@ -60,6 +60,8 @@ def _standing_lines(standing: Standing) -> Iterator[str]:
     yield f"steps committed: {standing.num_committed}{of}" + _up_to(standing.num_committed)
     yield f"last step learned: {'none' if standing.last_learned is None else standing.last_learned}"
     yield f"last checkpoint: {_checkpoint(standing.last_checkpoint)}"
+    if standing.best_checkpoint is not None:
+        yield f"best checkpoint: {standing.best_checkpoint}"
 
 
 def _up_to(num_committed: int) -> str:

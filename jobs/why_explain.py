@@ -38,6 +38,7 @@ class Standing:
     num_committed: int
     last_learned: int | None
     last_checkpoint: int | None
+    best_checkpoint: str | None
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def explain(facts: Facts) -> Explanation:
             num_committed=facts.num_committed,
             last_learned=facts.last_learned,
             last_checkpoint=facts.last_checkpoint,
+            best_checkpoint=facts.best_checkpoint,
         ),
         now=list(_now(facts, state, failure)),
         notes=facts.notes,
@@ -139,7 +141,11 @@ def _now(facts: Facts, state: State, failure: FirstFailure | None) -> Iterator[s
         began = duration(facts.now - facts.last_sign(facts.last_attempt))
         yield f"attempt {facts.last_attempt} began {began} ago; it checks its input, or waits for Ray: no heartbeat yet"
     elif state == "finished":
-        yield "finished; there is nothing to go on with"
+        if _stages(facts)[facts.stages[-1]] == "finished" or not events:
+            yield "finished; there is nothing to go on with"
+        else:
+            yield f"finished what its command was to do; the config has more stages, up to {facts.stages[-1]}"
+            yield from _way_on(facts)
     elif beat is not None and state in ("running", "paused", "frozen"):
         yield from _living(facts, state, beat)
         if events and events[-1].kind == "waiting":
@@ -202,6 +208,9 @@ def _dead(facts: Facts, state: State, beat: Beat | None, end: str | None) -> Ite
 def _way_on(facts: Facts) -> Iterator[str]:
     if facts.paused is not None:
         yield f"it was paused ({brief(facts.paused)}); first: rm {_path(facts, PAUSED_FILE)}"
+    if facts.stages == ["replay"]:
+        yield "to go on: give the same `rlhf replay` command again; it learns from the first step"
+        return
     folder = facts.folder.resolve()
     overrides = [f"run.id={folder.name}", *([] if facts.is_at_root else [f"run.root={folder.parent}"])]
     yield f"to go on: python -m jobs.ppo --config {_path(facts, CONFIG_FILE)} {shlex.join(overrides)}"

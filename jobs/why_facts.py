@@ -56,6 +56,7 @@ class Facts:
     num_committed: steps in the log, from step 0 to the first gap.
     last_learned: last step with a line in metrics.jsonl.
     last_checkpoint: step of the newest complete checkpoint, which is the number of steps learned before it.
+    best_checkpoint: its step and why it is the best by evaluation; None: there is none.
     paused: text of the file PAUSED; None without it.
     notes: what could not be read.
     """
@@ -70,6 +71,7 @@ class Facts:
     num_committed: int
     last_learned: int | None
     last_checkpoint: int | None
+    best_checkpoint: str | None
     beat: Beat | None
     paused: str | None
     notes: Sequence[str]

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from jobs.why_facts import Beat, Event, Facts
-from jobs.why_reader import whole
+from jobs.why_reader import stages_of, whole
 from orchestrator.heartbeat import EVERY_S, FINISHED, STOPPED
 
 State = Literal["finished", "running", "paused", "starting", "frozen", "stopped", "failed", "killed"]
@@ -52,16 +52,24 @@ def state_of(facts: Facts, attempt: int) -> State:
     is_last = attempt == facts.last_attempt
     events, beat = facts.of(attempt), facts.beat_of(attempt)
     stage_ends = [event for event in (facts.events if is_last else events) if event.kind in STAGE_ENDS]
-    final = [event.kind for event in stage_ends if event.stage == facts.stages[-1]]
+    final = [event.kind for event in stage_ends if event.stage == _last_stage(facts, events)]
     ended = beat.ended if beat else None
     if final[-1:] == ["stage_finished"] or ended == FINISHED:
         return "finished"
     if ended or end_of(events):
         return "stopped" if ended == STOPPED or was_stopped(events) else "failed"
+    if beat is None and was_stopped(events):
+        return "stopped"
     if beat is None:
         is_young = facts.now - facts.last_sign(attempt) < STARTING_S
         return "starting" if is_last and is_young else "killed"
     return _state_by_beat(facts, beat)
+
+
+def _last_stage(facts: Facts, events: Sequence[Event]) -> str:
+    """The stage with which an attempt is done, which may not be the last that the config names."""
+    named = [stages for event in events if (stages := stages_of(event))]
+    return (named[-1] if named else facts.stages)[-1]
 
 
 def _state_by_beat(facts: Facts, beat: Beat) -> State:

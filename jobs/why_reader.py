@@ -16,7 +16,7 @@ import psutil
 from jobs.attempts import ATTEMPTS
 from jobs.run_folder import CONFIG_FILE, storage_root
 from jobs.why_facts import Beat, Call, Event, Facts, Process
-from orchestrator.checkpoints import MARKER
+from orchestrator.checkpoints import MARKER, read_best
 from orchestrator.errors import StorageError
 from orchestrator.experience_log import num_committed
 from orchestrator.guards import PAUSED_FILE
@@ -41,17 +41,19 @@ def read_facts(folder: Path, now: float) -> Facts | None:
     config = reader.get(CONFIG_FILE, lambda path: _mapping(parse_yaml, path), empty)
     run, ppo, stages = (config.get(section) for section in ("run", "ppo", "stages"))
     root = run.get("root") if isinstance(run, dict) else None
+    events = [event for line in reader.get(EVENTS_FILE, reader.lines, no_lines) if (event := _event(line))]
     return Facts(
         folder=folder,
         now=now,
         is_at_root=isinstance(root, str) and storage_root(Path(root)).resolve() == folder.resolve().parent,
-        stages=[str(stage) for stage in stages] if isinstance(stages, list) and stages else ["ppo"],
+        stages=_names(stages) or next(filter(None, map(stages_of, reversed(events))), ["ppo"]),
         num_steps=whole(ppo.get("steps")) if isinstance(ppo, dict) else None,
-        events=[event for line in reader.get(EVENTS_FILE, reader.lines, no_lines) if (event := _event(line))],
+        events=events,
         attempts=reader.get(ATTEMPTS, _attempts, {}),
         num_committed=reader.get("log", num_committed, 0),
         last_learned=_last_learned(reader.get(METRICS_FILE, reader.lines, no_lines)),
         last_checkpoint=reader.get("checkpoints", _last_checkpoint, None),
+        best_checkpoint=None if (best := read_best(folder / "checkpoints")) is None else str(best),
         beat=_beat(reader.get(HEARTBEAT_FILE, lambda path: _mapping(json.loads, path), empty)),
         paused=reader.get(PAUSED_FILE, lambda path: path.read_text(encoding="utf-8", errors="replace"), None),
         notes=reader.notes,
@@ -97,6 +99,15 @@ def number(value: Any) -> float | None:
 def whole(value: Any) -> int | None:
     """A whole number, or None."""
     return value if isinstance(value, int) and number(value) is not None else None
+
+
+def stages_of(event: Event) -> list[str]:
+    """All stages of the attempt that an event of a stage's start is from; of other events none."""
+    return _names(event.fields.get("stages")) if event.kind == "stage_started" else []
+
+
+def _names(value: Any) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else []
 
 
 def _object(line: str) -> dict[str, Any] | None:

@@ -5,21 +5,24 @@ checkpoints/step-000010/critic/...
 checkpoints/step-000010/state.json     the coordinator's own state
 checkpoints/step-000010/manifest.json  size and SHA-256 of every file, and of itself
 checkpoints/step-000010/COMPLETE       written last, once every file was found to match; without it, no checkpoint
+checkpoints/best.json                  which of them is the best by evaluation
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import logging
 import re
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from orchestrator.best import BEST_FILE, Best
 from orchestrator.concurrency import cancel, together
 from orchestrator.errors import RlhfError, StorageError
 from orchestrator.roles import Learner
@@ -57,8 +60,10 @@ class Checkpoints:
         learners: role name to learner; each writes into its own sub-folder.
         every_steps: save after every so many steps; 0: only after the last.
         last_step: number of steps of the run.
-        keep: newest checkpoints kept. Older ones go only when the newest was verified on disk; one that can't be
-            removed is reported once and tried again after the next save.
+        keep: newest checkpoints kept, the best besides. Older ones go only when the newest was verified on disk; one
+            that can't be removed is reported once and tried again after the next save.
+        best: chooses the best of some steps. Those of the schedule compete, and the best so far: not what a stop saved,
+            so that a run that was stopped keeps the one that it would have kept.
         grace_s: how long a stopped run may take to save where it stands.
         fence: called before a checkpoint takes its place; raises when the run is another writer's.
 
@@ -75,6 +80,7 @@ class Checkpoints:
         keep: int,
         grace_s: float = 30.0,
         fence: Callable[[], None] = lambda: None,
+        best: Callable[[Iterable[int]], Best | None] = lambda steps: None,
     ) -> None:
         self._folder = folder
         self._learners = learners
@@ -83,6 +89,7 @@ class Checkpoints:
         self._keep = keep
         self._grace_s = grace_s
         self._fence = fence
+        self._best = best
         self._damaged: set[Path] = set()
         self._stuck: set[Path] = set()
         self._saving: asyncio.Future[None] | None = None
@@ -91,9 +98,16 @@ class Checkpoints:
 
     async def save_if_due(self, state: State) -> None:
         """Saves on schedule, unless that was done, also by an earlier attempt."""
-        due = state.step == self._last_step or (self._every_steps and state.step % self._every_steps == 0)
-        if due and state.step and self._path(state.step) not in self.complete():
+        if not self._is_due(state.step):
+            return
+        if self._path(state.step) not in self.complete():
             await self.save(state)
+        else:  # that attempt may have ended before it retired old ones
+            await asyncio.to_thread(self._retire, self._path(state.step))
+
+    def _is_due(self, step: int) -> bool:
+        is_on_schedule = bool(self._every_steps) and step % self._every_steps == 0
+        return step > 0 and (step == self._last_step or is_on_schedule)
 
     async def begin_if_due(self, state: State, phase: AbstractContextManager[None]) -> None:
         """As `save_if_due`, in `phase` and beside the loop: returns at once. Learning must wait for `settled`."""
@@ -133,7 +147,7 @@ class Checkpoints:
             await asyncio.to_thread(shutil.rmtree, temporary, ignore_errors=True)
             raise
         self._damaged.discard(final)
-        await asyncio.to_thread(self._retire)
+        await asyncio.to_thread(self._retire, final)
 
     @asynccontextmanager
     async def saved_on_stop(self) -> AsyncIterator[Callable[[State | None], None]]:
@@ -177,7 +191,7 @@ class Checkpoints:
                 continue
             for problem in problems:
                 _log.warning("%s Until then the run goes on from the older %s and its log.", problem, folder)
-            await together(learner.load(folder / role) for role, learner in self._learners.items())
+            await self._load(folder)
             return state
         if problems:
             raise StorageError(
@@ -188,19 +202,43 @@ class Checkpoints:
 
     def complete(self) -> list[Path]:
         """Folders of complete checkpoints, oldest first, without those that `restore` found damaged."""
-        found = [path for path in self._folders(_CHECKPOINT) if (path / MARKER).exists()]
-        return [path for path in found if path not in self._damaged]
+        return [path for path in complete_checkpoints(self._folder) if path not in self._damaged]
 
-    def _folders(self, pattern: re.Pattern[str]) -> list[Path]:
-        """Those with a name of ours, oldest first."""
-        with reading(self._folder):
-            found = (path for path in self._folder.iterdir() if pattern.fullmatch(path.name) and path.is_dir())
-            return sorted(found, key=lambda path: (len(path.name), path.name))
+    async def load_best(self) -> Best | None:
+        """Loads the best checkpoint into the learners. None: there is none, or its learners' state is the last one.
 
-    def _retire(self) -> None:
+        Raises:
+            StorageError: it was altered.
+        """
+        best = read_best(self._folder)
+        if best is None or best.step == self._last_step:
+            return None
+        folder = self._path(best.step)
+        await asyncio.to_thread(verify, folder)
+        await self._load(folder)
+        return best
+
+    async def _load(self, folder: Path) -> None:
+        await together(learner.load(folder / role) for role, learner in self._learners.items())
+
+    def _choose_best(self) -> Path | None:
+        """The best checkpoint, once best.json names it."""
+        before = read_best(self._folder)
+        steps = [int(path.name.removeprefix("step-")) for path in self.complete()]
+        best = self._best(step for step in steps if self._is_due(step) or (before and step == before.step))
+        if best is None:
+            (self._folder / BEST_FILE).unlink(missing_ok=True)
+            return None
+        if best != before:
+            write_json(self._folder / BEST_FILE, asdict(best))
+        return self._path(best.step)
+
+    def _retire(self, saved: Path) -> None:
+        best = self._choose_best()
         kept = self.complete()[-self._keep :]
-        old = itertools.takewhile(lambda path: kept and path != kept[0], self._folders(_CHECKPOINT))
-        for path in {*old, *self._damaged, *self._folders(_UNFINISHED)}:
+        older = itertools.takewhile(lambda path: kept and path != kept[0], _folders(self._folder, _CHECKPOINT))
+        old = [path for path in older if path not in (saved, best)]
+        for path in {*old, *self._damaged, *_folders(self._folder, _UNFINISHED)}:
             try:
                 _remove(path)
             except OSError as error:
@@ -211,11 +249,34 @@ class Checkpoints:
 
     def _remove_halves(self) -> None:
         """What a save left that was killed: as large as a checkpoint, and of no use."""
-        for path in self._folders(_UNFINISHED):
+        for path in _folders(self._folder, _UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step:06d}"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in `folder`, oldest first; none where there is no such folder. Raises StorageError."""
+    return [path for path in _folders(folder, _CHECKPOINT) if (path / MARKER).exists()]
+
+
+def read_best(folder: Path) -> Best | None:
+    """What best.json in the folder of checkpoints says. None: there is none, or it is damaged or out of date."""
+    try:
+        best = Best(**json.loads((folder / BEST_FILE).read_text(encoding="utf-8")))
+        return best if (folder / f"step-{best.step:06d}" / MARKER).exists() else None
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def _folders(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """Those with a name of ours, oldest first."""
+    with reading(folder):
+        if not folder.exists():
+            return []
+        found = (path for path in folder.iterdir() if pattern.fullmatch(path.name) and path.is_dir())
+        return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
 def verify(folder: Path) -> None:

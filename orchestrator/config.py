@@ -206,6 +206,9 @@ class RewardConfig(Section):
     """Actors that score."""
     micro_batch_tokens: Positive = 4096
     """Largest padded forward batch, in tokens."""
+    max_length: Positive | None = None
+    """Longer transcripts lose tokens at their start (kind: model), counted in reward/cut. Null: reward_model.max_length
+    for the model that the reward_model stage trains, else what the model can take."""
     normalise: bool = True
     """Subtract the mean and divide by the standard deviation recorded with the reward model."""
     clip: Annotated[float, Field(gt=0)] | None = None
@@ -376,8 +379,14 @@ class CheckpointConfig(Section):
     """Save after every so many steps; 0: only at the end."""
     keep: Positive = 2
     """Newest checkpoints kept; the best by evaluation is kept besides."""
+    best_metric: Literal["evaluation/gold_mean", "evaluation/reward_mean"] | None = "evaluation/gold_mean"
+    """Metric of evaluation by which a checkpoint is the best, higher is better. Those checkpoints compete whose step
+    is on the schedules of saving and of evaluation; checkpoints/best.json names the best. Null: none is kept."""
+    best_max_kl: Annotated[float, Field(gt=0)] | None = None
+    """Highest KL per held-out response (evaluation/kl_per_response, nats) of the best checkpoint. Null: no bound."""
     export: bool = True
-    """Write the final policy as a plain Hugging Face folder."""
+    """Write the final policy as a plain Hugging Face folder, export/; where an earlier checkpoint is the best, its
+    policy too, export-best/."""
 
 
 class EvaluationConfig(Section):
@@ -554,12 +563,14 @@ def _contradictions(config: Config) -> Iterable[str]:
     trains_on_own_labels = "reward_model" in config.stages and config.preferences.path is None
     if trains_on_own_labels and "preferences" not in config.stages:
         yield (
-            "stage 'reward_model' needs preferences.path: give a preference file, or add 'preferences' to stages "
-            "so that the labeller makes one."
+            "stage 'reward_model' needs preferences.path: give a preference file, or let the labeller make one in a "
+            "run with stages=[preferences,reward_model]."
         )
     order = [stage for stage in typing.get_args(Stage) if stage in config.stages]
     if list(config.stages) != order:
         yield f"stages must be distinct and in order; write stages: [{', '.join(order)}]."
+    if config.checkpoints.best_max_kl is not None and config.checkpoints.best_metric is None:
+        yield "checkpoints.best_max_kl needs checkpoints.best_metric: set it, or leave both out."
     yield from _guards_that_contradict(config)
 
 

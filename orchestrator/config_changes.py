@@ -14,6 +14,8 @@ from orchestrator.config import Config
 _SECTIONS = frozenset({"deadlines", "failures", "guards", "telemetry"})
 _KEYS = frozenset(
     {
+        "checkpoints.best_max_kl",
+        "checkpoints.best_metric",
         "checkpoints.every_steps",
         "checkpoints.export",
         "checkpoints.keep",
@@ -89,6 +91,8 @@ def _matters(key: str, old: Config, new: Config) -> bool:
     if key == "ppo.steps":
         by_total_steps = any(learner.schedule != "constant" for learner in (new.policy, new.critic))
         return new.ppo.steps < old.ppo.steps or by_total_steps
+    if key == "stages":
+        return new.stages[: len(old.stages)] != old.stages  # more stages may follow those of the run
     if key in RESOLVED_ONCE and value_of(old, key) in OPEN:
         return False  # a run from before this key was kept
     before, after = old.run.contents, new.run.contents

@@ -96,9 +96,9 @@ class Coordinator(Relearning):
     async def _all_steps(self, initial: State, standing_at: Callable[[State | None], None]) -> State:
         state = await self.restore(initial)
         standing_at(state)
-        await self.checkpoints.save_if_due(state)
         await self.publish(state)
         await self.evaluation.run_if_due(state)
+        await self.checkpoints.save_if_due(state)
         async with self.sampler.running(first_step=state.step, end_step=self.settings.steps):
             while state.step < self.settings.steps:
                 with self.telemetry.step(state.step) as record:
@@ -128,6 +128,7 @@ class Coordinator(Relearning):
         state = await self.relearn(saved)
         if later := self.log.set_aside_after(state.step):
             self.telemetry.event("set_aside", lost_step=state.step, steps=list(later))
+        self.evaluation.resume(state)
         if state.step:
             self.telemetry.restored(_whence(saved, state))
         return state

@@ -1,16 +1,20 @@
-"""How much better a policy is than the one it started from, on the same held-out prompts."""
+"""Evaluation files, and how much better a policy is than the one it started from, on the same held-out prompts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, StorageError
+from orchestrator.types import Metrics
 
 EVALUATION = pa.schema(
     [
@@ -58,6 +62,35 @@ class Comparison:
     delta_in_sd: float
     low: float
     high: float
+
+
+def evaluation_file(folder: Path, version: int) -> Path:
+    """The file of one version of the weights."""
+    return folder / f"step-{version:06d}.parquet"
+
+
+def read_evaluation(path: Path) -> pa.Table:
+    """A table of EVALUATION. Raises StorageError when the file can't be read or has other columns."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(f"evaluation {path} can't be read ({type(error).__name__}). Restore or delete it.") from None
+    if table.schema.names != EVALUATION.names:
+        raise StorageError(f"evaluation {path} has other columns than this version of the program writes.")
+    return table
+
+
+def evaluation_metrics(table: pa.Table) -> Metrics:
+    """The `evaluation/*` metrics of a table of EVALUATION; one without a value is left out."""
+    metrics = {
+        "evaluation/gold_mean": pc.mean(table["gold"]).as_py(),
+        "evaluation/gold_std": pc.stddev(table["gold"], ddof=1).as_py(),
+        "evaluation/kl_per_response": pc.mean(table["kl"]).as_py(),
+        "evaluation/length_mean": pc.mean(table["length"]).as_py(),
+        "evaluation/reward_mean": pc.mean(table["reward"]).as_py(),
+        "evaluation/failed": table["gold"].null_count,
+    }
+    return {name: float(value) for name, value in metrics.items() if value is not None}
 
 
 def compare(

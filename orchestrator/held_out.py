@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.concurrency import together
+from orchestrator.errors import StorageError
+from orchestrator.evaluation import evaluation_file, evaluation_metrics, read_evaluation
 from orchestrator.roles import Recorder, Rollouts, Scorer
 from orchestrator.sampler import cut_into_shards
 from orchestrator.storage import writing
@@ -60,6 +64,19 @@ class Evaluation:
             with self._telemetry.phase("evaluate"):
                 await self._run(state)
 
+    def resume(self, state: State) -> None:
+        """Brings evaluations in line with a run that goes on from `state`: metrics lines that a rewind or a death took
+        are written again from the files, and evaluations of later versions, which this run never reaches, go."""
+        with writing(self._folder):
+            found = {_version(path): path for path in sorted(self._folder.glob("step-*.parquet"))}
+            for path in [path for version, path in found.items() if version > state.version]:
+                path.unlink()
+                failures_file(path).unlink(missing_ok=True)
+        for version in sorted(found.keys() - self._telemetry.evaluated()):
+            if 0 <= version <= state.version:
+                with suppress(StorageError):  # a damaged file has no metrics to write
+                    self._telemetry.evaluation(version, evaluation_metrics(read_evaluation(found[version])))
+
     async def _run(self, state: State) -> None:
         shards = cut_into_shards(
             state.step, self._requests, samples_per_shard=self._samples_per_shard, sampling=self._sampling
@@ -91,4 +108,10 @@ class Evaluation:
             )
 
     def _file(self, step: int) -> Path:
-        return self._folder / f"step-{step:06d}.parquet"
+        return evaluation_file(self._folder, step)
+
+
+def _version(path: Path) -> int:
+    """-1 for a file that is not ours."""
+    found = re.fullmatch(r"step-(\d{6,})", path.stem)
+    return int(found[1]) if found else -1

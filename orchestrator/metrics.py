@@ -59,6 +59,7 @@ def _rewards() -> Iterable[Metric]:
     yield Metric("reward/part/<name>", "Mean of one part of the reward, over the samples that have it", "reward")
     yield Metric("reward/failed", "Samples dropped because their reward failed", "samples")
     yield Metric("reward/failed_fraction", "Share of the step's samples whose reward failed")
+    yield Metric("reward/cut", "Samples whose start the reward model did not read (reward.max_length)", "samples")
 
 
 def _samples() -> Iterable[Metric]:
@@ -124,6 +125,8 @@ def _beside_steps() -> Iterable[Metric]:
     yield Metric("evaluation/gold_mean", "Mean gold score of held-out responses", "gold", when=evaluation)
     yield Metric("evaluation/gold_std", "Standard deviation of the gold scores", "gold", when=evaluation)
     yield Metric("evaluation/reward_mean", "Mean training reward of held-out responses", "reward", when=evaluation)
+    what = "Held-out samples whose start the reward model did not read"
+    yield Metric("evaluation/reward_cut", what, "samples", when=evaluation)
     yield Metric("evaluation/kl_per_response", "KL to the reference on held-out responses", "nats", when=evaluation)
     yield Metric("evaluation/length_mean", "Mean length of held-out responses", "tokens", when=evaluation)
     yield Metric(

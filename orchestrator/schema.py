@@ -48,6 +48,7 @@ REWARDS = pa.schema(
         pa.field("reward", pa.float32()),  # null: scoring failed, see reward_error
         pa.field("reward_parts", pa.map_(pa.string(), pa.float32()), nullable=False),
         pa.field("reward_error", pa.string()),
+        pa.field("tokens_cut", pa.int32(), nullable=False),  # of the transcript that was scored, at its start
     ]
 )
 

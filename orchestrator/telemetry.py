@@ -95,6 +95,8 @@ class _Progress:
             "time/step_s": "{:.1f} s/step",
         }
         parts += [text.format(metrics[name]) for name, text in formats.items() if name in metrics]
+        if metrics.get("reward/cut"):
+            parts.append(f"{metrics['reward/cut']:.0f} transcripts cut for the reward model")
         if self.seconds_left is not None:
             parts.append(f"{clock_text(self.seconds_left)} left")
         number = f"{self.step + 1}/{self.num_steps}" if self.num_steps else f"{self.step + 1}"
@@ -188,6 +190,11 @@ class Telemetry:
         self._rewrite(lambda line: not (line["kind"] == "evaluation" and line["step"] == version))
         collected = {name: float(value) for name, value in metrics.items()} | self._phases.drain()
         self._write("evaluation", version, collected, steps=0, tokens=0.0)
+
+    def evaluated(self) -> set[int]:
+        """Versions whose evaluation is written."""
+        lines = read_lines(self._folder / METRICS_FILE)
+        return {line["step"] for line in lines if line["stage"] == self._stage and line["kind"] == "evaluation"}
 
     def rewind(self, step: int) -> None:
         """Takes back what was written of steps from `step` on and of evaluations of later versions than `step`."""

@@ -20,12 +20,13 @@ import pyarrow as pa
 class Score:
     """What a source says of one sample: `value` None is a failure, and `error` says why.
 
-    `parts` are raw: before weights, normalising and clipping.
+    `parts` are raw: before weights, normalising and clipping. `tokens_cut` of the transcript's start were not read.
     """
 
     value: float | None
     parts: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
+    tokens_cut: int = 0
 
 
 class RewardSource(Protocol):

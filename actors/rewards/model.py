@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 
 from actors.conversations import Chat, Transcript, load_chat, reward_chat
+from actors.learning.files import window
 from actors.learning.heads import ValueModel
 from actors.learning.model import load_scorer, resolve_model
 from actors.learning.packing import token_rows
@@ -84,7 +85,7 @@ class RewardModel:
         policy: how conversations are written for the policy. Where they are written alike for the reward model, sampled
             tokens go in as they are; otherwise text goes in, written as in the reward model's training.
         micro_batch_tokens: largest padded forward batch.
-        max_length: longer transcripts lose their start. Null: what the model can take.
+        max_length: longer transcripts lose their start, counted. Null: what the model can take.
 
     Raises:
         DataError: no scalar head, tokenizer, chat template or statistics.
@@ -107,8 +108,7 @@ class RewardModel:
         self.takes_tokens = self.chat.fingerprint == policy.fingerprint
         scorer = load_scorer(folder, dtype, trust_remote_code=trust_remote_code)
         self._num_embeddings = int(scorer.get_input_embeddings().num_embeddings)
-        longest = getattr(scorer.config, "max_position_embeddings", None)
-        self._max_length = min((n for n in (max_length, longest) if n), default=None)
+        self._max_length = min((n for n in (max_length, window(scorer.config)) if n), default=None)
         self._model = ValueModel(scorer).eval().requires_grad_(False).to(device)
         self._device, self._micro_batch_tokens = device, micro_batch_tokens
 
@@ -117,7 +117,7 @@ class RewardModel:
         transcripts = self._transcripts(table)
         raw = iter(self.raw_scores([found for found in transcripts if isinstance(found, Transcript)]))
         return [
-            self._score(next(raw)) if isinstance(found, Transcript) else Score(None, error=str(found))
+            self._score(next(raw), found) if isinstance(found, Transcript) else Score(None, error=str(found))
             for found in transcripts
         ]
 
@@ -153,10 +153,11 @@ class RewardModel:
         except DataError as error:
             return error
 
-    def _score(self, raw: float) -> Score:
+    def _score(self, raw: float, transcript: Transcript) -> Score:
+        cut = max(len(transcript) - self._max_length, 0) if self._max_length is not None else 0
         if not math.isfinite(raw):
-            return Score(None, error=f"the reward model's score is {raw}")
-        return Score(self._stats.normalised(raw) if self._stats else raw, {"model": raw})
+            return Score(None, error=f"the reward model's score is {raw}", tokens_cut=cut)
+        return Score(self._stats.normalised(raw) if self._stats else raw, {"model": raw}, tokens_cut=cut)
 
 
 def from_settings(settings: RewardSettings, threads: int) -> RewardModel:

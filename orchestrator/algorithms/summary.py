@@ -23,6 +23,7 @@ def merge_metrics(records: Sequence[ShardRecord]) -> Metrics:
         "reward/max": extremes.get("reward_max", 0.0),
         "reward/failed": failed,
         "reward/failed_fraction": failed / (failed + samples),
+        "reward/cut": sums.get("reward_cut_sum", 0.0),
         "kl/per_response": sums["kl_k1_token_sum"] / samples,
         "kl/per_token": sums["kl_k1_token_sum"] / tokens,
         "kl/per_token_k3": sums["kl_k3_token_sum"] / tokens,

@@ -55,6 +55,7 @@ def scored_shard(step: int, index: int, *, samples: int = 3, response: str = "I 
         "reward": [0.5 * number for number in range(samples)],
         "reward_parts": [[("style", 0.5)]] * samples,
         "reward_error": [None] * samples,
+        "tokens_cut": [0] * samples,
     }
     return ScoredShard(
         RolloutShard(step, index, rollout, samples, samples, 3 * samples, step, 0, 0.1),

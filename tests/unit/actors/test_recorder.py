@@ -19,6 +19,8 @@ import ray
 from actors.recorder import RecorderWorker
 from orchestrator import schema
 from orchestrator.algorithms.experience import ExperienceSettings
+from orchestrator.algorithms.summary import merge_metrics
+from orchestrator.best import BestByEvaluation
 from orchestrator.config import RuleLimits
 from orchestrator.errors import RewardError, StorageError
 from orchestrator.evaluation import EVALUATION
@@ -64,17 +66,18 @@ def logprobs(value: float, rows: list[int]) -> ray.ObjectRef:
     return ray.put(pa.table(columns, schema=schema.LOGPROBS))
 
 
-def rewards(scores: list[float | None]) -> ray.ObjectRef:
+def rewards(scores: list[float | None], cut: tuple[int, ...] = (0, 0, 0)) -> ray.ObjectRef:
     columns = {
         "row": [10, 11, 12],
         "reward": scores,
         "reward_parts": [[("style", 0.5)]] * 3,
         "reward_error": [None if score is not None else "grader died" for score in scores],
+        "tokens_cut": cut,
     }
     return ray.put(pa.table(columns, schema=schema.REWARDS))
 
 
-def scores(reward: list[float | None]) -> dict[str, list[Any]]:
+def scores(reward: list[float | None], cut: tuple[int, ...] = (0, 0, 0)) -> dict[str, list[Any]]:
     """The reference's answer comes in two parts, as from two ranks."""
     rows = [10, 11, 12]
     values = {"row": rows, "values": floats(0.25, rows), "bootstrap_value": [0.0] * 3}
@@ -82,7 +85,7 @@ def scores(reward: list[float | None]) -> dict[str, list[Any]]:
         "logprobs": [logprobs(-1.0, rows)],
         "ref_logprobs": [logprobs(-1.5, [11]), logprobs(-1.5, [10, 12])],
         "values": [ray.put(pa.table(values, schema=schema.VALUES))],
-        "rewards": [rewards(reward)],
+        "rewards": [rewards(reward, cut)],
     }
 
 
@@ -168,6 +171,27 @@ def held_out(responses: list[str], reward: list[float | None]) -> dict[str, list
         "reference": [logprobs(-1.0, rows)],
         "reward": [rewards(reward)],
     }
+
+
+@pytest.mark.parametrize(("cut", "expected"), [((0, 0, 0), 0.0), ((7, 0, 1), 2.0)])
+def test_transcripts_cut_for_the_reward_model_are_counted_in_steps_and_evaluations(
+    recorder: RecorderWorker, tmp_path: Path, cut: tuple[int, ...], expected: float
+) -> None:
+    """The failed sample's too; a step without any has the manifest that it always had."""
+    file = tmp_path / "shard-0000.parquet"
+    _, record = recorder.record(rollout(), scores([1.0, 2.0, None], cut), kl_coefficient=0.1, file=str(file))
+    assert merge_metrics([record])["reward/cut"] == expected
+    assert ("reward_cut_sum" in record.sums) == bool(expected)
+    shard = {
+        "rollout": [ray.put(rollout())],
+        "policy": [logprobs(-1.0, [10, 11, 12])],
+        "reference": [logprobs(-1.5, [10, 11, 12])],
+        "reward": [rewards([1.0, None, 3.0], cut)],
+    }
+    metrics = recorder.evaluate([shard], file=str(tmp_path / "step-000000.parquet"))
+    assert metrics["evaluation/reward_cut"] == expected
+    found = BestByEvaluation(tmp_path, "evaluation/reward_mean").among([0])
+    assert found is not None and found.value == metrics["evaluation/reward_mean"] == 2.0
 
 
 @pytest.mark.parametrize(

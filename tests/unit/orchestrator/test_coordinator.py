@@ -11,11 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.checkpoints import Checkpoints
 from orchestrator.coordinator import Coordinator, LoopSettings
 from orchestrator.errors import RewardError, RoleDied, StorageError
+from orchestrator.evaluation import EVALUATION, evaluation_metrics
 from orchestrator.experience_log import ExperienceLog
 from orchestrator.failures import Unsupervised
 from orchestrator.guards import Guard, Guards, acted_before
@@ -23,7 +26,7 @@ from orchestrator.held_out import Evaluation
 from orchestrator.roles import NoCritic
 from orchestrator.sampler import Sampler
 from orchestrator.telemetry import Telemetry, read_lines
-from orchestrator.types import Metrics, Sampling, State
+from orchestrator.types import EvaluatedShard, Metrics, Sampling, State
 from tests.deadlines import scaled
 from tests.unit.orchestrator.fakes import (
     Diary,
@@ -55,6 +58,8 @@ class World:
     diary: Diary = field(default_factory=Diary)
     fail_in_step: int | None = None
     said: list[str] = field(default_factory=list)
+    evaluate_every: int = 0
+    recorder: type[FakeRecorder] = FakeRecorder
 
     def coordinator(self) -> Coordinator:
         diary = self.diary
@@ -62,7 +67,7 @@ class World:
         self.critic = FakeLearner("critic", diary)
         learners = {"policy": self.policy, **({"critic": self.critic} if self.has_critic else {})}
         rollouts = FakeRollouts(diary, fail_in_step=self.fail_in_step)
-        recorder = FakeRecorder(diary, self.num_dropped, self.sums_of_step)
+        recorder = self.recorder(diary, self.num_dropped, self.sums_of_step)
         telemetry = Telemetry(self.folder, "run", 1)
         scorer = FakeLearner("scorer", diary)
         schedule = FakeSchedule(8)
@@ -111,7 +116,7 @@ class World:
                 telemetry=telemetry,
                 sampling=sampling,
                 samples_per_shard=4,
-                every_steps=0,
+                every_steps=self.evaluate_every,
                 last_step=self.steps,
             ),
             telemetry=telemetry,
@@ -360,3 +365,56 @@ async def test_damaged_checkpoints_that_are_deleted_as_advised_are_learned_again
         shutil.rmtree(folder)
     assert await world.coordinator().run(State(0, 0.1)) == State(4, 1.6)
     assert world.policy.learned == [0, 1, 2, 3]
+
+
+class EvaluatingRecorder(FakeRecorder):
+    """Writes real evaluation files, whose gold score is the version over ten."""
+
+    async def evaluate(self, shards: Sequence[EvaluatedShard], *, file: str) -> Metrics:
+        version = shards[0].rollout.step
+        self.diary.note("evaluate", version)
+        row = {"prompt_id": "p", "prompt_text": "p", "response_text": "r", "gold": version / 10, "kl": 1.0, "length": 3}
+        table = pa.Table.from_pylist([{**row, "reward": None}], schema=EVALUATION)
+        pq.write_table(table, file)
+        return evaluation_metrics(table)
+
+
+def _evaluations(folder: Path) -> dict[int, float]:
+    lines = [line for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "evaluation"]
+    assert len({line["step"] for line in lines}) == len(lines)
+    return {line["step"]: line["metrics"]["evaluation/gold_mean"] for line in lines}
+
+
+@pytest.mark.parametrize("fails_in", [1, 2, 3, 4, 5])
+async def test_no_evaluation_is_lost_or_made_twice_when_a_run_goes_on(tmp_path: Path, fails_in: int) -> None:
+    world = World(tmp_path, steps=6, every_steps=4, evaluate_every=1, recorder=EvaluatingRecorder)
+    world.fail_in_step = fails_in
+    with pytest.raises(RoleDied):
+        await world.coordinator().run(State(0, 0.1))
+    world.fail_in_step = None
+    await world.coordinator().run(State(0, 0.1))
+    assert _evaluations(tmp_path) == {version: version / 10 for version in range(7)}
+    assert world.diary.of("evaluate") == list(range(7))
+
+
+async def test_an_evaluation_whose_line_a_death_took_is_written_again(tmp_path: Path) -> None:
+    world = World(tmp_path, steps=3, evaluate_every=1, recorder=EvaluatingRecorder)
+    world.fail_in_step = 2
+    with pytest.raises(RoleDied):
+        await world.coordinator().run(State(0, 0.1))
+    lines = [line for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"evaluation"' not in line]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    world.fail_in_step = None
+    await world.coordinator().run(State(0, 0.1))
+    assert _evaluations(tmp_path) == {version: version / 10 for version in range(4)}
+    assert world.diary.of("evaluate") == [0, 1, 2, 3]
+
+
+async def test_evaluations_of_steps_that_the_log_lost_are_made_again(tmp_path: Path) -> None:
+    world = World(tmp_path, steps=4, evaluate_every=1, recorder=EvaluatingRecorder)
+    await world.coordinator().run(State(0, 0.1))
+    shutil.rmtree(tmp_path / "checkpoints")
+    shutil.rmtree(tmp_path / "log" / "step-000002")
+    await world.coordinator().run(State(0, 0.1))
+    assert world.diary.of("evaluate") == [0, 1, 2, 3, 4, 3, 4]
+    assert _evaluations(tmp_path) == {version: version / 10 for version in range(5)}

@@ -113,6 +113,27 @@ def test_long_transcripts_lose_their_start(folder: Path) -> None:
     assert [s.value for s in scores] == pytest.approx(classifier_scores(folder, last), abs=1e-5)
 
 
+@pytest.mark.parametrize("template", [CHATML, OTHER])
+def test_what_a_transcript_loses_is_counted(folder: Path, template: str) -> None:
+    """Both where sampled tokens go in and where text does."""
+    lengths = [len(ids) for ids in expected_tokens(CHATML)]
+    limit = sorted(lengths)[1]
+    scores = model(folder, tiny_tokenizer(chat_template=template), max_length=limit).scores(table(closing=True))
+    assert [score.tokens_cut for score in scores] == [max(length - limit, 0) for length in lengths]
+    assert sum(score.tokens_cut > 0 for score in scores) == 1
+    assert [score.tokens_cut for score in model(folder).scores(table(closing=True))] == [0, 0, 0]
+
+
+def test_a_reward_model_takes_what_its_window_takes_and_no_more(tmp_path: Path) -> None:
+    folder = tiny_scorer(tmp_path)
+    settings = json.loads((folder / "config.json").read_text())
+    limit = min(len(ids) for ids in expected_tokens(CHATML))
+    (folder / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": limit}))
+    for given in (None, 10 * limit):
+        scores = model(folder, max_length=given).scores(table(closing=True))
+        assert [score.tokens_cut for score in scores] == [len(ids) - limit for ids in expected_tokens(CHATML)]
+
+
 def test_normalising_uses_the_recorded_statistics_and_keeps_the_raw_score(tmp_path: Path) -> None:
     folder = tiny_scorer(tmp_path)
     raw = [score.value for score in model(folder).scores(table(closing=True))]

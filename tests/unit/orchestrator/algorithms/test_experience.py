@@ -49,6 +49,7 @@ def rewards(scores, rows=tuple(LENGTHS)):
         "reward": pa.array(scores, pa.float32()),
         "reward_parts": pa.array([[("style", 0.25)]] * len(rows), pa.map_(pa.string(), pa.float32())),
         "reward_error": pa.array(["grader died" if score is None else None for score in scores]),
+        "tokens_cut": pa.array([0] * len(rows), pa.int32()),
     }
     return pa.table(columns, schema=schema.REWARDS)
 
