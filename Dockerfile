@@ -49,4 +49,4 @@ ENV PATH=/opt/venv/bin:$PATH \
     TOKENIZERS_PARALLELISM=false
 WORKDIR /app
 USER 1000:1000
-CMD ["python", "-m", "jobs.ppo", "--config", "jobs/configs/quickstart.yaml", "run.root=/runs"]
+CMD ["python", "-m", "jobs", "run", "--config", "jobs/configs/quickstart.yaml", "run.root=/runs"]

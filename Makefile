@@ -40,7 +40,7 @@ setup-dev:
 	@requirements/install.sh $(VENV) requirements/cpu.txt requirements/dev.txt
 
 quickstart: setup
-	@$(BIN)/python -m jobs.quickstart $(ARGS)
+	@$(BIN)/python -m jobs quickstart $(ARGS)
 
 # Light tests first, on all cores; then those that start Ray, engines or learners, one at a time.
 test: setup-dev

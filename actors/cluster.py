@@ -84,7 +84,7 @@ def named_address(option: str | None) -> Address | None:
     if "://" in text:
         raise ConfigError(
             f"{source}={text!r} is not the address of a cluster's control service (host:port, mostly port 6379). To "
-            "send a job to a cluster from outside use `python -m jobs.submit --address http://HOST:8265`."
+            "send a job to a cluster from outside use `rlhf submit --address http://HOST:8265`."
         )
     return Address(text, source)
 

@@ -58,7 +58,7 @@ def run_job(overrides: Sequence[str]) -> tuple[Mapping[str, float], Path]:
     """
     times = {"command": time.time()}
     lines: list[str] = []
-    command = [sys.executable, "-m", "jobs.quickstart", "--config", "jobs/configs/ppo.yaml", *overrides]
+    command = [sys.executable, "-m", "jobs", "quickstart", "--config", "jobs/configs/ppo.yaml", *overrides]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
         assert job.stdout
         late = threading.Timer(DEADLINE_S, job.terminate)

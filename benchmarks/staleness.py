@@ -127,7 +127,7 @@ def run(staleness: int, steps: int, max_new_tokens: int) -> list[Step]:
         pinned(),
     ):
         keys = [*overrides(staleness, WARM_UP_STEPS + steps, max_new_tokens), f"run.root={folder}"]
-        command = shlex.join([sys.executable, "-m", "jobs.ppo", "--config", str(CONFIG), *keys])
+        command = shlex.join([sys.executable, "-m", "jobs", "run", "--config", str(CONFIG), *keys])
         client = connect_local(ray)
         job_id = submit(client, Job(f"cd {shlex.quote(str(ROOT))} && exec {command}"))
         if asyncio.run(follow(client, job_id, lines.append)):

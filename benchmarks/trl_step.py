@@ -128,10 +128,10 @@ def work_of(config: Config) -> Work:
 
 
 def ours(config: Config) -> Measured:
-    """One run of `jobs.quickstart`. Raises RlhfError where it fails."""
+    """One run of `rlhf quickstart`. Raises RlhfError where it fails."""
     with tempfile.TemporaryDirectory(prefix="step-", dir="/tmp") as folder:
         keys = our_overrides(config.ppo.steps - WARM_UP_STEPS, config.rollout.max_new_tokens)
-        command = [sys.executable, "-m", "jobs.quickstart", "--config", str(CONFIG), *keys, f"run.root={folder}"]
+        command = [sys.executable, "-m", "jobs", "quickstart", "--config", str(CONFIG), *keys, f"run.root={folder}"]
         _call(command, {"RAY_worker_niceness": "0"})  # Ray's is 15; beside other load the sides would not be equal
         (file,) = Path(folder).glob(f"*/{METRICS_FILE}")
         steps = [line["metrics"] for line in read_lines(file) if line["kind"] == "step"]

@@ -103,7 +103,7 @@ def _await_end(run: Path, attempt: int, wait_s: float, tell: Callable[[str], Non
         if seen_alive and now - begun > wait_s:
             raise CapacityError(
                 f"run {run.name} is being written by attempt {attempt} ({owner}), which is alive, and two attempts "
-                f"can't write one run. Look at it with `python -m jobs.why {run}`; stop it, and this command continues "
+                f"can't write one run. Look at it with `rlhf why {run}`; stop it, and this command continues "
                 "the run; or give another run.id (a replay: another --to)."
             )
         if not was_told:

@@ -22,7 +22,7 @@ HEAD = """# Configuration
 Generated from `orchestrator/config.py` by `make docs`; a test keeps both in step.
 
 A config is a YAML file with the sections below; what it leaves out has its default. On the command line every key can
-be set as `section.key=value`, the value in YAML: `python -m jobs.ppo --config FILE ppo.steps=10 reward.kind=rules`.
+be set as `section.key=value`, the value in YAML: `rlhf run --config FILE ppo.steps=10 reward.kind=rules`.
 Unknown keys are refused, with the nearest known one. `--print-config` prints the resolved config; a run keeps it in its
 folder.
 """

@@ -29,7 +29,7 @@ def warning(run: RunConfig) -> str | None:
         f"warning: `ray job stop` gives this job {given:g} s before it is killed, and saving may take run.grace_s="
         f"{run.grace_s:g} s. When it is stopped, committed steps are safe, but what was learned since the last "
         "checkpoint is learned again from the log. For time to save, submit with `--runtime-env-json "
-        f'\'{{"env_vars": {{"{WAIT_VARIABLE}": "{needed}"}}}}\'`, or through `python -m jobs.submit`.'
+        f'\'{{"env_vars": {{"{WAIT_VARIABLE}": "{needed}"}}}}\'`, or through `rlhf submit`.'
     )
 
 

@@ -1,4 +1,4 @@
-"""`python -m jobs.plan --config FILE [--gpus N --gpu-kind h100] [section.key=value ...]`: what a run would take.
+"""`rlhf plan --config FILE [--gpus N --gpu-kind h100] [section.key=value ...]`: what a run would take.
 
 The loop runs over simulated roles, once for each way to lay the work out: step time, idle shares, memory, length of the
 run and money, the fastest first; then what does not fit, and the way out. No weights are read and no actor is started.

@@ -1,4 +1,4 @@
-"""What `jobs.plan` prints: ways to lay a config's work out over a cluster, the fastest first, and what does not fit."""
+"""What `rlhf plan` prints: ways to lay a config's work out over a cluster, the fastest first, and what does not fit."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def search_gpus(config: Config, work: Work, device: Device, num_gpus: int) -> Se
 
 
 def search_cores(config: Config, work: Work, cluster: Cluster) -> Search:
-    """Without GPUs: the config as it is, and the other placement. Memory is that of nodes, as jobs.check has it."""
+    """Without GPUs: the config as it is, and the other placement. Memory is that of nodes, as `rlhf check` has it."""
     cores = int(sum(node.cpus for node in cluster.nodes))
     core = core_of(config)
     candidates: list[Candidate] = []

@@ -1,4 +1,4 @@
-"""`python -m jobs.ppo --config FILE [section.key=value ...]`: the main job, with the stages that the config names."""
+"""`rlhf run --config FILE [section.key=value ...]`: the main job, with the stages that the config names."""
 
 from __future__ import annotations
 
@@ -35,6 +35,21 @@ def main(
     def work() -> None:
         settings = read_config(config, overrides or (), print_config=print_config)
         run_config(settings, resume=resume, ray_address=ray_address)
+
+    run_command(work)
+
+
+def reward_model(
+    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides such as reward_model.epochs=2.")] = None,
+    config: ConfigOption = None,
+    print_config: PrintConfig = False,
+    ray_address: Address = None,
+) -> None:
+    """Trains a reward model on preferences.path. Exit code: 0 done, 1 failed, 2 bad config, data or cluster."""
+
+    def work() -> None:
+        settings = read_config(config, overrides or (), print_config=print_config)
+        imported("jobs.reward_model:run_alone")(settings, ray_address)
 
     run_command(work)
 

@@ -1,6 +1,6 @@
 """`make quickstart`: the main job on a private Ray on this machine.
 
-Starts Ray (loopback only, private token), submits `jobs.ppo` through Ray's Jobs API, passes its lines on, stops what it
+Starts Ray (loopback only, private token), submits `rlhf run` through Ray's Jobs API, passes its lines on, stops what it
 started. Exit code: the job's. Models come from folders; with HF_HUB_OFFLINE=0 also from the Hugging Face hub.
 """
 
@@ -25,7 +25,6 @@ from jobs.submit import write_raw
 from orchestrator.config import Config, load_config
 from orchestrator.errors import RlhfError
 
-MODULE = "jobs.ppo"
 CONFIG = Path("jobs/configs/quickstart.yaml")
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -40,7 +39,6 @@ ENVIRONMENT = {
 def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="Overrides such as ppo.steps=2.")] = None,
     config: Annotated[Path, typer.Option("--config", help="YAML file.")] = CONFIG,
-    module: Annotated[str, typer.Option("--module", help="Command to run.")] = MODULE,
 ) -> None:
     """Runs a job from nothing to its result on this machine. Exit code: the job's."""
     code = 0
@@ -50,12 +48,11 @@ def main(
         keys = [*(overrides or ())]
         settings = load_config(config, keys)
         # The job runs where this command was called, so relative paths mean what they say here.
-        entrypoint = shlex.join([sys.executable, "-m", module, "--config", str(config), *keys])
+        entrypoint = shlex.join([sys.executable, "-m", "jobs", "run", "--config", str(config), *keys])
         entrypoint = f"cd {shlex.quote(str(Path.cwd()))} && exec {entrypoint}"
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        if module == MODULE:
-            _announce(settings)
+        _announce(settings)
         code = run_on_local_ray(entrypoint, settings)
 
     run_command(work)

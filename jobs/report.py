@@ -1,4 +1,4 @@
-"""`python -m jobs.report RUN_FOLDER`: one self-contained HTML page about a run, finished or crashed."""
+"""`rlhf report RUN_FOLDER`: one self-contained HTML page about a run, finished or crashed."""
 
 from __future__ import annotations
 

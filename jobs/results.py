@@ -17,7 +17,7 @@ def show_results(run_folder: Path) -> None:
     try:
         report: Path | str = write_report(run_folder)
     except (OSError, RlhfError) as error:
-        report = f"not written ({error}); make it with `python -m jobs.report {run_folder}`"
+        report = f"not written ({error}); make it with `rlhf report {run_folder}`"
     table = Table(title=f"run {run_folder.name}", show_header=False)
     for fact in result_facts(read_run(run_folder)):
         table.add_row(fact.name, fact.value, fact.detail)

@@ -1,7 +1,4 @@
-"""Stage `reward_model`: train a reward model on ranked replies with Ray Train, and measure it on held-out ones.
-
-`python -m jobs.reward_model --config FILE [section.key=value ...]` runs this stage alone.
-"""
+"""Stage `reward_model`: train a reward model on ranked replies with Ray Train, and measure it on held-out ones."""
 
 from __future__ import annotations
 

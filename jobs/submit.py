@@ -1,4 +1,4 @@
-"""`python -m jobs.submit --address URL --config FILE [section.key=value ...]`: a job on a Ray cluster, from here.
+"""`rlhf submit --address URL --config FILE [section.key=value ...]`: a job on a Ray cluster, from here.
 
 Sends the packages and the config, follows the job's lines and ends with the job's exit code. Where the cluster wants a
 token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH. Ctrl-C stops the job and gives it time to commit what it holds.
@@ -28,7 +28,6 @@ def main(
     config: Annotated[Path, typer.Option("--config", help="YAML file; it is sent along.")],
     address: Annotated[str, typer.Option("--address", help="URL of the cluster's dashboard.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Overrides such as ppo.steps=10.")] = None,
-    module: Annotated[str, typer.Option("--module", help="Command to run there.")] = "jobs.ppo",
     include: Annotated[list[Path] | None, typer.Option("--include", help="Further file or folder to send.")] = None,
     resource: Annotated[
         list[str] | None, typer.Option("--resource", help="NAME=AMOUNT that the coordinator's node must offer.")
@@ -48,8 +47,8 @@ def main(
             stage.mkdir()
             stage_project(ROOT, stage, include or (), say)
             shutil.copy2(config, stage / SENT_CONFIG)
-            entrypoint = "exec " + shlex.join(["python", "-m", module, "--config", SENT_CONFIG, *(overrides or ())])
-            job_id = submit(client, Job(entrypoint, working_dir=stage, resources=resources))
+            command = shlex.join(["python", "-m", "jobs", "run", "--config", SENT_CONFIG, *(overrides or ())])
+            job_id = submit(client, Job(f"exec {command}", working_dir=stage, resources=resources))
         say(f"submitted {job_id} to {address}")
         if wait:
 

@@ -1,4 +1,4 @@
-"""`python -m jobs.why RUN_FOLDER [--json]`: what failed first, what was done, where a run stands.
+"""`rlhf why RUN_FOLDER [--json]`: what failed first, what was done, where a run stands.
 
 And what it waits for right now. Reads the run's folder alone, in whatever state, and changes nothing (docs/why.md).
 """

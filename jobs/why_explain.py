@@ -213,7 +213,7 @@ def _way_on(facts: Facts) -> Iterator[str]:
         return
     folder = facts.folder.resolve()
     overrides = [f"run.id={folder.name}", *([] if facts.is_at_root else [f"run.root={folder.parent}"])]
-    yield f"to go on: python -m jobs.ppo --config {_path(facts, CONFIG_FILE)} {shlex.join(overrides)}"
+    yield f"to go on: rlhf run --config {_path(facts, CONFIG_FILE)} {shlex.join(overrides)}"
     if "ppo" not in facts.stages:
         return
     first = facts.last_checkpoint or 0

@@ -27,7 +27,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from jobs.replay import fingerprint
+from jobs.replaying import fingerprint
 from orchestrator.telemetry import read_lines
 from tests.chaos.sabotage import CLASSES
 from tests.deadlines import of_a_run, scaled
@@ -122,7 +122,7 @@ class Field:
     def replay(self, outcome: Outcome) -> tuple[str, str]:
         """Bits of the run's log, learned again from step 0."""
         target = self.folder / f"{outcome.path.name}-replay"
-        command = [*self.prefix, sys.executable, "-m", "jobs.replay", str(outcome.path), "--to", str(target)]
+        command = [*self.prefix, sys.executable, "-m", "jobs", "replay", str(outcome.path), "--to", str(target)]
         environment = {**self.environment, "RAY_ADDRESS": self.address}
         subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=RUN_S)
         return replace(outcome, path=target).bits()

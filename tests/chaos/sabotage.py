@@ -1,4 +1,4 @@
-"""`jobs.ppo` with saboteur: `python -m tests.chaos.sabotage PLAN.json [arguments of jobs.ppo]`.
+"""`rlhf run` with saboteur: `python -m tests.chaos.sabotage PLAN.json [arguments of run]`.
 
 PLAN.json is a list of blows {"step", "phase", "role", "signal", "delay_s"}: when the driver enters that phase of that
 step for the first time, that role's processes are struck after the delay. Nothing in the program knows of it: what is

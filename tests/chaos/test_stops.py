@@ -39,7 +39,7 @@ def test_a_stopped_run_saves_where_it_stands_and_goes_on_from_there(here: Field,
 
 
 def started(here: Field, run_id: str, environment: Mapping[str, str], *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "jobs.ppo", "--config", str(here.folder / "config.yaml"), f"run.id={run_id}"]
+    command = [sys.executable, "-m", "jobs", "run", "--config", str(here.folder / "config.yaml"), f"run.id={run_id}"]
     return subprocess.Popen(
         [*command, *overrides],
         cwd=ROOT,

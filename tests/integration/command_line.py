@@ -48,18 +48,18 @@ class CommandLine:
     def prompts(self) -> Path:
         return self.folder / "prompts.jsonl"
 
-    def start(self, *arguments: str, module: str = "jobs.ppo") -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", module, "--config", str(self.config), *arguments]
+    def start(self, *arguments: str, command: str = "run") -> subprocess.Popen[str]:
+        words = [sys.executable, "-m", "jobs", command, "--config", str(self.config), *arguments]
         return subprocess.Popen(
-            command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            words, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
-    def run(self, *arguments: str, limit_s: float = BEFORE_RAY_S, module: str = "jobs.ppo") -> Ended:
+    def run(self, *arguments: str, limit_s: float = BEFORE_RAY_S, command: str = "run") -> Ended:
         started = time.monotonic()
-        return self.end(self.start(*arguments, module=module), started, limit_s)
+        return self.end(self.start(*arguments, command=command), started, limit_s)
 
     def run_here(self, *arguments: str) -> Ended:
-        """`jobs.ppo` in this process, for what is refused before anything starts: its imports are paid once."""
+        """`rlhf run` in this process, for what is refused before anything starts: its imports are paid once."""
         program = typer.Typer(add_completion=False)
         program.command()(ppo.main)
         started = time.monotonic()

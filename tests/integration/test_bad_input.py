@@ -154,7 +154,7 @@ def test_a_missing_config_file(command: CommandLine) -> None:
 def test_some_prompts_longer_than_the_window_are_left_out_and_counted(command: CommandLine) -> None:
     with command.prompts.open("a") as file:
         file.write(json.dumps({"id": "long-one", "prompt": "word " * 500}) + "\n")
-    ended = command.run(module="jobs.check")
+    ended = command.run(command="check")
     assert ended.code == 0, ended.err
     assert "1 longer than prompts.max_prompt_tokens left out: long-one" in ended.out
 

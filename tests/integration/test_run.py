@@ -17,7 +17,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from jobs.replay import fingerprint
+from jobs.replaying import fingerprint
 from orchestrator.checkpoints import verify
 from orchestrator.mirror import Mirror
 from orchestrator.storage import sha256
@@ -39,9 +39,9 @@ class Launcher:
     folder: Path
     address: str
 
-    def start(self, module: str, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, command: str, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [sys.executable, "-m", "jobs", command, *arguments],
             cwd=ROOT,
             env={**os.environ, "RAY_ADDRESS": self.address},
             stdout=subprocess.PIPE,
@@ -50,7 +50,7 @@ class Launcher:
         )
 
     def ppo(self, run_id: str, *keys: str) -> subprocess.Popen[str]:
-        return self.start("jobs.ppo", "--config", str(self.folder / "config.yaml"), f"run.id={run_id}", *keys)
+        return self.start("run", "--config", str(self.folder / "config.yaml"), f"run.id={run_id}", *keys)
 
     def run_folder(self, run_id: str) -> Path:
         return self.folder / "runs" / run_id
@@ -137,7 +137,7 @@ def test_a_run_learns_and_leaves_everything_behind(launcher: Launcher, whole: Pa
 
 def test_a_replay_of_the_log_ends_with_the_runs_own_bits(launcher: Launcher, whole: Path, tmp_path: Path) -> None:
     before = (whole / "metrics.jsonl").read_bytes()
-    output = finish(launcher.start("jobs.replay", str(whole), "--to", str(tmp_path / "again")))
+    output = finish(launcher.start("replay", str(whole), "--to", str(tmp_path / "again")))
     assert output.count(f"equal to the run's own step-{STEPS:06d}") == 2, output
     assert fingerprint(tmp_path / "again" / "checkpoints" / f"step-{STEPS:06d}", "policy") in output
     assert_same_bits(whole, tmp_path / "again")
@@ -147,7 +147,7 @@ def test_a_replay_of_the_log_ends_with_the_runs_own_bits(launcher: Launcher, who
 def test_a_replay_may_start_from_a_checkpoint(launcher: Launcher, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "checkpoints" / f"step-{STEPS:06d}")
-    finish(launcher.start("jobs.replay", str(tmp_path / "copy"), "--from-checkpoint"))
+    finish(launcher.start("replay", str(tmp_path / "copy"), "--from-checkpoint"))
     assert_same_bits(whole, tmp_path / "copy" / "replay")
     assert steps_written(tmp_path / "copy" / "replay") == [2, 3]
 
@@ -164,14 +164,14 @@ def test_a_run_without_a_critic_learns_and_equals_its_replay(
     metrics = [line["metrics"] for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "step"]
     assert metrics[0]["kl/per_token_k3"] == 0.0 < metrics[1]["kl/per_token_k3"], "the policy never learned"
     assert "busy/critic_s" not in metrics[0]
-    output = finish(launcher.start("jobs.replay", str(folder), "--to", str(tmp_path / "again")))
+    output = finish(launcher.start("replay", str(folder), "--to", str(tmp_path / "again")))
     assert output.count("equal to the run's own step-000002") == 1, output
     assert fingerprint(folder / last, "policy") == fingerprint(tmp_path / "again" / last, "policy")
 
 
 def test_a_run_whose_folder_is_lost_goes_on_from_its_mirror(launcher: Launcher, whole: Path, tmp_path: Path) -> None:
     keys = ("run.id=lost", f"run.mirror={tmp_path}", "run.mirror_every_s=0.5")
-    command = ("jobs.ppo", "--config", str(launcher.folder / "config.yaml"), *keys)
+    command = ("run", "--config", str(launcher.folder / "config.yaml"), *keys)
     folder = launcher.run_folder("lost")
     killed = launcher.start(*command)
     mirror = Mirror(str(tmp_path), "lost")

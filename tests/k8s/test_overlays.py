@@ -15,6 +15,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
+from jobs.commands import COMMANDS
 from orchestrator.config import Config, load_config
 from orchestrator.errors import ConfigError
 from tests.deadlines import scaled
@@ -59,12 +60,12 @@ def run_config(objects: list[Manifest], folder: Path) -> Config:
     maps = {found["metadata"]["name"]: found["data"] for found in of_kind(objects, "ConfigMap")}
     (mount,) = [mount for mount in ray_container(template)["volumeMounts"] if mount["name"] == volume["name"]]
     words = job["spec"]["entrypoint"].split()
-    assert words[:4] == ["python", "-m", "jobs.ppo", "--config"]
-    assert find_spec(words[2]) is not None
-    assert words[4] == f"{mount['mountPath']}/{item['path']}"
+    assert words[:5] == ["python", "-m", "jobs", "run", "--config"]
+    assert find_spec(words[2]) is not None and words[3] in COMMANDS
+    assert words[5] == f"{mount['mountPath']}/{item['path']}"
     file = folder / item["path"]
     file.write_text(maps[volume["configMap"]["name"]][item["key"]], encoding="utf-8")
-    return load_config(file, words[5:])
+    return load_config(file, words[6:])
 
 
 def test_custom_resources_pass_the_strict_schema(objects: list[Manifest], schemas: Schemas) -> None:

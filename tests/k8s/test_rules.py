@@ -134,8 +134,8 @@ KUBERAY_BREAKS: dict[str, list[Break]] = {
         lambda o: spec(o).update(entrypointResources='{"coordinator": "1"}'),
     ],
     "entrypoint_is_one_command": [
-        lambda o: spec(o).update(entrypoint="python -m jobs.ppo\n--config /etc/rlhf/run.yaml"),
-        lambda o: spec(o).update(entrypoint="cd /app; python -m jobs.ppo"),
+        lambda o: spec(o).update(entrypoint="python -m jobs run\n--config /etc/rlhf/run.yaml"),
+        lambda o: spec(o).update(entrypoint="cd /app; python -m jobs run"),
         lambda o: spec(o).update(entrypoint=" "),
     ],
     "start_parameters_are_strings": [

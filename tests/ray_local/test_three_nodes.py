@@ -56,7 +56,7 @@ def submit(cluster: Cluster, *overrides: str) -> tuple[int, str]:
     """Exit code and output of the documented command."""
     done = cluster.run(
         *("ray", "job", "submit", "--address", DASHBOARD, "--working-dir", ".", "--"),
-        *("python", "-m", "jobs.ppo", "--config", "jobs/configs/ppo.yaml", *overrides),
+        *("python", "-m", "jobs", "run", "--config", "jobs/configs/ppo.yaml", *overrides),
         cwd=ROOT,
         timeout_s=JOB_S,
     )
@@ -150,7 +150,7 @@ def test_a_job_with_a_bad_key_fails_and_says_why(cluster: Cluster) -> None:
 
 def test_our_own_submit_ends_with_the_jobs_exit_code(cluster: Cluster) -> None:
     done = cluster.run(
-        *("python", "-m", "jobs.submit", "--address", DASHBOARD, "--config", "jobs/configs/quickstart.yaml"),
+        *("python", "-m", "jobs", "submit", "--address", DASHBOARD, "--config", "jobs/configs/quickstart.yaml"),
         *("prompts.path=/nowhere/prompts.jsonl", "stages=[preferences]"),
         cwd=ROOT,
         timeout_s=JOB_S,

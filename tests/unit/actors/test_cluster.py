@@ -64,7 +64,7 @@ def test_auto_asks_ray_and_says_so(monkeypatch: pytest.MonkeyPatch, option: str 
 
 @pytest.mark.parametrize("text", ["http://10.0.0.1:8265", "ray://10.0.0.1:10001"])
 def test_an_address_of_another_kind_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="jobs.submit"):
+    with pytest.raises(ConfigError, match="rlhf submit"):
         named_address(text)
 
 

@@ -154,7 +154,7 @@ def test_a_cluster_too_small_in_cores_or_memory_is_refused(tree: dict[str, Any])
 
 
 def test_an_address_of_another_kind_is_refused_with_the_command_that_takes_it(tree: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="python -m jobs.submit --address"):
+    with pytest.raises(ConfigError, match="rlhf submit --address"):
         check(config_of(tree), "ray://head:10001")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from jobs import contents as contents_module
 from jobs.contents import contents, file_digest
-from jobs.replay import read_run_folder
+from jobs.replaying import read_run_folder
 from jobs.resolve import resolved
 from jobs.run_folder import RunFolder, check_run_folder, open_run, restore_lost
 from orchestrator.config import Config, load_config, to_yaml

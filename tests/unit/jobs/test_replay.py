@@ -8,7 +8,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jobs.replay import fingerprint, main, read_run_folder, steps_to_learn
+from jobs.replay import main
+from jobs.replaying import fingerprint, read_run_folder, steps_to_learn
 from orchestrator.config import Config, to_yaml
 from orchestrator.errors import ConfigError
 from orchestrator.storage import write_json

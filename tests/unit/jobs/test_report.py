@@ -215,7 +215,7 @@ def test_an_empty_folder_is_a_data_error(tmp_path):
 def test_the_command_ends_with_exit_code_2_and_one_line(tmp_path, name):
     (tmp_path / "empty").mkdir()
     result = subprocess.run(
-        [sys.executable, "-m", "jobs.report", str(tmp_path / name)],
+        [sys.executable, "-m", "jobs", "report", str(tmp_path / name)],
         cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
@@ -230,7 +230,7 @@ def test_the_command_ends_with_exit_code_2_and_one_line(tmp_path, name):
 def test_the_command_prints_the_path(tmp_path):
     folder = write_run(tmp_path / "demo-2", num_steps=2)
     result = subprocess.run(
-        [sys.executable, "-m", "jobs.report", str(folder)],
+        [sys.executable, "-m", "jobs", "report", str(folder)],
         cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,

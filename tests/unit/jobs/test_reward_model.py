@@ -77,7 +77,7 @@ def test_the_result_says_what_was_measured() -> None:
 def test_a_missing_preference_file_is_exit_code_2(tmp_path: Path) -> None:
     for arguments in (["preferences.path=/no/such.jsonl"], ["reward_model.epoch=2"]):
         done = subprocess.run(
-            [sys.executable, "-m", "jobs.reward_model", "stages=[reward_model]", f"run.root={tmp_path}", *arguments],
+            [sys.executable, "-m", "jobs", "reward-model", "stages=[reward_model]", f"run.root={tmp_path}", *arguments],
             capture_output=True,
             text=True,
             timeout=scaled(120),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import jobs.pipeline
-import jobs.replay
+import jobs.replaying
 from jobs.attempts import claim
 from jobs.pipeline import run_stages
 from jobs.prepare import without_prompts
@@ -148,13 +148,13 @@ def test_a_replay_is_told_by_how_it_ended(tmp_path: Path, monkeypatch: pytest.Mo
             raise asyncio.CancelledError
         return State(3, 0.1), ("policy",)
 
-    monkeypatch.setattr(jobs.replay._Replay, "_learn", learn)
-    monkeypatch.setattr(jobs.replay, "_tell", lambda *arguments: None)
+    monkeypatch.setattr(jobs.replaying._Replay, "_learn", learn)
+    monkeypatch.setattr(jobs.replaying, "_tell", lambda *arguments: None)
     folder = tmp_path / "replay"
     (folder / "attempts").mkdir(parents=True)
     attempt = claim(folder, wait_s=1.0, tell=lambda line: None)
     config = config_of(tmp_path, "ppo")
-    replay = jobs.replay._Replay(config, RunFolder(tmp_path, "demo-1", 0), folder, attempt, 3, False)
+    replay = jobs.replaying._Replay(config, RunFolder(tmp_path, "demo-1", 0), folder, attempt, 3, False)
     if ends == "killed":
         with Telemetry(folder, "demo-1", attempt, stage="replay") as telemetry:
             telemetry.event("stage_started", stages=["replay"])
@@ -169,7 +169,7 @@ def test_a_replay_is_told_by_how_it_ended(tmp_path: Path, monkeypatch: pytest.Mo
     assert explained.state == ends
     assert list(explained.standing.stages) == ["replay"]
     assert ("rlhf replay" in "\n".join(explained.now)) == (ends != "finished")
-    assert "jobs.ppo" not in "\n".join(explained.now)
+    assert "rlhf run" not in "\n".join(explained.now)
 
 
 def test_a_stop_without_any_checkpoint_makes_no_folder(tmp_path: Path) -> None:

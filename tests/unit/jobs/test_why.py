@@ -118,7 +118,7 @@ def test_a_quiet_finished_run_has_nothing_to_tell(tmp_path):
     assert "quiet: finished" in result.stdout
     assert "nothing failed" in result.stdout
     assert f"last step learned: {NUM_STEPS - 1}" in result.stdout
-    assert "jobs.ppo" not in result.stdout
+    assert "rlhf run" not in result.stdout
 
 
 def test_a_live_run_tells_what_it_waits_for_how_long_and_against_which_deadline(run):
@@ -261,7 +261,7 @@ def test_a_killed_driver_is_told_by_its_last_heartbeat_with_the_command_to_go_on
     shown = text(explained)
     assert "attempt 1 (process 99 on elsewhere) left no end; last heartbeat 2 h 5 min ago:" in shown
     assert "  waits for critic rank 0: learn, for 12 s, deadline 10 min 0 s" in explained.now
-    assert f"python -m jobs.ppo --config {run.folder}/config.yaml run.id=demo-1 run.root={run.folder.parent}" in shown
+    assert f"rlhf run --config {run.folder}/config.yaml run.id=demo-1 run.root={run.folder.parent}" in shown
     assert "begins with checkpoint 5, learns steps 5 to 7 again from the log, samples from step 8 on" in shown
 
 

@@ -1,0 +1,65 @@
+"""The table of commands: what each is for, an example, and the function that it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+PROGRAM = "rlhf"
+
+
+@dataclass(frozen=True)
+class Command:
+    """Args:
+    place: `module:function`; the function's signature is the command line, its docstring the help.
+    summary: for the list of commands.
+    example: arguments behind `rlhf NAME`.
+    """
+
+    place: str
+    summary: str
+    example: str
+
+
+COMMANDS: Mapping[str, Command] = MappingProxyType(
+    {
+        "quickstart": Command(
+            "jobs.quickstart:main",
+            "Run a small config on a private Ray on this machine, from nothing to a result.",
+            "--config jobs/configs/ppo.yaml ppo.steps=2",
+        ),
+        "check": Command(
+            "jobs.check:main",
+            "Check a config, its data, its models and the cluster before anything starts.",
+            "--config jobs/configs/quickstart.yaml",
+        ),
+        "plan": Command(
+            "jobs.plan:main",
+            "Compare layouts of a run over GPUs: step time, memory, money.",
+            "--config jobs/configs/gpu.yaml --gpus 16 --gpu-kind h100",
+        ),
+        "run": Command(
+            "jobs.ppo:main",
+            "Run the stages of a config, or continue a run.",
+            "--config jobs/configs/quickstart.yaml run.id=my-run ppo.steps=10",
+        ),
+        "reward-model": Command(
+            "jobs.ppo:reward_model",
+            "Train a reward model alone, on a file of preferences.",
+            "--config jobs/configs/hh_rlhf.yaml preferences.path=FILE",
+        ),
+        "submit": Command(
+            "jobs.submit:main",
+            "Run a config on a Ray cluster, from this machine.",
+            "--address http://10.0.0.1:8265 --config jobs/configs/gpu.yaml run.root=/shared/runs",
+        ),
+        "why": Command("jobs.why:main", "Say what failed first in a run, where it is and how to go on.", "runs/my-run"),
+        "report": Command("jobs.report:main", "Write one HTML page about a run.", "runs/my-run"),
+        "replay": Command(
+            "jobs.replay:main",
+            "Learn again from the log of a run, without rollout engines.",
+            "runs/my-run --until 5",
+        ),
+    }
+)
