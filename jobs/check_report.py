@@ -74,7 +74,21 @@ def batch_rows(config: Config, num_prompts: int) -> list[Row]:
         ("learning rate, policy", _rates(config.policy, ppo.steps * per_step)),
         *critic_rates,
         ("passes over the prompts", f"{ppo.steps * ppo.prompts_per_step} of {num_prompts} prompts = {epochs:.2f}"),
+        *_best_checkpoint(config),
     ]
+
+
+def _best_checkpoint(config: Config) -> list[Row]:
+    """Which steps compete: those that are both saved and evaluated."""
+    checkpoints, evaluation, last = config.checkpoints, config.evaluation, config.ppo.steps
+    if checkpoints.best_metric is None or not evaluation.prompts:
+        return []
+    common = math.lcm(checkpoints.every_steps, evaluation.every_steps)  # 0: one of them comes after the last step only
+    earlier = list(range(common, last, common)) if common else []
+    if not earlier:
+        return [("best checkpoint", "the last: no earlier step is both saved and evaluated")]
+    shown = ", ".join(map(str, earlier[:3])) + (", ..." if len(earlier) > 3 else "")
+    return [("best checkpoint", f"by {checkpoints.best_metric}, among steps {shown} and {last}")]
 
 
 def _rates(learner: LearnerConfig, total: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from jobs.replaying import fingerprint
 from orchestrator.checkpoints import verify
 from orchestrator.mirror import Mirror
-from orchestrator.storage import sha256
+from orchestrator.storage import read_json, sha256
 from orchestrator.telemetry import read_lines
 from tests.deadlines import of_a_run, scaled
 from tests.tiny import tiny_llama
@@ -198,3 +199,43 @@ def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool]) ->
             process.kill()
             pytest.fail(f"it ended, or {RUN_S:.0f} s went by:\n{process.communicate()[0]}")
         time.sleep(0.05)
+
+
+def test_the_best_checkpoint_is_kept_named_and_exported(launcher: Launcher) -> None:
+    """The first step warms the critic up, so that version 1 is the start policy, within any bound on KL."""
+    keys = ("ppo.steps=3", "policy.learning_rate=0.01", "checkpoints.every_steps=1", "checkpoints.keep=1")
+    evaluating = ("evaluation.prompts=12", "evaluation.every_steps=1", "checkpoints.best_max_kl=0.000001")
+    output = finish(launcher.ppo("best", *keys, *evaluating))
+    folder = launcher.run_folder("best")
+    kl = [line["metrics"]["evaluation/kl_per_response"] for line in read_lines(folder / "metrics.jsonl")
+          if line["kind"] == "evaluation"]  # fmt: skip
+    assert kl[:2] == [0.0, 0.0] and min(kl[2:]) > 1e-6, kl
+    complete = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+    assert complete == ["step-000001", "step-000003"]
+    assert read_json(folder / "checkpoints" / "best.json")["step"] == 1
+    assert "best by evaluation: version 1, evaluation/gold_mean" in output
+    start = AutoModelForCausalLM.from_pretrained(launcher.folder / "model").state_dict()
+    best = AutoModelForCausalLM.from_pretrained(folder / "export-best").state_dict()
+    assert all(torch.equal(start[name].to(tensor.dtype), tensor) for name, tensor in best.items())
+    assert "best checkpoint: version 1, " in finish(launcher.start("why", str(folder)))
+    assert "Best checkpoint" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_reward_model_trained_alone_is_told_as_finished_and_the_run_goes_on_with_ppo(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"Say {n}.", "chosen": f"It is {n}, kind", "rejected": f"It is {n}, rude"} for n in range(12)]
+    (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = ("--config", str(launcher.folder / "config.yaml"), "run.id=alone")
+    keys = (f"preferences.path={tmp_path / 'preferences.jsonl'}", "reward.kind=model", "reward.rules=[]", "ppo.steps=1")
+    keys += ("reward_model.max_length=20", "reward_model.threads_per_worker=1", "reward_model.learning_rate=0.003")
+    finish(launcher.start("reward-model", *config, *keys))
+    told = finish(launcher.start("why", str(launcher.run_folder("alone"))))
+    assert "alone: finished" in told and "reward_model finished" in told and "nothing failed" in told
+    longer = finish(launcher.start("run", *config, *keys, "stages=[reward_model,ppo]"))
+    assert "alone, attempt 2" in longer and "reward model 1/" not in longer, "it was trained again"
+    (step,) = (line for line in read_lines(launcher.run_folder("alone") / "metrics.jsonl") if line["stage"] == "ppo")
+    assert step["metrics"]["reward/cut"] == 16.0
+    assert "16 transcripts cut for the reward model" in longer
+    told = finish(launcher.start("why", str(launcher.run_folder("alone"))))
+    assert "alone: finished" in told and ": finished" in told.partition("Earlier attempts")[2]

@@ -60,6 +60,34 @@ def test_batch_arithmetic_by_hand(tree: dict[str, Any]) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("saved", "evaluated", "expected"),
+    [
+        (0, 0, "the last: no earlier step is both saved and evaluated"),
+        (2, 0, "the last: no earlier step is both saved and evaluated"),
+        (3, 2, "the last: no earlier step is both saved and evaluated"),
+        (2, 2, "by evaluation/gold_mean, among steps 2, 4 and 5"),
+        (1, 1, "by evaluation/gold_mean, among steps 1, 2, 3, ... and 5"),
+    ],
+)
+def test_which_checkpoints_compete_to_be_the_best(
+    tree: dict[str, Any], saved: int, evaluated: int, expected: str
+) -> None:
+    sections = {"checkpoints": {"every_steps": saved}, "evaluation": {"prompts": 4, "every_steps": evaluated}}
+    assert dict(batch_rows(config_of(tree, **sections), num_prompts=20))["best checkpoint"] == expected
+    sections["checkpoints"]["best_metric"] = None  # type: ignore[assignment]
+    assert "best checkpoint" not in dict(batch_rows(config_of(tree, **sections), num_prompts=20))
+
+
+def test_a_run_without_a_stage_that_samples_needs_no_prompts(tree: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 12)
+    given = {"stages": ["reward_model"], "preferences": {"path": str(tmp_path / "pairs.jsonl")}}
+    missing = {"prompts": {"path": str(tmp_path / "no-such.jsonl"), "max_prompt_tokens": 100}}
+    assert preflight(config_of(tree, **given, **missing)).require().prompts.train == ()
+    with pytest.raises(DataError, match=r"no-such\.jsonl"):
+        preflight(config_of(tree, **missing)).require()
+
+
 def test_a_good_config_is_checked_without_a_cluster(
     tree: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
