@@ -227,7 +227,8 @@ class Checkpoints:
         steps = [int(path.name.removeprefix("step-")) for path in self.complete()]
         best = self._best(step for step in steps if self._is_due(step) or (before and step == before.step))
         if best is None:
-            (self._folder / BEST_FILE).unlink(missing_ok=True)
+            with writing(self._folder):
+                (self._folder / BEST_FILE).unlink(missing_ok=True)
             return None
         if best != before:
             write_json(self._folder / BEST_FILE, asdict(best))
