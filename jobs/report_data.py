@@ -257,7 +257,8 @@ def _status(events: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> s
         return "not finished"
     if last["kind"].endswith("_failed"):
         return f"failed: {last.get('error', 'no reason recorded')}"
-    begun = next((event for event in reversed(events) if event["kind"] == "stage_started"), {})
+    none: Mapping[str, Any] = {}
+    begun = next((event for event in reversed(events) if event["kind"] == "stage_started"), none)
     stages = begun.get("stages") or config.get("stages")
     is_last = not isinstance(stages, list) or not stages or last.get("stage") == stages[-1]
     return "finished" if last["kind"].endswith("_finished") and is_last else "not finished"

@@ -229,7 +229,7 @@ def test_a_reward_model_trained_alone_is_told_as_finished_and_the_run_goes_on_wi
     config = ("--config", str(launcher.folder / "config.yaml"), "run.id=alone")
     keys = (f"preferences.path={tmp_path / 'preferences.jsonl'}", "reward.kind=model", "reward.rules=[]", "ppo.steps=1")
     keys += ("reward_model.max_length=20", "reward_model.threads_per_worker=1", "reward_model.learning_rate=0.003")
-    finish(launcher.start("reward-model", *config, *keys))
+    finish(launcher.start("reward-model", *config, *keys, "stages=[reward_model]"))
     told = finish(launcher.start("why", str(launcher.run_folder("alone"))))
     assert "alone: finished" in told and "reward_model finished" in told and "nothing failed" in told
     longer = finish(launcher.start("run", *config, *keys, "stages=[reward_model,ppo]"))

@@ -1,4 +1,4 @@
-"""The preflight and what `jobs.check` prints, in process, on a tiny model; nothing is started."""
+"""The preflight and what `rlhf check` prints, in process, on a tiny model; nothing is started."""
 
 from __future__ import annotations
 

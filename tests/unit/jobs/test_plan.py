@@ -1,4 +1,4 @@
-"""`jobs.plan` in process: what it prints, what it refuses, and that what it proposes is a config."""
+"""`rlhf plan` in process: what it prints, what it refuses, and that what it proposes is a config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m jobs.reward_model` checks what its stage reads and starts, before anything starts, and nothing else."""
+"""`rlhf reward-model` checks what its stage reads and starts, before anything starts, and nothing else."""
 
 from __future__ import annotations
 

@@ -34,7 +34,9 @@ def config_of(root: Path, *stages: str, **sections: Any) -> Config:
     return config_from_tree({**tree, "reward": {"path": "x"}, **sections}, source="test")
 
 
-def run_once(monkeypatch: pytest.MonkeyPatch, config: Config, failing: str | None = None, alone_stage: Any = None) -> RunFolder:
+def run_once(
+    monkeypatch: pytest.MonkeyPatch, config: Config, failing: str | None = None, alone_stage: Any = None
+) -> RunFolder:
     """The pipeline as every command runs it; only the stages' own work is left out."""
 
     async def work(config: Config, run: RunFolder, *rest: Any) -> None:
@@ -51,8 +53,8 @@ def run_once(monkeypatch: pytest.MonkeyPatch, config: Config, failing: str | Non
         monkeypatch.setattr(jobs.pipeline, name, work)
     run = open_run(config)
     prepared = without_prompts(None)  # type: ignore[arg-type]
-    work = config if alone_stage is None else alone(config, alone_stage)
-    asyncio.run(run_stages(work, run, prepared, lambda line: None))
+    chosen = config if alone_stage is None else alone(config, alone_stage)
+    asyncio.run(run_stages(chosen, run, prepared, lambda line: None))
     return run
 
 
