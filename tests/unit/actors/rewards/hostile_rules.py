@@ -21,6 +21,7 @@ from typing import Any
 
 MOST_FORKS = 2000
 DOUBLINGS = 9
+LIFETIME_S = 60.0
 
 
 class Unshowable(Exception):
@@ -78,7 +79,7 @@ def _moving() -> float:
     """Few processes at any time, and each lives for as long as it takes to start the next one."""
     for _ in range(4):
         if os.fork() == 0:
-            until = time.monotonic() + 60.0
+            until = time.monotonic() + LIFETIME_S
             while time.monotonic() < until:
                 if os.fork():
                     os._exit(0)
