@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
 
 import jobs.pipeline
 from jobs import ppo
@@ -35,10 +36,23 @@ CLASSES = {
 
 
 def processes_of(role: str) -> list[psutil.Process]:
-    """A role's actors, oldest first: Ray names a process after the class of its actor."""
-    title = f"ray::{CLASSES[role]}"
-    found = [p for p in psutil.process_iter(["cmdline"]) if " ".join(p.info["cmdline"] or ()).startswith(title)]
-    return sorted(found, key=lambda process: process.pid)
+    """A role's actors of this process's Ray, oldest first: Ray names a process after the class of its actor."""
+    return sorted(actors(f"ray::{CLASSES[role]}"), key=lambda process: process.pid)
+
+
+def actors(*titles: str) -> list[psutil.Process]:
+    """Processes of those titles in the Ray that this process is connected to. Those of another one are none of ours:
+    it may be somebody's run."""
+    found = [p for p in psutil.process_iter(["cmdline"]) if " ".join(p.info["cmdline"] or ()).startswith(titles)]
+    return [process for process in found if _is_of_this_ray(process.parent())]
+
+
+def _is_of_this_ray(raylet: psutil.Process | None) -> bool:
+    address = f"--gcs-address={ray.get_runtime_context().gcs_address}"
+    try:
+        return raylet is not None and address in " ".join(raylet.cmdline()).split()
+    except psutil.Error:
+        return False
 
 
 def strike(blow: dict[str, Any], note: Path) -> None:
@@ -49,11 +63,12 @@ def strike(blow: dict[str, Any], note: Path) -> None:
     elif blow["role"] == "raylet":
         for process in psutil.process_iter(["cmdline"]):
             command = " ".join(process.info["cmdline"] or ())
-            if "raylet/raylet" in command and f"--node_ip_address={blow['host']}" in command:
+            is_there = f"--node_ip_address={blow['host']}" in command
+            if "raylet/raylet" in command and is_there and _is_of_this_ray(process):
                 process.send_signal(number)
     else:
-        actors = processes_of(blow["role"])
-        actor = actors[blow.get("rank", 0) % len(actors)]
+        there = processes_of(blow["role"])
+        actor = there[blow.get("rank", 0) % len(there)]
         note.write_text(f"{actor.pid} {time.time()}", encoding="utf-8")
         actor.send_signal(number)
 
