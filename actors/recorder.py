@@ -107,13 +107,12 @@ class RecorderWorker:
             gold = pa.array([score.value for score in scores], pa.float64())
             errors = pa.array([score.error for score in scores], pa.string())
             joined = joined.set_column(joined.schema.get_field_index("gold"), "gold", gold)
-        failed = pc.is_null(joined["gold"])
-        num_failed = pc.sum(failed).as_py() or 0
+        num_failed = joined["gold"].null_count
         path = Path(file)
         if num_failed == joined.num_rows:
             raise RewardError(_all_failed(self._gold_name, joined.num_rows, errors[0].as_py()))
         if num_failed:
-            listed = pa.table({"prompt_id": joined["prompt_id"], "error": errors}).filter(failed)
+            listed = pa.table({"prompt_id": joined["prompt_id"], "error": errors}).filter(pc.is_null(joined["gold"]))
             _write_lines(failures_file(path), listed)
         table = joined.select(EVALUATION.names).cast(EVALUATION)
         _write(path, table, {"run_id": self._run_id})

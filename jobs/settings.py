@@ -69,18 +69,18 @@ def reward_base(config: Config) -> tuple[str, int | None]:
     return config.reward_model.base or config.model.path, config.reward_model.layers
 
 
-def reward_max_length(config: Config) -> int | None:
-    """Longest transcript that the reward model is given. None: what it can take."""
-    if config.reward.max_length is not None:
-        return config.reward.max_length
-    return config.reward_model.max_length if config.reward.path is None else None
-
-
 def critic_base(config: Config) -> tuple[str, int | None]:
     """The same of the critic, which begins as the reward model where there is one and critic.path is null."""
     if config.critic.path is not None:
         return config.critic.path, None
     return reward_base(config) if config.reward.kind == "model" else (config.model.path, None)
+
+
+def reward_max_length(config: Config) -> int | None:
+    """Longest transcript that the reward model is given. None: what it can take."""
+    if config.reward.max_length is not None:
+        return config.reward.max_length
+    return config.reward_model.max_length if config.reward.path is None else None
 
 
 def loop_settings(config: Config, steps: int) -> LoopSettings:
