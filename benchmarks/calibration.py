@@ -12,14 +12,14 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 from scipy.optimize import least_squares
 
-from jobs.plan_report import core_of
-from jobs.plan_work import layout_of, models_of, sharing_of
-from orchestrator.config import load_config
-from orchestrator.scheduling.costs import Lengths
-from orchestrator.scheduling.hardware import Efficiency
-from orchestrator.simulation.run import simulate_steps
-from orchestrator.simulation.scenario import Layout, Measured, Spread
-from orchestrator.telemetry import read_lines
+from jobs.plan.report import core_of
+from jobs.plan.work import layout_of, models_of, sharing_of
+from orchestrator.config.loader import load_config
+from orchestrator.planning.costs import Lengths
+from orchestrator.planning.hardware import Efficiency
+from orchestrator.planning.simulation.run import simulate_steps
+from orchestrator.planning.simulation.scenario import Layout, Measured, Spread
+from orchestrator.watching.telemetry import read_lines
 
 FITTED = ("generate", "score", "learn", "publish", "step")
 FREE = ("learn", "forward", "decode", "links", "decode_step_s", "micro_batch_bytes", "optimizer_bytes", "step_s")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.harness import RESULTS, Figure, measure_pairs, plain_figure, ratio_figure
 from benchmarks.table import report
-from orchestrator.telemetry import read_lines
+from orchestrator.watching.telemetry import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = RESULTS / "runs"
@@ -35,7 +35,12 @@ OVERRIDES = (
     "evaluation.prompts=0",
     f"run.root={RUNS}",
 )
-IMPORTS = {"jobs.ppo": "torch", "actors.policy": "torch", "actors.reward": "torch", "actors.vllm_engine": "vllm"}
+IMPORTS = {
+    "jobs.run": "torch",
+    "actors.roles.policy": "torch",
+    "actors.roles.reward": "torch",
+    "actors.engines.vllm_engine": "vllm",
+}
 
 
 def main() -> None:

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.group import ActorGroup
-from actors.process import as_actor
-from actors.recorder import RecorderWorker
+from actors.groups.group import ActorGroup
+from actors.groups.process import as_actor
+from actors.roles.recorder import RecorderWorker
 from benchmarks.harness import plain_figure
 from benchmarks.stand_ins import (
     DEADLINE_S,

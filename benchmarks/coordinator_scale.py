@@ -22,10 +22,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from actors.group import ActorGroup
-from actors.publisher import BucketPublisher, PolicyWeights
-from actors.remote import ClusterMeter
-from actors.rollout import UpdateReport
+from actors.engines.contract import UpdateReport
+from actors.groups.group import ActorGroup
+from actors.remote.publisher import BucketPublisher, PolicyWeights
+from actors.remote.roles import ClusterMeter
 from actors.weights.manifest import WeightHeader, plan
 from benchmarks.harness import Figure, Pairs, measure_pairs, ratio_figure
 from benchmarks.publish import AsIs

@@ -19,19 +19,19 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from actors.cluster import environment
-from actors.critic import CriticSettings, CriticWorker
+from actors.groups.cluster import environment
 from actors.learning.distributed import Group
 from actors.learning.size import model_size
 from actors.learning.worker import LearnJob
-from actors.policy import PolicySettings, PolicyWorker
+from actors.roles.critic import CriticSettings, CriticWorker
+from actors.roles.policy import PolicySettings, PolicyWorker
 from benchmarks.harness import Figure, Pairs, measure_turns, ratio_figure
 from benchmarks.plain_loop import STYLES, PlainLoop
 from benchmarks.table import report
 from benchmarks.turns import Answer, Contender, serve
 from benchmarks.work import Work, available, experience, load_work
-from jobs.settings import common_settings, learner_settings
-from orchestrator.scheduling.memory import ModelSize
+from jobs.stages.settings import common_settings, learner_settings
+from orchestrator.planning.memory import ModelSize
 
 ROLES = ("policy", "critic")
 # One minibatch: of the quickstart's 16 rows, and of longer ones about as many tokens.

@@ -21,11 +21,11 @@ from time import perf_counter
 from benchmarks.cold_start import RUNS
 from benchmarks.harness import Figure, Pairs, plain_figure, ratio_figure
 from benchmarks.table import report
-from jobs.attempts import ATTEMPTS
-from jobs.run_folder import RunFolder
 from orchestrator.errors import DataError
-from orchestrator.metrics import PHASES
-from orchestrator.telemetry import read_lines
+from orchestrator.run.attempts import ATTEMPTS
+from orchestrator.run.folder import RunFolder
+from orchestrator.watching.metrics import PHASES
+from orchestrator.watching.telemetry import read_lines
 
 FENCES_PER_STEP = 3  # before the manifest, before a checkpoint takes its place, before the line of metrics
 TARGET = 0.03

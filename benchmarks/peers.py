@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.scheduling.costs import Dimensions, LearnSettings
-from orchestrator.scheduling.hardware import DEVICES
-from orchestrator.simulation.run import simulate
-from orchestrator.simulation.scenario import MODELS, Layout, Pool, Spread, Work
+from orchestrator.planning.costs import Dimensions, LearnSettings
+from orchestrator.planning.hardware import DEVICES
+from orchestrator.planning.simulation.run import simulate
+from orchestrator.planning.simulation.scenario import MODELS, Layout, Pool, Spread, Work
 
 DEVIATION = 0.5
 ENGINE_MEMORY = 0.6

@@ -18,19 +18,19 @@ from typing import Any, TypeVar
 import ray
 import torch
 
-from actors.cluster import environment
-from actors.engines import RolloutWorker
-from actors.group import ActorGroup
+from actors.engines.contract import EngineSettings
+from actors.groups.cluster import environment
+from actors.groups.group import ActorGroup
+from actors.groups.process import as_actor
 from actors.learning.distributed import Group
-from actors.policy import PolicySettings
-from actors.process import as_actor
-from actors.publisher import BucketPublisher, PolicyWeights
-from actors.rollout import EngineSettings
+from actors.remote.publisher import BucketPublisher, PolicyWeights
+from actors.roles.policy import PolicySettings
+from actors.roles.rollout import RolloutWorker
 from actors.weights.sender import PublishingPolicy
 from benchmarks.harness import Figure, Pairs, ratio_figure
 from benchmarks.table import report
 from benchmarks.work import Work, load_work
-from jobs.settings import common_settings, learner_settings
+from jobs.stages.settings import common_settings, learner_settings
 
 T = TypeVar("T")
 

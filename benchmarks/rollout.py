@@ -26,15 +26,15 @@ from typing import Any
 
 import torch
 
-from actors.cluster import environment
-from actors.conversations import load_chat
-from actors.engines import ENGINES
-from actors.rollout import EngineSettings
+from actors.engines.contract import EngineSettings
+from actors.groups.cluster import environment
+from actors.roles.rollout import ENGINES
+from actors.text.conversations import load_chat
 from benchmarks.harness import Figure, Pairs, measure_turns, ratio_figure
 from benchmarks.table import report
 from benchmarks.turns import Answer, Contender, serve
 from benchmarks.work import Work, available, load_work
-from jobs.settings import sampling_of
+from jobs.stages.settings import sampling_of
 from orchestrator.prompts import sample_requests
 from orchestrator.types import ShardRequest
 

@@ -18,20 +18,20 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from actors.cluster import environment
-from actors.conversations import load_chat
-from actors.critic import CriticSettings, CriticWorker
+from actors.groups.cluster import environment
 from actors.learning.distributed import Group
 from actors.learning.model import load_causal, load_scorer
-from actors.reference import ReferenceSettings, ReferenceWorker
 from actors.rewards.model import RewardModel
+from actors.roles.critic import CriticSettings, CriticWorker
+from actors.roles.reference import ReferenceSettings, ReferenceWorker
+from actors.text.conversations import load_chat
 from benchmarks.harness import Figure, measure_pairs, ratio_figure
 from benchmarks.learner import num_tokens
 from benchmarks.plain_loop import padded
 from benchmarks.table import report
 from benchmarks.turns import Answer, Contender, serve
 from benchmarks.work import Work, available, experience, load_work
-from jobs.settings import common_settings, learner_settings
+from jobs.stages.settings import common_settings, learner_settings
 
 ROLES = ("reference", "critic", "reward")
 TRIED_ROWS = (4, 16, 64)

@@ -21,11 +21,11 @@ from benchmarks.harness import Figure, Pairs, plain_figure, ratio_figure
 from benchmarks.overhead import newest_run
 from benchmarks.table import report
 from orchestrator.errors import RlhfError
-from orchestrator.scheduling.costs import Dimensions, LearnSettings
-from orchestrator.scheduling.hardware import DEVICES, Efficiency
-from orchestrator.scheduling.memory import GIB
-from orchestrator.simulation.scenario import MODELS, Spread, Work
-from orchestrator.simulation.search import Candidate, describe, search
+from orchestrator.planning.costs import Dimensions, LearnSettings
+from orchestrator.planning.hardware import DEVICES, Efficiency
+from orchestrator.planning.memory import GIB
+from orchestrator.planning.simulation.scenario import MODELS, Spread, Work
+from orchestrator.planning.simulation.search import Candidate, describe, search
 
 SWEPT = (1, 4, 16, 64, 256, 1024, 4096)
 SAMPLES_PER_GPU = 32

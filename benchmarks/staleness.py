@@ -27,12 +27,12 @@ import typer
 
 from benchmarks.harness import Figure, Pairs, measure_turns, ratio_figure
 from benchmarks.table import report
-from jobs.cluster_job import Job, connect_local, follow, submit
+from jobs.cluster.jobs_api import Job, connect_local, follow, submit
+from jobs.cluster.local_ray import local_ray
 from jobs.command import say
-from jobs.local_ray import local_ray
 from jobs.quickstart import ENVIRONMENT
 from orchestrator.errors import CapacityError, RlhfError
-from orchestrator.telemetry import METRICS_FILE, read_lines
+from orchestrator.watching.telemetry import METRICS_FILE, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "jobs" / "configs" / "ppo.yaml"

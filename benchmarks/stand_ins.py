@@ -14,20 +14,20 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from actors.group import ActorGroup
+from actors.groups.group import ActorGroup
 from actors.learning.worker import LearnJob, Share
-from actors.remote import RayLearner, RayRecorder, RayRollouts, ReplicatedScorer, ShardedScorer
+from actors.remote.roles import RayLearner, RayRecorder, RayRollouts, ReplicatedScorer, ShardedScorer
 from orchestrator import schema
-from orchestrator.checkpoints import Checkpoints
 from orchestrator.coordinator import Coordinator, LoopSettings
-from orchestrator.experience_log import ExperienceLog
 from orchestrator.failures import Unsupervised
-from orchestrator.guards import Guards
 from orchestrator.held_out import Evaluation
 from orchestrator.roles import Publisher
+from orchestrator.run.checkpoints import Checkpoints
+from orchestrator.run.experience_log import ExperienceLog
 from orchestrator.sampler import Sampler, Schedule
-from orchestrator.telemetry import Telemetry
 from orchestrator.types import Metrics, Sampling, ShardRequest
+from orchestrator.watching.guards import Guards
+from orchestrator.watching.telemetry import Telemetry
 
 RESPONSE_TOKENS = 1024
 PROMPT_TOKENS = 128

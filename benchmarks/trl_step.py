@@ -20,18 +20,19 @@ from typing import Annotated
 
 import typer
 
-from actors.cluster import environment
+from actors.groups.cluster import environment
 from actors.learning.model import resolve_model
-from actors.tokenizing import load_tokenizer
+from actors.text.tokenizing import load_tokenizer
 from benchmarks.harness import Figure, Pairs, measure_turns, ratio_figure
 from benchmarks.table import report
 from benchmarks.trl.work import Measured, TrlSettings, Work
 from jobs.command import say
 from jobs.prepare import prepare
 from jobs.resolve import resolved
-from orchestrator.config import Config, load_config
+from orchestrator.config.config import Config
+from orchestrator.config.loader import load_config
 from orchestrator.errors import RlhfError
-from orchestrator.telemetry import METRICS_FILE, read_lines
+from orchestrator.watching.telemetry import METRICS_FILE, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL_PYTHON = ROOT / "benchmarks" / ".venv-trl" / "bin" / "python"

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from actors.allocator import keep_large_blocks
+from actors.machine.allocator import keep_large_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 300.0

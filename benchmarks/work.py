@@ -12,10 +12,11 @@ import pyarrow as pa
 import torch
 
 from actors.learning.model import resolve_model
-from actors.tokenizing import load_tokenizer
+from actors.text.tokenizing import load_tokenizer
 from jobs.prepare import prepare
 from jobs.resolve import resolved
-from orchestrator.config import Config, load_config
+from orchestrator.config.config import Config
+from orchestrator.config.loader import load_config
 from orchestrator.types import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,7 +14,8 @@ from rich.markup import escape
 
 from jobs import stops
 from jobs.console import Screen, console
-from orchestrator.config import Config, load_config, to_yaml
+from orchestrator.config.config import Config
+from orchestrator.config.loader import load_config, to_yaml
 from orchestrator.errors import RlhfError
 from orchestrator.garbage import collect_seldom
 

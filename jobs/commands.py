@@ -30,32 +30,34 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             "--config jobs/configs/ppo.yaml ppo.steps=2",
         ),
         "check": Command(
-            "jobs.check:main",
+            "jobs.check.command:main",
             "Check a config, its data, its models and the cluster before anything starts.",
             "--config jobs/configs/quickstart.yaml",
         ),
         "plan": Command(
-            "jobs.plan:main",
+            "jobs.plan.command:main",
             "Compare layouts of a run over GPUs: step time, memory, money.",
             "--config jobs/configs/gpu.yaml --gpus 16 --gpu-kind h100",
         ),
         "run": Command(
-            "jobs.ppo:main",
+            "jobs.run:main",
             "Run the stages of a config, or continue a run.",
             "--config jobs/configs/quickstart.yaml run.id=my-run ppo.steps=10",
         ),
         "reward-model": Command(
-            "jobs.ppo:reward_model",
+            "jobs.run:reward_model",
             "Train a reward model alone, on a file of preferences.",
             "--config jobs/configs/hh_rlhf.yaml preferences.path=FILE",
         ),
         "submit": Command(
-            "jobs.submit:main",
+            "jobs.cluster.submit:main",
             "Run a config on a Ray cluster, from this machine.",
             "--address http://10.0.0.1:8265 --config jobs/configs/gpu.yaml run.root=/shared/runs",
         ),
-        "why": Command("jobs.why:main", "Say what failed first in a run, where it is and how to go on.", "runs/my-run"),
-        "report": Command("jobs.report:main", "Write one HTML page about a run.", "runs/my-run"),
+        "why": Command(
+            "jobs.why.command:main", "Say what failed first in a run, where it is and how to go on.", "runs/my-run"
+        ),
+        "report": Command("jobs.report.command:main", "Write one HTML page about a run.", "runs/my-run"),
         "replay": Command(
             "jobs.replay:main",
             "Learn again from the log of a run, without rollout engines.",

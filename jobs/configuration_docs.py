@@ -1,4 +1,4 @@
-"""`python -m jobs.configuration_docs`: writes docs/configuration.md from the descriptions in orchestrator/config.py."""
+"""`python -m jobs.configuration_docs`: writes docs/configuration.md from the descriptions in orchestrator/config/."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from jobs.command import say
-from orchestrator.config import Config
+from orchestrator.config.config import Config
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
 HEAD = """# Configuration
 
-Generated from `orchestrator/config.py` by `make docs`; a test keeps both in step.
+Generated from `orchestrator/config/` by `make docs`; a test keeps both in step.
 
 A config is a YAML file with the sections below; what it leaves out has its default. On the command line every key can
 be set as `section.key=value`, the value in YAML: `rlhf run --config FILE ppo.steps=10 reward.kind=rules`.

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from orchestrator.outside_text import printable, redacted
+from orchestrator.data.outside_text import printable, redacted
 
 
 class Screen:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from actors.learning.model import EMBEDDED, resolve_model
 from jobs.prepare import PACKAGE_ROOT, find_data
-from orchestrator.config import Config
+from orchestrator.config.config import Config
 from orchestrator.errors import RlhfError
 
 WHOLE_BYTES = 64 << 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from orchestrator.config import RunConfig
+from orchestrator.config.sections import RunConfig
 
 # What Ray gives a stopped job before it kills it, and the variable of the job that changes this.
 RAYS_WAIT_S = 3.0

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from actors.node_speeds import slower_nodes
-from jobs.cluster import cluster
+from actors.machine.node_speeds import slower_nodes
+from jobs.cluster.connection import cluster
 from jobs.command import imported, run_async, say
 from jobs.grace import saving_s, warning
 from jobs.pipeline import run_stages
 from jobs.prepare import Prepared
 from jobs.resolve import uses_gpus
-from jobs.run_folder import open_run
-from orchestrator.config import Config
+from orchestrator.config.config import Config
+from orchestrator.run.folder import open_run
 
 
 def run_job(config: Config, prepared: Prepared, ray_address: str | None) -> None:
@@ -24,4 +24,4 @@ def run_job(config: Config, prepared: Prepared, ray_address: str | None) -> None
             say(note)
         run_async(run_stages(config, run, prepared, say), grace_s=saving_s(config.run))
     if "ppo" in config.stages:
-        imported("jobs.results:show_results")(run.path)
+        imported("jobs.report.results:show_results")(run.path)

@@ -10,27 +10,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from actors.group import ActorGroup
-from actors.starter import Starter
-from actors.trackers import open_trackers
-from jobs.build import ppo_coordinator
-from jobs.labeller import read_gold
-from jobs.preferences import make_preferences
+from actors.groups.group import ActorGroup
+from actors.groups.starter import Starter
+from actors.watching.trackers import open_trackers
 from jobs.prepare import Prepared, find_data
-from jobs.reward_model import RESULT_FILE, split_held_out, train_reward_model
-from jobs.run_folder import RunFolder
-from jobs.settings import initial_state, reward_model_of
-from jobs.stage_events import stage_events
-from orchestrator.config import Config, Stage
+from jobs.stages.events import stage_events
+from jobs.stages.labeller import read_gold
+from jobs.stages.preferences import make_preferences
+from jobs.stages.reward_model import RESULT_FILE, split_held_out, train_reward_model
+from jobs.stages.settings import initial_state, reward_model_of
+from jobs.stages.wiring import ppo_coordinator
+from orchestrator.config.config import Config, Stage
 from orchestrator.coordinator import Coordinator
 from orchestrator.data.readers import read_rankings
 from orchestrator.errors import ConfigError, StorageError
-from orchestrator.exposition import PrometheusEndpoint
-from orchestrator.guards import why_paused
-from orchestrator.heartbeat import Heartbeat
-from orchestrator.mirror import Mirror, Mirroring
-from orchestrator.storage import write_json, writing
-from orchestrator.telemetry import Telemetry
+from orchestrator.run.folder import RunFolder
+from orchestrator.run.mirror import Mirror, Mirroring
+from orchestrator.run.storage import write_json, writing
+from orchestrator.watching.exposition import PrometheusEndpoint
+from orchestrator.watching.guards import why_paused
+from orchestrator.watching.heartbeat import Heartbeat
+from orchestrator.watching.telemetry import Telemetry
 
 Say = Callable[[str], None]
 

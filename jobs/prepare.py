@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.conversations import Chat, load_chat
 from actors.learning.model import resolve_model
-from actors.tokenizing import encode
-from jobs.settings import chat_settings
-from orchestrator.config import Config
+from actors.text.conversations import Chat, load_chat
+from actors.text.tokenizing import encode
+from jobs.stages.settings import chat_settings
+from orchestrator.config.config import Config
+from orchestrator.data.inputs import at_home
 from orchestrator.data.readers import read_prompts
 from orchestrator.data.records import PromptRecord, ReadReport, message_dicts
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.inputs import at_home
 from orchestrator.prompts import Splits, split
 from orchestrator.types import Prompt
 

@@ -17,13 +17,14 @@ from typing import Annotated
 
 import typer
 
-from jobs.cluster_job import FAILED, STOP_GRACE_S, Job, connect_local, follow, submit
+from jobs.cluster.jobs_api import FAILED, STOP_GRACE_S, Job, connect_local, follow, submit
+from jobs.cluster.local_ray import LocalRay, local_ray
+from jobs.cluster.submit import write_raw
 from jobs.command import imported, run_async, run_command, say
-from jobs.local_ray import LocalRay, local_ray
-from jobs.run_folder import kept_config
-from jobs.submit import write_raw
-from orchestrator.config import Config, load_config
+from orchestrator.config.config import Config
+from orchestrator.config.loader import load_config
 from orchestrator.errors import RlhfError
+from orchestrator.run.folder import kept_config
 
 CONFIG = Path("jobs/configs/quickstart.yaml")
 ENVIRONMENT = {
@@ -63,7 +64,7 @@ def _announce(config: Config) -> None:
     """Says how long a new run will take; what is wrong with its input is left to the job, which checks all of it."""
     with suppress(RlhfError):
         if kept_config(config) is None and not imported("jobs.resolve:uses_gpus")(config):
-            say(imported("jobs.estimate:expected")(config))
+            say(imported("jobs.plan.estimate:expected")(config))
 
 
 def run_on_local_ray(entrypoint: str, config: Config) -> int:

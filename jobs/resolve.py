@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from actors.probe import machine_speed
+from actors.machine.probe import machine_speed
+from jobs.check.engine_trial import verdict_on_vllm
 from jobs.command import say
 from jobs.contents import contents
-from jobs.engine_trial import verdict_on_vllm
-from jobs.run_folder import kept_config
-from orchestrator.config import Config, config_from_tree
-from orchestrator.config_changes import OPEN, value_of
+from orchestrator.config.changes import OPEN, value_of
+from orchestrator.config.config import Config
+from orchestrator.config.loader import config_from_tree
 from orchestrator.errors import DataError
+from orchestrator.run.folder import kept_config
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def rollout_engine(config: Config, tell: Tell) -> Resolved:
     return Resolved("hf", f"{reason}; transformers samples, more slowly")
 
 
-# In this order: the engine is tried in the dtype. Keys must also be in orchestrator.config_changes.RESOLVED_ONCE.
+# In this order: the engine is tried in the dtype. Keys must also be in orchestrator.config.changes.RESOLVED_ONCE.
 RESOLVERS: Mapping[str, Callable[[Config, Tell], Resolved]] = {
     "model.dtype": model_dtype,
     "model.today": model_today,

@@ -15,16 +15,16 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-from orchestrator.checkpoints import Checkpoints
 from orchestrator.concurrency import both, together
-from orchestrator.experience_log import ExperienceLog
 from orchestrator.failures import Supervisor
-from orchestrator.guards import Guards
 from orchestrator.held_out import Evaluation
 from orchestrator.roles import Learner, Publisher, Scorer
+from orchestrator.run.checkpoints import Checkpoints
+from orchestrator.run.experience_log import ExperienceLog
 from orchestrator.sampler import Sampler, StepRollouts
-from orchestrator.telemetry import Telemetry
 from orchestrator.types import Experience, Metrics, RolloutShard, ScoredShard, State
+from orchestrator.watching.guards import Guards
+from orchestrator.watching.telemetry import Telemetry
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from orchestrator.concurrency import together
 from orchestrator.errors import StorageError
 from orchestrator.evaluation import evaluation_file, evaluation_metrics, read_evaluation
 from orchestrator.roles import Recorder, Rollouts, Scorer
+from orchestrator.run.storage import writing
 from orchestrator.sampler import cut_into_shards
-from orchestrator.storage import writing
-from orchestrator.telemetry import Telemetry
 from orchestrator.types import EvaluatedShard, RolloutShard, SampleRequest, Sampling, State
+from orchestrator.watching.telemetry import Telemetry
 
 
 def failures_file(file: Path) -> Path:

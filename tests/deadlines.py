@@ -12,7 +12,7 @@ from time import perf_counter
 
 import numpy as np
 
-from orchestrator.config import DeadlinesConfig
+from orchestrator.config.sections import DeadlinesConfig
 
 VARIABLE = "RLHF_TEST_PATIENCE"
 LARGEST = 10.0

@@ -17,9 +17,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from actors.learning.heads import PolicyModel, ValueModel, probed
 from actors.learning.model import load_causal, load_scorer
-from actors.tokenizing import load_tokenizer
+from actors.text.tokenizing import load_tokenizer
 from orchestrator.errors import DataError, StorageError
-from orchestrator.storage import follow_umask, sync_tree, writing
+from orchestrator.run.storage import follow_umask, sync_tree, writing
 
 GENERATION_CONFIG = "generation_config.json"
 # The learner may compute on another device than the one on which an export is read back.

@@ -22,13 +22,13 @@ from actors.learning import distributed
 from actors.learning.distributed import deepspeed
 from actors.learning.export import export_model, named_state
 from actors.learning.heads import PolicyModel, ValueModel, probe, probed
-from actors.learning.losses import LossTerms
+from actors.learning.objectives.losses import LossTerms
 from actors.learning.packing import MicroBatch
 from actors.learning.proofs import require_steady
 from actors.learning.safe_loading import SafeCheckpointEngine
 from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.errors import NonFiniteError, StorageError
-from orchestrator.storage import writing
+from orchestrator.run.storage import writing
 
 Objective = Callable[[Any, MicroBatch], LossTerms]
 

@@ -21,9 +21,9 @@ from transformers.utils import logging as transformers_logging
 from actors.learning.attention import use_short_attention
 from actors.learning.depth import shallow
 from actors.learning.norms import use_quick_norms
+from orchestrator.data.inputs import at_home
 from orchestrator.errors import DataError
-from orchestrator.inputs import at_home
-from orchestrator.storage import follow_umask
+from orchestrator.run.storage import follow_umask
 
 transformers_logging.disable_progress_bar()  # jobs write lines; a bar in a log is a wall of text
 

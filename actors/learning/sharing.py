@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from actors.learning.attention import NAME
-from orchestrator.scheduling.balance import share_prompt
+from orchestrator.planning.balance import share_prompt
 
 _PROMPT, _NOBODY = 0, -1
 _TOLERANCE = 0.1

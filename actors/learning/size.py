@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from actors.learning.depth import shallow
 from actors.learning.model import LOADING_ERRORS
 from orchestrator.errors import DataError
-from orchestrator.scheduling.memory import ModelSize
+from orchestrator.planning.memory import ModelSize
 
 
 def num_embeddings(folder: Path, *, trust_remote_code: bool = False) -> int:

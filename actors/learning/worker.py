@@ -20,7 +20,7 @@ from actors.learning.heads import PolicyModel, ValueModel
 from actors.learning.learner import Learner, LearnerSettings, Objective, Update
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.sharing import can_share
-from orchestrator.scheduling.balance import plan_forwards, plan_minibatches
+from orchestrator.planning.balance import plan_forwards, plan_minibatches
 
 Forward = Callable[[MicroBatch], Any]
 

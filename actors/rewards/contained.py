@@ -16,7 +16,7 @@ from time import monotonic
 from typing import IO, Any
 
 from actors.rewards import rule_process
-from orchestrator.config import RuleLimits
+from orchestrator.config.rewards import RuleLimits
 from orchestrator.errors import ConfigError
 
 Row = tuple[str, str, str]

@@ -24,8 +24,8 @@ import pyarrow as pa
 
 from actors.rewards import Score, samples
 from actors.rewards.rule_process import finite_number
+from orchestrator.data.inputs import read_text
 from orchestrator.errors import ConfigError, RewardError
-from orchestrator.inputs import read_text
 
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0

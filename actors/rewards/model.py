@@ -13,19 +13,19 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from actors.conversations import Chat, Transcript, load_chat, reward_chat
 from actors.learning.files import window
 from actors.learning.heads import ValueModel
 from actors.learning.model import load_scorer, resolve_model
 from actors.learning.packing import token_rows
 from actors.rewards import Sample, Score, samples
+from actors.text.conversations import Chat, Transcript, load_chat, reward_chat
 from orchestrator.data.records import messages_from_dicts
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.scheduling.balance import micro_batches
-from orchestrator.storage import write_json
+from orchestrator.planning.balance import micro_batches
+from orchestrator.run.storage import write_json
 
 if TYPE_CHECKING:
-    from actors.reward import RewardSettings
+    from actors.roles.reward import RewardSettings
 
 STATS_FILE = "reward_stats.json"
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from actors.rewards import Score
 from actors.rewards.contained import ProcessEndedError, RuleProcess
-from orchestrator.config import RuleConfig, RuleLimits
+from orchestrator.config.rewards import RuleConfig, RuleLimits
 from orchestrator.errors import ConfigError, RewardError
 
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")

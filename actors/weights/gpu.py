@@ -1,8 +1,8 @@
 """Weights into engines on GPUs, by vLLM's own backends: NCCL between separate GPUs, CUDA IPC on shared ones.
 
 The trainer's ranks all call `open_trainer` once and `send_weights()` of what it returns for every publish; rank 0
-drives the engines (actors.vllm_engine.DeviceVllmEngine) through `EngineFanOut`, and then lets each confirm its update
-with the source's header and checksums. `VerifiedNccl` and `VerifiedIpc` are vLLM's engines with a read-back: the
+drives the engines (actors.engines.vllm_engine.DeviceVllmEngine) through `EngineFanOut`, and then lets each confirm its
+update with the source's header and checksums. `VerifiedNccl` and `VerifiedIpc` are vLLM's engines with a read-back: the
 parameters' bytes, hashed, against the checksums that `ChecksummedSource` took while the weights left the trainer.
 
 Written against vLLM 0.32's source. None of it has run on a GPU.

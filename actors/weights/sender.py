@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from actors.policy import PolicyWorker
+from actors.roles.policy import PolicyWorker
 from actors.weights.manifest import Bucket, WeightHeader, pack, plan
 from orchestrator.errors import PublishError
 

@@ -18,7 +18,7 @@ from typing import Any
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from actors.allocator import keep_large_blocks
+from actors.machine.allocator import keep_large_blocks
 from actors.rewards.rules import length_target
 from benchmarks.trl.work import Measured, TrlSettings, Work
 

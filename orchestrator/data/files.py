@@ -17,11 +17,11 @@ from typing import cast
 import pyarrow as pa
 from pyarrow import fs
 
+from orchestrator.data.inputs import at_home, size_of_file
 from orchestrator.data.json_rows import BYTE_ORDER_MARK, CHUNK_BYTES, Row, line_rows, value_rows
 from orchestrator.data.limits import max_unpacked_bytes, mib
 from orchestrator.data.parquet import parquet_rows, unpacked
 from orchestrator.errors import DataError
-from orchestrator.inputs import at_home, size_of_file
 
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\x04\x22\x4d\x18": "lz4"}
 _FOREIGN = {

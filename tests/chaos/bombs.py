@@ -20,10 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestrator.config import load_config
+from orchestrator.config.loader import load_config
 from orchestrator.data import read_prompts, read_rankings
+from orchestrator.data.inputs import read_text
 from orchestrator.errors import DataError
-from orchestrator.inputs import read_text
 
 Work = tuple[Callable[..., object], tuple[Any, ...]]
 Family = Callable[[Path, Random], Work]

@@ -27,8 +27,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from jobs.replaying import fingerprint
-from orchestrator.telemetry import read_lines
+from jobs.stages.replaying import fingerprint
+from orchestrator.watching.telemetry import read_lines
 from tests.chaos.sabotage import CLASSES
 from tests.deadlines import of_a_run, scaled
 from tests.ray_local.net import Cluster, three_nodes

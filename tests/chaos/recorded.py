@@ -9,11 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-import actors.recorder
-from actors.recorder import RecorderWorker
+import actors.roles.recorder
+from actors.roles.recorder import RecorderWorker
 from orchestrator import schema
 from orchestrator.algorithms.experience import ExperienceSettings
-from orchestrator.experience_log import ExperienceLog
+from orchestrator.run.experience_log import ExperienceLog
 from orchestrator.types import EvaluatedShard, Handle, Metrics, RolloutShard, ScoredShard, ShardRecord
 from tests.unit.actors.rewards.rollouts import rollout_table
 
@@ -39,7 +39,7 @@ class LocalRecorder:
 @contextmanager
 def experience_log(folder: Path) -> Iterator[ExperienceLog]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(actors.recorder, "_fetch", list)
+        patch.setattr(actors.roles.recorder, "_fetch", list)
         yield ExperienceLog(folder, LocalRecorder(), max_failed_fraction=0.1)
 
 

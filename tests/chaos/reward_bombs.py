@@ -13,7 +13,7 @@ from time import monotonic, sleep
 
 from actors.rewards.http import HttpReward
 from actors.rewards.rules import RuleReward
-from orchestrator.config import RuleConfig, RuleLimits
+from orchestrator.config.rewards import RuleConfig, RuleLimits
 from tests.chaos import hostile_endpoint
 from tests.chaos.bombs import Family, Work
 from tests.deadlines import scaled

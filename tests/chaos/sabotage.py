@@ -22,8 +22,8 @@ import psutil
 import ray
 
 import jobs.pipeline
-from jobs import ppo
-from orchestrator.telemetry import Telemetry
+from jobs import run as ppo
+from orchestrator.watching.telemetry import Telemetry
 
 CLASSES = {
     "rollout": "RolloutWorker",

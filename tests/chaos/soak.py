@@ -18,9 +18,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.experience_log import num_committed
 from orchestrator.failures import LEARNERS
-from orchestrator.telemetry import read_lines
+from orchestrator.run.experience_log import num_committed
+from orchestrator.watching.telemetry import read_lines
 from tests.chaos.matrix import PHASES, Blow, Field, Outcome, actors_left, one_node
 
 ROLES = ("rollout", "policy", "critic", "reference", "reward", "driver")

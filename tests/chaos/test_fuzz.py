@@ -16,13 +16,14 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from jobs.run_folder import open_run
-from orchestrator.checkpoints import Checkpoints
-from orchestrator.config import Config, config_from_tree, load_config
+from orchestrator.config.config import Config
+from orchestrator.config.loader import config_from_tree, load_config
 from orchestrator.errors import ConfigError
-from orchestrator.experience_log import ExperienceLog, num_committed
-from orchestrator.telemetry import METRICS_FILE, Telemetry, read_lines
+from orchestrator.run.checkpoints import Checkpoints
+from orchestrator.run.experience_log import ExperienceLog, num_committed
+from orchestrator.run.folder import open_run
 from orchestrator.types import Experience, State
+from orchestrator.watching.telemetry import METRICS_FILE, Telemetry, read_lines
 from tests.chaos.fuzzing import Damages, example, fuzz
 from tests.chaos.mutations import PLACES, VALUES, damage, damages, with_value
 from tests.chaos.recorded import experience_log, scored_shard

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from jobs.stops import STOPPED
-from orchestrator.guards import PAUSED_FILE
+from orchestrator.watching.guards import PAUSED_FILE
 from tests.chaos.conftest import assert_as_quiet, blow
 from tests.chaos.matrix import ROOT, RUN_S, Field, Outcome, actors_left
 from tests.deadlines import scaled

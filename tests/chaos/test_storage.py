@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-import orchestrator.checkpoints
-import orchestrator.storage
-from orchestrator.checkpoints import Checkpoints
+import orchestrator.run.checkpoints
+import orchestrator.run.storage
 from orchestrator.errors import StorageError
-from orchestrator.experience_log import num_committed
-from orchestrator.telemetry import Telemetry, read_lines
+from orchestrator.run.checkpoints import Checkpoints
+from orchestrator.run.experience_log import num_committed
 from orchestrator.types import State
+from orchestrator.watching.telemetry import Telemetry, read_lines
 from tests.chaos.recorded import experience_log, scored_shard
 from tests.unit.orchestrator.fakes import Diary, FakeLearner
 
@@ -73,9 +73,9 @@ SAVING: dict[str, tuple[Any, str, Callable[[Path], bool], str]] = {
     "a role's file": (Path, "write_text", lambda path: path.name == "weights.txt", r"weights\.txt"),
     "the state": (Path, "write_text", lambda path: ".state.json." in path.name, r"state\.json"),
     "the manifest": (Path, "write_text", lambda path: ".manifest.json." in path.name, r"manifest\.json"),
-    "a file's sync": (orchestrator.storage, "sync_file", lambda path: path.name == "weights.txt", r"weights\.txt"),
+    "a file's sync": (orchestrator.run.storage, "sync_file", lambda path: path.name == "weights.txt", r"weights\.txt"),
     "the rename": (Path, "rename", lambda path: True, "step-000004"),
-    "the check": (orchestrator.checkpoints, "sha256", lambda path: "step-000004" in path.parts, r"step-000004/\S+"),
+    "the check": (orchestrator.run.checkpoints, "sha256", lambda path: "step-000004" in path.parts, r"step-000004/\S+"),
     "the marker": (Path, "touch", lambda path: True, "COMPLETE"),
 }
 
@@ -156,18 +156,18 @@ async def test_names_in_manifests_lead_nowhere_else(tmp_path: Path) -> None:
     manifest = tmp_path / "checkpoints" / "step-000001" / "manifest.json"
     secret = tmp_path / "secret"
     secret.write_text("s")
-    entry = {"num_bytes": 1, "sha256": orchestrator.storage.sha256(secret)}
-    entries = orchestrator.storage.read_sealed(manifest)
+    entry = {"num_bytes": 1, "sha256": orchestrator.run.storage.sha256(secret)}
+    entries = orchestrator.run.storage.read_sealed(manifest)
     for name in (str(secret), "../../secret", "policy/../../../secret", "./state.json", "", "a\0b"):
-        orchestrator.storage.write_sealed(manifest, {**entries, name: entry})
+        orchestrator.run.storage.write_sealed(manifest, {**entries, name: entry})
         with pytest.raises(StorageError, match="which is not inside it"):
             await checkpoints_in(tmp_path / "checkpoints")[0].restore()
     with experience_log(tmp_path / "log") as log:
         await log.commit(State(0, 0.1), [scored_shard(0, 0)])
         file = tmp_path / "log" / "step-000000" / "manifest.json"
-        content = orchestrator.storage.read_sealed(file)
+        content = orchestrator.run.storage.read_sealed(file)
         content["shards"][0]["file"] = "../../secret"
-        orchestrator.storage.write_sealed(file, content)
+        orchestrator.run.storage.write_sealed(file, content)
         with pytest.raises(StorageError, match="which is not inside it"):
             await log.load(0)
 
@@ -210,7 +210,7 @@ async def test_a_commit_that_fails_names_the_file_and_is_no_commit(
     with experience_log(tmp_path / "log") as log:
         await log.commit(State(0, 0.1), [scored_shard(0, 0)])
         with monkeypatch.context() as patch:
-            owner, name = (Path, "mkdir") if file.startswith("step") else (orchestrator.storage, "sync_file")
+            owner, name = (Path, "mkdir") if file.startswith("step") else (orchestrator.run.storage, "sync_file")
             fails_on(patch, owner, name, number, lambda path: file in path.name)
             with pytest.raises(StorageError, match=rf"{file} can't be written \({os.strerror(number)}\)"):
                 await log.commit(State(1, 0.1), shards)

@@ -8,8 +8,8 @@ from typing import Any
 import ray
 import torch
 
-from actors import vllm_plugin
-from actors.vllm_engine import DeviceVllmEngine
+from actors.engines import vllm_plugin
+from actors.engines.vllm_engine import DeviceVllmEngine
 from actors.weights.gpu import ChecksummedSource, EngineFanOut, Placement, Rendezvous, open_trainer
 from actors.weights.manifest import WeightHeader, plan
 from tests.deadlines import scaled

@@ -12,10 +12,11 @@ from actors.learning.learner import LearnerSettings
 from actors.learning.model import resolve_model
 from actors.learning.size import model_size
 from actors.learning.worker import LearnJob
-from actors.policy import PolicySettings, PolicyWorker
+from actors.roles.policy import PolicySettings, PolicyWorker
 from jobs.quickstart import CONFIG
-from orchestrator.config import PpoConfig, load_config
-from orchestrator.scheduling.memory import learner_memory
+from orchestrator.config.loader import load_config
+from orchestrator.config.sections import PpoConfig
+from orchestrator.planning.memory import learner_memory
 from tests.integration.engine_scenarios import reference_logprobs
 from tests.numerics.ranks import group
 from tests.numerics.samples import experience, rollout

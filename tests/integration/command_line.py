@@ -19,7 +19,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from jobs import ppo
+from jobs import run as ppo
 from tests.deadlines import of_a_run, scaled
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalL
 from vllm.distributed import destroy_model_parallel
 
 import actors.weights.cpu
+from actors.engines.contract import Engine, EngineSettings, UpdateReport
+from actors.engines.vllm_engine import VllmEngine
 from actors.learning.export import named_state
-from actors.rollout import Engine, EngineSettings, UpdateReport
-from actors.vllm_engine import VllmEngine
 from actors.weights.manifest import Bucket, pack, plan
 from actors.weights.places import Places
 from actors.weights.readback import ignores_its_parameter

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.run_folder import open_run
-from orchestrator.config import load_config
+from orchestrator.config.loader import load_config
+from orchestrator.run.folder import open_run
 from tests.deadlines import scaled
 from tests.integration.command_line import CommandLine, assert_refused, command_line
 from tests.tiny import tiny_llama, tiny_tokenizer

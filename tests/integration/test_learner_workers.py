@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.critic import CriticSettings, CriticWorker
 from actors.learning.learner import LearnerSettings
 from actors.learning.worker import LearnJob
-from actors.policy import PolicySettings, PolicyWorker
-from actors.reference import ReferenceSettings, ReferenceWorker
-from orchestrator.config import PpoConfig
+from actors.roles.critic import CriticSettings, CriticWorker
+from actors.roles.policy import PolicySettings, PolicyWorker
+from actors.roles.reference import ReferenceSettings, ReferenceWorker
+from orchestrator.config.sections import PpoConfig
 from tests.numerics.ranks import run_ranks
 from tests.numerics.samples import experience, rollout
 from tests.tiny import tiny_llama, tiny_scorer

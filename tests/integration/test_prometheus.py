@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.exposition import PrometheusEndpoint
-from orchestrator.metrics import METRICS, prometheus_name
-from orchestrator.telemetry import Telemetry
+from orchestrator.watching.exposition import PrometheusEndpoint
+from orchestrator.watching.metrics import METRICS, prometheus_name
+from orchestrator.watching.telemetry import Telemetry
 from tests.deadlines import scaled
 
 RUN_ID = "demo-1"

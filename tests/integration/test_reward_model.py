@@ -17,13 +17,14 @@ import ray
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from actors.conversations import load_chat, reward_chat
 from actors.rewards.model import RewardModel
-from jobs.reward_model import RewardModelResult, train_reward_model
-from orchestrator.config import Config, config_from_tree
+from actors.text.conversations import load_chat, reward_chat
+from jobs.stages.reward_model import RewardModelResult, train_reward_model
+from orchestrator.config.config import Config
+from orchestrator.config.loader import config_from_tree
 from orchestrator.data.records import Message, RankingRecord
 from orchestrator.errors import CapacityError, DataError, NonFiniteError
-from orchestrator.telemetry import Telemetry, read_lines
+from orchestrator.watching.telemetry import Telemetry, read_lines
 from tests.deadlines import of_a_run
 from tests.tiny import CHATML, tiny_llama, tiny_tokenizer
 

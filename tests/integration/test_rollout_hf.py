@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.hf_engine import HfEngine, processed_logprobs
+from actors.engines.hf_engine import HfEngine, processed_logprobs
 from actors.weights.manifest import pack, plan
 from orchestrator import schema
 from orchestrator.errors import DataError, PublishError

@@ -18,11 +18,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from jobs.replaying import fingerprint
-from orchestrator.checkpoints import verify
-from orchestrator.mirror import Mirror
-from orchestrator.storage import read_json, sha256
-from orchestrator.telemetry import read_lines
+from jobs.stages.replaying import fingerprint
+from orchestrator.run.checkpoints import verify
+from orchestrator.run.mirror import Mirror
+from orchestrator.run.storage import read_json, sha256
+from orchestrator.watching.telemetry import read_lines
 from tests.deadlines import of_a_run, scaled
 from tests.tiny import tiny_llama
 

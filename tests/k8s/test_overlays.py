@@ -16,7 +16,8 @@ import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
 from jobs.commands import COMMANDS
-from orchestrator.config import Config, load_config
+from orchestrator.config.config import Config
+from orchestrator.config.loader import load_config
 from orchestrator.errors import ConfigError
 from tests.deadlines import scaled
 from tests.k8s import hardening_rules, house_rules, kuberay_rules

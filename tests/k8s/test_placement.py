@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.settings import demands
-from orchestrator.config import Config
+from jobs.stages.settings import demands
+from orchestrator.config.config import Config
 from orchestrator.errors import CapacityError
-from orchestrator.scheduling.plan import Node, place
+from orchestrator.planning.placement import Node, place
 from tests.k8s.crds import Manifest
 from tests.k8s.house_rules import rayjob_of
 from tests.k8s.kuberay_rules import groups_of

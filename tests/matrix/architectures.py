@@ -20,16 +20,16 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from actors.hf_engine import HfEngine
+from actors.engines.contract import EngineSettings
+from actors.engines.hf_engine import HfEngine
 from actors.learning import distributed
 from actors.learning.heads import PolicyModel, probed
 from actors.learning.learner import Learner, LearnerSettings
-from actors.learning.losses import LossTerms
 from actors.learning.model import load_causal
+from actors.learning.objectives.losses import LossTerms
 from actors.learning.packing import token_rows
 from actors.learning.proofs import require_steady
-from actors.rollout import EngineSettings
-from actors.tokenizing import load_tokenizer
+from actors.text.tokenizing import load_tokenizer
 from actors.weights.manifest import pack, plan
 from orchestrator.errors import RlhfError
 from tests.deadlines import scaled
@@ -177,8 +177,8 @@ def _hf_engine_logprobs(folder: Path, learner: Learner) -> torch.Tensor:
 
 
 def _vllm_trial(folder: Path) -> Any:
-    """The verdict that `check` asks for; what `jobs.preflight_architecture` runs, with vLLM imported once for all."""
-    from actors.vllm_trial import trial  # noqa: PLC0415 (in a process of its own)
+    """The verdict that `check` asks for; what `jobs.check.architecture` runs, with vLLM imported once for all."""
+    from actors.engines.vllm_trial import trial  # noqa: PLC0415 (in a process of its own)
 
     return trial(folder, dtype="float32", max_length=MAX_LENGTH)
 

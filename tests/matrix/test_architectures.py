@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.preflight_architecture import check_architecture
+from jobs.check.architecture import check_architecture
 from jobs.resolve import resolved
-from orchestrator.config import Config
+from orchestrator.config.config import Config
 from orchestrator.errors import ConfigError
 from tests.deadlines import scaled
 from tests.families import tiny_folder

@@ -12,11 +12,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from actors.learning import distributed
 from actors.learning.heads import OwnLogProbs, PolicyModel, TokenLogProbs, probed
 from actors.learning.learner import Learner, LearnerSettings
-from actors.learning.losses import LossTerms
 from actors.learning.model import load_causal
+from actors.learning.objectives.losses import LossTerms
 from actors.learning.packing import token_rows
 from actors.learning.proofs import require_steady
-from actors.tokenizing import load_tokenizer
+from actors.text.tokenizing import load_tokenizer
 from orchestrator.errors import DataError, StorageError
 from tests.families import FAMILIES, tiny_folder
 from tests.numerics.ranks import group, run_ranks

@@ -5,9 +5,9 @@ import pytest
 
 from actors.learning.learner import LearnerSettings
 from actors.learning.worker import LearnJob
-from actors.policy import PolicySettings, PolicyWorker
-from actors.reference import ReferenceSettings, ReferenceWorker
-from orchestrator.config import PpoConfig
+from actors.roles.policy import PolicySettings, PolicyWorker
+from actors.roles.reference import ReferenceSettings, ReferenceWorker
+from orchestrator.config.sections import PpoConfig
 from tests.numerics.ranks import group
 from tests.numerics.samples import experience, rollout
 from tests.tiny import tiny_llama

@@ -9,13 +9,13 @@ from deepspeed.utils import safe_get_full_grad
 from actors.learning import distributed
 from actors.learning.heads import PolicyModel, ValueModel
 from actors.learning.learner import Learner, LearnerSettings
-from actors.learning.losses import value_loss
 from actors.learning.model import load_causal, load_scorer
+from actors.learning.objectives.losses import value_loss
 from actors.learning.packing import TokenRows
 from actors.learning.worker import LearnJob
-from actors.policy import ppo_terms
-from orchestrator.config import PpoConfig
-from orchestrator.scheduling.balance import plan_minibatches
+from actors.roles.policy import ppo_terms
+from orchestrator.config.sections import PpoConfig
+from orchestrator.planning.balance import plan_minibatches
 from tests.numerics.ranks import group, run_ranks
 from tests.numerics.samples import experience
 from tests.tiny import tiny_llama, tiny_scorer

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from actors.learning.losses import importance_weights, kl_loss, policy_loss, ranking_loss, sft_loss, value_loss
+from actors.learning.objectives.losses import (
+    importance_weights,
+    kl_loss,
+    policy_loss,
+    ranking_loss,
+    sft_loss,
+    value_loss,
+)
 from orchestrator.algorithms import kl
 from orchestrator.algorithms.advantages import gae, gae_rows, grpo, rloo, whiten
 from orchestrator.algorithms.experience import token_rewards

@@ -7,20 +7,20 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from actors.conversations import load_chat
-from actors.critic import CriticSettings, CriticWorker
 from actors.learning import distributed
 from actors.learning.heads import PolicyModel
 from actors.learning.learner import Learner, LearnerSettings
 from actors.learning.model import load_causal
 from actors.learning.packing import TokenRows
 from actors.learning.worker import LearnJob
-from actors.policy import PolicySettings, PolicyWorker, ppo_terms
-from actors.templates import ChatSettings
-from actors.tokenizing import load_tokenizer
-from orchestrator.config import PpoConfig
+from actors.roles.critic import CriticSettings, CriticWorker
+from actors.roles.policy import PolicySettings, PolicyWorker, ppo_terms
+from actors.text.conversations import load_chat
+from actors.text.templates import ChatSettings
+from actors.text.tokenizing import load_tokenizer
+from orchestrator.config.sections import PpoConfig
 from orchestrator.errors import NonFiniteError, StorageError
-from orchestrator.scheduling.balance import plan_minibatches
+from orchestrator.planning.balance import plan_minibatches
 from tests.chaos.test_storage import fill, small_disk  # noqa: F401  a fixture
 from tests.numerics.ranks import group, run_ranks
 from tests.numerics.samples import experience, rollout

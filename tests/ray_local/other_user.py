@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from jobs.local_ray import MARK
+from jobs.cluster.local_ray import MARK
 
 STRANGER = "rlhf-stranger"
 LIMIT_S, TIMED_OUT = 60, 124

@@ -19,13 +19,13 @@ import psutil
 import pytest
 import requests
 
-from jobs.cluster_job import Job, connect, connect_local, follow, submit
-from jobs.local_ray import MARK, LocalRay, local_ray
-from jobs.run_folder import open_run
-from jobs.staging import stage_project
+from jobs.cluster.jobs_api import Job, connect, connect_local, follow, submit
+from jobs.cluster.local_ray import MARK, LocalRay, local_ray
+from jobs.cluster.staging import stage_project
 from jobs.stops import INTERRUPTED, STOPPED
-from orchestrator.config import Config
+from orchestrator.config.config import Config
 from orchestrator.errors import CapacityError, ConfigError
+from orchestrator.run.folder import open_run
 from tests.deadlines import scaled
 from tests.ray_local.other_user import LOOPBACK, everything, listening
 
@@ -46,7 +46,7 @@ time.sleep(120)
 HOLDS = """
 import os, time, typer
 from jobs.command import run_command
-from jobs.local_ray import local_ray
+from jobs.cluster.local_ray import local_ray
 def work():
     print("starting", flush=True)
     with local_ray(num_cpus=1) as ray:
@@ -183,7 +183,7 @@ def test_address_where_nothing_answers_is_told_in_seconds() -> None:
 def test_rays_processes_end_when_the_launcher_is_killed() -> None:
     holds = """
 import time
-from jobs.local_ray import local_ray
+from jobs.cluster.local_ray import local_ray
 with local_ray() as ray:
     print(ray.folder, flush=True)
     time.sleep(300)
@@ -231,7 +231,7 @@ def test_a_command_without_an_address_has_a_private_ray_and_joins_no_other(clust
     """Also beside another Ray that lives, and without a home folder."""
     joins = """
 import ray
-from jobs.cluster import cluster
+from jobs.cluster.connection import cluster
 with cluster(None, wait_s=20.0, tell=print):
     print(ray.get_runtime_context().gcs_address, ray.get(ray.remote(lambda: 42).remote()))
 print(ray.is_initialized())

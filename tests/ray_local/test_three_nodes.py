@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.telemetry import read_lines
+from orchestrator.watching.telemetry import read_lines
 from tests.deadlines import of_a_run, scaled
 from tests.ray_local.net import DASHBOARD, SUBNET, Cluster, three_hosts, three_nodes, why_not
 from tests.tiny import tiny_llama

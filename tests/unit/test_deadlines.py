@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import DeadlinesConfig
+from orchestrator.config.sections import DeadlinesConfig
 from tests import deadlines
 from tests.deadlines import MIN_FACTOR, QUIET_PROBE_S, VARIABLE, of_a_run, scaled
 
@@ -20,7 +20,7 @@ BARE = re.compile(
 )
 # Virtual time, and numbers inside of a program's text.
 ALLOWED = {
-    "tests/unit/orchestrator/simulation/test_run.py",
+    "tests/unit/orchestrator/planning/simulation/test_run.py",
     "tests/ray_local/net.py",
     "tests/ray_local/other_user.py",
     "tests/unit/test_deadlines.py",

@@ -70,9 +70,9 @@ def anchors(path: Path) -> set[str]:
 def test_the_patterns_see_what_they_are_for() -> None:
     seen = "`jobs/configs/*.yaml`, (docs/why.md#x), tests/unit, .ci/run. not/jobs/x https://a/docs/b"
     assert PATH.findall(seen) == ["jobs/configs/*.yaml", "docs/why.md", "tests/unit", ".ci/run"]
-    text = "`jobs.local_ray` actors.rewards.gold:vader x.jobs.y benchmarks.md"
-    assert MODULE.findall(text) == ["jobs.local_ray", "actors.rewards.gold"]
-    for name in ("jobs.local_ray", "actors.weights", "jobs.local_ray.local_ray"):
+    text = "`jobs.cluster.local_ray` actors.rewards.gold:vader x.jobs.y benchmarks.md"
+    assert MODULE.findall(text) == ["jobs.cluster.local_ray", "actors.rewards.gold"]
+    for name in ("jobs.cluster.local_ray", "actors.weights", "jobs.cluster.local_ray.local_ray"):
         assert is_there(name)
-    for name in ("jobs.no_such", "jobs.local_ray.no_such", "no.such.thing"):
+    for name in ("jobs.no_such", "jobs.cluster.local_ray.no_such", "no.such.thing"):
         assert not is_there(name)

@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks import peers
 from benchmarks.calibration import FITTED, Run, as_arguments, calibrate, errors, predicted
-from orchestrator.scheduling.costs import Dimensions, LearnSettings
-from orchestrator.scheduling.hardware import CPU_CORE, Efficiency
-from orchestrator.simulation.scenario import MODELS, Layout, Measured, Pool, Spread
+from orchestrator.planning.costs import Dimensions, LearnSettings
+from orchestrator.planning.hardware import CPU_CORE, Efficiency
+from orchestrator.planning.simulation.scenario import MODELS, Layout, Measured, Pool, Spread
 
 SIZE = Dimensions(134_515_008, 30, 576, 1536, 49_152, kv_width=192, tied=True)
 TRUE = replace(CPU_CORE.efficiency, learn=0.2, forward=0.3, decode_step_s=0.05, step_s=0.6)

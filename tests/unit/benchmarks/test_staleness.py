@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.staleness import CONFIG, STALENESS, Step, figures, overrides, step_of
-from orchestrator.config import load_config
+from orchestrator.config.loader import load_config
 
 
 def test_scoring_is_what_remains_after_the_samples_are_there() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.trl.work import Work
 from benchmarks.trl_step import CONFIG, our_config, our_overrides
-from orchestrator.config import load_config
+from orchestrator.config.loader import load_config
 
 
 def test_both_sides_do_grpo() -> None:

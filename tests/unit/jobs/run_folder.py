@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator import schema
-from orchestrator.config import Config, to_yaml
+from orchestrator.config.config import Config
+from orchestrator.config.loader import to_yaml
 from orchestrator.evaluation import EVALUATION
-from orchestrator.telemetry import Telemetry
+from orchestrator.watching.telemetry import Telemetry
 
 NUM_STEPS = 20
 NUM_PROMPTS = 64

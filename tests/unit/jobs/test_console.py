@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import typer
 
+from jobs.cluster.submit import write_raw
 from jobs.command import err, out, run_command, say
-from jobs.submit import write_raw
 from orchestrator.errors import DataError
 
 ATTACK = "\x1b]0;owned\x1b\\ http://u:secret@h/ [bold]x[/]"

@@ -11,12 +11,13 @@ import pytest
 
 from jobs import contents as contents_module
 from jobs.contents import contents, file_digest
-from jobs.replaying import read_run_folder
 from jobs.resolve import resolved
-from jobs.run_folder import RunFolder, check_run_folder, open_run, restore_lost
-from orchestrator.config import Config, load_config, to_yaml
+from jobs.stages.replaying import read_run_folder
+from orchestrator.config.config import Config
+from orchestrator.config.loader import load_config, to_yaml
 from orchestrator.errors import ConfigError
-from orchestrator.mirror import Mirror
+from orchestrator.run.folder import RunFolder, check_run_folder, open_run, restore_lost
+from orchestrator.run.mirror import Mirror
 from tests.tiny import tiny_llama
 
 

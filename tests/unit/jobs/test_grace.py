@@ -8,9 +8,9 @@ import shlex
 
 import pytest
 
-from jobs.cluster_job import STOP_GRACE_S
+from jobs.cluster.jobs_api import STOP_GRACE_S
 from jobs.grace import WAIT_VARIABLE, saving_s, warning
-from orchestrator.config import RunConfig
+from orchestrator.config.sections import RunConfig
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 

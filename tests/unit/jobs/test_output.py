@@ -17,7 +17,7 @@ TALKS = r"""
 import sys, time
 from rich.table import Table
 from jobs.command import out, err, say
-from jobs.submit import write_raw
+from jobs.cluster.submit import write_raw
 for index in range(200):
     say(f"step {index}: ± 0.5 \u2192 \U0001f600 \udcff [bold]not markup[/]" + "x" * 1000)
     time.sleep(0.0005)

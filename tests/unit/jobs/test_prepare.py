@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from actors.conversations import Chat, chat_of
-from actors.templates import ChatSettings
+from actors.text.conversations import Chat, chat_of
+from actors.text.templates import ChatSettings
 from jobs.prepare import prepare_prompts
 from orchestrator.data import Message, PromptRecord
 from orchestrator.errors import DataError

@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 
-from actors import probe
-from actors.probe import Speed
+from actors.machine import probe
+from actors.machine.probe import Speed
 from jobs import resolve
-from jobs.engine_trial import Verdict
-from jobs.preflight_engine import check_engine
+from jobs.check.engine import check_engine
+from jobs.check.engine_trial import Verdict
 from jobs.resolve import RESOLVERS, resolved
-from jobs.run_folder import CONFIG_FILE, open_run
-from orchestrator.config import Config, load_config
-from orchestrator.config_changes import OPEN, RESOLVED_ONCE, changed_keys, value_of
+from orchestrator.config.changes import OPEN, RESOLVED_ONCE, changed_keys, value_of
+from orchestrator.config.config import Config
+from orchestrator.config.loader import load_config
 from orchestrator.errors import ConfigError
+from orchestrator.run.folder import CONFIG_FILE, open_run
 
 SLOW_BF16 = Speed("Zen 3, AVX2, 2 threads", threads=2, bfloat16=1e9, float32=129e9)
 FAST_BF16 = Speed("AMX, 2 threads", threads=2, bfloat16=1500e9, float32=300e9)

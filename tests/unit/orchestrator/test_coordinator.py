@@ -15,18 +15,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.checkpoints import Checkpoints
 from orchestrator.coordinator import Coordinator, LoopSettings
 from orchestrator.errors import RewardError, RoleDied, StorageError
 from orchestrator.evaluation import EVALUATION, evaluation_metrics
-from orchestrator.experience_log import ExperienceLog
 from orchestrator.failures import Unsupervised
-from orchestrator.guards import Guard, Guards, acted_before
 from orchestrator.held_out import Evaluation
 from orchestrator.roles import NoCritic
+from orchestrator.run.checkpoints import Checkpoints
+from orchestrator.run.experience_log import ExperienceLog
 from orchestrator.sampler import Sampler
-from orchestrator.telemetry import Telemetry, read_lines
 from orchestrator.types import EvaluatedShard, Metrics, Sampling, State
+from orchestrator.watching.guards import Guard, Guards, acted_before
+from orchestrator.watching.telemetry import Telemetry, read_lines
 from tests.deadlines import scaled
 from tests.unit.orchestrator.fakes import (
     Diary,

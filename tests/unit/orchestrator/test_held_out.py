@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.held_out import Evaluation
-from orchestrator.telemetry import Telemetry, read_lines
 from orchestrator.types import EvaluatedShard, Metrics, Sampling, State
+from orchestrator.watching.telemetry import Telemetry, read_lines
 from tests.unit.orchestrator.fakes import Diary, FakeLearner, FakeRecorder, FakeRollouts, FakeSchedule
 
 

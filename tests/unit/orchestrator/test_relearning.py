@@ -9,10 +9,10 @@ import pytest
 
 from orchestrator.coordinator import LoopSettings, Relearning
 from orchestrator.errors import GuardTripped, RoleDied
-from orchestrator.experience_log import ExperienceLog
-from orchestrator.guards import Guard, Guards, only_warning
-from orchestrator.telemetry import Telemetry, read_lines
+from orchestrator.run.experience_log import ExperienceLog
 from orchestrator.types import State
+from orchestrator.watching.guards import Guard, Guards, only_warning
+from orchestrator.watching.telemetry import Telemetry, read_lines
 from tests.unit.orchestrator.fakes import Diary, FakeLearner, FakeRecorder
 from tests.unit.orchestrator.test_coordinator import World
 

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from actors.rewards.rules import RuleReward
-from orchestrator.config import RuleConfig, RuleLimits
+from orchestrator.config.rewards import RuleConfig, RuleLimits
 from orchestrator.errors import ConfigError
 from tests.deadlines import scaled
 from tests.unit.actors.rewards.rollouts import rollout_table

@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from actors.conversations import CHAT_FILE, Chat, chat_of, reward_chat
 from actors.rewards.model import STATS_FILE, RewardModel, read_stats, write_stats
-from actors.templates import ChatSettings
+from actors.text.conversations import CHAT_FILE, Chat, chat_of, reward_chat
+from actors.text.templates import ChatSettings
 from orchestrator.data import Message
 from orchestrator.errors import DataError
 from tests.tiny import CHATML, tiny_scorer, tiny_tokenizer

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from actors.rewards.rules import RuleReward, exact_answer, length_target
-from orchestrator.config import RuleConfig, RuleLimits
+from orchestrator.config.rewards import RuleConfig, RuleLimits
 from orchestrator.errors import ConfigError
 from tests.unit.actors.rewards.rollouts import rollout_table
 

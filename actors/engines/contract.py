@@ -1,0 +1,223 @@
+"""Rollout engines: what one is asked for, and what all kinds of them share.
+
+actors/engines/vllm_engine.py   VllmEngine, the one to use
+actors/engines/hf_engine.py     HfEngine, for architectures that vLLM does not serve
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from actors.text.conversations import Chat
+from actors.text.templates import OWN_CHAT, ChatSettings
+from actors.weights.manifest import Bucket, Verify, WeightHeader
+from orchestrator import schema
+from orchestrator.errors import DataError, PublishError
+from orchestrator.types import SampleRequest, ShardRequest
+
+RAW_RESPONSE = "raw_response"  # key of `meta`
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """One engine's proof that it serves `version`.
+
+    Args:
+        num_tensors: tensors received, every checksum equal to the trainer's.
+        num_compared: tensors read back out of the layers and found equal; 0 with verify = "checksums".
+        seconds: time inside the engine: receive (checksums), apply, verify.
+    """
+
+    version: int
+    num_tensors: int
+    num_bytes: int
+    num_compared: int
+    seconds: Mapping[str, float]
+
+
+class Engine(Protocol):
+    """One engine that samples. Not thread-safe; one call at a time.
+
+    A publish is `begin_update`, `receive_bucket` once per bucket in order, `finish_update`. From its begin until its
+    successful end the engine serves nothing; after a failure it serves nothing until another publish succeeds.
+    """
+
+    def generate(self, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
+        """Samples one shard: a table of schema.ROLLOUT in the order of `row`, and the numbers of a RolloutShard
+        (num_samples, num_prompt_tokens, num_response_tokens, version, seconds).
+
+        The samples depend on the set of requests and on their seeds, not on their order, nor on earlier calls.
+
+        Raises:
+            PublishError: the engine is at no published version.
+            DataError: a prompt leaves no room for max_new_tokens.
+        """
+
+    def prompt_logprobs(self, token_lists: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs, at temperature 1, of every given token but the first of each list."""
+
+    def begin_update(self, header: WeightHeader) -> None:
+        """Stops serving and prepares for the header's buckets. Raises PublishError on unknown or missing tensors."""
+
+    def receive_bucket(self, bucket: Bucket) -> None:
+        """Applies the tensors that end in this bucket. Raises PublishError naming tensors that came altered."""
+
+    def finish_update(self, version: int) -> UpdateReport:
+        """Drops caches of older weights, verifies, and serves `version` from here on.
+
+        Raises:
+            PublishError: naming tensors that the engine does not compute with.
+        """
+
+    def version(self) -> int | None:
+        """The version served; None while there is none."""
+
+    def sleep(self) -> None:
+        """Gives GPU memory back; nothing else is called until `wake`. Does nothing on the CPU."""
+
+    def wake(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is built from.
+
+    Args:
+        model: Hugging Face folder.
+        chat: what the run sets about its conversations.
+        dtype: "bfloat16" or "float32".
+        max_length: window in tokens, prompt and response together.
+        threads: CPU threads of the engine.
+        version: number of the weights in `model`; None: serve only after the first publish.
+        verify: how publishes are proved, see actors.weights.verify.Verifier.
+    """
+
+    model: Path
+    chat: ChatSettings = OWN_CHAT
+    dtype: str = "bfloat16"
+    max_length: int = 512
+    seed: int = 0
+    threads: int = 2
+    version: int | None = 0
+    verify: Verify = "full"
+    max_samples: int = 256
+    kv_cache_gib: float = 1.0
+    gpu_memory_utilization: float = 0.85
+    tensor_parallel_size: int = 1
+    sleep_mode: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass
+class ServedVersion:
+    """The version that an engine serves: none from the beginning of an update until its proof."""
+
+    number: int | None
+    reason: str = "it was started without a version"
+    header: WeightHeader | None = field(default=None, repr=False)
+    num_updates: int = 0
+
+    def require(self) -> int:
+        """Raises PublishError saying why there is none."""
+        if self.number is None:
+            raise PublishError(f"this engine serves no published version: {self.reason}. Publish before sampling.")
+        return self.number
+
+    def begin(self, header: WeightHeader | None) -> None:
+        self.number, self.reason, self.header = None, "an update has begun and is not finished", header
+        self.num_updates += 1
+
+    def updating(self) -> WeightHeader:
+        if self.header is None:
+            raise PublishError(f"no update is under way ({self.reason}); call begin_update first.")
+        return self.header
+
+    def serve(self, version: int) -> None:
+        self.number, self.header = version, None
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Takes the engine out of service, and lets the error pass, when the body fails."""
+        try:
+            yield
+        except BaseException as error:
+            self.number, self.reason, self.header = None, f"its last update failed ({error})", None
+            raise
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Response tokens, the end included when it was sampled, and their log-probs at the sampling temperature."""
+
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+
+
+def ordered_requests(request: ShardRequest, max_length: int) -> list[SampleRequest]:
+    """The shard's requests by row: results depend on what is in a batch and on its order, so the order is fixed.
+
+    Raises:
+        DataError: naming a prompt that does not leave max_new_tokens in the window; engines would cut it in silence.
+    """
+    limit = max_length - request.sampling.max_new_tokens
+    for item in request.requests:
+        if not 0 < len(item.prompt.tokens) <= limit:
+            raise DataError(
+                f"prompt {item.prompt.id!r} has {len(item.prompt.tokens)} tokens; 1 to {limit} fit beside "
+                f"max_new_tokens={request.sampling.max_new_tokens} in a window of {max_length}. "
+                "Lower prompts.max_prompt_tokens or rollout.max_new_tokens, or raise model.max_length."
+            )
+    return sorted(request.requests, key=lambda item: item.row)
+
+
+def rollout_table(
+    requests: Sequence[SampleRequest],
+    samples: Sequence[Sample],
+    *,
+    chat: Chat,
+    version: int,
+) -> pa.Table:
+    """Builds a table of schema.ROLLOUT from requests and their samples, in the same order.
+
+    `response_text` is the reply as it was written, without what ends it; `meta["raw_response"]` is all of it.
+    """
+    raw = [chat.text(sample.tokens) for sample in samples]
+    texts = [chat.text(chat.body(np.array(sample.tokens, np.int32))) for sample in samples]
+    metas = [{**item.prompt.meta, RAW_RESPONSE: text} for item, text in zip(requests, raw, strict=True)]
+    columns: dict[str, Sequence[Any]] = {
+        "row": [item.row for item in requests],
+        "prompt_id": [item.prompt.id for item in requests],
+        "sample_index": [item.sample_index for item in requests],
+        "seed": [item.seed for item in requests],
+        "prompt_text": [item.prompt.text for item in requests],
+        "response_text": texts,
+        "prompt_tokens": [item.prompt.tokens for item in requests],
+        "response_tokens": [sample.tokens for sample in samples],
+        "engine_logprobs": [sample.logprobs for sample in samples],
+        "finish_reason": ["stop" if sample.tokens[-1] in chat.stops else "length" for sample in samples],
+        "version": [version] * len(samples),
+        "meta": [json.dumps(meta, ensure_ascii=False, sort_keys=True) for meta in metas],
+    }
+    return pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema.ROLLOUT}, schema.ROLLOUT)
+
+
+def summary(table: pa.Table, *, version: int, seconds: float) -> dict[str, Any]:
+    """The numbers of a types.RolloutShard."""
+    lengths = {
+        name: len(table.column(name).combine_chunks().flatten()) for name in ("prompt_tokens", "response_tokens")
+    }
+    return {
+        "num_samples": table.num_rows,
+        "num_prompt_tokens": lengths["prompt_tokens"],
+        "num_response_tokens": lengths["response_tokens"],
+        "version": version,
+        "seconds": seconds,
+    }

@@ -1,0 +1,241 @@
+"""A rollout engine on vLLM, in process: the engine core runs in the actor that owns it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
+from typing import Any
+
+import pyarrow as pa
+import torch
+from vllm import LLM, RequestOutput, SamplingParams, TokensPrompt
+from vllm.config import WeightTransferConfig
+from vllm.platforms import current_platform
+from vllm.v1.sample import sampler
+
+from actors.engines import vllm_plugin
+from actors.engines.contract import (
+    EngineSettings,
+    Sample,
+    ServedVersion,
+    UpdateReport,
+    ordered_requests,
+    rollout_table,
+    summary,
+)
+from actors.text.conversations import load_chat
+from actors.weights import cpu, gpu
+from actors.weights.manifest import Bucket, WeightHeader
+from orchestrator.errors import ConfigError, RlhfError
+from orchestrator.garbage import collect_seldom
+from orchestrator.types import Sampling, ShardRequest
+
+_GIB = 1 << 30
+_CPU_BATCH_TOKENS = 4096  # vLLM's own default there
+_VLLM_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Roles take turns on the cores; bound threads of two roles on one core would starve each other.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class VllmEngine:
+    """Implements actors.engines.contract.Engine. Complete, and at `settings.version`, when constructed."""
+
+    def __init__(self, settings: EngineSettings, *, transfer_backend: str = vllm_plugin.CPU_BACKEND) -> None:
+        _check(settings)
+        self._settings = settings
+        self._chat = load_chat(settings.model, settings.chat, trust_remote_code=settings.trust_remote_code)
+        self._llm = start_llm(settings, transfer_backend)
+        self._served = ServedVersion(settings.version)
+
+    def generate(self, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
+        version = self._served.require()
+        requests = ordered_requests(request, self._settings.max_length)
+        started = perf_counter()
+        outputs = self._llm.generate(
+            [TokensPrompt(prompt_token_ids=item.prompt.tokens.tolist()) for item in requests],
+            [self._parameters(request.sampling, item.seed) for item in requests],
+            use_tqdm=False,
+        )
+        samples = [_sample(output) for output in outputs]
+        table = rollout_table(requests, samples, chat=self._chat, version=version)
+        return table, summary(table, version=version, seconds=perf_counter() - started)
+
+    def prompt_logprobs(self, token_lists: Sequence[Sequence[int]]) -> list[list[float]]:
+        self._served.require()
+        parameters = SamplingParams(temperature=1.0, max_tokens=1, seed=0, prompt_logprobs=0, detokenize=False)
+        prompts = [TokensPrompt(prompt_token_ids=list(tokens)) for tokens in token_lists]
+        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        return [
+            [entry[token].logprob for token, entry in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)]
+            for tokens, output in zip(token_lists, outputs, strict=True)
+        ]
+
+    def begin_update(self, header: WeightHeader) -> None:
+        self._served.begin(header)
+        init_info = {"header": header, "verify": self._settings.verify, "seed": self._served.num_updates}
+        with self._served.failing():
+            self._call(_abandon_session)
+            self._call("init_weight_transfer_engine", init_info=init_info)
+            self._call("start_weight_update")
+
+    def receive_bucket(self, bucket: Bucket) -> None:
+        self._served.updating()
+        with self._served.failing():
+            self._call("update_weights", update_info={"bucket": bucket})
+
+    def finish_update(self, version: int) -> UpdateReport:
+        header = self._served.updating()
+        with self._served.failing():
+            self._call("finish_weight_update")
+            num_compared, seconds = self._call(_compare)
+            return self._serve(version, header, num_compared, seconds)
+
+    def version(self) -> int | None:
+        return self._served.number
+
+    def sleep(self) -> None:
+        if self._settings.sleep_mode:
+            self._llm.sleep(level=1)
+
+    def wake(self) -> None:
+        if self._settings.sleep_mode:
+            self._llm.wake_up()
+
+    def _serve(self, version: int, header: WeightHeader, num_compared: int, seconds: dict[str, float]) -> UpdateReport:
+        self._llm.reset_prefix_cache()
+        self._served.serve(version)
+        return UpdateReport(version, len(header.tensors), header.num_bytes, num_compared, seconds)
+
+    def _call(self, method: str | Callable[..., Any], **kwargs: Any) -> Any:
+        return self._llm.collective_rpc(method, kwargs=kwargs)[0]
+
+    def _parameters(self, sampling: Sampling, seed: int) -> SamplingParams:
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_new_tokens,
+            seed=seed,
+            stop_token_ids=list(self._chat.stops),
+            logprobs=0,
+            detokenize=False,
+        )
+
+
+class DeviceVllmEngine(VllmEngine):
+    """An engine on GPUs. The trainer drives its updates (actors.weights.gpu): the first four calls are vLLM's own."""
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._call("init_weight_transfer_engine", init_info=init_info)
+
+    def start_weight_update(self) -> None:
+        self._served.begin(None)
+        with self._served.failing():
+            self._call("start_weight_update")
+
+    def update_weights(self, update_info: Any) -> None:
+        with self._served.failing():
+            self._call("update_weights", update_info=update_info)
+
+    def finish_weight_update(self) -> None:
+        with self._served.failing():
+            self._call("finish_weight_update")
+
+    def confirm_update(self, version: int, header: WeightHeader, checksums: Mapping[str, str]) -> UpdateReport:
+        """Compares every parameter with the trainer's checksums, and serves `version` from here on.
+
+        Raises:
+            PublishError: naming the tensors that differ.
+        """
+        with self._served.failing():
+            arguments = {"header": header, "checksums": checksums, "verify": self._settings.verify}
+            num_compared = self._call(_compare_checksums, **arguments)
+            return self._serve(version, header, num_compared, {})
+
+
+def start_llm(settings: EngineSettings, transfer_backend: str, *, skip_tokenizer_init: bool = False) -> LLM:
+    os.environ.update(_VLLM_ENVIRONMENT)
+    vllm_plugin.register()
+    on_cpu = current_platform.is_cpu()
+    if on_cpu:
+        # vLLM freezes torch's thread count while it starts.
+        torch.set_num_threads(settings.threads)
+        _skip_ranks()
+    collect_seldom()  # vLLM asks for five collections of everything while it starts
+    return LLM(
+        model=str(settings.model),
+        dtype=settings.dtype,
+        max_model_len=settings.max_length,
+        max_num_seqs=settings.max_samples,
+        seed=settings.seed,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        # An explicit size also spares the CPU start its warm-up.
+        kv_cache_memory_bytes=int(settings.kv_cache_gib * _GIB) if on_cpu else None,
+        enforce_eager=on_cpu,
+        # vLLM 0.32 takes the token that it samples for half a prompt back by rewinding the request's generator, and
+        # torch's CPU generators can't: "CPU Generator does not use offset". Whole prompts until that is mended.
+        enable_chunked_prefill=not on_cpu,
+        max_num_batched_tokens=max(_CPU_BATCH_TOKENS, settings.max_length) if on_cpu else None,
+        # Hits would depend on earlier calls, and with them the batches and the last bits.
+        enable_prefix_caching=False,
+        enable_sleep_mode=settings.sleep_mode,
+        trust_remote_code=settings.trust_remote_code,
+        generation_config="vllm",
+        logprobs_mode="processed_logprobs",
+        weight_transfer_config=WeightTransferConfig(backend=transfer_backend),
+        disable_log_stats=True,
+        skip_tokenizer_init=skip_tokenizer_init,
+    )
+
+
+def _skip_ranks() -> None:
+    """Lets the rank of every sampled token be 1; nobody reads it.
+
+    vLLM 0.32 counts them with a kernel that torch compiles from C++ in the middle of the first batch: 2 s with a warm
+    cache, and it needs a compiler. Can go when SamplingParams.logprobs can leave ranks out.
+    """
+    sampler.batched_count_greater_than = lambda logprobs, chosen: chosen.new_ones(len(chosen), dtype=torch.int64)
+
+
+def _check(settings: EngineSettings) -> None:
+    if not current_platform.is_cpu():
+        return
+    if settings.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"rollout.tensor_parallel_size={settings.tensor_parallel_size} needs GPUs, and here vLLM runs on the CPU. "
+            "Set it to 1 and raise rollout.engines or rollout.cpus_per_engine."
+        )
+    if settings.sleep_mode:
+        raise ConfigError("engines on the CPU have no GPU memory to give back; build them without sleep_mode.")
+
+
+def _sample(output: RequestOutput) -> Sample:
+    completion = output.outputs[0]
+    if completion.finish_reason not in ("stop", "length") or completion.logprobs is None:
+        raise RlhfError(
+            f"vLLM ended request {output.request_id} by {completion.finish_reason!r} instead of sampling it."
+        )
+    tokens = list(completion.token_ids)
+    entries = zip(tokens, completion.logprobs, strict=True)
+    return Sample(tokens, [entry[token].logprob for token, entry in entries])
+
+
+def _abandon_session(worker: Any) -> None:
+    """Closes the session of an update that broke off; the transfer engine resets the layers when the next begins."""
+    # vLLM hands over the worker in a wrapper that passes reading on, and not setting.
+    getattr(worker, "worker", worker)._weight_update_active = False
+
+
+def _compare_checksums(worker: Any, **arguments: Any) -> int:
+    engine: gpu.VerifiedNccl | gpu.VerifiedIpc = worker.weight_transfer_engine
+    return engine.compare(**arguments)
+
+
+def _compare(worker: Any) -> tuple[int, dict[str, float]]:
+    engine: cpu.BucketTransferEngine = worker.weight_transfer_engine
+    return engine.compare(), engine.seconds

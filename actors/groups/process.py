@@ -1,0 +1,86 @@
+"""What every actor process answers besides its role's own calls."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from actors.machine.allocator import keep_large_blocks
+from actors.watching.metrics import ActorMetrics
+from orchestrator.garbage import collect_as_usual, collect_seldom
+from orchestrator.types import Handle
+
+
+@dataclass(frozen=True, eq=False)
+class Several:
+    """An argument that stands for the list of what its handles lead to."""
+
+    handles: Sequence[Handle]
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """Where a process runs: Ray's node id, the node's address, and its id there."""
+
+    node_id: str
+    address: str
+    pid: int
+
+
+class Process:
+    """Mixed into every worker class by `as_actor`."""
+
+    _metrics: ActorMetrics | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        collect_seldom()
+        super().__init__(*args, **kwargs)
+        collect_as_usual()
+
+    def ready(self) -> Whereabouts:
+        """Answers once the constructor has finished. What is computed from then on keeps its large blocks."""
+        keep_large_blocks()
+        node_id = ray.get_runtime_context().get_node_id()
+        return Whereabouts(node_id, str(ray.util.get_node_ip_address()), os.getpid())
+
+    def serve(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Calls a method of the worker; handles among its arguments are fetched here, not by the caller."""
+        return getattr(self, method)(*map(_fetch, args), **kwargs)
+
+    def serve_bulk(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Calls a method that returns bulk, or (bulk, summary).
+
+        Two results, so that the caller can wait for the second and leave the first where it is.
+        """
+        result = self.serve(method, args, kwargs)
+        return result if isinstance(result, tuple) else (result, None)
+
+    def report(self, run_id: str, role: str, rank: int, version: int) -> int:
+        """Sends this process's gauges to the node's metrics agent; returns its resident bytes."""
+        if self._metrics is None:
+            self._metrics = ActorMetrics(run_id, role, rank)
+        self._metrics.set_weights_version(version)
+        return self._metrics.report_memory()
+
+
+def as_actor(worker: type[Any]) -> Any:
+    """The Ray class of a worker class, named after it, that also answers what `Process` does."""
+    return ray.remote(type(worker.__name__, (Process, worker), {}))
+
+
+def _fetch(argument: Any) -> Any:
+    if isinstance(argument, Several):
+        return ray.get(list(argument.handles))
+    return ray.get(argument) if isinstance(argument, ray.ObjectRef) else argument
+
+
+def free_port() -> int:
+    """A TCP port of this node that nobody uses now."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])

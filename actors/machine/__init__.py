@@ -1,0 +1,1 @@
+"""What the processes know about their machine: its speed, its allocator."""

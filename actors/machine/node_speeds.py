@@ -1,0 +1,50 @@
+"""Which nodes of a cluster compute faster in another type than a run does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import ray
+
+from actors.groups.cluster import alive_nodes
+from actors.machine.probe import Speed, machine_speed
+from orchestrator.config.base import Dtype
+
+PROBE_S = 20.0
+
+
+def slower_nodes(dtype: Dtype, cache: Path) -> list[str]:
+    """A line for people about each node that multiplies faster in the other type. Ray is connected.
+
+    Nodes measure themselves, at once and once per kind of machine; one that does not answer in PROBE_S says nothing.
+    """
+    here = ray.util.get_node_ip_address()
+    return complaints(dtype, _measured([node.address for node in alive_nodes() if node.address != here], cache))
+
+
+def complaints(dtype: Dtype, speed_of_node: Mapping[str, Speed]) -> list[str]:
+    return [
+        f"node {address} is of another kind ({speed.describe()}): this run computes in {dtype} everywhere, and is "
+        f"slower there than in {speed.dtype}. A new run takes model.dtype={speed.dtype}; or leave this node out."
+        for address, speed in speed_of_node.items()
+        if speed.dtype != dtype
+    ]
+
+
+def _measured(addresses: Sequence[str], cache: Path) -> dict[str, Speed]:
+    measure = ray.remote(machine_speed)
+    calls = {
+        measure.options(num_cpus=0, max_retries=0, resources={f"node:{address}": 0.001}).remote(cache): address
+        for address in addresses
+    }
+    answered, late = ray.wait([*calls], num_returns=len(calls), timeout=PROBE_S) if calls else ([], [])
+    for call in late:
+        ray.cancel(call, force=True)
+    speeds: dict[str, Speed] = {}
+    for call in answered:
+        try:
+            speeds[calls[call]] = ray.get(call)
+        except ray.exceptions.RayError:  # a node that dies now is missed by placement, which says so
+            continue
+    return dict(sorted(speeds.items()))

@@ -1,0 +1,1 @@
+"""What the coordinator holds: the Protocols of orchestrator/roles.py over groups of actors."""

@@ -1,0 +1,176 @@
+"""Assembles experience next to the data and writes it: samples never pass through the coordinator."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+
+from actors.rewards.rules import RuleReward
+from orchestrator import schema
+from orchestrator.algorithms.experience import ExperienceSettings, assemble, summarise
+from orchestrator.config.rewards import RuleConfig, RuleLimits
+from orchestrator.errors import RewardError, StorageError
+from orchestrator.evaluation import EVALUATION, evaluation_metrics
+from orchestrator.held_out import failures_file
+from orchestrator.run.storage import reading, replacing, sha256
+from orchestrator.types import Handle, Metrics, Moments, ShardRecord
+
+_WAY_OUT = "restore it from a copy, or delete its folder."
+
+
+class RecorderWorker:
+    """One process that joins, computes and writes.
+
+    Args:
+        settings: how token rewards and advantages are made.
+        run_id: written into every file's metadata.
+        gold: dotted name of the rule that scores held-out samples; null: the training reward does.
+        limits, gold_s: of the gold rule's process, and its time for all held-out samples.
+    """
+
+    def __init__(
+        self,
+        settings: ExperienceSettings,
+        run_id: str,
+        gold: str | None = None,
+        *,
+        limits: RuleLimits = RuleLimits(),  # noqa: B008  frozen
+        gold_s: float = 240.0,
+    ) -> None:
+        self._settings = settings
+        self._run_id = run_id
+        self._gold_name = gold
+        self._gold = RuleReward([RuleConfig(function=gold)], limits, total_s=gold_s) if gold else None
+
+    def record(
+        self, rollout: pa.Table, scores: dict[str, list[Any]], *, kl_coefficient: float, file: str
+    ) -> tuple[pa.Table, ShardRecord]:
+        """Writes one shard of experience. `scores` maps assemble()'s parameters to references of its parts."""
+        parts = {name: _fetch(handles) for name, handles in scores.items()}
+        table, num_dropped = assemble(rollout, **parts, settings=self._settings, kl_coefficient=kl_coefficient)
+        path = Path(file)
+        if num_dropped:
+            _write_failures(failures_file(path), pa.concat_tables(parts["rewards"]))
+        _write(path, table, {"run_id": self._run_id})
+        moments, sums, extremes = summarise(table) if table.num_rows else (Moments(), {}, {})
+        num_cut = sum(map(_num_cut, parts["rewards"]))
+        if num_cut:
+            sums = {**sums, "reward_cut_sum": float(num_cut)}
+        record = ShardRecord(
+            file=path.name,
+            sha256=sha256(path),
+            num_bytes=path.stat().st_size,
+            num_samples=table.num_rows,
+            num_dropped=num_dropped,
+            num_response_tokens=int(sums.get("response_tokens", 0)),
+            advantage_moments=moments,
+            sums=sums,
+            extremes=extremes,
+        )
+        return table, record
+
+    def load(self, record: ShardRecord, *, file: str) -> tuple[pa.Table, int]:
+        """Reads a shard back. Raises StorageError when the file is missing or not the one that was committed."""
+        path = Path(file)
+        with reading(path):
+            if not path.is_file():
+                raise StorageError(
+                    f"{path} of the experience log is missing; restore it from a copy, or delete its folder."
+                )
+            if sha256(path) != record.sha256:
+                raise StorageError(f"{path} of the experience log was altered or truncated; {_WAY_OUT}")
+            table = pq.read_table(path)
+        if table.schema != schema.EXPERIENCE:
+            raise StorageError(f"{path} has other columns; use the version of the program that wrote it.")
+        return table.replace_schema_metadata(None).combine_chunks(), table.num_rows
+
+    def evaluate(self, shards: list[dict[str, list[Any]]], *, file: str) -> Metrics:
+        """Joins held-out samples with their scores, writes one Parquet file, returns `evaluation/*` metrics.
+
+        A sample whose score failed has a null gold score and is listed beside the file with the reason.
+
+        Raises:
+            RewardError: every score failed.
+        """
+        joined = pa.concat_tables([_joined(shard) for shard in shards])
+        errors = joined["reward_error"]
+        if self._gold is not None:
+            scores = self._gold.scores(joined)  # all at once: they share the rule's time
+            gold = pa.array([score.value for score in scores], pa.float64())
+            errors = pa.array([score.error for score in scores], pa.string())
+            joined = joined.set_column(joined.schema.get_field_index("gold"), "gold", gold)
+        num_failed = joined["gold"].null_count
+        path = Path(file)
+        if num_failed == joined.num_rows:
+            raise RewardError(_all_failed(self._gold_name, joined.num_rows, errors[0].as_py()))
+        if num_failed:
+            listed = pa.table({"prompt_id": joined["prompt_id"], "error": errors}).filter(pc.is_null(joined["gold"]))
+            _write_lines(failures_file(path), listed)
+        table = joined.select(EVALUATION.names).cast(EVALUATION)
+        _write(path, table, {"run_id": self._run_id})
+        num_cut = sum(_num_cut(part) for shard in shards for part in _fetch(shard["reward"]))
+        return {**evaluation_metrics(table), "evaluation/reward_cut": float(num_cut)}
+
+
+def _num_cut(rewards: pa.Table) -> int:
+    """Samples of which the reward model did not read the start."""
+    return int(np.count_nonzero(rewards["tokens_cut"].to_numpy()))
+
+
+def _fetch(handles: Sequence[Handle]) -> list[pa.Table]:
+    return ray.get(list(handles))
+
+
+def _write(path: Path, table: pa.Table, metadata: dict[str, str]) -> None:
+    with replacing(path) as temporary:
+        pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd")
+
+
+def _write_failures(path: Path, rewards: pa.Table) -> None:
+    _write_lines(path, rewards.filter(pc.is_null(rewards["reward"])).select(["row", "reward_error"]))
+
+
+def _write_lines(path: Path, failed: pa.Table) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(item) + "\n" for item in failed.to_pylist()), encoding="utf-8")
+
+
+def _joined(shard: dict[str, list[Any]]) -> pa.Table:
+    """Columns of EVALUATION, scored by the training reward, and what else a gold rule reads."""
+    parts = {name: pa.concat_tables(_fetch(handles)).sort_by("row") for name, handles in shard.items()}
+    rollout = parts["rollout"]
+    policy, reference = (pc.list_flatten(parts[name]["logprobs"]).to_numpy() for name in ("policy", "reference"))
+    lengths = pc.list_value_length(rollout["response_tokens"])
+    kl = _sum_rows(policy.astype("float64") - reference, lengths.to_numpy())
+    reward = parts["reward"]["reward"].cast(pa.float64())
+    columns = {
+        **{name: rollout[name] for name in ("prompt_id", "prompt_text", "response_text", "meta")},
+        "gold": reward,
+        "kl": pa.array(kl),
+        "length": lengths,
+        "reward": reward,
+        "reward_error": parts["reward"]["reward_error"],
+    }
+    return pa.table(columns)
+
+
+def _sum_rows(flat: Any, lengths: Any) -> Any:
+    row_of_item = np.repeat(np.arange(len(lengths)), lengths)
+    return np.bincount(row_of_item, weights=flat, minlength=len(lengths))
+
+
+def _all_failed(gold: str | None, num_rows: int, first: str) -> str:
+    if gold is None:
+        return f"the reward failed on all {num_rows} held-out responses: {first}. Correct what `reward` names."
+    return (
+        f"the gold rule {gold} failed on all {num_rows} held-out responses: {first}. Correct evaluation.gold, or set "
+        "evaluation.gold=null to score by the training reward, or evaluation.prompts=0."
+    )

@@ -1,0 +1,49 @@
+"""The rollout role: an actor that builds one engine, of the kind that the config names, and hands every call on."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from actors.engines.contract import Engine, EngineSettings, UpdateReport
+from actors.learning.model import resolve_model
+from actors.weights.manifest import Bucket, WeightHeader
+from orchestrator.types import ShardRequest
+
+# Names, not classes: an engine's module imports its library, which only the process that runs it needs.
+ENGINES: Mapping[str, str] = {
+    "vllm": "actors.engines.vllm_engine:VllmEngine",
+    "hf": "actors.engines.hf_engine:HfEngine",
+}
+
+
+class RolloutWorker:
+    """Serves one engine. `settings.model` is replaced by the folder that `model` leads to on this node."""
+
+    def __init__(self, kind: str, model: str, cache_dir: Path, settings: EngineSettings) -> None:
+        module, _, name = ENGINES[kind].partition(":")
+        engine = getattr(importlib.import_module(module), name)
+        self._engine: Engine = engine(replace(settings, model=resolve_model(model, cache_dir)))
+
+    def generate(self, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
+        return self._engine.generate(request)
+
+    def begin_update(self, header: WeightHeader) -> None:
+        self._engine.begin_update(header)
+
+    def receive_bucket(self, bucket: Bucket) -> None:
+        self._engine.receive_bucket(bucket)
+
+    def finish_update(self, version: int) -> UpdateReport:
+        return self._engine.finish_update(version)
+
+    def sleep(self) -> None:
+        self._engine.sleep()
+
+    def wake(self) -> None:
+        self._engine.wake()

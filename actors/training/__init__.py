@@ -1,0 +1,1 @@
+"""Stages without rollouts, on Ray Train."""

@@ -1,0 +1,1 @@
+"""What actors measure, and where metrics are sent."""

@@ -1,0 +1,1 @@
+"""What a run would meet, found out before it starts."""

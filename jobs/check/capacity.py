@@ -1,0 +1,197 @@
+"""What a config needs of a machine or cluster: memory per role, placement, disk."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import psutil
+import ray
+import torch
+
+from actors.groups.cluster import alive_nodes, connect, named_address
+from actors.learning.model import resolve_model
+from actors.learning.size import model_size
+from jobs.stages.settings import critic_base, demands, reward_base
+from orchestrator.config.config import Config
+from orchestrator.config.sections import LearnerConfig
+from orchestrator.planning.memory import (
+    GIB,
+    RECORDER_PROCESS,
+    RULES_PROCESS,
+    Memory,
+    ModelSize,
+    NodeNeed,
+    NodeOffer,
+    engine_memory,
+    learner_memory,
+    needs,
+    scorer_memory,
+    too_much,
+)
+from orchestrator.planning.placement import Demand, Node, Plan, place
+
+THIS_MACHINE = "this machine"
+REWARD_MODEL = "reward_model"
+"""The name of what trains the reward model, in plans and messages."""
+_LOGGED_BYTES_PER_TOKEN = 40  # token id and some eight floats, before compression
+_SAVED_BYTES_PER_PARAM = 14  # weights, masters, two moments
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where a plan is tried: nodes and their memory, and what they are in words."""
+
+    what: str
+    nodes: Sequence[Node]
+    offers: Mapping[str, NodeOffer]
+
+
+def find_cluster(ray_address: str | None, *, wait_s: float) -> Cluster:
+    """The cluster at `ray_address` or RAY_ADDRESS; without either, this machine, on which no Ray is started.
+
+    Raises:
+        CapacityError: there is an address, and nothing answers.
+    """
+    address = named_address(ray_address)
+    if address is None:
+        num_gpus = torch.cuda.device_count()
+        gpu_memory = sum(torch.cuda.get_device_properties(index).total_memory for index in range(num_gpus))
+        node = Node(THIS_MACHINE, float(os.cpu_count() or 1), float(num_gpus))
+        offer = NodeOffer(psutil.virtual_memory().total, gpu_memory if num_gpus else None)
+        return Cluster("this machine", [node], {THIS_MACHINE: offer})
+    connect(address, wait_s=wait_s)
+    nodes = alive_nodes()
+    resources = {entry["NodeManagerAddress"]: entry["Resources"] for entry in ray.nodes() if entry["Alive"]}
+    offers = {}
+    for node in nodes:
+        there = resources[node.address]
+        # Ray takes the object store out of what it calls a node's memory.
+        offers[node.address] = NodeOffer(there["memory"] + there["object_store_memory"] if "memory" in there else None)
+    return Cluster(f"Ray cluster of {len(nodes)} nodes", nodes, offers)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """A plan and what it takes; `warnings` say what may not fit."""
+
+    cluster: Cluster
+    plan: Plan
+    memory_of: Mapping[str, Memory]
+    nodes: Sequence[NodeNeed]
+    warnings: Sequence[str]
+    disk_bytes: float
+
+
+def capacity(config: Config, cluster: Cluster) -> Capacity:
+    """Places the config's roles and estimates what they take.
+
+    Raises:
+        CapacityError: cores, GPUs or memory are short.
+        DataError: a model's config can't be read.
+    """
+    if "reward_model" in config.stages:
+        place_reward_workers(config, cluster.nodes)
+    needed = demands(config, learning="ppo" in config.stages) if config.has_rollouts else []
+    plan = place(needed, cluster.nodes, mode=config.placement.mode)
+    sizes = _Sizes(config)
+    memory_of = memory_per_role(config, sizes)
+    found = needs(plan, memory_of, cluster.offers)
+    return Capacity(cluster, plan, memory_of, found, too_much(found), disk_bytes(config, sizes))
+
+
+def place_reward_workers(config: Config, nodes: Sequence[Node]) -> int:
+    """CPU threads of one worker of the reward_model stage.
+
+    Raises:
+        CapacityError: the workers do not fit on the nodes.
+    """
+    stage = config.reward_model
+    threads = stage.threads_per_worker
+    if threads is None:
+        per_node = math.ceil(stage.workers / max(len(nodes), 1))
+        threads = max(int(min((node.cpus for node in nodes), default=1.0) / per_node), 1)
+    place([Demand(REWARD_MODEL, stage.workers, threads, stage.gpus_per_worker)], nodes, mode="separate")
+    return threads
+
+
+class _Sizes:
+    """Sizes of the models that a config names, each looked up once."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._known: dict[tuple[str, int | None], ModelSize] = {}
+
+    def of(self, name: str | None, layers: int | None = None) -> ModelSize:
+        model = name or self._config.model.path, layers
+        if model not in self._known:
+            folder, trust = resolve_model(model[0], self._config.run.cache), self._config.model.trust_remote_code
+            self._known[model] = model_size(folder, layers=layers, trust_remote_code=trust)
+        return self._known[model]
+
+
+def memory_per_role(config: Config, sizes: _Sizes) -> dict[str, Memory]:
+    """Memory of one actor of each role."""
+    dtype, reference, reward, rollout = config.model.compute_dtype, config.reference, config.reward, config.rollout
+    reward_memory = Memory(process=RULES_PROCESS)
+    if reward.kind == "model":
+        reward_memory = scorer_memory(
+            sizes.of(*reward_base(config)),
+            dtype=dtype,
+            shards=1,
+            micro_batch_tokens=reward.micro_batch_tokens,
+            logits=False,
+        )
+    return {
+        "policy": _learner(config, config.policy, sizes.of(None), logits=True),
+        **_critic_memory(config, sizes),
+        "reference": scorer_memory(
+            sizes.of(reference.path),
+            dtype=dtype,
+            shards=reference.replicas if reference.sharded else 1,
+            micro_batch_tokens=reference.micro_batch_tokens,
+            logits=True,
+        ),
+        "reward": reward_memory,
+        "rollout": engine_memory(
+            sizes.of(None),
+            dtype=dtype,
+            tensor_parallel_size=rollout.tensor_parallel_size,
+            cache_bytes=0.0 if rollout.gpus_per_engine else rollout.kv_cache_gib * GIB,
+        ),
+        "recorder": Memory(process=RECORDER_PROCESS),
+    }
+
+
+def _critic_memory(config: Config, sizes: _Sizes) -> dict[str, Memory]:
+    if not config.ppo.has_critic:
+        return {}
+    size = sizes.of(*critic_base(config))
+    return {"critic": _learner(config, config.critic, size, logits=False)}
+
+
+def _learner(config: Config, learner: LearnerConfig, size: ModelSize, *, logits: bool) -> Memory:
+    return learner_memory(
+        size,
+        dtype=config.model.compute_dtype,
+        zero_stage=learner.zero_stage,
+        ranks=learner.ranks,
+        micro_batch_tokens=learner.micro_batch_tokens,
+        gradient_checkpointing=learner.gradient_checkpointing,
+        logits=logits,
+    )
+
+
+def disk_bytes(config: Config, sizes: _Sizes) -> float:
+    """What a run writes at most: checkpoints (those kept, the best, and one more while saving), exports, experience."""
+    num_params = sizes.of(None).num_params
+    if config.ppo.has_critic:
+        num_params += sizes.of(*critic_base(config)).num_params
+    keeps_best = config.checkpoints.best_metric is not None and config.evaluation.every_steps > 0
+    checkpoints = (config.checkpoints.keep + 1 + keeps_best) * _SAVED_BYTES_PER_PARAM * num_params
+    exported = 4 * num_params * (1 + keeps_best)
+    samples = config.ppo.steps * config.samples_per_step
+    experience = samples * config.model.max_length * _LOGGED_BYTES_PER_TOKEN
+    return float(checkpoints + exported + experience)

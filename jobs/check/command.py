@@ -1,0 +1,35 @@
+"""`rlhf check --config FILE [section.key=value ...]`: what a run would meet, before anything is started.
+
+Data, tokenizer and template, batch arithmetic, rewards, placement, memory and disk. No weights are read, no actor is
+started; where RAY_ADDRESS or --ray-address names a cluster, the plan is tried against it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.command import imported, read_config, run_command
+
+
+def main(
+    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides such as ppo.steps=10.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file; without it all defaults.")] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved config and exit.")] = False,
+    ray_address: Annotated[
+        str | None, typer.Option("--ray-address", help="Ray cluster; default: RAY_ADDRESS, else this machine.")
+    ] = None,
+) -> None:
+    """Checks a config without starting anything. Exit code: 0 a run can start, 2 it can't."""
+
+    def work() -> None:
+        settings = read_config(config, overrides or (), print_config=print_config)
+        imported("jobs.check.report:check")(settings, ray_address)
+
+    run_command(work)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,169 @@
+"""Preflight: do all models of a run read the same tokens, and where do the replies that they learn from end?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.learning.model import resolve_model
+from actors.learning.size import num_embeddings
+from actors.text.conversations import Chat, base_chat, reward_chat
+from actors.text.tokenizing import has_tokenizer, load_tokenizer
+from jobs.prepare import Prepared, find_data
+from jobs.stages.settings import chat_settings
+from orchestrator.algorithms.ranking import spread
+from orchestrator.config.config import Config
+from orchestrator.data.readers import read_rankings
+from orchestrator.data.records import Message, messages_from_dicts
+from orchestrator.errors import DataError, RlhfError
+
+TRIED = 200  # conversations that are written for the reward model
+_QUESTION = (Message("user", "Is it?"),)
+_ANSWER = "Yes."
+
+
+def describe_chat(chat: Chat) -> list[str]:
+    """Lines for people: where replies end, and one as it is learned from."""
+    stops = ", ".join(f"{chat.text([stop])!r} ({stop})" for stop in chat.stops)
+    closing = f"{chat.text(chat.closing)!r} (token {', '.join(map(str, chat.closing))})"
+    lines = [f"a reply ends with {closing}; engines stop at {stops}"]
+    try:
+        learned = chat.text(chat.reply(_QUESTION, _ANSWER).tokens)
+    except RlhfError as error:
+        return [*lines, f"a reply as it is learned from can't be shown: {error}"]
+    return [*lines, f"a reply as it is learned from: {learned!r}"]
+
+
+def check_vocabularies(config: Config, policy: Chat | None) -> None:
+    """Policy, reference and critic get the same token ids, so they must mean the same to all of them.
+
+    Raises:
+        DataError: naming the two models, a token that differs, and the way out.
+    """
+    if policy is None:
+        return
+    mine = _vocabulary(config, "model.path", config.model.path, policy)
+    mine.require_embeddings()
+    if "ppo" not in config.stages:
+        return
+    if config.reference.path is not None:
+        reference = _vocabulary(config, "reference.path", config.reference.path)
+        mine.require_same(reference, "Set reference.path=null, or reference.path to a model")
+    key, start = _critic_start(config)
+    if config.ppo.has_critic and start not in (None, config.model.path):
+        way_out = (
+            f"Set critic.path={config.model.path} (the policy with a new head) or ppo.advantage=grpo (no critic), or "
+            "critic.path to a model"
+        )
+        mine.require_same(_vocabulary(config, f"the critic starts from {key}", str(start)), way_out)
+
+
+def check_reward_conversations(config: Config, policy: Chat | None, prepared: Prepared | None) -> str | None:
+    """Writes conversations for the reward model, as its training and scoring will.
+
+    Raises:
+        DataError: its template refuses one, or it has none and its vocabulary is not the policy's.
+    """
+    if policy is None:
+        return None
+    trust = config.model.trust_remote_code
+    if "reward_model" in config.stages:
+        key, model = "reward_model.base", config.reward_model.base or config.model.path
+        start, mine = (resolve_model(name, config.run.cache) for name in (model, config.model.path))
+        chat = base_chat(start, mine, chat_settings(config), trust_remote_code=trust)
+    elif "ppo" in config.stages and config.reward.kind == "model" and config.reward.path is not None:
+        key, model = "reward.path", config.reward.path
+        chat = reward_chat(resolve_model(model, config.run.cache), policy, trust_remote_code=trust)
+    else:
+        return None
+    _vocabulary(config, key, model, chat).require_embeddings()
+    _write_some(config, chat, prepared)
+    if chat.fingerprint == policy.fingerprint:
+        return "reward model: conversations are written as for the policy, sampled tokens go in as they are"
+    learned = chat.text(chat.reply(_QUESTION, _ANSWER).tokens)
+    return f"reward model: conversations are written in its own way, text goes in; a reply as it is scored: {learned!r}"
+
+
+def _write_some(config: Config, chat: Chat, prepared: Prepared | None) -> None:
+    if "reward_model" in config.stages and config.preferences.path is not None:
+        path = find_data(config.preferences.path)
+        records, _ = read_rankings(path, config.preferences.format, config.preferences.limit)
+        for record in spread(records, TRIED):
+            with _naming(f"preference {record.id!r}"):
+                for reply in record.replies:
+                    chat.reply(record.messages, reply, record.tools)
+    prompts = () if prepared is None else prepared.prompts.train or prepared.prompts.reward_model
+    for prompt in spread(prompts, TRIED):
+        with _naming(f"prompt {prompt.id!r}"):
+            chat.reply(messages_from_dicts(prompt.meta["messages"]), _ANSWER, prompt.meta.get("tools", ()))
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{what}, as written for the reward model: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """Token ids of a model: what they mean to its tokenizer (null: it has none), and its number of embeddings."""
+
+    key: str
+    folder: Path
+    ids: Mapping[str, int] | None
+    num_embeddings: int
+
+    def require_embeddings(self) -> None:
+        """Raises DataError when the tokenizer knows ids that the model has no embedding for."""
+        largest = max((self.ids or {}).values(), default=-1)
+        if largest >= self.num_embeddings:
+            token = next(text for text, number in (self.ids or {}).items() if number == largest)
+            raise DataError(
+                f"{self.key}: the tokenizer in {self.folder} has token {largest} ({token!r}), and the model has "
+                f"embeddings for {self.num_embeddings} tokens only. Save the model after resize_token_embeddings, or "
+                "the tokenizer without the tokens that were added."
+            )
+
+    def require_same(self, other: _Vocabulary, way_out: str) -> None:
+        """Raises DataError when `other` reads this model's tokens as something else, or has no place for them."""
+        problem = self._difference(other)
+        if problem is not None:
+            raise DataError(
+                f"{other.key}: {other.folder} gets the token ids of model.path={self.folder}, and {problem}; its "
+                f"numbers would mean nothing. {way_out} with the policy's vocabulary."
+            )
+
+    def _difference(self, other: _Vocabulary) -> str | None:
+        if self.ids is not None and other.ids is not None:
+            for text, number in self.ids.items():
+                if other.ids.get(text) != number:
+                    return f"{text!r} is token {number} for the one and {other.ids.get(text, 'no token')} for the other"
+        elif self.num_embeddings != other.num_embeddings:
+            return f"has {other.num_embeddings} embeddings where the policy has {self.num_embeddings}, and no tokenizer"
+        if other.num_embeddings < self.num_embeddings:
+            return f"has {other.num_embeddings} embeddings where the policy can sample {self.num_embeddings} tokens"
+        return None
+
+
+def _vocabulary(config: Config, key: str, model: str, chat: Chat | None = None) -> _Vocabulary:
+    folder, trust = resolve_model(model, config.run.cache), config.model.trust_remote_code
+    if chat is not None:
+        ids: Mapping[str, int] | None = chat.vocabulary
+    else:
+        ids = load_tokenizer(folder, trust_remote_code=trust).get_vocab() if has_tokenizer(folder) else None
+    return _Vocabulary(key, folder, ids, num_embeddings(folder, trust_remote_code=trust))
+
+
+def _critic_start(config: Config) -> tuple[str, str | None]:
+    """(key, model) that the critic starts from; null: the policy with a new head."""
+    if config.critic.path is not None:
+        return "critic.path", config.critic.path
+    if config.reward.kind != "model":
+        return "reward.path", config.reward.path
+    if config.reward.path is not None:
+        return "reward.path", config.reward.path
+    return "reward_model.base", config.reward_model.base

@@ -1,0 +1,1 @@
+"""What a run would take: time, memory, money."""

@@ -1,0 +1,43 @@
+"""`rlhf plan --config FILE [--gpus N --gpu-kind h100] [section.key=value ...]`: what a run would take.
+
+The loop runs over simulated roles, once for each way to lay the work out: step time, idle shares, memory, length of the
+run and money, the fastest first; then what does not fit, and the way out. No weights are read and no actor is started.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.command import imported, read_config, run_command
+
+
+def main(  # noqa: PLR0913  one parameter per option
+    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides such as ppo.prompts_per_step=512.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file; without it all defaults.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs to plan for; default: those of the cluster.")] = None,
+    gpu_kind: Annotated[str | None, typer.Option(help="h100, h200, h20, a100, a800 or l40s.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes the GPUs are in; default: 8 GPUs a node.")] = None,
+    price: Annotated[float | None, typer.Option(min=0.0, help="US dollars per GPU and hour.")] = None,
+    prompt_tokens: Annotated[float | None, typer.Option(min=1.0, help="Mean prompt; default: the longest.")] = None,
+    response_tokens: Annotated[float | None, typer.Option(min=1.0, help="Mean response; default: the longest.")] = None,
+    spread: Annotated[float, typer.Option(min=0.0, help="Standard deviation of responses over their mean.")] = 0.5,
+    ray_address: Annotated[
+        str | None, typer.Option("--ray-address", help="Ray cluster; default: RAY_ADDRESS, else this machine.")
+    ] = None,
+) -> None:
+    """Plans a run without starting anything. Exit code: 0 something fits, 2 nothing does, or the config is bad."""
+
+    def work() -> None:
+        settings = read_config(config, overrides or (), print_config=False)
+        target = imported("jobs.plan.report:Target")(gpus, gpu_kind, nodes, price, ray_address)
+        lengths = imported("jobs.plan.report:MeanLengths")(prompt_tokens, response_tokens, spread)
+        imported("jobs.plan.report:plan")(settings, target, lengths)
+
+    run_command(work)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,183 @@
+"""How long a run will take on this machine, from the machine's measured speed and the simulator.
+
+A stage takes the start of its processes and its work. The work is that of orchestrator/planning/costs.py, the steps
+of PPO those of the simulated loop. All are times on an otherwise idle machine without GPUs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from actors.machine.probe import Speed, machine_speed
+from actors.training.reward_model import CALIBRATION_REPLIES
+from jobs.plan.work import layout_of, models_of, work_of
+from jobs.prepare import Prepared, prepare
+from jobs.resolve import WITHOUT_TRIAL, resolved
+from orchestrator.config.config import Config
+from orchestrator.planning.costs import (
+    Dimensions,
+    LearnSettings,
+    Lengths,
+    generate_seconds,
+    learn_seconds,
+    score_seconds,
+)
+from orchestrator.planning.hardware import Device, cpu_core
+from orchestrator.planning.simulation.run import simulate_steps
+from orchestrator.planning.simulation.scenario import Layout
+from orchestrator.types import Prompt
+from orchestrator.watching.telemetry import clock_text
+
+# Seconds until a stage's processes are ready, and those that end it: imports, models, files. Together they are what a
+# quickstart of 8:13 minutes took on two cores beside its work; the share of each stage is a guess.
+START_S: Mapping[str, float] = {"ray": 10.0, "preferences": 20.0, "reward_model": 25.0, "ppo": 40.0}
+_SIMULATED_STEPS = 3
+_HELD_OUT = 0.1  # of the preferences, as jobs.stages.reward_model has it
+_ENOUGH_CACHE = 1e9
+BUSY = 0.7  # of the cores, in processes that want to compute
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of each part of a run, on this machine when nothing else computes there."""
+
+    speed: Speed
+    parts: Mapping[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+    def describe(self) -> str:
+        parts = ", ".join(f"{name.replace('_', ' ')} {clock_text(seconds)}" for name, seconds in self.parts.items())
+        return f"about {clock_text(self.seconds)} min on this machine when nothing else runs on it ({parts})"
+
+
+def expected(config: Config) -> str:
+    """What to say about a config before it runs. Raises what reading its prompts and models raises."""
+    config = resolved(config, tell=lambda line: None, keys=WITHOUT_TRIAL)
+    found = estimate(config, prepare(config))
+    text = f"model.dtype={config.model.dtype}: {found.speed.describe()}\nthis takes {found.describe()}"
+    load = os.getloadavg()[0]
+    if load > found.speed.threads * BUSY:
+        text += f"; {load:.0f} processes compute here now, so it will take longer"
+    return text
+
+
+def estimate(config: Config, prepared: Prepared) -> Estimate:
+    """Of a resolved config, on the CPUs of this machine.
+
+    Raises:
+        DataError: a model can't be found or is of no known architecture.
+    """
+    speed = machine_speed(config.run.cache)
+    dtype = config.model.compute_dtype
+    costs = _Costs(config, cpu_core(dtype, speed.per_core(dtype)), speed.threads)
+    work = {
+        "preferences": lambda: costs.preferences(prepared.prompts.reward_model),
+        "reward_model": lambda: costs.reward_model(prepared.prompts.reward_model),
+        "ppo": lambda: costs.ppo(prepared.prompts.train, prepared.prompts.held_out),
+    }
+    stages: dict[str, float] = {stage: START_S[stage] + work[stage]() for stage in config.stages}
+    return Estimate(speed, {"ray": START_S["ray"], **stages})
+
+
+class _Costs:
+    """Work of a config's stages in seconds, on `cores` devices."""
+
+    def __init__(self, config: Config, device: Device, cores: int) -> None:
+        self._config = config
+        self._models = models_of(config)
+        self._layout: Layout = layout_of(config, device, cores)
+        self._device, self._cores = device, cores
+
+    def preferences(self, prompts: Sequence[Prompt]) -> float:
+        labeller = self._config.labeller
+        chosen = _lengths(prompts[: labeller.prompts])
+        return self._generate(np.repeat(chosen, labeller.replies_per_prompt)) / self._layout.engines
+
+    def reward_model(self, prompts: Sequence[Prompt]) -> float:
+        """Training and what is scored afterwards. Preferences of a file count as the labeller's."""
+        stage, labeller = self._config.reward_model, self._config.labeller
+        size = self._size("reward")
+        replies = labeller.replies_per_prompt
+        chosen = _lengths(prompts[: labeller.prompts]) + self._config.rollout.max_new_tokens
+        num_train = math.ceil(len(chosen) * (1.0 - _HELD_OUT))
+        scored = len(chosen) - num_train + CALIBRATION_REPLIES // replies
+        settings = LearnSettings(
+            stage.zero_stage,
+            stage.epochs,
+            math.ceil(num_train / stage.prompts_per_batch),
+            stage.micro_batch_tokens,
+        )
+        training = learn_seconds(
+            size,
+            self._device,
+            settings,
+            ranks=self._cores,
+            lengths=np.repeat(chosen[:num_train], replies),
+            head_tokens=0.0,
+        )
+        return training + self._score(size, np.repeat(chosen[:scored], replies), stage.micro_batch_tokens)
+
+    def ppo(self, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> float:
+        steps = self._config.ppo.steps
+        mean = float(_lengths(train).mean())
+        work = work_of(self._config, prompt_tokens=mean, response_tokens=None, deviation=0.0)
+        simulated = simulate_steps(
+            replace(work, models=self._models), self._layout, cache_tokens=_ENOUGH_CACHE, steps=_SIMULATED_STEPS
+        )
+        seconds = steps * float(np.mean([step["time/step_s"] for step in simulated[1:]]))
+        evaluations = 2 if self._config.evaluation.prompts else 0
+        return seconds + evaluations * self._evaluation(held_out[: self._config.evaluation.prompts])
+
+    def _evaluation(self, prompts: Sequence[Prompt]) -> float:
+        """Sampling, then policy, reference and reward at once on shared cores."""
+        chosen = _lengths(prompts)
+        whole = chosen + self._config.rollout.max_new_tokens
+        head_tokens = float(len(chosen) * self._config.rollout.max_new_tokens)
+        scoring = 0.0
+        for role in ("policy", "reference", "reward"):
+            size = self._models[role]
+            if size is not None:
+                tokens = self._layout.learning[role].micro_batch_tokens
+                scoring += self._score(size, whole, tokens, 0.0 if role == "reward" else head_tokens)
+        return self._generate(chosen) + scoring
+
+    def _generate(self, prompts: Lengths) -> float:
+        """All shards on one engine."""
+        size, longest = self._size("policy"), self._config.rollout.max_new_tokens
+        shard = self._layout.samples_per_shard
+        return sum(
+            generate_seconds(
+                size,
+                self._device,
+                width=self._layout.width("rollout"),
+                prompt_tokens=prompts[start : start + shard],
+                new_tokens=np.full(len(prompts[start : start + shard]), longest),
+                cache_tokens=_ENOUGH_CACHE,
+            )
+            for start in range(0, len(prompts), shard)
+        )
+
+    def _score(self, size: Dimensions, lengths: Lengths, micro_batch_tokens: int, head_tokens: float = 0.0) -> float:
+        """On all cores, by one or several processes."""
+        settings = LearnSettings(0, micro_batch_tokens=micro_batch_tokens)
+        return score_seconds(
+            size, self._device, settings, ranks=self._cores, lengths=lengths, head_tokens=head_tokens, evenly=True
+        )
+
+    def _size(self, role: str) -> Dimensions:
+        found = self._models[role] or self._models["policy"]
+        if found is None:
+            raise ValueError("a run without a policy is no run")
+        return found
+
+
+def _lengths(prompts: Sequence[Prompt]) -> Lengths:
+    return np.asarray([len(prompt.tokens) for prompt in prompts], dtype=np.int64)

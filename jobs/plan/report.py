@@ -1,0 +1,229 @@
+"""What `rlhf plan` prints: ways to lay a config's work out over a cluster, the fastest first, and what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from rich.table import Table
+
+from actors.machine.probe import machine_speed
+from jobs.check.capacity import Cluster, capacity, find_cluster
+from jobs.command import out, say
+from jobs.plan.work import layout_of, learning_of, work_of
+from jobs.resolve import WITHOUT_TRIAL, resolved
+from orchestrator.config.config import Config
+from orchestrator.config.loader import config_from_tree
+from orchestrator.errors import CapacityError, ConfigError
+from orchestrator.failures import LEARNERS
+from orchestrator.planning.hardware import DEVICES, Device, cpu_core, device_of
+from orchestrator.planning.memory import GIB, gib
+from orchestrator.planning.simulation.run import simulate
+from orchestrator.planning.simulation.scenario import MODELS, Layout, Prediction, Work
+from orchestrator.planning.simulation.search import Candidate, Search, describe, search
+from orchestrator.watching.telemetry import clock_text
+
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Target:
+    """The cluster to plan for; None: as it is found."""
+
+    gpus: int | None
+    gpu_kind: str | None
+    nodes: int | None
+    price: float | None
+    ray_address: str | None
+
+
+@dataclass(frozen=True)
+class MeanLengths:
+    """Of prompts and responses, in tokens (None: the longest that are allowed), and the responses' relative spread."""
+
+    prompt: float | None
+    response: float | None
+    spread: float
+
+
+def plan(config: Config, target: Target, lengths: MeanLengths) -> None:
+    """Prints the candidates.
+
+    Raises:
+        CapacityError: nothing fits, with what is short and the ways out.
+        ConfigError: the kind of GPU is not known.
+        DataError: a model's config can't be read.
+    """
+    config = _for_target(config, target)
+    work = work_of(config, prompt_tokens=lengths.prompt, response_tokens=lengths.response, deviation=lengths.spread)
+    _show_work(config, work, lengths)
+    found, what = _search(config, work, target)
+    for reason, names in _by_reason(found).items():
+        say(f"does not fit: {'; '.join(names)}: {reason}")
+    if not found.candidates:
+        raise CapacityError("nothing fits; the lines above say of every placement what is short, and the way out.")
+    _show(config, found, what)
+
+
+def _for_target(config: Config, target: Target) -> Config:
+    """The resolved config; GPUs that are only planned for compute in bf16, whatever this machine does."""
+    if target.gpus is None or config.model.dtype != "auto":
+        return resolved(config, keys=WITHOUT_TRIAL)
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+
+
+def _by_reason(found: Search) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = {}
+    for name, reason in found.refused.items():
+        grouped.setdefault(reason, []).append(name)
+    return grouped
+
+
+def _search(config: Config, work: Work, target: Target) -> tuple[Search, str]:
+    """What was found, and for what."""
+    num_gpus = target.gpus
+    if num_gpus is None:
+        cluster = find_cluster(target.ray_address, wait_s=config.placement.wait_s)
+        num_gpus = int(sum(node.gpus for node in cluster.nodes))
+        if not num_gpus:
+            return search_cores(config, work, cluster), cluster.what
+    device = device_for(target, num_gpus)
+    return search_gpus(config, work, device, num_gpus), f"{num_gpus} × {device.name}, {device.per_node} a node"
+
+
+def device_for(target: Target, num_gpus: int) -> Device:
+    """The kind that was named, or that this machine has. Raises ConfigError when neither is known."""
+    kind = target.gpu_kind
+    if kind is None:
+        there = torch.cuda.get_device_name(0).lower() if torch.cuda.is_available() else ""
+        kind = next((name for name in DEVICES if name in there.split()), None)
+    if kind is None:
+        raise ConfigError(f"the kind of the GPUs is not known from here; name it, --gpu-kind={'|'.join(DEVICES)}.")
+    device = device_of(kind)
+    per_node = device.per_node if target.nodes is None else -(-num_gpus // target.nodes)
+    return replace(device, per_node=per_node, price=device.price if target.price is None else target.price)
+
+
+def search_gpus(config: Config, work: Work, device: Device, num_gpus: int) -> Search:
+    staleness = max(1, config.ppo.max_staleness)
+    dtype = config.model.compute_dtype
+    return search(work, device, num_gpus, learning=learning_of(config), dtype=dtype, staleness=staleness)
+
+
+def search_cores(config: Config, work: Work, cluster: Cluster) -> Search:
+    """Without GPUs: the config as it is, and the other placement. Memory is that of nodes, as `rlhf check` has it."""
+    cores = int(sum(node.cpus for node in cluster.nodes))
+    core = core_of(config)
+    candidates: list[Candidate] = []
+    refused: dict[str, str] = {}
+    for name, variant in _placements(config):
+        try:
+            capacity(variant, cluster)
+        except CapacityError as error:
+            refused[name] = str(error)
+            continue
+        layout = layout_of(variant, core, cores)
+        tokens = config.rollout.kv_cache_gib * GIB / work.policy.cache_bytes_per_token
+        candidates.append(Candidate(layout, (), simulate(work, layout, cache_tokens=tokens)))
+    return Search(sorted(candidates, key=lambda candidate: candidate.prediction.step_s), refused)
+
+
+def core_of(config: Config) -> Device:
+    """One core of a machine like this one, in the config's type."""
+    dtype = config.model.compute_dtype
+    return cpu_core(dtype, machine_speed(config.run.cache).per_core(dtype))
+
+
+def _placements(config: Config) -> Iterator[tuple[str, Config]]:
+    tree = config.model_dump()
+    for mode, staleness in (("colocated", 0), ("separate", 0), ("separate", 1)):
+        ppo = {**tree["ppo"], "max_staleness": staleness, "importance_cap": tree["ppo"]["importance_cap"] or 2.0}
+        placement = {**tree["placement"], "mode": mode}
+        yield (
+            f"{mode}, staleness {staleness}",
+            config_from_tree({**tree, "ppo": ppo, "placement": placement}, source="the plan"),
+        )
+
+
+def settings_of(layout: Layout, learners: Sequence[str]) -> list[str]:
+    """The overrides that make a run of this layout on GPUs."""
+    mode = "colocated" if layout.takes_turns else "separate"
+    lines = [
+        f"placement.mode={mode}",
+        f"ppo.max_staleness={layout.max_staleness}",
+        f"rollout.engines={layout.engines}",
+        f"rollout.tensor_parallel_size={layout.width('rollout')}",
+        f"rollout.samples_per_shard={layout.samples_per_shard}",
+        f"reference.replicas={layout.width('reference')}",
+        f"reference.sharded={str(layout.learning['reference'].zero_stage == 3).lower()}",
+        f"reference.micro_batch_tokens={layout.learning['reference'].micro_batch_tokens}",
+        f"reward.replicas={layout.reward_replicas}",
+        f"reward.micro_batch_tokens={layout.learning['reward'].micro_batch_tokens}",
+    ]
+    for role in learners:
+        learning = layout.learning[role]
+        lines += [
+            f"{role}.ranks={layout.width(role)}",
+            f"{role}.zero_stage={learning.zero_stage}",
+            f"{role}.gradient_checkpointing={str(learning.gradient_checkpointing).lower()}",
+            f"{role}.micro_batch_tokens={learning.micro_batch_tokens}",
+        ]
+    return lines + (["ppo.importance_cap=2.0"] if layout.max_staleness else [])
+
+
+def _show_work(config: Config, work: Work, lengths: MeanLengths) -> None:
+    size = work.policy
+    guess = "" if lengths.response else ", the longest allowed (--response-tokens says what is usual)"
+    say(
+        f"policy {config.model.path}: {size.num_params / 1e9:.2f} billion parameters; a step: {work.samples} samples, "
+        f"prompts of {work.prompt.mean:g}, responses of {work.response.mean:g} tokens{guess}; "
+        f"{config.ppo.steps} steps"
+    )
+
+
+def _show(config: Config, found: Search, what: str) -> None:
+    headings = (
+        "placement",
+        "devices",
+        "micro-batch",
+        "step",
+        "idle: engines, policy, all",
+        "memory, no cache",
+        "run",
+        "US $",
+    )
+    table = Table(*headings, title=f"plan: {what}")
+    for candidate in found.candidates[:SHOWN]:
+        table.add_row(*_cells(config, candidate))
+    out.print(table)
+    best = found.candidates[0]
+    if best.memory:
+        learners = [role for role in LEARNERS if role in best.prediction.idle]
+        say("best: " + " ".join(settings_of(best.layout, learners)))
+        for part in best.memory:
+            budget = f"states {gib(part.state)}, work {gib(part.working)}, KV cache {gib(part.cache)}"
+            say(f"memory of a GPU of {', '.join(part.roles)}: {budget}, of {gib(part.available)}")
+
+
+def _cells(config: Config, candidate: Candidate) -> Sequence[str]:
+    layout, told, steps = candidate.layout, candidate.prediction, config.ppo.steps
+    widths = " ".join(f"{role}:{layout.devices_of(role)}" for role in MODELS if told.idle.get(role) is not None)
+    policy = layout.learning["policy"]
+    learning = f"{policy.micro_batch_tokens} ZeRO-{policy.zero_stage}{' ckpt' * policy.gradient_checkpointing}"
+    fullest = max((part.state + part.working for part in candidate.memory), default=0.0)
+    return (
+        describe(layout),
+        widths,
+        learning,
+        f"{told.step_s:.1f} s",
+        f"{told.idle['rollout']:.0%}, {told.idle['policy']:.0%}, {told.idle_devices:.0%}",
+        gib(fullest) if fullest else "-",
+        clock_text(steps * told.step_s),
+        _money(told, layout, steps),
+    )
+
+
+def _money(told: Prediction, layout: Layout, steps: int) -> str:
+    money = told.money(layout, steps)
+    return "-" if money is None else f"{money:,.0f}"

@@ -1,0 +1,127 @@
+"""From a config to what the simulation wants to know: sizes of models, work of a step, and the layout as it is set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from actors.learning.model import resolve_model
+from actors.learning.size import model_size
+from jobs.stages.settings import critic_base, demands, reward_base, samples_per_shard
+from orchestrator.config.base import Dtype
+from orchestrator.config.config import Config
+from orchestrator.config.sections import LearnerConfig
+from orchestrator.planning.costs import Dimensions, LearnSettings
+from orchestrator.planning.hardware import Device
+from orchestrator.planning.memory import BYTES_OF
+from orchestrator.planning.simulation.scenario import MODELS, ROLES, Layout, Pool, Spread, Work
+
+
+def dimensions(folder: Path, *, dtype: Dtype, layers: int | None = None, trust_remote_code: bool = False) -> Dimensions:
+    """From config.json alone; no weights need to be there. Raises DataError when it is of no known architecture."""
+    size = model_size(folder, layers=layers, trust_remote_code=trust_remote_code)
+    text = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
+    heads = text.num_attention_heads
+    head_width = getattr(text, "head_dim", None) or size.hidden // heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    return Dimensions(
+        **vars(size),
+        kv_width=kv_heads * head_width,
+        tied=bool(text.tie_word_embeddings),
+        bytes_per_weight=BYTES_OF[dtype],
+    )
+
+
+def models_of(config: Config, trained_reward: Path | None = None) -> dict[str, Dimensions | None]:
+    """The model of each role; None where the reward is no model, and where there is no critic.
+
+    Args:
+        trained_reward: what the reward_model stage trained, where it has run. None: it will be as its base.
+
+    Raises:
+        DataError: a model can't be found or is of no known architecture.
+    """
+    trained = (str(trained_reward), None) if trained_reward else None
+    critic = trained if trained and config.critic.path is None else critic_base(config)
+    named = {
+        "policy": (config.model.path, None),
+        "reference": (config.reference.path or config.model.path, None),
+        "critic": critic if config.ppo.has_critic else None,
+        "reward": (trained or reward_base(config)) if config.reward.kind == "model" else None,
+    }
+    sizes = {
+        named_model: dimensions(
+            resolve_model(named_model[0], config.run.cache),
+            dtype=config.model.compute_dtype,
+            layers=named_model[1],
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        for named_model in set(named.values())
+        if named_model is not None
+    }
+    return {role: sizes[named_model] if named_model else None for role, named_model in named.items()}
+
+
+def work_of(config: Config, *, prompt_tokens: float | None, response_tokens: float | None, deviation: float) -> Work:
+    """Args:
+    prompt_tokens, response_tokens: means. None: all are as long as they may be.
+    deviation: of response lengths, relative to their mean.
+    """
+    longest_prompt, longest = config.prompts.max_prompt_tokens, config.rollout.max_new_tokens
+    return Work(
+        models_of(config),
+        config.samples_per_step,
+        Spread(prompt_tokens or longest_prompt, longest_prompt),
+        Spread(response_tokens or longest, longest, deviation if response_tokens else 0.0),
+        sharing=sharing_of(config),
+    )
+
+
+def sharing_of(config: Config) -> int:
+    """Samples whose prompt is computed once: all of a prompt, where there is no critic."""
+    return 1 if config.ppo.has_critic else config.ppo.samples_per_prompt
+
+
+def learning_of(config: Config) -> Mapping[str, LearnSettings]:
+    def learner(section: LearnerConfig) -> LearnSettings:
+        return LearnSettings(
+            section.zero_stage,
+            config.ppo.epochs,
+            config.ppo.minibatches,
+            section.micro_batch_tokens,
+            section.gradient_checkpointing,
+        )
+
+    return {
+        "policy": learner(config.policy),
+        "critic": learner(config.critic),
+        "reference": LearnSettings(
+            3 if config.reference.sharded else 0, micro_batch_tokens=config.reference.micro_batch_tokens
+        ),
+        "reward": LearnSettings(0, micro_batch_tokens=config.reward.micro_batch_tokens),
+    }
+
+
+def layout_of(config: Config, device: Device, devices: int) -> Layout:
+    """The layout that the config sets, over so many cores or GPUs, which all roles share when it is colocated."""
+    needed = {demand.role: demand for demand in demands(config, learning=True) if demand.role in ROLES}
+    sizes = {role: max(1, round(demand.gpus or demand.cpus)) for role, demand in needed.items()}
+    counts = {role: demand.count for role, demand in needed.items()}
+    widths = {role: sizes[role] * (1 if role == "reward" else counts[role]) for role in MODELS if role in needed}
+    if config.placement.mode == "colocated":
+        together = {role: min(devices, width) for role, width in {**widths, "rollout": sizes["rollout"]}.items()}
+        pools = [Pool(devices, together)]
+    else:
+        widths["rollout"] = sizes["rollout"]
+        pools = [Pool(sizes[role] * counts[role], {role: width}) for role, width in widths.items()]
+    return Layout(
+        device,
+        tuple(pools),
+        counts["rollout"],
+        samples_per_shard(config),
+        config.ppo.max_staleness,
+        counts["reward"],
+        learning_of(config),
+    )

@@ -1,0 +1,26 @@
+"""The end of a run: the report, and its result table on the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from jobs.command import out, say
+from jobs.report.command import result_facts, write_report
+from jobs.report.data import read_run
+from orchestrator.errors import RlhfError
+
+
+def show_results(run_folder: Path) -> None:
+    """Without raising for a report that can't be written: the run is done."""
+    try:
+        report: Path | str = write_report(run_folder)
+    except (OSError, RlhfError) as error:
+        report = f"not written ({error}); make it with `rlhf report {run_folder}`"
+    table = Table(title=f"run {run_folder.name}", show_header=False)
+    for fact in result_facts(read_run(run_folder)):
+        table.add_row(fact.name, fact.value, fact.detail)
+    out.print(table)
+    say(f"report: {report}")
+    say(f"run folder: {run_folder}")

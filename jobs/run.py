@@ -1,0 +1,79 @@
+"""`rlhf run --config FILE [section.key=value ...]`: the main job, with the stages that the config names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from jobs.command import imported, read_config, run_command, say
+from orchestrator.config.config import Config
+from orchestrator.run.folder import finished_run, refuse_existing, restore_lost
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file; without it all defaults.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as ppo.steps=10.")]
+PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved config and exit.")]
+Resume = Annotated[
+    Literal["auto", "never"],
+    typer.Option(
+        "--resume", help="auto: goes on with the run that run.id names, if there is one; never: refuses then."
+    ),
+]
+Address = Annotated[str | None, typer.Option("--ray-address", help="Ray cluster; default: RAY_ADDRESS, else local.")]
+
+
+def main(
+    overrides: Overrides = None,
+    config: ConfigOption = None,
+    print_config: PrintConfig = False,
+    resume: Resume = "auto",
+    ray_address: Address = None,
+) -> None:
+    """Runs the stages of a config, ending with PPO. Exit code: 0 done, 1 failed, 2 bad config or data, 3 guard."""
+
+    def work() -> None:
+        settings = read_config(config, overrides or (), print_config=print_config)
+        run_config(settings, resume=resume, ray_address=ray_address)
+
+    run_command(work)
+
+
+def reward_model(
+    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides such as reward_model.epochs=2.")] = None,
+    config: ConfigOption = None,
+    print_config: PrintConfig = False,
+    ray_address: Address = None,
+) -> None:
+    """Trains a reward model on preferences.path. Exit code: 0 done, 1 failed, 2 bad config, data or cluster."""
+
+    def work() -> None:
+        settings = read_config(config, overrides or (), print_config=print_config)
+        imported("jobs.stages.reward_model:run_alone")(settings, ray_address)
+
+    run_command(work)
+
+
+def run_config(config: Config, *, resume: str = "auto", ray_address: str | None = None) -> None:
+    """Starts or continues the run of a config: whatever its stages are, alone or in a pipeline."""
+    restored = restore_lost(config)
+    if restored:
+        say(restored)
+    if resume == "never":
+        refuse_existing(config)
+    finished = finished_run(config)
+    if finished is not None:
+        has_results = "ppo" in config.stages
+        more = " ppo.steps=N makes it longer." if has_results else ""
+        say(f"run {finished.name} has finished; nothing is left to do.{more}")
+        if has_results:
+            imported("jobs.report.results:show_results")(finished)
+        return
+    config = imported("jobs.resolve:resolved")(config)
+    say("checking data, models and rewards ...")
+    prepared = imported("jobs.check.preflight:checked")(config)
+    imported("jobs.main_job:run_job")(config, prepared, ray_address)
+
+
+if __name__ == "__main__":
+    typer.run(main)

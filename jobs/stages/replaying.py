@@ -1,0 +1,181 @@
+"""Learns again from a run's log.
+
+Starts the learners as the run did and folds learning over the committed steps; no engine, reference or
+reward is needed. On the same kind of machine, with the same ranks and threads, it ends with the run's own bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.cluster.connection import cluster
+from jobs.command import run_async, say
+from jobs.resolve import WITHOUT_TRIAL, resolved
+from jobs.stages.events import stage_events
+from jobs.stages.settings import demands, initial_state, loop_settings, reward_model_of
+from jobs.stages.wiring import (
+    all_ready,
+    experience_log,
+    learners_of,
+    recorder_of,
+    start_learners,
+    start_recorders,
+    starting,
+)
+from orchestrator.config.changes import changed_keys
+from orchestrator.config.config import Config
+from orchestrator.config.loader import load_config
+from orchestrator.coordinator import Relearning
+from orchestrator.data.inputs import at_home
+from orchestrator.errors import ConfigError
+from orchestrator.failures import LEARNERS
+from orchestrator.roles import NoCritic
+from orchestrator.run.attempts import ATTEMPTS, claim
+from orchestrator.run.checkpoints import Checkpoints, complete_checkpoints
+from orchestrator.run.experience_log import num_committed
+from orchestrator.run.folder import CONFIG_FILE, RunFolder
+from orchestrator.run.storage import read_json, writing
+from orchestrator.types import State
+from orchestrator.watching.guards import Guards, guard_table, only_warning
+from orchestrator.watching.heartbeat import Heartbeat
+from orchestrator.watching.telemetry import Telemetry
+
+NEEDED = (*LEARNERS, "recorder")
+STAGE = "replay"
+
+
+def replay(path: Path, until: int | None, to: Path | None, ray_address: str | None, *, from_checkpoint: bool) -> None:
+    """Learns steps 0 to `until` - 1 (None: all that are logged) again into the folder `to` (None: `path`/replay).
+
+    Raises ConfigError: no such run, or it does not hold the steps.
+    """
+    config, run = read_run_folder(path)
+    last_step = steps_to_learn(run, until, from_checkpoint=from_checkpoint)
+    folder = (to or run.path / "replay").absolute()
+    if folder == run.path:
+        raise ConfigError(f"--to {to} is the run's own folder, whose results it would replace; name another.")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ATTEMPTS).mkdir(exist_ok=True)
+    attempt = claim(folder, wait_s=config.placement.wait_s, tell=say)
+    work = _Replay(config, run, folder, attempt, last_step, from_checkpoint)
+    with cluster(ray_address, wait_s=config.placement.wait_s, tell=say):
+        run_async(work.run(), grace_s=config.run.grace_s)
+
+
+def read_run_folder(path: Path) -> tuple[Config, RunFolder]:
+    """A run's config and its folder, opened without a new attempt. Raises ConfigError when `path` holds no run."""
+    path = at_home(path, "RUN_FOLDER", ConfigError).absolute()
+    if not (path / CONFIG_FILE).is_file():
+        raise ConfigError(f"{path} holds no {CONFIG_FILE}, so it is no run folder; give the one that a run printed.")
+    kept = load_config(path / CONFIG_FILE)
+    config = resolved(kept, keys=WITHOUT_TRIAL)
+    changed = [change for change in changed_keys(kept, config) if change.matters and change.is_model]
+    if changed:
+        raise ConfigError(
+            f"learning again would start from other weights than run {path.name} did: "
+            + "; ".join(map(str, changed))
+            + ". Put back the files that it started with, or set run.accept_changed_files: true in "
+            + f"{path / CONFIG_FILE}."
+        )
+    return config, RunFolder(path, path.name, attempt=0)
+
+
+def steps_to_learn(run: RunFolder, until: int | None, *, from_checkpoint: bool) -> int:
+    """The step to end before. Raises ConfigError when log and checkpoint do not lead there."""
+    held = num_committed(run.log)
+    last_step = held if until is None else until
+    if not 0 < last_step <= held:
+        wanted = f"--until {until} must lie between 1 and {held}" if held else "there is nothing to replay"
+        raise ConfigError(f"the log {run.log} holds {held} committed steps; {wanted}.")
+    if from_checkpoint:
+        complete = complete_checkpoints(run.checkpoints)
+        if not complete or complete[-1] > checkpoint_of(run.checkpoints, last_step):
+            newest = f"the newest is {complete[-1].name}" if complete else "there is none"
+            raise ConfigError(
+                f"--from-checkpoint needs a checkpoint of step {last_step} or before in {run.checkpoints}, {newest}. "
+                "Leave --from-checkpoint out to learn from step 0."
+            )
+    return last_step
+
+
+def checkpoint_of(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:06d}"
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """One replay, which leaves the same signs of its life and of its end as a run does."""
+
+    config: Config
+    run_folder: RunFolder
+    folder: Path
+    attempt: int
+    last_step: int
+    from_checkpoint: bool
+
+    async def run(self) -> None:
+        checkpoints = self.folder / "checkpoints"
+        with Telemetry(
+            self.folder, self.run_folder.id, self.attempt, console=say, stage=STAGE, num_steps=self.last_step
+        ) as telemetry:
+            async with Heartbeat(self.folder, self.attempt, telemetry.now):
+                with stage_events(telemetry, [STAGE], checkpoints):
+                    state, roles = await self._learn(telemetry, checkpoints)
+        _tell(self.run_folder, self.folder, state, roles)
+
+    async def _learn(self, telemetry: Telemetry, checkpoints: Path) -> tuple[State, Sequence[str]]:
+        """The state after the last step, and the roles that learned."""
+        config, run, last_step = self.config, self.run_folder, self.last_step
+        needed = [demand for demand in demands(config, learning=True) if demand.role in NEEDED]
+        async with starting(config, needed) as starter:
+            groups = await start_learners(config, starter, reward_model_of(config, run))
+            recorders = await start_recorders(config, starter, run)
+            await all_ready({**groups, "recorder": recorders}, config.deadlines.start_s)
+            learners = learners_of(config, groups)
+            saved = Checkpoints(run.checkpoints, learners, every_steps=0, last_step=last_step, keep=1)
+            result = Checkpoints(checkpoints, learners, every_steps=0, last_step=last_step, keep=1)
+            log = experience_log(config, run, recorder_of(config, recorders))
+            table = only_warning(guard_table(config.guards))
+            relearning = Relearning(
+                settings=loop_settings(config, last_step),
+                policy=learners["policy"],
+                critic=learners.get("critic", NoCritic()),
+                log=log,
+                guards=Guards(table, folder=self.folder, telemetry=telemetry, past=log.metrics, console=say),
+                telemetry=telemetry,
+            )
+            start = await saved.restore() if self.from_checkpoint else None
+            state = start or initial_state(config)
+            telemetry.rewind(state.step)
+            state = await relearning.relearn(state)
+            await result.save(state)
+            export = self.folder / "export"
+            export.mkdir(exist_ok=True)
+            await learners["policy"].export(export)
+        return state, tuple(learners)
+
+
+def _tell(run: RunFolder, folder: Path, state: State, roles: Sequence[str]) -> None:
+    learned = checkpoint_of(folder / "checkpoints", state.step)
+    original = checkpoint_of(run.checkpoints, state.step)
+    say(f"learned steps 0 to {state.step - 1} of run {run.id} again")
+    for role in roles:
+        found = fingerprint(learned, role)
+        line = f"{role} sha256 {found}"
+        if (original / "manifest.json").exists():
+            is_same = fingerprint(original, role) == found
+            line += f"  {'equal to' if is_same else 'DIFFERENT from'} the run's own {original.name}"
+        say(line)
+    say(f"checkpoint: {learned}")
+    say(f"policy: {folder / 'export'}")
+
+
+def fingerprint(checkpoint: Path, role: str) -> str:
+    """SHA-256 over all files of one role in a checkpoint: weights, fp32 masters, optimizer and schedule."""
+    manifest = read_json(checkpoint / "manifest.json")
+    entries = [f"{name} {entry['sha256']}\n" for name, entry in sorted(manifest.items()) if name.startswith(f"{role}/")]
+    return hashlib.sha256("".join(entries).encode()).hexdigest()

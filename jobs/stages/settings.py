@@ -1,0 +1,175 @@
+"""From the config to what the parts are built from: pure, starts nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from actors.learning.learner import LearnerSettings
+from actors.text.templates import ChatSettings, read_template
+from orchestrator.algorithms.experience import ExperienceSettings
+from orchestrator.algorithms.kl import adapted_coefficient
+from orchestrator.config.config import Config, Stage
+from orchestrator.config.sections import LearnerConfig
+from orchestrator.coordinator import LoopSettings
+from orchestrator.planning.placement import Demand
+from orchestrator.run.folder import RunFolder
+from orchestrator.types import Sampling, State
+
+RECORDER_CPUS = 1.0
+
+
+def chat_settings(config: Config) -> ChatSettings:
+    """Raises DataError when model.chat_template can't be read."""
+    model = config.model
+    template = None if model.chat_template is None else read_template(model.chat_template)
+    return ChatSettings(template, model.system_prompt, model.today)
+
+
+def alone(config: Config, stage: Stage) -> Config:
+    """For one stage by a command of its own, which neither mirrors its run nor opens trackers and ports."""
+    run = config.run.model_copy(update={"mirror": None})
+    telemetry = config.telemetry.model_copy(
+        update={"prometheus_port": None, "tensorboard": False, "wandb_project": None, "mlflow_uri": None}
+    )
+    return config.model_copy(update={"stages": (stage,), "run": run, "telemetry": telemetry})
+
+
+def sampling_of(config: Config) -> Sampling:
+    rollout = config.rollout
+    return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
+
+
+def samples_per_shard(config: Config) -> int:
+    """The config's, or, without rollout.reproducible, a step's samples split over the engines; those that are compared
+    with each other stay together."""
+    if config.rollout.reproducible:
+        return config.rollout.samples_per_shard
+    if config.ppo.has_critic:
+        return math.ceil(config.samples_per_step / config.rollout.engines)
+    return math.ceil(config.ppo.prompts_per_step / config.rollout.engines) * config.ppo.samples_per_prompt
+
+
+def shards_per_step(config: Config, *, is_sharded: bool) -> int | None:
+    """Among how many shards the ranks of a role are shared; null where `is_sharded`: each needs all of them."""
+    return None if is_sharded else math.ceil(config.samples_per_step / samples_per_shard(config))
+
+
+def reward_model_of(config: Config, run: RunFolder) -> str | None:
+    """The reward model's folder or name: the config's, or the one that the run's reward_model stage trained."""
+    if config.reward.kind == "model" and config.reward.path is None:
+        return str(run.reward_model)
+    return config.reward.path
+
+
+def reward_base(config: Config) -> tuple[str, int | None]:
+    """The model whose size the reward model has, and how many of its layers are kept (None: all)."""
+    if config.reward.path is not None:
+        return config.reward.path, None
+    return config.reward_model.base or config.model.path, config.reward_model.layers
+
+
+def critic_base(config: Config) -> tuple[str, int | None]:
+    """The same of the critic, which begins as the reward model where there is one and critic.path is null."""
+    if config.critic.path is not None:
+        return config.critic.path, None
+    return reward_base(config) if config.reward.kind == "model" else (config.model.path, None)
+
+
+def reward_max_length(config: Config) -> int | None:
+    """Longest transcript that the reward model is given. None: what it can take."""
+    if config.reward.max_length is not None:
+        return config.reward.max_length
+    return config.reward_model.max_length if config.reward.path is None else None
+
+
+def loop_settings(config: Config, steps: int) -> LoopSettings:
+    warmup_steps = config.critic.warmup_steps if config.ppo.has_critic else 0
+    return LoopSettings(steps, warmup_steps, _kl_controller(config))
+
+
+def initial_state(config: Config) -> State:
+    return State(step=0, kl_coefficient=config.ppo.kl_coefficient)
+
+
+def _kl_controller(config: Config) -> Callable[[float, float, int], float]:
+    target = config.ppo.kl_target
+    if target is None:
+        return lambda coefficient, observed_kl, num_samples: coefficient
+    return lambda coefficient, observed_kl, num_samples: adapted_coefficient(
+        coefficient,
+        observed_kl,
+        target=target,
+        horizon_samples=config.ppo.kl_horizon_samples,
+        num_samples=num_samples,
+    )
+
+
+def experience_settings(config: Config) -> ExperienceSettings:
+    ppo = config.ppo
+    return ExperienceSettings(
+        kl_in_reward=ppo.kl_estimator == "k1-reward",
+        gamma=ppo.gamma,
+        lam=ppo.lam,
+        truncated=ppo.truncated,
+        truncation_penalty=ppo.truncation_penalty,
+        reward_clip=config.reward.clip,
+        advantage=ppo.advantage,
+        samples_per_prompt=ppo.samples_per_prompt,
+    )
+
+
+def common_settings(config: Config) -> dict[str, Any]:
+    return {"cache_dir": config.run.cache, "trust_remote_code": config.model.trust_remote_code}
+
+
+def critic_path(config: Config, reward_path: str | None) -> str | None:
+    """Null: a new head is put on the policy, because critic.path names it or there is nothing else to start from."""
+    path = config.critic.path or reward_path
+    return None if path == config.model.path else path
+
+
+def learner_settings(config: Config, learner: LearnerConfig) -> LearnerSettings:
+    ppo = config.ppo
+    return LearnerSettings(
+        zero_stage=learner.zero_stage,
+        dtype=config.model.compute_dtype,
+        learning_rate=learner.learning_rate,
+        schedule=learner.schedule,
+        warmup_optimizer_steps=learner.warmup_optimizer_steps,
+        total_optimizer_steps=ppo.steps * ppo.epochs * ppo.minibatches,
+        weight_decay=learner.weight_decay,
+        adam_betas=learner.adam_betas,
+        max_grad_norm=learner.max_grad_norm,
+        gradient_checkpointing=learner.gradient_checkpointing,
+    )
+
+
+def within(deadline_s: float) -> float:
+    """Seconds for work inside a call with this deadline: what fails then fails as itself, not as a silent actor."""
+    return 0.8 * deadline_s
+
+
+def engines_sleep(config: Config) -> bool:
+    """Whether engines share GPUs with learners, so that they sleep while those compute."""
+    return config.placement.mode == "colocated" and config.rollout.gpus_per_engine > 0
+
+
+def demands(config: Config, *, learning: bool) -> list[Demand]:
+    """What the roles need: for PPO and replay all of them, with `learning` off only the engines."""
+    rollout, reward, critic = config.rollout, config.reward, config.critic
+    gpus = rollout.gpus_per_engine * rollout.tensor_parallel_size
+    engines = Demand("rollout", rollout.engines, rollout.cpus_per_engine, gpus)
+    if not learning:
+        return [engines]
+    reference = config.reference
+    critics = [Demand("critic", critic.ranks, critic.cpus_per_rank, critic.gpus_per_rank)]
+    return [
+        engines,
+        Demand("policy", config.policy.ranks, config.policy.cpus_per_rank, config.policy.gpus_per_rank),
+        *(critics if config.ppo.has_critic else []),
+        Demand("reference", reference.replicas, reference.cpus_per_replica, reference.gpus_per_replica),
+        Demand("reward", reward.replicas, reward.cpus_per_replica, reward.gpus_per_replica),
+        Demand("recorder", 1, RECORDER_CPUS),
+    ]

@@ -1,0 +1,383 @@
+"""Wires the parts: from a config to groups of actors where the plan says, and a coordinator that drives them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from actors.engines.contract import EngineSettings
+from actors.groups.group import ActorGroup
+from actors.groups.starter import Starter, placed
+from actors.groups.supervisor import RaySupervisor
+from actors.remote.publisher import BucketPublisher, PolicyWeights
+from actors.remote.roles import (
+    ClusterMeter,
+    RayLearner,
+    RayRecorder,
+    RayRollouts,
+    ReplicatedScorer,
+    ShardedScorer,
+)
+from actors.roles.critic import CriticSettings, CriticWorker
+from actors.roles.policy import PolicySettings, PolicyWorker
+from actors.roles.recorder import RecorderWorker
+from actors.roles.reference import ReferenceSettings, ReferenceWorker
+from actors.roles.reward import RewardSettings, RewardWorker
+from actors.roles.rollout import RolloutWorker
+from actors.weights.sender import PublishingPolicy
+from jobs.command import say
+from jobs.grace import saving_s
+from jobs.stages.settings import (
+    chat_settings,
+    common_settings,
+    critic_path,
+    demands,
+    engines_sleep,
+    experience_settings,
+    learner_settings,
+    loop_settings,
+    reward_max_length,
+    samples_per_shard,
+    sampling_of,
+    shards_per_step,
+    within,
+)
+from orchestrator.concurrency import together
+from orchestrator.config.config import Config
+from orchestrator.config.sections import LearnerConfig
+from orchestrator.coordinator import Coordinator
+from orchestrator.failures import FailurePolicy
+from orchestrator.held_out import Evaluation
+from orchestrator.planning.placement import Demand, Slot
+from orchestrator.prompts import PromptSchedule, Splits, sample_requests
+from orchestrator.roles import NoCritic, Recorder
+from orchestrator.run.best import Best, BestByEvaluation
+from orchestrator.run.checkpoints import Checkpoints
+from orchestrator.run.experience_log import ExperienceLog
+from orchestrator.run.folder import RunFolder
+from orchestrator.sampler import Sampler
+from orchestrator.types import Prompt
+from orchestrator.watching.guards import Guards, acted_before, guard_table
+from orchestrator.watching.telemetry import Telemetry
+
+EVALUATION_STEP = -1  # stands in for a step in the seeds of held-out samples: the same at every evaluation
+
+
+def starting(
+    config: Config, needed: Sequence[Demand], tell: Callable[[str], None] = say
+) -> AbstractAsyncContextManager[Starter]:
+    """Places what is needed; on exit all actors are ended and their resources are free.
+
+    Args:
+        tell: gets a line for people when something is waited for.
+    """
+    placement = config.placement
+    return placed(
+        needed,
+        mode=placement.mode,
+        wait_s=placement.wait_s,
+        collective_s=config.deadlines.learn_s,
+        tell=tell,
+    )
+
+
+async def start_engines(config: Config, starter: Starter, *, version: int | None) -> ActorGroup:
+    """The rollout engines, at `version` from the start, or (None) out of service until the first publish."""
+
+    def arguments(slot: Slot) -> Mapping[str, Any]:
+        settings = EngineSettings(
+            model=Path(),
+            chat=chat_settings(config),
+            dtype=config.model.compute_dtype,
+            max_length=config.model.max_length,
+            seed=config.run.seed,
+            threads=slot.threads,
+            version=version,
+            verify=config.publish.verify,
+            max_samples=samples_per_shard(config),
+            kv_cache_gib=config.rollout.kv_cache_gib,
+            gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+            tensor_parallel_size=config.rollout.tensor_parallel_size,
+            sleep_mode=engines_sleep(config),
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        return {
+            "kind": config.rollout.engine_kind,
+            "model": config.model.path,
+            "cache_dir": config.run.cache,
+            "settings": settings,
+        }
+
+    return await starter.group("rollout", RolloutWorker, arguments)
+
+
+async def start_learners(config: Config, starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
+    """Policy and critic, if there is one, starting at once."""
+    common = common_settings(config)
+    policy = PolicySettings(
+        config.model.path,
+        learner=learner_settings(config, config.policy),
+        ppo=config.ppo,
+        temperature=config.rollout.temperature,
+        micro_batch_tokens=config.policy.micro_batch_tokens,
+        chat=chat_settings(config),
+        **common,
+    )
+    groups = {"policy": await starter.ranks("policy", PublishingPolicy, policy)}
+    if not config.ppo.has_critic:
+        return groups
+    critic = CriticSettings(
+        critic_path(config, reward_path) or config.model.path,
+        learner=learner_settings(config, config.critic),
+        ppo=config.ppo,
+        new_head=None if critic_path(config, reward_path) else "zero",
+        seed=config.run.seed,
+        micro_batch_tokens=config.critic.micro_batch_tokens,
+        **common,
+    )
+    return {**groups, "critic": await starter.ranks("critic", CriticWorker, critic)}
+
+
+async def start_scorers(config: Config, starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
+    """Reference and reward, starting at once."""
+    common = common_settings(config)
+    reference = ReferenceSettings(
+        config.reference.path or config.model.path,
+        dtype=config.model.compute_dtype,
+        temperature=config.rollout.temperature,
+        sharded=config.reference.sharded,
+        micro_batch_tokens=config.reference.micro_batch_tokens,
+        shares_prompts=not config.ppo.has_critic,
+        **common,
+    )
+    reward = RewardSettings(
+        config.reward.kind,
+        rules=config.reward.rules,
+        limits=config.reward.limits,
+        total_s=within(config.deadlines.score_s),
+        http=config.reward.http,
+        model=reward_path,
+        policy=config.model.path,
+        chat=chat_settings(config),
+        dtype=config.model.compute_dtype,
+        micro_batch_tokens=config.reward.micro_batch_tokens,
+        max_length=reward_max_length(config),
+        normalise=config.reward.normalise,
+        **common,
+    )
+    return {
+        "reference": await starter.ranks("reference", ReferenceWorker, reference),
+        "reward": await starter.group(
+            "reward", RewardWorker, lambda slot: {"settings": reward, "threads": slot.threads}
+        ),
+    }
+
+
+async def start_recorders(config: Config, starter: Starter, run: RunFolder) -> ActorGroup:
+    arguments = {
+        "settings": experience_settings(config),
+        "run_id": run.id,
+        "gold": config.evaluation.gold,
+        "limits": config.reward.limits,
+        "gold_s": within(config.deadlines.record_s),
+    }
+    return await starter.group("recorder", RecorderWorker, lambda slot: arguments)
+
+
+async def all_ready(groups: Mapping[str, ActorGroup], deadline_s: float) -> None:
+    """Waits until every constructor has finished; raises what the first failing one raised."""
+    await together(group.await_ready(deadline_s) for group in groups.values())
+
+
+@asynccontextmanager
+async def ppo_coordinator(
+    config: Config,
+    run: RunFolder,
+    prompts: Splits[Prompt],
+    reward_path: str | None,
+    telemetry: Telemetry,
+    on_placed: Callable[[Starter], None],
+) -> AsyncIterator[Coordinator]:
+    """A coordinator whose actors are ready; they end with the context."""
+
+    def tell(what: str) -> None:
+        telemetry.event("waiting", what=what)
+        say(what)
+
+    async with starting(config, demands(config, learning=True), tell) as starter:
+        on_placed(starter)
+        groups = await start_learners(config, starter, reward_path)
+        groups |= await start_scorers(config, starter, reward_path)
+        groups["rollout"] = await start_engines(config, starter, version=None)
+        recorders = await start_recorders(config, starter, run)
+        await all_ready({**groups, "recorder": recorders}, config.deadlines.start_s)
+        supervisor = supervisor_of(config, starter, telemetry, run)
+        yield _coordinator(config, run, prompts, telemetry, {**groups, "recorder": recorders}, supervisor)
+
+
+def supervisor_of(config: Config, starter: Starter, telemetry: Telemetry, run: RunFolder) -> RaySupervisor:
+    failures = config.failures
+    policy = FailurePolicy(
+        {
+            "infrastructure": failures.infrastructure,
+            "programming": failures.programming,
+            "data": failures.data,
+        },
+        failures.window_steps,
+    )
+    return RaySupervisor(starter, policy, telemetry, say, run=run.path, start_s=config.deadlines.start_s)
+
+
+def _coordinator(
+    config: Config,
+    run: RunFolder,
+    prompts: Splits[Prompt],
+    telemetry: Telemetry,
+    groups: Mapping[str, ActorGroup],
+    supervisor: RaySupervisor,
+) -> Coordinator:
+    limits = config.deadlines
+    weights = PolicyWeights()
+    learners = learners_of(config, groups, weights)
+    policy = learners["policy"]
+    reference = ShardedScorer(
+        groups["reference"],
+        ReferenceWorker.logprobs,
+        shards_per_step=shards_per_step(config, is_sharded=config.reference.sharded),
+        score_s=limits.score_s,
+        supervisor=supervisor,
+    )
+    reward = ReplicatedScorer(groups["reward"], RewardWorker.score, score_s=limits.score_s, supervisor=supervisor)
+    publisher = BucketPublisher(
+        groups["policy"],
+        groups["rollout"],
+        weights=weights,
+        supervisor=supervisor,
+        bucket_bytes=config.publish.bucket_mib << 20,
+        publish_s=limits.publish_s,
+    )
+    rollouts = RayRollouts(
+        groups["rollout"],
+        generate_s=limits.generate_s,
+        sleeps=engines_sleep(config),
+        supervisor=supervisor,
+        catch_up=publisher.catch_up,
+    )
+    recorder = recorder_of(config, groups["recorder"], supervisor)
+    ppo = config.ppo
+    schedule = PromptSchedule(
+        prompts.train,
+        seed=config.run.seed,
+        prompts_per_step=ppo.prompts_per_step,
+        samples_per_prompt=ppo.samples_per_prompt,
+    )
+    held_out = sample_requests(
+        prompts.held_out[: config.evaluation.prompts],
+        samples_per_prompt=1,
+        seed=config.run.seed,
+        step=EVALUATION_STEP,
+    )
+    log = experience_log(config, run, recorder)
+    return Coordinator(
+        settings=loop_settings(config, ppo.steps),
+        sampler=Sampler(
+            rollouts,
+            schedule,
+            sampling=sampling_of(config),
+            samples_per_shard=samples_per_shard(config),
+            max_staleness=ppo.max_staleness,
+            takes_turns=config.placement.mode == "colocated",
+        ),
+        reference=reference,
+        reward=reward,
+        policy=policy,
+        critic=learners.get("critic", NoCritic()),
+        publisher=publisher,
+        log=log,
+        guards=Guards(
+            guard_table(config.guards),
+            folder=run.path,
+            telemetry=telemetry,
+            past=log.metrics,
+            console=say,
+            acted=acted_before(run.path),
+        ),
+        checkpoints=Checkpoints(
+            run.checkpoints,
+            learners,
+            every_steps=config.checkpoints.every_steps,
+            last_step=ppo.steps,
+            keep=config.checkpoints.keep,
+            grace_s=saving_s(config.run),
+            fence=run.require_newest,
+            best=best_of(config, run),
+        ),
+        evaluation=Evaluation(
+            run.evaluation,
+            held_out,
+            rollouts=rollouts,
+            policy=policy,
+            reference=reference,
+            reward=reward,
+            recorder=recorder,
+            telemetry=telemetry,
+            sampling=sampling_of(config),
+            samples_per_shard=samples_per_shard(config),
+            every_steps=config.evaluation.every_steps,
+            last_step=ppo.steps,
+        ),
+        telemetry=telemetry,
+        meter=ClusterMeter(
+            {role: group for role, group in groups.items() if role != "recorder"},
+            run_id=run.id,
+        ),
+        supervisor=supervisor,
+    )
+
+
+def best_of(config: Config, run: RunFolder) -> Callable[[Iterable[int]], Best | None]:
+    """Chooses the best of some steps by their evaluations; without checkpoints.best_metric none is."""
+    metric = config.checkpoints.best_metric
+    if metric is None:
+        return lambda steps: None
+    return BestByEvaluation(run.evaluation, metric, config.checkpoints.best_max_kl).among
+
+
+def learners_of(
+    config: Config, groups: Mapping[str, ActorGroup], weights: PolicyWeights | None = None
+) -> dict[str, RayLearner]:
+    """The policy and, if there is one, the critic, by role."""
+    limits = config.deadlines
+
+    def learner(role: str, settings: LearnerConfig, method: Callable[..., Any], **more: Any) -> RayLearner:
+        return RayLearner(
+            groups[role],
+            method,
+            seed=config.run.seed,
+            shards_per_step=shards_per_step(config, is_sharded=settings.zero_stage == 3),
+            score_s=limits.score_s,
+            learn_s=limits.learn_s,
+            save_s=limits.save_s,
+            **more,
+        )
+
+    learners = {"policy": learner("policy", config.policy, PolicyWorker.logprobs, weights=weights)}
+    if config.ppo.has_critic:
+        learners["critic"] = learner("critic", config.critic, CriticWorker.values)
+    return learners
+
+
+def recorder_of(config: Config, recorders: ActorGroup, supervisor: RaySupervisor | None = None) -> RayRecorder:
+    return RayRecorder(recorders, record_s=config.deadlines.record_s, supervisor=supervisor)
+
+
+def experience_log(config: Config, run: RunFolder, recorder: Recorder) -> ExperienceLog:
+    return ExperienceLog(
+        run.log,
+        recorder,
+        max_failed_fraction=config.reward.max_failed_fraction,
+        attempt=run.attempt,
+        fence=run.require_newest,
+    )

@@ -1,0 +1,1 @@
+"""What failed first in a run, and how to go on."""

@@ -1,0 +1,1 @@
+"""The configuration: one frozen tree, its defaults in one place."""

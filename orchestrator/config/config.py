@@ -1,0 +1,176 @@
+"""The configuration: one frozen tree. `docs/configuration.md` is generated from the descriptions of its keys."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterable
+from typing import Literal
+
+from pydantic import model_validator
+
+from orchestrator.config.base import Section
+from orchestrator.config.guards import GuardsConfig
+from orchestrator.config.rewards import RewardConfig
+from orchestrator.config.sections import (
+    CheckpointConfig,
+    CriticConfig,
+    DeadlinesConfig,
+    EvaluationConfig,
+    FailuresConfig,
+    LabellerConfig,
+    LearnerConfig,
+    ModelConfig,
+    PlacementConfig,
+    PpoConfig,
+    PreferencesConfig,
+    PromptsConfig,
+    PublishConfig,
+    ReferenceConfig,
+    RewardModelConfig,
+    RolloutConfig,
+    RunConfig,
+    TelemetryConfig,
+)
+
+Stage = Literal["preferences", "reward_model", "ppo"]
+
+
+class Config(Section):
+    stages: tuple[Stage, ...] = ("ppo",)
+    """Stages of the run, in order: preferences (sample and rank), reward_model, ppo."""
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    labeller: LabellerConfig = LabellerConfig()
+    preferences: PreferencesConfig = PreferencesConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
+    reward: RewardConfig = RewardConfig()
+    policy: LearnerConfig = LearnerConfig()
+    critic: CriticConfig = CriticConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    publish: PublishConfig = PublishConfig()
+    ppo: PpoConfig = PpoConfig()
+    placement: PlacementConfig = PlacementConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    guards: GuardsConfig = GuardsConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    failures: FailuresConfig = FailuresConfig()
+    deadlines: DeadlinesConfig = DeadlinesConfig()
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.ppo.prompts_per_step * self.ppo.samples_per_prompt
+
+    @property
+    def has_rollouts(self) -> bool:
+        """Whether any stage samples replies to the prompts, and so starts rollout engines."""
+        return "preferences" in self.stages or "ppo" in self.stages
+
+    @model_validator(mode="after")
+    def _keys_fit_together(self) -> Config:
+        for complaint in _contradictions(self):
+            raise ValueError(complaint)
+        return self
+
+
+def _contradictions(config: Config) -> Iterable[str]:
+    yield from _sizes_that_contradict(config)
+    ppo, reward = config.ppo, config.reward
+    if ppo.max_staleness and config.placement.mode == "colocated":
+        yield (
+            f"placement.mode='colocated' needs ppo.max_staleness=0, got {ppo.max_staleness}: roles that share a "
+            "device cannot sample while they learn. Set ppo.max_staleness=0 or placement.mode='separate'."
+        )
+    if ppo.max_staleness and ppo.importance_cap is None:
+        yield (
+            f"ppo.max_staleness={ppo.max_staleness} needs ppo.importance_cap: samples come from older weights and "
+            "must be weighted. Set ppo.importance_cap=2.0 or ppo.max_staleness=0."
+        )
+    if reward.kind == "rules" and not reward.rules:
+        yield "reward.kind='rules' needs reward.rules: list at least one {function: 'package.module:function'}."
+    if reward.kind == "http" and reward.http is None:
+        yield "reward.kind='http' needs reward.http.url: set the address of the endpoint."
+    needs_model = "ppo" in config.stages and reward.kind == "model" and reward.path is None
+    if needs_model and "reward_model" not in config.stages:
+        yield (
+            "reward.kind='model' needs reward.path: give the folder of a reward model, or add 'reward_model' to "
+            "stages so that one is trained, or choose reward.kind='rules'."
+        )
+    trains_on_own_labels = "reward_model" in config.stages and config.preferences.path is None
+    if trains_on_own_labels and "preferences" not in config.stages:
+        yield (
+            "stage 'reward_model' needs preferences.path: give a preference file, or let the labeller make one in a "
+            "run with stages=[preferences,reward_model]."
+        )
+    order = [stage for stage in typing.get_args(Stage) if stage in config.stages]
+    if list(config.stages) != order:
+        yield f"stages must be distinct and in order; write stages: [{', '.join(order)}]."
+    if config.checkpoints.best_max_kl is not None and config.checkpoints.best_metric is None:
+        yield "checkpoints.best_max_kl needs checkpoints.best_metric: set it, or leave both out."
+    yield from _guards_that_contradict(config)
+
+
+def _sizes_that_contradict(config: Config) -> Iterable[str]:
+    ppo, rollout = config.ppo, config.rollout
+    samples = config.samples_per_step
+    if samples % ppo.minibatches:
+        lower = samples // ppo.minibatches * ppo.minibatches
+        upper = lower + ppo.minibatches
+        yield (
+            f"ppo.prompts_per_step × ppo.samples_per_prompt = {samples} samples do not divide into "
+            f"ppo.minibatches={ppo.minibatches}. The nearest sizes that do: {lower or upper} and {upper} samples."
+        )
+    if not ppo.has_critic:
+        yield from _groups_that_contradict(config)
+    if rollout.max_new_tokens >= config.model.max_length:
+        yield (
+            f"rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in "
+            f"model.max_length={config.model.max_length}. Lower the first or raise the second."
+        )
+
+
+def _groups_that_contradict(config: Config) -> Iterable[str]:
+    """Without a critic the samples of a prompt are compared with each other, so they must stay together."""
+    ppo, size = config.ppo, config.ppo.samples_per_prompt
+    if size < 2:
+        yield (
+            f"ppo.advantage='{ppo.advantage}' compares the samples of a prompt with each other and needs at least two, "
+            f"got ppo.samples_per_prompt={size}. Set ppo.samples_per_prompt=4, or ppo.advantage='gae'."
+        )
+    shard = config.rollout.samples_per_shard
+    if config.rollout.reproducible and shard % size:
+        yield (
+            f"rollout.samples_per_shard={shard} would part samples of one prompt, of which ppo.advantage="
+            f"'{ppo.advantage}' needs all {size} together. Set it to {max(shard // size, 1) * size}."
+        )
+    if ppo.prompts_per_step % ppo.minibatches:
+        yield (
+            f"ppo.prompts_per_step={ppo.prompts_per_step} prompts do not divide into "
+            f"ppo.minibatches={ppo.minibatches}, and with ppo.advantage='{ppo.advantage}' the samples of a prompt "
+            "stay in one minibatch. Change either."
+        )
+
+
+def _guards_that_contradict(config: Config) -> Iterable[str]:
+    length, jump, failed = config.guards.length, config.guards.reward_jump, config.guards.failed_rewards
+    longest = config.rollout.max_new_tokens
+    if length.min is not None and length.min > (length.max or longest):
+        key = "guards.length.max" if length.max else "rollout.max_new_tokens"
+        yield f"guards.length.min={length.min:g} is above {key}={length.max or longest:g}: no step passes. Lower it."
+    if length.max is not None and length.max >= longest:
+        yield (
+            f"guards.length.max={length.max:g} could never act: no response is longer than "
+            f"rollout.max_new_tokens={longest}. Lower it, or leave it out."
+        )
+    if jump.max is not None and jump.window >= config.ppo.steps:
+        yield (
+            f"guards.reward_jump.window={jump.window} could never be full in ppo.steps={config.ppo.steps}. Set a "
+            "smaller window, or leave guards.reward_jump.max out."
+        )
+    if failed.max is not None and failed.max >= config.reward.max_failed_fraction:
+        yield (
+            f"guards.failed_rewards.max={failed.max:g} could never act: the run stops above "
+            f"reward.max_failed_fraction={config.reward.max_failed_fraction:g}. Lower the first or raise the second."
+        )

@@ -1,0 +1,71 @@
+"""Where rewards come from: models, rules, endpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from orchestrator.config.base import Fraction, NonNegative, Positive, Seconds, Section
+
+
+class RuleConfig(Section):
+    function: str
+    """Dotted name `package.module:function` of (prompt, response, meta) -> float or mapping of parts."""
+    weight: float = 1.0
+    """Factor of this rule in the sum."""
+
+
+class RuleLimits(Section):
+    """Of the process in which rules run, the labeller's and evaluation's gold rules too."""
+
+    call_s: Seconds = 30.0
+    """Time for one call of a rule. It is ended then, and its sample fails."""
+    import_s: Seconds = 60.0
+    """Time to import the rules' modules."""
+    memory_gib: Annotated[float, Field(gt=0)] | None = 4.0
+    """Memory of the process and all that it starts. Null: no limit."""
+    processes: Positive = 64
+    """Processes that it may have at one time. Whatever it has started ends with it; where this program may make a PID
+    namespace (as root with CAP_SYS_ADMIN) also what forks faster than it could be killed."""
+
+
+class HttpRewardConfig(Section):
+    url: str
+    """Endpoint: POST {"samples": [{"prompt","response","meta"}]} answers {"rewards": [number or null]}."""
+    timeout_s: Seconds = 30.0
+    """Time for one request, from connecting to the last byte of the answer."""
+    retries: NonNegative = 3
+    """Further tries after a failure, with growing pauses."""
+    token_from: str | None = Field(None, pattern=r"^(env:[A-Za-z_][A-Za-z0-9_]*|file:/.+)$")
+    """Where the reward workers find a token that is sent as `Authorization: Bearer`: env:NAME or file:/PATH. The token
+    itself never stands in the config. Null: none is sent."""
+
+
+class RewardConfig(Section):
+    kind: Literal["model", "rules", "http"] = "model"
+    """Where rewards come from."""
+    path: str | None = None
+    """Reward model folder or name (kind: model). Null: the one that the reward_model stage trained."""
+    rules: tuple[RuleConfig, ...] = ()
+    """Rule functions (kind: rules); their weighted sum is the reward."""
+    limits: RuleLimits = RuleLimits()
+    http: HttpRewardConfig | None = None
+    """Endpoint (kind: http)."""
+    replicas: Positive = 1
+    """Actors that score."""
+    micro_batch_tokens: Positive = 4096
+    """Largest padded forward batch, in tokens."""
+    max_length: Positive | None = None
+    """Longer transcripts lose tokens at their start (kind: model), counted in reward/cut. Null: reward_model.max_length
+    for the model that the reward_model stage trains, else what the model can take."""
+    normalise: bool = True
+    """Subtract the mean and divide by the standard deviation recorded with the reward model."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Clip the sequence reward to ±clip."""
+    max_failed_fraction: Fraction = 0.1
+    """Share of samples of one step whose reward may fail; they are dropped and counted."""
+    cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
+    """CPU threads of one replica."""
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of one replica."""

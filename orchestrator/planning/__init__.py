@@ -1,0 +1,1 @@
+"""Where roles run, what they take, and how long: pure functions."""

@@ -1,0 +1,228 @@
+"""What the work of one role costs on given devices: pure functions of sizes and lengths, in seconds.
+
+Compute follows Kaplan 2020 (arXiv 2001.08361, section 2.1): 2 FLOPs per parameter and token forward, twice that
+backward, attention on top. Decoding follows the roofline of Pope 2022 (arXiv 2211.05102, section 3): a step takes as
+long as reading weights and cache, or as its FLOPs, whichever is longer. Lengths are tokens, one entry per sample.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.planning.balance import RankPlan, micro_batches, share_prompt
+from orchestrator.planning.hardware import Device
+from orchestrator.planning.memory import ModelSize
+
+Lengths = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Dimensions(ModelSize):
+    """A model's size, and what decoding and heads need besides.
+
+    Args:
+        kv_width: key-value heads × their size.
+        tied: whether the LM head is the embedding.
+        bytes_per_weight: as engines hold and publishes carry them; 2 for bf16, 4 for fp32.
+    """
+
+    kv_width: int
+    tied: bool
+    bytes_per_weight: int = 2
+
+    @property
+    def head(self) -> int:
+        return self.vocabulary * self.hidden
+
+    @property
+    def trunk(self) -> int:
+        """Parameters that every token is multiplied with; an embedding is only looked up."""
+        return self.num_params - self.head * (1 if self.tied else 2)
+
+    @property
+    def weight_bytes(self) -> float:
+        return float(self.bytes_per_weight * self.num_params)
+
+    @property
+    def cache_bytes_per_token(self) -> float:
+        return 2.0 * self.bytes_per_weight * self.num_layers * self.kv_width
+
+
+def forward_flops(size: Dimensions, lengths: Lengths, *, head_tokens: float) -> float:
+    """Whole sequences of `lengths`, causal attention, the LM head on `head_tokens` positions."""
+    tokens, squares = float(lengths.sum()), float((lengths**2).sum())
+    attention = 2.0 * size.num_layers * size.hidden * squares  # 4 × layers × hidden × half of the square
+    return 2.0 * size.trunk * tokens + attention + 2.0 * size.head * head_tokens
+
+
+def line_lengths(prompts: Lengths, responses: Lengths, *, sharing: int, longest: int) -> Lengths:
+    """Tokens of each line where every `sharing` neighbours have one prompt, computed once (actors.learning.sharing)."""
+    return np.asarray(
+        [
+            prompts[start] + sum(responses[start + row] for row in line)
+            for start in range(0, len(prompts), sharing)
+            for line in share_prompt(int(prompts[start]), responses[start : start + sharing].tolist(), longest=longest)
+        ],
+        dtype=np.int64,
+    )
+
+
+@dataclass(frozen=True)
+class LearnSettings:
+    """How a model learns, or only scores; the keys of the same name of the configuration."""
+
+    zero_stage: int = 1
+    epochs: int = 1
+    minibatches: int = 1
+    micro_batch_tokens: int = 16384
+    gradient_checkpointing: bool = False
+
+
+def score_seconds(
+    size: Dimensions,
+    device: Device,
+    settings: LearnSettings,
+    *,
+    ranks: int,
+    lengths: Lengths,
+    head_tokens: float,
+    evenly: bool = False,
+) -> float:
+    """One forward pass over a shard. With ZeRO-3, gathers of weights are hidden behind compute as far as that goes.
+
+    Args:
+        evenly: rows are dealt on from shard to shard. Off: every shard begins at rank 0, whose time counts.
+    """
+    if evenly:
+        flops = forward_flops(size, lengths, head_tokens=head_tokens) / ranks
+        num_passes = float(lengths.sum()) / (ranks * settings.micro_batch_tokens)
+    else:
+        rows = lengths[::ranks]
+        plan = micro_batches(range(len(rows)), rows.tolist(), settings.micro_batch_tokens)
+        flops = forward_flops(size, _padded(plan, rows), head_tokens=head_tokens * len(rows) / len(lengths))
+        num_passes = float(len(plan))
+    gather = exchange_seconds(size.weight_bytes, device, ranks) if settings.zero_stage == 3 else 0.0
+    return max(flops / (device.flops * device.efficiency.forward), num_passes * gather)
+
+
+def learn_seconds(
+    size: Dimensions, device: Device, settings: LearnSettings, *, ranks: int, lengths: Lengths, head_tokens: float
+) -> float:
+    """One step of learning, on the rank with the longest rows of each minibatch: micro-batches forward and backward,
+    then the optimizer.
+
+    Gathers of ZeRO-3 are hidden behind compute, or compute behind them, whichever takes longer.
+    """
+    gathers = 2 * exchange_seconds(size.weight_bytes, device, ranks) if settings.zero_stage == 3 else 0.0
+    seconds = settings.minibatches * optimizer_seconds(size, device, settings, ranks=ranks)
+    passes = 4 if settings.gradient_checkpointing else 3
+    longest_first = np.sort(lengths)[::-1]
+    for minibatch in range(settings.minibatches):
+        rows = longest_first[minibatch :: settings.minibatches][::ranks]
+        plan = micro_batches(range(len(rows)), rows.tolist(), settings.micro_batch_tokens)
+        flops = passes * forward_flops(size, _padded(plan, rows), head_tokens=head_tokens * len(rows) / len(lengths))
+        seconds += max(flops / (device.flops * device.efficiency.learn), len(plan) * gathers)
+        seconds += len(plan) * _touch_seconds(size, device, device.efficiency.micro_batch_bytes)
+    return settings.epochs * seconds
+
+
+def optimizer_seconds(size: Dimensions, device: Device, settings: LearnSettings, *, ranks: int) -> float:
+    """Gradients reduced, this rank's part updated, weights gathered again (ZeRO-3 gathers them in the forward)."""
+    shards = ranks if settings.zero_stage else 1
+    update = _touch_seconds(size, device, device.efficiency.optimizer_bytes) / shards
+    exchanges = 1 if settings.zero_stage == 3 else 2
+    return update + exchanges * exchange_seconds(size.weight_bytes, device, ranks)
+
+
+def exchange_seconds(num_bytes: float, device: Device, ranks: int) -> float:
+    """A reduce-scatter or an all-gather of `num_bytes` over a ring of `ranks` devices."""
+    return num_bytes * (ranks - 1) / ranks / (_slowest_link(device, ranks) * device.efficiency.links)
+
+
+def generate_seconds(
+    size: Dimensions, device: Device, *, width: int, prompt_tokens: Lengths, new_tokens: Lengths, cache_tokens: float
+) -> float:
+    """One shard on one engine of `width` devices: prefill, then decoding in one batch.
+
+    Args:
+        cache_tokens: what the engine's KV cache holds. Samples beyond it wait for a place.
+    """
+    prefill = forward_flops(size, prompt_tokens, head_tokens=float(len(prompt_tokens)))
+    prefill /= width * device.flops * device.efficiency.forward
+    longest = float((prompt_tokens + new_tokens).max())
+    alive_T = alive_per_step(new_tokens, places=max(1, int(cache_tokens // longest)))
+    if len(alive_T) == new_tokens.max():
+        context_T = alive_T * (float(prompt_tokens.mean()) + np.arange(len(alive_T)))
+    else:
+        mean_age = float((new_tokens**2).sum()) / (2.0 * float(new_tokens.sum()))
+        context_T = alive_T * (float(prompt_tokens.mean()) + mean_age)
+    return prefill + float(decode_step_seconds(size, device, width=width, batch=alive_T, context=context_T).sum())
+
+
+def decode_step_seconds(
+    size: Dimensions,
+    device: Device,
+    *,
+    width: int,
+    batch: npt.NDArray[np.float64],
+    context: npt.NDArray[np.float64],
+) -> npt.NDArray[np.float64]:
+    """Each step of a decoding, on one engine.
+
+    Args:
+        batch: samples alive in each step.
+        context: tokens in the cache, all samples together, in each step.
+    """
+    efficiency = device.efficiency
+    read = size.weight_bytes + size.cache_bytes_per_token * context
+    flops = 2.0 * (size.trunk + size.head) * batch + 4.0 * size.num_layers * size.hidden * context
+    exchanged = (
+        4.0 * size.num_layers * batch * size.bytes_per_weight * size.hidden * (width - 1) / width
+    )  # two all-reduces a layer
+    at_work = np.maximum(
+        read / (width * device.bandwidth * efficiency.memory), flops / (width * device.flops * efficiency.decode)
+    )
+    return np.asarray(
+        efficiency.decode_step_s + at_work + exchanged / (_slowest_link(device, width) * efficiency.links)
+    )
+
+
+def alive_per_step(new_tokens: Lengths, *, places: int) -> npt.NDArray[np.float64]:
+    """How many samples are decoded in each step; those beyond `places` begin, in order, where one has ended."""
+    ends = new_tokens
+    if places < len(new_tokens):
+        last = [0] * places
+        for length in new_tokens.tolist():
+            heapq.heapreplace(last, last[0] + length)
+        ends = np.asarray(last)
+    steps = np.arange(int(ends.max()))
+    return (len(ends) - np.searchsorted(np.sort(ends), steps, side="right")).astype(np.float64)
+
+
+def publish_seconds(size: Dimensions, device: Device, *, devices: int) -> float:
+    """Weights broadcast to all engines, then read once more to prove them."""
+    carried = size.weight_bytes / (_slowest_link(device, devices) * device.efficiency.links)
+    return carried + size.weight_bytes / (device.bandwidth * device.efficiency.memory)
+
+
+def wake_seconds(size: Dimensions, device: Device, *, width: int) -> float:
+    """An engine's weights from the host's memory to its devices, or back."""
+    return size.weight_bytes / width / device.host_link
+
+
+def _padded(plan: RankPlan, lengths: Lengths) -> Lengths:
+    """Lengths with their padding: every row of a micro-batch is as long as its longest."""
+    return np.asarray([lengths[micro[0]] for micro in plan for _ in micro], dtype=np.int64)
+
+
+def _touch_seconds(size: Dimensions, device: Device, num_bytes: float) -> float:
+    """So many bytes of memory traffic for every parameter."""
+    return num_bytes * size.num_params / (device.bandwidth * device.efficiency.memory)
+
+
+def _slowest_link(device: Device, devices: int) -> float:
+    return device.link if devices <= device.per_node else device.network

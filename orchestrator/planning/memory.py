@@ -1,0 +1,203 @@
+"""How much memory a placement plan needs: an estimate from sizes alone, before anything is loaded.
+
+`state` follows from the settings: if it does not fit, nothing will. With the process's own overhead it came within a
+fifth of what real learners on the CPU held between steps. `working` (activations of one micro-batch, logits of one
+chunk, temporaries of the optimizer) comes on top while a role computes; no measurement has checked it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from orchestrator.config.base import Dtype
+from orchestrator.errors import CapacityError
+from orchestrator.planning.placement import Plan, Slot
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+# Resident memory of a process that has imported its libraries and holds next to nothing (measured on the CPU).
+LEARNER_PROCESS = 620 * MIB
+SCORER_PROCESS = 560 * MIB
+RULES_PROCESS = 490 * MIB
+ENGINE_PROCESS = 820 * MIB
+RECORDER_PROCESS = 350 * MIB
+COORDINATOR_PROCESS = 590 * MIB
+RAY_PROCESSES = 700 * MIB  # of one node: raylet, agents, and on the head its servers
+
+LOGIT_CHUNK = 512  # positions whose logits a learner or the reference holds at one time
+
+BYTES_OF: Mapping[Dtype, int] = {"bfloat16": 2, "float32": 4}
+_MOMENTS, _MASTERS = 8, 4  # bytes per parameter, Adam's two and the weights', both fp32
+_ADAM_TEMPORARIES = 8  # bytes per parameter of a shard while it is updated
+_ALIVE_IN_BACKWARD = (10, 4)  # values per token and layer that a Llama keeps: × hidden size, × feed-forward size
+_LOGIT_COPIES = 4
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What of a model's config decides its memory. `feed_forward` is the inner width of its MLP."""
+
+    num_params: int
+    num_layers: int
+    hidden: int
+    feed_forward: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process. `process` lies on the host, all else on the device where there is one."""
+
+    state: float = 0.0
+    working: float = 0.0
+    cache: float = 0.0
+    process: float = 0.0
+
+    @property
+    def on_device(self) -> float:
+        return self.state + self.working + self.cache
+
+    @property
+    def on_cpu(self) -> float:
+        """All of it, for a process without a device."""
+        return self.on_device + self.process
+
+
+def learner_memory(
+    size: ModelSize,
+    *,
+    dtype: Dtype,
+    zero_stage: int,
+    ranks: int,
+    micro_batch_tokens: int,
+    gradient_checkpointing: bool,
+    logits: bool,
+) -> Memory:
+    """One rank of a policy or a critic (`logits` off) under ZeRO (Rajbhandari 2020, section 3).
+
+    Stage 1 shards moments and masters, stage 2 gradients too, stage 3 weights too.
+    """
+    held = BYTES_OF[dtype]
+    optimizer = _MOMENTS + (_MASTERS if dtype == "bfloat16" or zero_stage else 0)
+    gradients = held + (4 if dtype == "bfloat16" and zero_stage else 0)
+    per_param = (
+        held / (ranks if zero_stage == 3 else 1)
+        + gradients / (ranks if zero_stage >= 2 else 1)
+        + optimizer / (ranks if zero_stage else 1)
+    )
+    temporaries = _ADAM_TEMPORARIES * size.num_params / (ranks if zero_stage else 1)
+    layers = 1 if gradient_checkpointing else size.num_layers
+    working = (
+        temporaries
+        + layers * _layer_bytes(size, dtype, micro_batch_tokens)
+        + (size.num_layers * size.hidden * micro_batch_tokens * held if gradient_checkpointing else 0)
+        + (_logit_bytes(size, micro_batch_tokens) + 4 * size.vocabulary * size.hidden if logits else 0)
+    )
+    return Memory(per_param * size.num_params, working, process=LEARNER_PROCESS)
+
+
+def scorer_memory(size: ModelSize, *, dtype: Dtype, shards: int, micro_batch_tokens: int, logits: bool) -> Memory:
+    """One rank of a reference or a reward model, which only runs forward: one layer's activations live at a time."""
+    working = _layer_bytes(size, dtype, micro_batch_tokens) + (_logit_bytes(size, micro_batch_tokens) if logits else 0)
+    return Memory(BYTES_OF[dtype] * size.num_params / shards, working, process=SCORER_PROCESS)
+
+
+def engine_memory(size: ModelSize, *, dtype: Dtype, tensor_parallel_size: int, cache_bytes: float) -> Memory:
+    """One rollout engine (of one GPU where it is split over several).
+
+    A publish is verified on a second copy of the weights.
+    """
+    state = BYTES_OF[dtype] * size.num_params / tensor_parallel_size
+    return Memory(state, state, cache_bytes, ENGINE_PROCESS)
+
+
+def _layer_bytes(size: ModelSize, dtype: Dtype, tokens: int) -> float:
+    per_hidden, per_inner = _ALIVE_IN_BACKWARD
+    return BYTES_OF[dtype] * tokens * (per_hidden * size.hidden + per_inner * size.feed_forward)
+
+
+def _logit_bytes(size: ModelSize, tokens: int) -> float:
+    return 4.0 * _LOGIT_COPIES * min(tokens, LOGIT_CHUNK) * size.vocabulary
+
+
+@dataclass(frozen=True)
+class NodeNeed:
+    """Bytes that a plan needs on one node, and what is there (None: not known)."""
+
+    address: str
+    kind: Literal["memory", "GPU memory"]
+    certain: float
+    needed: float
+    available: float | None
+
+    def describe(self) -> str:
+        there = "not known" if self.available is None else gib(self.available)
+        return f"{self.address}: {self.kind} needed about {gib(self.needed)}, there {there}"
+
+
+@dataclass(frozen=True)
+class NodeOffer:
+    """Memory of one node: the host's, and that of all its GPUs together. None: not known."""
+
+    memory: float | None
+    gpu_memory: float | None = None
+
+
+def needs(plan: Plan, memory_of: Mapping[str, Memory], offers: Mapping[str, NodeOffer]) -> list[NodeNeed]:
+    """Sums a plan's processes per node. The coordinator, which may run on any node, is counted on the first.
+
+    Args:
+        memory_of: role to the memory of one of its actors.
+        offers: node address to what it has.
+    """
+    found: list[NodeNeed] = []
+    for index, (address, offer) in enumerate(offers.items()):
+        slots = [slot for slot in plan.slots if slot.address == address]
+        extra = RAY_PROCESSES + (COORDINATOR_PROCESS if index == 0 else 0)
+        on_cpu, on_gpu = _on(slots, memory_of, gpu=False), _on(slots, memory_of, gpu=True)
+        found.append(
+            NodeNeed(
+                address,
+                "memory",
+                certain=extra + sum(m.state + m.process for m in on_cpu) + sum(m.process for m in on_gpu),
+                needed=extra + sum(m.on_cpu for m in on_cpu) + sum(m.process for m in on_gpu),
+                available=offer.memory,
+            )
+        )
+        if on_gpu:
+            certain, needed = sum(m.state for m in on_gpu), sum(m.on_device for m in on_gpu)
+            found.append(NodeNeed(address, "GPU memory", certain, needed, offer.gpu_memory))
+    return found
+
+
+def _on(slots: Sequence[Slot], memory_of: Mapping[str, Memory], *, gpu: bool) -> list[Memory]:
+    return [memory_of[slot.role] for slot in slots if (slot.gpu_share > 0) == gpu]
+
+
+def too_much(found: Sequence[NodeNeed]) -> list[str]:
+    """Warnings about nodes that probably have too little.
+
+    Raises:
+        CapacityError: weights, optimizer states and gradients alone exceed what a node has.
+    """
+    way_out = (
+        "Add nodes or memory, choose a smaller model, a higher zero_stage with more ranks, or fewer actors; "
+        "gradient_checkpointing and a smaller micro_batch_tokens lower what a step takes."
+    )
+    known = [(need, need.available) for need in found if need.available is not None]
+    short = [
+        f"{need.address} has {gib(there)} of {need.kind}, and weights, optimizer states and gradients of the actors "
+        f"placed there take {gib(need.certain)}"
+        for need, there in known
+        if need.certain > there
+    ]
+    if short:
+        raise CapacityError(f"too little memory: {'; '.join(short)}. {way_out}")
+    return [f"{need.describe()}. It may not fit. {way_out}" for need, there in known if need.needed > there]
+
+
+def gib(number: float) -> str:
+    return f"{number / GIB:.1f} GiB"

@@ -1,0 +1,1 @@
+"""The loop over simulated roles in virtual time."""

@@ -1,0 +1,111 @@
+"""Runs the coordinator over simulated roles and says what its steps took."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from orchestrator.coordinator import Coordinator, LoopSettings
+from orchestrator.failures import Unsupervised
+from orchestrator.held_out import Evaluation
+from orchestrator.planning.simulation.roles import (
+    Cluster,
+    SimulatedModel,
+    SimulatedPublisher,
+    SimulatedRecorder,
+    SimulatedRollouts,
+    SimulatedSchedule,
+)
+from orchestrator.planning.simulation.scenario import ROLES, Layout, Prediction, Work
+from orchestrator.planning.simulation.virtual_time import VirtualTimeLoop
+from orchestrator.run.checkpoints import Checkpoints
+from orchestrator.run.experience_log import ExperienceLog
+from orchestrator.sampler import Sampler
+from orchestrator.types import Sampling, State
+from orchestrator.watching.guards import Guards
+from orchestrator.watching.telemetry import METRICS_FILE, Telemetry, read_lines
+
+PHASES = ("generate", "score", "commit", "learn", "publish")
+_STEADY = 2  # steps that count, beside the first, to which the first publish falls, and those of a pipeline's ends
+
+
+def simulate(work: Work, layout: Layout, *, cache_tokens: float) -> Prediction:
+    """Args:
+    cache_tokens: KV cache of one engine.
+    """
+    filled = 1 + layout.max_staleness
+    measured = simulate_steps(work, layout, cache_tokens=cache_tokens, steps=filled + _STEADY + layout.max_staleness)
+    steady = measured[filled : filled + _STEADY]
+    mean = {name: fmean(step.get(name, 0.0) for step in steady) for name in steady[0]}
+    step_s = mean["time/step_s"]
+    busy = sum(mean[f"busy/{role}_s"] * layout.devices_of(role) for role in ROLES if f"busy/{role}_s" in mean)
+    return Prediction(
+        step_s=step_s,
+        phases_s={phase: mean[f"time/{phase}_s"] for phase in PHASES},
+        idle={role: mean[f"idle/{role}"] for role in ROLES if work.models.get(role) or role == "rollout"},
+        idle_devices=max(0.0, 1.0 - busy / (layout.devices * step_s)),
+        generated_per_s=mean["tokens/generated"] / step_s,
+    )
+
+
+def simulate_steps(work: Work, layout: Layout, *, cache_tokens: float, steps: int) -> Sequence[Mapping[str, float]]:
+    """The metrics of each step, as a run would write them."""
+    with tempfile.TemporaryDirectory(prefix="simulation-") as folder:
+        loop = VirtualTimeLoop()
+        try:
+            coordinator = _coordinator(Path(folder), loop, Cluster(work, layout), cache_tokens, steps)
+            loop.run_until_complete(coordinator.run(State(0, 0.0)))
+        finally:
+            loop.close()
+        return [line["metrics"] for line in read_lines(Path(folder) / METRICS_FILE) if line["kind"] == "step"]
+
+
+def _coordinator(folder: Path, loop: VirtualTimeLoop, cluster: Cluster, cache_tokens: float, steps: int) -> Coordinator:
+    layout = cluster.layout
+    policy, reference = (SimulatedModel(cluster, role, has_head=True) for role in ("policy", "reference"))
+    critic, reward = (SimulatedModel(cluster, role, has_head=False) for role in ("critic", "reward"))
+    rollouts, recorder = SimulatedRollouts(cluster, cache_tokens), SimulatedRecorder()
+    telemetry = Telemetry(folder, "simulation", 1, clock=loop.time, wall_clock=loop.time)
+    log = ExperienceLog(folder / "log", recorder, max_failed_fraction=0.0)
+    cut: dict[str, Any] = {"sampling": Sampling(), "samples_per_shard": layout.samples_per_shard}
+    return Coordinator(
+        settings=LoopSettings(steps, 0, lambda coefficient, kl, samples: coefficient),
+        sampler=Sampler(
+            rollouts,
+            SimulatedSchedule(cluster.work.samples),
+            max_staleness=layout.max_staleness,
+            takes_turns=layout.takes_turns,
+            **cut,
+        ),
+        reference=reference,
+        reward=reward,
+        policy=policy,
+        critic=critic,
+        publisher=SimulatedPublisher(cluster),
+        log=log,
+        checkpoints=Checkpoints(folder / "checkpoints", {}, every_steps=0, last_step=steps + 1, keep=1),
+        evaluation=Evaluation(
+            folder / "evaluation",
+            (),
+            rollouts=rollouts,
+            policy=policy,
+            reference=reference,
+            reward=reward,
+            recorder=recorder,
+            telemetry=telemetry,
+            every_steps=0,
+            last_step=steps,
+            **cut,
+        ),
+        guards=Guards((), folder=folder, telemetry=telemetry, past=log.metrics, console=_silent),
+        telemetry=telemetry,
+        meter=cluster.meter,
+        supervisor=Unsupervised(),
+    )
+
+
+def _silent(line: str) -> None:
+    pass

@@ -1,0 +1,154 @@
+"""What is simulated: the work of a step, and which devices do which part of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from orchestrator.planning.costs import Dimensions, LearnSettings, Lengths
+from orchestrator.planning.hardware import Device
+
+MODELS = ("policy", "critic", "reference", "reward")
+ROLES = ("rollout", *MODELS)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Lengths in tokens: log-normal around `mean` with a relative standard deviation, cut at `longest`."""
+
+    mean: float
+    longest: int
+    deviation: float = 0.0
+
+    def draw(self, count: int, seed: tuple[int, ...]) -> Lengths:
+        """The same seed gives the same lengths."""
+        variance = np.log1p(self.deviation**2)
+        drawn = np.random.default_rng(seed).lognormal(np.log(self.mean) - variance / 2, np.sqrt(variance), count)
+        return np.asarray(np.clip(np.rint(drawn), 1, self.longest).astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step has to do. A role whose model is None costs nothing: rules for the reward, GRPO for the critic.
+
+    Args:
+        models: of policy, critic, reference, reward.
+        samples: of a step; those of one prompt are neighbours.
+        sharing: samples whose prompt policy and reference compute once for all of them.
+    """
+
+    models: Mapping[str, Dimensions | None]
+    samples: int
+    prompt: Spread
+    response: Spread
+    sharing: int = field(default=1, kw_only=True)
+
+    @property
+    def policy(self) -> Dimensions:
+        found = self.models["policy"]
+        if found is None:
+            raise ValueError("a step without a policy is no step")
+        return found
+
+    def lengths(self, step: int) -> tuple[Lengths, Lengths]:
+        """(prompts, responses) of the samples of a step."""
+        prompts = self.prompt.draw(math.ceil(self.samples / self.sharing), (step, 0))
+        return np.repeat(prompts, self.sharing)[: self.samples], self.response.draw(self.samples, (step, 1))
+
+
+@dataclass(frozen=True)
+class Measured(Work):
+    """Work whose lengths are those of a run that was.
+
+    Args:
+        of_step: lengths (prompts, responses), step by step; begins again after the last.
+    """
+
+    of_step: tuple[tuple[Lengths, Lengths], ...] = ()
+
+    def lengths(self, step: int) -> tuple[Lengths, Lengths]:
+        return self.of_step[step % len(self.of_step)]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Devices that some roles share, and how many of them one call of each role takes."""
+
+    devices: int
+    widths: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which devices do what. Engines that share a pool with other roles take turns with them.
+
+    Args:
+        reward_replicas: copies of the reward model that each score whole shards.
+        learning: of each role but the engines; for reference and reward zero_stage and micro_batch_tokens count.
+        deals_on: scoring as some peers do it: one call of all ranks, which stay equally full. Off, as this program
+            does it: see `scoring_ranks`.
+    """
+
+    device: Device
+    pools: tuple[Pool, ...]
+    engines: int
+    samples_per_shard: int
+    max_staleness: int = 0
+    reward_replicas: int = 1
+    learning: Mapping[str, LearnSettings] = field(default_factory=lambda: dict.fromkeys(MODELS, LearnSettings()))
+    deals_on: bool = False
+
+    @property
+    def devices(self) -> int:
+        return sum(pool.devices for pool in self.pools)
+
+    def pool_of(self, role: str) -> Pool:
+        return next(pool for pool in self.pools if role in pool.widths)
+
+    def width(self, role: str) -> int:
+        return self.pool_of(role).widths[role]
+
+    @property
+    def takes_turns(self) -> bool:
+        return len(self.pool_of("rollout").widths) > 1
+
+    def copies(self, role: str) -> int:
+        """How many calls of a role may be at work at once."""
+        return {"rollout": self.engines, "reward": self.reward_replicas}.get(role, 1)
+
+    def scoring_ranks(self, role: str, samples: int) -> int:
+        """Ranks that one shard of a step of so many samples is dealt to (actors.remote.roles.ShardedScorer)."""
+        if self.deals_on or self.learning[role].zero_stage == 3:
+            return self.width(role)
+        return max(1, self.width(role) // math.ceil(samples / self.samples_per_shard))
+
+    def devices_of(self, role: str) -> int:
+        """Devices that the role's actors sit on."""
+        return self.width(role) * self.copies(role)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a simulated run took, as means over its steady steps.
+
+    Args:
+        step_s: wall seconds of a step.
+        phases_s: seconds of generate, score, commit, learn and publish; they may overlap.
+        idle: share of a step that a role's devices did nothing for it, by role.
+        idle_devices: share of all device seconds in which nothing was computed.
+        generated_per_s: response tokens per second.
+    """
+
+    step_s: float
+    phases_s: Mapping[str, float]
+    idle: Mapping[str, float]
+    idle_devices: float
+    generated_per_s: float
+
+    def money(self, layout: Layout, steps: int = 1) -> float | None:
+        """US dollars for so many steps; None: the device has no price."""
+        price = layout.device.price
+        return None if price is None else price * layout.devices * steps * self.step_s / 3600

@@ -1,0 +1,146 @@
+"""Ways to lay work out over a number of GPUs, each simulated, the fastest first."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from orchestrator.config.base import Dtype
+from orchestrator.errors import CapacityError
+from orchestrator.planning.costs import LearnSettings
+from orchestrator.planning.hardware import Device
+from orchestrator.planning.simulation.fit import DeviceMemory, cache_tokens, memory_per_device
+from orchestrator.planning.simulation.run import simulate
+from orchestrator.planning.simulation.scenario import MODELS, Layout, Pool, Prediction, Work
+
+ENGINE_SHARES = (0.125, 0.25, 0.5, 0.75)
+MICRO_BATCH_TOKENS = (65536, 32768, 16384, 8192, 4096, 2048, 1024)
+ENGINE_WIDTHS = (1, 2, 4, 8)
+_SHARE_OF_WORKING = 0.25  # of a GPU's memory: beyond it a KV cache gains more than a micro-batch
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout that fits, and what a step of it takes."""
+
+    layout: Layout
+    memory: Sequence[DeviceMemory]
+    prediction: Prediction
+
+
+@dataclass(frozen=True)
+class Search:
+    """`best` first; `refused` says of each way that does not fit why, and the way out."""
+
+    candidates: Sequence[Candidate]
+    refused: Mapping[str, str]
+
+
+def search(
+    work: Work,
+    device: Device,
+    devices: int,
+    *,
+    learning: Mapping[str, LearnSettings],
+    dtype: Dtype,
+    staleness: int,
+    widths: Sequence[int] = ENGINE_WIDTHS,
+) -> Search:
+    """Args:
+    learning: how each role learns; what does not fit that way is tried with ZeRO-3 and with checkpointing.
+    staleness: the largest that separate placements may use.
+    widths: devices of one engine to try.
+    """
+    candidates: list[Candidate] = []
+    refused: dict[str, str] = {}
+    for layout in layouts(work, device, devices, learning=learning, widths=widths):
+        try:
+            fitting, memory = _fitting(work, layout, dtype)
+        except CapacityError as error:
+            refused[describe(layout)] = str(error)
+            continue
+        for versions in {0} if layout.takes_turns else {0, staleness}:
+            stale = replace(fitting, max_staleness=versions)
+            tokens = cache_tokens(work, stale, memory)
+            candidates.append(Candidate(stale, memory, simulate(work, stale, cache_tokens=tokens)))
+    return Search(sorted(candidates, key=lambda candidate: candidate.prediction.step_s), refused)
+
+
+def describe(layout: Layout) -> str:
+    mode = "colocated" if layout.takes_turns else "separate"
+    stale = f", staleness {layout.max_staleness}" if layout.max_staleness else ""
+    return f"{mode}, {layout.engines} engines of {layout.width('rollout')}{stale}"
+
+
+def layouts(
+    work: Work, device: Device, devices: int, *, learning: Mapping[str, LearnSettings], widths: Sequence[int]
+) -> Iterator[Layout]:
+    """Colocated with every width of an engine; separate with every share of GPUs for the engines besides."""
+    roles = [role for role in MODELS if work.models[role] is not None]
+    for width in (width for width in widths if width <= min(devices, device.per_node)):
+        if devices % width == 0:
+            pool = Pool(devices, dict.fromkeys(MODELS, devices) | {"rollout": width, "reward": 1})
+            engines = devices // width
+            yield Layout(device, (pool,), engines, -(-work.samples // engines), 0, devices, learning)
+        for share in ENGINE_SHARES:
+            engines = int(devices * share) // width
+            left = devices - engines * width
+            if engines and left >= len(roles):
+                apart = _dealt(work, roles, left, learning)
+                pools = (Pool(engines * width, {"rollout": width}), *apart)
+                replicas = next(pool.devices for pool in apart if "reward" in pool.widths)
+                yield Layout(device, pools, engines, -(-work.samples // engines), 0, replicas, learning)
+
+
+def _dealt(work: Work, roles: Sequence[str], devices: int, learning: Mapping[str, LearnSettings]) -> list[Pool]:
+    """A pool for each role, by its FLOPs: a pass forward counts 1, learning 3 more per epoch. Roles without a model
+    sit with the last one, where they cost nothing."""
+    flops = {}
+    for role in roles:
+        size = work.models[role]
+        passes = 1 + 3 * learning[role].epochs * (role in ("policy", "critic"))
+        flops[role] = passes * size.num_params if size else 0
+    spare = devices - len(roles)
+    counts = {role: 1 + int(spare * flops[role] / sum(flops.values())) for role in roles}
+    counts["policy"] += devices - sum(counts.values())
+    pools = [Pool(counts[role], {role: 1 if role == "reward" else counts[role]}) for role in roles]
+    absent = {role: 1 for role in MODELS if role not in roles}
+    return [*pools[:-1], replace(pools[-1], widths={**pools[-1].widths, **absent})]
+
+
+def _fitting(work: Work, layout: Layout, dtype: Dtype) -> tuple[Layout, list[DeviceMemory]]:
+    """The first way of learning that leaves room for a whole shard in an engine's cache, else the first that fits; with
+    the largest micro-batch of which that is so. Raises CapacityError: none fits."""
+    fits, error = None, None
+    for tried in _ways_to_learn(layout):
+        try:
+            memory = memory_per_device(work, tried, dtype=dtype)
+        except CapacityError as too_small:
+            error = too_small
+            continue
+        fits = fits or (tried, memory)
+        shard_tokens = layout.samples_per_shard * (work.prompt.mean + work.response.mean)
+        is_small = all(part.working <= _SHARE_OF_WORKING * part.available for part in memory)
+        if is_small and cache_tokens(work, tried, memory) >= shard_tokens:
+            return tried, memory
+    if fits is None:
+        raise error or CapacityError("there is no way to learn")
+    return fits
+
+
+def _ways_to_learn(layout: Layout) -> Iterator[Layout]:
+    """As it is set, with ZeRO-3, with checkpointing, with both; each with smaller and smaller micro-batches."""
+    for (zero, checkpointing), tokens in itertools.product(
+        ((None, None), (3, None), (None, True), (3, True)), MICRO_BATCH_TOKENS
+    ):
+        learning = {
+            role: replace(
+                settings,
+                micro_batch_tokens=tokens,
+                zero_stage=settings.zero_stage if zero is None or role == "reward" else zero,
+                gradient_checkpointing=settings.gradient_checkpointing if checkpointing is None else checkpointing,
+            )
+            for role, settings in layout.learning.items()
+        }
+        yield replace(layout, learning=learning)

@@ -1,0 +1,1 @@
+"""The folder of a run: attempts, experience log, checkpoints, mirror."""

@@ -1,0 +1,248 @@
+"""The folder of one run: its id, its config, and which attempt this process is."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from orchestrator.config.changes import Change, changed_keys
+from orchestrator.config.config import Config
+from orchestrator.config.loader import load_config, to_yaml
+from orchestrator.errors import ConfigError, StorageError, Superseded
+from orchestrator.run.attempts import ATTEMPTS, claim, numbers
+from orchestrator.run.checkpoints import MARKER
+from orchestrator.run.mirror import Mirror
+from orchestrator.run.storage import reading, replacing, writing
+from orchestrator.watching.telemetry import EVENTS_FILE, read_lines
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """An open run folder. `attempt` counts the lives of this run's driver, from 1; `notes` are lines for people."""
+
+    path: Path
+    id: str
+    attempt: int
+    notes: tuple[str, ...] = ()
+
+    def require_newest(self) -> None:
+        """Raises Superseded when a later attempt has opened this folder: two must never write one run."""
+        with reading(self.path / ATTEMPTS):
+            newest = max(numbers(self.path / ATTEMPTS), default=0)
+        if newest > self.attempt:
+            raise Superseded(f"run {self.id}: attempt {newest} writes this run now, so attempt {self.attempt} stops.")
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation"
+
+    @property
+    def preferences(self) -> Path:
+        return self.path / "preferences.jsonl"
+
+    @property
+    def reward_model(self) -> Path:
+        return self.path / "reward-model"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def best_export(self) -> Path:
+        return self.path / "export-best"
+
+
+def open_run(config: Config, tell: Callable[[str], None] = lambda line: None) -> RunFolder:
+    """Creates the run's folder, or opens it for a further attempt when run.id names one that exists.
+
+    A config that differs in keys that do not matter (config_changes.py) takes the place of the one before, which is
+    kept as config.attempt-NNN.yaml, NNN being the last attempt that it was in force for.
+
+    Args:
+        tell: gets a line for people when an attempt that may be alive is waited for.
+
+    Raises:
+        CapacityError: another attempt of this run is alive.
+        ConfigError: the folder holds a run whose config differs in a key that matters, or can't be read.
+        StorageError: it can't be written.
+    """
+    path = _make_folder(storage_root(config.run.root), config)
+    attempt = claim(path, wait_s=config.placement.wait_s, tell=tell)
+    # Read only now: an attempt that began beside this one may have been the first to keep its config.
+    try:
+        changes = _harmless_changes(path / CONFIG_FILE, config)
+    except BaseException:
+        with writing(path / ATTEMPTS):
+            (path / ATTEMPTS / f"{attempt:03d}").unlink()
+        raise
+    _keep_config(path / CONFIG_FILE, config, changes, attempt)
+    notes = tuple(f"config changed since the last attempt: {change}" for change in changes)
+    return RunFolder(path, path.name, attempt, notes)
+
+
+def _make_folder(root: Path, config: Config) -> Path:
+    """The run's folder, which only this user can enter: it holds samples, and whatever an error quotes. An existing
+    one is left as it is, so that a folder that was opened to others stays open.
+
+    A new run gets a folder that nobody else has, also when two start in the same second.
+    """
+    path = root / (config.run.id or _new_id(config.run.name, os.getpid()))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                path.mkdir(mode=0o700, exist_ok=config.run.id is not None)
+                break
+            except FileExistsError:
+                if config.run.id is not None:
+                    raise
+                path = root / _new_id(config.run.name, secrets.randbelow(1000))
+        (path / ATTEMPTS).mkdir(exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"run folder {path} can't be made ({error.strerror}); set run.root to a place that can."
+        ) from None
+    return path
+
+
+def _new_id(name: str, number: int) -> str:
+    return f"{name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}-{number % 1000:03d}"
+
+
+def restore_lost(config: Config) -> str | None:
+    """Makes the folder of the run that run.id names from its mirror, when it is gone; a line for people.
+
+    Raises:
+        StorageError: the mirror does not answer, or no snapshot of it is whole.
+    """
+    if config.run.id is None or config.run.mirror is None:
+        return None
+    path = storage_root(config.run.root) / config.run.id
+    if path.exists():
+        return None
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    snapshot = Mirror(config.run.mirror, config.run.id).pull(path)
+    if snapshot is None:
+        return None
+    with writing(path):
+        path.chmod(0o700)
+    return f"run {path.name}: its folder was gone; {len(snapshot.files)} files are back from snapshot {snapshot.name}"
+
+
+def kept_config(config: Config) -> Config | None:
+    """The config kept in the folder of the run that run.id names; None when there is no such run.
+
+    Raises:
+        ConfigError: it can't be read as a config.
+        StorageError: it can't be read at all.
+    """
+    if config.run.id is None:
+        return None
+    path = storage_root(config.run.root) / config.run.id / CONFIG_FILE
+    with reading(path):
+        return load_config(path) if path.exists() else None
+
+
+def refuse_existing(config: Config) -> None:
+    """Raises ConfigError when run.id names a run that exists."""
+    if config.run.id is not None and (storage_root(config.run.root) / config.run.id / CONFIG_FILE).exists():
+        raise ConfigError(
+            f"run {config.run.id!r} exists in {storage_root(config.run.root)}, and --resume is never. Give another "
+            "run.id."
+        )
+
+
+def finished_run(config: Config) -> Path | None:
+    """The folder of the run that run.id names, when nothing of it is left to do. Raises StorageError."""
+    if config.run.id is None:
+        return None
+    path = storage_root(config.run.root) / config.run.id
+    last = config.stages[-1]
+    events = read_lines(path / EVENTS_FILE)
+    kinds = [line["kind"] for line in events if line["stage"] == last and line["kind"].startswith("stage_")]
+    is_done = kinds[-1:] == ["stage_finished"]
+    if last == "ppo":
+        # A run that has finished may be told to take more steps.
+        is_done = is_done and (path / "checkpoints" / f"step-{config.ppo.steps:06d}" / MARKER).exists()
+    return path if is_done else None
+
+
+def check_run_folder(config: Config) -> str:
+    """What `open_run` would find, before anything is made but the root itself; says where runs go and the room there.
+
+    Raises:
+        ConfigError: the root can't be written, or run.id names a run that the config can't continue.
+    """
+    root = storage_root(config.run.root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"run.root={config.run.root}: {root} can't be written ({error.strerror}). Set run.root to a place that can."
+        ) from None
+    if config.run.id is not None:
+        _harmless_changes(root / config.run.id / CONFIG_FILE, config)
+    return f"run folders: {root}, {shutil.disk_usage(root).free / (1 << 30):.1f} GiB free"
+
+
+def storage_root(root: Path) -> Path:
+    """`root` as an absolute path. Inside a Ray job the working directory is a copy that Ray deletes, so a relative
+    root then means one below the home folder."""
+    root = root.expanduser()
+    if root.is_absolute():
+        return root
+    inside_package = "runtime_resources" in Path.cwd().parts
+    return (Path.home() / "rlhf" / root) if inside_package else Path.cwd() / root
+
+
+def _harmless_changes(path: Path, config: Config) -> tuple[Change, ...]:
+    """What differs from the config kept in `path`, if one is. Raises ConfigError when any of it matters."""
+    with reading(path):
+        if not path.exists():
+            return ()
+    changes = changed_keys(load_config(path), config)
+    if any(change.matters for change in changes):
+        lines = (f"{change}  ({'matters' if change.matters else 'does not matter'})" for change in changes)
+        way_out = "Set the keys that matter back to continue it, or give another run.id to start a new run."
+        if any(change.matters and change.is_of_contents for change in changes):
+            way_out += (
+                " A file that changed under its path: put back the one that the run started with, or continue with the "
+                "new one by run.accept_changed_files=true."
+            )
+        raise ConfigError(
+            f"run {path.parent.name!r} was started with another config, kept in {path}:\n  " + "\n  ".join(lines) + "\n"
+            f"{way_out}"
+        )
+    return changes
+
+
+def _keep_config(path: Path, config: Config, changes: Sequence[Change], attempt: int) -> None:
+    with reading(path):
+        before = path.read_bytes() if path.exists() else None
+    if before is not None and not changes:
+        return
+    if before is not None:
+        with replacing(path.with_name(f"config.attempt-{attempt - 1:03d}.yaml")) as temporary:
+            temporary.write_bytes(before)
+    with replacing(path) as temporary:
+        temporary.write_text(to_yaml(config), encoding="utf-8")

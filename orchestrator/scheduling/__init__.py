@@ -1,1 +1,0 @@
-"""Pure decisions about what runs where and together with what."""

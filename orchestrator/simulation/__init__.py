@@ -1,1 +1,0 @@
-"""The real coordinator over simulated roles, under virtual time: what a run would take, before there is one."""

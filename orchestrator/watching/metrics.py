@@ -1,0 +1,231 @@
+"""The catalogue of metrics: one name for one number, in the JSONL file, in trackers, in Prometheus and in the docs.
+
+`docs/metrics.md` is generated from METRICS by `to_markdown`; a test keeps it in step.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+ROLES = ("policy", "reference", "reward", "critic", "rollout")
+PHASES: Mapping[str, str] = MappingProxyType(
+    {
+        "generate": "sampling, from the step's start until its shards are handed to the scorers",
+        "score": "waiting for shards and for the four scorers",
+        "commit": "assembling experience and writing it durably",
+        "learn": "policy and critic updates",
+        "publish": "bringing new weights to every engine and proving it",
+        "save": "saving a checkpoint, beside sampling",
+        "evaluate": "evaluating on held-out prompts",
+    }
+)
+
+When = Literal["every step", "evaluation", "reward_model stage"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    Args:
+        name: as recorded; `<name>` stands for a name that the run's config gives.
+        help: what the number says, in one sentence without a final period.
+        unit: of the value; "1" for shares and other plain numbers.
+        kind: gauge (the value of this step) or counter (a total over the run).
+        when: which line of metrics.jsonl carries it.
+    """
+
+    name: str
+    help: str
+    unit: str = "1"
+    kind: Literal["gauge", "counter"] = "gauge"
+    when: When = "every step"
+
+    @property
+    def is_template(self) -> bool:
+        return "<" in self.name
+
+
+def _rewards() -> Iterable[Metric]:
+    yield Metric("reward/mean", "Mean sequence reward of the step's samples, before the KL penalty", "reward")
+    yield Metric("reward/std", "Standard deviation of the sequence rewards", "reward")
+    yield Metric("reward/min", "Lowest sequence reward", "reward")
+    yield Metric("reward/max", "Highest sequence reward", "reward")
+    yield Metric("reward/part/<name>", "Mean of one part of the reward, over the samples that have it", "reward")
+    yield Metric("reward/failed", "Samples dropped because their reward failed", "samples")
+    yield Metric("reward/failed_fraction", "Share of the step's samples whose reward failed")
+    yield Metric("reward/cut", "Samples whose start the reward model did not read (reward.max_length)", "samples")
+
+
+def _samples() -> Iterable[Metric]:
+    yield Metric("kl/per_response", "KL of the policy to the reference, summed over a response (k1), mean", "nats")
+    yield Metric("kl/per_token", "KL of the policy to the reference, mean over response tokens (k1)", "nats")
+    yield Metric("kl/per_token_k3", "The same by the k3 estimator, which is never negative", "nats")
+    yield Metric("kl/coefficient", "Weight of the KL penalty in this step")
+    yield Metric("response/length_mean", "Mean response length, EOS included", "tokens")
+    yield Metric("response/length_std", "Standard deviation of the response length", "tokens")
+    yield Metric("response/length_min", "Shortest response", "tokens")
+    yield Metric("response/length_max", "Longest response", "tokens")
+    yield Metric("response/cut_by_length", "Share of responses cut by rollout.max_new_tokens")
+    yield Metric("response/without_eos", "Share of responses that end without EOS")
+    yield Metric("engine/mismatch", "Mean |log-prob of the learner - log-prob of the engine| of sampled tokens", "nats")
+    yield Metric("engine/mismatch_max", "Largest |log-prob of the learner - log-prob of the engine|", "nats")
+    yield Metric("engine/mismatch_k3", "KL of the engine to the learner on sampled tokens (k3)", "nats")
+    yield Metric("advantage/mean", "Mean advantage over response tokens, before whitening", "reward")
+    yield Metric("advantage/std", "Standard deviation of the advantages, before whitening", "reward")
+    yield Metric("advantage/min", "Lowest advantage, before whitening", "reward")
+    yield Metric("advantage/max", "Highest advantage, before whitening", "reward")
+
+
+def _learning() -> Iterable[Metric]:
+    yield Metric("policy/loss", "Policy loss, mean over the step's optimizer steps")
+    yield Metric("policy/entropy", "Entropy of the policy's token distribution, mean over response tokens", "nats")
+    yield Metric("policy/clip_fraction", "Share of tokens whose ratio the policy clip cuts")
+    yield Metric("policy/approx_kl", "KL of the updated policy to the one that sampled (k3)", "nats")
+    yield Metric("policy/ratio_max", "Largest probability ratio new / old of a token")
+    yield Metric("critic/loss", "Value loss, mean over the step's optimizer steps")
+    yield Metric("critic/clip_fraction", "Share of tokens whose value the value clip cuts")
+    explained = (
+        "1 - Var(returns - values) / Var(returns), before the update; without a critic, of the groups' baselines"
+    )
+    yield Metric("critic/explained_variance", explained)
+    for role in ("policy", "critic"):
+        yield Metric(f"{role}/grad_norm", "Gradient norm before clipping, mean over optimizer steps")
+        yield Metric(f"{role}/learning_rate", "Learning rate of the step's last optimizer step")
+
+
+def _cost() -> Iterable[Metric]:
+    for phase, what in PHASES.items():
+        yield Metric(f"time/{phase}_s", f"Wall time in which at least one task was in this phase: {what}", "seconds")
+    yield Metric("time/step_s", "Wall time of the step", "seconds")
+    for role in ROLES:
+        yield Metric(f"busy/{role}_s", "Seconds of the step in which the role computed (mean of its actors)", "seconds")
+        yield Metric(f"idle/{role}", "Share of the step in which the role did not compute: 1 - busy / step")
+    yield Metric("tokens/generated", "Response tokens sampled for this step", "tokens")
+    yield Metric("tokens/learned", "Response tokens learned from in this step, times epochs", "tokens")
+    yield Metric("tokens/generated_per_s", "tokens/generated over time/generate_s", "tokens/second")
+    yield Metric("tokens/learned_per_s", "tokens/learned over time/learn_s", "tokens/second")
+    yield Metric("tokens/total", "Response tokens of all steps of the run so far", "tokens", "counter")
+    yield Metric("publish/tensors_verified", "Weight tensors compared on every engine after publishing", "tensors")
+    yield Metric("publish/verify_s", "Part of publishing: checksums and reading back, on the slowest engine", "s")
+    yield Metric("publish/apply_s", "Part of publishing: loading and packing weights, on the slowest engine", "s")
+    yield Metric("publish/bytes", "Bytes of weights published", "bytes")
+    for role in (*ROLES, "coordinator"):
+        yield Metric(f"memory/{role}_rss_bytes", "Resident memory, the largest process of the role", "bytes")
+    yield Metric("telemetry/non_finite", "Metrics of this line that were NaN or infinite and are written as null")
+
+
+def _beside_steps() -> Iterable[Metric]:
+    evaluation: When = "evaluation"
+    yield Metric("evaluation/gold_mean", "Mean gold score of held-out responses", "gold", when=evaluation)
+    yield Metric("evaluation/gold_std", "Standard deviation of the gold scores", "gold", when=evaluation)
+    yield Metric("evaluation/reward_mean", "Mean training reward of held-out responses", "reward", when=evaluation)
+    what = "Held-out samples whose start the reward model did not read"
+    yield Metric("evaluation/reward_cut", what, "samples", when=evaluation)
+    yield Metric("evaluation/kl_per_response", "KL to the reference on held-out responses", "nats", when=evaluation)
+    yield Metric("evaluation/length_mean", "Mean length of held-out responses", "tokens", when=evaluation)
+    yield Metric(
+        "evaluation/failed", "Held-out responses without a gold score, left out of what is scored", when=evaluation
+    )
+    stage: When = "reward_model stage"
+    yield Metric("reward_model/loss", "Ranking loss", when=stage)
+    yield Metric("reward_model/accuracy", "Share of training pairs in the right order", when=stage)
+    yield Metric("reward_model/held_out_accuracy", "Share of held-out pairs in the right order", when=stage)
+    yield Metric("reward_model/grad_norm", "Gradient norm before clipping", when=stage)
+    yield Metric("reward_model/learning_rate", "Learning rate", when=stage)
+
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {metric.name: metric for part in (_rewards, _samples, _learning, _cost, _beside_steps) for metric in part()}
+)
+
+
+def lookup(name: str) -> Metric | None:
+    """The catalogue's entry for a recorded name (`reward/part/style` finds `reward/part/<name>`), or None."""
+    if name in METRICS:
+        return METRICS[name]
+    templates = (metric for metric in METRICS.values() if metric.is_template)
+    return next((metric for metric in templates if name.startswith(metric.name.partition("<")[0])), None)
+
+
+def prometheus_name(name: str) -> str:
+    """`reward/mean` becomes `rlhf_reward_mean`; counters get Prometheus' `_total` once.
+
+    A name with characters other than letters, digits, `_` and `/` keeps apart from its neighbours by a checksum.
+    """
+    plain = re.sub(r"[^a-zA-Z0-9_]", "_", name)
+    if re.search(r"[^a-zA-Z0-9_/]", name):
+        plain += f"_{zlib.crc32(name.encode()):08x}"
+    entry = lookup(name)
+    is_counter = entry is not None and entry.kind == "counter"
+    return f"rlhf_{plain}" + ("_total" if is_counter and not plain.endswith("_total") else "")
+
+
+def to_markdown() -> str:
+    """The text of docs/metrics.md."""
+    lines = [
+        "# Metrics",
+        "",
+        "Generated from `orchestrator/watching/metrics.py`; change it there.",
+        "",
+        "Every step appends one line to `metrics.jsonl` in the run folder: `stage`, `kind`, `step`, `attempt`, `time` "
+        "and `metrics`. Phase seconds count from the line before; phases that overlap each count in full. Values that "
+        "are NaN or infinite are written as null and counted in `telemetry/non_finite`.",
+        "",
+        "The coordinator's Prometheus endpoint (`telemetry.prometheus_port`; its address is in `prometheus.json` in "
+        "the run folder, a file for `file_sd_configs`, which takes wildcards in file names only) shows the newest "
+        "value of each under its Prometheus name, labelled `run_id`. Beside these: "
+        "`rlhf_steps_total` (steps finished by this process) and `rlhf_run_info` "
+        "(labels `run_id`, `attempt`). `rlhf_tokens_total` counts from the start of the process; "
+        "`tokens/total` in the file counts over the whole run.",
+    ]
+    for when, title in _SECTIONS.items():
+        lines += ["", f"## {title}", "", "| metric | unit | meaning | Prometheus |", "|---|---|---|---|"]
+        for metric in METRICS.values():
+            if metric.when == when:
+                exposed = prometheus_name(metric.name) if not metric.is_template else "rlhf_reward_part_<name>"
+                lines.append(f"| `{metric.name}` | {metric.unit} | {_cell(metric.help)} | `{exposed}` |")
+    lines += ["", *_ACTOR_METRICS, ""]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+_SECTIONS: Mapping[When, str] = {
+    "every step": "Every PPO step",
+    "evaluation": "Every evaluation",
+    "reward_model stage": "Reward-model stage",
+}
+
+ACTOR_METRICS: Mapping[str, Metric] = MappingProxyType(
+    {
+        metric.name: metric
+        for metric in (
+            Metric("rlhf_actor_rss_bytes", "Resident memory of the actor's process", "bytes"),
+            Metric("rlhf_actor_busy_seconds", "Seconds that the actor has computed", "seconds", "counter"),
+            Metric("rlhf_actor_tokens", "Tokens that the actor has sampled, scored or learned", "tokens", "counter"),
+            Metric("rlhf_actor_weights_version", "Version of the policy's weights that an engine holds"),
+        )
+    }
+)
+
+_ACTOR_METRICS = [
+    "## Actors, through Ray's metrics agents",
+    "",
+    "Tags `run_id`, `role`, `rank`. Ray adds the prefix `ray_`, and `_total` to counters. Counters of ended processes "
+    "stay until the node's agent ends: use `rate()` and `sum by (run_id, role)`.",
+    "",
+    "| metric | unit | meaning |",
+    "|---|---|---|",
+    *(
+        f"| `ray_{metric.name}{'_total' if metric.kind == 'counter' else ''}` | {metric.unit} | {metric.help} |"
+        for metric in ACTOR_METRICS.values()
+    ),
+]

@@ -1,0 +1,107 @@
+"""What a run is expected to take: from sizes and the machine's speed, without a model's weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.machine.node_speeds import complaints
+from actors.machine.probe import Speed
+from jobs.plan import estimate as module
+from jobs.plan.estimate import START_S, estimate, expected
+from jobs.prepare import Prepared
+from orchestrator.config.config import Config
+from orchestrator.config.loader import load_config
+from orchestrator.prompts import Splits
+from orchestrator.types import Prompt
+
+QUICKSTART = Path(__file__).resolve().parents[4] / "jobs" / "configs" / "quickstart.yaml"
+AVX2 = Speed("Zen 3, AVX2, 2 threads", threads=2, bfloat16=1e9, float32=129e9)
+AMX = Speed("AMX, 2 threads", threads=2, bfloat16=1920e9, float32=275e9)
+SMOLLM = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return lambda speed: monkeypatch.setattr(module, "machine_speed", lambda cache: speed)
+
+
+@pytest.fixture
+def prepared() -> Prepared:
+    made: Any = SimpleNamespace(prompts=Splits(prompts(317), prompts(314), prompts(139)))
+    return made  # type: ignore[no-any-return]
+
+
+def prompts(count: int) -> tuple[Prompt, ...]:
+    return tuple(Prompt(str(i), "", np.zeros(24, dtype=np.int32)) for i in range(count))
+
+
+def quickstart(tmp_path: Path, dtype: str, *overrides: str) -> Config:
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM))
+    return load_config(QUICKSTART, [f"model.path={tmp_path}", f"model.dtype={dtype}", *overrides])
+
+
+@pytest.mark.parametrize(("speed", "minutes"), [(AVX2, 15), (AMX, 8)])
+def test_the_quickstart_is_sized_for_laptops(
+    tmp_path: Path, machine: Any, prepared: Prepared, speed: Speed, minutes: int
+) -> None:
+    machine(speed)
+    found = estimate(quickstart(tmp_path, speed.dtype), prepared)
+    assert 60.0 < found.seconds < 60.0 * minutes
+    assert set(found.parts) == {"ray", "preferences", "reward_model", "ppo"}
+
+
+def test_more_work_takes_longer(tmp_path: Path, machine: Any, prepared: Prepared) -> None:
+    machine(AVX2)
+
+    def seconds(*overrides: str) -> dict[str, float]:
+        return dict(estimate(quickstart(tmp_path, "float32", *overrides), prepared).parts)
+
+    config = quickstart(tmp_path, "float32")
+    start = seconds()
+    twice = seconds(f"ppo.steps={2 * config.ppo.steps}", f"reward_model.epochs={2 * config.reward_model.epochs}")
+    assert twice["preferences"] == start["preferences"]
+    assert twice["reward_model"] > 1.5 * start["reward_model"] - START_S["reward_model"]
+    evaluations = 2 * start["ppo"] - twice["ppo"]  # and the start: what more steps do not repeat
+    assert START_S["ppo"] < evaluations < start["ppo"]
+    whole = seconds("reward_model.layers=null")
+    assert whole["reward_model"] - START_S["reward_model"] > 4.0 * (start["reward_model"] - START_S["reward_model"])
+    assert whole["ppo"] > start["ppo"]
+    with_critic = seconds("reward_model.layers=null", "ppo.advantage=gae")
+    assert with_critic["ppo"] > 1.3 * whole["ppo"]
+    assert set(seconds("stages=[preferences]")) == {"ray", "preferences"}
+
+
+def test_a_busy_machine_is_told(tmp_path: Path, machine: Any, prepared: Prepared, monkeypatch: Any) -> None:
+    machine(AVX2)
+    monkeypatch.setattr(module, "prepare", lambda config: prepared)
+    config = quickstart(tmp_path, "float32")
+    monkeypatch.setattr(module.os, "getloadavg", lambda: (0.2, 0.0, 0.0))
+    quiet = expected(config)
+    assert quiet.startswith("model.dtype=float32: Zen 3, AVX2, 2 threads: bf16 1 GFLOP/s, fp32 129\nthis takes about ")
+    assert "longer" not in quiet
+    monkeypatch.setattr(module.os, "getloadavg", lambda: (9.6, 0.0, 0.0))
+    assert expected(config) == f"{quiet}; 10 processes compute here now, so it will take longer"
+
+
+def test_nodes_of_another_kind_are_told_with_the_way_out() -> None:
+    found = complaints("bfloat16", {"10.0.0.1": AMX, "10.0.0.2": AVX2})
+    assert len(found) == 1
+    assert "node 10.0.0.2 is of another kind (Zen 3, AVX2, 2 threads" in found[0]
+    assert "model.dtype=float32" in found[0]
+    assert complaints("float32", {"10.0.0.2": AVX2}) == []

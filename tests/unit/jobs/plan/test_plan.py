@@ -1,0 +1,136 @@
+"""`rlhf plan` in process: what it prints, what it refuses, and that what it proposes is a config."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from jobs.command import out
+from jobs.plan import command as command
+from jobs.plan.report import MeanLengths, Target, plan
+from jobs.plan.work import dimensions, layout_of, work_of
+from orchestrator.config.config import Config
+from orchestrator.config.loader import config_from_tree, load_config
+from orchestrator.errors import CapacityError, ConfigError
+from orchestrator.planning.hardware import CPU_CORE
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+ANY = MeanLengths(200.0, 400.0, 0.5)
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(out, "width", 220)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    return tmp_path
+
+
+@pytest.fixture
+def tree(folder: Path) -> dict[str, Any]:
+    return {
+        "model": {"path": str(folder), "dtype": "bfloat16", "max_length": 2048},
+        "reward": {"kind": "rules", "rules": [{"function": "actors.rewards.gold:vader_positivity"}]},
+        "rollout": {"max_new_tokens": 1024},
+        "ppo": {"steps": 100, "prompts_per_step": 128, "samples_per_prompt": 1},
+    }
+
+
+def config_of(tree: dict[str, Any]) -> Config:
+    return config_from_tree(tree, source="the test")
+
+
+def on(gpus: int | None, kind: str | None = "h100", price: float | None = None) -> Target:
+    return Target(gpus, kind, None, price, None)
+
+
+def test_a_model_is_measured_by_its_config_alone(folder: Path) -> None:
+    size = dimensions(folder, dtype="bfloat16")
+    assert (size.num_params, size.kv_width, size.tied) == (8_030_261_248, 1024, False)
+
+
+def test_a_plan_tells_time_memory_and_money_and_proposes_a_config(
+    tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(config_of(tree), on(32), ANY)
+    text = capsys.readouterr().out
+    assert "8.03 billion parameters; a step: 128 samples, prompts of 200, responses of 400 tokens" in text
+    assert "plan: 32 × h100, 8 a node" in text
+    assert re.search(
+        r"memory of a GPU of .*: states [\d.]+ GiB, work [\d.]+ GiB, KV cache [\d.]+ GiB, of 74.5 GiB", text
+    )
+    (best,) = re.findall(r"^best: (.*)$", text, re.MULTILINE)
+    assert load_config(None, [*best.split(), "reward.path=any"]).policy.ranks > 1
+
+
+def test_a_price_sets_the_money(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    plan(config_of(tree), on(32, "h200", price=1000.0), ANY)
+    assert re.search(r"│ \d+,\d{3} +│$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_what_does_not_fit_is_said_and_is_an_error_when_nothing_does(
+    tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(CapacityError, match="nothing fits"):
+        plan(config_of(tree), on(1), ANY)
+    text = capsys.readouterr().out
+    assert "does not fit: colocated, 1 engines of 1: policy, critic, reference, rollout on one h100" in text
+    assert "Way out:" in text
+
+
+def test_gpus_of_no_known_kind_are_asked_for(tree: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="--gpu-kind"):
+        plan(config_of(tree), on(8, None), ANY)
+
+
+def test_without_gpus_the_config_is_planned_as_it_is(
+    tree: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    small = {**LLAMA_8B, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+    (Path(tree["model"]["path"]) / "config.json").write_text(json.dumps({**small, "num_attention_heads": 8}))
+    plan(config_of({**tree, "rollout": {"max_new_tokens": 1024, "cpus_per_engine": 1}}), on(None, None), ANY)
+    text = capsys.readouterr().out
+    assert "plan: this machine" in text and "colocated, 1 engines of 1" in text
+
+
+def test_lengths_are_the_longest_unless_they_are_told(tree: dict[str, Any]) -> None:
+    work = work_of(config_of(tree), prompt_tokens=None, response_tokens=None, deviation=0.5)
+    _, responses = work.lengths(0)
+    assert (responses == 1024).all()
+
+
+def test_the_layout_of_a_config_has_its_actors(tree: dict[str, Any]) -> None:
+    config = config_of({**tree, "rollout": {"max_new_tokens": 64, "engines": 3}, "placement": {"mode": "separate"}})
+    layout = layout_of(config, CPU_CORE, 64)
+    assert (layout.engines, layout.width("rollout"), layout.devices_of("rollout")) == (3, 2, 6)
+    assert not layout.takes_turns
+    assert layout_of(config_of(tree), CPU_CORE, 2).takes_turns
+
+
+def test_a_bad_config_ends_with_exit_code_2(tree: dict[str, Any], tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(command.main)
+    runner = CliRunner()
+    assert runner.invoke(app, ["ppo.stepz=3"]).exit_code == 2
+    model = f"model.path={tree['model']['path']}"
+    assert runner.invoke(app, ["--gpus", "1", "--gpu-kind", "abacus", model, "reward.path=x"]).exit_code == 2

@@ -1,0 +1,182 @@
+"""What `why` says of runs with some of the stages and of other commands: each leaves its start and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jobs.pipeline
+import jobs.stages.replaying
+from jobs.pipeline import run_stages
+from jobs.prepare import without_prompts
+from jobs.report.data import read_run
+from jobs.stages.events import stage_events
+from jobs.stages.settings import alone
+from jobs.why.explain import Explanation, explain
+from jobs.why.reader import read_facts
+from orchestrator.config.changes import changed_keys
+from orchestrator.config.config import Config
+from orchestrator.config.loader import config_from_tree
+from orchestrator.errors import DataError
+from orchestrator.run.attempts import claim
+from orchestrator.run.folder import RunFolder, finished_run, open_run
+from orchestrator.types import State
+from orchestrator.watching.telemetry import Telemetry
+
+LONG_AFTER_S = 1e6
+
+
+def config_of(root: Path, *stages: str, **sections: Any) -> Config:
+    tree = {"stages": list(stages), "run": {"root": str(root), "id": "demo-1"}, "telemetry": {"prometheus_port": None}}
+    return config_from_tree({**tree, "reward": {"path": "x"}, **sections}, source="test")
+
+
+def run_once(
+    monkeypatch: pytest.MonkeyPatch, config: Config, failing: str | None = None, alone_stage: Any = None
+) -> RunFolder:
+    """The pipeline as every command runs it; only the stages' own work is left out."""
+
+    async def work(config: Config, run: RunFolder, *rest: Any) -> None:
+        telemetry = next(item for item in rest if isinstance(item, Telemetry))
+        stage = telemetry.now()["stage"]
+        if stage == failing:
+            raise DataError("no such file")
+        if stage == "preferences":
+            run.preferences.touch()
+        if stage == "reward_model":
+            (run.path / "reward_model.json").write_text("{}")
+
+    for name in ("_preferences", "_reward_model", "_ppo"):
+        monkeypatch.setattr(jobs.pipeline, name, work)
+    run = open_run(config)
+    prepared = without_prompts(None)  # type: ignore[arg-type]
+    chosen = config if alone_stage is None else alone(config, alone_stage)
+    asyncio.run(run_stages(chosen, run, prepared, lambda line: None))
+    return run
+
+
+def why(folder: Path) -> Explanation:
+    """As seen long after, without the heartbeat, which an attempt may lose."""
+    (folder / "heartbeat.json").unlink(missing_ok=True)
+    newest = max((path.stat().st_mtime for path in folder.rglob("*")), default=0.0)
+    facts = read_facts(folder, newest + LONG_AFTER_S)
+    assert facts is not None
+    return explain(facts)
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [("preferences",), ("reward_model",), ("preferences", "reward_model"), ("ppo",), ("reward_model", "ppo")],
+)
+def test_a_finished_run_of_any_stages_is_told_as_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: tuple[str, ...]
+) -> None:
+    needs_file = "reward_model" in stages and "preferences" not in stages
+    config = config_of(tmp_path, *stages, **({"preferences": {"path": "given.jsonl"}} if needs_file else {}))
+    run = run_once(monkeypatch, config) if not needs_file else _with_file(tmp_path, monkeypatch, config)
+    explained = why(run.path)
+    assert explained.state == "finished"
+    assert explained.first_failure is None
+    assert explained.standing.stages == dict.fromkeys(stages, "finished")
+    if "ppo" not in stages:
+        assert finished_run(config) == run.path
+
+
+def _with_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Config) -> RunFolder:
+    (tmp_path / "given.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    return run_once(monkeypatch, config)
+
+
+def test_a_stage_that_fails_is_told_with_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path, "reward_model", preferences={"path": "given.jsonl"})
+    with pytest.raises(DataError):
+        run_once(monkeypatch, config, failing="reward_model")
+    explained = why(tmp_path / "demo-1")
+    assert explained.state == "failed"
+    assert explained.first_failure is not None and explained.first_failure.cause == "no such file"
+
+
+def test_an_attempt_is_finished_with_the_stages_that_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward model is trained alone; then the run goes on with PPO, and dies."""
+    alone = config_of(tmp_path, "reward_model", preferences={"path": "given.jsonl"})
+    longer = config_of(tmp_path, "reward_model", "ppo", preferences={"path": "given.jsonl"})
+    assert [change.matters for change in changed_keys(alone, longer)] == [False]
+    assert [change.matters for change in changed_keys(longer, alone)] == [True]
+    run_once(monkeypatch, alone)
+    assert finished_run(longer) is None
+    with pytest.raises(DataError):
+        run_once(monkeypatch, longer, failing="ppo")
+    explained = why(tmp_path / "demo-1")
+    assert explained.state == "failed"
+    assert [line.partition(": ")[2] for line in explained.earlier] == ["finished"]
+    assert explained.standing.stages == {"reward_model": "finished", "ppo": "failed"}
+
+
+def test_a_stage_run_alone_is_finished_although_the_config_has_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path, "reward_model", "ppo", preferences={"path": "given.jsonl"})
+    run = run_once(monkeypatch, config, alone_stage="reward_model")
+    explained = why(run.path)
+    assert explained.state == "finished"
+    assert explained.standing.stages == {"reward_model": "finished", "ppo": "not begun"}
+    assert "to go on: rlhf run --config" in "\n".join(explained.now)
+    assert finished_run(config) is None
+    run_once(monkeypatch, config)
+    explained = why(run.path)
+    assert explained.state == "finished" and explained.now == ["finished; there is nothing to go on with"]
+    assert [line.partition(": ")[2] for line in explained.earlier] == ["finished"]
+
+
+def test_the_report_calls_a_run_finished_only_when_its_last_stage_is(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("stages: [reward_model, ppo]\n")
+    for stage, status in (("reward_model", "not finished"), ("ppo", "finished")):
+        with Telemetry(tmp_path, "demo-1", 1, stage=stage) as telemetry:
+            with stage_events(telemetry, ["reward_model", "ppo"], tmp_path / "checkpoints"):
+                with telemetry.step(0) as record:
+                    record({"reward/mean": 0.0})
+        assert read_run(tmp_path).status == status
+
+
+@pytest.mark.parametrize("ends", ["finished", "failed", "stopped", "killed"])
+def test_a_replay_is_told_by_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
+    async def learn(*arguments: Any) -> tuple[State, tuple[str, ...]]:
+        if ends == "failed":
+            raise DataError("no such file")
+        if ends == "stopped":
+            raise asyncio.CancelledError
+        return State(3, 0.1), ("policy",)
+
+    monkeypatch.setattr(jobs.stages.replaying._Replay, "_learn", learn)
+    monkeypatch.setattr(jobs.stages.replaying, "_tell", lambda *arguments: None)
+    folder = tmp_path / "replay"
+    (folder / "attempts").mkdir(parents=True)
+    attempt = claim(folder, wait_s=1.0, tell=lambda line: None)
+    config = config_of(tmp_path, "ppo")
+    replay = jobs.stages.replaying._Replay(config, RunFolder(tmp_path, "demo-1", 0), folder, attempt, 3, False)
+    if ends == "killed":
+        with Telemetry(folder, "demo-1", attempt, stage="replay") as telemetry:
+            telemetry.event("stage_started", stages=["replay"])
+    else:
+        try:
+            asyncio.run(replay.run())
+        except (DataError, asyncio.CancelledError):
+            assert ends != "finished"
+    if ends == "finished":
+        assert json.loads((folder / "heartbeat.json").read_text())["ended"] == "finished"
+    explained = why(folder)
+    assert explained.state == ends
+    assert list(explained.standing.stages) == ["replay"]
+    assert ("rlhf replay" in "\n".join(explained.now)) == (ends != "finished")
+    assert "rlhf run" not in "\n".join(explained.now)
+
+
+def test_a_stop_without_any_checkpoint_makes_no_folder(tmp_path: Path) -> None:
+    with Telemetry(tmp_path, "demo-1", 1, stage="preferences") as telemetry:
+        with pytest.raises(asyncio.CancelledError), stage_events(telemetry, ["preferences"], tmp_path / "checkpoints"):
+            raise asyncio.CancelledError
+    assert not (tmp_path / "checkpoints").exists()

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.check.capacity import place_reward_workers
+from jobs.stages.reward_model import RewardModelResult, measure, split_held_out
+from orchestrator.config.loader import config_from_tree
+from orchestrator.data.records import Message, RankingRecord
+from orchestrator.errors import CapacityError, DataError
+from orchestrator.planning.placement import Node
+from tests.deadlines import scaled
+
+RECORDS = [RankingRecord(f"p{n}", (Message("user", str(n)),), ("good", "bad")) for n in range(200)]
+
+
+def test_the_last_records_are_held_out() -> None:
+    train, held_out = split_held_out(RECORDS, 20)
+    assert (*train, *held_out) == tuple(RECORDS) and len(held_out) == 20
+    assert split_held_out(RECORDS, 0) == (tuple(RECORDS), ())
+
+
+def test_without_a_number_a_tenth_is_held_out_whatever_else_is_in_the_file() -> None:
+    train, held_out = split_held_out(RECORDS, None)
+    assert 8 <= len(held_out) <= 35 and len(train) + len(held_out) == 200
+    assert set(split_held_out(RECORDS[::2], None)[1]) == set(held_out) & set(RECORDS[::2])
+
+
+def test_nothing_left_to_train_on_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"preferences\.held_out"):
+        split_held_out(RECORDS[:5], 5)
+
+
+def test_quality_by_hand() -> None:
+    quality = measure([[3.0, 2.0, 1.0], [1.0, 2.0], [0.0, 0.0]])
+    assert quality.num_pairs == 5
+    assert quality.accuracy == pytest.approx(3.5 / 5)
+    assert quality.kendall_tau == 1.0
+    low, high = quality.interval
+    assert low < 0.7 < high
+    assert measure([[3.0, 2.0, 1.0]], gold=[[1.0, 2.0, 3.0]]).kendall_tau == -1.0
+    assert measure([]).accuracy is None and measure([]).kendall_tau is None
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "cpus", "expected"),
+    [
+        (1, None, [2], 2),
+        (2, None, [2], 1),
+        (2, None, [8, 8], 8),
+        (3, None, [8, 8], 4),
+        (2, 3, [8], 3),
+        (1, None, [2.5], 2),
+    ],
+)
+def test_threads_of_a_worker(workers: int, threads: int | None, cpus: list[float], expected: int) -> None:
+    nodes = [Node(f"10.0.0.{n}", count) for n, count in enumerate(cpus)]
+    assert place_reward_workers(_config(workers=workers, threads_per_worker=threads), nodes) == expected
+
+
+def test_too_many_workers_are_refused_before_anything_starts() -> None:
+    with pytest.raises(CapacityError, match="reward_model wants 3"):
+        place_reward_workers(_config(workers=3), [Node("10.0.0.1", 2)])
+    with pytest.raises(CapacityError, match="too few GPUs"):
+        place_reward_workers(_config(gpus_per_worker=1), [Node("10.0.0.1", 2)])
+
+
+def test_the_result_says_what_was_measured() -> None:
+    text = _result(held_out_accuracy=0.625, interval=(0.5, 0.7), num_pairs=200, num_truncated=7).describe()
+    assert "62.5% of 200 held-out pairs in order (95 %: 50.0% to 70.0%)" in text and "7 transcripts cut" in text
+    assert "held-out" not in _result().describe()
+
+
+def test_a_missing_preference_file_is_exit_code_2(tmp_path: Path) -> None:
+    for arguments in (["preferences.path=/no/such.jsonl"], ["reward_model.epoch=2"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "jobs", "reward-model", "stages=[reward_model]", f"run.root={tmp_path}", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=scaled(120),
+            check=False,
+        )
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr and "Error:" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def _config(**stage: object):  # type: ignore[no-untyped-def]
+    return config_from_tree({"reward": {"path": "x"}, "reward_model": stage}, source="test")
+
+
+def _result(**given: object) -> RewardModelResult:
+    numbers = dict.fromkeys(("loss", "accuracy", "score_mean", "score_std", "seconds"), 0.5)
+    counts = dict.fromkeys(("num_pairs", "num_records", "num_held_out", "num_truncated", "optimizer_steps"), 0)
+    none = {"path": "m", "held_out_accuracy": None, "interval": (0.0, 1.0), "kendall_tau": None}
+    return RewardModelResult(**(none | numbers | counts | given))  # type: ignore[arg-type]

@@ -1,0 +1,81 @@
+"""Which layouts are tried, which fit, and what is said of those that do not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.errors import CapacityError
+from orchestrator.planning.costs import Dimensions, LearnSettings
+from orchestrator.planning.hardware import DEVICES
+from orchestrator.planning.simulation.fit import USABLE, cache_tokens, memory_per_device
+from orchestrator.planning.simulation.scenario import MODELS, Layout, Pool, Spread, Work
+from orchestrator.planning.simulation.search import describe, layouts, search
+
+H100 = DEVICES["h100"]
+SMALL = Dimensions(494_032_768, 24, 896, 4864, 151_936, kv_width=128, tied=True)
+LARGE = Dimensions(8_030_261_248, 32, 4096, 14336, 128_256, kv_width=1024, tied=False)
+LEARNING = {**dict.fromkeys(MODELS, LearnSettings()), "reference": LearnSettings(0), "reward": LearnSettings(0)}
+
+
+def work(size: Dimensions, **without: None) -> Work:
+    return Work({**dict.fromkeys(MODELS, size), **without}, 128, Spread(100, 200), Spread(200, 400, 0.5))
+
+
+def test_the_fastest_comes_first_and_everything_fits() -> None:
+    found = search(work(SMALL), H100, 16, learning=LEARNING, dtype="bfloat16", staleness=1)
+    seconds = [candidate.prediction.step_s for candidate in found.candidates]
+    assert seconds == sorted(seconds)
+    assert all(part.needed <= USABLE * part.available for candidate in found.candidates for part in candidate.memory)
+    kinds = {(candidate.layout.takes_turns, candidate.layout.max_staleness) for candidate in found.candidates}
+    assert kinds == {(True, 0), (False, 0), (False, 1)}
+
+
+def test_every_gpu_has_a_role_and_none_has_two_when_separate() -> None:
+    for layout in layouts(work(SMALL), H100, 16, learning=LEARNING, widths=(1, 2)):
+        assert layout.devices == 16
+        assert sum(layout.devices_of(role) for role in ("rollout", *MODELS)) == 16 or layout.takes_turns
+
+
+def test_a_reward_of_rules_takes_no_gpu() -> None:
+    apart = [
+        layout
+        for layout in layouts(work(SMALL, reward=None), H100, 8, learning=LEARNING, widths=(1,))
+        if not layout.takes_turns
+    ]
+    assert apart and all(len(layout.pools) == 4 for layout in apart)
+
+
+def test_too_large_a_model_is_refused_with_sizes_and_the_way_out() -> None:
+    found = search(work(LARGE), H100, 1, learning=LEARNING, dtype="bfloat16", staleness=1)
+    assert not found.candidates
+    (reason,) = found.refused.values()
+    assert "on one h100: weights and states" in reason and "usable 63.3 GiB" in reason
+    assert "Way out: more than 1 ranks of" in reason
+
+
+def test_a_model_that_needs_it_gets_zero_3_by_itself() -> None:
+    found = search(work(LARGE), H100, 64, learning=LEARNING, dtype="bfloat16", staleness=1)
+    assert found.candidates[0].layout.learning["policy"].zero_stage == 3
+
+
+def test_what_roles_leave_is_the_cache() -> None:
+    pools = (Pool(1, {"rollout": 1}), Pool(8, dict.fromkeys(MODELS, 8)))
+    layout = Layout(H100, pools, 1, 128, learning=LEARNING)
+    memory = memory_per_device(work(SMALL), layout, dtype="bfloat16")
+    left = USABLE * H100.memory_bytes - 2 * SMALL.weight_bytes
+    assert cache_tokens(work(SMALL), layout, memory) == pytest.approx(left / SMALL.cache_bytes_per_token)
+
+
+def test_an_engine_that_is_too_narrow_is_told_to_widen() -> None:
+    huge = replace(LARGE, num_params=40_000_000_000)
+    layout = Layout(H100, (Pool(1, {"rollout": 1}), Pool(8, dict.fromkeys(MODELS, 8))), 1, 128, learning=LEARNING)
+    with pytest.raises(CapacityError, match=r"rollout on one h100.*a higher rollout.tensor_parallel_size"):
+        memory_per_device(work(huge), layout, dtype="bfloat16")
+
+
+def test_a_layout_is_described_in_a_line() -> None:
+    first = next(layouts(work(SMALL), H100, 16, learning=LEARNING, widths=(2,)))
+    assert describe(first) == "colocated, 8 engines of 2"
+    assert describe(replace(first, max_staleness=1)).endswith("staleness 1")

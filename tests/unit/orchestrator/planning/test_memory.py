@@ -1,0 +1,112 @@
+"""The memory estimate: hand-worked bytes per parameter, sums per node, and what is said when it does not fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import CapacityError
+from orchestrator.planning import memory
+from orchestrator.planning.memory import (
+    GIB,
+    Memory,
+    ModelSize,
+    NodeNeed,
+    NodeOffer,
+    engine_memory,
+    learner_memory,
+    needs,
+    scorer_memory,
+    too_much,
+)
+from orchestrator.planning.placement import Demand, Node, place
+
+SIZE = ModelSize(num_params=1000, num_layers=3, hidden=8, feed_forward=16, vocabulary=100)
+SMOLLM2 = ModelSize(num_params=134_515_008, num_layers=30, hidden=576, feed_forward=1536, vocabulary=49_152)
+
+
+def learner(size: ModelSize = SIZE, **changes: Any) -> Memory:
+    settings: dict[str, Any] = {
+        "dtype": "bfloat16", "zero_stage": 1, "ranks": 1, "micro_batch_tokens": 10, "gradient_checkpointing": False,
+        "logits": True,
+    }  # fmt: skip
+    return learner_memory(size, **{**settings, **changes})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "zero_stage", "ranks", "bytes_per_param"),
+    [
+        ("bfloat16", 0, 1, 2 + 2 + 4 + 8),  # weights, gradients, masters, moments
+        ("bfloat16", 1, 1, 2 + 2 + 4 + 4 + 8),  # fp32 accumulation besides
+        ("bfloat16", 1, 4, 2 + 2 + 4 + (4 + 8) / 4),
+        ("bfloat16", 2, 4, 2 + (2 + 4 + 4 + 8) / 4),
+        ("bfloat16", 3, 4, (2 + 2 + 4 + 4 + 8) / 4),
+        ("float32", 0, 1, 4 + 4 + 8),
+        ("float32", 3, 2, (4 + 4 + 4 + 8) / 2),
+    ],
+)
+def test_what_zero_shards(dtype: str, zero_stage: int, ranks: int, bytes_per_param: float) -> None:
+    assert learner(dtype=dtype, zero_stage=zero_stage, ranks=ranks).state == pytest.approx(1000 * bytes_per_param)
+
+
+def test_activations_grow_with_tokens_and_shrink_with_checkpointing() -> None:
+    temporaries = 8 * 1000
+    per_layer = 2 * 10 * (10 * 8 + 4 * 16)
+    assert learner(logits=False).working == temporaries + 3 * per_layer
+    kept = 3 * 8 * 10 * 2  # the input of each layer
+    assert learner(logits=False, gradient_checkpointing=True).working == temporaries + per_layer + kept
+
+
+def test_only_one_chunk_of_logits_lives_at_a_time() -> None:
+    few, many = (
+        learner(micro_batch_tokens=count).working - learner(micro_batch_tokens=count, logits=False).working
+        for count in (512, 5120)
+    )
+    assert few == many == 4 * 4 * 512 * 100 + 4 * 100 * 8
+
+
+def test_a_scorer_holds_weights_alone_and_an_engine_its_cache_besides() -> None:
+    assert scorer_memory(SIZE, dtype="bfloat16", shards=2, micro_batch_tokens=1, logits=False).state == 1000
+    engine = engine_memory(SIZE, dtype="float32", tensor_parallel_size=2, cache_bytes=77)
+    assert (engine.state, engine.cache, engine.on_device) == (2000, 77, 4077)
+
+
+def test_the_estimate_brackets_what_real_actors_held() -> None:
+    """SmolLM2-135M in bf16 on the CPU, 1,024 tokens a micro-batch, ZeRO 1, one rank; resident MiB between steps."""
+    measured = {"policy": 3850, "critic": 3528, "reference": 835, "reward": 831, "rollout": 2059}
+    estimated = {
+        "policy": learner(SMOLLM2, micro_batch_tokens=1024),
+        "critic": learner(SMOLLM2, micro_batch_tokens=1024, logits=False),
+        "reference": scorer_memory(SMOLLM2, dtype="bfloat16", shards=1, micro_batch_tokens=4096, logits=True),
+        "reward": scorer_memory(SMOLLM2, dtype="bfloat16", shards=1, micro_batch_tokens=4096, logits=False),
+        "rollout": engine_memory(SMOLLM2, dtype="bfloat16", tensor_parallel_size=1, cache_bytes=0.5 * GIB),
+    }
+    for role, size_mib in measured.items():
+        held, guess = size_mib * memory.MIB, estimated[role]
+        assert guess.state + guess.process <= held, role
+        assert guess.state + guess.process + guess.cache >= 0.75 * held, role
+        assert guess.on_cpu >= 0.85 * held, role
+
+
+def test_processes_are_summed_where_they_are_placed() -> None:
+    demands = [Demand("policy", 1, 1.0, 1.0), Demand("reward", 2, 1.0)]
+    plan = place(demands, [Node("gpu", 1.0, 1.0), Node("cpu", 2.0)], mode="separate")
+    memory_of = {"policy": Memory(state=100, working=10, process=5), "reward": Memory(state=20, working=10, process=1)}
+    found = needs(plan, memory_of, {"gpu": NodeOffer(1e12, 1e12), "cpu": NodeOffer(None)})
+    host, device, other = found
+    fixed = memory.RAY_PROCESSES + memory.COORDINATOR_PROCESS
+    assert (host.kind, host.needed, host.certain) == ("memory", fixed + 5, fixed + 5)
+    assert (device.kind, device.needed, device.certain) == ("GPU memory", 110, 100)
+    assert other.needed == pytest.approx(memory.RAY_PROCESSES + 2 * (30 + 1))
+    assert "there not known" in other.describe()
+    assert too_much(found) == []
+
+
+def test_what_certainly_does_not_fit_is_an_error_and_what_may_not_a_warning() -> None:
+    tight = NodeNeed("a", "memory", certain=3 * GIB, needed=5 * GIB, available=4 * GIB)
+    (warning,) = too_much([tight])
+    assert "a: memory needed about 5.0 GiB, there 4.0 GiB" in warning and "zero_stage" in warning
+    short = NodeNeed("b", "GPU memory", certain=9 * GIB, needed=9 * GIB, available=8 * GIB)
+    with pytest.raises(CapacityError, match=r"b has 8.0 GiB of GPU memory, .* take 9.0 GiB.*smaller model"):
+        too_much([tight, short])

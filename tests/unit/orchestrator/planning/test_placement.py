@@ -1,0 +1,99 @@
+"""Placement: what fits goes where the load is smallest, what does not fit is said with numbers."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.errors import CapacityError
+from orchestrator.planning.placement import Demand, Node, place
+
+PPO = [
+    Demand("rollout", 1, 2.0),
+    Demand("policy", 1, 1.0),
+    Demand("critic", 1, 1.0),
+    Demand("reward", 1, 1.0),
+]
+
+
+def test_colocated_roles_take_turns_on_the_cores_of_one_node() -> None:
+    plan = place(PPO, [Node("a", 2.0)], mode="colocated")
+    assert [slot.threads for slot in plan.of("rollout")] == [2]
+    assert {slot.address for slot in plan.slots} == {"a"}
+    assert sum(slot.cpu_share for slot in plan.slots) <= 2.0
+
+
+def test_separate_roles_must_fit_together() -> None:
+    with pytest.raises(CapacityError, match=r"together need 5 CPUs .* placement.mode=colocated"):
+        place(PPO, [Node("a", 4.0)], mode="separate")
+    plan = place(PPO, [Node("a", 5.0)], mode="separate")
+    assert sum(slot.cpu_share for slot in plan.slots) == 5.0
+
+
+def test_roles_spread_over_nodes() -> None:
+    nodes = [Node("a", 2.0), Node("b", 2.0), Node("c", 2.0)]
+    plan = place(PPO, nodes, mode="separate")
+    assert plan.of("rollout")[0].address not in {plan.of(role)[0].address for role in ("policy", "critic", "reward")}
+    assert {slot.address for slot in plan.slots} == {"a", "b", "c"}
+
+
+def test_actors_without_gpus_leave_gpu_nodes_free() -> None:
+    demands = [Demand("policy", 2, 1.0, 1.0), Demand("recorder", 1, 1.0)]
+    plan = place(demands, [Node("gpu", 8.0, 2.0), Node("cpu", 2.0)], mode="separate")
+    assert {slot.address for slot in plan.of("policy")} == {"gpu"}
+    assert plan.of("recorder")[0].address == "cpu"
+
+
+@pytest.mark.parametrize("mode", ["colocated", "separate"])
+def test_a_shortage_names_role_kind_and_offer(mode: str) -> None:
+    with pytest.raises(CapacityError, match=r"too few GPUs: role policy wants 1 × \(1 CPUs and 1 GPUs\).*a: 2 CPUs"):
+        place([Demand("policy", 1, 1.0, 1.0)], [Node("a", 2.0)], mode=mode)  # type: ignore[arg-type]
+    with pytest.raises(CapacityError, match=r"too few CPUs: role policy wants 64"):
+        place([Demand("policy", 64, 1.0)], [Node("a", 2.0)], mode=mode)  # type: ignore[arg-type]
+    with pytest.raises(CapacityError, match="no nodes"):
+        place([Demand("policy", 1, 1.0)], [], mode=mode)  # type: ignore[arg-type]
+
+
+def test_one_actor_is_never_split_over_nodes() -> None:
+    with pytest.raises(CapacityError, match="role rollout"):
+        place([Demand("rollout", 1, 3.0)], [Node("a", 2.0), Node("b", 2.0)], mode="colocated")
+
+
+roles = st.lists(
+    st.builds(
+        Demand,
+        st.sampled_from(["policy", "critic", "reference", "reward", "rollout"]),
+        st.integers(1, 4),
+        st.sampled_from([0.5, 1.0, 2.0]),
+        st.sampled_from([0.0, 0.5, 1.0]),
+    ),
+    min_size=1,
+    max_size=5,
+    unique_by=lambda demand: demand.role,
+)
+machines = st.lists(
+    st.tuples(st.sampled_from([2.0, 4.0, 8.0]), st.sampled_from([0.0, 1.0, 4.0])), min_size=1, max_size=4
+)
+
+
+@given(roles, machines, st.sampled_from(["colocated", "separate"]))
+def test_a_plan_holds_every_actor_and_never_reserves_more_than_a_node_has(
+    demands: list[Demand], sizes: list[tuple[float, float]], mode: str
+) -> None:
+    nodes = [Node(f"node-{index}", cpus, gpus) for index, (cpus, gpus) in enumerate(sizes)]
+    try:
+        plan = place(demands, nodes, mode=mode)  # type: ignore[arg-type]
+    except CapacityError:
+        return
+    for demand in demands:
+        assert [slot.rank for slot in plan.of(demand.role)] == list(range(demand.count))
+    for node in nodes:
+        there = [slot for slot in plan.slots if slot.address == node.address]
+        assert sum(slot.cpu_share for slot in there) <= node.cpus + 1e-9
+        assert sum(slot.gpu_share for slot in there) <= node.gpus + 1e-9
+
+
+def test_a_plan_is_the_same_for_the_same_input() -> None:
+    nodes = [Node("b", 2.0), Node("a", 2.0)]
+    assert place(PPO, nodes, mode="colocated") == place(list(reversed(PPO)), nodes, mode="colocated")
