@@ -1,4 +1,4 @@
-# make quickstart          the main job on this machine, from nothing;  ARGS="ppo.steps=2 ..." overrides the config
+# make quickstart          the main job on this machine, from nothing;  ARGS="rl.steps=2 ..." overrides the config
 # make test                the whole test suite that a CPU can run;     ARGS="-k name" goes to pytest
 # make chaos               kills every kind of process in every phase of real runs;  ARGS="rollout driver" for some
 # make fuzz                10,000 damaged and hostile inputs: none may crash, hang or take 1 GB

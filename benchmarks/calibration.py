@@ -14,7 +14,7 @@ from scipy.optimize import least_squares
 
 from jobs.plan.report import core_of
 from jobs.plan.work import layout_of, models_of, sharing_of
-from orchestrator.config.loader import load_config
+from orchestrator.config.loader import load_kept_config
 from orchestrator.planning.costs import Lengths
 from orchestrator.planning.hardware import Efficiency
 from orchestrator.planning.simulation.run import simulate_steps
@@ -44,7 +44,7 @@ class Run:
 def read_run(folder: Path, cores: int) -> Run:
     """A run's steps in which policy and critic both learned, without the first of them, which pays for warming up. Its
     device is a core of a machine like this one, in the run's type."""
-    config = load_config(folder / "config.yaml")
+    config = load_kept_config(folder / "config.yaml")
     lines = [line for line in read_lines(folder / "metrics.jsonl") if line["stage"] == "ppo" and line["kind"] == "step"]
     learned = [line for line in lines if "policy/loss" in line["metrics"]][1:]
     trained = folder / "reward-model"

@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     if not arguments.imports:
-        overrides = [*OVERRIDES, f"ppo.steps={arguments.steps}", *arguments.overrides]
+        overrides = [*OVERRIDES, f"rl.steps={arguments.steps}", *arguments.overrides]
         report("cold-start", moments(*run_job(overrides)))
     report("imports", imports())
 

@@ -36,8 +36,8 @@ from orchestrator.planning.memory import ModelSize
 ROLES = ("policy", "critic")
 # One minibatch: of the quickstart's 16 rows, and of longer ones about as many tokens.
 OVERRIDES = {
-    "quickstart": ("ppo.prompts_per_step=16", "ppo.minibatches=1"),
-    "gsm8k": ("ppo.prompts_per_step=8", "ppo.minibatches=1"),
+    "quickstart": ("rl.prompts_per_step=16", "algorithm.minibatches=1"),
+    "gsm8k": ("rl.prompts_per_step=8", "algorithm.minibatches=1"),
 }
 TARGETS = {"plain": 1.8, "tuned": 1.2, "masters": None}
 GEMM_SIZE = 4096
@@ -168,15 +168,19 @@ def _ours(role: str, first: Work) -> Learn:
     worker: PolicyWorker | CriticWorker
     if role == "policy":
         learner = learner_settings(config, config.policy)
-        worker = PolicyWorker(PolicySettings(config.model.path, learner=learner, ppo=config.ppo, **common), group)
+        worker = PolicyWorker(
+            PolicySettings(config.model.path, learner=learner, algorithm=config.algorithm, **common), group
+        )
     else:
         learner = learner_settings(config, config.critic)
-        settings = CriticSettings(config.model.path, learner=learner, ppo=config.ppo, new_head="zero", **common)
+        settings = CriticSettings(
+            config.model.path, learner=learner, algorithm=config.algorithm, new_head="zero", **common
+        )
         worker = CriticWorker(settings, group)
 
     def learn(work: Work, table: pa.Table, rows_per_forward: int) -> None:
         worker.micro_batch_tokens = work.config.policy.micro_batch_tokens
-        worker.settings = replace(worker.settings, ppo=work.config.ppo)
+        worker.settings = replace(worker.settings, algorithm=work.config.algorithm)
         worker.learn([table], LearnJob(0, 0.0, 1.0, 0.0, 0))
 
     return learn
@@ -184,7 +188,9 @@ def _ours(role: str, first: Work) -> Learn:
 
 def _loop(style: Any, role: str, first: Work) -> Learn:
     loop = PlainLoop(role, style, first)
-    return lambda work, table, rows: loop.learn(table, minibatches=work.config.ppo.minibatches, rows_per_forward=rows)
+    return lambda work, table, rows: loop.learn(
+        table, minibatches=work.config.algorithm.minibatches, rows_per_forward=rows
+    )
 
 
 def gemm_flops(dtype: torch.dtype) -> float:

@@ -127,7 +127,7 @@ def _policy(work: Work) -> ActorGroup:
     settings = PolicySettings(
         config.model.path,
         learner=learner_settings(config, config.policy),
-        ppo=config.ppo,
+        algorithm=config.algorithm,
         **common_settings(config),
     )
     threads = int(config.policy.cpus_per_rank)

@@ -101,7 +101,7 @@ def _critic(work: Work) -> Score:
     settings = CriticSettings(
         config.model.path,
         learner=learner_settings(config, config.critic),
-        ppo=config.ppo,
+        algorithm=config.algorithm,
         new_head="zero",
         micro_batch_tokens=config.critic.micro_batch_tokens,
         **common_settings(config),

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.staleness`: the loop at `ppo.max_staleness` 0, 1 and 2, sampling and learning on cores of their
+"""`python -m benchmarks.staleness`: the loop at `rl.max_staleness` 0, 1 and 2, sampling and learning on cores of their
 own.
 
 Real runs of the quickstart's model. A step can't be shorter than the longer of its two sides; both are read from the
@@ -148,11 +148,11 @@ def overrides(staleness: int, steps: int, max_new_tokens: int) -> list[str]:
         f"rollout.max_new_tokens={max_new_tokens}",
         f"rollout.cpus_per_engine={cores // 2}",
         "critic.warmup_steps=0",
-        "ppo.prompts_per_step=32",
-        "ppo.minibatches=2",
-        f"ppo.steps={steps}",
-        f"ppo.max_staleness={staleness}",
-        "ppo.importance_cap=2.0",
+        "rl.prompts_per_step=32",
+        "algorithm.minibatches=2",
+        f"rl.steps={steps}",
+        f"rl.max_staleness={staleness}",
+        "algorithm.importance_cap=2.0",
         "placement.mode=separate",
         "evaluation.prompts=0",
         "checkpoints.export=false",

@@ -98,11 +98,11 @@ def our_overrides(steps: int, max_new_tokens: int) -> list[str]:
         f"model.max_length={64 + max_new_tokens}",
         f"rollout.max_new_tokens={max_new_tokens}",
         f"policy.cpus_per_rank={len(os.sched_getaffinity(0))}",
-        "ppo.advantage=grpo",
-        "ppo.kl_estimator=k3-loss",
-        "ppo.prompts_per_step=16",
-        "ppo.samples_per_prompt=4",
-        f"ppo.steps={WARM_UP_STEPS + steps}",
+        "algorithm.name=grpo",
+        "algorithm.kl_estimator=k3-loss",
+        "rl.prompts_per_step=16",
+        "rl.samples_per_prompt=4",
+        f"rl.steps={WARM_UP_STEPS + steps}",
         "evaluation.prompts=0",
         "checkpoints.export=false",
         "telemetry.tensorboard=false",
@@ -113,25 +113,25 @@ def work_of(config: Config) -> Work:
     """The same work for TRL, the prompts as our engines get them."""
     model = resolve_model(config.model.path, config.run.cache)
     tokenizer = load_tokenizer(model)
-    ppo = config.ppo
+    rl, algorithm = config.rl, config.algorithm
     return Work(
         model=str(model),
         prompts=[tokenizer.decode(prompt.tokens) for prompt in prepare(config).prompts.train],
-        prompts_per_step=ppo.prompts_per_step,
-        samples_per_prompt=ppo.samples_per_prompt,
+        prompts_per_step=rl.prompts_per_step,
+        samples_per_prompt=rl.samples_per_prompt,
         max_new_tokens=config.rollout.max_new_tokens,
-        minibatches=ppo.minibatches,
-        epochs=ppo.epochs,
+        minibatches=algorithm.minibatches,
+        epochs=algorithm.epochs,
         learning_rate=config.policy.learning_rate,
-        kl_coefficient=ppo.kl_coefficient,
-        steps=ppo.steps,
+        kl_coefficient=algorithm.kl_coefficient,
+        steps=rl.steps,
     )
 
 
 def ours(config: Config) -> Measured:
     """One run of `rlhf quickstart`. Raises RlhfError where it fails."""
     with tempfile.TemporaryDirectory(prefix="step-", dir="/tmp") as folder:
-        keys = our_overrides(config.ppo.steps - WARM_UP_STEPS, config.rollout.max_new_tokens)
+        keys = our_overrides(config.rl.steps - WARM_UP_STEPS, config.rollout.max_new_tokens)
         command = [sys.executable, "-m", "jobs", "quickstart", "--config", str(CONFIG), *keys, f"run.root={folder}"]
         _call(command, {"RAY_worker_niceness": "0"})  # Ray's is 15; beside other load the sides would not be equal
         (file,) = Path(folder).glob(f"*/{METRICS_FILE}")

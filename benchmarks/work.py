@@ -32,8 +32,8 @@ _GSM8K_SETTINGS = (
     "rollout.max_new_tokens=192",
     "policy.micro_batch_tokens=2048",
     "critic.micro_batch_tokens=2048",
-    "ppo.prompts_per_step=16",
-    "ppo.minibatches=1",
+    "rl.prompts_per_step=16",
+    "algorithm.minibatches=1",
 )
 
 
@@ -67,7 +67,7 @@ def load_work(name: str, *overrides: str) -> Work:
     config = load_config(QUICKSTART, [*(_GSM8K_SETTINGS if name == "gsm8k" else ()), *overrides])
     config = resolved(config, tell=lambda line: None)
     prompts = prepare(config).prompts.train
-    return Work(name, config, prompts[: config.ppo.prompts_per_step])
+    return Work(name, config, prompts[: config.rl.prompts_per_step])
 
 
 def experience(work: Work) -> pa.Table:

@@ -27,7 +27,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "quickstart": Command(
             "jobs.quickstart:main",
             "Run a small config on a private Ray on this machine, from nothing to a result.",
-            "--config jobs/configs/ppo.yaml ppo.steps=2",
+            "--config jobs/configs/ppo.yaml rl.steps=2",
         ),
         "check": Command(
             "jobs.check.command:main",
@@ -42,7 +42,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "run": Command(
             "jobs.run:main",
             "Run the stages of a config, or continue a run.",
-            "--config jobs/configs/quickstart.yaml run.id=my-run ppo.steps=10",
+            "--config jobs/configs/quickstart.yaml run.id=my-run rl.steps=10",
         ),
         "reward-model": Command(
             "jobs.run:reward_model",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from jobs.command import say
+from orchestrator.config.base import ByName, by_name
 from orchestrator.config.config import Config
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
@@ -22,7 +23,7 @@ HEAD = """# Configuration
 Generated from `orchestrator/config/` by `make docs`; a test keeps both in step.
 
 A config is a YAML file with the sections below; what it leaves out has its default. On the command line every key can
-be set as `section.key=value`, the value in YAML: `rlhf run --config FILE ppo.steps=10 reward.kind=rules`.
+be set as `section.key=value`, the value in YAML: `rlhf run --config FILE rl.steps=10 reward.kind=rules`.
 Unknown keys are refused, with the nearest known one. `--print-config` prints the resolved config; a run keeps it in its
 folder.
 """
@@ -37,14 +38,40 @@ def _tables(prefix: str, section: type[BaseModel]) -> Iterator[str]:
     nested = {name: inner for name, field in section.model_fields.items() if (inner := _section_in(field.annotation))}
     plain = {name: field for name, field in section.model_fields.items() if name not in nested}
     if plain:
-        yield f"## `{prefix}`\n" if prefix else "## At the top\n"
-        yield "| key | type | default | meaning |\n|---|---|---|---|"
-        for name, field in plain.items():
-            yield f"| `{name}` | {_cell(_type_text(field))} | {_default(field)} | {_cell(field.description or '')} |"
-        yield ""
+        yield from _table(f"## `{prefix}`" if prefix else "## At the top", plain)
     for name, inner in nested.items():
-        repeated = typing.get_origin(section.model_fields[name].annotation) is tuple
-        yield from _tables(f"{prefix}.{name}".strip(".") + ("[]" if repeated else ""), inner)
+        field = section.model_fields[name]
+        repeated = typing.get_origin(field.annotation) is tuple
+        path = f"{prefix}.{name}".strip(".") + ("[]" if repeated else "")
+        choice = by_name(field)
+        if choice is None:
+            yield from _tables(path, inner)
+        else:
+            yield from _choice(path, choice, inner)
+
+
+def _choice(path: str, choice: ByName, shared: type[BaseModel]) -> Iterator[str]:
+    """The keys that all sections of a choice have, then those that each adds."""
+    names = " or ".join(f"`{name}`" for name in choice.table)
+    row = f"| `name` | {names} | `{choice.default}` | The keys below under its name are legal too, and no others. |"
+    fields = {name: field for name, field in shared.model_fields.items() if name != "name"}
+    yield from _table(f"## `{path}`", fields, row)
+    for name, section in choice.table.items():
+        yield f"### `{path}`, name: `{name}`\n\n{_cell((section.__doc__ or '').strip())}\n"
+        own = {key: field for key, field in section.model_fields.items() if key not in shared.model_fields}
+        if own:
+            yield from _table("", own)
+
+
+def _table(heading: str, fields: Mapping[str, FieldInfo], *rows: str) -> Iterator[str]:
+    """A table of keys under a heading, if there is one; `rows` come first."""
+    if heading:
+        yield f"{heading}\n"
+    yield "| key | type | default | meaning |\n|---|---|---|---|"
+    yield from rows
+    for name, field in fields.items():
+        yield f"| `{name}` | {_cell(_type_text(field))} | {_default(field)} | {_cell(field.description or '')} |"
+    yield ""
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:

@@ -166,7 +166,7 @@ def _stage(
     is_ppo = name == "ppo"
     settings = config.model_dump(mode="json")
     trackers = open_trackers(config.telemetry, run.path, run.id, settings=settings, tell=say) if is_ppo else ()
-    num_steps = config.ppo.steps if is_ppo else None
+    num_steps = config.rl.steps if is_ppo else None
     telemetry = Telemetry(
         run.path,
         run.id,

@@ -38,7 +38,7 @@ ENVIRONMENT = {
 
 
 def main(
-    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides such as ppo.steps=2.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides such as rl.steps=2.")] = None,
     config: Annotated[Path, typer.Option("--config", help="YAML file.")] = CONFIG,
 ) -> None:
     """Runs a job from nothing to its result on this machine. Exit code: the job's."""

@@ -106,7 +106,7 @@ def resolved(config: Config, tell: Tell = say, keys: Collection[str] = tuple(RES
 def uses_gpus(config: Config) -> bool:
     shares = (
         config.policy.gpus_per_rank,
-        config.critic.gpus_per_rank if config.ppo.has_critic else 0.0,
+        config.critic.gpus_per_rank if config.algorithm.needs_critic else 0.0,
         config.reference.gpus_per_replica,
         config.reward.gpus_per_replica,
         config.reward_model.gpus_per_worker,

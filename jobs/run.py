@@ -12,7 +12,7 @@ from orchestrator.config.config import Config
 from orchestrator.run.folder import finished_run, refuse_existing, restore_lost
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file; without it all defaults.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as ppo.steps=10.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as rl.steps=10.")]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved config and exit.")]
 Resume = Annotated[
     Literal["auto", "never"],
@@ -64,7 +64,7 @@ def run_config(config: Config, *, resume: str = "auto", ray_address: str | None 
     finished = finished_run(config)
     if finished is not None:
         has_results = "ppo" in config.stages
-        more = " ppo.steps=N makes it longer." if has_results else ""
+        more = " rl.steps=N makes it longer." if has_results else ""
         say(f"run {finished.name} has finished; nothing is left to do.{more}")
         if has_results:
             imported("jobs.report.results:show_results")(finished)

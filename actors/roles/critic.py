@@ -19,7 +19,8 @@ from actors.learning.objectives.losses import LossTerms, value_loss
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.worker import LearningWorker, LearnJob, Share, answers, averaged, token_lists
 from orchestrator import schema
-from orchestrator.config.sections import PpoConfig
+from orchestrator.algorithms.algorithm import Algorithm
+from orchestrator.algorithms.ppo import Ppo
 
 _COLUMNS = ("values", "returns")
 
@@ -34,7 +35,7 @@ class CriticSettings:
     model: str
     cache_dir: Path
     learner: LearnerSettings
-    ppo: PpoConfig
+    algorithm: Algorithm
     new_head: NewHead | None = None
     seed: int = 0
     micro_batch_tokens: int = 2048
@@ -87,14 +88,15 @@ class CriticWorker(LearningWorker):
         Raises:
             NonFiniteError: before anything non-finite is applied.
         """
-        ppo = self.settings.ppo
+        algorithm = self.settings.algorithm
+        clip_value = algorithm.clip_value if isinstance(algorithm, Ppo) else None
         rows = TokenRows(pa.concat_tables(tables), _COLUMNS)
 
         def objective(output: tuple[Tensor, Tensor], micro: MicroBatch) -> LossTerms:
             old_N, returns_N = (micro.columns[name] for name in _COLUMNS)
-            return value_loss(output[0], old_N, returns_N, clip_value=ppo.clip_value)
+            return value_loss(output[0], old_N, returns_N, clip_value=clip_value)
 
-        updates = self.run_epochs(rows, objective, job, epochs=ppo.epochs, num_minibatches=ppo.minibatches)
+        updates = self.run_epochs(rows, objective, job, epochs=algorithm.epochs, num_minibatches=algorithm.minibatches)
         returns_N = rows.token_column("returns").astype(np.float64)
         residuals_N = returns_N - rows.token_column("values")
         variance = float(returns_N.var())

@@ -19,7 +19,8 @@ from actors.learning.worker import LearningWorker, LearnJob, Share, answers, ave
 from actors.text.conversations import load_chat
 from actors.text.templates import OWN_CHAT, ChatSettings
 from orchestrator import schema
-from orchestrator.config.sections import PpoConfig
+from orchestrator.algorithms.algorithm import Algorithm
+from orchestrator.algorithms.ppo import Ppo
 
 _COLUMNS = ("old_logprobs", "ref_logprobs", "engine_logprobs", "advantages")
 
@@ -35,7 +36,7 @@ class PolicySettings:
     model: str
     cache_dir: Path
     learner: LearnerSettings
-    ppo: PpoConfig
+    algorithm: Algorithm
     temperature: float = 1.0
     micro_batch_tokens: int = 2048
     chat: ChatSettings = OWN_CHAT
@@ -58,7 +59,7 @@ class PolicyWorker(LearningWorker):
             group,
             tokenizer=self._chat.tokenizer,
             micro_batch_tokens=settings.micro_batch_tokens,
-            compares=not settings.ppo.has_critic,
+            compares=settings.algorithm.compares_samples,
         )
 
     def export(self, folder: Path) -> None:
@@ -94,17 +95,17 @@ class PolicyWorker(LearningWorker):
         Raises:
             NonFiniteError: before anything non-finite is applied.
         """
-        ppo = self.settings.ppo
+        algorithm = self.settings.algorithm
         rows = TokenRows(pa.concat_tables(tables), _COLUMNS)
 
         def objective(output: tuple[Tensor, Tensor], micro: MicroBatch) -> LossTerms:
-            return ppo_terms(*output, micro, ppo, job)
+            return ppo_terms(*output, micro, algorithm, job)
 
         def diverged(update: Update) -> bool:
-            return ppo.target_kl is not None and update.means["approx_kl"] > ppo.target_kl
+            return algorithm.early_stop_kl is not None and update.means["approx_kl"] > algorithm.early_stop_kl
 
         updates = self.run_epochs(
-            rows, objective, job, epochs=ppo.epochs, num_minibatches=ppo.minibatches, enough=diverged
+            rows, objective, job, epochs=algorithm.epochs, num_minibatches=algorithm.minibatches, enough=diverged
         )
         first = updates[0][2]
         return {
@@ -114,29 +115,31 @@ class PolicyWorker(LearningWorker):
         }
 
 
-def ppo_terms(logprobs_N: Tensor, entropy_N: Tensor, micro: MicroBatch, ppo: PpoConfig, job: LearnJob) -> LossTerms:
+def ppo_terms(
+    logprobs_N: Tensor, entropy_N: Tensor, micro: MicroBatch, algorithm: Algorithm, job: LearnJob
+) -> LossTerms:
     """Loss of one micro-batch: clipped surrogate, entropy bonus, and KL to the reference where it is in the loss."""
     columns = micro.columns
     advantages_N = columns["advantages"]
-    if ppo.whiten_advantages and ppo.has_critic:
+    if isinstance(algorithm, Ppo) and algorithm.whiten_advantages:
         advantages_N = (advantages_N - job.advantage_mean) / (job.advantage_std + 1e-8)
     weights_N = None
     sums: dict[str, Tensor] = {"entropy": entropy_N.detach().sum()}
-    if ppo.importance_cap is not None:
-        weights_N = importance_weights(columns["old_logprobs"], columns["engine_logprobs"], ppo.importance_cap)
+    if algorithm.importance_cap is not None:
+        weights_N = importance_weights(columns["old_logprobs"], columns["engine_logprobs"], algorithm.importance_cap)
         sums["importance_weight_mean"] = weights_N.sum()
-        sums["importance_capped_fraction"] = (weights_N >= ppo.importance_cap).sum()
+        sums["importance_capped_fraction"] = (weights_N >= algorithm.importance_cap).sum()
     clipped = policy_loss(
         logprobs_N,
         columns["old_logprobs"],
         advantages_N,
-        clip_ratio=ppo.clip_ratio,
+        clip_ratio=algorithm.clip_ratio,
         importance_weights_N=weights_N,
     )
     loss = clipped.loss
-    if ppo.entropy_coefficient:
-        loss = loss - ppo.entropy_coefficient * entropy_N.sum()
-    if ppo.kl_estimator == "k3-loss":
+    if algorithm.entropy_coefficient:
+        loss = loss - algorithm.entropy_coefficient * entropy_N.sum()
+    if algorithm.kl_estimator == "k3-loss":
         reference_kl = kl_loss(logprobs_N, columns["ref_logprobs"])
         loss = loss + job.kl_coefficient * reference_kl
         sums["reference_kl_k3"] = reference_kl.detach()

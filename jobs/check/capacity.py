@@ -166,7 +166,7 @@ def memory_per_role(config: Config, sizes: _Sizes) -> dict[str, Memory]:
 
 
 def _critic_memory(config: Config, sizes: _Sizes) -> dict[str, Memory]:
-    if not config.ppo.has_critic:
+    if not config.algorithm.needs_critic:
         return {}
     size = sizes.of(*critic_base(config))
     return {"critic": _learner(config, config.critic, size, logits=False)}
@@ -187,11 +187,11 @@ def _learner(config: Config, learner: LearnerConfig, size: ModelSize, *, logits:
 def disk_bytes(config: Config, sizes: _Sizes) -> float:
     """What a run writes at most: checkpoints (those kept, the best, and one more while saving), exports, experience."""
     num_params = sizes.of(None).num_params
-    if config.ppo.has_critic:
+    if config.algorithm.needs_critic:
         num_params += sizes.of(*critic_base(config)).num_params
     keeps_best = config.checkpoints.best_metric is not None and config.evaluation.every_steps > 0
     checkpoints = (config.checkpoints.keep + 1 + keeps_best) * _SAVED_BYTES_PER_PARAM * num_params
     exported = 4 * num_params * (1 + keeps_best)
-    samples = config.ppo.steps * config.samples_per_step
+    samples = config.rl.steps * config.samples_per_step
     experience = samples * config.model.max_length * _LOGGED_BYTES_PER_TOKEN
     return float(checkpoints + exported + experience)

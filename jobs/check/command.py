@@ -15,7 +15,7 @@ from jobs.command import imported, read_config, run_command
 
 
 def main(
-    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides such as ppo.steps=10.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides such as rl.steps=10.")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML file; without it all defaults.")] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved config and exit.")] = False,
     ray_address: Annotated[

@@ -52,9 +52,9 @@ def check_vocabularies(config: Config, policy: Chat | None) -> None:
         reference = _vocabulary(config, "reference.path", config.reference.path)
         mine.require_same(reference, "Set reference.path=null, or reference.path to a model")
     key, start = _critic_start(config)
-    if config.ppo.has_critic and start not in (None, config.model.path):
+    if config.algorithm.needs_critic and start not in (None, config.model.path):
         way_out = (
-            f"Set critic.path={config.model.path} (the policy with a new head) or ppo.advantage=grpo (no critic), or "
+            f"Set critic.path={config.model.path} (the policy with a new head) or algorithm.name=grpo (no critic), or "
             "critic.path to a model"
         )
         mine.require_same(_vocabulary(config, f"the critic starts from {key}", str(start)), way_out)

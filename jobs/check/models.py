@@ -81,7 +81,7 @@ def _uses(config: Config) -> Iterator[_Use]:
         if config.reward.kind == "model" and config.reward.path is not None:
             # That it has a head is checked with its statistics.
             yield _Use("reward.path", config.reward.path, scores=True, window=None)
-        if config.ppo.has_critic:
+        if config.algorithm.needs_critic:
             yield _critic(config, longest)
     if "reward_model" in stages:
         base = config.reward_model.base or config.model.path

@@ -55,33 +55,36 @@ def check(config: Config, ray_address: str | None) -> None:
 
 def batch_rows(config: Config, num_prompts: int) -> list[Row]:
     """The arithmetic of one PPO step and of the run, as (name, value)."""
-    ppo, rollout = config.ppo, config.rollout
+    rl, algorithm, rollout = config.rl, config.algorithm, config.rollout
     samples = config.samples_per_step
     shards = math.ceil(samples / rollout.samples_per_shard)
-    per_step = ppo.epochs * ppo.minibatches
-    policy_steps = max(ppo.steps - loop_settings(config, ppo.steps).critic_warmup_steps, 0) * per_step
-    optimizer_steps = f"policy {policy_steps}" + (f", critic {ppo.steps * per_step}" if ppo.has_critic else "")
-    critic_rates = [("learning rate, critic", _rates(config.critic, ppo.steps * per_step))] if ppo.has_critic else []
-    epochs = ppo.steps * ppo.prompts_per_step / num_prompts if num_prompts else math.inf
+    per_step = algorithm.epochs * algorithm.minibatches
+    policy_steps = max(rl.steps - loop_settings(config, rl.steps).critic_warmup_steps, 0) * per_step
+    optimizer_steps = f"policy {policy_steps}" + (f", critic {rl.steps * per_step}" if algorithm.needs_critic else "")
+    critic_rates = (
+        [("learning rate, critic", _rates(config.critic, rl.steps * per_step))] if algorithm.needs_critic else []
+    )
+    epochs = rl.steps * rl.prompts_per_step / num_prompts if num_prompts else math.inf
     return [
-        ("samples per step", f"{ppo.prompts_per_step} prompts × {ppo.samples_per_prompt} = {samples}"),
+        ("samples per step", f"{rl.prompts_per_step} prompts × {rl.samples_per_prompt} = {samples}"),
         ("shards per step", f"{shards} of at most {rollout.samples_per_shard}, on {rollout.engines} engines"),
         ("tokens per step", f"at most {samples * config.model.max_length:,}"),
         (
             "optimizer steps per step",
-            f"{ppo.epochs} epochs × {ppo.minibatches} minibatches of {samples // ppo.minibatches} samples = {per_step}",
+            f"{algorithm.epochs} epochs × {algorithm.minibatches} minibatches of {samples // algorithm.minibatches} "
+            f"samples = {per_step}",
         ),
-        ("optimizer steps in all", f"{optimizer_steps}, in {ppo.steps} steps"),
-        ("learning rate, policy", _rates(config.policy, ppo.steps * per_step)),
+        ("optimizer steps in all", f"{optimizer_steps}, in {rl.steps} steps"),
+        ("learning rate, policy", _rates(config.policy, rl.steps * per_step)),
         *critic_rates,
-        ("passes over the prompts", f"{ppo.steps * ppo.prompts_per_step} of {num_prompts} prompts = {epochs:.2f}"),
+        ("passes over the prompts", f"{rl.steps * rl.prompts_per_step} of {num_prompts} prompts = {epochs:.2f}"),
         *_best_checkpoint(config),
     ]
 
 
 def _best_checkpoint(config: Config) -> list[Row]:
     """Which steps compete: those that are both saved and evaluated."""
-    checkpoints, evaluation, last = config.checkpoints, config.evaluation, config.ppo.steps
+    checkpoints, evaluation, last = config.checkpoints, config.evaluation, config.rl.steps
     if checkpoints.best_metric is None or not evaluation.prompts:
         return []
     common = math.lcm(checkpoints.every_steps, evaluation.every_steps)  # 0: one of them comes after the last step only

@@ -27,7 +27,7 @@ SENT_CONFIG = "submitted.yaml"
 def main(
     config: Annotated[Path, typer.Option("--config", help="YAML file; it is sent along.")],
     address: Annotated[str, typer.Option("--address", help="URL of the cluster's dashboard.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides such as ppo.steps=10.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides such as rl.steps=10.")] = None,
     include: Annotated[list[Path] | None, typer.Option("--include", help="Further file or folder to send.")] = None,
     resource: Annotated[
         list[str] | None, typer.Option("--resource", help="NAME=AMOUNT that the coordinator's node must offer.")

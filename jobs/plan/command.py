@@ -15,7 +15,7 @@ from jobs.command import imported, read_config, run_command
 
 
 def main(  # noqa: PLR0913  one parameter per option
-    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides such as ppo.prompts_per_step=512.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides such as rl.prompts_per_step=512.")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML file; without it all defaults.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs to plan for; default: those of the cluster.")] = None,
     gpu_kind: Annotated[str | None, typer.Option(help="h100, h200, h20, a100, a800 or l40s.")] = None,

@@ -126,7 +126,7 @@ class _Costs:
         return training + self._score(size, np.repeat(chosen[:scored], replies), stage.micro_batch_tokens)
 
     def ppo(self, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> float:
-        steps = self._config.ppo.steps
+        steps = self._config.rl.steps
         mean = float(_lengths(train).mean())
         work = work_of(self._config, prompt_tokens=mean, response_tokens=None, deviation=0.0)
         simulated = simulate_steps(

@@ -106,7 +106,7 @@ def device_for(target: Target, num_gpus: int) -> Device:
 
 
 def search_gpus(config: Config, work: Work, device: Device, num_gpus: int) -> Search:
-    staleness = max(1, config.ppo.max_staleness)
+    staleness = max(1, config.rl.max_staleness)
     dtype = config.model.compute_dtype
     return search(work, device, num_gpus, learning=learning_of(config), dtype=dtype, staleness=staleness)
 
@@ -138,11 +138,12 @@ def core_of(config: Config) -> Device:
 def _placements(config: Config) -> Iterator[tuple[str, Config]]:
     tree = config.model_dump()
     for mode, staleness in (("colocated", 0), ("separate", 0), ("separate", 1)):
-        ppo = {**tree["ppo"], "max_staleness": staleness, "importance_cap": tree["ppo"]["importance_cap"] or 2.0}
+        rl = {**tree["rl"], "max_staleness": staleness}
+        algorithm = {**tree["algorithm"], "importance_cap": tree["algorithm"]["importance_cap"] or 2.0}
         placement = {**tree["placement"], "mode": mode}
         yield (
             f"{mode}, staleness {staleness}",
-            config_from_tree({**tree, "ppo": ppo, "placement": placement}, source="the plan"),
+            config_from_tree({**tree, "rl": rl, "algorithm": algorithm, "placement": placement}, source="the plan"),
         )
 
 
@@ -151,7 +152,7 @@ def settings_of(layout: Layout, learners: Sequence[str]) -> list[str]:
     mode = "colocated" if layout.takes_turns else "separate"
     lines = [
         f"placement.mode={mode}",
-        f"ppo.max_staleness={layout.max_staleness}",
+        f"rl.max_staleness={layout.max_staleness}",
         f"rollout.engines={layout.engines}",
         f"rollout.tensor_parallel_size={layout.width('rollout')}",
         f"rollout.samples_per_shard={layout.samples_per_shard}",
@@ -169,7 +170,7 @@ def settings_of(layout: Layout, learners: Sequence[str]) -> list[str]:
             f"{role}.gradient_checkpointing={str(learning.gradient_checkpointing).lower()}",
             f"{role}.micro_batch_tokens={learning.micro_batch_tokens}",
         ]
-    return lines + (["ppo.importance_cap=2.0"] if layout.max_staleness else [])
+    return lines + (["algorithm.importance_cap=2.0"] if layout.max_staleness else [])
 
 
 def _show_work(config: Config, work: Work, lengths: MeanLengths) -> None:
@@ -178,7 +179,7 @@ def _show_work(config: Config, work: Work, lengths: MeanLengths) -> None:
     say(
         f"policy {config.model.path}: {size.num_params / 1e9:.2f} billion parameters; a step: {work.samples} samples, "
         f"prompts of {work.prompt.mean:g}, responses of {work.response.mean:g} tokens{guess}; "
-        f"{config.ppo.steps} steps"
+        f"{config.rl.steps} steps"
     )
 
 
@@ -207,7 +208,7 @@ def _show(config: Config, found: Search, what: str) -> None:
 
 
 def _cells(config: Config, candidate: Candidate) -> Sequence[str]:
-    layout, told, steps = candidate.layout, candidate.prediction, config.ppo.steps
+    layout, told, steps = candidate.layout, candidate.prediction, config.rl.steps
     widths = " ".join(f"{role}:{layout.devices_of(role)}" for role in MODELS if told.idle.get(role) is not None)
     policy = layout.learning["policy"]
     learning = f"{policy.micro_batch_tokens} ZeRO-{policy.zero_stage}{' ckpt' * policy.gradient_checkpointing}"

@@ -48,7 +48,7 @@ def models_of(config: Config, trained_reward: Path | None = None) -> dict[str, D
     named = {
         "policy": (config.model.path, None),
         "reference": (config.reference.path or config.model.path, None),
-        "critic": critic if config.ppo.has_critic else None,
+        "critic": critic if config.algorithm.needs_critic else None,
         "reward": (trained or reward_base(config)) if config.reward.kind == "model" else None,
     }
     sizes = {
@@ -80,16 +80,16 @@ def work_of(config: Config, *, prompt_tokens: float | None, response_tokens: flo
 
 
 def sharing_of(config: Config) -> int:
-    """Samples whose prompt is computed once: all of a prompt, where there is no critic."""
-    return 1 if config.ppo.has_critic else config.ppo.samples_per_prompt
+    """Samples whose prompt is computed once: all of a prompt, where they are compared with each other."""
+    return config.rl.samples_per_prompt if config.algorithm.compares_samples else 1
 
 
 def learning_of(config: Config) -> Mapping[str, LearnSettings]:
     def learner(section: LearnerConfig) -> LearnSettings:
         return LearnSettings(
             section.zero_stage,
-            config.ppo.epochs,
-            config.ppo.minibatches,
+            config.algorithm.epochs,
+            config.algorithm.minibatches,
             section.micro_batch_tokens,
             section.gradient_checkpointing,
         )
@@ -121,7 +121,7 @@ def layout_of(config: Config, device: Device, devices: int) -> Layout:
         tuple(pools),
         counts["rollout"],
         samples_per_shard(config),
-        config.ppo.max_staleness,
+        config.rl.max_staleness,
         counts["reward"],
         learning_of(config),
     )

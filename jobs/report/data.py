@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from orchestrator.config.loader import translated
 from orchestrator.config.yaml_text import parse_yaml
 from orchestrator.errors import DataError
 from orchestrator.evaluation import EVALUATION, Comparison, EvaluationRow, compare
@@ -133,7 +134,7 @@ def _config(path: Path, notes: list[str]) -> tuple[str, Mapping[str, Any]]:
     except (OSError, ValueError) as error:
         notes.append(f"{path.name} can't be read ({type(error).__name__}).")
         return "", {}
-    return text, tree if isinstance(tree, dict) else {}
+    return text, translated(tree) if isinstance(tree, dict) else {}
 
 
 def _score_name(config: Mapping[str, Any]) -> str:
@@ -144,7 +145,7 @@ def _score_name(config: Mapping[str, Any]) -> str:
 
 
 def _planned_steps(config: Mapping[str, Any]) -> int | None:
-    section = config.get("ppo")
+    section = config.get("rl")
     steps = section.get("steps") if isinstance(section, dict) else None
     return steps if isinstance(steps, int) else None
 

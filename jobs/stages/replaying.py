@@ -27,7 +27,7 @@ from jobs.stages.wiring import (
 )
 from orchestrator.config.changes import changed_keys
 from orchestrator.config.config import Config
-from orchestrator.config.loader import load_config
+from orchestrator.config.loader import load_kept_config
 from orchestrator.coordinator import Relearning
 from orchestrator.data.inputs import at_home
 from orchestrator.errors import ConfigError
@@ -71,7 +71,7 @@ def read_run_folder(path: Path) -> tuple[Config, RunFolder]:
     path = at_home(path, "RUN_FOLDER", ConfigError).absolute()
     if not (path / CONFIG_FILE).is_file():
         raise ConfigError(f"{path} holds no {CONFIG_FILE}, so it is no run folder; give the one that a run printed.")
-    kept = load_config(path / CONFIG_FILE)
+    kept = load_kept_config(path / CONFIG_FILE)
     config = resolved(kept, keys=WITHOUT_TRIAL)
     changed = [change for change in changed_keys(kept, config) if change.matters and change.is_model]
     if changed:

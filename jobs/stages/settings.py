@@ -10,6 +10,7 @@ from actors.learning.learner import LearnerSettings
 from actors.text.templates import ChatSettings, read_template
 from orchestrator.algorithms.experience import ExperienceSettings
 from orchestrator.algorithms.kl import adapted_coefficient
+from orchestrator.algorithms.ppo import Ppo
 from orchestrator.config.config import Config, Stage
 from orchestrator.config.sections import LearnerConfig
 from orchestrator.coordinator import LoopSettings
@@ -46,9 +47,9 @@ def samples_per_shard(config: Config) -> int:
     with each other stay together."""
     if config.rollout.reproducible:
         return config.rollout.samples_per_shard
-    if config.ppo.has_critic:
-        return math.ceil(config.samples_per_step / config.rollout.engines)
-    return math.ceil(config.ppo.prompts_per_step / config.rollout.engines) * config.ppo.samples_per_prompt
+    if config.algorithm.compares_samples:
+        return math.ceil(config.rl.prompts_per_step / config.rollout.engines) * config.rl.samples_per_prompt
+    return math.ceil(config.samples_per_step / config.rollout.engines)
 
 
 def shards_per_step(config: Config, *, is_sharded: bool) -> int | None:
@@ -85,38 +86,38 @@ def reward_max_length(config: Config) -> int | None:
 
 
 def loop_settings(config: Config, steps: int) -> LoopSettings:
-    warmup_steps = config.critic.warmup_steps if config.ppo.has_critic else 0
+    warmup_steps = config.critic.warmup_steps if config.algorithm.needs_critic else 0
     return LoopSettings(steps, warmup_steps, _kl_controller(config))
 
 
 def initial_state(config: Config) -> State:
-    return State(step=0, kl_coefficient=config.ppo.kl_coefficient)
+    return State(step=0, kl_coefficient=config.algorithm.kl_coefficient)
 
 
 def _kl_controller(config: Config) -> Callable[[float, float, int], float]:
-    target = config.ppo.kl_target
+    target = config.algorithm.adaptive_kl_target
     if target is None:
         return lambda coefficient, observed_kl, num_samples: coefficient
     return lambda coefficient, observed_kl, num_samples: adapted_coefficient(
         coefficient,
         observed_kl,
         target=target,
-        horizon_samples=config.ppo.kl_horizon_samples,
+        horizon_samples=config.algorithm.kl_horizon_samples,
         num_samples=num_samples,
     )
 
 
 def experience_settings(config: Config) -> ExperienceSettings:
-    ppo = config.ppo
+    algorithm = config.algorithm
     return ExperienceSettings(
-        kl_in_reward=ppo.kl_estimator == "k1-reward",
-        gamma=ppo.gamma,
-        lam=ppo.lam,
-        truncated=ppo.truncated,
-        truncation_penalty=ppo.truncation_penalty,
+        kl_in_reward=algorithm.kl_estimator == "k1-reward",
+        gamma=algorithm.gamma if isinstance(algorithm, Ppo) else 1.0,
+        lam=algorithm.lam if isinstance(algorithm, Ppo) else 1.0,
+        truncated=algorithm.truncated,
+        truncation_penalty=algorithm.truncation_penalty,
         reward_clip=config.reward.clip,
-        advantage=ppo.advantage,
-        samples_per_prompt=ppo.samples_per_prompt,
+        advantage={"ppo": "gae"}.get(algorithm.name, algorithm.name),
+        samples_per_prompt=config.rl.samples_per_prompt,
     )
 
 
@@ -131,14 +132,14 @@ def critic_path(config: Config, reward_path: str | None) -> str | None:
 
 
 def learner_settings(config: Config, learner: LearnerConfig) -> LearnerSettings:
-    ppo = config.ppo
+    algorithm = config.algorithm
     return LearnerSettings(
         zero_stage=learner.zero_stage,
         dtype=config.model.compute_dtype,
         learning_rate=learner.learning_rate,
         schedule=learner.schedule,
         warmup_optimizer_steps=learner.warmup_optimizer_steps,
-        total_optimizer_steps=ppo.steps * ppo.epochs * ppo.minibatches,
+        total_optimizer_steps=config.rl.steps * algorithm.epochs * algorithm.minibatches,
         weight_decay=learner.weight_decay,
         adam_betas=learner.adam_betas,
         max_grad_norm=learner.max_grad_norm,
@@ -168,7 +169,7 @@ def demands(config: Config, *, learning: bool) -> list[Demand]:
     return [
         engines,
         Demand("policy", config.policy.ranks, config.policy.cpus_per_rank, config.policy.gpus_per_rank),
-        *(critics if config.ppo.has_critic else []),
+        *(critics if config.algorithm.needs_critic else []),
         Demand("reference", reference.replicas, reference.cpus_per_replica, reference.gpus_per_replica),
         Demand("reward", reward.replicas, reward.cpus_per_replica, reward.gpus_per_replica),
         Demand("recorder", 1, RECORDER_CPUS),

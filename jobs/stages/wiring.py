@@ -119,19 +119,19 @@ async def start_learners(config: Config, starter: Starter, reward_path: str | No
     policy = PolicySettings(
         config.model.path,
         learner=learner_settings(config, config.policy),
-        ppo=config.ppo,
+        algorithm=config.algorithm,
         temperature=config.rollout.temperature,
         micro_batch_tokens=config.policy.micro_batch_tokens,
         chat=chat_settings(config),
         **common,
     )
     groups = {"policy": await starter.ranks("policy", PublishingPolicy, policy)}
-    if not config.ppo.has_critic:
+    if not config.algorithm.needs_critic:
         return groups
     critic = CriticSettings(
         critic_path(config, reward_path) or config.model.path,
         learner=learner_settings(config, config.critic),
-        ppo=config.ppo,
+        algorithm=config.algorithm,
         new_head=None if critic_path(config, reward_path) else "zero",
         seed=config.run.seed,
         micro_batch_tokens=config.critic.micro_batch_tokens,
@@ -149,7 +149,7 @@ async def start_scorers(config: Config, starter: Starter, reward_path: str | Non
         temperature=config.rollout.temperature,
         sharded=config.reference.sharded,
         micro_batch_tokens=config.reference.micro_batch_tokens,
-        shares_prompts=not config.ppo.has_critic,
+        shares_prompts=config.algorithm.compares_samples,
         **common,
     )
     reward = RewardSettings(
@@ -266,12 +266,12 @@ def _coordinator(
         catch_up=publisher.catch_up,
     )
     recorder = recorder_of(config, groups["recorder"], supervisor)
-    ppo = config.ppo
+    rl = config.rl
     schedule = PromptSchedule(
         prompts.train,
         seed=config.run.seed,
-        prompts_per_step=ppo.prompts_per_step,
-        samples_per_prompt=ppo.samples_per_prompt,
+        prompts_per_step=rl.prompts_per_step,
+        samples_per_prompt=rl.samples_per_prompt,
     )
     held_out = sample_requests(
         prompts.held_out[: config.evaluation.prompts],
@@ -281,13 +281,13 @@ def _coordinator(
     )
     log = experience_log(config, run, recorder)
     return Coordinator(
-        settings=loop_settings(config, ppo.steps),
+        settings=loop_settings(config, rl.steps),
         sampler=Sampler(
             rollouts,
             schedule,
             sampling=sampling_of(config),
             samples_per_shard=samples_per_shard(config),
-            max_staleness=ppo.max_staleness,
+            max_staleness=rl.max_staleness,
             takes_turns=config.placement.mode == "colocated",
         ),
         reference=reference,
@@ -308,7 +308,7 @@ def _coordinator(
             run.checkpoints,
             learners,
             every_steps=config.checkpoints.every_steps,
-            last_step=ppo.steps,
+            last_step=rl.steps,
             keep=config.checkpoints.keep,
             grace_s=saving_s(config.run),
             fence=run.require_newest,
@@ -326,7 +326,7 @@ def _coordinator(
             sampling=sampling_of(config),
             samples_per_shard=samples_per_shard(config),
             every_steps=config.evaluation.every_steps,
-            last_step=ppo.steps,
+            last_step=rl.steps,
         ),
         telemetry=telemetry,
         meter=ClusterMeter(
@@ -364,7 +364,7 @@ def learners_of(
         )
 
     learners = {"policy": learner("policy", config.policy, PolicyWorker.logprobs, weights=weights)}
-    if config.ppo.has_critic:
+    if config.algorithm.needs_critic:
         learners["critic"] = learner("critic", config.critic, CriticWorker.values)
     return learners
 

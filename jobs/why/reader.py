@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import psutil
 
 from jobs.why.facts import Beat, Call, Event, Facts, Process
+from orchestrator.config.loader import translated
 from orchestrator.config.yaml_text import parse_yaml
 from orchestrator.errors import StorageError
 from orchestrator.run.attempts import ATTEMPTS
@@ -38,8 +39,8 @@ def read_facts(folder: Path, now: float) -> Facts | None:
     traces = (CONFIG_FILE, ATTEMPTS, EVENTS_FILE, METRICS_FILE, HEARTBEAT_FILE)
     if not any(reader.get(name, lambda path: path.exists(), False) for name in traces):
         return None
-    config = reader.get(CONFIG_FILE, lambda path: _mapping(parse_yaml, path), empty)
-    run, ppo, stages = (config.get(section) for section in ("run", "ppo", "stages"))
+    config = reader.get(CONFIG_FILE, lambda path: translated(_mapping(parse_yaml, path)), empty)
+    run, rl, stages = (config.get(section) for section in ("run", "rl", "stages"))
     root = run.get("root") if isinstance(run, dict) else None
     events = [event for line in reader.get(EVENTS_FILE, reader.lines, no_lines) if (event := _event(line))]
     return Facts(
@@ -47,7 +48,7 @@ def read_facts(folder: Path, now: float) -> Facts | None:
         now=now,
         is_at_root=isinstance(root, str) and storage_root(Path(root)).resolve() == folder.resolve().parent,
         stages=_names(stages) or next(filter(None, map(stages_of, reversed(events))), ["ppo"]),
-        num_steps=whole(ppo.get("steps")) if isinstance(ppo, dict) else None,
+        num_steps=whole(rl.get("steps")) if isinstance(rl, dict) else None,
         events=events,
         attempts=reader.get(ATTEMPTS, _attempts, {}),
         num_committed=reader.get("log", num_committed, 0),

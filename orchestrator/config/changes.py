@@ -88,9 +88,9 @@ def value_of(config: Config, key: str) -> Any:
 
 
 def _matters(key: str, old: Config, new: Config) -> bool:
-    if key == "ppo.steps":
+    if key == "rl.steps":
         by_total_steps = any(learner.schedule != "constant" for learner in (new.policy, new.critic))
-        return new.ppo.steps < old.ppo.steps or by_total_steps
+        return new.rl.steps < old.rl.steps or by_total_steps
     if key == "stages":
         return new.stages[: len(old.stages)] != old.stages  # more stages may follow those of the run
     if key in RESOLVED_ONCE and value_of(old, key) in OPEN:

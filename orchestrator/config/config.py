@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Iterable
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import SerializeAsAny, model_validator
 
-from orchestrator.config.base import Section
+from orchestrator.algorithms.algorithm import Algorithm
+from orchestrator.algorithms.ppo import Ppo
+from orchestrator.algorithms.table import ALGORITHMS
+from orchestrator.config.base import ByName, Section
 from orchestrator.config.guards import GuardsConfig
 from orchestrator.config.rewards import RewardConfig
 from orchestrator.config.sections import (
@@ -21,12 +24,12 @@ from orchestrator.config.sections import (
     LearnerConfig,
     ModelConfig,
     PlacementConfig,
-    PpoConfig,
     PreferencesConfig,
     PromptsConfig,
     PublishConfig,
     ReferenceConfig,
     RewardModelConfig,
+    RlConfig,
     RolloutConfig,
     RunConfig,
     TelemetryConfig,
@@ -50,7 +53,8 @@ class Config(Section):
     reference: ReferenceConfig = ReferenceConfig()
     rollout: RolloutConfig = RolloutConfig()
     publish: PublishConfig = PublishConfig()
-    ppo: PpoConfig = PpoConfig()
+    rl: RlConfig = RlConfig()
+    algorithm: Annotated[SerializeAsAny[Algorithm], ByName(ALGORITHMS, default="ppo")] = Ppo()
     placement: PlacementConfig = PlacementConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -61,7 +65,7 @@ class Config(Section):
 
     @property
     def samples_per_step(self) -> int:
-        return self.ppo.prompts_per_step * self.ppo.samples_per_prompt
+        return self.rl.prompts_per_step * self.rl.samples_per_prompt
 
     @property
     def has_rollouts(self) -> bool:
@@ -77,16 +81,16 @@ class Config(Section):
 
 def _contradictions(config: Config) -> Iterable[str]:
     yield from _sizes_that_contradict(config)
-    ppo, reward = config.ppo, config.reward
-    if ppo.max_staleness and config.placement.mode == "colocated":
+    rl, algorithm, reward = config.rl, config.algorithm, config.reward
+    if rl.max_staleness and config.placement.mode == "colocated":
         yield (
-            f"placement.mode='colocated' needs ppo.max_staleness=0, got {ppo.max_staleness}: roles that share a "
-            "device cannot sample while they learn. Set ppo.max_staleness=0 or placement.mode='separate'."
+            f"placement.mode='colocated' needs rl.max_staleness=0, got {rl.max_staleness}: roles that share a "
+            "device cannot sample while they learn. Set rl.max_staleness=0 or placement.mode='separate'."
         )
-    if ppo.max_staleness and ppo.importance_cap is None:
+    if rl.max_staleness and algorithm.importance_cap is None:
         yield (
-            f"ppo.max_staleness={ppo.max_staleness} needs ppo.importance_cap: samples come from older weights and "
-            "must be weighted. Set ppo.importance_cap=2.0 or ppo.max_staleness=0."
+            f"rl.max_staleness={rl.max_staleness} needs algorithm.importance_cap: samples come from older weights and "
+            "must be weighted. Set algorithm.importance_cap=2.0 or rl.max_staleness=0."
         )
     if reward.kind == "rules" and not reward.rules:
         yield "reward.kind='rules' needs reward.rules: list at least one {function: 'package.module:function'}."
@@ -113,16 +117,17 @@ def _contradictions(config: Config) -> Iterable[str]:
 
 
 def _sizes_that_contradict(config: Config) -> Iterable[str]:
-    ppo, rollout = config.ppo, config.rollout
+    algorithm, rollout = config.algorithm, config.rollout
     samples = config.samples_per_step
-    if samples % ppo.minibatches:
-        lower = samples // ppo.minibatches * ppo.minibatches
-        upper = lower + ppo.minibatches
+    if samples % algorithm.minibatches:
+        lower = samples // algorithm.minibatches * algorithm.minibatches
+        upper = lower + algorithm.minibatches
         yield (
-            f"ppo.prompts_per_step × ppo.samples_per_prompt = {samples} samples do not divide into "
-            f"ppo.minibatches={ppo.minibatches}. The nearest sizes that do: {lower or upper} and {upper} samples."
+            f"rl.prompts_per_step × rl.samples_per_prompt = {samples} samples do not divide into "
+            f"algorithm.minibatches={algorithm.minibatches}. The nearest sizes that do: {lower or upper} and {upper} "
+            "samples."
         )
-    if not ppo.has_critic:
+    if algorithm.compares_samples:
         yield from _groups_that_contradict(config)
     if rollout.max_new_tokens >= config.model.max_length:
         yield (
@@ -133,23 +138,23 @@ def _sizes_that_contradict(config: Config) -> Iterable[str]:
 
 def _groups_that_contradict(config: Config) -> Iterable[str]:
     """Without a critic the samples of a prompt are compared with each other, so they must stay together."""
-    ppo, size = config.ppo, config.ppo.samples_per_prompt
+    rl, algorithm, size = config.rl, config.algorithm, config.rl.samples_per_prompt
     if size < 2:
         yield (
-            f"ppo.advantage='{ppo.advantage}' compares the samples of a prompt with each other and needs at least two, "
-            f"got ppo.samples_per_prompt={size}. Set ppo.samples_per_prompt=4, or ppo.advantage='gae'."
+            f"algorithm.name='{algorithm.name}' compares the samples of a prompt with each other and needs at least "
+            f"two, got rl.samples_per_prompt={size}. Set rl.samples_per_prompt=4, or algorithm.name=ppo."
         )
     shard = config.rollout.samples_per_shard
     if config.rollout.reproducible and shard % size:
         yield (
-            f"rollout.samples_per_shard={shard} would part samples of one prompt, of which ppo.advantage="
-            f"'{ppo.advantage}' needs all {size} together. Set it to {max(shard // size, 1) * size}."
+            f"rollout.samples_per_shard={shard} would part samples of one prompt, of which algorithm.name="
+            f"'{algorithm.name}' needs all {size} together. Set it to {max(shard // size, 1) * size}."
         )
-    if ppo.prompts_per_step % ppo.minibatches:
+    if rl.prompts_per_step % algorithm.minibatches:
         yield (
-            f"ppo.prompts_per_step={ppo.prompts_per_step} prompts do not divide into "
-            f"ppo.minibatches={ppo.minibatches}, and with ppo.advantage='{ppo.advantage}' the samples of a prompt "
-            "stay in one minibatch. Change either."
+            f"rl.prompts_per_step={rl.prompts_per_step} prompts do not divide into "
+            f"algorithm.minibatches={algorithm.minibatches}, and with algorithm.name='{algorithm.name}' the samples "
+            "of a prompt stay in one minibatch. Change either."
         )
 
 
@@ -164,9 +169,9 @@ def _guards_that_contradict(config: Config) -> Iterable[str]:
             f"guards.length.max={length.max:g} could never act: no response is longer than "
             f"rollout.max_new_tokens={longest}. Lower it, or leave it out."
         )
-    if jump.max is not None and jump.window >= config.ppo.steps:
+    if jump.max is not None and jump.window >= config.rl.steps:
         yield (
-            f"guards.reward_jump.window={jump.window} could never be full in ppo.steps={config.ppo.steps}. Set a "
+            f"guards.reward_jump.window={jump.window} could never be full in rl.steps={config.rl.steps}. Set a "
             "smaller window, or leave guards.reward_jump.max out."
         )
     if failed.max is not None and failed.max >= config.reward.max_failed_fraction:

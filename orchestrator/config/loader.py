@@ -1,10 +1,11 @@
 """Reads a configuration: unknown keys are refused, every error names the key and the way out.
 
-A YAML file and dotted overrides (`ppo.steps=10 model.path=/models/llama`) become a `Config`, or a ConfigError.
+A YAML file and dotted overrides (`rl.steps=10 model.path=/models/llama`) become a `Config`, or a ConfigError.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import reprlib
 import types
@@ -16,12 +17,40 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from orchestrator.config.base import Section
+from orchestrator.config.base import Section, by_name
 from orchestrator.config.config import Config
 from orchestrator.config.yaml_text import MAX_YAML_BYTES, parse_yaml
 from orchestrator.data.inputs import read_text
 from orchestrator.data.outside_text import has_credential
 from orchestrator.errors import ConfigError
+
+RENAMED: Mapping[str, str] = {
+    "ppo.steps": "rl.steps",
+    "ppo.prompts_per_step": "rl.prompts_per_step",
+    "ppo.samples_per_prompt": "rl.samples_per_prompt",
+    "ppo.max_staleness": "rl.max_staleness",
+    "ppo.advantage": "algorithm.name",
+    "ppo.minibatches": "algorithm.minibatches",
+    "ppo.epochs": "algorithm.epochs",
+    "ppo.clip_ratio": "algorithm.clip_ratio",
+    "ppo.clip_value": "algorithm.clip_value",
+    "ppo.entropy_coefficient": "algorithm.entropy_coefficient",
+    "ppo.gamma": "algorithm.gamma",
+    "ppo.lam": "algorithm.lam",
+    "ppo.whiten_advantages": "algorithm.whiten_advantages",
+    "ppo.kl_estimator": "algorithm.kl_estimator",
+    "ppo.kl_coefficient": "algorithm.kl_coefficient",
+    "ppo.kl_target": "algorithm.adaptive_kl_target",
+    "ppo.kl_horizon_samples": "algorithm.kl_horizon_samples",
+    "ppo.target_kl": "algorithm.early_stop_kl",
+    "ppo.truncated": "algorithm.truncated",
+    "ppo.truncation_penalty": "algorithm.truncation_penalty",
+    "ppo.importance_cap": "algorithm.importance_cap",
+}
+"""Keys by their old names. A person's old key is an error that names the new one; a kept config is translated."""
+
+RENAMED_VALUES: Mapping[str, Mapping[str, str]] = {"algorithm.name": {"gae": "ppo"}}
+"""Old values by the new name of their key."""
 
 _SHOWN_ERRORS = 20
 
@@ -50,19 +79,84 @@ def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
     return config_from_tree(tree, source=str(path) if path else "the command line")
 
 
+def load_kept_config(path: Path) -> Config:
+    """The config.yaml that a run keeps in its folder, which an older version of the program may have written.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    return config_from_tree(translated(_read_yaml(path)), source=str(path))
+
+
 def config_from_tree(tree: Mapping[str, Any], *, source: str) -> Config:
     for key in _credentials("", tree):
         raise ConfigError(
             f"{source}: {key} holds a credential, which would reach the process list, logs, config.yaml and reports. "
             f"Take it out of the URL; {_CREDENTIAL_PLACES.get(key, 'give it by the environment')}."
         )
+    if old := list(_old_keys(tree)):
+        raise ConfigError(f"{source}: " + "\n  ".join(old))
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()[:_SHOWN_ERRORS]]
+        lines = [_explain(item, tree) for item in error.errors()[:_SHOWN_ERRORS]]
         if error.error_count() > _SHOWN_ERRORS:
             lines.append(f"and {error.error_count() - _SHOWN_ERRORS} more")
         raise ConfigError(f"{source}: " + "\n  ".join(lines)) from None
+
+
+def translated(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of a kept config under today's names. Keys of sections that `name` did not choose fall away: an older
+    version of the program kept them too, and read none of them."""
+    found: dict[str, Any] = copy.deepcopy(dict(tree))
+    for old, new in RENAMED.items():
+        holder, leaf = _holder(found, old)
+        if leaf in holder:
+            _set(found, new, holder.pop(leaf))
+            if not holder:
+                del found[old.partition(".")[0]]
+    for key, values in RENAMED_VALUES.items():
+        holder, leaf = _holder(found, key)
+        if leaf in holder:
+            holder[leaf] = _renamed_value(holder[leaf], values)
+    for name, field in Config.model_fields.items():
+        choice, value = by_name(field), found.get(name)
+        if choice is not None and isinstance(value, dict) and (chosen := choice.section(value)) is not None:
+            found[name] = {
+                key: inner for key, inner in value.items() if key in chosen.model_fields or not choice.owners(key)
+            }
+    return found
+
+
+def _old_keys(tree: Mapping[str, Any]) -> Iterator[str]:
+    for old, new in RENAMED.items():
+        holder, leaf = _holder(tree, old)
+        if leaf not in holder:
+            continue
+        value = _renamed_value(holder[leaf], RENAMED_VALUES.get(new, {}))
+        yield f"{old} is now called {new}" + (f"; write {new}={value}." if value != holder[leaf] else ".")
+
+
+def _renamed_value(value: Any, values: Mapping[str, str]) -> Any:
+    if isinstance(value, list):
+        return [_renamed_value(inner, values) for inner in value]
+    return values.get(value, value) if isinstance(value, str) else value
+
+
+def _holder(tree: Mapping[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """The section that a dotted key is in, empty where there is none, and the key's name there."""
+    *sections, leaf = key.split(".")
+    holder: Any = tree
+    for section in sections:
+        holder = holder.get(section) if isinstance(holder, Mapping) else None
+    return (holder if isinstance(holder, dict) else {}), leaf
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    tree[leaf] = value
 
 
 def _credentials(prefix: str, value: Any) -> Iterator[str]:
@@ -87,7 +181,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold sections (`ppo:`, `model:`, ...), found {type(tree).__name__}.")
+        raise ConfigError(f"{path} must hold sections (`rl:`, `model:`, ...), found {type(tree).__name__}.")
     return tree
 
 
@@ -102,7 +196,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     shown = f"override {_shortened(override)!r}"
     if not separator or not key:
-        raise ConfigError(f"{shown} is not of the form section.key=value, e.g. ppo.steps=10.")
+        raise ConfigError(f"{shown} is not of the form section.key=value, e.g. rl.steps=10.")
     value = _parsed(text, f"value of {shown}")
     *sections, leaf = key.strip().split(".")
     if len(sections) > _DEEPEST_KEY:
@@ -121,22 +215,30 @@ def _shortened(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, tree: Mapping[str, Any]) -> str:
     location = _shortened(".".join(str(part) for part in error["loc"]))
     if error["type"] == "extra_forbidden":
-        return f"unknown key {location!r}{_suggestion(error['loc'])}"
+        return f"unknown key {location!r}{_suggestion(error['loc'], tree)}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     return f"{location}: {error['msg'].lower()}, got {reprlib.repr(error['input'])}."
 
 
-def _suggestion(location: tuple[int | str, ...]) -> str:
+def _suggestion(location: tuple[int | str, ...], tree: Mapping[str, Any]) -> str:
     *parents, key = (part for part in location if isinstance(part, str))
     section: type[BaseModel] = Config
+    owners: list[str] = []
+    value: Any = tree
     for parent in parents:
-        section = _section_type(section.model_fields[parent].annotation)
-    near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
+        field = section.model_fields[parent]
+        value = value.get(parent) if isinstance(value, Mapping) else None
+        choice = by_name(field)
+        owners = choice.owners(key) if choice else []
+        section = (choice and choice.section(value)) or _section_type(field.annotation)
     prefix = ".".join([*parents, ""])
+    if owners:
+        return f": it is a key of {prefix}name={' and '.join(owners)} only."
+    near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
     if near:
         return f"; did you mean {prefix + near[0]!r}?"
     elsewhere = [

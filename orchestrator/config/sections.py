@@ -224,55 +224,15 @@ class PublishConfig(Section):
     """Proof after publishing: read back all weights that layers compute with, a random part, or checksums only."""
 
 
-class PpoConfig(Section):
+class RlConfig(Section):
     steps: Positive = 20
-    """PPO iterations."""
+    """Iterations: sample, score, learn, publish."""
     prompts_per_step: Positive = 32
     """Prompts sampled in one step."""
     samples_per_prompt: Positive = 2
     """Responses per prompt."""
-    minibatches: Positive = 1
-    """Optimizer steps per epoch."""
-    epochs: Positive = 1
-    """Passes over a step's experience."""
-    clip_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Policy clip range (Schulman 2017)."""
-    clip_value: Annotated[float, Field(gt=0)] | None = 0.2
-    """Value clip range. Null: off."""
-    entropy_coefficient: float = 0.0
-    """Weight of the entropy bonus."""
-    advantage: Literal["gae", "grpo", "rloo"] = "gae"
-    """gae: generalised advantage estimation with the critic. grpo, rloo: no critic; a response's return is compared
-    with its prompt's other responses, over their standard deviation (grpo) or not (rloo)."""
-    gamma: Fraction = 1.0
-    """Discount (advantage: gae)."""
-    lam: Fraction = 0.95
-    """GAE lambda."""
-    whiten_advantages: bool = True
-    """Whiten advantages over the whole batch (advantage: gae)."""
-    kl_estimator: Literal["k1-reward", "k3-loss"] = "k1-reward"
-    """KL to the reference per token: k1 in the reward, or k3 in the loss."""
-    kl_coefficient: Annotated[float, Field(ge=0)] = 0.05
-    """Weight of the KL penalty; start value of the adaptive controller."""
-    kl_target: Annotated[float, Field(gt=0)] | None = None
-    """KL per response that the adaptive controller aims at. Null: fixed coefficient."""
-    kl_horizon_samples: Positive = 10_000
-    """Horizon of the adaptive controller (Ziegler 2019)."""
-    target_kl: Annotated[float, Field(gt=0)] | None = None
-    """Stop a step's epochs when the approximate KL to its start exceeds this. Null: never."""
-    truncated: Literal["bootstrap", "penalise"] = "bootstrap"
-    """A response cut by length: bootstrap with the critic (without one its reward stands as it is), or subtract
-    truncation_penalty."""
-    truncation_penalty: Annotated[float, Field(ge=0)] = 1.0
-    """Reward subtracted from a response that was cut by length (truncated: penalise)."""
-    importance_cap: Annotated[float, Field(gt=0)] | None = None
-    """Cap of the truncated importance weight between learner and engine. Null: off; needed at max_staleness > 0."""
     max_staleness: NonNegative = 0
     """Versions that sampling may run ahead of learning; 0: on-policy."""
-
-    @property
-    def has_critic(self) -> bool:
-        return self.advantage == "gae"
 
 
 class PlacementConfig(Section):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from orchestrator.config.changes import Change, changed_keys
 from orchestrator.config.config import Config
-from orchestrator.config.loader import load_config, to_yaml
+from orchestrator.config.loader import load_kept_config, to_yaml
 from orchestrator.errors import ConfigError, StorageError, Superseded
 from orchestrator.run.attempts import ATTEMPTS, claim, numbers
 from orchestrator.run.checkpoints import MARKER
@@ -158,7 +158,7 @@ def kept_config(config: Config) -> Config | None:
         return None
     path = storage_root(config.run.root) / config.run.id / CONFIG_FILE
     with reading(path):
-        return load_config(path) if path.exists() else None
+        return load_kept_config(path) if path.exists() else None
 
 
 def refuse_existing(config: Config) -> None:
@@ -181,7 +181,7 @@ def finished_run(config: Config) -> Path | None:
     is_done = kinds[-1:] == ["stage_finished"]
     if last == "ppo":
         # A run that has finished may be told to take more steps.
-        is_done = is_done and (path / "checkpoints" / f"step-{config.ppo.steps:06d}" / MARKER).exists()
+        is_done = is_done and (path / "checkpoints" / f"step-{config.rl.steps:06d}" / MARKER).exists()
     return path if is_done else None
 
 
@@ -220,7 +220,7 @@ def _harmless_changes(path: Path, config: Config) -> tuple[Change, ...]:
     with reading(path):
         if not path.exists():
             return ()
-    changes = changed_keys(load_config(path), config)
+    changes = changed_keys(load_kept_config(path), config)
     if any(change.matters for change in changes):
         lines = (f"{change}  ({'matters' if change.matters else 'does not matter'})" for change in changes)
         way_out = "Set the keys that matter back to continue it, or give another run.id to start a new run."

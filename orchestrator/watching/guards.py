@@ -29,11 +29,11 @@ Act = tuple[str, int, str]  # guard, step, action
 SMALLEST_STD = 1e-6  # a reward that never changes still differs by rounding
 REMEDIES: Mapping[str, str] = MappingProxyType(
     {
-        "kl": "a higher ppo.kl_coefficient or a lower policy.learning_rate",
-        "entropy": "a higher ppo.entropy_coefficient or a lower policy.learning_rate",
-        "length": "a reward that does not pay for length, or ppo.truncated=penalise",
+        "kl": "a higher algorithm.kl_coefficient or a lower policy.learning_rate",
+        "entropy": "a higher algorithm.entropy_coefficient or a lower policy.learning_rate",
+        "length": "a reward that does not pay for length, or algorithm.truncated=penalise",
         "reward_jump": "a reward that can't be gamed (the samples in the log show how it was)",
-        "mismatch": "model.dtype=float32, a lower ppo.max_staleness or publish.verify=full",
+        "mismatch": "model.dtype=float32, a lower rl.max_staleness or publish.verify=full",
     }
 )
 

@@ -206,12 +206,12 @@ def yaml(folder: Path, random: Random) -> Work:
         lambda: "a: |\n" + " x\n" * count,
         lambda: "&a " * count,
         lambda: "a: '" + "x" * 10 * count + "'",
-        lambda: "ppo: " + "{steps: " * (count // 100) + "}" * (count // 100),
+        lambda: "rl: " + "{steps: " * (count // 100) + "}" * (count // 100),
         lambda: "reward: {rules: [" + "{function: 'a:b'}, " * count + "]}",
     )
     text = random.choice(texts)()
     if random.random() < 0.3:
-        return load_config, (None, (f"{random.choice(('ppo', 'reward.rules', 'a.' * count + 'b'))}={text}",))
+        return load_config, (None, (f"{random.choice(('rl', 'reward.rules', 'a.' * count + 'b'))}={text}",))
     path = folder / "file"
     path.write_text(text)
     return load_config, (path,)

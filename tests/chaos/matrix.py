@@ -72,7 +72,8 @@ def settings(folder: Path) -> dict[str, Any]:
             "samples_per_shard": 8,
             "kv_cache_gib": 0.1,
         },
-        "ppo": {"steps": STEPS, "prompts_per_step": 16, "samples_per_prompt": 1, "minibatches": 2, "kl_target": 0.5},
+        "rl": {"steps": STEPS, "prompts_per_step": 16, "samples_per_prompt": 1},
+        "algorithm": {"minibatches": 2, "adaptive_kl_target": 0.5},
         "checkpoints": {"every_steps": 2, "export": False},
         "evaluation": {"prompts": 0},
         "telemetry": {"prometheus_port": None, "tensorboard": False},
@@ -263,7 +264,7 @@ class Report:
 def in_parts(field: Field, run_id: str, ends: Sequence[int]) -> Outcome:
     """A run that is told to end after so many steps, and then to go on."""
     for end in ends:
-        outcome = field.run(run_id, (), f"ppo.steps={end}")
+        outcome = field.run(run_id, (), f"rl.steps={end}")
     return outcome
 
 
@@ -285,7 +286,7 @@ def main(rows: Sequence[str]) -> int:
             outcome = here.run("throughput", blows("rollout", seed=1), "rollout.reproducible=false")
             report.add("not reproducible", outcome, here.replay(outcome))
         if "staleness" in wanted:
-            overrides = ("ppo.max_staleness=1", "ppo.importance_cap=2.0", "placement.mode=separate")
+            overrides = ("rl.max_staleness=1", "algorithm.importance_cap=2.0", "placement.mode=separate")
             plan = [*blows("rollout", seed=2)[:3], *blows("policy", seed=2)[3:]]
             outcome = here.run("staleness", plan, *overrides)
             report.add("staleness 1", outcome, here.replay(outcome))

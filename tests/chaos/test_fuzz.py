@@ -68,7 +68,7 @@ def test_configs_with_other_values(folder: Path, place: tuple[int, int]) -> None
 
 
 KEYS = st.sampled_from(
-    ["ppo", "steps", "policy.learning_rate", "reward.rules", "run.id", "", ".", "reward.http.url", "1", "stages"]
+    ["rl", "steps", "policy.learning_rate", "reward.rules", "run.id", "", ".", "reward.http.url", "1", "stages"]
 )
 
 

@@ -33,7 +33,7 @@ def test_a_run_in_which_each_kind_of_process_was_killed_ends_as_a_quiet_one(here
 
 
 def test_a_run_without_a_critic_ends_as_a_quiet_one_too(here: Field) -> None:
-    keys = ("ppo.advantage=grpo", "ppo.prompts_per_step=4", "ppo.samples_per_prompt=4")
+    keys = ("algorithm.name=grpo", "rl.prompts_per_step=4", "rl.samples_per_prompt=4")
     quiet = here.run("groups", [], *keys)
     plan = [blow("policy", 2, "learn"), blow("policy", 3, "publish") | {"rank": 1}, blow("driver", 5, "score")]
     outcome = here.run("groups-killed", plan, *keys)

@@ -105,7 +105,7 @@ def test_a_second_start_of_a_live_run_waits_and_is_refused_and_the_first_ends_as
 
 
 def test_a_run_of_three_steps_and_then_of_all_ends_as_one_of_all(here: Field, quiet: Outcome) -> None:
-    assert here.run("halves", (), "ppo.steps=3").code == 0
+    assert here.run("halves", (), "rl.steps=3").code == 0
     assert_as_quiet(here.run("halves"), quiet)
     again = here.run("halves")
     assert "nothing is left to do" in again.output

@@ -14,8 +14,8 @@ from actors.learning.size import model_size
 from actors.learning.worker import LearnJob
 from actors.roles.policy import PolicySettings, PolicyWorker
 from jobs.quickstart import CONFIG
+from orchestrator.algorithms.ppo import Ppo
 from orchestrator.config.loader import load_config
-from orchestrator.config.sections import PpoConfig
 from orchestrator.planning.memory import learner_memory
 from tests.integration.engine_scenarios import reference_logprobs
 from tests.numerics.ranks import group
@@ -29,7 +29,7 @@ FULL = [(64, 192)] * 16  # rows that fill micro-batches
 
 def policy_of(folder: Path, *, minibatches: int = 2) -> PolicyWorker:
     learner = LearnerSettings(dtype="bfloat16", learning_rate=3e-3)
-    ppo = PpoConfig(minibatches=minibatches, epochs=2)
+    ppo = Ppo(minibatches=minibatches, epochs=2)
     settings = PolicySettings(str(folder), folder, learner, ppo, temperature=1.0, micro_batch_tokens=MICRO_BATCH_TOKENS)
     return PolicyWorker(settings, group())
 

@@ -107,7 +107,7 @@ def command_line(folder: Path, model: Path) -> Iterator[CommandLine]:
         "prompts": {"path": str(folder / "prompts.jsonl"), "max_prompt_tokens": 100},
         "reward": {"kind": "rules", "rules": [{"function": "actors.rewards.gold:vader_positivity"}]},
         "rollout": {"engine": "hf", "max_new_tokens": 16, "cpus_per_engine": 1},
-        "ppo": {"steps": 2, "prompts_per_step": 8, "samples_per_prompt": 1},
+        "rl": {"steps": 2, "prompts_per_step": 8, "samples_per_prompt": 1},
         "evaluation": {"prompts": 4},
         "deadlines": of_a_run(),
     }

@@ -74,7 +74,7 @@ def _root_below_a_file(line: CommandLine) -> list[str]:
 
 def _id_of_another_run(line: CommandLine) -> list[str]:
     open_run(load_config(line.config, ["run.id=twice"]))
-    return ["run.id=twice", "ppo.gamma=0.9"]
+    return ["run.id=twice", "algorithm.gamma=0.9"]
 
 
 def _dead_endpoint(_: CommandLine) -> list[str]:
@@ -138,13 +138,13 @@ def test_bad_input_ends_the_process_with_its_code(command: CommandLine) -> None:
 
 
 def test_an_unknown_key_is_named_before_anything_is_imported(command: CommandLine) -> None:
-    ended = command.run("ppo.stepz=3")
-    assert_refused(ended, "ppo.stepz", "did you mean 'ppo.steps'")
+    ended = command.run("rl.stepz=3")
+    assert_refused(ended, "rl.stepz", "did you mean 'rl.steps'")
     assert ended.seconds < scaled(5)
 
 
 def test_a_wrong_type_is_named_with_its_value(command: CommandLine) -> None:
-    assert_refused(command.run("ppo.steps=many"), "ppo.steps", "'many'")
+    assert_refused(command.run("rl.steps=many"), "rl.steps", "'many'")
 
 
 def test_a_missing_config_file(command: CommandLine) -> None:
@@ -201,7 +201,7 @@ def test_a_reward_endpoint_that_goes_down_during_the_run(command: CommandLine) -
 )
 def test_a_signal_ends_the_run_and_all_that_it_started(command: CommandLine, number: int, moment: str) -> None:
     started = time.monotonic()
-    process = command.start("ppo.steps=1000", "placement.mode=colocated")
+    process = command.start("rl.steps=1000", "placement.mode=colocated")
     _wait_for_line(process, moment)
     time.sleep(1.0)
     sent = time.monotonic()

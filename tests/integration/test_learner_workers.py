@@ -10,12 +10,12 @@ from actors.learning.worker import LearnJob
 from actors.roles.critic import CriticSettings, CriticWorker
 from actors.roles.policy import PolicySettings, PolicyWorker
 from actors.roles.reference import ReferenceSettings, ReferenceWorker
-from orchestrator.config.sections import PpoConfig
+from orchestrator.algorithms.ppo import Ppo
 from tests.numerics.ranks import run_ranks
 from tests.numerics.samples import experience, rollout
 from tests.tiny import tiny_llama, tiny_scorer
 
-PPO = PpoConfig(minibatches=2, epochs=2)
+PPO = Ppo(minibatches=2, epochs=2)
 JOB = LearnJob(step=0, advantage_mean=0.0, advantage_std=1.0, kl_coefficient=0.05, seed=1)
 ROWS = [(3, 9), (12, 30), (2, 1), (5, 14), (7, 4)]  # an odd number: the ranks' shares differ
 

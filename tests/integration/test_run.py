@@ -81,7 +81,8 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
         "policy": {"learning_rate": 1e-3, "schedule": "linear", "warmup_optimizer_steps": 2},
         "critic": {"learning_rate": 1e-3, "warmup_steps": 1},
         "rollout": {"max_new_tokens": 16, "samples_per_shard": 8, "kv_cache_gib": 0.1},
-        "ppo": {"steps": STEPS, "prompts_per_step": 16, "samples_per_prompt": 1, "minibatches": 2, "kl_target": 0.5},
+        "rl": {"steps": STEPS, "prompts_per_step": 16, "samples_per_prompt": 1},
+        "algorithm": {"minibatches": 2, "adaptive_kl_target": 0.5},
         "checkpoints": {"every_steps": 2},
         "evaluation": {"prompts": 0},
         "telemetry": {"prometheus_port": None, "tensorboard": False},
@@ -157,7 +158,7 @@ def test_a_replay_may_start_from_a_checkpoint(launcher: Launcher, whole: Path, t
 def test_a_run_without_a_critic_learns_and_equals_its_replay(
     launcher: Launcher, tmp_path: Path, advantage: str
 ) -> None:
-    keys = (f"ppo.advantage={advantage}", "ppo.prompts_per_step=4", "ppo.samples_per_prompt=4", "ppo.steps=2")
+    keys = (f"algorithm.name={advantage}", "rl.prompts_per_step=4", "rl.samples_per_prompt=4", "rl.steps=2")
     finish(launcher.ppo(advantage, *keys))
     folder = launcher.run_folder(advantage)
     last = "checkpoints/step-000002"
@@ -203,7 +204,7 @@ def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool]) ->
 
 def test_the_best_checkpoint_is_kept_named_and_exported(launcher: Launcher) -> None:
     """The first step warms the critic up, so that version 1 is the start policy, within any bound on KL."""
-    keys = ("ppo.steps=3", "policy.learning_rate=0.01", "checkpoints.every_steps=1", "checkpoints.keep=1")
+    keys = ("rl.steps=3", "policy.learning_rate=0.01", "checkpoints.every_steps=1", "checkpoints.keep=1")
     evaluating = ("evaluation.prompts=12", "evaluation.every_steps=1", "checkpoints.best_max_kl=0.000001")
     output = finish(launcher.ppo("best", *keys, *evaluating))
     folder = launcher.run_folder("best")
@@ -227,7 +228,7 @@ def test_a_reward_model_trained_alone_is_told_as_finished_and_the_run_goes_on_wi
     rows = [{"prompt": f"Say {n}.", "chosen": f"It is {n}, kind", "rejected": f"It is {n}, rude"} for n in range(12)]
     (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = ("--config", str(launcher.folder / "config.yaml"), "run.id=alone")
-    keys = (f"preferences.path={tmp_path / 'preferences.jsonl'}", "reward.kind=model", "reward.rules=[]", "ppo.steps=1")
+    keys = (f"preferences.path={tmp_path / 'preferences.jsonl'}", "reward.kind=model", "reward.rules=[]", "rl.steps=1")
     keys += ("reward_model.max_length=20", "reward_model.threads_per_worker=1", "reward_model.learning_rate=0.003")
     finish(launcher.start("reward-model", *config, *keys, "stages=[reward_model]"))
     told = finish(launcher.start("why", str(launcher.run_folder("alone"))))

@@ -7,7 +7,7 @@ from actors.learning.learner import LearnerSettings
 from actors.learning.worker import LearnJob
 from actors.roles.policy import PolicySettings, PolicyWorker
 from actors.roles.reference import ReferenceSettings, ReferenceWorker
-from orchestrator.config.sections import PpoConfig
+from orchestrator.algorithms.ppo import Ppo
 from tests.numerics.ranks import group
 from tests.numerics.samples import experience, rollout
 from tests.tiny import tiny_llama
@@ -20,10 +20,10 @@ def folder(tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("causal"))
 
 
-def worker(folder, *, dtype, temperature, ppo, micro_batch_tokens=2048):
+def worker(folder, *, dtype, temperature, algorithm, micro_batch_tokens=2048):
     learner = LearnerSettings(dtype=dtype, learning_rate=3e-3)
     settings = PolicySettings(
-        str(folder), folder, learner, ppo, temperature=temperature, micro_batch_tokens=micro_batch_tokens
+        str(folder), folder, learner, algorithm, temperature=temperature, micro_batch_tokens=micro_batch_tokens
     )
     return PolicyWorker(settings, group())
 
@@ -31,7 +31,7 @@ def worker(folder, *, dtype, temperature, ppo, micro_batch_tokens=2048):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 0.1), ("float32", 1e-4)])
 def test_the_first_ratio_is_one_within_the_compute_types_error(folder, dtype, error, temperature):
-    policy = worker(folder, dtype=dtype, temperature=temperature, ppo=PpoConfig(minibatches=2, epochs=2))
+    policy = worker(folder, dtype=dtype, temperature=temperature, algorithm=Ppo(minibatches=2, epochs=2))
     policy.micro_batch_tokens = 64  # other micro-batches than those that are learned from
     old = policy.logprobs(rollout())
     policy.micro_batch_tokens = 2048
@@ -44,16 +44,15 @@ def test_the_first_ratio_is_one_within_the_compute_types_error(folder, dtype, er
 
 
 def test_a_wrong_temperature_shows_in_the_first_ratio(folder):
-    ppo = PpoConfig()
-    old = worker(folder, dtype="float32", temperature=0.7, ppo=ppo).logprobs(rollout())
-    metrics = worker(folder, dtype="float32", temperature=1.0, ppo=ppo).learn(
+    old = worker(folder, dtype="float32", temperature=0.7, algorithm=Ppo()).logprobs(rollout())
+    metrics = worker(folder, dtype="float32", temperature=1.0, algorithm=Ppo()).learn(
         [experience(old_logprobs=old["logprobs"])], JOB
     )
     assert metrics["first_ratio_deviation_max"] > 1.5
 
 
 def test_policy_and_reference_agree_where_they_are_the_same_model(folder):
-    policy = worker(folder, dtype="float32", temperature=0.7, ppo=PpoConfig())
+    policy = worker(folder, dtype="float32", temperature=0.7, algorithm=Ppo())
     reference = ReferenceWorker(
         ReferenceSettings(str(folder), folder, dtype="float32", temperature=0.7, micro_batch_tokens=30), group()
     )
@@ -63,9 +62,9 @@ def test_policy_and_reference_agree_where_they_are_the_same_model(folder):
         assert one == pytest.approx(other, abs=1e-4)
 
 
-def test_target_kl_ends_the_epochs(folder):
-    def steps(target_kl):
-        policy = worker(folder, dtype="float32", temperature=1.0, ppo=PpoConfig(epochs=6, target_kl=target_kl))
+def test_early_stop_kl_ends_the_epochs(folder):
+    def steps(early_stop_kl):
+        policy = worker(folder, dtype="float32", temperature=1.0, algorithm=Ppo(epochs=6, early_stop_kl=early_stop_kl))
         old = policy.logprobs(rollout())
         return policy.learn([experience(old_logprobs=old["logprobs"])], JOB)["optimizer_steps"]
 

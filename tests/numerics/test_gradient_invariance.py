@@ -14,15 +14,13 @@ from actors.learning.objectives.losses import value_loss
 from actors.learning.packing import TokenRows
 from actors.learning.worker import LearnJob
 from actors.roles.policy import ppo_terms
-from orchestrator.config.sections import PpoConfig
+from orchestrator.algorithms.ppo import Ppo
 from orchestrator.planning.balance import plan_minibatches
 from tests.numerics.ranks import group, run_ranks
 from tests.numerics.samples import experience
 from tests.tiny import tiny_llama, tiny_scorer
 
-PPO = PpoConfig(
-    entropy_coefficient=0.01, kl_estimator="k3-loss", kl_coefficient=0.1, importance_cap=2.0, clip_value=0.2
-)
+PPO = Ppo(entropy_coefficient=0.01, kl_estimator="k3-loss", kl_coefficient=0.1, importance_cap=2.0, clip_value=0.2)
 JOB = LearnJob(step=0, advantage_mean=0.1, advantage_std=0.6, kl_coefficient=0.1, seed=1)
 COLUMNS = ("old_logprobs", "ref_logprobs", "engine_logprobs", "advantages", "values", "returns")
 ONE_MICRO_BATCH, FEW_TOKENS = 100_000, 45

@@ -18,7 +18,7 @@ from actors.roles.policy import PolicySettings, PolicyWorker, ppo_terms
 from actors.text.conversations import load_chat
 from actors.text.templates import ChatSettings
 from actors.text.tokenizing import load_tokenizer
-from orchestrator.config.sections import PpoConfig
+from orchestrator.algorithms.ppo import Ppo
 from orchestrator.errors import NonFiniteError, StorageError
 from orchestrator.planning.balance import plan_minibatches
 from tests.chaos.test_storage import fill, small_disk  # noqa: F401  a fixture
@@ -26,7 +26,7 @@ from tests.numerics.ranks import group, run_ranks
 from tests.numerics.samples import experience, rollout
 from tests.tiny import CHATML, tiny_llama, tiny_scorer, tiny_tokenizer
 
-PPO = PpoConfig()
+PPO = Ppo()
 SETTINGS = LearnerSettings(
     learning_rate=1e-3, schedule="cosine", warmup_optimizer_steps=2, total_optimizer_steps=8, weight_decay=0.01
 )
@@ -203,7 +203,7 @@ def test_an_export_is_asked_and_stops_as_the_policy_was(tmp_path):
 
 
 def test_the_critic_learns_its_returns(tmp_path):
-    ppo = PpoConfig(epochs=30, clip_value=None)
+    ppo = Ppo(epochs=30, clip_value=None)
     learner = LearnerSettings(dtype="float32", learning_rate=3e-3)
     critic = CriticWorker(CriticSettings(str(tiny_scorer(tmp_path)), tmp_path, learner, ppo), group())
     table = critic.values(rollout())

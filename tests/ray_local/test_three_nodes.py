@@ -76,8 +76,8 @@ def tiny_overrides(folder: Path) -> list[str]:
         "rollout.max_new_tokens": 16,
         "rollout.samples_per_shard": 8,
         "rollout.kv_cache_gib": 0.1,
-        "ppo.steps": 2,
-        "ppo.prompts_per_step": 16,
+        "rl.steps": 2,
+        "rl.prompts_per_step": 16,
         "evaluation.prompts": 4,
     }
     return [f"{key}={value}" for key, value in settings.items()]
@@ -142,9 +142,9 @@ def test_the_job_runs_with_its_roles_where_the_plan_says(cluster: Cluster, folde
 
 
 def test_a_job_with_a_bad_key_fails_and_says_why(cluster: Cluster) -> None:
-    code, output = submit(cluster, "ppo.stepz=2")
+    code, output = submit(cluster, "rl.stepz=2")
     assert code != 0
-    assert "did you mean 'ppo.steps'?" in output
+    assert "did you mean 'rl.steps'?" in output
     assert "exit code: 2" in output or "exit code 2" in output
 
 

@@ -8,8 +8,9 @@ from orchestrator.config.loader import load_config
 
 
 def test_both_sides_do_grpo() -> None:
-    ppo = our_config(3, 28).ppo
-    assert (ppo.advantage, ppo.kl_estimator, ppo.samples_per_prompt) == ("grpo", "k3-loss", 4)
+    config = our_config(3, 28)
+    algorithm = config.algorithm
+    assert (algorithm.name, algorithm.kl_estimator, config.rl.samples_per_prompt) == ("grpo", "k3-loss", 4)
 
 
 def test_the_longest_prompt_and_response_fit() -> None:

@@ -119,8 +119,8 @@ def test_an_unknown_command_names_the_nearest_and_ends_with_2() -> None:
 def test_a_command_gets_its_arguments_and_gives_its_exit_code(tmp_path: Path) -> None:
     done = run("why", str(tmp_path))
     assert done.returncode == 2 and "holds no run" in done.stderr
-    done = run("check", "ppo.stepz=1")
-    assert done.returncode == 2 and "ppo.steps" in done.stderr
+    done = run("check", "rl.stepz=1")
+    assert done.returncode == 2 and "rl.steps" in done.stderr
 
 
 def test_the_installed_script_is_this_program() -> None:

@@ -104,11 +104,11 @@ def test_weights_and_biases_continues_the_run_with_the_run_id(monkeypatch, tmp_p
     monkeypatch.setattr(trackers, "wandb", fake)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     config = TelemetryConfig(tensorboard=False, wandb_project="project")
-    (tracker,) = opened(config, tmp_path, ppo={"steps": 9})
+    (tracker,) = opened(config, tmp_path, rl={"steps": 9})
     tracker.log(3, {"reward/mean": 0.5})
     tracker.close()
     assert (fake.options["id"], fake.options["resume"], fake.options["project"]) == ("demo-1", "allow", "project")
-    assert fake.options["config"] == {"ppo": {"steps": 9}}
+    assert fake.options["config"] == {"rl": {"steps": 9}}
     assert fake.logged == [(3, {"reward/mean": 0.5})]
     assert fake.is_finished
 
@@ -118,12 +118,12 @@ def test_mlflow_keeps_one_run_over_attempts(tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     config = TelemetryConfig(tensorboard=False, mlflow_uri=uri)
     for step in range(2):
-        (tracker,) = opened(config, tmp_path, ppo={"steps": 9})
+        (tracker,) = opened(config, tmp_path, rl={"steps": 9})
         tracker.log(step, {"reward/mean": float(step)})
         tracker.close()
     client = mlflow.MlflowClient(tracking_uri=uri)
     (run,) = client.search_runs([client.get_experiment_by_name("rlhf").experiment_id])
-    assert run.data.params == {"ppo.steps": "9"}
+    assert run.data.params == {"rl.steps": "9"}
     history = client.get_metric_history(run.info.run_id, "reward/mean")
     assert [(point.step, point.value) for point in history] == [(0, 0.0), (1, 1.0)]
 

@@ -69,7 +69,7 @@ def config_of(tmp_path: Path, models: dict[str, Path], **sections: Any) -> Confi
         "prompts": {"path": str(tmp_path / "prompts.jsonl"), "max_prompt_tokens": 100},
         "reward": {"kind": "rules", "rules": [{"function": GOLD}]},
         "rollout": {"max_new_tokens": 16},
-        "ppo": {"steps": 1, "prompts_per_step": 2},
+        "rl": {"steps": 1, "prompts_per_step": 2},
         "evaluation": {"prompts": 2},
     }
     return config_from_tree(
@@ -126,7 +126,7 @@ def test_the_ways_out_work(tmp_path: Path, models: dict[str, Path]) -> None:
     assert problems(tmp_path, models, **foreign, **policy) == []
     # The policy with a new head: nothing else is started from.
     assert critic_path(config_of(tmp_path, models, **foreign, **policy), str(models["shuffled"])) is None
-    grpo = {"ppo": {"advantage": "grpo", "samples_per_prompt": 2}}
+    grpo = {"rl": {"samples_per_prompt": 2}, "algorithm": {"name": "grpo"}}
     passed = found(tmp_path, models, **foreign, **grpo)
     assert passed.problems == []
     assert any("written in its own way, text goes in" in note for note in passed.notes)
@@ -151,7 +151,7 @@ def test_a_tokenizer_larger_than_the_embeddings_is_refused(tmp_path: Path, model
     tokenizer.save_pretrained(policy)
     (problem,) = problems(tmp_path, models, model={"path": str(policy)})
     assert problem.startswith("model.path: the tokenizer in") and "embeddings for 384 tokens only" in problem
-    (problem, *_) = problems(tmp_path, models, reward=reward(models, "fewer"), ppo={"advantage": "grpo"})
+    (problem, *_) = problems(tmp_path, models, reward=reward(models, "fewer"), algorithm={"name": "grpo"})
     assert problem.startswith("reward.path: the tokenizer in") and "embeddings for 100 tokens only" in problem
 
 

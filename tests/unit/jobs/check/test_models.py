@@ -54,22 +54,23 @@ ROLES: dict[str, tuple[dict[str, Any], list[dict[str, bool]]]] = {
         [{"scores": False, "exports": True}, {"scores": True, "exports": True}],
     ),
     "policy and reference": (
-        {"reference": {"path": "MODEL"}, "ppo": {"advantage": "grpo", "samples_per_prompt": 4}},
+        {"reference": {"path": "MODEL"}, "rl": {"samples_per_prompt": 4}, "algorithm": {"name": "grpo"}},
         [{"scores": False, "exports": True}],
     ),
     "a reference under another name": (
-        {"reference": {"path": "LINK"}, "ppo": {"advantage": "grpo", "samples_per_prompt": 4}},
+        {"reference": {"path": "LINK"}, "rl": {"samples_per_prompt": 4}, "algorithm": {"name": "grpo"}},
         [{"scores": False, "exports": True}],
     ),
     "a reference of its own": (
-        {"reference": {"path": "COPY"}, "ppo": {"advantage": "grpo", "samples_per_prompt": 4}},
+        {"reference": {"path": "COPY"}, "rl": {"samples_per_prompt": 4}, "algorithm": {"name": "grpo"}},
         [{"scores": False, "exports": True}, {"scores": False, "exports": False}],
     ),
     "a policy that recomputes activations": (
         {
             "reference": {"path": "MODEL"},
             "policy": {"gradient_checkpointing": True},
-            "ppo": {"advantage": "grpo", "samples_per_prompt": 4},
+            "rl": {"samples_per_prompt": 4},
+            "algorithm": {"name": "grpo"},
         },
         [
             {"scores": False, "exports": True, "checkpointing": True},
@@ -106,7 +107,8 @@ def test_architectures_are_tried_small(name: str, tmp_path: Path) -> None:
         tiny_folder(name, tmp_path / "model"),
         tmp_path,
         policy={"gradient_checkpointing": True},
-        ppo={"advantage": "grpo", "samples_per_prompt": 4},
+        algorithm={"name": "grpo"},
+        rl={"samples_per_prompt": 4},
     )
     assert note is not None
     assert "model.path was tried small" in note
@@ -175,7 +177,7 @@ def test_generation_configs_that_transformers_would_not_write_are_no_obstacle(
 ) -> None:
     folder = Path(shutil.copytree(llama, tmp_path / "model"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, **generation}))
-    check(folder, tmp_path, ppo={"advantage": "grpo", "samples_per_prompt": 4})
+    check(folder, tmp_path, algorithm={"name": "grpo"}, rl={"samples_per_prompt": 4})
 
 
 def test_an_export_that_would_not_come_back_is_found_before_the_run(

@@ -74,7 +74,7 @@ def test_more_work_takes_longer(tmp_path: Path, machine: Any, prepared: Prepared
 
     config = quickstart(tmp_path, "float32")
     start = seconds()
-    twice = seconds(f"ppo.steps={2 * config.ppo.steps}", f"reward_model.epochs={2 * config.reward_model.epochs}")
+    twice = seconds(f"rl.steps={2 * config.rl.steps}", f"reward_model.epochs={2 * config.reward_model.epochs}")
     assert twice["preferences"] == start["preferences"]
     assert twice["reward_model"] > 1.5 * start["reward_model"] - START_S["reward_model"]
     evaluations = 2 * start["ppo"] - twice["ppo"]  # and the start: what more steps do not repeat
@@ -82,7 +82,7 @@ def test_more_work_takes_longer(tmp_path: Path, machine: Any, prepared: Prepared
     whole = seconds("reward_model.layers=null")
     assert whole["reward_model"] - START_S["reward_model"] > 4.0 * (start["reward_model"] - START_S["reward_model"])
     assert whole["ppo"] > start["ppo"]
-    with_critic = seconds("reward_model.layers=null", "ppo.advantage=gae")
+    with_critic = seconds("reward_model.layers=null", "algorithm.name=ppo")
     assert with_critic["ppo"] > 1.3 * whole["ppo"]
     assert set(seconds("stages=[preferences]")) == {"ray", "preferences"}
 

@@ -51,7 +51,7 @@ def tree(folder: Path) -> dict[str, Any]:
         "model": {"path": str(folder), "dtype": "bfloat16", "max_length": 2048},
         "reward": {"kind": "rules", "rules": [{"function": "actors.rewards.gold:vader_positivity"}]},
         "rollout": {"max_new_tokens": 1024},
-        "ppo": {"steps": 100, "prompts_per_step": 128, "samples_per_prompt": 1},
+        "rl": {"steps": 100, "prompts_per_step": 128, "samples_per_prompt": 1},
     }
 
 
@@ -131,6 +131,6 @@ def test_a_bad_config_ends_with_exit_code_2(tree: dict[str, Any], tmp_path: Path
     app = typer.Typer()
     app.command()(command.main)
     runner = CliRunner()
-    assert runner.invoke(app, ["ppo.stepz=3"]).exit_code == 2
+    assert runner.invoke(app, ["rl.stepz=3"]).exit_code == 2
     model = f"model.path={tree['model']['path']}"
     assert runner.invoke(app, ["--gpus", "1", "--gpu-kind", "abacus", model, "reward.path=x"]).exit_code == 2

@@ -24,7 +24,7 @@ from tests.deadlines import scaled
 from tests.unit.jobs.run_folder import NUM_STEPS, write_run
 
 NOW = 1.7e9
-CONFIG = "stages: [reward_model, ppo]\nppo: {steps: 12}\n"
+CONFIG = "stages: [reward_model, ppo]\nrl: {steps: 12}\n"
 ENGINE_FROZE = {
     "role": "rollout",
     "rank": 1,

@@ -29,7 +29,7 @@ def test_equal_configs_have_no_changes() -> None:
         ({}, {"evaluation": {"every_steps": 5}}, "evaluation.every_steps: 0 -> 5"),
         ({}, {"run": {"id": "demo-1"}}, 'run.id: null -> "demo-1"'),
         ({}, {"rollout": {"engines": 2}}, "rollout.engines: 1 -> 2"),
-        ({"ppo": {"steps": 3}}, {"ppo": {"steps": 6}}, "ppo.steps: 3 -> 6"),
+        ({"rl": {"steps": 3}}, {"rl": {"steps": 6}}, "rl.steps: 3 -> 6"),
     ],
 )
 def test_what_computes_nothing_does_not_matter(old: dict[str, Any], new: dict[str, Any], text: str) -> None:
@@ -47,11 +47,11 @@ def test_what_computes_nothing_does_not_matter(old: dict[str, Any], new: dict[st
         ({}, {"rollout": {"cpus_per_engine": 4}}, "rollout.cpus_per_engine"),
         ({}, {"placement": {"mode": "separate"}}, "placement.mode"),
         ({}, {"evaluation": {"prompts": 4}}, "evaluation.prompts"),
-        ({"ppo": {"steps": 6}}, {"ppo": {"steps": 3}}, "ppo.steps"),
+        ({"rl": {"steps": 6}}, {"rl": {"steps": 3}}, "rl.steps"),
         (
-            {"ppo": {"steps": 3}, "critic": {"schedule": "linear"}},
-            {"ppo": {"steps": 6}, "critic": {"schedule": "linear"}},
-            "ppo.steps",
+            {"rl": {"steps": 3}, "critic": {"schedule": "linear"}},
+            {"rl": {"steps": 6}, "critic": {"schedule": "linear"}},
+            "rl.steps",
         ),
         (
             {"rollout": {"reproducible": False}},

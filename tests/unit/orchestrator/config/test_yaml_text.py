@@ -43,7 +43,7 @@ def test_bombs_are_refused_in_a_moment(tmp_path: Path, name: str) -> None:
         load_config(path)
     assert time.process_time() - before < 10 and len(str(caught.value)) < 2000 and str(path) in str(caught.value)
     with pytest.raises(ConfigError) as caught:
-        load_config(None, [f"ppo={BOMBS[name]}"])
+        load_config(None, [f"rl={BOMBS[name]}"])
     assert len(str(caught.value)) < 2000
 
 
@@ -53,7 +53,7 @@ def test_anchors_and_merges_of_people_are_read() -> None:
     assert parse_yaml("") is None
 
 
-@pytest.mark.parametrize("text", ["ppo: {steps: 1}\nmodel: {}\nppo: {epochs: 2}", "ppo: {steps: 1, steps: 2}"])
+@pytest.mark.parametrize("text", ["rl: {steps: 1}\nmodel: {}\nrl: {max_staleness: 0}", "rl: {steps: 1, steps: 2}"])
 def test_a_key_that_comes_twice_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text, encoding="utf-8")

@@ -26,13 +26,13 @@ def test_the_same_config_opens_the_next_attempt(tmp_path: Path) -> None:
 
 
 def test_a_change_that_does_not_matter_is_told_and_both_configs_are_kept(tmp_path: Path) -> None:
-    first, second = config(tmp_path), config(tmp_path, ppo={"steps": 40}, deadlines={"learn_s": 60})
+    first, second = config(tmp_path), config(tmp_path, rl={"steps": 40}, deadlines={"learn_s": 60})
     open_run(first)
     open_run(first)
     check_run_folder(second)
     run = open_run(second)
     assert run.notes == (
-        "config changed since the last attempt: ppo.steps: 20 -> 40",
+        "config changed since the last attempt: rl.steps: 20 -> 40",
         "config changed since the last attempt: deadlines.learn_s: 3600.0 -> 60.0",
     )
     assert load_config(run.path / "config.yaml") == second
@@ -77,7 +77,7 @@ def test_a_run_has_finished_when_its_last_stage_did_and_no_later_attempt_began(t
     settings = config(tmp_path)
     assert finished_run(settings) is None
     run = open_run(settings)
-    marker = run.checkpoints / f"step-{settings.ppo.steps:06d}" / "COMPLETE"
+    marker = run.checkpoints / f"step-{settings.rl.steps:06d}" / "COMPLETE"
     marker.parent.mkdir(parents=True)
     marker.touch()
     with Telemetry(run.path, run.id, 1, stage=settings.stages[-1]) as telemetry:
@@ -88,7 +88,7 @@ def test_a_run_has_finished_when_its_last_stage_did_and_no_later_attempt_began(t
         assert finished_run(settings) is None
         telemetry.event("stage_finished")
     assert finished_run(settings) == run.path
-    longer = settings.model_copy(update={"ppo": settings.ppo.model_copy(update={"steps": settings.ppo.steps + 1})})
+    longer = settings.model_copy(update={"rl": settings.rl.model_copy(update={"steps": settings.rl.steps + 1})})
     assert finished_run(longer) is None
 
 
