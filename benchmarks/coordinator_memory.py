@@ -34,6 +34,7 @@ from benchmarks.stand_ins import (
 )
 from benchmarks.table import report
 from orchestrator.algorithms.experience import ExperienceSettings
+from orchestrator.algorithms.ppo import Ppo
 from orchestrator.garbage import collect_seldom
 from orchestrator.types import Metrics, Prompt, PublishReport, SampleRequest, State
 
@@ -143,7 +144,7 @@ class StandInPublisher:
 def groups() -> dict[str, ActorGroup]:
     """One process for the engine, one for all models, one that records."""
     models = _group("models", StandInModel, {})
-    arguments = {"settings": ExperienceSettings(), "run_id": "memory"}
+    arguments = {"settings": ExperienceSettings(Ppo(), samples_per_prompt=1), "run_id": "memory"}
     return {
         "rollout": _group("rollout", StandInEngine, {}),
         **dict.fromkeys(("policy", "critic", "reference", "reward"), models),

@@ -21,8 +21,8 @@ import torch
 
 from actors.groups.cluster import environment
 from actors.learning.distributed import Group
+from actors.learning.objectives.objective import LearnJob
 from actors.learning.size import model_size
-from actors.learning.worker import LearnJob
 from actors.roles.critic import CriticSettings, CriticWorker
 from actors.roles.policy import PolicySettings, PolicyWorker
 from benchmarks.harness import Figure, Pairs, measure_turns, ratio_figure

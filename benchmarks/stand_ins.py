@@ -15,7 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from actors.groups.group import ActorGroup
-from actors.learning.worker import LearnJob, Share
+from actors.learning.objectives.objective import LearnJob
+from actors.learning.worker import Share
 from actors.remote.roles import RayLearner, RayRecorder, RayRollouts, ReplicatedScorer, ShardedScorer
 from orchestrator import schema
 from orchestrator.coordinator import Coordinator, LoopSettings

@@ -69,7 +69,7 @@ class Learner(Scorer, Protocol):
 
 
 class NoCritic:
-    """Stands where a critic would be in runs that compare samples with each other (algorithm.name: grpo, rloo)."""
+    """Takes the critic's place in runs whose algorithm needs none."""
 
     async def score(self, shard: RolloutShard) -> Sequence[Handle]:  # noqa: ARG002  Protocol
         return ()

@@ -30,7 +30,7 @@ from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.errors import NonFiniteError, StorageError
 from orchestrator.run.storage import writing
 
-Objective = Callable[[Any, MicroBatch], LossTerms]
+Loss = Callable[[Any, MicroBatch], LossTerms]
 
 _TAG = "deepspeed"
 _SUMMARY = "learner.json"
@@ -111,7 +111,7 @@ class Learner:
         with torch.no_grad():
             return self._engine(micro)
 
-    def update(self, micros: Sequence[MicroBatch], objective: Objective, *, count: float, what: str) -> Update:
+    def update(self, micros: Sequence[MicroBatch], objective: Loss, *, count: float, what: str) -> Update:
         """One optimizer step on this rank's micro-batches of a minibatch.
 
         Args:

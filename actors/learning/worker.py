@@ -17,30 +17,13 @@ from torch import Tensor
 
 from actors.learning.distributed import Group
 from actors.learning.heads import PolicyModel, ValueModel
-from actors.learning.learner import Learner, LearnerSettings, Objective, Update
+from actors.learning.learner import Learner, LearnerSettings, Loss, Update
+from actors.learning.objectives.objective import LearnJob
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.sharing import can_share
 from orchestrator.planning.balance import plan_forwards, plan_minibatches
 
 Forward = Callable[[MicroBatch], Any]
-
-
-@dataclass(frozen=True)
-class LearnJob:
-    """What a step's learning needs beside its experience.
-
-    Args:
-        step: of the coordinator; names the step in errors and seeds the minibatches together with `seed`.
-        advantage_mean, advantage_std: moments over the whole step, for whitening.
-        kl_coefficient: weight of the KL to the reference where it is in the loss.
-        seed: of the run.
-    """
-
-    step: int
-    advantage_mean: float
-    advantage_std: float
-    kl_coefficient: float
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +77,7 @@ class LearningWorker:
     def run_epochs(
         self,
         rows: TokenRows,
-        objective: Objective,
+        objective: Loss,
         job: LearnJob,
         *,
         epochs: int,

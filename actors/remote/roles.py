@@ -15,7 +15,8 @@ import pyarrow as pa
 from actors.groups.group import ActorGroup
 from actors.groups.process import Process, Several
 from actors.groups.supervisor import RaySupervisor
-from actors.learning.worker import LearnJob, Share
+from actors.learning.objectives.objective import LearnJob
+from actors.learning.worker import Share
 from actors.remote.publisher import PolicyWeights
 from actors.roles.recorder import RecorderWorker
 from actors.roles.rollout import RolloutWorker

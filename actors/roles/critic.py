@@ -1,4 +1,4 @@
-"""The critic: values of the states in which response tokens are chosen, and PPO's clipped value loss."""
+"""The critic: values of the states in which response tokens are chosen, and learning them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from actors.learning.distributed import Group
 from actors.learning.heads import ValueModel
 from actors.learning.learner import LearnerSettings
 from actors.learning.model import NewHead, load_scorer, resolve_model
-from actors.learning.objectives.losses import LossTerms, value_loss
+from actors.learning.objectives.losses import LossTerms
+from actors.learning.objectives.objective import LearnJob
+from actors.learning.objectives.table import objective_of
 from actors.learning.packing import MicroBatch, TokenRows
-from actors.learning.worker import LearningWorker, LearnJob, Share, answers, averaged, token_lists
+from actors.learning.worker import LearningWorker, Share, answers, averaged, token_lists
 from orchestrator import schema
 from orchestrator.algorithms.algorithm import Algorithm
-from orchestrator.algorithms.ppo import Ppo
-
-_COLUMNS = ("values", "returns")
 
 
 @dataclass(frozen=True)
@@ -89,14 +88,13 @@ class CriticWorker(LearningWorker):
             NonFiniteError: before anything non-finite is applied.
         """
         algorithm = self.settings.algorithm
-        clip_value = algorithm.clip_value if isinstance(algorithm, Ppo) else None
-        rows = TokenRows(pa.concat_tables(tables), _COLUMNS)
+        objective = objective_of(algorithm)
+        rows = TokenRows(pa.concat_tables(tables), objective.critic_columns)
 
-        def objective(output: tuple[Tensor, Tensor], micro: MicroBatch) -> LossTerms:
-            old_N, returns_N = (micro.columns[name] for name in _COLUMNS)
-            return value_loss(output[0], old_N, returns_N, clip_value=clip_value)
+        def loss(output: tuple[Tensor, Tensor], micro: MicroBatch) -> LossTerms:
+            return objective.critic_terms(output[0], micro.columns)
 
-        updates = self.run_epochs(rows, objective, job, epochs=algorithm.epochs, num_minibatches=algorithm.minibatches)
+        updates = self.run_epochs(rows, loss, job, epochs=algorithm.epochs, num_minibatches=algorithm.minibatches)
         returns_N = rows.token_column("returns").astype(np.float64)
         residuals_N = returns_N - rows.token_column("values")
         variance = float(returns_N.var())

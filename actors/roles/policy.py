@@ -1,4 +1,4 @@
-"""The policy: log-probs of what was sampled, and PPO's clipped objective."""
+"""The policy: log-probs of what was sampled, and learning by the algorithm's objective."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from actors.learning.distributed import Group
 from actors.learning.heads import PolicyModel
 from actors.learning.learner import LearnerSettings, Update
 from actors.learning.model import load_causal, resolve_model
-from actors.learning.objectives.losses import LossTerms, importance_weights, kl_loss, policy_loss
+from actors.learning.objectives.losses import LossTerms
+from actors.learning.objectives.objective import LearnJob
+from actors.learning.objectives.table import objective_of
 from actors.learning.packing import MicroBatch, TokenRows
-from actors.learning.worker import LearningWorker, LearnJob, Share, answers, averaged, token_lists
+from actors.learning.worker import LearningWorker, Share, answers, averaged, token_lists
 from actors.text.conversations import load_chat
 from actors.text.templates import OWN_CHAT, ChatSettings
 from orchestrator import schema
 from orchestrator.algorithms.algorithm import Algorithm
-from orchestrator.algorithms.ppo import Ppo
 
-_COLUMNS = ("old_logprobs", "ref_logprobs", "engine_logprobs", "advantages")
+_FIRST_RATIOS = ("ratio_mean", "ratio_deviation_max")
 
 
 @dataclass(frozen=True)
@@ -96,54 +97,21 @@ class PolicyWorker(LearningWorker):
             NonFiniteError: before anything non-finite is applied.
         """
         algorithm = self.settings.algorithm
-        rows = TokenRows(pa.concat_tables(tables), _COLUMNS)
+        objective = objective_of(algorithm)
+        rows = TokenRows(pa.concat_tables(tables), objective.policy_columns)
 
-        def objective(output: tuple[Tensor, Tensor], micro: MicroBatch) -> LossTerms:
-            return ppo_terms(*output, micro, algorithm, job)
+        def loss(output: tuple[Tensor, Tensor], micro: MicroBatch) -> LossTerms:
+            return objective.policy_terms(*output, micro.columns, job)
 
         def diverged(update: Update) -> bool:
             return algorithm.early_stop_kl is not None and update.means["approx_kl"] > algorithm.early_stop_kl
 
         updates = self.run_epochs(
-            rows, objective, job, epochs=algorithm.epochs, num_minibatches=algorithm.minibatches, enough=diverged
+            rows, loss, job, epochs=algorithm.epochs, num_minibatches=algorithm.minibatches, enough=diverged
         )
         first = updates[0][2]
-        return {
-            **averaged(updates),
-            "first_ratio_mean": first.means["ratio_mean"],
-            "first_ratio_deviation_max": first.maxima["ratio_deviation_max"],
-        }
-
-
-def ppo_terms(
-    logprobs_N: Tensor, entropy_N: Tensor, micro: MicroBatch, algorithm: Algorithm, job: LearnJob
-) -> LossTerms:
-    """Loss of one micro-batch: clipped surrogate, entropy bonus, and KL to the reference where it is in the loss."""
-    columns = micro.columns
-    advantages_N = columns["advantages"]
-    if isinstance(algorithm, Ppo) and algorithm.whiten_advantages:
-        advantages_N = (advantages_N - job.advantage_mean) / (job.advantage_std + 1e-8)
-    weights_N = None
-    sums: dict[str, Tensor] = {"entropy": entropy_N.detach().sum()}
-    if algorithm.importance_cap is not None:
-        weights_N = importance_weights(columns["old_logprobs"], columns["engine_logprobs"], algorithm.importance_cap)
-        sums["importance_weight_mean"] = weights_N.sum()
-        sums["importance_capped_fraction"] = (weights_N >= algorithm.importance_cap).sum()
-    clipped = policy_loss(
-        logprobs_N,
-        columns["old_logprobs"],
-        advantages_N,
-        clip_ratio=algorithm.clip_ratio,
-        importance_weights_N=weights_N,
-    )
-    loss = clipped.loss
-    if algorithm.entropy_coefficient:
-        loss = loss - algorithm.entropy_coefficient * entropy_N.sum()
-    if algorithm.kl_estimator == "k3-loss":
-        reference_kl = kl_loss(logprobs_N, columns["ref_logprobs"])
-        loss = loss + job.kl_coefficient * reference_kl
-        sums["reference_kl_k3"] = reference_kl.detach()
-    return LossTerms(loss, {**clipped.sums, **sums, "loss": loss.detach()}, clipped.maxima)
+        ratios = {name: value for name, value in {**first.means, **first.maxima}.items() if name in _FIRST_RATIOS}
+        return {**averaged(updates), **{f"first_{name}": value for name, value in ratios.items()}}
 
 
 def logprobs_table(table: pa.Table, parts: list[tuple[MicroBatch, Tensor]]) -> pa.Table:

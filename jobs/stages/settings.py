@@ -10,7 +10,6 @@ from actors.learning.learner import LearnerSettings
 from actors.text.templates import ChatSettings, read_template
 from orchestrator.algorithms.experience import ExperienceSettings
 from orchestrator.algorithms.kl import adapted_coefficient
-from orchestrator.algorithms.ppo import Ppo
 from orchestrator.config.config import Config, Stage
 from orchestrator.config.sections import LearnerConfig
 from orchestrator.coordinator import LoopSettings
@@ -108,17 +107,7 @@ def _kl_controller(config: Config) -> Callable[[float, float, int], float]:
 
 
 def experience_settings(config: Config) -> ExperienceSettings:
-    algorithm = config.algorithm
-    return ExperienceSettings(
-        kl_in_reward=algorithm.kl_estimator == "k1-reward",
-        gamma=algorithm.gamma if isinstance(algorithm, Ppo) else 1.0,
-        lam=algorithm.lam if isinstance(algorithm, Ppo) else 1.0,
-        truncated=algorithm.truncated,
-        truncation_penalty=algorithm.truncation_penalty,
-        reward_clip=config.reward.clip,
-        advantage={"ppo": "gae"}.get(algorithm.name, algorithm.name),
-        samples_per_prompt=config.rl.samples_per_prompt,
-    )
+    return ExperienceSettings(config.algorithm, config.rl.samples_per_prompt, config.reward.clip)
 
 
 def common_settings(config: Config) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from orchestrator.algorithms.advantages import Advantages, Responses
 from orchestrator.config.base import NonNegativeNumber, Positive, PositiveNumber, Section
+from orchestrator.config.sections import RlConfig, RolloutConfig
 
 
 class Algorithm(Section):
@@ -47,3 +51,51 @@ class Algorithm(Section):
     """Reward subtracted from a response that was cut by length (truncated: penalise)."""
     importance_cap: PositiveNumber | None = None
     """Cap of the truncated importance weight between learner and engine. Null: off; needed at rl.max_staleness > 0."""
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether -kl_coefficient · (log p_old - log p_ref) is added to every token's reward."""
+        return self.kl_estimator == "k1-reward"
+
+    @abstractmethod
+    def advantages(self, responses: Responses) -> Advantages:
+        """Pure; of the rows of one shard, which holds all samples of a prompt where they are compared."""
+
+    def contradictions(self, rl: RlConfig, rollout: RolloutConfig) -> Iterator[str]:
+        """What does not fit together, each with the way out."""
+        if rl.max_staleness and self.importance_cap is None:
+            yield (
+                f"rl.max_staleness={rl.max_staleness} needs algorithm.importance_cap: samples come from older weights "
+                "and must be weighted. Set algorithm.importance_cap=2.0 or rl.max_staleness=0."
+            )
+        samples = rl.samples_per_step
+        if samples % self.minibatches:
+            lower = samples // self.minibatches * self.minibatches
+            upper = lower + self.minibatches
+            yield (
+                f"rl.prompts_per_step × rl.samples_per_prompt = {samples} samples do not divide into "
+                f"algorithm.minibatches={self.minibatches}. The nearest sizes that do: {lower or upper} and {upper} "
+                "samples."
+            )
+        if self.compares_samples:
+            yield from self._groups_that_contradict(rl, rollout)
+
+    def _groups_that_contradict(self, rl: RlConfig, rollout: RolloutConfig) -> Iterator[str]:
+        """Samples of a prompt that are compared must stay together."""
+        name, size, shard = f"algorithm.name='{self.name}'", rl.samples_per_prompt, rollout.samples_per_shard
+        if size < 2:
+            yield (
+                f"{name} compares the samples of a prompt with each other and needs at least two, got "
+                f"rl.samples_per_prompt={size}. Set rl.samples_per_prompt=4, or algorithm.name=ppo."
+            )
+        if rollout.reproducible and shard % size:
+            yield (
+                f"rollout.samples_per_shard={shard} would part samples of one prompt, of which {name} needs all {size} "
+                f"together. Set it to {max(shard // size, 1) * size}."
+            )
+        if rl.prompts_per_step % self.minibatches:
+            yield (
+                f"rl.prompts_per_step={rl.prompts_per_step} prompts do not divide into "
+                f"algorithm.minibatches={self.minibatches}, and with {name} the samples of a prompt stay in one "
+                "minibatch. Change either."
+            )

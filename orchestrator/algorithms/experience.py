@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 
 from orchestrator import schema
 from orchestrator.algorithms import kl
-from orchestrator.algorithms.advantages import GROUP_ADVANTAGES, Floats, Offsets, gae_rows
+from orchestrator.algorithms.advantages import Floats, Offsets, Responses
+from orchestrator.algorithms.algorithm import Algorithm
 from orchestrator.errors import DataError, NonFiniteError
 from orchestrator.types import Moments
 
@@ -25,25 +26,14 @@ TRUNCATED = "length"  # finish_reason of a response without EOS
 
 @dataclass(frozen=True)
 class ExperienceSettings:
-    """How token rewards and advantages are made.
-
-    Args:
-        kl_in_reward: whether -kl_coefficient · (log p_old - log p_ref) is added to every token's reward.
-        truncated: a response cut by length is bootstrapped with the critic's value after its last token (there is none
-            without a critic), or ends with value 0 and `truncation_penalty` subtracted from its reward.
-        reward_clip: the sequence reward is clipped to ± this before it enters the token rewards.
-        advantage: "gae", or a key of GROUP_ADVANTAGES, which need no critic.
-        samples_per_prompt: so many rows of a step, one after the other, are of one prompt.
+    """Args:
+    reward_clip: the sequence reward is clipped to ± this before it enters the token rewards.
+    samples_per_prompt: so many rows of a step, one after the other, are of one prompt.
     """
 
-    kl_in_reward: bool = True
-    gamma: float = 1.0
-    lam: float = 0.95
-    truncated: Literal["bootstrap", "penalise"] = "bootstrap"
-    truncation_penalty: float = 1.0
+    algorithm: Algorithm
+    samples_per_prompt: int
     reward_clip: float | None = None
-    advantage: str = "gae"
-    samples_per_prompt: int = 1
 
 
 def token_rewards(reward: float, old_logprobs: Floats, ref_logprobs: Floats, kl_coefficient: float) -> Floats:
@@ -98,28 +88,26 @@ def assemble(
     reward_R = reward_table["reward"].to_numpy()
     _check_rows_finite("reward", reward_R, table["row"])
     truncated_R = pc.equal(table["finish_reason"], TRUNCATED).to_numpy()
-    coefficient = kl_coefficient if settings.kl_in_reward else 0.0
+    algorithm = settings.algorithm
+    coefficient = kl_coefficient if algorithm.kl_in_reward else 0.0
     final_R = _final_rewards(reward_R, truncated_R, settings)
     token_rewards_N = _token_rewards_rows(final_R, flat["old_logprobs"], flat["ref_logprobs"], offsets_R1, coefficient)
-    if settings.advantage == "gae":
+    values_N = last_values_R = np.zeros(0, np.float32)
+    if algorithm.needs_critic:
         value_table = _aligned("values", values, rows).filter(keep)
         bootstrap_R = value_table["bootstrap_value"].to_numpy()
         _check_rows_finite("bootstrap_value", bootstrap_R, table["row"])
         values_N = _flat("values", value_table["values"], table["row"], offsets_R1)
-        bootstrapped_R = truncated_R & (settings.truncated == "bootstrap")
+        bootstrapped_R = truncated_R & (algorithm.truncated == "bootstrap")
         last_values_R = np.where(bootstrapped_R, bootstrap_R, 0.0).astype(np.float32)
-        advantages_N, returns_N = gae_rows(
-            token_rewards_N, values_N, offsets_R1, last_values_R, settings.gamma, settings.lam
-        )
-    else:
-        group_R = table["row"].to_numpy() // settings.samples_per_prompt
-        advantages_N, values_N, returns_N = _compared(token_rewards_N, offsets_R1, group_R, settings.advantage)
+    group_R = table["row"].to_numpy() // settings.samples_per_prompt
+    found = algorithm.advantages(Responses(token_rewards_N, offsets_R1, group_R, values_N, last_values_R))
     computed = {
         **flat,
         "token_rewards": token_rewards_N,
-        "values": values_N,
-        "advantages": advantages_N,
-        "returns": returns_N,
+        "values": found.values_N,
+        "advantages": found.advantages_N,
+        "returns": found.returns_N,
     }
     arrays: dict[str, Any] = {name: table[name] for name in schema.ROLLOUT.names}
     arrays |= {name: _lists(flat_N, offsets_R1) for name, flat_N in computed.items()}
@@ -190,28 +178,14 @@ def explained_variance(sums: Mapping[str, float]) -> float:
     return 1.0 - unexplained / variance if variance > 0.0 else 0.0
 
 
-def _compared(
-    token_rewards_N: Floats, offsets_R1: Offsets, group_R: npt.NDArray[np.int64], kind: str
-) -> tuple[Floats, Floats, Floats]:
-    """(advantages, baselines, returns), the same for all tokens of a response; its return is undiscounted."""
-    lengths_R = np.diff(offsets_R1)
-    row_N = np.repeat(np.arange(len(lengths_R)), lengths_R)
-    returns_R = np.bincount(row_N, weights=token_rewards_N, minlength=len(lengths_R)).astype(np.float64)
-    advantages_R, baselines_R = GROUP_ADVANTAGES[kind](returns_R, group_R)
-    advantages_N, baselines_N, returns_N = (
-        column_R.astype(np.float32)[row_N] for column_R in (advantages_R, baselines_R, returns_R)
-    )
-    return advantages_N, baselines_N, returns_N
-
-
 def _final_rewards(
     reward_R: Floats, truncated_R: npt.NDArray[np.bool_], settings: ExperienceSettings
 ) -> npt.NDArray[np.float64]:
     final_R = reward_R.astype(np.float64)
     if settings.reward_clip is not None:
         final_R = np.clip(final_R, -settings.reward_clip, settings.reward_clip)
-    if settings.truncated == "penalise":
-        final_R = final_R - settings.truncation_penalty * truncated_R
+    if settings.algorithm.truncated == "penalise":
+        final_R = final_R - settings.algorithm.truncation_penalty * truncated_R
     return final_R
 
 

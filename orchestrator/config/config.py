@@ -65,7 +65,7 @@ class Config(Section):
 
     @property
     def samples_per_step(self) -> int:
-        return self.rl.prompts_per_step * self.rl.samples_per_prompt
+        return self.rl.samples_per_step
 
     @property
     def has_rollouts(self) -> bool:
@@ -80,17 +80,17 @@ class Config(Section):
 
 
 def _contradictions(config: Config) -> Iterable[str]:
-    yield from _sizes_that_contradict(config)
-    rl, algorithm, reward = config.rl, config.algorithm, config.reward
+    rl, rollout, reward = config.rl, config.rollout, config.reward
     if rl.max_staleness and config.placement.mode == "colocated":
         yield (
             f"placement.mode='colocated' needs rl.max_staleness=0, got {rl.max_staleness}: roles that share a "
             "device cannot sample while they learn. Set rl.max_staleness=0 or placement.mode='separate'."
         )
-    if rl.max_staleness and algorithm.importance_cap is None:
+    yield from config.algorithm.contradictions(rl, rollout)
+    if rollout.max_new_tokens >= config.model.max_length:
         yield (
-            f"rl.max_staleness={rl.max_staleness} needs algorithm.importance_cap: samples come from older weights and "
-            "must be weighted. Set algorithm.importance_cap=2.0 or rl.max_staleness=0."
+            f"rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in "
+            f"model.max_length={config.model.max_length}. Lower the first or raise the second."
         )
     if reward.kind == "rules" and not reward.rules:
         yield "reward.kind='rules' needs reward.rules: list at least one {function: 'package.module:function'}."
@@ -114,48 +114,6 @@ def _contradictions(config: Config) -> Iterable[str]:
     if config.checkpoints.best_max_kl is not None and config.checkpoints.best_metric is None:
         yield "checkpoints.best_max_kl needs checkpoints.best_metric: set it, or leave both out."
     yield from _guards_that_contradict(config)
-
-
-def _sizes_that_contradict(config: Config) -> Iterable[str]:
-    algorithm, rollout = config.algorithm, config.rollout
-    samples = config.samples_per_step
-    if samples % algorithm.minibatches:
-        lower = samples // algorithm.minibatches * algorithm.minibatches
-        upper = lower + algorithm.minibatches
-        yield (
-            f"rl.prompts_per_step × rl.samples_per_prompt = {samples} samples do not divide into "
-            f"algorithm.minibatches={algorithm.minibatches}. The nearest sizes that do: {lower or upper} and {upper} "
-            "samples."
-        )
-    if algorithm.compares_samples:
-        yield from _groups_that_contradict(config)
-    if rollout.max_new_tokens >= config.model.max_length:
-        yield (
-            f"rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in "
-            f"model.max_length={config.model.max_length}. Lower the first or raise the second."
-        )
-
-
-def _groups_that_contradict(config: Config) -> Iterable[str]:
-    """Without a critic the samples of a prompt are compared with each other, so they must stay together."""
-    rl, algorithm, size = config.rl, config.algorithm, config.rl.samples_per_prompt
-    if size < 2:
-        yield (
-            f"algorithm.name='{algorithm.name}' compares the samples of a prompt with each other and needs at least "
-            f"two, got rl.samples_per_prompt={size}. Set rl.samples_per_prompt=4, or algorithm.name=ppo."
-        )
-    shard = config.rollout.samples_per_shard
-    if config.rollout.reproducible and shard % size:
-        yield (
-            f"rollout.samples_per_shard={shard} would part samples of one prompt, of which algorithm.name="
-            f"'{algorithm.name}' needs all {size} together. Set it to {max(shard // size, 1) * size}."
-        )
-    if rl.prompts_per_step % algorithm.minibatches:
-        yield (
-            f"rl.prompts_per_step={rl.prompts_per_step} prompts do not divide into "
-            f"algorithm.minibatches={algorithm.minibatches}, and with algorithm.name='{algorithm.name}' the samples "
-            "of a prompt stay in one minibatch. Change either."
-        )
 
 
 def _guards_that_contradict(config: Config) -> Iterable[str]:

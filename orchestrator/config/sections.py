@@ -234,6 +234,10 @@ class RlConfig(Section):
     max_staleness: NonNegative = 0
     """Versions that sampling may run ahead of learning; 0: on-policy."""
 
+    @property
+    def samples_per_step(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
 
 class PlacementConfig(Section):
     mode: Literal["colocated", "separate"] = "colocated"

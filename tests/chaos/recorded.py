@@ -13,6 +13,7 @@ import actors.roles.recorder
 from actors.roles.recorder import RecorderWorker
 from orchestrator import schema
 from orchestrator.algorithms.experience import ExperienceSettings
+from orchestrator.algorithms.ppo import Ppo
 from orchestrator.run.experience_log import ExperienceLog
 from orchestrator.types import EvaluatedShard, Handle, Metrics, RolloutShard, ScoredShard, ShardRecord
 from tests.unit.actors.rewards.rollouts import rollout_table
@@ -24,7 +25,7 @@ class LocalRecorder:
     """The role of a recorder, served by one worker."""
 
     def __init__(self) -> None:
-        self._worker = RecorderWorker(ExperienceSettings(), "run-1")
+        self._worker = RecorderWorker(ExperienceSettings(Ppo(), samples_per_prompt=1), "run-1")
 
     async def record(self, shard: ScoredShard, *, kl_coefficient: float, file: str) -> tuple[Handle, ShardRecord]:
         return self._worker.record(shard.rollout.handle, shard.scores(), kl_coefficient=kl_coefficient, file=file)

@@ -10,8 +10,8 @@ import torch
 
 from actors.learning.learner import LearnerSettings
 from actors.learning.model import resolve_model
+from actors.learning.objectives.objective import LearnJob
 from actors.learning.size import model_size
-from actors.learning.worker import LearnJob
 from actors.roles.policy import PolicySettings, PolicyWorker
 from jobs.quickstart import CONFIG
 from orchestrator.algorithms.ppo import Ppo

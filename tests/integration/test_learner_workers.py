@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from actors.learning.learner import LearnerSettings
-from actors.learning.worker import LearnJob
+from actors.learning.objectives.objective import LearnJob
 from actors.roles.critic import CriticSettings, CriticWorker
 from actors.roles.policy import PolicySettings, PolicyWorker
 from actors.roles.reference import ReferenceSettings, ReferenceWorker

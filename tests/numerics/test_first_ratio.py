@@ -4,7 +4,7 @@ at the sampling temperature."""
 import pytest
 
 from actors.learning.learner import LearnerSettings
-from actors.learning.worker import LearnJob
+from actors.learning.objectives.objective import LearnJob
 from actors.roles.policy import PolicySettings, PolicyWorker
 from actors.roles.reference import ReferenceSettings, ReferenceWorker
 from orchestrator.algorithms.ppo import Ppo

@@ -11,9 +11,9 @@ from actors.learning.heads import PolicyModel, ValueModel
 from actors.learning.learner import Learner, LearnerSettings
 from actors.learning.model import load_causal, load_scorer
 from actors.learning.objectives.losses import value_loss
+from actors.learning.objectives.objective import LearnJob
+from actors.learning.objectives.table import objective_of
 from actors.learning.packing import TokenRows
-from actors.learning.worker import LearnJob
-from actors.roles.policy import ppo_terms
 from orchestrator.algorithms.ppo import Ppo
 from orchestrator.planning.balance import plan_minibatches
 from tests.numerics.ranks import group, run_ranks
@@ -43,7 +43,7 @@ class RecordingLearner(Learner):
 
 
 def policy_objective(output, micro):
-    return ppo_terms(*output, micro, PPO, JOB)
+    return objective_of(PPO).policy_terms(*output, micro.columns, JOB)
 
 
 def critic_objective(output, micro):

@@ -14,10 +14,13 @@ from actors.learning.objectives.losses import (
     ranking_loss,
     sft_loss,
     value_loss,
+    whiten,
 )
 from orchestrator.algorithms import kl
-from orchestrator.algorithms.advantages import gae, gae_rows, grpo, rloo, whiten
 from orchestrator.algorithms.experience import token_rewards
+from orchestrator.algorithms.grpo import grpo
+from orchestrator.algorithms.ppo import gae, gae_rows
+from orchestrator.algorithms.rloo import rloo
 from orchestrator.algorithms.schedule import learning_rate
 
 
@@ -110,7 +113,7 @@ def test_the_adaptive_controller_moves_by_at_most_a_fifth_per_horizon():
 
 def test_whitening():
     # mean 3, sample std 2: (1 - 3)/2, (3 - 3)/2, (5 - 3)/2
-    np.testing.assert_allclose(whiten(f32(1, 3, 5), 3.0, 2.0), [-1, 0, 1], rtol=1e-6)
+    np.testing.assert_allclose(whiten(torch.tensor([1.0, 3.0, 5.0]), 3.0, 2.0), [-1, 0, 1], rtol=1e-6)
 
 
 def test_learning_rates():

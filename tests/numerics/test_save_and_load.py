@@ -11,10 +11,11 @@ from actors.learning import distributed
 from actors.learning.heads import PolicyModel
 from actors.learning.learner import Learner, LearnerSettings
 from actors.learning.model import load_causal
+from actors.learning.objectives.objective import LearnJob
+from actors.learning.objectives.table import objective_of
 from actors.learning.packing import TokenRows
-from actors.learning.worker import LearnJob
 from actors.roles.critic import CriticSettings, CriticWorker
-from actors.roles.policy import PolicySettings, PolicyWorker, ppo_terms
+from actors.roles.policy import PolicySettings, PolicyWorker
 from actors.text.conversations import load_chat
 from actors.text.templates import ChatSettings
 from actors.text.tokenizing import load_tokenizer
@@ -51,7 +52,7 @@ def learn(learner, steps):
         micros = [rows.pack(micro, torch.device("cpu")) for micro in plan[0][learner.rank]]
         update = learner.update(
             micros,
-            lambda output, micro, job=job: ppo_terms(*output, micro, PPO, job),
+            lambda output, micro, job=job: objective_of(PPO).policy_terms(*output, micro.columns, job),
             count=float(rows.response_lengths.sum()),
             what=f"step {step}",
         )
@@ -156,7 +157,7 @@ def test_nothing_is_applied_when_a_loss_or_a_gradient_is_not_finite(causal, stag
     micros = [rows.pack([0, 1], torch.device("cpu")), rows.pack([2, 3], torch.device("cpu"))]
 
     def objective(output, micro):
-        terms = ppo_terms(*output, micro, PPO, LearnJob(7, 0.0, 1.0, 0.0, seed=1))
+        terms = objective_of(PPO).policy_terms(*output, micro.columns, LearnJob(7, 0.0, 1.0, 0.0, seed=1))
         if micro.rows != (2, 3):
             return terms
         # The square root's gradient is infinite at 0 while its value is finite.

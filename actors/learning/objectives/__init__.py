@@ -1,1 +1,1 @@
-"""Loss functions."""
+"""Loss functions, and the objectives of algorithms that are made of them."""

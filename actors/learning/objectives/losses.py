@@ -56,6 +56,11 @@ def policy_loss(
         return LossTerms(loss, sums, {"ratio_max": ratio_N.max(), "ratio_deviation_max": log_ratio_N.abs().max().exp()})
 
 
+def whiten(advantages_N: Tensor, mean: float, std: float) -> Tensor:
+    """(a - mean) / (std + 1e-8) with moments of the whole batch, so that it does not depend on sharding."""
+    return (advantages_N - mean) / (std + 1e-8)
+
+
 def importance_weights(old_logprobs_N: Tensor, engine_logprobs_N: Tensor, cap: float) -> Tensor:
     """Truncated importance weights of learner over engine: min(exp(old - engine), cap), without gradient."""
     return (old_logprobs_N - engine_logprobs_N).exp().clamp(max=cap).detach()

@@ -48,7 +48,7 @@ class World:
     takes_turns: bool = False
     every_steps: int = 0
     critic_warmup_steps: int = 0
-    has_critic: bool = True
+    needs_critic: bool = True
     table: Sequence[Guard] = ()
     poll_s: float = 0.001
     num_dropped: int = 0
@@ -65,7 +65,7 @@ class World:
         diary = self.diary
         self.policy = FakeLearner("policy", diary, metrics_of_step=self.policy_metrics)
         self.critic = FakeLearner("critic", diary)
-        learners = {"policy": self.policy, **({"critic": self.critic} if self.has_critic else {})}
+        learners = {"policy": self.policy, **({"critic": self.critic} if self.needs_critic else {})}
         rollouts = FakeRollouts(diary, fail_in_step=self.fail_in_step)
         recorder = self.recorder(diary, self.num_dropped, self.sums_of_step)
         telemetry = Telemetry(self.folder, "run", 1)
@@ -203,7 +203,7 @@ async def test_only_the_critic_learns_while_it_warms_up(tmp_path: Path) -> None:
 
 
 async def test_a_run_without_a_critic_learns_and_saves_the_policy_alone(tmp_path: Path) -> None:
-    world = World(tmp_path, has_critic=False)
+    world = World(tmp_path, needs_critic=False)
     await world.coordinator().run(State(0, 0.1))
     assert world.policy.learned == [0, 1, 2, 3]
     assert world.critic.learned == []

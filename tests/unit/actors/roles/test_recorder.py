@@ -19,6 +19,7 @@ import ray
 from actors.roles.recorder import RecorderWorker
 from orchestrator import schema
 from orchestrator.algorithms.experience import ExperienceSettings
+from orchestrator.algorithms.ppo import Ppo
 from orchestrator.algorithms.summary import merge_metrics
 from orchestrator.config.rewards import RuleLimits
 from orchestrator.errors import RewardError, StorageError
@@ -46,9 +47,12 @@ def cluster() -> Iterator[None]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+SETTINGS = ExperienceSettings(Ppo(), samples_per_prompt=1)
+
+
 @pytest.fixture
 def recorder(cluster: None) -> RecorderWorker:
-    return RecorderWorker(ExperienceSettings(), "run-1", "actors.rewards.rules:length_target")
+    return RecorderWorker(SETTINGS, "run-1", "actors.rewards.rules:length_target")
 
 
 def rollout() -> pa.Table:
@@ -207,7 +211,7 @@ def test_transcripts_cut_for_the_reward_model_are_counted_in_steps_and_evaluatio
 def test_a_gold_rule_that_fails_on_one_sample_fails_that_sample(
     cluster: None, tmp_path: Path, act: str, why: str
 ) -> None:
-    recorder = RecorderWorker(ExperienceSettings(), "run-1", HOSTILE, limits=RuleLimits(call_s=0.5))
+    recorder = RecorderWorker(SETTINGS, "run-1", HOSTILE, limits=RuleLimits(call_s=0.5))
     shards = [held_out(["0.5", act, "1.5"], [1.0, 2.0, 3.0]), held_out(["2.5", "3.5", "4.5"], [1.0, 2.0, 3.0])]
     metrics = recorder.evaluate(shards, file=str(tmp_path / "step-000004.parquet"))
     table = pq.read_table(tmp_path / "step-000004.parquet")
@@ -221,7 +225,7 @@ def test_a_gold_rule_that_fails_on_one_sample_fails_that_sample(
 
 
 def test_a_training_reward_that_fails_on_one_held_out_sample_fails_that_sample(cluster: None, tmp_path: Path) -> None:
-    recorder = RecorderWorker(ExperienceSettings(), "run-1")
+    recorder = RecorderWorker(SETTINGS, "run-1")
     metrics = recorder.evaluate(
         [held_out(["a", "b", "c"], [1.0, None, 3.0])], file=str(tmp_path / "step-000000.parquet")
     )
@@ -248,7 +252,7 @@ def test_nothing_is_listed_where_nothing_failed(recorder: RecorderWorker, tmp_pa
     ],
 )
 def test_scores_that_all_fail_stop_the_evaluation(cluster: None, tmp_path: Path, gold: str | None, match: str) -> None:
-    recorder = RecorderWorker(ExperienceSettings(), "run-1", gold)
+    recorder = RecorderWorker(SETTINGS, "run-1", gold)
     with pytest.raises(RewardError, match=match):
         recorder.evaluate([held_out(["a", "b", "c"], [None] * 3)], file=str(tmp_path / "step.parquet"))
     assert not (tmp_path / "step.parquet").exists()

@@ -4,12 +4,15 @@ import pytest
 
 from orchestrator import schema
 from orchestrator.algorithms.experience import ExperienceSettings, assemble, explained_variance, summarise
+from orchestrator.algorithms.grpo import Grpo
+from orchestrator.algorithms.ppo import Ppo
+from orchestrator.algorithms.rloo import Rloo
 from orchestrator.errors import DataError, NonFiniteError
 from orchestrator.types import Moments
 
 FLOATS = pa.list_(pa.float32())
 LENGTHS = {10: 2, 11: 3, 12: 1}  # response tokens by row
-SETTINGS = ExperienceSettings(gamma=1.0, lam=1.0)
+SETTINGS = ExperienceSettings(Ppo(gamma=1.0, lam=1.0), samples_per_prompt=1)
 
 
 def rollout(finish=("stop", "length", "stop")):
@@ -101,7 +104,7 @@ def test_token_rewards_carry_the_kl_penalty_and_the_score():
 
 
 def test_without_kl_in_the_reward_only_the_score_is_left():
-    table, _ = run(ExperienceSettings(kl_in_reward=False))
+    table, _ = run(ExperienceSettings(Ppo(kl_estimator="k3-loss"), samples_per_prompt=1))
     assert table["token_rewards"].to_pylist() == [[0.0, 1.0], [0.0, 0.0, 2.0], [3.0]]
 
 
@@ -112,14 +115,14 @@ def test_only_responses_cut_by_length_are_bootstrapped():
 
 
 def test_a_cut_response_can_be_penalised_instead():
-    settings = ExperienceSettings(gamma=1.0, lam=1.0, truncated="penalise", truncation_penalty=0.75)
+    settings = ExperienceSettings(Ppo(gamma=1.0, lam=1.0, truncated="penalise", truncation_penalty=0.75), 1)
     table, _ = run(settings, kl=0.0)
     assert [row[-1] for row in table["returns"].to_pylist()] == pytest.approx([1.0, 1.25, 3.0])
     assert table["reward"].to_pylist() == [1.0, 2.0, 3.0], "the log keeps the reward as it was scored"
 
 
 def test_rewards_are_clipped_before_they_enter_the_token_rewards():
-    table, _ = run(ExperienceSettings(reward_clip=1.5), kl=0.0)
+    table, _ = run(ExperienceSettings(Ppo(), samples_per_prompt=1, reward_clip=1.5), kl=0.0)
     assert [row[-1] for row in table["token_rewards"].to_pylist()] == [1.0, 1.5, 1.5]
     assert table["reward"].to_pylist() == [1.0, 2.0, 3.0]
 
@@ -187,9 +190,9 @@ def test_explained_variance_is_one_for_perfect_and_zero_for_constant_values():
     assert explained_variance(summarise(perfect)[1]) == pytest.approx(1.0)
 
 
-def without_critic(advantage="rloo", **changes):
+def without_critic(algorithm=Rloo(), **changes):  # noqa: B008  frozen
     """Rows 10 and 11 are of one prompt, 12 of the next one."""
-    return run(ExperienceSettings(advantage=advantage, samples_per_prompt=2), value=[], **changes)
+    return run(ExperienceSettings(algorithm, samples_per_prompt=2), value=[], **changes)
 
 
 def test_without_a_critic_a_response_is_compared_with_its_prompts_others():
@@ -208,10 +211,10 @@ def test_groups_are_told_by_row_whatever_the_order():
 
 
 def test_who_is_left_of_a_group_is_compared_with_who_is_left():
-    table, dropped = without_critic("grpo", reward=[rewards([1.0, None, 3.0])])
+    table, dropped = without_critic(Grpo(), reward=[rewards([1.0, None, 3.0])])
     assert dropped == 1
     assert table["advantages"].to_pylist() == [[0.0, 0.0], [0.0]]
-    assert without_critic("grpo", reward=[rewards([None] * 3)])[0].num_rows == 0
+    assert without_critic(Grpo(), reward=[rewards([None] * 3)])[0].num_rows == 0
 
 
 def test_a_cut_response_has_no_value_to_be_bootstrapped_with_where_there_is_no_critic():

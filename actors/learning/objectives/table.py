@@ -1,0 +1,21 @@
+"""The table of objectives: the torch halves of orchestrator/algorithms/table.py, by the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from actors.learning.objectives.clipped import ClippedObjective
+from actors.learning.objectives.objective import Objective
+from actors.learning.objectives.ppo import PpoObjective
+from orchestrator.algorithms.algorithm import Algorithm
+
+OBJECTIVES: Mapping[str, Callable[[Any], Objective]] = {
+    "ppo": PpoObjective,
+    "grpo": ClippedObjective,
+    "rloo": ClippedObjective,
+}
+
+
+def objective_of(algorithm: Algorithm) -> Objective:
+    return OBJECTIVES[algorithm.name](algorithm)
