@@ -183,7 +183,7 @@ def _sums() -> tuple[Any, Any, Any]:
     parts = pa.array([[("length", 1.0)]], pa.map_(pa.string(), pa.float32()))
     table = pa.table(
         {
-            "response_tokens": pa.array([[1, 2]], pa.list_(pa.int32())),
+            "learn": pa.array([[True, True]], pa.list_(pa.bool_())),
             **dict.fromkeys(names, floats),
             "reward": pa.array([1.0]),
             "finish_reason": ["stop"],

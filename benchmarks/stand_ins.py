@@ -53,6 +53,7 @@ class StandInEngine:
             "response_text": ["word " * RESPONSE_TOKENS] * count,
             "prompt_tokens": [item.prompt.tokens.tolist() for item in requests],
             "response_tokens": lists(tokens_N, pa.int32()),
+            "learn": lists(np.ones_like(tokens_N, np.bool_), pa.bool_()),
             "engine_logprobs": lists(random_floats(count, generator)),
             "finish_reason": ["length"] * count,
             "version": [request.step] * count,

@@ -91,6 +91,7 @@ def experience(work: Work) -> pa.Table:
             "row": pa.array(range(len(responses)), pa.int32()),
             "prompt_tokens": pa.array([prompt.tokens for prompt in work.prompts], tokens),
             "response_tokens": pa.array(responses, tokens),
+            "learn": pa.array([[True] * length for length in lengths], pa.list_(pa.bool_())),
             **{name: pa.array(values, pa.list_(pa.float32())) for name, values in floats.items()},
         }
     )

@@ -7,11 +7,14 @@ A shard is one Arrow table, one row per sample. Its life adds columns:
     recorder         EXPERIENCE   all of the above plus token rewards, advantages, returns
 
 Per-token lists run over the *response* tokens only (EOS included when it was sampled): every list of a row
-has `len(response_tokens)` items, so a mask is a length and never a pad id.
+has `len(response_tokens)` items, so a mask is a length and never a pad id. `learn` marks the tokens that are learned
+from; those that an environment or a tool wrote into the response are not, and no loss, advantage, length or statistic
+reads them.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 
 _TOKENS = pa.list_(pa.int32())
@@ -27,6 +30,7 @@ ROLLOUT = pa.schema(
         pa.field("response_text", pa.string(), nullable=False),  # as written, without what ends it
         pa.field("prompt_tokens", _TOKENS, nullable=False),  # after the chat template
         pa.field("response_tokens", _TOKENS, nullable=False),
+        pa.field("learn", pa.list_(pa.bool_()), nullable=False),  # whether it is learned from
         pa.field("engine_logprobs", _FLOATS, nullable=False),  # at the sampling temperature
         pa.field("finish_reason", pa.string(), nullable=False),  # "stop" (EOS sampled) or "length"
         pa.field("version", pa.int32(), nullable=False),  # of the weights that sampled it
@@ -65,3 +69,13 @@ EXPERIENCE = pa.schema(
         pa.field("returns", _FLOATS, nullable=False),
     ]
 )
+
+
+def with_learn(table: pa.Table) -> pa.Table:
+    """A table of EXPERIENCE as it was logged before the column `learn` was: all of its tokens are learned from."""
+    if "learn" in table.column_names:
+        return table
+    tokens = table["response_tokens"].combine_chunks()
+    offsets = pa.array(np.concatenate([[0], np.cumsum(tokens.value_lengths().to_numpy())]), pa.int32())
+    learn = pa.ListArray.from_arrays(offsets, pa.array(np.ones(offsets[-1].as_py(), np.bool_)))
+    return table.add_column(EXPERIENCE.get_field_index("learn"), EXPERIENCE.field("learn"), learn)

@@ -67,7 +67,7 @@ class ShardRequest:
 
 @dataclass(frozen=True, eq=False)
 class RolloutShard:
-    """Samples of one shard. `handle` leads to a table of schema.ROLLOUT."""
+    """Samples of one shard. `handle` leads to a table of schema.ROLLOUT; `num_response_tokens` are learned from."""
 
     step: int
     index: int

@@ -201,6 +201,7 @@ def rollout_table(
         "response_text": texts,
         "prompt_tokens": [item.prompt.tokens for item in requests],
         "response_tokens": [sample.tokens for sample in samples],
+        "learn": [[True] * len(sample.tokens) for sample in samples],
         "engine_logprobs": [sample.logprobs for sample in samples],
         "finish_reason": ["stop" if sample.tokens[-1] in chat.stops else "length" for sample in samples],
         "version": [version] * len(samples),
@@ -211,13 +212,10 @@ def rollout_table(
 
 def summary(table: pa.Table, *, version: int, seconds: float) -> dict[str, Any]:
     """The numbers of a types.RolloutShard."""
-    lengths = {
-        name: len(table.column(name).combine_chunks().flatten()) for name in ("prompt_tokens", "response_tokens")
-    }
     return {
         "num_samples": table.num_rows,
-        "num_prompt_tokens": lengths["prompt_tokens"],
-        "num_response_tokens": lengths["response_tokens"],
+        "num_prompt_tokens": len(table["prompt_tokens"].combine_chunks().flatten()),
+        "num_response_tokens": table["learn"].combine_chunks().flatten().true_count,
         "version": version,
         "seconds": seconds,
     }

@@ -1,8 +1,9 @@
 """From Arrow rows to padded micro-batches. Everything is found by lengths; what stands in the padding never matters.
 
 Shapes: B rows of a micro-batch, L lines of its input, T tokens of the longest line (padding on the right), N = response
-tokens of its rows laid end to end. A line is a row, and then B = L, or several rows of one prompt (sharing.py). Padding
-sits behind the last real token, where causal attention never looks, so that rows of their own need no mask.
+tokens of its rows laid end to end; where only learned tokens are asked for, those that are learned from. A line is a
+row, and then B = L, or several rows of one prompt (sharing.py). Padding sits behind the last real token, where causal
+attention never looks, so that rows of their own need no mask.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ class MicroBatch:
         rows: row indices in their table; empty for a dummy, whose tokens count for nothing.
         input_ids_BT: right-padded tokens, of lines where rows share them.
         state_index_N: positions in the flattened (L·T) hidden states from which response token n is chosen.
-        targets_N: the response tokens.
+        targets_N: response tokens n.
         last_index_B: flattened position of each row's last token.
-        lengths_B: response tokens of each row.
+        lengths_B: how many of N are of each row.
         columns: per-token columns (float32, N) and per-row columns (float32, B) that the loss reads.
         weight: 1, or 0 for a dummy.
         shared: position_ids (L, T) and attention_mask (L, 1, T, T) of the forward, where a line holds several rows.
@@ -55,11 +56,13 @@ class TokenRows:
     Args:
         table: has `prompt_tokens` and `response_tokens`, and the named float columns: lists as long as the responses,
             or one number per row.
+        learned_only: response tokens that the table's column `learn` does not mark are part of the input only.
     """
 
-    def __init__(self, table: pa.Table, columns: Sequence[str] = ()) -> None:
+    def __init__(self, table: pa.Table, columns: Sequence[str] = (), *, learned_only: bool = False) -> None:
         self._prompts, self._prompt_offsets = _flatten(table["prompt_tokens"])
         self._responses, self._response_offsets = _flatten(table["response_tokens"])
+        self._chosen = _flatten(table["learn"])[0] if learned_only else np.ones(len(self._responses), np.bool_)
         self._token_columns = {n: _flatten(table[n])[0] for n in columns if pa.types.is_list(table[n].type)}
         self._row_columns = {n: table[n].to_numpy() for n in columns if n not in self._token_columns}
 
@@ -80,6 +83,12 @@ class TokenRows:
     def response_lengths(self) -> npt.NDArray[np.int64]:
         return np.diff(self._response_offsets)
 
+    @cached_property
+    def learned_lengths(self) -> npt.NDArray[np.int64]:
+        """Response tokens of every row that are learned from."""
+        total = np.concatenate([[0], np.cumsum(self._chosen)])
+        return np.diff(total[self._response_offsets])
+
     @property
     def lengths(self) -> list[int]:
         """Tokens of every row, prompt and response together."""
@@ -99,7 +108,8 @@ class TokenRows:
         return int(prompt + self.response_lengths[list(line)].sum())
 
     def token_column(self, name: str) -> npt.NDArray[np.float32]:
-        return self._token_columns[name]
+        """Of all rows laid end to end, the tokens that are learned from."""
+        return self._token_columns[name][self._chosen]
 
     def pack(self, rows: Sequence[int], device: torch.device) -> MicroBatch:
         """Pads rows to their longest; `rows` empty gives a one-row dummy of weight 0."""
@@ -123,7 +133,7 @@ class TokenRows:
                 input_ids_LT[i, start:end] = texts[row][1]
                 before = np.arange(start - 1, end - 1)
                 before[:1] = len(prompt) - 1  # the first token is chosen where the prompt ends
-                states.append(i * width + before)
+                states.append(i * width + before[self._chosen_of(row)])
                 last.append(i * width + (end if end > start else len(prompt)) - 1)
                 start = end
         tokens = {name: self._rows_of(flat, rows) for name, flat in self._token_columns.items()}
@@ -132,9 +142,9 @@ class TokenRows:
             tuple(rows),
             torch.from_numpy(input_ids_LT).to(device),
             torch.from_numpy(np.concatenate(states)).to(device),
-            torch.from_numpy(np.concatenate([texts[row][1] for row in rows]).astype(np.int64)).to(device),
+            torch.from_numpy(self._rows_of(self._responses, rows).astype(np.int64)).to(device),
             torch.tensor(last, device=device),
-            torch.tensor([len(texts[row][1]) for row in rows], device=device),
+            torch.tensor(self.learned_lengths[rows].tolist(), device=device),
             {name: torch.from_numpy(array.astype(np.float32)).to(device) for name, array in (tokens | per_row).items()},
             shared=self._shared(lines, width, device),
         )
@@ -154,8 +164,14 @@ class TokenRows:
         owner_LT, position_LT = (torch.from_numpy(np.stack(arrays)).to(device) for arrays in zip(*found, strict=True))
         return {"position_ids": position_LT, "attention_mask": sharing.visible(owner_LT)}
 
-    def _rows_of(self, flat: npt.NDArray[np.float32], rows: Sequence[int]) -> npt.NDArray[np.float32]:
-        return np.concatenate([flat[slice(*self._response_offsets[row : row + 2])] for row in rows])
+    def _chosen_of(self, row: int) -> npt.NDArray[np.bool_]:
+        chosen: npt.NDArray[np.bool_] = self._chosen[slice(*self._response_offsets[row : row + 2])]
+        return chosen
+
+    def _rows_of(self, flat: npt.NDArray[Any], rows: Sequence[int]) -> npt.NDArray[Any]:
+        return np.concatenate(
+            [flat[slice(*self._response_offsets[row : row + 2])][self._chosen_of(row)] for row in rows]
+        )
 
     def _dummy(self, device: torch.device) -> MicroBatch:
         zero, one = torch.zeros(1, dtype=torch.int64, device=device), torch.ones(1, dtype=torch.int64, device=device)
@@ -173,4 +189,4 @@ def token_rows(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[in
 def _flatten(lists: pa.ChunkedArray) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
     array = lists.combine_chunks()
     lengths = array.value_lengths().to_numpy(zero_copy_only=False)
-    return array.flatten().to_numpy(), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return array.flatten().to_numpy(zero_copy_only=False), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

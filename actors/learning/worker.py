@@ -87,10 +87,9 @@ class LearningWorker:
         """All optimizer steps of one step; ends after the first one that is `enough`.
 
         Returns:
-            (response tokens, epoch, update) of every optimizer step.
+            (learned tokens, epoch, update) of every optimizer step.
         """
         lines = rows.bundles(longest=self.micro_batch_tokens, shared=self.shares_prompts)
-        response_lengths = rows.response_lengths
         updates: list[tuple[float, int, Update]] = []
         for epoch in range(epochs):
             plan = plan_minibatches(
@@ -103,7 +102,7 @@ class LearningWorker:
             )
             for number, ranks in enumerate(plan):
                 minibatch = [row for micros in ranks for micro in micros for line in micro for row in lines[line]]
-                count = float(response_lengths[minibatch].sum())
+                count = float(rows.learned_lengths[minibatch].sum())
                 update = self.learner.update(
                     [
                         rows.pack_lines([lines[i] for i in micro], self.learner.device)

@@ -89,7 +89,7 @@ class CriticWorker(LearningWorker):
         """
         algorithm = self.settings.algorithm
         objective = objective_of(algorithm)
-        rows = TokenRows(pa.concat_tables(tables), objective.critic_columns)
+        rows = TokenRows(pa.concat_tables(tables), objective.critic_columns, learned_only=True)
 
         def loss(output: tuple[Tensor, Tensor], micro: MicroBatch) -> LossTerms:
             return objective.critic_terms(output[0], micro.columns)

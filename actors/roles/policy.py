@@ -98,7 +98,7 @@ class PolicyWorker(LearningWorker):
         """
         algorithm = self.settings.algorithm
         objective = objective_of(algorithm)
-        rows = TokenRows(pa.concat_tables(tables), objective.policy_columns)
+        rows = TokenRows(pa.concat_tables(tables), objective.policy_columns, learned_only=True)
 
         def loss(output: tuple[Tensor, Tensor], micro: MicroBatch) -> LossTerms:
             return objective.policy_terms(*output, micro.columns, job)

@@ -87,7 +87,7 @@ class RecorderWorker:
                 )
             if sha256(path) != record.sha256:
                 raise StorageError(f"{path} of the experience log was altered or truncated; {_WAY_OUT}")
-            table = pq.read_table(path)
+            table = schema.with_learn(pq.read_table(path))
         if table.schema != schema.EXPERIENCE:
             raise StorageError(f"{path} has other columns; use the version of the program that wrote it.")
         return table.replace_schema_metadata(None).combine_chunks(), table.num_rows
@@ -148,14 +148,15 @@ def _joined(shard: dict[str, list[Any]]) -> pa.Table:
     parts = {name: pa.concat_tables(_fetch(handles)).sort_by("row") for name, handles in shard.items()}
     rollout = parts["rollout"]
     policy, reference = (pc.list_flatten(parts[name]["logprobs"]).to_numpy() for name in ("policy", "reference"))
-    lengths = pc.list_value_length(rollout["response_tokens"])
-    kl = _sum_rows(policy.astype("float64") - reference, lengths.to_numpy())
+    learn = pc.list_flatten(rollout["learn"]).to_numpy()
+    lengths = pc.list_value_length(rollout["response_tokens"]).to_numpy()
+    kl = _sum_rows(np.where(learn, policy.astype("float64") - reference, 0.0), lengths)
     reward = parts["reward"]["reward"].cast(pa.float64())
     columns = {
         **{name: rollout[name] for name in ("prompt_id", "prompt_text", "response_text", "meta")},
         "gold": reward,
         "kl": pa.array(kl),
-        "length": lengths,
+        "length": pa.array(_sum_rows(learn, lengths).astype(np.int32)),
         "reward": reward,
         "reward_error": parts["reward"]["reward_error"],
     }

@@ -1,6 +1,7 @@
 """From a shard's scores to experience: join, token rewards, advantages, and the sums that step metrics are made of.
 
-Shapes: R rows, N = all response tokens of all rows laid end to end, R1 = R + 1 offsets.
+Shapes: R rows, N = all response tokens of all rows laid end to end, L = those that are learned from (column `learn`),
+R1 = R + 1 offsets.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from orchestrator.algorithms.advantages import Floats, Offsets, Responses
 from orchestrator.algorithms.algorithm import Algorithm
 from orchestrator.errors import DataError, NonFiniteError
 from orchestrator.types import Moments
+
+Mask = npt.NDArray[np.bool_]
 
 TRUNCATED = "length"  # finish_reason of a response without EOS
 
@@ -60,7 +63,8 @@ def assemble(
             values without a critic. Then `values` become the baseline of the row's group, `returns` its whole return.
 
     Returns:
-        (table of schema.EXPERIENCE in the rollout's row order, number of rows left out because scoring failed).
+        (table of schema.EXPERIENCE in the rollout's row order, number of rows left out because scoring failed or none
+        of their tokens is learned from). What is computed is 0 at tokens that are not learned from.
 
     Raises:
         DataError: a row is missing, double, or has a list of another length than its response.
@@ -72,43 +76,40 @@ def assemble(
         "ref_logprobs": _aligned("reference log-probs", ref_logprobs, rows)["logprobs"],
     }
     reward_table = _aligned("rewards", rewards, rows)
-    keep = pa.array(reward_table["reward"].is_valid().to_numpy() & (_lengths(rollout["response_tokens"]) > 0))
+    _check_lengths("learn", rollout["learn"], rollout["row"], _offsets(rollout["response_tokens"]))
+    learned_R = np.diff(_learned(rollout)[1])
+    keep = pa.array(reward_table["reward"].is_valid().to_numpy() & (learned_R > 0))
     table = rollout.select(schema.ROLLOUT.names).filter(keep)
     columns = {name: column.filter(keep) for name, column in columns.items()}
     reward_table = reward_table.filter(keep)
 
     offsets_R1 = _offsets(table["response_tokens"])
-    flat = {
-        name: _flat(name, column, table["row"], offsets_R1)
-        for name, column in {
-            **columns,
-            "engine_logprobs": table["engine_logprobs"],
-        }.items()
-    }
+    learn_N, learned_R1 = _learned(table)
+    columns["engine_logprobs"] = table["engine_logprobs"]
+    flat = {name: _flat(name, column, table["row"], offsets_R1, learn_N) for name, column in columns.items()}
     reward_R = reward_table["reward"].to_numpy()
     _check_rows_finite("reward", reward_R, table["row"])
     truncated_R = pc.equal(table["finish_reason"], TRUNCATED).to_numpy()
     algorithm = settings.algorithm
     coefficient = kl_coefficient if algorithm.kl_in_reward else 0.0
     final_R = _final_rewards(reward_R, truncated_R, settings)
-    token_rewards_N = _token_rewards_rows(final_R, flat["old_logprobs"], flat["ref_logprobs"], offsets_R1, coefficient)
-    values_N = last_values_R = np.zeros(0, np.float32)
+    old_L, ref_L = (flat[name][learn_N] for name in ("old_logprobs", "ref_logprobs"))
+    token_rewards_L = _token_rewards_rows(final_R, old_L, ref_L, learned_R1, coefficient)
+    values_L = last_values_R = np.zeros(0, np.float32)
     if algorithm.needs_critic:
         value_table = _aligned("values", values, rows).filter(keep)
-        bootstrap_R = value_table["bootstrap_value"].to_numpy()
-        _check_rows_finite("bootstrap_value", bootstrap_R, table["row"])
-        values_N = _flat("values", value_table["values"], table["row"], offsets_R1)
         bootstrapped_R = truncated_R & (algorithm.truncated == "bootstrap")
-        last_values_R = np.where(bootstrapped_R, bootstrap_R, 0.0).astype(np.float32)
+        last_values_R = _last_values(value_table["bootstrap_value"].to_numpy(), bootstrapped_R, table["row"])
+        values_L = _flat("values", value_table["values"], table["row"], offsets_R1, learn_N)[learn_N]
     group_R = table["row"].to_numpy() // settings.samples_per_prompt
-    found = algorithm.advantages(Responses(token_rewards_N, offsets_R1, group_R, values_N, last_values_R))
-    computed = {
-        **flat,
-        "token_rewards": token_rewards_N,
+    found = algorithm.advantages(Responses(token_rewards_L, learned_R1, group_R, values_L, last_values_R))
+    learned = {
+        "token_rewards": token_rewards_L,
         "values": found.values_N,
         "advantages": found.advantages_N,
         "returns": found.returns_N,
     }
+    computed = flat | {name: _placed(column_L, learn_N) for name, column_L in learned.items()}
     arrays: dict[str, Any] = {name: table[name] for name in schema.ROLLOUT.names}
     arrays |= {name: _lists(flat_N, offsets_R1) for name, flat_N in computed.items()}
     arrays |= {name: reward_table[name] for name in ("reward", "reward_parts")}
@@ -119,15 +120,16 @@ def assemble(
 def summarise(table: pa.Table) -> tuple[Moments, Mapping[str, float], Mapping[str, float]]:
     """Moments of a shard's advantages, and named sums and extremes; sums add and extremes combine over shards.
 
-    Keys ending in `_sum` are sums over samples, in `_token_sum` over response tokens; divide by `samples` or
-    `response_tokens`. `reward_part_<name>_sum` is a sum over the samples that have the part, `_count` says how many.
+    Keys ending in `_sum` are sums over samples, in `_token_sum` over learned tokens, of which there are
+    `response_tokens`; divide by `samples` or `response_tokens`. `reward_part_<name>_sum` is a sum over the samples that
+    have the part, `_count` says how many.
     """
-    offsets_R1 = _offsets(table["response_tokens"])
+    learn_N, learned_R1 = _learned(table)
     flat = {
-        name: table[name].combine_chunks().flatten().to_numpy().astype(np.float64)
+        name: table[name].combine_chunks().flatten().to_numpy()[learn_N].astype(np.float64)
         for name in ("old_logprobs", "ref_logprobs", "engine_logprobs", "values", "returns", "advantages")
     }
-    lengths_R = np.diff(offsets_R1).astype(np.float64)
+    lengths_R = np.diff(learned_R1).astype(np.float64)
     reward_R = table["reward"].to_numpy().astype(np.float64)
     old_N, engine_N = flat["old_logprobs"], flat["engine_logprobs"]
     mismatch_N = np.abs(old_N - engine_N)
@@ -178,15 +180,20 @@ def explained_variance(sums: Mapping[str, float]) -> float:
     return 1.0 - unexplained / variance if variance > 0.0 else 0.0
 
 
-def _final_rewards(
-    reward_R: Floats, truncated_R: npt.NDArray[np.bool_], settings: ExperienceSettings
-) -> npt.NDArray[np.float64]:
+def _final_rewards(reward_R: Floats, truncated_R: Mask, settings: ExperienceSettings) -> npt.NDArray[np.float64]:
     final_R = reward_R.astype(np.float64)
     if settings.reward_clip is not None:
         final_R = np.clip(final_R, -settings.reward_clip, settings.reward_clip)
     if settings.algorithm.truncated == "penalise":
         final_R = final_R - settings.algorithm.truncation_penalty * truncated_R
     return final_R
+
+
+def _last_values(bootstrap_R: Floats, bootstrapped_R: Mask, rows: pa.ChunkedArray) -> Floats:
+    """The critic's values after the last tokens of the responses that are bootstrapped, 0 after the others'."""
+    _check_rows_finite("bootstrap_value", bootstrap_R, rows)
+    last_values_R: Floats = np.where(bootstrapped_R, bootstrap_R, 0.0).astype(np.float32)
+    return last_values_R
 
 
 def _token_rewards_rows(
@@ -221,7 +228,36 @@ def _offsets(lists: pa.ChunkedArray) -> Offsets:
     return np.concatenate([[0], np.cumsum(_lengths(lists))]).astype(np.int64)
 
 
-def _flat(name: str, lists: pa.ChunkedArray, rows: pa.ChunkedArray, offsets_R1: Offsets) -> Floats:
+def _learned(table: pa.Table) -> tuple[Mask, Offsets]:
+    """(learn_N, offsets of the learned tokens of each row)"""
+    learn_N: Mask = table["learn"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    num_before_N1 = np.concatenate([[0], np.cumsum(learn_N)]).astype(np.int64)
+    return learn_N, num_before_N1[_offsets(table["learn"])]
+
+
+def _placed(values_L: Floats, learn_N: Mask) -> Floats:
+    """Values of learned tokens among all of them; the others have 0."""
+    values_N = np.zeros(len(learn_N), np.float32)
+    values_N[learn_N] = values_L
+    return values_N
+
+
+def _flat(name: str, lists: pa.ChunkedArray, rows: pa.ChunkedArray, offsets_R1: Offsets, learn_N: Mask) -> Floats:
+    """The lists laid end to end, which must be as long as their responses and finite where they are learned from."""
+    _check_lengths(name, lists, rows, offsets_R1)
+    flat_N: Floats = lists.combine_chunks().flatten().to_numpy()
+    wrong_N = np.flatnonzero(learn_N & ~np.isfinite(flat_N))
+    if len(wrong_N):
+        first = int(wrong_N[0])
+        row = int(np.searchsorted(offsets_R1, first, side="right")) - 1
+        raise NonFiniteError(
+            f"{name}: {len(wrong_N)} values are NaN or infinite, first in row {rows[row].as_py()}, response token "
+            f"{first - int(offsets_R1[row])}."
+        )
+    return flat_N
+
+
+def _check_lengths(name: str, lists: pa.ChunkedArray, rows: pa.ChunkedArray, offsets_R1: Offsets) -> None:
     lengths_R = _lengths(lists)
     wrong = np.flatnonzero(lengths_R != np.diff(offsets_R1))
     if len(wrong):
@@ -229,15 +265,6 @@ def _flat(name: str, lists: pa.ChunkedArray, rows: pa.ChunkedArray, offsets_R1: 
             f"{name}: {len(wrong)} lists differ in length from their response, first in row "
             f"{rows[int(wrong[0])].as_py()} ({lengths_R[wrong[0]]} items for {np.diff(offsets_R1)[wrong[0]]} tokens)."
         )
-    flat_N: Floats = lists.combine_chunks().flatten().to_numpy()
-    if not np.isfinite(flat_N).all():
-        first = int(np.flatnonzero(~np.isfinite(flat_N))[0])
-        row = int(np.searchsorted(offsets_R1, first, side="right")) - 1
-        raise NonFiniteError(
-            f"{name}: {np.count_nonzero(~np.isfinite(flat_N))} values are NaN or infinite, first in row "
-            f"{rows[row].as_py()}, response token {first - int(offsets_R1[row])}."
-        )
-    return flat_N
 
 
 def _check_rows_finite(name: str, values_R: Floats, rows: pa.ChunkedArray) -> None:

@@ -67,7 +67,7 @@ def _samples() -> Iterable[Metric]:
     yield Metric("kl/per_token", "KL of the policy to the reference, mean over response tokens (k1)", "nats")
     yield Metric("kl/per_token_k3", "The same by the k3 estimator, which is never negative", "nats")
     yield Metric("kl/coefficient", "Weight of the KL penalty in this step")
-    yield Metric("response/length_mean", "Mean response length, EOS included", "tokens")
+    yield Metric("response/length_mean", "Mean response length in learned tokens, EOS included", "tokens")
     yield Metric("response/length_std", "Standard deviation of the response length", "tokens")
     yield Metric("response/length_min", "Shortest response", "tokens")
     yield Metric("response/length_max", "Longest response", "tokens")

@@ -23,6 +23,7 @@ def rollout(lengths: Sequence[tuple[int, int]] = LENGTHS, *, seed: int = 0, voca
         "response_text": [""] * count,
         "prompt_tokens": [tokens.tolist() for tokens in prompts],
         "response_tokens": [tokens.tolist() for tokens in responses],
+        "learn": [[True] * row[1] for row in lengths],
         "engine_logprobs": [rng.normal(-5, 1, row[1]).tolist() for row in lengths],
         "finish_reason": ["stop", "length"] * (count // 2) + ["stop"] * (count % 2),
         "version": [0] * count,

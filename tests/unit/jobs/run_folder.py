@@ -121,6 +121,7 @@ def write_shard(folder: Path, step: int, generator: np.random.Generator) -> Path
             "response_text": HOSTILE if (step, row) == (3, 5) else f"{WARM} ({step}.{row})",
             "prompt_tokens": [1],
             "response_tokens": [2],
+            "learn": [True],
             "finish_reason": "stop",
             "version": step,
             "meta": "{}",

@@ -29,6 +29,7 @@ def rollout_table(
         "response_text": list(responses),
         "prompt_tokens": prompt_tokens or [[5]] * count,
         "response_tokens": response_tokens or [[0]] * count,
+        "learn": [[True] * len(tokens) for tokens in response_tokens or [[0]] * count],
         "engine_logprobs": [[-1.0]] * count,
         "finish_reason": ["stop"] * count,
         "version": [0] * count,

@@ -25,6 +25,7 @@ from orchestrator.config.rewards import RuleLimits
 from orchestrator.errors import RewardError, StorageError
 from orchestrator.evaluation import EVALUATION
 from orchestrator.run.best import BestByEvaluation
+from orchestrator.run.storage import sha256
 from tests.unit.actors.rewards.rollouts import rollout_table
 
 TOKENS = [[4, 0], [5, 6, 0], [0]]
@@ -137,6 +138,31 @@ def test_a_shard_that_was_altered_or_is_missing_is_named(recorder: RecorderWorke
     file.unlink()
     with pytest.raises(StorageError, match=r"shard-0003\.parquet of the experience log is missing"):
         recorder.load(record, file=str(file))
+
+
+def test_a_shard_from_before_the_column_learn_is_read_as_all_learned(recorder: RecorderWorker, tmp_path: Path) -> None:
+    file = tmp_path / "shard-0000.parquet"
+    table, record = recorder.record(rollout(), scores([1.0, 2.0, 3.0]), kl_coefficient=0.1, file=str(file))
+    pq.write_table(pq.read_table(file).drop_columns(["learn"]), file, compression="zstd")
+    loaded, _ = recorder.load(replace(record, sha256=sha256(file)), file=str(file))
+    assert loaded.equals(table)
+
+
+def test_held_out_lengths_and_kl_go_by_learned_tokens(recorder: RecorderWorker, tmp_path: Path) -> None:
+    table = rollout()
+    index = table.schema.get_field_index("learn")
+    marks = pa.array([[True, True], [True, False, False], [True]], pa.list_(pa.bool_()))
+    rows = [10, 11, 12]
+    shard = {
+        "rollout": [ray.put(table.set_column(index, table.schema.field(index), marks))],
+        "policy": [logprobs(-1.0, rows)],
+        "reference": [logprobs(-1.5, rows)],
+        "reward": [rewards([1.0, 2.0, 3.0])],
+    }
+    recorder.evaluate([shard], file=str(tmp_path / "step-000000.parquet"))
+    found = pq.read_table(tmp_path / "step-000000.parquet")
+    assert found["length"].to_pylist() == [2, 1, 1]
+    assert found["kl"].to_pylist() == pytest.approx([1.0, 0.5, 0.5])
 
 
 def test_held_out_samples_are_joined_with_the_gold_score(recorder: RecorderWorker, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ async def test_steps_count_as_committed_up_to_the_first_gap(tmp_path: Path) -> N
 def test_the_document_names_every_column_with_its_type() -> None:
     text = (Path(__file__).resolve().parents[4] / "docs" / "experience-log.md").read_text(encoding="utf-8")
     documented = re.findall(r"^\| `(\w+)` \| ([\w<>, ]+) \| \S", text, re.MULTILINE)
-    short = {"list<item: int32>": "list<int32>", "list<item: float>": "list<float>"}
+    short = {"list<item: int32>": "list<int32>", "list<item: float>": "list<float>", "list<item: bool>": "list<bool>"}
     expected = [(field.name, short.get(str(field.type), str(field.type))) for field in EXPERIENCE]
     assert documented == expected
 
