@@ -136,7 +136,7 @@ def _policy(work: Work) -> ActorGroup:
 
 def _engines(work: Work, count: int) -> ActorGroup:
     config = work.config
-    threads = int(config.rollout.cpus_per_engine)
+    threads = int(config.rollout.cpus_per_replica)
     settings = EngineSettings(
         model=Path(),
         max_length=config.model.max_length,

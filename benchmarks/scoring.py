@@ -32,6 +32,7 @@ from benchmarks.table import report
 from benchmarks.turns import Answer, Contender, serve
 from benchmarks.work import Work, available, experience, load_work
 from jobs.stages.settings import common_settings, learner_settings
+from orchestrator.config.rewards import ModelRewardConfig
 
 ROLES = ("reference", "critic", "reward")
 TRIED_ROWS = (4, 16, 64)
@@ -110,6 +111,8 @@ def _critic(work: Work) -> Score:
 
 
 def _reward(work: Work) -> Score:
+    reward = work.config.reward
+    assert isinstance(reward, ModelRewardConfig)
     with tempfile.TemporaryDirectory() as folder:
         load_scorer(work.folder, work.dtype, new_head="normal").save_pretrained(folder)
         chat = load_chat(work.folder)
@@ -119,7 +122,7 @@ def _reward(work: Work) -> Score:
             chat,
             dtype=work.dtype,
             device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-            micro_batch_tokens=work.config.reward.micro_batch_tokens,
+            micro_batch_tokens=reward.micro_batch_tokens,
             normalise=False,
         ).scores
 

@@ -142,11 +142,11 @@ def overrides(staleness: int, steps: int, max_new_tokens: int) -> list[str]:
     return [
         "stages=[ppo]",
         "run.name=staleness",
-        "reward.kind=rules",
+        "reward.name=rules",
         "reward.rules=[{function: 'actors.rewards.rules:length_target'}]",
         f"model.max_length={64 + max_new_tokens}",
         f"rollout.max_new_tokens={max_new_tokens}",
-        f"rollout.cpus_per_engine={cores // 2}",
+        f"rollout.cpus_per_replica={cores // 2}",
         "critic.warmup_steps=0",
         "rl.prompts_per_step=32",
         "algorithm.minibatches=2",

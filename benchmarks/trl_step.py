@@ -93,7 +93,7 @@ def our_overrides(steps: int, max_new_tokens: int) -> list[str]:
     return [
         "stages=[ppo]",
         "run.name=trl-step",
-        "reward.kind=rules",
+        "reward.name=rules",
         "reward.rules=[{function: 'actors.rewards.rules:length_target'}]",
         f"model.max_length={64 + max_new_tokens}",
         f"rollout.max_new_tokens={max_new_tokens}",

@@ -23,7 +23,7 @@ HEAD = """# Configuration
 Generated from `orchestrator/config/` by `make docs`; a test keeps both in step.
 
 A config is a YAML file with the sections below; what it leaves out has its default. On the command line every key can
-be set as `section.key=value`, the value in YAML: `rlhf run --config FILE rl.steps=10 reward.kind=rules`.
+be set as `section.key=value`, the value in YAML: `rlhf run --config FILE rl.steps=10 reward.name=rules`.
 Unknown keys are refused, with the nearest known one. `--print-config` prints the resolved config; a run keeps it in its
 folder.
 """
@@ -35,19 +35,26 @@ def configuration_markdown() -> str:
 
 
 def _tables(prefix: str, section: type[BaseModel]) -> Iterator[str]:
-    nested = {name: inner for name, field in section.model_fields.items() if (inner := _section_in(field.annotation))}
-    plain = {name: field for name, field in section.model_fields.items() if name not in nested}
-    if plain:
-        yield from _table(f"## `{prefix}`" if prefix else "## At the top", plain)
+    yield from _keys(prefix, f"## `{prefix}`" if prefix else "## At the top", section.model_fields)
+
+
+def _keys(prefix: str, heading: str, fields: Mapping[str, FieldInfo], *rows: str) -> Iterator[str]:
+    """A table of the keys that hold values, after `rows`; then the tables of those that hold sections."""
+    nested = {name: inner for name, field in fields.items() if (inner := _section_in(field.annotation))}
+    plain = {name: field for name, field in fields.items() if name not in nested}
+    if heading and (plain or rows):
+        yield f"{heading}\n"
+    if plain or rows:
+        yield "| key | type | default | meaning |\n|---|---|---|---|"
+        yield from rows
+        for name, field in plain.items():
+            yield f"| `{name}` | {_cell(_type_text(field))} | {_default(field)} | {_cell(field.description or '')} |"
+        yield ""
     for name, inner in nested.items():
-        field = section.model_fields[name]
-        repeated = typing.get_origin(field.annotation) is tuple
+        repeated = typing.get_origin(fields[name].annotation) is tuple
         path = f"{prefix}.{name}".strip(".") + ("[]" if repeated else "")
-        choice = by_name(field)
-        if choice is None:
-            yield from _tables(path, inner)
-        else:
-            yield from _choice(path, choice, inner)
+        choice = by_name(fields[name])
+        yield from _tables(path, inner) if choice is None else _choice(path, choice, inner)
 
 
 def _choice(path: str, choice: ByName, shared: type[BaseModel]) -> Iterator[str]:
@@ -55,23 +62,11 @@ def _choice(path: str, choice: ByName, shared: type[BaseModel]) -> Iterator[str]
     names = " or ".join(f"`{name}`" for name in choice.table)
     row = f"| `name` | {names} | `{choice.default}` | The keys below under its name are legal too, and no others. |"
     fields = {name: field for name, field in shared.model_fields.items() if name != "name"}
-    yield from _table(f"## `{path}`", fields, row)
+    yield from _keys(path, f"## `{path}`", fields, row)
     for name, section in choice.table.items():
         yield f"### `{path}`, name: `{name}`\n\n{_cell((section.__doc__ or '').strip())}\n"
         own = {key: field for key, field in section.model_fields.items() if key not in shared.model_fields}
-        if own:
-            yield from _table("", own)
-
-
-def _table(heading: str, fields: Mapping[str, FieldInfo], *rows: str) -> Iterator[str]:
-    """A table of keys under a heading, if there is one; `rows` come first."""
-    if heading:
-        yield f"{heading}\n"
-    yield "| key | type | default | meaning |\n|---|---|---|---|"
-    yield from rows
-    for name, field in fields.items():
-        yield f"| `{name}` | {_cell(_type_text(field))} | {_default(field)} | {_cell(field.description or '')} |"
-    yield ""
+        yield from _keys(path, "", own)
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from actors.learning.model import EMBEDDED, resolve_model
 from jobs.prepare import PACKAGE_ROOT, find_data
 from orchestrator.config.config import Config
+from orchestrator.config.rewards import ModelRewardConfig, RulesRewardConfig
 from orchestrator.errors import RlhfError
 
 WHOLE_BYTES = 64 << 20
@@ -46,11 +47,12 @@ def _digests(config: Config) -> Iterator[tuple[str, Callable[[], str | None]]]:
     models = {
         "model.path": config.model.path,
         "reward_model.base": config.reward_model.base if "reward_model" in config.stages else None,
-        "reward.path": config.reward.path if config.reward.kind == "model" else None,
+        "reward.path": config.reward.path if isinstance(config.reward, ModelRewardConfig) else None,
         "critic.path": config.critic.path,
         "reference.path": config.reference.path,
     }
-    rules = {rule.function for rule in config.reward.rules} if config.reward.kind == "rules" else set()
+    reward = config.reward
+    rules = {rule.function for rule in reward.rules} if isinstance(reward, RulesRewardConfig) else set()
     rules |= {config.labeller.gold} if "preferences" in config.stages else set()
     rules |= {config.evaluation.gold} if config.evaluation.gold and config.evaluation.prompts else set()
     for name, file in files.items():

@@ -107,10 +107,10 @@ def uses_gpus(config: Config) -> bool:
     shares = (
         config.policy.gpus_per_rank,
         config.critic.gpus_per_rank if config.algorithm.needs_critic else 0.0,
-        config.reference.gpus_per_replica,
+        config.reference.gpus_per_rank,
         config.reward.gpus_per_replica,
-        config.reward_model.gpus_per_worker,
-        config.rollout.gpus_per_engine,
+        config.reward_model.gpus_per_rank,
+        config.rollout.gpus_per_replica,
     )
     return any(shares)
 

@@ -208,7 +208,7 @@ def _check(settings: EngineSettings) -> None:
     if settings.tensor_parallel_size > 1:
         raise ConfigError(
             f"rollout.tensor_parallel_size={settings.tensor_parallel_size} needs GPUs, and here vLLM runs on the CPU. "
-            "Set it to 1 and raise rollout.engines or rollout.cpus_per_engine."
+            "Set it to 1 and raise rollout.replicas or rollout.cpus_per_replica."
         )
     if settings.sleep_mode:
         raise ConfigError("engines on the CPU have no GPU memory to give back; build them without sleep_mode.")

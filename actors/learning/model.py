@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from actors.learning.attention import use_short_attention
 from actors.learning.depth import shallow
 from actors.learning.norms import use_quick_norms
+from orchestrator.config.base import Dtype
 from orchestrator.data.inputs import at_home
 from orchestrator.errors import DataError
 from orchestrator.run.storage import follow_umask
@@ -48,6 +49,10 @@ LOADING_ERRORS = (
 )
 
 NewHead = Literal["zero", "normal"]
+
+
+def torch_dtype(dtype: Dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
 def resolve_model(name_or_path: str, cache_dir: Path) -> Path:

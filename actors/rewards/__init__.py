@@ -11,9 +11,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
+
+from actors.text.templates import ChatSettings
+from orchestrator.config.rewards import RuleLimits
+from orchestrator.config.sections import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,25 @@ class Score:
 class RewardSource(Protocol):
     def scores(self, table: pa.Table) -> Sequence[Score]:
         """One Score per row of a schema.ROLLOUT table. Raises RewardError when the source as a whole is down."""
+
+
+@dataclass(frozen=True)
+class RewardContext:
+    """What a source is built from besides its own section of the config.
+
+    Args:
+        policy: the model whose samples are scored, and `chat`, how its conversations are written.
+        cache: folder of converted models.
+        total_s: time for one shard, for rules and endpoints.
+        threads: CPU threads of the replica.
+    """
+
+    policy: ModelConfig
+    chat: ChatSettings
+    cache: Path
+    limits: RuleLimits
+    total_s: float
+    threads: int = 1
 
 
 @dataclass(frozen=True)

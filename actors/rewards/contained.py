@@ -106,13 +106,13 @@ class RuleProcess:
         by = monotonic() + self._limits.call_s
         if until < by:
             return until, "what was left of its shard's time"
-        return by, f"reward.limits.call_s={self._limits.call_s:g} s"
+        return by, f"rule_limits.call_s={self._limits.call_s:g} s"
 
     def _greet(self) -> None:
         limit = self._limits.import_s
         try:
             self._send({"path": sys.path, "rules": list(self._rules)})
-            problem = self._answer(monotonic() + limit, f"reward.limits.import_s={limit:g} s")["problem"]
+            problem = self._answer(monotonic() + limit, f"rule_limits.import_s={limit:g} s")["problem"]
         except ProcessEndedError as error:
             raise ConfigError(f"{error} while it was imported. Correct its module.") from None
         if problem:

@@ -22,8 +22,9 @@ from typing import Any
 import httpx
 import pyarrow as pa
 
-from actors.rewards import Score, samples
+from actors.rewards import RewardContext, Score, samples
 from actors.rewards.rule_process import finite_number
+from orchestrator.config.rewards import HttpRewardConfig
 from orchestrator.data.inputs import read_text
 from orchestrator.errors import ConfigError, RewardError
 
@@ -36,12 +37,11 @@ _ANY_ZLIB = 47  # zlib's wbits: gzip or zlib, by its header
 
 
 class HttpReward:
-    """Args:
-        url: http:// or https://. A proxy of the environment is used, but not for this machine's own addresses.
-        timeout_s: time for one request, from connecting to the last byte of the answer.
-        retries: further tries after a refused or lost connection, a time-out, a 5xx or a 429.
+    """A proxy of the environment is used, but not for this machine's own addresses. The token is read again for every
+    request, so that it may change. Retried are a refused or lost connection, a time-out, a 5xx and a 429.
+
+    Args:
         total_s: time for all tries and pauses.
-        token_from: env:NAME or file:/PATH of a token to send; read again for every request, so that it may change.
         first_pause_s: pause before the second try; doubles up to half a minute.
 
     Raises:
@@ -49,24 +49,18 @@ class HttpReward:
     """
 
     def __init__(
-        self,
-        url: str,
-        *,
-        timeout_s: float,
-        retries: int,
-        total_s: float = 480.0,
-        token_from: str | None = None,
-        first_pause_s: float = _FIRST_PAUSE_S,
+        self, reward: HttpRewardConfig, *, total_s: float = 480.0, first_pause_s: float = _FIRST_PAUSE_S
     ) -> None:
+        url = reward.url
         try:
             address = httpx.URL(url)
         except httpx.InvalidURL as error:
-            raise ConfigError(f"reward.http.url={url!r} is no address: {error}.") from None
+            raise ConfigError(f"reward.url={url!r} is no address: {error}.") from None
         if address.scheme not in ("http", "https") or not address.host:
-            raise ConfigError(f"reward.http.url={url!r} must start with http:// or https:// and a host.")
-        self._url, self._retries, self._first_pause_s = url, retries, first_pause_s
-        self._timeout_s, self._total_s = timeout_s, total_s
-        self._token_from = token_from
+            raise ConfigError(f"reward.url={url!r} must start with http:// or https:// and a host.")
+        self._url, self._retries, self._first_pause_s = url, reward.retries, first_pause_s
+        self._timeout_s, self._total_s = reward.timeout_s, total_s
+        self._token_from = reward.token_from
         self._headers()
         self._context = httpx.create_ssl_context()
         self._uses_proxies = not _is_loopback(address.host)
@@ -105,7 +99,7 @@ class HttpReward:
                 raise RewardError(f"reward endpoint {self._url} refused the request ({cause}). Check the address.")
         raise RewardError(
             f"reward endpoint {self._url} gave no answer in {tries} tries; the last one: {cause}. Check "
-            "that it runs and can be reached from the reward workers, or raise reward.http.retries or timeout_s."
+            "that it runs and can be reached from the reward workers, or raise reward.retries or timeout_s."
         )
 
     async def _once(self, body: bytes, most_bytes: int) -> tuple[httpx.Response, bytes]:
@@ -154,15 +148,19 @@ class HttpReward:
         return rewards
 
 
+def build(reward: HttpRewardConfig, context: RewardContext) -> HttpReward:
+    return HttpReward(reward, total_s=context.total_s)
+
+
 def _token(source: str) -> str:
     kind, _, name = source.partition(":")
     if kind == "env":
         token = os.environ.get(name, "")
     else:
-        token = read_text(Path(name), f"reward.http.token_from={source}", ConfigError)
+        token = read_text(Path(name), f"reward.token_from={source}", ConfigError)
     if not _TOKEN.fullmatch(token.strip()):
         raise ConfigError(
-            f"reward.http.token_from={source} gives no token (one line of printable characters) on this node. Set the "
+            f"reward.token_from={source} gives no token (one line of printable characters) on this node. Set the "
             "variable, or write the file, where the reward workers run."
         )
     return token.strip()

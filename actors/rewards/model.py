@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -15,17 +14,15 @@ import torch
 
 from actors.learning.files import window
 from actors.learning.heads import ValueModel
-from actors.learning.model import load_scorer, resolve_model
+from actors.learning.model import load_scorer, resolve_model, torch_dtype
 from actors.learning.packing import token_rows
-from actors.rewards import Sample, Score, samples
+from actors.rewards import RewardContext, Sample, Score, samples
 from actors.text.conversations import Chat, Transcript, load_chat, reward_chat
+from orchestrator.config.rewards import ModelRewardConfig
 from orchestrator.data.records import messages_from_dicts
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.planning.balance import micro_batches
 from orchestrator.run.storage import write_json
-
-if TYPE_CHECKING:
-    from actors.roles.reward import RewardSettings
 
 STATS_FILE = "reward_stats.json"
 
@@ -160,21 +157,19 @@ class RewardModel:
         return Score(self._stats.normalised(raw) if self._stats else raw, {"model": raw}, tokens_cut=cut)
 
 
-def from_settings(settings: RewardSettings, threads: int) -> RewardModel:
-    """The reward model of a replica with so many CPU threads. Raises ConfigError when the settings name none."""
-    if settings.model is None or settings.policy is None:
-        raise ConfigError("reward.kind='model' needs reward.path: give the folder of a reward model.")
-    torch.set_num_threads(threads)
-    policy = load_chat(
-        resolve_model(settings.policy, settings.cache_dir), settings.chat, trust_remote_code=settings.trust_remote_code
-    )
+def build(reward: ModelRewardConfig, context: RewardContext) -> RewardModel:
+    """The reward model of a replica. Raises ConfigError when the section names none."""
+    if reward.path is None:
+        raise ConfigError("reward.name='model' needs reward.path: give the folder of a reward model.")
+    torch.set_num_threads(context.threads)
+    policy, trust = context.policy, context.policy.trust_remote_code
     return RewardModel(
-        resolve_model(settings.model, settings.cache_dir),
-        policy,
-        dtype=torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32,
+        resolve_model(reward.path, context.cache),
+        load_chat(resolve_model(policy.path, context.cache), context.chat, trust_remote_code=trust),
+        dtype=torch_dtype(policy.compute_dtype),
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        micro_batch_tokens=settings.micro_batch_tokens,
-        normalise=settings.normalise,
-        max_length=settings.max_length,
-        trust_remote_code=settings.trust_remote_code,
+        micro_batch_tokens=reward.micro_batch_tokens,
+        normalise=reward.normalise,
+        max_length=reward.max_length,
+        trust_remote_code=trust,
     )

@@ -118,10 +118,10 @@ def _watch(child: int, init: int | None, memory_bytes: int, processes: int) -> s
             return "closed the connection of its process"
         family = [pid for pid in _family() if pid != init]
         if len(family) > processes:
-            return f"had {len(family)} processes, more than reward.limits.processes={processes}"
+            return f"had {len(family)} processes, more than rule_limits.processes={processes}"
         held = _held_bytes(family, memory_bytes)
         if memory_bytes and held > memory_bytes:
-            return f"held {held / (1 << 30):.1f} GiB, more than reward.limits.memory_gib={memory_bytes / (1 << 30):g}"
+            return f"held {held / (1 << 30):.1f} GiB, more than rule_limits.memory_gib={memory_bytes / (1 << 30):g}"
 
 
 def _reap(child: int) -> int | None:
@@ -335,7 +335,7 @@ def _named_numbers(name: str, result: Any) -> tuple[dict[str, float], str]:
 
 def _described(error: BaseException) -> str:
     if isinstance(error, MemoryError):
-        return f"MemoryError: no more memory within reward.limits.memory_gib {_text(str, error)}".rstrip()
+        return f"MemoryError: no more memory within rule_limits.memory_gib {_text(str, error)}".rstrip()
     return f"{type(error).__name__}: {_text(str, error)}"
 
 

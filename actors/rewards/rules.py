@@ -12,9 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from actors.rewards import Score
+from actors.rewards import RewardContext, Score
 from actors.rewards.contained import ProcessEndedError, RuleProcess
-from orchestrator.config.rewards import RuleConfig, RuleLimits
+from orchestrator.config.rewards import RuleConfig, RuleLimits, RulesRewardConfig
 from orchestrator.errors import ConfigError, RewardError
 
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
@@ -111,6 +111,10 @@ class RuleReward:
             except ConfigError as error:
                 raise RewardError(f"the process of the rules can't be started again: {error}") from None
         return self._process
+
+
+def build(reward: RulesRewardConfig, context: RewardContext) -> RuleReward:
+    return RuleReward(reward.rules, context.limits, total_s=context.total_s)
 
 
 def _score(answer: Any) -> Score:

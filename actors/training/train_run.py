@@ -124,7 +124,7 @@ def failure(role: str, error: Exception) -> RlhfError:
     if isinstance(error, ControllerError) and "timed out" in str(error):
         return CapacityError(
             f"the cluster did not free the resources of the {role} workers within placement.wait_s; other jobs hold "
-            f"them (`ray status` shows which). Wait for them, or lower {role}.workers or {role}.threads_per_worker."
+            f"them (`ray status` shows which). Wait for them, or lower {role}.ranks or {role}.cpus_per_rank."
         )
     return RoleError(role, 0, "start", _headline(error))
 

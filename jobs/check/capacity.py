@@ -16,6 +16,7 @@ from actors.learning.model import resolve_model
 from actors.learning.size import model_size
 from jobs.stages.settings import critic_base, demands, reward_base
 from orchestrator.config.config import Config
+from orchestrator.config.rewards import ModelRewardConfig
 from orchestrator.config.sections import LearnerConfig
 from orchestrator.planning.memory import (
     GIB,
@@ -109,11 +110,11 @@ def place_reward_workers(config: Config, nodes: Sequence[Node]) -> int:
         CapacityError: the workers do not fit on the nodes.
     """
     stage = config.reward_model
-    threads = stage.threads_per_worker
+    threads = stage.cpus_per_rank
     if threads is None:
-        per_node = math.ceil(stage.workers / max(len(nodes), 1))
+        per_node = math.ceil(stage.ranks / max(len(nodes), 1))
         threads = max(int(min((node.cpus for node in nodes), default=1.0) / per_node), 1)
-    place([Demand(REWARD_MODEL, stage.workers, threads, stage.gpus_per_worker)], nodes, mode="separate")
+    place([Demand(REWARD_MODEL, stage.ranks, threads, stage.gpus_per_rank)], nodes, mode="separate")
     return threads
 
 
@@ -136,7 +137,7 @@ def memory_per_role(config: Config, sizes: _Sizes) -> dict[str, Memory]:
     """Memory of one actor of each role."""
     dtype, reference, reward, rollout = config.model.compute_dtype, config.reference, config.reward, config.rollout
     reward_memory = Memory(process=RULES_PROCESS)
-    if reward.kind == "model":
+    if isinstance(reward, ModelRewardConfig):
         reward_memory = scorer_memory(
             sizes.of(*reward_base(config)),
             dtype=dtype,
@@ -150,7 +151,7 @@ def memory_per_role(config: Config, sizes: _Sizes) -> dict[str, Memory]:
         "reference": scorer_memory(
             sizes.of(reference.path),
             dtype=dtype,
-            shards=reference.replicas if reference.sharded else 1,
+            shards=reference.ranks if reference.sharded else 1,
             micro_batch_tokens=reference.micro_batch_tokens,
             logits=True,
         ),
@@ -159,7 +160,7 @@ def memory_per_role(config: Config, sizes: _Sizes) -> dict[str, Memory]:
             sizes.of(None),
             dtype=dtype,
             tensor_parallel_size=rollout.tensor_parallel_size,
-            cache_bytes=0.0 if rollout.gpus_per_engine else rollout.kv_cache_gib * GIB,
+            cache_bytes=0.0 if rollout.gpus_per_replica else rollout.kv_cache_gib * GIB,
         ),
         "recorder": Memory(process=RECORDER_PROCESS),
     }

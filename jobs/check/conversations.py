@@ -15,6 +15,7 @@ from jobs.prepare import Prepared, find_data
 from jobs.stages.settings import chat_settings
 from orchestrator.algorithms.ranking import spread
 from orchestrator.config.config import Config
+from orchestrator.config.rewards import ModelRewardConfig
 from orchestrator.data.readers import read_rankings
 from orchestrator.data.records import Message, messages_from_dicts
 from orchestrator.errors import DataError, RlhfError
@@ -73,7 +74,7 @@ def check_reward_conversations(config: Config, policy: Chat | None, prepared: Pr
         key, model = "reward_model.base", config.reward_model.base or config.model.path
         start, mine = (resolve_model(name, config.run.cache) for name in (model, config.model.path))
         chat = base_chat(start, mine, chat_settings(config), trust_remote_code=trust)
-    elif "ppo" in config.stages and config.reward.kind == "model" and config.reward.path is not None:
+    elif "ppo" in config.stages and isinstance(config.reward, ModelRewardConfig) and config.reward.path is not None:
         key, model = "reward.path", config.reward.path
         chat = reward_chat(resolve_model(model, config.run.cache), policy, trust_remote_code=trust)
     else:
@@ -162,8 +163,8 @@ def _critic_start(config: Config) -> tuple[str, str | None]:
     """(key, model) that the critic starts from; null: the policy with a new head."""
     if config.critic.path is not None:
         return "critic.path", config.critic.path
-    if config.reward.kind != "model":
-        return "reward.path", config.reward.path
+    if not isinstance(config.reward, ModelRewardConfig):
+        return "model.path", None
     if config.reward.path is not None:
         return "reward.path", config.reward.path
     return "reward_model.base", config.reward_model.base

@@ -56,7 +56,7 @@ def verdict_on_vllm(config: Config, tell: Callable[[str], None] = lambda line: N
         DataError: the model can't be found.
     """
     versions = [_version(library) for library in _LIBRARIES]
-    if not config.has_rollouts or config.rollout.gpus_per_engine or None in versions:
+    if not config.has_rollouts or config.rollout.gpus_per_replica or None in versions:
         return None
     folder = resolve_model(config.model.path, config.run.cache)
     command = _command(config, folder)

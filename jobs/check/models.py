@@ -16,6 +16,7 @@ from actors.learning.model import resolve_model
 from actors.learning.size import model_size
 from actors.text.tokenizing import has_tokenizer, load_tokenizer
 from orchestrator.config.config import Config
+from orchestrator.config.rewards import ModelRewardConfig
 from orchestrator.errors import ConfigError
 
 HEAD = "score."
@@ -78,9 +79,9 @@ def _uses(config: Config) -> Iterator[_Use]:
     if "ppo" in stages:
         if config.reference.path is not None:
             yield _Use("reference.path", config.reference.path, scores=False, window=longest)
-        if config.reward.kind == "model" and config.reward.path is not None:
+        if (reward := _reward(config)) is not None and reward.path is not None:
             # That it has a head is checked with its statistics.
-            yield _Use("reward.path", config.reward.path, scores=True, window=None)
+            yield _Use("reward.path", reward.path, scores=True, window=None)
         if config.algorithm.needs_critic:
             yield _critic(config, longest)
     if "reward_model" in stages:
@@ -89,12 +90,16 @@ def _uses(config: Config) -> Iterator[_Use]:
         yield _Use("reward_model.base", base, scores=True, window=None, exports=True, layers=layers)
 
 
+def _reward(config: Config) -> ModelRewardConfig | None:
+    return config.reward if isinstance(config.reward, ModelRewardConfig) else None
+
+
 def _critic(config: Config, longest: int) -> _Use:
-    base = config.reward_model.base if config.reward.kind == "model" else None
+    reward = _reward(config)
     starts = (
         ("critic.path", config.critic.path),
-        ("reward.path", config.reward.path),
-        ("reward_model.base", base),
+        ("reward.path", reward.path if reward else None),
+        ("reward_model.base", config.reward_model.base if reward else None),
         ("model.path", config.model.path),
     )
     key, path = next((key, path) for key, path in starts if path is not None)

@@ -31,7 +31,7 @@ from jobs.prepare import Prepared, find_data, policy_chat, prepare, without_prom
 from jobs.stages.reward_model import split_held_out
 from jobs.stages.settings import alone
 from orchestrator.config.config import Config, Stage
-from orchestrator.config.rewards import RuleConfig
+from orchestrator.config.rewards import HttpRewardConfig, ModelRewardConfig, RuleConfig, RulesRewardConfig
 from orchestrator.data.readers import read_rankings
 from orchestrator.errors import ConfigError, DataError, RewardError, RlhfError
 from orchestrator.run.folder import check_run_folder
@@ -149,18 +149,18 @@ def _preferences(config: Config) -> str | None:
 
 
 def _reward(config: Config, examples: pa.Table | None) -> str | None:
+    reward = config.reward
     if "ppo" not in config.stages:
         return None
-    if config.reward.kind == "model":
-        return _reward_model(config)
-    if config.reward.kind == "rules":
-        return _rules_tried("rules", config.reward.rules, "reward.rules", config, examples)
-    http = config.reward.http
-    if http is None or examples is None:  # without a url no config is read; without prompts there is nothing to try
-        return None
-    timeout_s, retries = min(http.timeout_s, HTTP_PROBE_S), min(http.retries, 1)
-    source = HttpReward(http.url, timeout_s=timeout_s, retries=retries, token_from=http.token_from)
-    return _tried(f"endpoint {http.url}", source, examples.slice(0, 1), "reward.http.url")
+    if isinstance(reward, ModelRewardConfig):
+        return _reward_model(config, reward)
+    if isinstance(reward, RulesRewardConfig):
+        return _rules_tried("rules", reward.rules, "reward.rules", config, examples)
+    if isinstance(reward, HttpRewardConfig) and examples is not None:  # without prompts there is nothing to try
+        limits = {"timeout_s": min(reward.timeout_s, HTTP_PROBE_S), "retries": min(reward.retries, 1)}
+        source = HttpReward(reward.model_copy(update=limits))
+        return _tried(f"endpoint {reward.url}", source, examples.slice(0, 1), "reward.url")
+    return None
 
 
 def _tried(name: str, source: RewardSource, examples: pa.Table, key: str) -> str:
@@ -182,11 +182,11 @@ def _tried(name: str, source: RewardSource, examples: pa.Table, key: str) -> str
     return f"reward ({name}): scores a made-up reply to {len(scores) - len(failed)} of {len(scores)} sample prompts"
 
 
-def _reward_model(config: Config) -> str | None:
-    if config.reward.path is None:
+def _reward_model(config: Config, reward: ModelRewardConfig) -> str | None:
+    if reward.path is None:
         return None  # a stage of this run trains it
-    folder = resolve_model(config.reward.path, config.run.cache)
-    if config.reward.normalise:
+    folder = resolve_model(reward.path, config.run.cache)
+    if reward.normalise:
         read_stats(folder)
     names = {name for file in sorted(folder.glob("*.safetensors")) for name in _tensor_names(file)}
     if names and not any(name.startswith("score.") for name in names):
@@ -220,7 +220,7 @@ def _gold(config: Config, examples: pa.Table | None) -> str | None:
 def _rules_tried(
     name: str, rules: Sequence[RuleConfig], key: str, config: Config, examples: pa.Table | None
 ) -> str | None:
-    with RuleReward(rules, config.reward.limits, total_s=RULES_PROBE_S) as source:
+    with RuleReward(rules, config.rule_limits, total_s=RULES_PROBE_S) as source:
         return None if examples is None else _tried(name, source, examples, key)
 
 

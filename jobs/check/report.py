@@ -67,7 +67,7 @@ def batch_rows(config: Config, num_prompts: int) -> list[Row]:
     epochs = rl.steps * rl.prompts_per_step / num_prompts if num_prompts else math.inf
     return [
         ("samples per step", f"{rl.prompts_per_step} prompts × {rl.samples_per_prompt} = {samples}"),
-        ("shards per step", f"{shards} of at most {rollout.samples_per_shard}, on {rollout.engines} engines"),
+        ("shards per step", f"{shards} of at most {rollout.samples_per_shard}, on {rollout.replicas} engines"),
         ("tokens per step", f"at most {samples * config.model.max_length:,}"),
         (
             "optimizer steps per step",

@@ -6,6 +6,7 @@ from actors.learning.files import read_config, window
 from actors.learning.model import resolve_model
 from jobs.stages.settings import reward_base, reward_max_length
 from orchestrator.config.config import Config
+from orchestrator.config.rewards import ModelRewardConfig
 from orchestrator.errors import ConfigError
 
 
@@ -15,7 +16,7 @@ def check_reward_window(config: Config) -> str | None:
     Raises:
         ConfigError: reward.max_length exceeds the window of the reward model.
     """
-    if "ppo" not in config.stages or config.reward.kind != "model":
+    if "ppo" not in config.stages or not isinstance(config.reward, ModelRewardConfig):
         return None
     model, _ = reward_base(config)
     folder = resolve_model(model, config.run.cache)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -147,22 +147,23 @@ def _placements(config: Config) -> Iterator[tuple[str, Config]]:
         )
 
 
-def settings_of(layout: Layout, learners: Sequence[str]) -> list[str]:
-    """The overrides that make a run of this layout on GPUs."""
+def settings_of(layout: Layout, models: Collection[str]) -> list[str]:
+    """The overrides that make a run of this layout on GPUs; `models` are the roles that have one."""
     mode = "colocated" if layout.takes_turns else "separate"
     lines = [
         f"placement.mode={mode}",
         f"rl.max_staleness={layout.max_staleness}",
-        f"rollout.engines={layout.engines}",
+        f"rollout.replicas={layout.engines}",
         f"rollout.tensor_parallel_size={layout.width('rollout')}",
         f"rollout.samples_per_shard={layout.samples_per_shard}",
-        f"reference.replicas={layout.width('reference')}",
+        f"reference.ranks={layout.width('reference')}",
         f"reference.sharded={str(layout.learning['reference'].zero_stage == 3).lower()}",
         f"reference.micro_batch_tokens={layout.learning['reference'].micro_batch_tokens}",
         f"reward.replicas={layout.reward_replicas}",
-        f"reward.micro_batch_tokens={layout.learning['reward'].micro_batch_tokens}",
     ]
-    for role in learners:
+    if "reward" in models:
+        lines.append(f"reward.micro_batch_tokens={layout.learning['reward'].micro_batch_tokens}")
+    for role in (role for role in LEARNERS if role in models):
         learning = layout.learning[role]
         lines += [
             f"{role}.ranks={layout.width(role)}",
@@ -200,8 +201,7 @@ def _show(config: Config, found: Search, what: str) -> None:
     out.print(table)
     best = found.candidates[0]
     if best.memory:
-        learners = [role for role in LEARNERS if role in best.prediction.idle]
-        say("best: " + " ".join(settings_of(best.layout, learners)))
+        say("best: " + " ".join(settings_of(best.layout, best.prediction.idle)))
         for part in best.memory:
             budget = f"states {gib(part.state)}, work {gib(part.working)}, KV cache {gib(part.cache)}"
             say(f"memory of a GPU of {', '.join(part.roles)}: {budget}, of {gib(part.available)}")

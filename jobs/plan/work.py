@@ -12,6 +12,7 @@ from actors.learning.size import model_size
 from jobs.stages.settings import critic_base, demands, reward_base, samples_per_shard
 from orchestrator.config.base import Dtype
 from orchestrator.config.config import Config
+from orchestrator.config.rewards import ModelRewardConfig
 from orchestrator.config.sections import LearnerConfig
 from orchestrator.planning.costs import Dimensions, LearnSettings
 from orchestrator.planning.hardware import Device
@@ -49,7 +50,7 @@ def models_of(config: Config, trained_reward: Path | None = None) -> dict[str, D
         "policy": (config.model.path, None),
         "reference": (config.reference.path or config.model.path, None),
         "critic": critic if config.algorithm.needs_critic else None,
-        "reward": (trained or reward_base(config)) if config.reward.kind == "model" else None,
+        "reward": (trained or reward_base(config)) if isinstance(config.reward, ModelRewardConfig) else None,
     }
     sizes = {
         named_model: dimensions(
@@ -85,6 +86,8 @@ def sharing_of(config: Config) -> int:
 
 
 def learning_of(config: Config) -> Mapping[str, LearnSettings]:
+    reward = config.reward
+
     def learner(section: LearnerConfig) -> LearnSettings:
         return LearnSettings(
             section.zero_stage,
@@ -100,7 +103,9 @@ def learning_of(config: Config) -> Mapping[str, LearnSettings]:
         "reference": LearnSettings(
             3 if config.reference.sharded else 0, micro_batch_tokens=config.reference.micro_batch_tokens
         ),
-        "reward": LearnSettings(0, micro_batch_tokens=config.reward.micro_batch_tokens),
+        "reward": LearnSettings(0, micro_batch_tokens=reward.micro_batch_tokens)
+        if isinstance(reward, ModelRewardConfig)
+        else LearnSettings(0),
     }
 
 

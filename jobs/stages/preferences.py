@@ -108,7 +108,7 @@ def require_some(scores: Sequence[Score], gold: str) -> str:
 def _gold_scores(config: Config, table: pa.Table) -> list[Score]:
     rules = [RuleConfig(function=config.labeller.gold)]
     total_s = config.deadlines.score_s * math.ceil(table.num_rows / samples_per_shard(config))
-    with RuleReward(rules, config.reward.limits, total_s=total_s) as gold:
+    with RuleReward(rules, config.rule_limits, total_s=total_s) as gold:
         return gold.scores(table)
 
 

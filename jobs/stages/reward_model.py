@@ -140,7 +140,7 @@ async def train_reward_model(
     training = TrainRun(
         train_worker,
         {"settings": settings, "records": ray.put((tuple(records), tuple(held_out)))},
-        Workers(REWARD_MODEL, stage.workers, threads, stage.gpus_per_worker, config.placement.wait_s, limits.learn_s),
+        Workers(REWARD_MODEL, stage.ranks, threads, stage.gpus_per_rank, config.placement.wait_s, limits.learn_s),
         settings.work,
     )
     steps = await _follow(training, settings.learner.total_optimizer_steps, limits, telemetry, say)

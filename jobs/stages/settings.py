@@ -11,6 +11,7 @@ from actors.text.templates import ChatSettings, read_template
 from orchestrator.algorithms.experience import ExperienceSettings
 from orchestrator.algorithms.kl import adapted_coefficient
 from orchestrator.config.config import Config, Stage
+from orchestrator.config.rewards import ModelRewardConfig, RewardConfig
 from orchestrator.config.sections import LearnerConfig
 from orchestrator.coordinator import LoopSettings
 from orchestrator.planning.placement import Demand
@@ -47,8 +48,8 @@ def samples_per_shard(config: Config) -> int:
     if config.rollout.reproducible:
         return config.rollout.samples_per_shard
     if config.algorithm.compares_samples:
-        return math.ceil(config.rl.prompts_per_step / config.rollout.engines) * config.rl.samples_per_prompt
-    return math.ceil(config.samples_per_step / config.rollout.engines)
+        return math.ceil(config.rl.prompts_per_step / config.rollout.replicas) * config.rl.samples_per_prompt
+    return math.ceil(config.samples_per_step / config.rollout.replicas)
 
 
 def shards_per_step(config: Config, *, is_sharded: bool) -> int | None:
@@ -57,15 +58,16 @@ def shards_per_step(config: Config, *, is_sharded: bool) -> int | None:
 
 
 def reward_model_of(config: Config, run: RunFolder) -> str | None:
-    """The reward model's folder or name: the config's, or the one that the run's reward_model stage trained."""
-    if config.reward.kind == "model" and config.reward.path is None:
-        return str(run.reward_model)
-    return config.reward.path
+    """The reward model's folder or name: the config's, or the one that the run's reward_model stage trained. None: the
+    reward is no model."""
+    if not isinstance(config.reward, ModelRewardConfig):
+        return None
+    return config.reward.path or str(run.reward_model)
 
 
 def reward_base(config: Config) -> tuple[str, int | None]:
     """The model whose size the reward model has, and how many of its layers are kept (None: all)."""
-    if config.reward.path is not None:
+    if isinstance(config.reward, ModelRewardConfig) and config.reward.path is not None:
         return config.reward.path, None
     return config.reward_model.base or config.model.path, config.reward_model.layers
 
@@ -74,14 +76,24 @@ def critic_base(config: Config) -> tuple[str, int | None]:
     """The same of the critic, which begins as the reward model where there is one and critic.path is null."""
     if config.critic.path is not None:
         return config.critic.path, None
-    return reward_base(config) if config.reward.kind == "model" else (config.model.path, None)
+    return reward_base(config) if isinstance(config.reward, ModelRewardConfig) else (config.model.path, None)
 
 
 def reward_max_length(config: Config) -> int | None:
     """Longest transcript that the reward model is given. None: what it can take."""
-    if config.reward.max_length is not None:
-        return config.reward.max_length
-    return config.reward_model.max_length if config.reward.path is None else None
+    reward = config.reward
+    if not isinstance(reward, ModelRewardConfig):
+        return None
+    if reward.path is None:
+        return reward.max_length or config.reward_model.max_length
+    return reward.max_length
+
+
+def reward_section(config: Config, path: str | None) -> RewardConfig:
+    """The reward's section with the model and the length that it leaves open."""
+    if not isinstance(config.reward, ModelRewardConfig):
+        return config.reward
+    return config.reward.model_copy(update={"path": path, "max_length": reward_max_length(config)})
 
 
 def loop_settings(config: Config, steps: int) -> LoopSettings:
@@ -143,14 +155,14 @@ def within(deadline_s: float) -> float:
 
 def engines_sleep(config: Config) -> bool:
     """Whether engines share GPUs with learners, so that they sleep while those compute."""
-    return config.placement.mode == "colocated" and config.rollout.gpus_per_engine > 0
+    return config.placement.mode == "colocated" and config.rollout.gpus_per_replica > 0
 
 
 def demands(config: Config, *, learning: bool) -> list[Demand]:
     """What the roles need: for PPO and replay all of them, with `learning` off only the engines."""
     rollout, reward, critic = config.rollout, config.reward, config.critic
-    gpus = rollout.gpus_per_engine * rollout.tensor_parallel_size
-    engines = Demand("rollout", rollout.engines, rollout.cpus_per_engine, gpus)
+    gpus = rollout.gpus_per_replica * rollout.tensor_parallel_size
+    engines = Demand("rollout", rollout.replicas, rollout.cpus_per_replica, gpus)
     if not learning:
         return [engines]
     reference = config.reference
@@ -159,7 +171,7 @@ def demands(config: Config, *, learning: bool) -> list[Demand]:
         engines,
         Demand("policy", config.policy.ranks, config.policy.cpus_per_rank, config.policy.gpus_per_rank),
         *(critics if config.algorithm.needs_critic else []),
-        Demand("reference", reference.replicas, reference.cpus_per_replica, reference.gpus_per_replica),
+        Demand("reference", reference.ranks, reference.cpus_per_rank, reference.gpus_per_rank),
         Demand("reward", reward.replicas, reward.cpus_per_replica, reward.gpus_per_replica),
         Demand("recorder", 1, RECORDER_CPUS),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from actors.remote.roles import (
     ReplicatedScorer,
     ShardedScorer,
 )
+from actors.rewards import RewardContext
 from actors.roles.critic import CriticSettings, CriticWorker
 from actors.roles.policy import PolicySettings, PolicyWorker
 from actors.roles.recorder import RecorderWorker
 from actors.roles.reference import ReferenceSettings, ReferenceWorker
-from actors.roles.reward import RewardSettings, RewardWorker
+from actors.roles.reward import RewardWorker
 from actors.roles.rollout import RolloutWorker
 from actors.weights.sender import PublishingPolicy
 from jobs.command import say
@@ -38,7 +40,7 @@ from jobs.stages.settings import (
     experience_settings,
     learner_settings,
     loop_settings,
-    reward_max_length,
+    reward_section,
     samples_per_shard,
     sampling_of,
     shards_per_step,
@@ -152,25 +154,20 @@ async def start_scorers(config: Config, starter: Starter, reward_path: str | Non
         shares_prompts=config.algorithm.compares_samples,
         **common,
     )
-    reward = RewardSettings(
-        config.reward.kind,
-        rules=config.reward.rules,
-        limits=config.reward.limits,
-        total_s=within(config.deadlines.score_s),
-        http=config.reward.http,
-        model=reward_path,
-        policy=config.model.path,
+    reward = reward_section(config, reward_path)
+    context = RewardContext(
+        policy=config.model,
         chat=chat_settings(config),
-        dtype=config.model.compute_dtype,
-        micro_batch_tokens=config.reward.micro_batch_tokens,
-        max_length=reward_max_length(config),
-        normalise=config.reward.normalise,
-        **common,
+        cache=config.run.cache,
+        limits=config.rule_limits,
+        total_s=within(config.deadlines.score_s),
     )
     return {
         "reference": await starter.ranks("reference", ReferenceWorker, reference),
         "reward": await starter.group(
-            "reward", RewardWorker, lambda slot: {"settings": reward, "threads": slot.threads}
+            "reward",
+            RewardWorker,
+            lambda slot: {"reward": reward, "context": replace(context, threads=slot.threads)},
         ),
     }
 
@@ -180,7 +177,7 @@ async def start_recorders(config: Config, starter: Starter, run: RunFolder) -> A
         "settings": experience_settings(config),
         "run_id": run.id,
         "gold": config.evaluation.gold,
-        "limits": config.reward.limits,
+        "limits": config.rule_limits,
         "gold_s": within(config.deadlines.record_s),
     }
     return await starter.group("recorder", RecorderWorker, lambda slot: arguments)

@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.config.config import Config
 
 # What waits, watches, names or keeps, and computes nothing. All else matters, also keys that are new.
-_SECTIONS = frozenset({"deadlines", "failures", "guards", "telemetry"})
+_SECTIONS = frozenset({"deadlines", "failures", "guards", "rule_limits", "telemetry"})
 _KEYS = frozenset(
     {
         "checkpoints.best_max_kl",
@@ -21,10 +21,6 @@ _KEYS = frozenset(
         "checkpoints.keep",
         "evaluation.every_steps",
         "placement.wait_s",
-        "reward.limits.call_s",
-        "reward.limits.import_s",
-        "reward.limits.memory_gib",
-        "reward.limits.processes",
         "run.accept_changed_files",
         "run.cache",
         "run.grace_s",
@@ -101,7 +97,7 @@ def _matters(key: str, old: Config, new: Config) -> bool:
         return name in before and name in after and not new.run.accept_changed_files
     if key in before and before[key] == after.get(key):
         return False  # the same file under another path
-    if key == "rollout.engines":
+    if key == "rollout.replicas":
         return not new.rollout.reproducible
     return key not in _KEYS and key.partition(".")[0] not in _SECTIONS
 

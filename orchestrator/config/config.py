@@ -13,7 +13,7 @@ from orchestrator.algorithms.ppo import Ppo
 from orchestrator.algorithms.table import ALGORITHMS
 from orchestrator.config.base import ByName, Section
 from orchestrator.config.guards import GuardsConfig
-from orchestrator.config.rewards import RewardConfig
+from orchestrator.config.rewards import REWARDS, ModelRewardConfig, RewardConfig, RuleLimits
 from orchestrator.config.sections import (
     CheckpointConfig,
     CriticConfig,
@@ -47,7 +47,8 @@ class Config(Section):
     labeller: LabellerConfig = LabellerConfig()
     preferences: PreferencesConfig = PreferencesConfig()
     reward_model: RewardModelConfig = RewardModelConfig()
-    reward: RewardConfig = RewardConfig()
+    reward: Annotated[SerializeAsAny[RewardConfig], ByName(REWARDS, default="model")] = ModelRewardConfig()
+    rule_limits: RuleLimits = RuleLimits()
     policy: LearnerConfig = LearnerConfig()
     critic: CriticConfig = CriticConfig()
     reference: ReferenceConfig = ReferenceConfig()
@@ -92,15 +93,11 @@ def _contradictions(config: Config) -> Iterable[str]:
             f"rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in "
             f"model.max_length={config.model.max_length}. Lower the first or raise the second."
         )
-    if reward.kind == "rules" and not reward.rules:
-        yield "reward.kind='rules' needs reward.rules: list at least one {function: 'package.module:function'}."
-    if reward.kind == "http" and reward.http is None:
-        yield "reward.kind='http' needs reward.http.url: set the address of the endpoint."
-    needs_model = "ppo" in config.stages and reward.kind == "model" and reward.path is None
-    if needs_model and "reward_model" not in config.stages:
+    needs_path = "ppo" in config.stages and isinstance(reward, ModelRewardConfig) and reward.path is None
+    if needs_path and "reward_model" not in config.stages:
         yield (
-            "reward.kind='model' needs reward.path: give the folder of a reward model, or add 'reward_model' to "
-            "stages so that one is trained, or choose reward.kind='rules'."
+            "reward.name='model' needs reward.path: give the folder of a reward model, or add 'reward_model' to "
+            "stages so that one is trained, or choose reward.name='rules'."
         )
     trains_on_own_labels = "reward_model" in config.stages and config.preferences.path is None
     if trains_on_own_labels and "preferences" not in config.stages:

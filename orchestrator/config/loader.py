@@ -46,6 +46,24 @@ RENAMED: Mapping[str, str] = {
     "ppo.truncated": "algorithm.truncated",
     "ppo.truncation_penalty": "algorithm.truncation_penalty",
     "ppo.importance_cap": "algorithm.importance_cap",
+    "reward.kind": "reward.name",
+    "reward.http.url": "reward.url",
+    "reward.http.timeout_s": "reward.timeout_s",
+    "reward.http.retries": "reward.retries",
+    "reward.http.token_from": "reward.token_from",
+    "reward.limits.call_s": "rule_limits.call_s",
+    "reward.limits.import_s": "rule_limits.import_s",
+    "reward.limits.memory_gib": "rule_limits.memory_gib",
+    "reward.limits.processes": "rule_limits.processes",
+    "reward_model.workers": "reward_model.ranks",
+    "reward_model.threads_per_worker": "reward_model.cpus_per_rank",
+    "reward_model.gpus_per_worker": "reward_model.gpus_per_rank",
+    "reference.replicas": "reference.ranks",
+    "reference.cpus_per_replica": "reference.cpus_per_rank",
+    "reference.gpus_per_replica": "reference.gpus_per_rank",
+    "rollout.engines": "rollout.replicas",
+    "rollout.cpus_per_engine": "rollout.cpus_per_replica",
+    "rollout.gpus_per_engine": "rollout.gpus_per_replica",
 }
 """Keys by their old names. A person's old key is an error that names the new one; a kept config is translated."""
 
@@ -62,7 +80,7 @@ _CREDENTIAL_PLACES = {
     "run.mirror": "pyarrow reads AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws/credentials",
     "telemetry.mlflow_uri": "MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
     "MLFLOW_TRACKING_TOKEN",
-    "reward.http.url": "name its environment variable or file in reward.http.token_from",
+    "reward.url": "name its environment variable or file in reward.token_from",
 }
 
 
@@ -113,8 +131,11 @@ def translated(tree: Mapping[str, Any]) -> dict[str, Any]:
         holder, leaf = _holder(found, old)
         if leaf in holder:
             _set(found, new, holder.pop(leaf))
-            if not holder:
-                del found[old.partition(".")[0]]
+    for section in sorted({old.rpartition(".")[0] for old in RENAMED}, reverse=True):
+        holder, leaf = _holder(found, section)
+        is_absent = holder is not found and holder.get(leaf, section) is None
+        if is_absent or holder.get(leaf) == {}:
+            del holder[leaf]  # an optional section that was null, or one of which nothing is left
     for key, values in RENAMED_VALUES.items():
         holder, leaf = _holder(found, key)
         if leaf in holder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -17,7 +18,7 @@ class RuleConfig(Section):
 
 
 class RuleLimits(Section):
-    """Of the process in which rules run, the labeller's and evaluation's gold rules too."""
+    """Limits of the process in which rules run: rewards, the labeller's and the evaluation's gold rules."""
 
     call_s: Seconds = 30.0
     """Time for one call of a rule. It is ended then, and its sample fails."""
@@ -30,37 +31,13 @@ class RuleLimits(Section):
     namespace (as root with CAP_SYS_ADMIN) also what forks faster than it could be killed."""
 
 
-class HttpRewardConfig(Section):
-    url: str
-    """Endpoint: POST {"samples": [{"prompt","response","meta"}]} answers {"rewards": [number or null]}."""
-    timeout_s: Seconds = 30.0
-    """Time for one request, from connecting to the last byte of the answer."""
-    retries: NonNegative = 3
-    """Further tries after a failure, with growing pauses."""
-    token_from: str | None = Field(None, pattern=r"^(env:[A-Za-z_][A-Za-z0-9_]*|file:/.+)$")
-    """Where the reward workers find a token that is sent as `Authorization: Bearer`: env:NAME or file:/PATH. The token
-    itself never stands in the config. Null: none is sent."""
-
-
 class RewardConfig(Section):
-    kind: Literal["model", "rules", "http"] = "model"
+    """The keys of every kind of reward."""
+
+    name: str
     """Where rewards come from."""
-    path: str | None = None
-    """Reward model folder or name (kind: model). Null: the one that the reward_model stage trained."""
-    rules: tuple[RuleConfig, ...] = ()
-    """Rule functions (kind: rules); their weighted sum is the reward."""
-    limits: RuleLimits = RuleLimits()
-    http: HttpRewardConfig | None = None
-    """Endpoint (kind: http)."""
     replicas: Positive = 1
     """Actors that score."""
-    micro_batch_tokens: Positive = 4096
-    """Largest padded forward batch, in tokens."""
-    max_length: Positive | None = None
-    """Longer transcripts lose tokens at their start (kind: model), counted in reward/cut. Null: reward_model.max_length
-    for the model that the reward_model stage trains, else what the model can take."""
-    normalise: bool = True
-    """Subtract the mean and divide by the standard deviation recorded with the reward model."""
     clip: Annotated[float, Field(gt=0)] | None = None
     """Clip the sequence reward to ±clip."""
     max_failed_fraction: Fraction = 0.1
@@ -69,3 +46,48 @@ class RewardConfig(Section):
     """CPU threads of one replica."""
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
     """GPUs of one replica."""
+
+
+class ModelRewardConfig(RewardConfig):
+    """A reward model: a sequence classifier with one label."""
+
+    name: Literal["model"] = "model"
+    path: str | None = None
+    """Reward model folder or name. Null: the one that the reward_model stage trained."""
+    micro_batch_tokens: Positive = 4096
+    """Largest padded forward batch, in tokens."""
+    max_length: Positive | None = None
+    """Longer transcripts lose tokens at their start, counted in reward/cut. Null: reward_model.max_length for the model
+    that the reward_model stage trains, else what the model can take."""
+    normalise: bool = True
+    """Subtract the mean and divide by the standard deviation recorded with the reward model."""
+
+
+class RulesRewardConfig(RewardConfig):
+    """Functions of (prompt, response, meta)."""
+
+    name: Literal["rules"] = "rules"
+    rules: Annotated[tuple[RuleConfig, ...], Field(min_length=1)]
+    """Rule functions; their weighted sum is the reward."""
+
+
+class HttpRewardConfig(RewardConfig):
+    """An endpoint of yours."""
+
+    name: Literal["http"] = "http"
+    url: str
+    """Endpoint: POST {"samples": [{"prompt","response","meta"}]} answers {"rewards": [number or null]}."""
+    timeout_s: Seconds = 30.0
+    """Time for one request, from connecting to the last byte of the answer."""
+    retries: NonNegative = 3
+    """Further tries after a failure, with growing pauses."""
+    token_from: str | None = Field(None, pattern=r"^(env:[A-Za-z_][A-Za-z0-9_]*|file:/.+)$")
+    """Where the reward replicas find a token that is sent as `Authorization: Bearer`: env:NAME or file:/PATH. The token
+    itself is never written in the config. Null: none is sent."""
+
+
+REWARDS: Mapping[str, type[RewardConfig]] = {
+    "model": ModelRewardConfig,
+    "rules": RulesRewardConfig,
+    "http": HttpRewardConfig,
+}

@@ -119,12 +119,12 @@ class RewardModelConfig(Section):
     """Gradient clipping."""
     max_length: Positive = 512
     """Longer transcripts lose tokens at their start; counted."""
-    workers: Positive = 1
-    """Ray Train workers."""
-    threads_per_worker: Positive | None = None
-    """CPU threads of one worker. Null: all cores of a node, shared by its workers."""
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs of one worker."""
+    ranks: Positive = 1
+    """Data-parallel ranks, the workers of Ray Train."""
+    cpus_per_rank: Positive | None = None
+    """CPU threads of one rank. Null: all cores of a node, shared by its ranks."""
+    gpus_per_rank: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of one rank."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
 
@@ -167,23 +167,23 @@ class CriticConfig(LearnerConfig):
 class ReferenceConfig(Section):
     path: str | None = None
     """Reference model. Null: model.path."""
-    replicas: Positive = 1
+    ranks: Positive = 1
     """Ranks that hold it."""
     sharded: bool = False
-    """One model sharded over the ranks (ZeRO-3) instead of a replica each."""
+    """One model sharded over the ranks (ZeRO-3) instead of a copy each."""
     micro_batch_tokens: Positive = 4096
     """Largest padded forward batch, in tokens."""
-    cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
-    """CPU threads of one replica."""
-    gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs of one replica."""
+    cpus_per_rank: Annotated[float, Field(gt=0)] = 1.0
+    """CPU threads of one rank."""
+    gpus_per_rank: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of one rank."""
 
 
 class RolloutConfig(Section):
     engine: Literal["auto", "vllm", "hf"] = "auto"
     """vllm, or hf (generate of transformers) for architectures that vLLM does not serve. auto: vllm where it is
     installed and, tried on a small random model, serves the architecture of model.path rightly; else hf."""
-    engines: Positive = 1
+    replicas: Positive = 1
     """Number of engines."""
     tensor_parallel_size: Positive = 1
     """GPUs that one engine is split over."""
@@ -204,9 +204,9 @@ class RolloutConfig(Section):
     """KV cache of one engine on the CPU."""
     gpu_memory_utilization: Fraction = 0.85
     """Share of a GPU's memory that one engine takes."""
-    cpus_per_engine: Annotated[float, Field(gt=0)] = 2.0
+    cpus_per_replica: Annotated[float, Field(gt=0)] = 2.0
     """CPU threads of one engine."""
-    gpus_per_engine: Annotated[float, Field(ge=0)] = 0.0
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
     """GPUs of one engine."""
 
     @property

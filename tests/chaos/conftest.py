@@ -20,7 +20,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
 @pytest.fixture(scope="module")
 def quiet(here: Field) -> Outcome:
     """A run that nothing disturbs, on one engine; all others have two."""
-    outcome = here.run("quiet", (), "rollout.engines=1")
+    outcome = here.run("quiet", (), "rollout.replicas=1")
     assert outcome.code == 0, outcome.output
     return outcome
 

@@ -62,12 +62,12 @@ def settings(folder: Path) -> dict[str, Any]:
         "run": {"root": str(folder / "runs")},
         "model": {"path": str(folder / "model"), "max_length": 128},
         "prompts": {"limit": 60, "max_prompt_tokens": 88, "held_out_fraction": 0.1},
-        "reward": {"kind": "rules", "rules": [{"function": "actors.rewards.rules:length_target"}]},
+        "reward": {"name": "rules", "rules": [{"function": "actors.rewards.rules:length_target"}]},
         "policy": {"learning_rate": 1e-3, "ranks": 2},
         "critic": {"learning_rate": 1e-3},
         "rollout": {
-            "engines": 2,
-            "cpus_per_engine": 1,
+            "replicas": 2,
+            "cpus_per_replica": 1,
             "max_new_tokens": 16,
             "samples_per_shard": 8,
             "kv_cache_gib": 0.1,
@@ -278,7 +278,7 @@ def main(rows: Sequence[str]) -> int:
         for role in (role for role in (*ROLES, "driver") if role in wanted):
             report.add(role, here.run(role, blows(role, seed=0)))
         if "one-engine" in wanted:
-            report.add("one engine", here.run("one", (), "rollout.engines=1"))
+            report.add("one engine", here.run("one", (), "rollout.replicas=1"))
         if "parts" in wanted:
             report.add("3 + 4 steps", in_parts(here, "halves", (3, STEPS)))
             report.add("a step at a time", in_parts(here, "single", range(1, STEPS + 1)))

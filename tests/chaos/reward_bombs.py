@@ -13,7 +13,7 @@ from time import monotonic, sleep
 
 from actors.rewards.http import HttpReward
 from actors.rewards.rules import RuleReward
-from orchestrator.config.rewards import RuleConfig, RuleLimits
+from orchestrator.config.rewards import HttpRewardConfig, RuleConfig, RuleLimits
 from tests.chaos import hostile_endpoint
 from tests.chaos.bombs import Family, Work
 from tests.deadlines import scaled
@@ -39,7 +39,8 @@ def ask_endpoint(kind: str, seed: str) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         url = f"http://127.0.0.1:{int(server.stdout.readline())}/score"
-        source = HttpReward(url, timeout_s=HTTP_S / 2, retries=1, total_s=HTTP_S, first_pause_s=0.01)
+        reward = HttpRewardConfig(url=url, timeout_s=HTTP_S / 2, retries=1)
+        source = HttpReward(reward, total_s=HTTP_S, first_pause_s=0.01)
         started = monotonic()
         try:
             scores = source.scores(rollout_table(["a", "b"]))

@@ -95,7 +95,7 @@ def main() -> int:
 
 
 def soak(here: Field, plan: list[Blow], steps: int) -> Outcome:
-    overrides = (f"rl.steps={steps}", "checkpoints.every_steps=5", "rollout.engines=1", "policy.ranks=1")
+    overrides = (f"rl.steps={steps}", "checkpoints.every_steps=5", "rollout.replicas=1", "policy.ranks=1")
     return here.run("soak", plan, *overrides, "failures.infrastructure=20", limit_s=3600.0)
 
 

@@ -34,7 +34,7 @@ from tests.unit.orchestrator.fakes import Diary, FakeLearner
 CONFIG = config_from_tree(
     {
         "stages": ["preferences", "reward_model", "ppo"],
-        "reward": {"kind": "rules", "rules": [{"function": "a.b:c"}], "http": {"url": "http://h"}},
+        "reward": {"name": "rules", "rules": [{"function": "a.b:c"}]},
         "run": {"id": "demo"},
     },
     source="test",
@@ -68,7 +68,19 @@ def test_configs_with_other_values(folder: Path, place: tuple[int, int]) -> None
 
 
 KEYS = st.sampled_from(
-    ["rl", "steps", "policy.learning_rate", "reward.rules", "run.id", "", ".", "reward.http.url", "1", "stages"]
+    [
+        "rl",
+        "steps",
+        "policy.learning_rate",
+        "reward.rules",
+        "run.id",
+        "",
+        ".",
+        "reward.url",
+        "reward.name",
+        "1",
+        "stages",
+    ]
 )
 
 

@@ -166,9 +166,7 @@ def test_a_reward_endpoint_that_never_answers_is_named_and_ends_the_run(here: Fi
         outcome = here.run(
             "silent",
             (),
-            "reward.kind=http",
-            "reward.rules=[]",
-            f"reward.http={{url: '{url}', timeout_s: 500}}",
+            f"reward={{name: http, url: '{url}', timeout_s: 500}}",
             "deadlines.score_s=12",
             "failures.infrastructure=1",
         )

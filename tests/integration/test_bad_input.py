@@ -78,7 +78,7 @@ def _id_of_another_run(line: CommandLine) -> list[str]:
 
 
 def _dead_endpoint(_: CommandLine) -> list[str]:
-    return ["reward.kind=http", f"reward.http.url=http://127.0.0.1:{_closed_port()}/score"]
+    return [f"reward={{name: http, url: 'http://127.0.0.1:{_closed_port()}/score'}}"]
 
 
 def _taken_port(_: CommandLine) -> list[str]:
@@ -185,7 +185,7 @@ def test_what_a_role_says_when_it_cannot_start_is_what_people_read(command: Comm
 def test_a_reward_endpoint_that_goes_down_during_the_run(command: CommandLine) -> None:
     with _endpoint(answers=1) as url:
         ended = command.run(
-            "reward.kind=http", f"reward.http.url={url}", "reward.http.retries=1", "evaluation.prompts=0",
+            f"reward={{name: http, url: '{url}', retries: 1}}", "evaluation.prompts=0",
             limit_s=WITH_RAY_S,
         )  # fmt: skip
     assert_refused(ended, url, "gave no answer in 2 tries", code=1)

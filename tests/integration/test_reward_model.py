@@ -63,7 +63,7 @@ def _records(count: int) -> list[RankingRecord]:
 
 
 def _config(base: Path, folder: Path, **stage: Any) -> Config:
-    settings = {"learning_rate": 3e-3, "prompts_per_batch": 4, "max_length": 64, "epochs": 2, "threads_per_worker": 1}
+    settings = {"learning_rate": 3e-3, "prompts_per_batch": 4, "max_length": 64, "epochs": 2, "cpus_per_rank": 1}
     return config_from_tree(
         {
             "stages": ["reward_model"],
@@ -183,7 +183,7 @@ def test_two_workers_learn_what_one_learns(cluster: None, base: Path, tmp_path: 
     for workers in (1, 2):
         folder = tmp_path / str(workers)
         folder.mkdir()
-        config = _config(base, folder, workers=workers, prompts_per_batch=3, epochs=1, micro_batch_tokens=200)
+        config = _config(base, folder, ranks=workers, prompts_per_batch=3, epochs=1, micro_batch_tokens=200)
         _, lines, _ = _train(config, folder, records, [])
         losses.append([line["metrics"]["reward_model/loss"] for line in lines])
     assert len(losses[0]) == 4
@@ -226,7 +226,7 @@ def test_an_unfit_base_model_is_named(cluster: None, tmp_path: Path) -> None:
 
 def test_more_workers_than_the_cluster_has_room_for_fail_at_once(cluster: None, base: Path, tmp_path: Path) -> None:
     with pytest.raises(CapacityError, match="reward_model wants 3"):
-        _train(_config(base, tmp_path, workers=3), tmp_path, _records(4), [])
+        _train(_config(base, tmp_path, ranks=3), tmp_path, _records(4), [])
 
 
 def test_resources_that_others_hold_are_not_waited_for_for_ever(cluster: None, base: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
         "run": {"root": str(folder / "runs")},
         "model": {"path": str(tiny_llama(folder / "model")), "max_length": 128},
         "prompts": {"limit": 60, "max_prompt_tokens": 100},
-        "reward": {"kind": "rules", "rules": [{"function": "actors.rewards.rules:length_target"}]},
+        "reward": {"name": "rules", "rules": [{"function": "actors.rewards.rules:length_target"}]},
         "policy": {"learning_rate": 1e-3, "schedule": "linear", "warmup_optimizer_steps": 2},
         "critic": {"learning_rate": 1e-3, "warmup_steps": 1},
         "rollout": {"max_new_tokens": 16, "samples_per_shard": 8, "kv_cache_gib": 0.1},
@@ -228,8 +228,8 @@ def test_a_reward_model_trained_alone_is_told_as_finished_and_the_run_goes_on_wi
     rows = [{"prompt": f"Say {n}.", "chosen": f"It is {n}, kind", "rejected": f"It is {n}, rude"} for n in range(12)]
     (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = ("--config", str(launcher.folder / "config.yaml"), "run.id=alone")
-    keys = (f"preferences.path={tmp_path / 'preferences.jsonl'}", "reward.kind=model", "reward.rules=[]", "rl.steps=1")
-    keys += ("reward_model.max_length=20", "reward_model.threads_per_worker=1", "reward_model.learning_rate=0.003")
+    keys = (f"preferences.path={tmp_path / 'preferences.jsonl'}", "reward={name: model}", "rl.steps=1")
+    keys += ("reward_model.max_length=20", "reward_model.cpus_per_rank=1", "reward_model.learning_rate=0.003")
     finish(launcher.start("reward-model", *config, *keys, "stages=[reward_model]"))
     told = finish(launcher.start("why", str(launcher.run_folder("alone"))))
     assert "alone: finished" in told and "reward_model finished" in told and "nothing failed" in told

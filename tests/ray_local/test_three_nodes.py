@@ -71,7 +71,7 @@ def tiny_overrides(folder: Path) -> list[str]:
         "model.path": tiny_llama(folder / "model"),
         "prompts.limit": 60,
         "prompts.max_prompt_tokens": 88,
-        "reward.kind": "rules",
+        "reward.name": "rules",
         "reward.rules": "[{function: 'actors.rewards.rules:length_target'}]",
         "rollout.max_new_tokens": 16,
         "rollout.samples_per_shard": 8,

@@ -92,7 +92,7 @@ def _chosen_by_name(section: type[BaseModel]) -> list[type[BaseModel]]:
 
 
 def _names_read() -> set[str]:
-    """Attributes that code outside the config reads, by any object's name."""
+    """Attributes that code outside the config's sections reads, by any object's name."""
     trees = [
         ast.parse((ROOT / module).read_text(encoding="utf-8"))
         for module in MODULES

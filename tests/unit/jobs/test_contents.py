@@ -52,7 +52,7 @@ def config(files: Path, **changes: Any) -> Config:
         },
         "prompts": {"path": str(files / "prompts.jsonl")},
         "preferences": {"path": str(files / "preferences.jsonl")},
-        "reward": {"kind": "model", "path": str(files / "reward")},
+        "reward": {"name": "model", "path": str(files / "reward")},
         "evaluation": {"prompts": 4, "gold": "package.my_rules:brevity"},
     }
     for key, value in changes.items():

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from actors.rewards.http import HttpReward
+from orchestrator.config.rewards import HttpRewardConfig
 from orchestrator.errors import ConfigError, RewardError
 from tests.deadlines import scaled
 from tests.unit.actors.rewards.rollouts import rollout_table
@@ -72,7 +73,11 @@ def serve() -> Iterator[Any]:
 
 
 def client(url: str, *, retries: int = 2, timeout_s: float = 5.0) -> HttpReward:
-    return HttpReward(url, timeout_s=timeout_s, retries=retries, first_pause_s=0.01)
+    return HttpReward(HttpRewardConfig(url=url, timeout_s=timeout_s, retries=retries), first_pause_s=0.01)
+
+
+def with_token(url: str, source: str) -> HttpReward:
+    return HttpReward(HttpRewardConfig(url=url, timeout_s=5.0, retries=0, token_from=source))
 
 
 def test_samples_go_out_whole_and_null_is_a_failure(serve: Any) -> None:
@@ -145,7 +150,7 @@ def test_answers_of_another_shape_are_reward_errors(serve: Any, answer: Any, fau
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/", "http://host:port/", "http://"])
 def test_an_address_that_is_none_is_a_config_error(url: str) -> None:
-    with pytest.raises(ConfigError, match=r"reward\.http\.url"):
+    with pytest.raises(ConfigError, match=r"reward\.url"):
         client(url)
 
 
@@ -212,7 +217,8 @@ def test_an_answer_that_drips_ends_with_its_time(head: bytes, item: bytes) -> No
 
 def test_all_tries_together_have_a_time() -> None:
     endpoint = Raw(for_ever(b"", b"H"), pause_s=0.2)
-    source = HttpReward(endpoint.url, timeout_s=1.0, retries=1000, total_s=2.5, first_pause_s=0.01)
+    reward = HttpRewardConfig(url=endpoint.url, timeout_s=1.0, retries=1000)
+    source = HttpReward(reward, total_s=2.5, first_pause_s=0.01)
     started = time.monotonic()
     with pytest.raises(RewardError, match="gave no answer in [23] tries"):
         source.scores(rollout_table(["a"]))
@@ -341,8 +347,8 @@ def test_a_token_comes_from_the_environment_or_a_file_and_may_change(
     file = tmp_path / "token"
     file.write_text("from-a-file\n")
     for source in ("env:SCORER_TOKEN", f"file:{file}"):
-        HttpReward(endpoint.url, timeout_s=5.0, retries=0, token_from=source).scores(rollout_table(["a"]))
-    source = HttpReward(endpoint.url, timeout_s=5.0, retries=0, token_from=f"file:{file}")
+        with_token(endpoint.url, source).scores(rollout_table(["a"]))
+    source = with_token(endpoint.url, f"file:{file}")
     file.write_text("another")
     source.scores(rollout_table(["a"]))
     client(endpoint.url).scores(rollout_table(["a"]))
@@ -358,6 +364,6 @@ def test_a_token_that_is_not_there_is_named_before_anything_is_sent(
     monkeypatch.delenv("SCORER_TOKEN", raising=False)
     for source in ("env:SCORER_TOKEN", f"file:{file}"):
         with pytest.raises(ConfigError, match=f"token_from={source} gives no token"):
-            HttpReward("http://127.0.0.1:1/", timeout_s=1.0, retries=0, token_from=source)
+            with_token("http://127.0.0.1:1/", source)
     with pytest.raises(ConfigError, match="does not exist"):
-        HttpReward("http://127.0.0.1:1/", timeout_s=1.0, retries=0, token_from=f"file:{tmp_path}/none")
+        with_token("http://127.0.0.1:1/", f"file:{tmp_path}/none")

@@ -230,7 +230,7 @@ def test_transcripts_cut_for_the_reward_model_are_counted_in_steps_and_evaluatio
         ("lying", "rule act: ValueError: could not convert string to float: 'lying'"),
         ("exit 0", "rule act: SystemExit: 0"),
         ("kill", "rule act ended its process with SIGKILL"),
-        ("sleep", r"rule act gave no answer within reward.limits.call_s=0.5 s"),
+        ("sleep", r"rule act gave no answer within rule_limits.call_s=0.5 s"),
         ("400 digits", "not a finite number"),
     ],
 )

@@ -7,20 +7,36 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from actors.rewards import Score
+from actors.rewards import RewardContext, Score
 from actors.rewards.model import write_stats
-from actors.roles.reward import SOURCES, RewardSettings, RewardWorker, rewards_table
+from actors.rewards.table import SOURCES
+from actors.roles.reward import RewardWorker, rewards_table
+from actors.text.templates import OWN_CHAT
 from orchestrator import schema
-from orchestrator.config.rewards import HttpRewardConfig, RuleConfig
+from orchestrator.config.rewards import (
+    REWARDS,
+    HttpRewardConfig,
+    ModelRewardConfig,
+    RewardConfig,
+    RuleConfig,
+    RuleLimits,
+    RulesRewardConfig,
+)
+from orchestrator.config.sections import ModelConfig
 from orchestrator.errors import ConfigError, DataError
 from tests.tiny import tiny_llama, tiny_scorer
 from tests.unit.actors.rewards.rollouts import rollout_table
 
-GOLD = RewardSettings("rules", rules=(RuleConfig(function="actors.rewards.gold:vader_positivity"),))
+GOLD = RulesRewardConfig(rules=(RuleConfig(function="actors.rewards.gold:vader_positivity"),))
+
+
+def worker(reward: RewardConfig, policy: Path = Path("none")) -> RewardWorker:
+    model = ModelConfig(path=str(policy), dtype="float32")
+    return RewardWorker(reward, RewardContext(model, OWN_CHAT, policy / "cache", RuleLimits(), total_s=60.0))
 
 
 def test_rule_scores_come_back_row_by_row() -> None:
-    table = RewardWorker(GOLD).score(rollout_table(["What a lovely and happy day we had.", ""]))
+    table = worker(GOLD).score(rollout_table(["What a lovely and happy day we had.", ""]))
     assert table.schema == schema.REWARDS
     first, second = table.to_pylist()
     assert first["row"] == 10 and first["reward"] > 0.5 and first["reward_error"] is None
@@ -45,28 +61,27 @@ def test_failures_are_null_with_their_reason() -> None:
 
 
 def test_an_empty_table_gives_an_empty_table() -> None:
-    table = RewardWorker(GOLD).score(rollout_table([]))
+    table = worker(GOLD).score(rollout_table([]))
     assert table.num_rows == 0 and table.schema == schema.REWARDS
 
 
 def test_a_model_scores_with_the_statistics_it_was_saved_with(tmp_path: Path) -> None:
     scorer, policy = tiny_scorer(tmp_path / "scorer"), tiny_llama(tmp_path / "policy")
-    settings = RewardSettings("model", model=str(scorer), policy=str(policy), dtype="float32")
+    reward = ModelRewardConfig(path=str(scorer))
     with pytest.raises(DataError, match=r"no reward_stats\.json"):
-        RewardWorker(settings)
+        worker(reward, policy)
     write_stats(scorer, [-1.0, 1.0])
     rollout = rollout_table(["x", "y"], prompt_tokens=[[5, 6], [7]], response_tokens=[[8, 0], [9, 10]])
-    for row in RewardWorker(settings).score(rollout).to_pylist():
+    for row in worker(reward, policy).score(rollout).to_pylist():
         assert row["reward"] == pytest.approx(dict(row["reward_parts"])["model"] / 2**0.5)
 
 
-def test_every_kind_is_served_and_says_what_it_lacks() -> None:
-    for kind, key in (("model", r"reward\.path"), ("rules", r"reward\.rules"), ("http", r"reward\.http\.url")):
-        with pytest.raises(ConfigError, match=key):
-            RewardWorker(RewardSettings(kind))  # type: ignore[arg-type]
-    assert set(SOURCES) == {"model", "rules", "http"}
+def test_every_kind_that_the_config_knows_is_served() -> None:
+    assert set(SOURCES) == set(REWARDS)
 
 
-def test_an_endpoint_is_built_from_its_section() -> None:
+def test_a_kind_says_what_it_lacks() -> None:
+    with pytest.raises(ConfigError, match=r"reward\.path"):
+        worker(ModelRewardConfig())
     with pytest.raises(ConfigError, match="must start with http"):
-        RewardWorker(RewardSettings("http", http=HttpRewardConfig(url="nowhere")))
+        worker(HttpRewardConfig(url="nowhere"))

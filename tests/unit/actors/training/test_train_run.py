@@ -47,4 +47,4 @@ def test_room_that_does_not_come_is_a_capacity_error() -> None:
         "reward_model", ControllerError(RuntimeError("The worker group startup timed out after 5.0 seconds"))
     )
     assert isinstance(error, CapacityError)
-    assert "reward_model.workers" in str(error)
+    assert "reward_model.ranks" in str(error)

@@ -36,8 +36,8 @@ def tree(tmp_path: Path, model: Path) -> dict[str, Any]:
         "run": {"root": str(tmp_path / "runs")},
         "model": {"path": str(model), "dtype": "float32", "max_length": 128},
         "prompts": {"path": str(tmp_path / "prompts.jsonl"), "max_prompt_tokens": 100},
-        "reward": {"kind": "rules", "rules": [{"function": GOLD}]},
-        "rollout": {"max_new_tokens": 16, "cpus_per_engine": 1},
+        "reward": {"name": "rules", "rules": [{"function": GOLD}]},
+        "rollout": {"max_new_tokens": 16, "cpus_per_replica": 1},
         "rl": {"steps": 5, "prompts_per_step": 6, "samples_per_prompt": 4},
         "algorithm": {"minibatches": 2, "epochs": 3},
         "policy": {"schedule": "linear", "learning_rate": 3e-5, "warmup_optimizer_steps": 2},
@@ -117,7 +117,7 @@ def test_a_rule_that_fails_on_every_prompt_is_found_before_the_run(tree: dict[st
     tree["prompts"]["path"] = str(Path(tree["prompts"]["path"]).with_name("plain.jsonl"))
     Path(tree["prompts"]["path"]).write_text("\n".join(json.dumps({"prompt": f"Count to {n}."}) for n in range(40)))
     rules = [{"function": "actors.rewards.rules:exact_answer"}]
-    found = preflight(config_of(tree, reward={"kind": "rules", "rules": rules}))
+    found = preflight(config_of(tree, reward={"name": "rules", "rules": rules}))
     with pytest.raises(ConfigError, match=r"failed on all of 8 sample prompts: .*KeyError: 'answer'"):
         found.require()
 
@@ -128,12 +128,12 @@ def test_a_rule_whose_module_is_broken_is_refused(
     (tmp_path / "broken_rules.py").write_text("def score(:\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=r"'broken_rules' can't be imported \(SyntaxError"):
-        preflight(config_of(tree, reward={"kind": "rules", "rules": [{"function": "broken_rules:score"}]})).require()
+        preflight(config_of(tree, reward={"name": "rules", "rules": [{"function": "broken_rules:score"}]})).require()
 
 
 def test_a_rule_that_scores_is_named_in_the_notes(tree: dict[str, Any]) -> None:
     rules = [{"function": "actors.rewards.rules:exact_answer"}]
-    found = preflight(config_of(tree, reward={"kind": "rules", "rules": rules}))
+    found = preflight(config_of(tree, reward={"name": "rules", "rules": rules}))
     assert "reward (rules): scores a made-up reply to 8 of 8 sample prompts" in found.notes
     assert len(found.require().prompts.train) > 0
 
@@ -141,13 +141,13 @@ def test_a_rule_that_scores_is_named_in_the_notes(tree: dict[str, Any]) -> None:
 def test_a_reward_model_without_a_head_or_statistics_is_refused(
     tree: dict[str, Any], model: Path, tmp_path: Path
 ) -> None:
-    headless = preflight(config_of(tree, reward={"kind": "model", "path": str(model), "normalise": False}))
+    headless = preflight(config_of(tree, reward={"name": "model", "path": str(model), "normalise": False}))
     with pytest.raises(DataError, match="no scalar head"):
         headless.require()
     scorer = str(tiny_scorer(tmp_path / "scorer"))
     with pytest.raises(DataError, match=r"has no reward_stats.json"):
-        preflight(config_of(tree, reward={"kind": "model", "path": scorer})).require()
-    assert preflight(config_of(tree, reward={"kind": "model", "path": scorer, "normalise": False})).problems == []
+        preflight(config_of(tree, reward={"name": "model", "path": scorer})).require()
+    assert preflight(config_of(tree, reward={"name": "model", "path": scorer, "normalise": False})).problems == []
 
 
 def test_a_bad_preference_file_is_found_before_the_run(tree: dict[str, Any], tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_bad_preference_file_is_found_before_the_run(tree: dict[str, Any], tmp
         tree,
         stages=["reward_model", "ppo"],
         preferences={"path": str(tmp_path / "pairs.jsonl")},
-        reward={"kind": "model"},
+        reward={"name": "model"},
     )
     with pytest.raises(DataError, match=r"pairs.jsonl"):
         preflight(config).require()
@@ -197,19 +197,19 @@ HOSTILE = "tests.unit.actors.rewards.hostile_rules"
         ("exits", r"reward \(rules\) failed on all of 8 sample prompts: rule exits: SystemExit: 0"),
         (
             "hangs",
-            r"reward \(rules\) failed on all of 8 sample prompts: rule hangs gave no answer within reward\.limits",
+            r"reward \(rules\) failed on all of 8 sample prompts: rule hangs gave no answer within rule_limits",
         ),
     ],
 )
 def test_a_rule_that_exits_or_hangs_is_told_by_check(tree: dict[str, Any], rule: str, fault: str) -> None:
-    reward = {"kind": "rules", "rules": [{"function": f"{HOSTILE}:{rule}"}], "limits": {"call_s": 0.5}}
-    found = preflight(config_of(tree, reward=reward))
+    reward = {"name": "rules", "rules": [{"function": f"{HOSTILE}:{rule}"}]}
+    found = preflight(config_of(tree, reward=reward, rule_limits={"call_s": 0.5}))
     with pytest.raises(ConfigError, match=fault):
         found.require()
 
 
 def test_a_rule_that_exits_on_some_prompts_is_counted(tree: dict[str, Any]) -> None:
-    reward = {"kind": "rules", "rules": [{"function": f"{HOSTILE}:sometimes_exits"}]}
+    reward = {"name": "rules", "rules": [{"function": f"{HOSTILE}:sometimes_exits"}]}
     notes = "\n".join(preflight(config_of(tree, reward=reward)).notes)
     assert re.search(r"reward \(rules\): scores a made-up reply to [1-8] of 8 sample prompts", notes)
 

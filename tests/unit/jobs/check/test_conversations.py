@@ -67,7 +67,7 @@ def config_of(tmp_path: Path, models: dict[str, Path], **sections: Any) -> Confi
         "run": {"root": str(tmp_path / "runs")},
         "model": {"path": str(models["policy"]), "dtype": "float32", "max_length": 128},
         "prompts": {"path": str(tmp_path / "prompts.jsonl"), "max_prompt_tokens": 100},
-        "reward": {"kind": "rules", "rules": [{"function": GOLD}]},
+        "reward": {"name": "rules", "rules": [{"function": GOLD}]},
         "rollout": {"max_new_tokens": 16},
         "rl": {"steps": 1, "prompts_per_step": 2},
         "evaluation": {"prompts": 2},
@@ -82,7 +82,7 @@ def config_of(tmp_path: Path, models: dict[str, Path], **sections: Any) -> Confi
 
 
 def reward(models: dict[str, Path], name: str) -> dict[str, Any]:
-    return {"kind": "model", "path": str(models[name]), "normalise": False, "rules": []}
+    return {"name": "model", "path": str(models[name]), "normalise": False, "rules": []}
 
 
 def test_models_of_one_vocabulary_pass(tmp_path: Path, models: dict[str, Path]) -> None:
@@ -137,7 +137,7 @@ def test_a_critic_from_a_base_of_another_vocabulary_is_refused(tmp_path: Path, m
     sections = {
         "reward_model": {"base": str(models["shuffled"])},
         "preferences": {"path": str(tmp_path / "pairs.jsonl")},
-        "reward": {"kind": "model", "rules": []},
+        "reward": {"name": "model"},
     }
     (problem,) = problems(tmp_path, models, stages=["reward_model", "ppo"], **sections)
     assert "the critic starts from reward_model.base" in problem

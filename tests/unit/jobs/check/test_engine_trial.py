@@ -149,7 +149,7 @@ def test_a_resume_keeps_the_engine_and_tries_nothing(model: Path, says: Callable
 @pytest.mark.parametrize(
     "sections",
     [
-        {"rollout": {"gpus_per_engine": 1}},
+        {"rollout": {"gpus_per_replica": 1}},
         {"rollout": {"engine": "hf"}},
         {"stages": ["reward_model"], "preferences": {"path": "/pairs.jsonl"}},
     ],

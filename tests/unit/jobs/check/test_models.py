@@ -32,7 +32,7 @@ def check(folder: Path, cache: Path, **sections: Any) -> str | None:
         "model": {"path": str(folder), "max_length": 128},
         "prompts": {"max_prompt_tokens": 32},
         "rollout": {"max_new_tokens": 32},
-        "reward": {"kind": "rules", "rules": [{"function": "actors.rewards.gold:vader_positivity"}]},
+        "reward": {"name": "rules", "rules": [{"function": "actors.rewards.gold:vader_positivity"}]},
         "run": {"cache": str(cache)},
     }
     for name, section in sections.items():
@@ -42,7 +42,7 @@ def check(folder: Path, cache: Path, **sections: Any) -> str | None:
 
 def test_a_good_model_is_tried_in_all_its_roles(llama: Path, tmp_path: Path) -> None:
     scorer = tiny_scorer(tmp_path / "scorer")
-    note = check(llama, tmp_path, reward={"kind": "model", "path": str(scorer)})
+    note = check(llama, tmp_path, reward={"name": "model", "path": str(scorer)})
     assert note is not None
     assert "model.path was tried small" in note
     assert "reward.path and critic (reward.path) were tried small" in note
@@ -50,7 +50,7 @@ def test_a_good_model_is_tried_in_all_its_roles(llama: Path, tmp_path: Path) -> 
 
 ROLES: dict[str, tuple[dict[str, Any], list[dict[str, bool]]]] = {
     "policy, critic and the base of the reward model": (
-        {"stages": ["reward_model", "ppo"], "preferences": {"path": "/pairs.jsonl"}, "reward": {"kind": "model"}},
+        {"stages": ["reward_model", "ppo"], "preferences": {"path": "/pairs.jsonl"}, "reward": {"name": "model"}},
         [{"scores": False, "exports": True}, {"scores": True, "exports": True}],
     ),
     "policy and reference": (
@@ -150,7 +150,7 @@ def test_a_pointer_is_refused_in_every_role(llama: Path, tmp_path: Path) -> None
     roles: list[dict[str, Any]] = [
         {"model": {"path": str(pointer), "max_length": 128}},
         {"reference": {"path": str(pointer)}},
-        {"reward": {"kind": "model", "path": str(pointer)}},
+        {"reward": {"name": "model", "path": str(pointer)}},
         {"critic": {"path": str(pointer)}},
         {
             "stages": ["reward_model"],
@@ -226,7 +226,7 @@ def test_more_layers_than_the_reward_base_has_are_refused(llama: Path, tmp_path:
             llama,
             tmp_path,
             stages=["preferences", "reward_model"],
-            reward={"kind": "model", "rules": []},
+            reward={"name": "model"},
             reward_model={"layers": layers},
         )
 

@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 def tree(folder: Path) -> dict[str, Any]:
     return {
         "model": {"path": str(folder), "dtype": "bfloat16", "max_length": 2048},
-        "reward": {"kind": "rules", "rules": [{"function": "actors.rewards.gold:vader_positivity"}]},
+        "reward": {"name": "rules", "rules": [{"function": "actors.rewards.gold:vader_positivity"}]},
         "rollout": {"max_new_tokens": 1024},
         "rl": {"steps": 100, "prompts_per_step": 128, "samples_per_prompt": 1},
     }
@@ -108,7 +108,7 @@ def test_without_gpus_the_config_is_planned_as_it_is(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     small = {**LLAMA_8B, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
     (Path(tree["model"]["path"]) / "config.json").write_text(json.dumps({**small, "num_attention_heads": 8}))
-    plan(config_of({**tree, "rollout": {"max_new_tokens": 1024, "cpus_per_engine": 1}}), on(None, None), ANY)
+    plan(config_of({**tree, "rollout": {"max_new_tokens": 1024, "cpus_per_replica": 1}}), on(None, None), ANY)
     text = capsys.readouterr().out
     assert "plan: this machine" in text and "colocated, 1 engines of 1" in text
 
@@ -120,7 +120,7 @@ def test_lengths_are_the_longest_unless_they_are_told(tree: dict[str, Any]) -> N
 
 
 def test_the_layout_of_a_config_has_its_actors(tree: dict[str, Any]) -> None:
-    config = config_of({**tree, "rollout": {"max_new_tokens": 64, "engines": 3}, "placement": {"mode": "separate"}})
+    config = config_of({**tree, "rollout": {"max_new_tokens": 64, "replicas": 3}, "placement": {"mode": "separate"}})
     layout = layout_of(config, CPU_CORE, 64)
     assert (layout.engines, layout.width("rollout"), layout.devices_of("rollout")) == (3, 2, 6)
     assert not layout.takes_turns

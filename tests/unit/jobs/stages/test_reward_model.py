@@ -46,7 +46,7 @@ def test_quality_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("workers", "threads", "cpus", "expected"),
+    ("ranks", "threads", "cpus", "expected"),
     [
         (1, None, [2], 2),
         (2, None, [2], 1),
@@ -56,16 +56,16 @@ def test_quality_by_hand() -> None:
         (1, None, [2.5], 2),
     ],
 )
-def test_threads_of_a_worker(workers: int, threads: int | None, cpus: list[float], expected: int) -> None:
+def test_threads_of_a_rank(ranks: int, threads: int | None, cpus: list[float], expected: int) -> None:
     nodes = [Node(f"10.0.0.{n}", count) for n, count in enumerate(cpus)]
-    assert place_reward_workers(_config(workers=workers, threads_per_worker=threads), nodes) == expected
+    assert place_reward_workers(_config(ranks=ranks, cpus_per_rank=threads), nodes) == expected
 
 
 def test_too_many_workers_are_refused_before_anything_starts() -> None:
     with pytest.raises(CapacityError, match="reward_model wants 3"):
-        place_reward_workers(_config(workers=3), [Node("10.0.0.1", 2)])
+        place_reward_workers(_config(ranks=3), [Node("10.0.0.1", 2)])
     with pytest.raises(CapacityError, match="too few GPUs"):
-        place_reward_workers(_config(gpus_per_worker=1), [Node("10.0.0.1", 2)])
+        place_reward_workers(_config(gpus_per_rank=1), [Node("10.0.0.1", 2)])
 
 
 def test_the_result_says_what_was_measured() -> None:

@@ -99,7 +99,7 @@ def _no_place(tree: dict[str, Any], tmp_path: Path) -> None:
 
 
 def _too_many_workers(tree: dict[str, Any], tmp_path: Path) -> None:
-    tree["reward_model"] = {"workers": 1000}
+    tree["reward_model"] = {"ranks": 1000}
 
 
 def _no_model(tree: dict[str, Any], tmp_path: Path) -> None:
@@ -176,6 +176,6 @@ def test_check_places_the_stages_workers(tree: dict[str, Any]) -> None:
     for stages in (["reward_model"], ["reward_model", "ppo"]):
         tree["stages"] = stages
         with pytest.raises(CapacityError, match="reward_model wants 3"):
-            capacity(config_of(tree, reward_model={"workers": 3}), machine)
+            capacity(config_of(tree, reward_model={"ranks": 3}), machine)
     tree["stages"] = ["reward_model"]
-    assert capacity(config_of(tree, rollout={"cpus_per_engine": 64}), machine).plan.slots == ()
+    assert capacity(config_of(tree, rollout={"cpus_per_replica": 64}), machine).plan.slots == ()

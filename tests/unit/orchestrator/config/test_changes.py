@@ -28,7 +28,7 @@ def test_equal_configs_have_no_changes() -> None:
         ({}, {"checkpoints": {"keep": 5}}, "checkpoints.keep: 2 -> 5"),
         ({}, {"evaluation": {"every_steps": 5}}, "evaluation.every_steps: 0 -> 5"),
         ({}, {"run": {"id": "demo-1"}}, 'run.id: null -> "demo-1"'),
-        ({}, {"rollout": {"engines": 2}}, "rollout.engines: 1 -> 2"),
+        ({}, {"rollout": {"replicas": 2}}, "rollout.replicas: 1 -> 2"),
         ({"rl": {"steps": 3}}, {"rl": {"steps": 6}}, "rl.steps: 3 -> 6"),
     ],
 )
@@ -44,7 +44,7 @@ def test_what_computes_nothing_does_not_matter(old: dict[str, Any], new: dict[st
         ({}, {"run": {"seed": 2}}, "run.seed"),
         ({}, {"policy": {"learning_rate": 1e-4}}, "policy.learning_rate"),
         ({}, {"policy": {"cpus_per_rank": 2}}, "policy.cpus_per_rank"),
-        ({}, {"rollout": {"cpus_per_engine": 4}}, "rollout.cpus_per_engine"),
+        ({}, {"rollout": {"cpus_per_replica": 4}}, "rollout.cpus_per_replica"),
         ({}, {"placement": {"mode": "separate"}}, "placement.mode"),
         ({}, {"evaluation": {"prompts": 4}}, "evaluation.prompts"),
         ({"rl": {"steps": 6}}, {"rl": {"steps": 3}}, "rl.steps"),
@@ -55,8 +55,8 @@ def test_what_computes_nothing_does_not_matter(old: dict[str, Any], new: dict[st
         ),
         (
             {"rollout": {"reproducible": False}},
-            {"rollout": {"reproducible": False, "engines": 2}},
-            "rollout.engines",
+            {"rollout": {"reproducible": False, "replicas": 2}},
+            "rollout.replicas",
         ),
         ({}, {"reward": {"path": "/models/other"}}, "reward.path"),
     ],
@@ -66,8 +66,8 @@ def test_what_changes_what_is_computed_matters(old: dict[str, Any], new: dict[st
     assert (change.key, change.matters) == (key, True)
 
 
-def test_a_section_that_was_absent_is_listed_key_by_key() -> None:
-    http = {"http": {"url": "http://h/score"}}
-    changes = changed_keys(config(), config(reward={"path": "/models/reward", **http}))
-    assert 'reward.http.url: null -> "http://h/score"' in map(str, changes)
+def test_another_kind_of_reward_is_listed_key_by_key() -> None:
+    changes = changed_keys(config(), config(reward={"name": "http", "url": "http://h/score"}))
+    assert 'reward.url: null -> "http://h/score"' in map(str, changes)
+    assert 'reward.path: "/models/reward" -> null' in map(str, changes)
     assert all(change.matters for change in changes)

@@ -16,7 +16,7 @@ from orchestrator.errors import ConfigError
         ("run.mirror", "s3://AKIA:sesame@bucket/prefix", "AWS_SECRET_ACCESS_KEY"),
         ("run.mirror", "s3://bucket/prefix?secret_key=sesame", "AWS_SECRET_ACCESS_KEY"),
         ("telemetry.mlflow_uri", "https://me:sesame@mlflow.example", "MLFLOW_TRACKING_PASSWORD"),
-        ("reward.http.url", "https://h/score?api_key=sesame", r"reward\.http\.token_from"),
+        ("reward.url", "https://h/score?api_key=sesame", r"reward\.token_from"),
         ("model.path", "https://me:sesame@hub/x", "the environment"),
         ("prompts.path", "s3://me:sesame@bucket/x", "the environment"),
         ("reward.rules", "[{function: 'https://me:sesame@h'}]", "the environment"),

@@ -10,7 +10,9 @@ import yaml
 
 from orchestrator.algorithms.grpo import Grpo
 from orchestrator.algorithms.ppo import Ppo
+from orchestrator.config.base import by_name
 from orchestrator.config.changes import changed_keys, value_of
+from orchestrator.config.config import Config
 from orchestrator.config.loader import (
     RENAMED,
     RENAMED_VALUES,
@@ -72,7 +74,10 @@ def test_an_old_value_is_refused_with_the_new_one() -> None:
 
 @pytest.mark.parametrize("new", {*RENAMED.values(), *RENAMED_VALUES})
 def test_old_names_lead_to_keys_that_exist(new: str) -> None:
-    value_of(config_from_tree({"reward": {"path": "x"}}, source="defaults"), new)
+    section, _, key = new.partition(".")
+    choice = by_name(Config.model_fields[section])
+    holders = choice.table.values() if choice else [type(value_of(load_config(None, BASE), section))]
+    assert any(key in holder.model_fields for holder in holders)
 
 
 # As a run before the sections `rl` and `algorithm` kept it: with the keys of all algorithms.

@@ -1,0 +1,126 @@
+"""The reward is one of several sections by its name; its old keys are explained to people and translated for runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator.config.config import Config
+from orchestrator.config.loader import config_from_tree, load_kept_config, to_yaml
+from orchestrator.config.rewards import REWARDS, HttpRewardConfig, ModelRewardConfig, RuleConfig, RulesRewardConfig
+from orchestrator.errors import ConfigError
+
+RULES = [{"function": "a.b:c"}]
+KEPT: dict[str, Any] = {
+    "kind": "rules",
+    "path": None,
+    "rules": [{"function": "a.b:c", "weight": 2.0}],
+    "limits": {"call_s": 7.0, "import_s": 60.0, "memory_gib": None, "processes": 64},
+    "http": None,
+    "replicas": 3,
+    "micro_batch_tokens": 4096,
+    "max_length": None,
+    "normalise": True,
+    "clip": 5.0,
+    "max_failed_fraction": 0.1,
+    "cpus_per_replica": 1.0,
+    "gpus_per_replica": 0.0,
+}
+
+
+def config(**sections: Any) -> Config:
+    return config_from_tree(sections, source="test")
+
+
+def test_without_a_name_it_is_a_model() -> None:
+    assert config(reward={"path": "/m"}).reward == ModelRewardConfig(path="/m")
+
+
+@pytest.mark.parametrize(
+    "reward", [{"path": "/m"}, {"name": "rules", "rules": RULES}, {"name": "http", "url": "http://h"}]
+)
+def test_a_config_is_written_and_read_back_whole(reward: dict[str, Any]) -> None:
+    first = config(reward=reward)
+    assert config_from_tree(yaml.safe_load(to_yaml(first)), source="test") == first
+
+
+def test_every_section_bears_the_name_that_it_is_chosen_by() -> None:
+    assert {name: section.model_fields["name"].default for name, section in REWARDS.items()} == {
+        name: name for name in REWARDS
+    }
+
+
+@pytest.mark.parametrize(
+    ("reward", "problem"),
+    [
+        ({"name": "rules", "rules": RULES, "url": "http://h"}, r"'reward.url': it is a key of reward.name=http only"),
+        ({"name": "rules", "rules": RULES, "rule": []}, r"did you mean 'reward.rules'"),
+        ({"name": "rules"}, r"reward.rules"),
+        ({"name": "rules", "rules": []}, r"reward.rules"),
+        ({"name": "http"}, r"reward.url"),
+        ({"name": "model"}, r"reward.name='model' needs reward.path"),
+        ({"name": "rulez", "rules": RULES}, r"reward.name: must be one of model, rules, http, got 'rulez'"),
+        ({"name": ["rules"]}, r"reward.name"),
+        ("rules", r"reward: "),
+    ],
+)
+def test_a_key_of_another_kind_or_one_that_is_missing_is_named(reward: Any, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        config(reward=reward)
+
+
+@pytest.mark.parametrize(
+    ("sections", "problem"),
+    [
+        ({"reward": {"kind": "rules"}}, "reward.kind is now called reward.name"),
+        ({"reward": {"http": {"url": "http://h"}}}, "reward.http.url is now called reward.url"),
+        ({"reward": {"limits": {"call_s": 3}}}, "reward.limits.call_s is now called rule_limits.call_s"),
+        ({"rollout": {"engines": 2}}, "rollout.engines is now called rollout.replicas"),
+        ({"reference": {"replicas": 2}}, "reference.replicas is now called reference.ranks"),
+        ({"reward_model": {"workers": 2}}, "reward_model.workers is now called reward_model.ranks"),
+    ],
+)
+def test_an_old_key_is_told_its_new_name(sections: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        config(**sections)
+
+
+def kept(folder: Path, **sections: Any) -> Config:
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(sections))
+    return load_kept_config(file)
+
+
+def test_the_rules_of_a_run_from_before_are_read(tmp_path: Path) -> None:
+    found = kept(tmp_path, reward=KEPT)
+    rules = (RuleConfig(function="a.b:c", weight=2.0),)
+    assert found.reward == RulesRewardConfig(rules=rules, replicas=3, clip=5.0)
+    assert (found.rule_limits.call_s, found.rule_limits.memory_gib) == (7.0, None)
+
+
+def test_the_model_of_a_run_from_before_is_read(tmp_path: Path) -> None:
+    old = {**KEPT, "kind": "model", "rules": [], "path": "/m", "max_length": 90}
+    assert kept(tmp_path, reward=old).reward == ModelRewardConfig(path="/m", max_length=90, replicas=3, clip=5.0)
+
+
+def test_the_endpoint_of_a_run_from_before_is_read(tmp_path: Path) -> None:
+    http = {"url": "http://h", "timeout_s": 3.0, "retries": 1, "token_from": None}
+    found = kept(tmp_path, reward={**KEPT, "kind": "http", "rules": [], "http": http})
+    assert found.reward == HttpRewardConfig(url="http://h", timeout_s=3.0, retries=1, replicas=3, clip=5.0)
+
+
+def test_the_counts_of_a_run_from_before_are_read(tmp_path: Path) -> None:
+    found = kept(
+        tmp_path,
+        reward={"path": "/m"},
+        rollout={"engines": 2, "cpus_per_engine": 3.0, "gpus_per_engine": 0.5},
+        reference={"replicas": 4, "cpus_per_replica": 2.0},
+        reward_model={"workers": 2, "threads_per_worker": None, "gpus_per_worker": 1.0},
+    )
+    assert (found.rollout.replicas, found.rollout.cpus_per_replica, found.rollout.gpus_per_replica) == (2, 3.0, 0.5)
+    assert (found.reference.ranks, found.reference.cpus_per_rank) == (4, 2.0)
+    assert (found.reward_model.ranks, found.reward_model.cpus_per_rank) == (2, None)
+    assert found.reward_model.gpus_per_rank == 1.0
