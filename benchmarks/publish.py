@@ -11,14 +11,13 @@ import asyncio
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
 
 import ray
 import torch
 
-from actors.engines.contract import EngineSettings
+from actors.engines.contract import EngineContext
 from actors.groups.cluster import environment
 from actors.groups.group import ActorGroup
 from actors.groups.process import as_actor
@@ -137,21 +136,15 @@ def _policy(work: Work) -> ActorGroup:
 def _engines(work: Work, count: int) -> ActorGroup:
     config = work.config
     threads = int(config.rollout.cpus_per_replica)
-    settings = EngineSettings(
-        model=Path(),
-        max_length=config.model.max_length,
+    context = EngineContext(
+        model=config.model.model_copy(update={"dtype": "bfloat16"}),
         threads=threads,
-        version=None,
-        verify=config.publish.verify,
         max_samples=config.rollout.samples_per_shard,
-        kv_cache_gib=KV_CACHE_GIB,
+        rollout=config.rollout.model_copy(update={"kv_cache_gib": KV_CACHE_GIB}),
+        publish=config.publish,
+        version=None,
     )
-    arguments = {
-        "kind": config.rollout.engine_kind,
-        "model": config.model.path,
-        "cache_dir": config.run.cache,
-        "settings": settings,
-    }
+    arguments = {"context": context, "cache": config.run.cache}
     return ActorGroup("rollout", [_actor(RolloutWorker, threads, **arguments) for _ in range(count)])
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from actors.engines.contract import EngineSettings
+from actors.engines.contract import EngineContext
 from actors.groups.cluster import environment
 from actors.roles.rollout import ENGINES
 from actors.text.conversations import load_chat
@@ -35,6 +35,7 @@ from benchmarks.table import report
 from benchmarks.turns import Answer, Contender, serve
 from benchmarks.work import Work, available, load_work
 from jobs.stages.settings import sampling_of
+from orchestrator.config.sections import RolloutConfig
 from orchestrator.prompts import sample_requests
 from orchestrator.types import ShardRequest
 
@@ -136,20 +137,17 @@ def _samplers(kind: str, engine: str, works: Sequence[Work]) -> Mapping[str, Sam
     longest = max(works, key=lambda work: work.config.model.max_length)
     if kind != "ours":
         return _bare(_vllm(longest, is_compiled=kind == "compiled"))
-    settings = EngineSettings(
-        model=longest.folder,
-        max_length=longest.config.model.max_length,
-        threads=torch.get_num_threads(),
-        max_samples=max(SAMPLES.values()),
-        kv_cache_gib=KV_CACHE_GIB,
-    )
+    model = longest.config.model.model_copy(update={"dtype": "bfloat16"})
+    rollout = RolloutConfig(kv_cache_gib=KV_CACHE_GIB)
+    threads = torch.get_num_threads()
+    context = EngineContext(model=model, rollout=rollout, threads=threads, max_samples=max(SAMPLES.values()))
     module, _, name = ENGINES[engine].partition(":")
     make = getattr(importlib.import_module(module), name)
     if engine == "hf":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        ours = make(settings, device=device)
+        ours = make(longest.folder, context, device=device)
         return {"ours": _ours(ours), "bare": _hf_generate(ours._model, ours._tokenizer)}
-    ours = make(settings)
+    ours = make(longest.folder, context)
     return {"ours": _ours(ours), **_bare(ours._llm)}
 
 

@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,8 +17,9 @@ import pyarrow as pa
 
 from actors.text.conversations import Chat
 from actors.text.templates import OWN_CHAT, ChatSettings
-from actors.weights.manifest import Bucket, Verify, WeightHeader
+from actors.weights.manifest import Bucket, WeightHeader
 from orchestrator import schema
+from orchestrator.config.sections import ModelConfig, PublishConfig, RolloutConfig
 from orchestrator.errors import DataError, PublishError
 from orchestrator.types import SampleRequest, ShardRequest
 
@@ -86,34 +86,28 @@ class Engine(Protocol):
     def wake(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class EngineSettings:
-    """What an engine is built from.
+@dataclass(frozen=True, kw_only=True)
+class EngineContext:
+    """What an engine is built from besides the folder of its model.
 
     Args:
-        model: Hugging Face folder.
-        chat: what the run sets about its conversations.
-        dtype: "bfloat16" or "float32".
-        max_length: window in tokens, prompt and response together.
+        chat: how conversations are written for the model.
+        publish: how publishes are proved, see actors.weights.verify.Verifier.
         threads: CPU threads of the engine.
-        version: number of the weights in `model`; None: serve only after the first publish.
-        verify: how publishes are proved, see actors.weights.verify.Verifier.
+        max_samples: largest number of samples at one time.
+        version: number of the weights in the model's folder; None: serve only after the first publish.
+        sleeps: whether the engine gives its GPU memory back while others compute.
     """
 
-    model: Path
+    model: ModelConfig
+    threads: int
+    max_samples: int
     chat: ChatSettings = OWN_CHAT
-    dtype: str = "bfloat16"
-    max_length: int = 512
+    rollout: RolloutConfig = RolloutConfig()  # noqa: RUF009  frozen
+    publish: PublishConfig = PublishConfig()  # noqa: RUF009  frozen
     seed: int = 0
-    threads: int = 2
     version: int | None = 0
-    verify: Verify = "full"
-    max_samples: int = 256
-    kv_cache_gib: float = 1.0
-    gpu_memory_utilization: float = 0.85
-    tensor_parallel_size: int = 1
-    sleep_mode: bool = False
-    trust_remote_code: bool = False
+    sleeps: bool = False
 
 
 @dataclass

@@ -6,6 +6,7 @@ Shape suffixes: B samples, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 import torch
 
 from actors.engines.contract import (
-    EngineSettings,
+    EngineContext,
     Sample,
     ServedVersion,
     UpdateReport,
@@ -22,7 +23,7 @@ from actors.engines.contract import (
     summary,
 )
 from actors.learning.export import named_state
-from actors.learning.model import load_causal
+from actors.learning.model import load_causal, torch_dtype
 from actors.text.conversations import load_chat
 from actors.weights.manifest import Bucket, Unpacker, WeightHeader, check_names, checksum, listed
 from orchestrator.errors import PublishError
@@ -30,17 +31,17 @@ from orchestrator.types import SampleRequest, Sampling, ShardRequest
 
 
 class HfEngine:
-    """Implements actors.engines.contract.Engine. Complete, and at `settings.version`, when constructed."""
+    """Implements actors.engines.contract.Engine. Complete, and at `context.version`, when constructed."""
 
-    def __init__(self, settings: EngineSettings, *, device: str = "cpu") -> None:
-        self._settings, self._device = settings, torch.device(device)
-        remote = settings.trust_remote_code
-        self._chat = load_chat(settings.model, settings.chat, trust_remote_code=remote)
-        self._model = load_causal(settings.model, getattr(torch, settings.dtype), trust_remote_code=remote)
+    def __init__(self, folder: Path, context: EngineContext, *, device: str = "cpu") -> None:
+        self._context, self._device = context, torch.device(device)
+        dtype, remote = torch_dtype(context.model.compute_dtype), context.model.trust_remote_code
+        self._chat = load_chat(folder, context.chat, trust_remote_code=remote)
+        self._model = load_causal(folder, dtype, trust_remote_code=remote)
         self._model.to(self._device).requires_grad_(False)
         self._needed = [name for name, _ in named_state(self._model)]
         self._held: dict[str, torch.Tensor] = {}
-        self._served = ServedVersion(settings.version)
+        self._served = ServedVersion(context.version)
         self._unpacker: Unpacker | None = None
         self._checksums: dict[str, str] = {}
         self._seconds: dict[str, float] = {}
@@ -48,9 +49,9 @@ class HfEngine:
     @torch.inference_mode()
     def generate(self, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
         version = self._served.require()
-        requests = ordered_requests(request, self._settings.max_length)
+        requests = ordered_requests(request, self._context.model.max_length)
         started = perf_counter()
-        torch.set_num_threads(self._settings.threads)
+        torch.set_num_threads(self._context.threads)
         samples = self._sample(requests, request.sampling)
         table = rollout_table(requests, samples, chat=self._chat, version=version)
         return table, summary(table, version=version, seconds=perf_counter() - started)
@@ -87,7 +88,7 @@ class HfEngine:
         header = self._served.updating()
         assert self._unpacker is not None
         started = perf_counter()
-        compared = self._checksums if self._settings.verify != "checksums" else {}
+        compared = self._checksums if self._context.publish.verify != "checksums" else {}
         with self._served.failing():
             if not self._unpacker.done:
                 raise PublishError("the update was finished before all of its buckets had arrived; publish again.")
@@ -102,12 +103,12 @@ class HfEngine:
         return self._served.number
 
     def sleep(self) -> None:
-        if self._settings.sleep_mode:
+        if self._context.sleeps:
             self._model.to("cpu")
             torch.cuda.empty_cache()
 
     def wake(self) -> None:
-        if self._settings.sleep_mode:
+        if self._context.sleeps:
             self._model.to(self._device)
 
     def _logprobs_of(self, tokens: torch.Tensor) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -16,7 +17,7 @@ from vllm.v1.sample import sampler
 
 from actors.engines import vllm_plugin
 from actors.engines.contract import (
-    EngineSettings,
+    EngineContext,
     Sample,
     ServedVersion,
     UpdateReport,
@@ -42,18 +43,20 @@ _VLLM_ENVIRONMENT = {
 
 
 class VllmEngine:
-    """Implements actors.engines.contract.Engine. Complete, and at `settings.version`, when constructed."""
+    """Implements actors.engines.contract.Engine. Complete, and at `context.version`, when constructed."""
 
-    def __init__(self, settings: EngineSettings, *, transfer_backend: str = vllm_plugin.CPU_BACKEND) -> None:
-        _check(settings)
-        self._settings = settings
-        self._chat = load_chat(settings.model, settings.chat, trust_remote_code=settings.trust_remote_code)
-        self._llm = start_llm(settings, transfer_backend)
-        self._served = ServedVersion(settings.version)
+    def __init__(
+        self, folder: Path, context: EngineContext, *, transfer_backend: str = vllm_plugin.CPU_BACKEND
+    ) -> None:
+        _check(context)
+        self._context = context
+        self._chat = load_chat(folder, context.chat, trust_remote_code=context.model.trust_remote_code)
+        self._llm = start_llm(folder, context, transfer_backend)
+        self._served = ServedVersion(context.version)
 
     def generate(self, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
         version = self._served.require()
-        requests = ordered_requests(request, self._settings.max_length)
+        requests = ordered_requests(request, self._context.model.max_length)
         started = perf_counter()
         outputs = self._llm.generate(
             [TokensPrompt(prompt_token_ids=item.prompt.tokens.tolist()) for item in requests],
@@ -76,7 +79,7 @@ class VllmEngine:
 
     def begin_update(self, header: WeightHeader) -> None:
         self._served.begin(header)
-        init_info = {"header": header, "verify": self._settings.verify, "seed": self._served.num_updates}
+        init_info = {"header": header, "verify": self._context.publish.verify, "seed": self._served.num_updates}
         with self._served.failing():
             self._call(_abandon_session)
             self._call("init_weight_transfer_engine", init_info=init_info)
@@ -98,11 +101,11 @@ class VllmEngine:
         return self._served.number
 
     def sleep(self) -> None:
-        if self._settings.sleep_mode:
+        if self._context.sleeps:
             self._llm.sleep(level=1)
 
     def wake(self) -> None:
-        if self._settings.sleep_mode:
+        if self._context.sleeps:
             self._llm.wake_up()
 
     def _serve(self, version: int, header: WeightHeader, num_compared: int, seconds: dict[str, float]) -> UpdateReport:
@@ -152,39 +155,40 @@ class DeviceVllmEngine(VllmEngine):
             PublishError: naming the tensors that differ.
         """
         with self._served.failing():
-            arguments = {"header": header, "checksums": checksums, "verify": self._settings.verify}
+            arguments = {"header": header, "checksums": checksums, "verify": self._context.publish.verify}
             num_compared = self._call(_compare_checksums, **arguments)
             return self._serve(version, header, num_compared, {})
 
 
-def start_llm(settings: EngineSettings, transfer_backend: str, *, skip_tokenizer_init: bool = False) -> LLM:
+def start_llm(folder: Path, context: EngineContext, transfer_backend: str, *, skip_tokenizer_init: bool = False) -> LLM:
+    model, rollout = context.model, context.rollout
     os.environ.update(_VLLM_ENVIRONMENT)
     vllm_plugin.register()
     on_cpu = current_platform.is_cpu()
     if on_cpu:
         # vLLM freezes torch's thread count while it starts.
-        torch.set_num_threads(settings.threads)
+        torch.set_num_threads(context.threads)
         _skip_ranks()
     collect_seldom()  # vLLM asks for five collections of everything while it starts
     return LLM(
-        model=str(settings.model),
-        dtype=settings.dtype,
-        max_model_len=settings.max_length,
-        max_num_seqs=settings.max_samples,
-        seed=settings.seed,
-        tensor_parallel_size=settings.tensor_parallel_size,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
+        model=str(folder),
+        dtype=model.compute_dtype,
+        max_model_len=model.max_length,
+        max_num_seqs=context.max_samples,
+        seed=context.seed,
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
         # An explicit size also spares the CPU start its warm-up.
-        kv_cache_memory_bytes=int(settings.kv_cache_gib * _GIB) if on_cpu else None,
+        kv_cache_memory_bytes=int(rollout.kv_cache_gib * _GIB) if on_cpu else None,
         enforce_eager=on_cpu,
         # vLLM 0.32 takes the token that it samples for half a prompt back by rewinding the request's generator, and
         # torch's CPU generators can't: "CPU Generator does not use offset". Whole prompts until that is mended.
         enable_chunked_prefill=not on_cpu,
-        max_num_batched_tokens=max(_CPU_BATCH_TOKENS, settings.max_length) if on_cpu else None,
+        max_num_batched_tokens=max(_CPU_BATCH_TOKENS, model.max_length) if on_cpu else None,
         # Hits would depend on earlier calls, and with them the batches and the last bits.
         enable_prefix_caching=False,
-        enable_sleep_mode=settings.sleep_mode,
-        trust_remote_code=settings.trust_remote_code,
+        enable_sleep_mode=context.sleeps,
+        trust_remote_code=model.trust_remote_code,
         generation_config="vllm",
         logprobs_mode="processed_logprobs",
         weight_transfer_config=WeightTransferConfig(backend=transfer_backend),
@@ -202,16 +206,17 @@ def _skip_ranks() -> None:
     sampler.batched_count_greater_than = lambda logprobs, chosen: chosen.new_ones(len(chosen), dtype=torch.int64)
 
 
-def _check(settings: EngineSettings) -> None:
+def _check(context: EngineContext) -> None:
     if not current_platform.is_cpu():
         return
-    if settings.tensor_parallel_size > 1:
+    rollout = context.rollout
+    if rollout.tensor_parallel_size > 1:
         raise ConfigError(
-            f"rollout.tensor_parallel_size={settings.tensor_parallel_size} needs GPUs, and here vLLM runs on the CPU. "
+            f"rollout.tensor_parallel_size={rollout.tensor_parallel_size} needs GPUs, and here vLLM runs on the CPU. "
             "Set it to 1 and raise rollout.replicas or rollout.cpus_per_replica."
         )
-    if settings.sleep_mode:
-        raise ConfigError("engines on the CPU have no GPU memory to give back; build them without sleep_mode.")
+    if context.sleeps:
+        raise ConfigError("engines on the CPU have no GPU memory to give back; build them without sleeps.")
 
 
 def _sample(output: RequestOutput) -> Sample:

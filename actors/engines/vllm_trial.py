@@ -26,10 +26,12 @@ from vllm.distributed import destroy_model_parallel
 from vllm.model_executor.models import registry
 
 from actors.engines import vllm_plugin
-from actors.engines.contract import EngineSettings, ServedVersion
+from actors.engines.contract import EngineContext, ServedVersion
 from actors.engines.vllm_engine import VllmEngine, start_llm
 from actors.learning.export import named_state
 from actors.weights.manifest import pack, plan
+from orchestrator.config.base import Dtype
+from orchestrator.config.sections import ModelConfig, RolloutConfig
 from orchestrator.errors import PublishError
 
 TOLERANCE = 5e-3  # nats, in fp32; vLLM's approximations of tanh and GELU differ by up to 6e-4
@@ -58,7 +60,7 @@ class Verdict:
     untried: str | None = None
 
 
-def trial(folder: Path, *, dtype: str, max_length: int, trust_remote_code: bool = False) -> Verdict:
+def trial(folder: Path, *, dtype: Dtype, max_length: int, trust_remote_code: bool = False) -> Verdict:
     """Tries an engine on a small random model of the folder's architecture.
 
     Args:
@@ -165,10 +167,10 @@ def _last(value: Any) -> Any:
 class _BareEngine(VllmEngine):
     """An engine without a tokenizer."""
 
-    def __init__(self, settings: EngineSettings) -> None:
-        self._settings = settings
-        self._llm = start_llm(settings, vllm_plugin.CPU_BACKEND, skip_tokenizer_init=True)
-        self._served = ServedVersion(settings.version)
+    def __init__(self, folder: Path, context: EngineContext) -> None:
+        self._context = context
+        self._llm = start_llm(folder, context, vllm_plugin.CPU_BACKEND, skip_tokenizer_init=True)
+        self._served = ServedVersion(context.version)
 
     def sampled(self, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
         parameters = SamplingParams(max_tokens=count, seed=1, logprobs=0, ignore_eos=True, detokenize=False)
@@ -177,19 +179,17 @@ class _BareEngine(VllmEngine):
         return tokens, [entry[token].logprob for token, entry in zip(tokens, completion.logprobs or (), strict=True)]
 
 
-def _difference(small: _SmallModel, dtype: str) -> float:
+def _difference(small: _SmallModel, dtype: Dtype) -> float:
     """Starts an engine, publishes to it, and returns how much its log-probs differ from those of transformers."""
     destroy_model_parallel()  # of an engine before this one
     engine = _BareEngine(
-        EngineSettings(
-            small.folder,
-            dtype=dtype,
-            max_length=LONGEST + 16,
+        small.folder,
+        EngineContext(
+            model=ModelConfig(dtype=dtype, max_length=LONGEST + 16, trust_remote_code=small.trust_remote_code),
+            rollout=RolloutConfig(kv_cache_gib=1 / 16),
             threads=1,
             max_samples=4,
-            kv_cache_gib=1 / 16,
-            trust_remote_code=small.trust_remote_code,
-        )
+        ),
     )
     _ALIVE.append(engine)
     differences = [_largest(engine.prompt_logprobs(small.texts), small.logprobs)]

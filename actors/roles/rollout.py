@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from actors.engines.contract import Engine, EngineSettings, UpdateReport
+from actors.engines.contract import Engine, EngineContext, UpdateReport
 from actors.learning.model import resolve_model
 from actors.weights.manifest import Bucket, WeightHeader
 from orchestrator.types import ShardRequest
@@ -23,12 +22,12 @@ ENGINES: Mapping[str, str] = {
 
 
 class RolloutWorker:
-    """Serves one engine. `settings.model` is replaced by the folder that `model` leads to on this node."""
+    """Serves one engine."""
 
-    def __init__(self, kind: str, model: str, cache_dir: Path, settings: EngineSettings) -> None:
-        module, _, name = ENGINES[kind].partition(":")
+    def __init__(self, context: EngineContext, cache: Path) -> None:
+        module, _, name = ENGINES[context.rollout.engine_kind].partition(":")
         engine = getattr(importlib.import_module(module), name)
-        self._engine: Engine = engine(replace(settings, model=resolve_model(model, cache_dir)))
+        self._engine: Engine = engine(resolve_model(context.model.path, cache), context)
 
     def generate(self, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
         return self._engine.generate(request)

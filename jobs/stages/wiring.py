@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from actors.engines.contract import EngineSettings
+from actors.engines.contract import EngineContext
 from actors.groups.group import ActorGroup
 from actors.groups.starter import Starter, placed
 from actors.groups.supervisor import RaySupervisor
@@ -89,28 +88,18 @@ async def start_engines(config: Config, starter: Starter, *, version: int | None
     """The rollout engines, at `version` from the start, or (None) out of service until the first publish."""
 
     def arguments(slot: Slot) -> Mapping[str, Any]:
-        settings = EngineSettings(
-            model=Path(),
-            chat=chat_settings(config),
-            dtype=config.model.compute_dtype,
-            max_length=config.model.max_length,
-            seed=config.run.seed,
+        context = EngineContext(
+            model=config.model,
             threads=slot.threads,
-            version=version,
-            verify=config.publish.verify,
             max_samples=samples_per_shard(config),
-            kv_cache_gib=config.rollout.kv_cache_gib,
-            gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-            tensor_parallel_size=config.rollout.tensor_parallel_size,
-            sleep_mode=engines_sleep(config),
-            trust_remote_code=config.model.trust_remote_code,
+            chat=chat_settings(config),
+            rollout=config.rollout,
+            publish=config.publish,
+            seed=config.run.seed,
+            version=version,
+            sleeps=engines_sleep(config),
         )
-        return {
-            "kind": config.rollout.engine_kind,
-            "model": config.model.path,
-            "cache_dir": config.run.cache,
-            "settings": settings,
-        }
+        return {"context": context, "cache": config.run.cache}
 
     return await starter.group("rollout", RolloutWorker, arguments)
 

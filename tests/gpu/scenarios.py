@@ -15,11 +15,11 @@ from actors.weights.manifest import WeightHeader, plan
 from tests.deadlines import scaled
 from tests.integration.engine_scenarios import (
     behaviour,
+    context,
     perturbed,
     publish,
     read_weights,
     saved_beside,
-    settings,
     start,
 )
 from tests.numerics.ranks import free_port
@@ -43,7 +43,7 @@ def buckets_and_a_fresh_engine(folder: Path) -> tuple[int, list[float], list[flo
 
 def asleep_and_awake(folder: Path) -> tuple[int, bool, int]:
     """(bytes that sleeping frees, whether the engine behaves as before, tensors compared by a publish after it)."""
-    engine = start(folder, sleep_mode=True, **ON_GPU)
+    engine = start(folder, sleeps=True, **ON_GPU)
     before = behaviour(engine)
     free, _ = torch.cuda.mem_get_info()
     engine.sleep()
@@ -57,9 +57,7 @@ class Engine:
     """An actor with one engine whose weights come from another device."""
 
     def __init__(self, folder: Path, placement: Placement) -> None:
-        self._engine = DeviceVllmEngine(
-            settings(folder, **ON_GPU), transfer_backend=vllm_plugin.GPU_BACKENDS[placement]
-        )
+        self._engine = DeviceVllmEngine(folder, context(**ON_GPU), transfer_backend=vllm_plugin.GPU_BACKENDS[placement])
 
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self._engine, method)(*arguments)

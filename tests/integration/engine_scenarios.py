@@ -22,12 +22,14 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalL
 from vllm.distributed import destroy_model_parallel
 
 import actors.weights.cpu
-from actors.engines.contract import Engine, EngineSettings, UpdateReport
+from actors.engines.contract import Engine, EngineContext, UpdateReport
 from actors.engines.vllm_engine import VllmEngine
 from actors.learning.export import named_state
 from actors.weights.manifest import Bucket, pack, plan
 from actors.weights.places import Places
 from actors.weights.readback import ignores_its_parameter
+from orchestrator.config.base import Section
+from orchestrator.config.sections import ModelConfig, PublishConfig, RolloutConfig
 from orchestrator.errors import RlhfError
 from orchestrator.types import Prompt, SampleRequest, Sampling, ShardRequest
 from tests.families import tiny_model
@@ -54,20 +56,20 @@ def served_llama(folder: Path, *, tied: bool, dtype: torch.dtype) -> Path:
 
 def start(folder: Path, **changes: Any) -> VllmEngine:
     """An engine that lives as long as its process: the end of one takes the process groups of the others with it."""
-    engine = VllmEngine(settings(folder, **changes))
+    engine = VllmEngine(folder, context(**changes))
     _ALIVE.append(engine)
     return engine
 
 
-def settings(folder: Path, **changes: Any) -> EngineSettings:
-    small: dict[str, Any] = {
-        "dtype": "float32",
-        "max_length": 128,
-        "kv_cache_gib": 1 / 64,
-        "threads": 2,
-        "max_samples": 32,
-    }
-    return EngineSettings(folder, **{**small, **changes})
+def context(**changes: Any) -> EngineContext:
+    """For an engine of a small model; `changes` are keys of the sections, or fields of the context."""
+    keys = {"dtype": "float32", "max_length": 128, "kv_cache_gib": 1 / 64, "threads": 2, "max_samples": 32, **changes}
+
+    def section(kind: type[Section]) -> Any:
+        return kind.model_validate({key: keys.pop(key) for key in kind.model_fields if key in keys})
+
+    model, rollout, publishing = section(ModelConfig), section(RolloutConfig), section(PublishConfig)
+    return EngineContext(model=model, rollout=rollout, publish=publishing, **keys)
 
 
 def shard(*, sampling: Sampling, num_samples: int = 12) -> ShardRequest:
@@ -414,7 +416,7 @@ def refusals(folder: Path) -> dict[str, str | None]:
         "unpublished": failure(lambda: unpublished.generate(shard(sampling=Sampling()))),
         "overlong": failure(lambda: serving.generate(overlong)),
         "no update": failure(lambda: serving.finish_update(1)),
-        "tensor parallel": failure(lambda: VllmEngine(settings(folder, tensor_parallel_size=2))),
+        "tensor parallel": failure(lambda: VllmEngine(folder, context(tensor_parallel_size=2))),
     }
     publish(unpublished, read_weights(folder), 5)
     table, _ = unpublished.generate(shard(sampling=Sampling(max_new_tokens=4)))

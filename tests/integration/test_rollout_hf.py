@@ -22,7 +22,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_a_shard_gives_the_same_bits_again_in_any_order(folder: Path) -> None:
-    engine = HfEngine(scenarios.settings(folder))
+    engine = HfEngine(folder, scenarios.context())
     request = scenarios.shard(sampling=Sampling(max_new_tokens=16))
     first, numbers = engine.generate(request)
     backwards, _ = engine.generate(dataclasses.replace(request, requests=list(reversed(request.requests))))
@@ -33,7 +33,7 @@ def test_a_shard_gives_the_same_bits_again_in_any_order(folder: Path) -> None:
 
 
 def test_a_sample_follows_from_its_seed_and_not_from_its_neighbours(folder: Path) -> None:
-    engine = HfEngine(scenarios.settings(folder))
+    engine = HfEngine(folder, scenarios.context())
     sampling = Sampling(max_new_tokens=8)
     many, _ = engine.generate(scenarios.shard(sampling=sampling, num_samples=12))
     few, _ = engine.generate(scenarios.shard(sampling=sampling, num_samples=3))
@@ -43,7 +43,7 @@ def test_a_sample_follows_from_its_seed_and_not_from_its_neighbours(folder: Path
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_logprobs_are_those_of_the_model_at_the_sampling_temperature(folder: Path, temperature: float) -> None:
     request = scenarios.shard(sampling=Sampling(temperature=temperature, max_new_tokens=60))
-    rows = HfEngine(scenarios.settings(folder)).generate(request)[0].to_pylist()
+    rows = HfEngine(folder, scenarios.context()).generate(request)[0].to_pylist()
     expected = scenarios.reference_logprobs(folder, rows, temperature)
     for row, reference in zip(rows, expected, strict=True):
         assert row["engine_logprobs"] == pytest.approx(reference, abs=2e-4)
@@ -62,12 +62,12 @@ def test_top_k_and_top_p_cut_and_renormalise() -> None:
 
 
 def test_a_published_engine_equals_a_fresh_one(folder: Path, tmp_path: Path) -> None:
-    engine = HfEngine(scenarios.settings(folder))
+    engine = HfEngine(folder, scenarios.context())
     weights = scenarios.perturbed(scenarios.read_weights(folder), list(scenarios.read_weights(folder)), seed=3)
     before = scenarios.behaviour(engine)
     report = scenarios.publish(engine, weights, 4)
     assert (report.version, report.num_tensors, report.num_compared) == (4, len(weights), len(weights))
-    fresh = HfEngine(scenarios.settings(scenarios.saved_beside(folder, weights, tmp_path / "fresh")))
+    fresh = HfEngine(scenarios.saved_beside(folder, weights, tmp_path / "fresh"), scenarios.context())
     assert scenarios.behaviour(engine) == scenarios.behaviour(fresh)
     assert scenarios.behaviour(engine) != before
     table, _ = engine.generate(scenarios.shard(sampling=Sampling(max_new_tokens=2)))
@@ -75,7 +75,7 @@ def test_a_published_engine_equals_a_fresh_one(folder: Path, tmp_path: Path) -> 
 
 
 def test_a_failed_publish_takes_the_engine_out_of_service(folder: Path) -> None:
-    engine = HfEngine(scenarios.settings(folder))
+    engine = HfEngine(folder, scenarios.context())
     weights = scenarios.read_weights(folder)
     name = "model.layers.0.mlp.up_proj.weight"
     with pytest.raises(PublishError, match=f"for {name};"):
@@ -89,7 +89,7 @@ def test_a_failed_publish_takes_the_engine_out_of_service(folder: Path) -> None:
 
 
 def test_a_parameter_that_changes_after_it_was_loaded_is_named(folder: Path) -> None:
-    engine = HfEngine(scenarios.settings(folder))
+    engine = HfEngine(folder, scenarios.context())
     weights = scenarios.read_weights(folder)
     header = plan(((key, t.dtype, t.shape) for key, t in weights.items()), bucket_bytes=1 << 20)
     engine.begin_update(header)
@@ -104,4 +104,4 @@ def test_a_parameter_that_changes_after_it_was_loaded_is_named(folder: Path) -> 
 
 def test_an_overlong_prompt_is_named(folder: Path) -> None:
     with pytest.raises(DataError, match="prompt 'p0' has 9 tokens; 1 to 8 fit"):
-        HfEngine(scenarios.settings(folder)).generate(scenarios.shard(sampling=Sampling(max_new_tokens=120)))
+        HfEngine(folder, scenarios.context()).generate(scenarios.shard(sampling=Sampling(max_new_tokens=120)))

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from actors.engines.contract import EngineSettings
+from actors.engines.contract import EngineContext
 from actors.engines.hf_engine import HfEngine
 from actors.learning import distributed
 from actors.learning.heads import PolicyModel, probed
@@ -31,6 +31,7 @@ from actors.learning.packing import token_rows
 from actors.learning.proofs import require_steady
 from actors.text.tokenizing import load_tokenizer
 from actors.weights.manifest import pack, plan
+from orchestrator.config.sections import ModelConfig
 from orchestrator.errors import RlhfError
 from tests.deadlines import scaled
 from tests.families import FAMILIES, tiny_folder
@@ -165,7 +166,8 @@ def _learner(folder: Path) -> Learner:
 
 def _hf_engine_logprobs(folder: Path, learner: Learner) -> torch.Tensor:
     """What the HF engine says of the responses after the learner's weights were published to it."""
-    engine = HfEngine(EngineSettings(folder, dtype="float32", max_length=MAX_LENGTH))
+    model = ModelConfig(dtype="float32", max_length=MAX_LENGTH)
+    engine = HfEngine(folder, EngineContext(model=model, threads=2, max_samples=256))
     header = plan(learner.weight_specs(), bucket_bytes=1 << 20)
     engine.begin_update(header)
     for bucket in pack(header, learner.full_weights()):

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from actors.engines.contract import EngineSettings, Sample, rollout_table
+from actors.engines.contract import EngineContext, Sample, rollout_table
 from actors.engines.hf_engine import HfEngine
 from actors.text.conversations import Chat, chat_of
-from actors.text.templates import ChatSettings
+from orchestrator.config.sections import ModelConfig
 from orchestrator.types import Prompt, SampleRequest, Sampling, ShardRequest
 from tests.tiny import CHATML, tiny_config
 from tests.unit.actors.letters import letters
@@ -73,7 +73,8 @@ def test_the_hf_engine_stops_at_the_closing_and_at_every_eos(tmp_path: Path, sto
     if stops == "generation_config.json":
         GenerationConfig(eos_token_id=[ENDS["<s>"]]).save_pretrained(tmp_path)
     expected = set(ENDS.values()) - ({ENDS["<s>"]} if stops == "the tokenizer" else set())
-    engine = HfEngine(EngineSettings(tmp_path, dtype="float32", max_length=64, threads=1, chat=ChatSettings()))
+    context = EngineContext(model=ModelConfig(dtype="float32", max_length=64), threads=1, max_samples=64)
+    engine = HfEngine(tmp_path, context)
     requests = [SampleRequest(i, Prompt("p", "hi", np.array([9, 17], np.int32), {}), i, i) for i in range(64)]
     table, _ = engine.generate(ShardRequest(0, 0, requests, Sampling(temperature=1.0, max_new_tokens=40)))
     rows = table.to_pylist()
