@@ -81,24 +81,13 @@ class Config(Section):
 
 
 def _contradictions(config: Config) -> Iterable[str]:
-    rl, rollout, reward = config.rl, config.rollout, config.reward
-    if rl.max_staleness and config.placement.mode == "colocated":
-        yield (
-            f"placement.mode='colocated' needs rl.max_staleness=0, got {rl.max_staleness}: roles that share a "
-            "device cannot sample while they learn. Set rl.max_staleness=0 or placement.mode='separate'."
-        )
-    yield from config.algorithm.contradictions(rl, rollout)
-    if rollout.max_new_tokens >= config.model.max_length:
-        yield (
-            f"rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in "
-            f"model.max_length={config.model.max_length}. Lower the first or raise the second."
-        )
-    needs_path = "ppo" in config.stages and isinstance(reward, ModelRewardConfig) and reward.path is None
-    if needs_path and "reward_model" not in config.stages:
-        yield (
-            "reward.name='model' needs reward.path: give the folder of a reward model, or add 'reward_model' to "
-            "stages so that one is trained, or choose reward.name='rules'."
-        )
+    """What contradicts between sections; each rule stands with the section whose key it is about."""
+    yield from config.algorithm.contradictions(config.rl, config.rollout)
+    yield from config.rollout.contradictions(config.model)
+    yield from config.placement.contradictions(config.rl)
+    yield from config.reward.contradictions(
+        is_used="ppo" in config.stages, is_trained_here="reward_model" in config.stages
+    )
     trains_on_own_labels = "reward_model" in config.stages and config.preferences.path is None
     if trains_on_own_labels and "preferences" not in config.stages:
         yield (
@@ -108,29 +97,4 @@ def _contradictions(config: Config) -> Iterable[str]:
     order = [stage for stage in typing.get_args(Stage) if stage in config.stages]
     if list(config.stages) != order:
         yield f"stages must be distinct and in order; write stages: [{', '.join(order)}]."
-    if config.checkpoints.best_max_kl is not None and config.checkpoints.best_metric is None:
-        yield "checkpoints.best_max_kl needs checkpoints.best_metric: set it, or leave both out."
-    yield from _guards_that_contradict(config)
-
-
-def _guards_that_contradict(config: Config) -> Iterable[str]:
-    length, jump, failed = config.guards.length, config.guards.reward_jump, config.guards.failed_rewards
-    longest = config.rollout.max_new_tokens
-    if length.min is not None and length.min > (length.max or longest):
-        key = "guards.length.max" if length.max else "rollout.max_new_tokens"
-        yield f"guards.length.min={length.min:g} is above {key}={length.max or longest:g}: no step passes. Lower it."
-    if length.max is not None and length.max >= longest:
-        yield (
-            f"guards.length.max={length.max:g} could never act: no response is longer than "
-            f"rollout.max_new_tokens={longest}. Lower it, or leave it out."
-        )
-    if jump.max is not None and jump.window >= config.rl.steps:
-        yield (
-            f"guards.reward_jump.window={jump.window} could never be full in rl.steps={config.rl.steps}. Set a "
-            "smaller window, or leave guards.reward_jump.max out."
-        )
-    if failed.max is not None and failed.max >= config.reward.max_failed_fraction:
-        yield (
-            f"guards.failed_rewards.max={failed.max:g} could never act: the run stops above "
-            f"reward.max_failed_fraction={config.reward.max_failed_fraction:g}. Lower the first or raise the second."
-        )
+    yield from config.guards.contradictions(config.rl, config.rollout, config.reward)

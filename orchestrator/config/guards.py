@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from orchestrator.config.base import Section
+from orchestrator.config.rewards import RewardConfig
+from orchestrator.config.sections import RlConfig, RolloutConfig
 
 GuardAction = Literal["warn", "pause", "stop"]
 
@@ -60,3 +63,28 @@ class GuardsConfig(Section):
     reward_jump: RewardJumpGuardConfig = RewardJumpGuardConfig()
     mismatch: MismatchGuardConfig = MismatchGuardConfig()
     failed_rewards: FailedRewardsGuardConfig = FailedRewardsGuardConfig()
+
+    def contradictions(self, rl: RlConfig, rollout: RolloutConfig, reward: RewardConfig) -> Iterator[str]:
+        """Bounds that no step passes, or that no step could ever be outside of."""
+        length, longest = self.length, rollout.max_new_tokens
+        if length.min is not None and length.min > (length.max or longest):
+            key = "guards.length.max" if length.max else "rollout.max_new_tokens"
+            above = f"{key}={length.max or longest:g}"
+            yield f"guards.length.min={length.min:g} is above {above}: no step passes. Lower it."
+        if length.max is not None and length.max >= longest:
+            yield (
+                f"guards.length.max={length.max:g} could never act: no response is longer than "
+                f"rollout.max_new_tokens={longest}. Lower it, or leave it out."
+            )
+        jump = self.reward_jump
+        if jump.max is not None and jump.window >= rl.steps:
+            yield (
+                f"guards.reward_jump.window={jump.window} could never be full in rl.steps={rl.steps}. Set a "
+                "smaller window, or leave guards.reward_jump.max out."
+            )
+        failed = self.failed_rewards.max
+        if failed is not None and failed >= reward.max_failed_fraction:
+            yield (
+                f"guards.failed_rewards.max={failed:g} could never act: the run stops above "
+                f"reward.max_failed_fraction={reward.max_failed_fraction:g}. Lower the first or raise the second."
+            )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from orchestrator.config.base import Dtype, Fraction, NonNegative, Positive, Seconds, Section
 from orchestrator.errors import ConfigError
@@ -209,6 +209,13 @@ class RolloutConfig(Section):
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
     """GPUs of one engine."""
 
+    def contradictions(self, model: ModelConfig) -> Iterator[str]:
+        if self.max_new_tokens >= model.max_length:
+            yield (
+                f"rollout.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in "
+                f"model.max_length={model.max_length}. Lower the first or raise the second."
+            )
+
     @property
     def engine_kind(self) -> Literal["vllm", "hf"]:
         """The resolved `engine`. Raises ConfigError while it is auto."""
@@ -245,6 +252,13 @@ class PlacementConfig(Section):
     wait_s: Seconds = 20.0
     """How long to wait for the cluster to answer and to have the nodes that the plan needs."""
 
+    def contradictions(self, rl: RlConfig) -> Iterator[str]:
+        if rl.max_staleness and self.mode == "colocated":
+            yield (
+                f"placement.mode='colocated' needs rl.max_staleness=0, got {rl.max_staleness}: roles that share a "
+                "device cannot sample while they learn. Set rl.max_staleness=0 or placement.mode='separate'."
+            )
+
 
 class CheckpointConfig(Section):
     every_steps: NonNegative = 0
@@ -259,6 +273,12 @@ class CheckpointConfig(Section):
     export: bool = True
     """Write the final policy as a plain Hugging Face folder, export/; where an earlier checkpoint is the best, its
     policy too, export-best/."""
+
+    @model_validator(mode="after")
+    def _keys_fit_together(self) -> CheckpointConfig:
+        if self.best_max_kl is not None and self.best_metric is None:
+            raise ValueError("checkpoints.best_max_kl needs checkpoints.best_metric: set it, or leave both out.")
+        return self
 
 
 class EvaluationConfig(Section):

@@ -63,7 +63,7 @@ def found(tmp_path: Path, models: dict[str, Path], **sections: Any) -> Any:
 def config_of(tmp_path: Path, models: dict[str, Path], **sections: Any) -> Config:
     rows = [json.dumps({"prompt": f"Say something about the number {index}."}) for index in range(40)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
-    tree = {
+    tree: dict[str, Any] = {
         "run": {"root": str(tmp_path / "runs")},
         "model": {"path": str(models["policy"]), "dtype": "float32", "max_length": 128},
         "prompts": {"path": str(tmp_path / "prompts.jsonl"), "max_prompt_tokens": 100},
@@ -72,17 +72,14 @@ def config_of(tmp_path: Path, models: dict[str, Path], **sections: Any) -> Confi
         "rl": {"steps": 1, "prompts_per_step": 2},
         "evaluation": {"prompts": 2},
     }
-    return config_from_tree(
-        {
-            **tree,
-            **{name: tree.get(name, {}) | more if isinstance(more, dict) else more for name, more in sections.items()},
-        },
-        source="t",
-    )
+    for name, more in sections.items():
+        is_added = isinstance(more, dict) and "name" not in more  # a section chosen by name is given whole
+        tree[name] = tree.get(name, {}) | more if is_added else more
+    return config_from_tree(tree, source="t")
 
 
 def reward(models: dict[str, Path], name: str) -> dict[str, Any]:
-    return {"name": "model", "path": str(models[name]), "normalise": False, "rules": []}
+    return {"name": "model", "path": str(models[name]), "normalise": False}
 
 
 def test_models_of_one_vocabulary_pass(tmp_path: Path, models: dict[str, Path]) -> None:

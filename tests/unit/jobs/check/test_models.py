@@ -36,7 +36,8 @@ def check(folder: Path, cache: Path, **sections: Any) -> str | None:
         "run": {"cache": str(cache)},
     }
     for name, section in sections.items():
-        settings[name] = {**settings.get(name, {}), **section} if isinstance(section, dict) else section
+        is_added = isinstance(section, dict) and "name" not in section  # a section chosen by name is given whole
+        settings[name] = {**settings.get(name, {}), **section} if is_added else section
     return check_models(config_from_tree(settings, source="test"))
 
 

@@ -1,0 +1,56 @@
+"""Keys that contradict each other are refused, and the error names both and the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator.config.config import Config
+from orchestrator.config.loader import config_from_tree
+from orchestrator.errors import ConfigError
+
+GROUPS = {"name": "grpo"}
+
+
+def config(**sections: Any) -> Config:
+    return config_from_tree({"reward": {"path": "/models/reward"}, **sections}, source="test")
+
+
+@pytest.mark.parametrize(
+    ("sections", "problem"),
+    [
+        ({"rl": {"max_staleness": 1}, "algorithm": {"importance_cap": 2.0}}, r"needs rl\.max_staleness=0, got 1"),
+        (
+            {"rl": {"max_staleness": 1}, "placement": {"mode": "separate"}},
+            r"rl\.max_staleness=1 needs algorithm\.importance_cap",
+        ),
+        ({"rl": {"prompts_per_step": 5}, "algorithm": {"minibatches": 4}}, r"10 samples .* do: 8 and 12 samples"),
+        ({"rl": {"samples_per_prompt": 1}, "algorithm": GROUPS}, r"at least two, got rl\.samples_per_prompt=1"),
+        (
+            {"rl": {"samples_per_prompt": 3}, "rollout": {"samples_per_shard": 64}, "algorithm": GROUPS},
+            r"needs all 3 together\. Set it to 63\.",
+        ),
+        (
+            {"rl": {"prompts_per_step": 6, "samples_per_prompt": 4}, "algorithm": {**GROUPS, "minibatches": 4}},
+            r"6 prompts do not divide into algorithm\.minibatches=4",
+        ),
+        ({"rollout": {"max_new_tokens": 512}}, r"leaves no room for a prompt in model\.max_length=512"),
+        ({"checkpoints": {"best_metric": None, "best_max_kl": 1.0}}, r"needs checkpoints\.best_metric"),
+        ({"reward": {}}, r"reward\.name='model' needs reward\.path"),
+        ({"stages": ["reward_model"]}, r"needs preferences\.path"),
+        ({"guards": {"failed_rewards": {"max": 0.2}}}, r"stops above reward\.max_failed_fraction=0\.1"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(sections: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        config(**sections)
+
+
+def test_a_shard_may_part_samples_that_are_not_compared() -> None:
+    assert config(rl={"samples_per_prompt": 3}, rollout={"samples_per_shard": 64}).rl.samples_per_prompt == 3
+
+
+def test_a_reward_model_that_the_run_trains_needs_no_path() -> None:
+    sections = {"stages": ["preferences", "reward_model", "ppo"], "reward": {}}
+    assert config(**sections).reward.name == "model"
