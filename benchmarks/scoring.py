@@ -23,7 +23,7 @@ from actors.learning.distributed import Group
 from actors.learning.model import load_causal, load_scorer
 from actors.rewards.model import RewardModel
 from actors.roles.critic import CriticSettings, CriticWorker
-from actors.roles.reference import ReferenceSettings, ReferenceWorker
+from actors.roles.reference import ReferenceWorker
 from actors.text.conversations import load_chat
 from benchmarks.harness import Figure, measure_pairs, ratio_figure
 from benchmarks.learner import num_tokens
@@ -88,12 +88,14 @@ def _build(options: Mapping[str, Any]) -> Callable[..., Answer]:
 
 
 def _reference(work: Work) -> Score:
-    settings = work.config.reference
+    config = work.config
     return ReferenceWorker(
-        ReferenceSettings(
-            work.config.model.path, micro_batch_tokens=settings.micro_batch_tokens, **common_settings(work.config)
-        ),
+        config.reference,
+        config.model,
         Group(threads=torch.get_num_threads()),
+        cache=config.run.cache,
+        temperature=1.0,
+        shares_prompts=False,
     ).logprobs
 
 

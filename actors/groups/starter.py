@@ -105,7 +105,7 @@ class Starter:
 
         return await self._started(role, start, is_whole=False)
 
-    async def ranks(self, role: str, worker: type[Any], settings: Any) -> ActorGroup:
+    async def ranks(self, role: str, worker: type[Any], arguments: Mapping[str, Any]) -> ActorGroup:
         """Actors whose ranks form one process group; returns at once, constructors run on."""
 
         async def start(ranks: Sequence[int]) -> Mapping[int, ActorHandle[Any]]:
@@ -122,9 +122,7 @@ class Starter:
                 )
                 for slot in slots
             ]
-            return {
-                rank: self._actor(slots[rank], worker, {"settings": settings, "group": groups[rank]}) for rank in ranks
-            }
+            return {rank: self._actor(slots[rank], worker, {**arguments, "group": groups[rank]}) for rank in ranks}
 
         return await self._started(role, start, is_whole=True)
 

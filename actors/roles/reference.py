@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -12,45 +11,44 @@ import torch
 from actors.learning import distributed
 from actors.learning.distributed import Group
 from actors.learning.heads import PolicyModel
-from actors.learning.model import load_causal, resolve_model
+from actors.learning.model import load_causal, resolve_model, torch_dtype
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.sharing import can_share
 from actors.learning.worker import Share, answers
 from actors.roles.policy import logprobs_table
-
-
-@dataclass(frozen=True)
-class ReferenceSettings:
-    """Args:
-    model: folder or name, see resolve_model; `cache_dir` holds converted models.
-    sharded: one model over all ranks (ZeRO-3) instead of one in each.
-    shares_prompts: the prompt of neighbouring samples is computed once, where the model can.
-    """
-
-    model: str
-    cache_dir: Path
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    temperature: float = 1.0
-    sharded: bool = False
-    micro_batch_tokens: int = 4096
-    shares_prompts: bool = False
-    trust_remote_code: bool = False
+from orchestrator.config.base import Dtype
+from orchestrator.config.sections import ModelConfig, ReferenceConfig
 
 
 class ReferenceWorker:
-    """One rank of the reference. Without sharding the ranks know nothing of each other."""
+    """One rank of the reference. Without sharding the ranks know nothing of each other.
 
-    def __init__(self, settings: ReferenceSettings, group: Group) -> None:
-        self.settings, self.group = settings, group
+    Args:
+        model: the policy; its path names the reference too where the reference's section names none.
+        cache: folder of converted models.
+        temperature: at which responses were sampled; all log-probs are at it.
+        shares_prompts: the prompt of neighbouring samples is computed once, where the model can.
+    """
+
+    def __init__(
+        self,
+        reference: ReferenceConfig,
+        model: ModelConfig,
+        group: Group,
+        *,
+        cache: Path,
+        temperature: float,
+        shares_prompts: bool,
+    ) -> None:
+        self.group, self._micro_batch_tokens = group, reference.micro_batch_tokens
         torch.set_num_threads(group.threads)
-        if settings.sharded:
+        if reference.sharded:
             distributed.join(group)
-        dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-        folder = resolve_model(settings.model, settings.cache_dir)
-        language_model = load_causal(folder, dtype, trust_remote_code=settings.trust_remote_code)
-        self._shares_prompts = settings.shares_prompts and can_share(language_model)
-        model = PolicyModel(language_model, temperature=settings.temperature).eval().requires_grad_(False)
-        self._model: Any = _shard(model, settings.dtype) if settings.sharded else model.to(group.device)
+        folder, dtype = resolve_model(reference.path or model.path, cache), model.compute_dtype
+        language_model = load_causal(folder, torch_dtype(dtype), trust_remote_code=model.trust_remote_code)
+        self._shares_prompts = shares_prompts and can_share(language_model)
+        frozen = PolicyModel(language_model, temperature=temperature).eval().requires_grad_(False)
+        self._model: Any = _shard(frozen, dtype) if reference.sharded else frozen.to(group.device)
 
     def logprobs(self, table: pa.Table, share: Share | None = None) -> pa.Table:
         """Table of schema.LOGPROBS for a share of a rollout table; see PolicyWorker.logprobs."""
@@ -62,7 +60,7 @@ class ReferenceWorker:
                     TokenRows(table),
                     self._forward,
                     share or Share(self.group.rank, self.group.world_size),
-                    micro_batch_tokens=self.settings.micro_batch_tokens,
+                    micro_batch_tokens=self._micro_batch_tokens,
                     device=self.group.device,
                     shares_prompts=self._shares_prompts,
                 )
@@ -74,7 +72,7 @@ class ReferenceWorker:
             return self._model(micro)
 
 
-def _shard(model: PolicyModel, dtype: str) -> Any:
+def _shard(model: PolicyModel, dtype: Dtype) -> Any:
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": dtype == "bfloat16"},

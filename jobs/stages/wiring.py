@@ -24,7 +24,7 @@ from actors.rewards import RewardContext
 from actors.roles.critic import CriticSettings, CriticWorker
 from actors.roles.policy import PolicySettings, PolicyWorker
 from actors.roles.recorder import RecorderWorker
-from actors.roles.reference import ReferenceSettings, ReferenceWorker
+from actors.roles.reference import ReferenceWorker
 from actors.roles.reward import RewardWorker
 from actors.roles.rollout import RolloutWorker
 from actors.weights.sender import PublishingPolicy
@@ -116,7 +116,7 @@ async def start_learners(config: Config, starter: Starter, reward_path: str | No
         chat=chat_settings(config),
         **common,
     )
-    groups = {"policy": await starter.ranks("policy", PublishingPolicy, policy)}
+    groups = {"policy": await starter.ranks("policy", PublishingPolicy, {"settings": policy})}
     if not config.algorithm.needs_critic:
         return groups
     critic = CriticSettings(
@@ -128,21 +128,18 @@ async def start_learners(config: Config, starter: Starter, reward_path: str | No
         micro_batch_tokens=config.critic.micro_batch_tokens,
         **common,
     )
-    return {**groups, "critic": await starter.ranks("critic", CriticWorker, critic)}
+    return {**groups, "critic": await starter.ranks("critic", CriticWorker, {"settings": critic})}
 
 
 async def start_scorers(config: Config, starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
     """Reference and reward, starting at once."""
-    common = common_settings(config)
-    reference = ReferenceSettings(
-        config.reference.path or config.model.path,
-        dtype=config.model.compute_dtype,
-        temperature=config.rollout.temperature,
-        sharded=config.reference.sharded,
-        micro_batch_tokens=config.reference.micro_batch_tokens,
-        shares_prompts=config.algorithm.compares_samples,
-        **common,
-    )
+    reference = {
+        "reference": config.reference,
+        "model": config.model,
+        "cache": config.run.cache,
+        "temperature": config.rollout.temperature,
+        "shares_prompts": config.algorithm.compares_samples,
+    }
     reward = reward_section(config, reward_path)
     context = RewardContext(
         policy=config.model,

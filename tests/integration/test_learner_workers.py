@@ -9,8 +9,9 @@ from actors.learning.learner import LearnerSettings
 from actors.learning.objectives.objective import LearnJob
 from actors.roles.critic import CriticSettings, CriticWorker
 from actors.roles.policy import PolicySettings, PolicyWorker
-from actors.roles.reference import ReferenceSettings, ReferenceWorker
+from actors.roles.reference import ReferenceWorker
 from orchestrator.algorithms.ppo import Ppo
+from orchestrator.config.sections import ModelConfig, ReferenceConfig
 from tests.numerics.ranks import run_ranks
 from tests.numerics.samples import experience, rollout
 from tests.tiny import tiny_llama, tiny_scorer
@@ -26,8 +27,10 @@ def one_step(mine, causal: Path, scorer: Path):
     critic = CriticWorker(CriticSettings(str(scorer), scorer, learner, PPO, micro_batch_tokens=40), mine)
     found = {"world": mine.world_size}
     for sharded in (True, False):
-        settings = ReferenceSettings(str(causal), causal, sharded=sharded, micro_batch_tokens=40)
-        found[f"reference {sharded}"] = ReferenceWorker(settings, mine).logprobs(rollout(ROWS)).to_pylist()
+        section = ReferenceConfig(sharded=sharded, micro_batch_tokens=40)
+        model = ModelConfig(path=str(causal), dtype="bfloat16")
+        reference = ReferenceWorker(section, model, mine, cache=causal, temperature=1.0, shares_prompts=False)
+        found[f"reference {sharded}"] = reference.logprobs(rollout(ROWS)).to_pylist()
     found["logprobs"] = policy.logprobs(rollout(ROWS)).to_pylist()
     found["values"] = critic.values(rollout(ROWS)).to_pylist()
     found["policy"] = policy.learn([experience(ROWS)], JOB)

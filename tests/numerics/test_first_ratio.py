@@ -6,8 +6,9 @@ import pytest
 from actors.learning.learner import LearnerSettings
 from actors.learning.objectives.objective import LearnJob
 from actors.roles.policy import PolicySettings, PolicyWorker
-from actors.roles.reference import ReferenceSettings, ReferenceWorker
+from actors.roles.reference import ReferenceWorker
 from orchestrator.algorithms.ppo import Ppo
+from orchestrator.config.sections import ModelConfig, ReferenceConfig
 from tests.numerics.ranks import group
 from tests.numerics.samples import experience, rollout
 from tests.tiny import tiny_llama
@@ -54,7 +55,12 @@ def test_a_wrong_temperature_shows_in_the_first_ratio(folder):
 def test_policy_and_reference_agree_where_they_are_the_same_model(folder):
     policy = worker(folder, dtype="float32", temperature=0.7, algorithm=Ppo())
     reference = ReferenceWorker(
-        ReferenceSettings(str(folder), folder, dtype="float32", temperature=0.7, micro_batch_tokens=30), group()
+        ReferenceConfig(micro_batch_tokens=30),
+        ModelConfig(path=str(folder), dtype="float32"),
+        group(),
+        cache=folder,
+        temperature=0.7,
+        shares_prompts=False,
     )
     ours, theirs = policy.logprobs(rollout()), reference.logprobs(rollout())
     assert ours["row"].to_pylist() == theirs["row"].to_pylist() == list(range(8))
