@@ -45,7 +45,7 @@ def read_run(folder: Path, cores: int) -> Run:
     """A run's steps in which policy and critic both learned, without the first of them, which pays for warming up. Its
     device is a core of a machine like this one, in the run's type."""
     config = load_kept_config(folder / "config.yaml")
-    lines = [line for line in read_lines(folder / "metrics.jsonl") if line["stage"] == "ppo" and line["kind"] == "step"]
+    lines = [line for line in read_lines(folder / "metrics.jsonl") if line["stage"] == "rl" and line["kind"] == "step"]
     learned = [line for line in lines if "policy/loss" in line["metrics"]][1:]
     trained = folder / "reward-model"
     of_step = tuple(_lengths(folder / "log" / f"step-{line['step']:06d}") for line in learned)

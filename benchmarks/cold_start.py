@@ -28,7 +28,7 @@ TARGET_S = 30.0
 STEPS = 6
 DEADLINE_S = 900.0
 OVERRIDES = (
-    "stages=[ppo]",
+    "stages=[rl]",
     "reward.name=rules",
     "reward.rules=[{function: 'actors.rewards.gold:vader_positivity'}]",
     "critic.warmup_steps=0",
@@ -83,7 +83,7 @@ def run_job(overrides: Sequence[str]) -> tuple[Mapping[str, float], Path]:
 def moments(times: Mapping[str, float], folder: Path) -> list[Figure]:
     events = {event["kind"]: event["time"] for event in reversed(list(read_lines(folder / "events.jsonl")))}
     lines = read_lines(folder / "metrics.jsonl")
-    first = next(line for line in lines if (line["stage"], line["kind"]) == ("ppo", "step"))
+    first = next(line for line in lines if (line["stage"], line["kind"]) == ("rl", "step"))
     began = first["time"] - first["metrics"]["time/step_s"]
     after_submission = {
         "submit → placed": (events["placed"], None),

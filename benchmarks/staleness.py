@@ -140,7 +140,7 @@ def run(staleness: int, steps: int, max_new_tokens: int) -> list[Step]:
 def overrides(staleness: int, steps: int, max_new_tokens: int) -> list[str]:
     cores = len(os.sched_getaffinity(0))
     return [
-        "stages=[ppo]",
+        "stages=[rl]",
         "run.name=staleness",
         "reward.name=rules",
         "reward.rules=[{function: 'actors.rewards.rules:length_target'}]",

@@ -91,7 +91,7 @@ def our_config(steps: int, max_new_tokens: int) -> Config:
 
 def our_overrides(steps: int, max_new_tokens: int) -> list[str]:
     return [
-        "stages=[ppo]",
+        "stages=[rl]",
         "run.name=trl-step",
         "reward.name=rules",
         "reward.rules=[{function: 'actors.rewards.rules:length_target'}]",

@@ -34,6 +34,7 @@ def say(text: str) -> None:
 def read_config(path: Path | None, overrides: Iterable[str], *, print_config: bool) -> Config:
     """The config of a command line; with `print_config` it is printed and the command ends."""
     config = load_config(path, overrides)
+    imported("jobs.stages.table:stages_of")(config)  # raises what is wrong with the stages
     if print_config:
         out.print(to_yaml(config), markup=False)
         raise typer.Exit(0)

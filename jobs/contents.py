@@ -17,8 +17,8 @@ from pathlib import Path
 
 from actors.learning.model import EMBEDDED, resolve_model
 from jobs.prepare import PACKAGE_ROOT, find_data
+from jobs.stages.table import stages_of
 from orchestrator.config.config import Config
-from orchestrator.config.rewards import ModelRewardConfig, RulesRewardConfig
 from orchestrator.errors import RlhfError
 
 WHOLE_BYTES = 64 << 20
@@ -39,30 +39,28 @@ def contents(config: Config) -> dict[str, str]:
 
 
 def _digests(config: Config) -> Iterator[tuple[str, Callable[[], str | None]]]:
-    files = {
+    inputs = [entry.stage.inputs(entry.config) for entry in stages_of(config)]
+    files: dict[str, Path | None] = {
         "prompts.path": config.prompts.path,
-        "preferences.path": config.preferences.path if "reward_model" in config.stages else None,
         "model.chat_template": config.model.chat_template,
     }
-    models = {
-        "model.path": config.model.path,
-        "reward_model.base": config.reward_model.base if "reward_model" in config.stages else None,
-        "reward.path": config.reward.path if isinstance(config.reward, ModelRewardConfig) else None,
-        "critic.path": config.critic.path,
-        "reference.path": config.reference.path,
-    }
-    reward = config.reward
-    rules = {rule.function for rule in reward.rules} if isinstance(reward, RulesRewardConfig) else set()
-    rules |= {config.labeller.gold} if "preferences" in config.stages else set()
-    rules |= {config.evaluation.gold} if config.evaluation.gold and config.evaluation.prompts else set()
+    models: dict[str, str | None] = {"model.path": config.model.path}
+    for found in inputs:
+        files |= found.files
+        models |= found.models
     for name, file in files.items():
         if file is not None:
             yield name, partial(_data_digest, Path(file))
     for name, model in models.items():
         if model is not None and model != EMBEDDED:
             yield name, partial(_model_digest, model, config.run.cache)
-    for rule in sorted(rules):
+    for rule in sorted({rule for found in inputs for rule in found.rules}):
         yield f"rule {rule}", partial(_rule_digest, rule)
+
+
+def digest_of(path: Path) -> str:
+    """Of a file, or of a folder of a model."""
+    return folder_digest(path) if path.is_dir() else file_digest(path)
 
 
 def file_digest(path: Path) -> str:

@@ -9,6 +9,7 @@ from jobs.grace import saving_s, warning
 from jobs.pipeline import run_stages
 from jobs.prepare import Prepared
 from jobs.resolve import uses_gpus
+from jobs.stages.table import logged_stage
 from orchestrator.config.config import Config
 from orchestrator.run.folder import open_run
 
@@ -23,5 +24,5 @@ def run_job(config: Config, prepared: Prepared, ray_address: str | None) -> None
         for note in filter(None, [*run.notes, warning(config.run)]):
             say(note)
         run_async(run_stages(config, run, prepared, say), grace_s=saving_s(config.run))
-    if "ppo" in config.stages:
+    if logged_stage(config) is not None:
         imported("jobs.report.results:show_results")(run.path)

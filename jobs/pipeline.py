@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.groups.group import ActorGroup
-from actors.groups.starter import Starter
 from actors.watching.trackers import open_trackers
-from jobs.prepare import Prepared, find_data
+from jobs.contents import digest_of
+from jobs.prepare import Prepared
 from jobs.stages.events import stage_events
-from jobs.stages.labeller import read_gold
-from jobs.stages.preferences import make_preferences
-from jobs.stages.reward_model import RESULT_FILE, split_held_out, train_reward_model
-from jobs.stages.settings import initial_state, reward_model_of
-from jobs.stages.wiring import ppo_coordinator
-from orchestrator.config.config import Config, Stage
-from orchestrator.coordinator import Coordinator
-from orchestrator.data.readers import read_rankings
-from orchestrator.errors import ConfigError, StorageError
+from jobs.stages.stage import StageJob
+from jobs.stages.table import NamedStage, stages_of, to_do
+from orchestrator.config.config import Config
+from orchestrator.errors import ConfigError
+from orchestrator.roles import Trackers
 from orchestrator.run.folder import RunFolder
+from orchestrator.run.lineage import Made, config_digest, read_lineage, record, source_commit
 from orchestrator.run.mirror import Mirror, Mirroring
-from orchestrator.run.storage import write_json, writing
 from orchestrator.watching.exposition import PrometheusEndpoint
 from orchestrator.watching.guards import why_paused
 from orchestrator.watching.heartbeat import Heartbeat
@@ -49,13 +43,109 @@ class _Now:
         waiting = [call for group in self.groups for call in group.waiting()]
         return {**self.telemetry.now(), "waiting": waiting, "paused": why_paused(self._run)}
 
+    def watch(self, groups: Sequence[ActorGroup]) -> None:
+        self.groups = groups
+
 
 async def run_stages(config: Config, run: RunFolder, prepared: Prepared, say: Say) -> None:
     """Runs what the config's `stages` names. Raises what a stage raises."""
+    stages = stages_of(config)
     now = _Now(run.path)
     async with _mirroring(config, run, say), Heartbeat(run.path, run.attempt, now):
         with ExitStack() as stack:
-            await _run_stages(config, run, prepared, say, _open_endpoint(config, run, stack, say), now)
+            pipeline = _Pipeline(config, run, prepared, say, _open_endpoint(config, run, stack, say), now)
+            chosen = list(to_do(stages, run))
+            for entry in stages:
+                if entry in chosen:
+                    await pipeline.run_stage(entry)
+                elif entry.is_finished(run):
+                    pipeline.note_lineage(entry)
+
+
+@dataclass(frozen=True)
+class _Pipeline:
+    config: Config
+    run: RunFolder
+    prepared: Prepared
+    say: Say
+    endpoint: PrometheusEndpoint | None
+    now: _Now
+
+    async def run_stage(self, entry: NamedStage) -> None:
+        inputs = entry.inputs(self.run)
+        folder = entry.of(self.run)
+        folder.place.mkdir(parents=True, exist_ok=True)
+        with self._telemetry(entry, folder) as telemetry:
+            result = await entry.stage.run(
+                StageJob(
+                    name=entry.name,
+                    config=entry.config,
+                    run=folder,
+                    makes=entry.stage.makes(entry.config),
+                    prepared=self.prepared,
+                    telemetry=telemetry,
+                    say=self.say,
+                    inputs=inputs,
+                    watch=self.now.watch,
+                )
+            )
+            self.now.watch(())
+            self._record(entry, inputs, result)
+
+    @contextmanager
+    def _telemetry(self, entry: NamedStage, folder: RunFolder) -> Iterator[Telemetry]:
+        """A stage's telemetry; its start and its end, of whatever kind, are events."""
+        config, run, logs = entry.config, self.run, entry.stage.has_log
+        trackers = self._trackers(entry, folder) if logs else ()
+        telemetry = Telemetry(
+            run.path,
+            run.id,
+            run.attempt,
+            trackers,
+            self.say if entry.stage.shown else None,
+            stage=entry.name,
+            num_steps=entry.stage.num_steps(config),
+            shown=entry.stage.shown,
+            prometheus=self.endpoint,
+            fence=run.require_newest,
+        )
+        self.now.telemetry = telemetry
+        names = [other.name for other in self.config.stages]
+        with telemetry, stage_events(telemetry, names, folder.checkpoints):
+            yield telemetry
+
+    def _trackers(self, entry: NamedStage, folder: RunFolder) -> Sequence[Trackers]:
+        settings = entry.config.model_dump(mode="json")
+        return open_trackers(entry.config.telemetry, folder.place, self.run.id, settings=settings, tell=self.say)
+
+    def note_lineage(self, entry: NamedStage) -> None:
+        """For a stage whose attempt was killed when its artifacts were there and nothing was said of them."""
+        known = {made.path for made in read_lineage(self.run.path)}
+        paths = [entry.artifact(made.kind, self.run) for made in entry.stage.makes(entry.config)]
+        if any(str(path.relative_to(self.run.path)) not in known for path in paths):
+            self._record(entry, entry.inputs(self.run), {})
+
+    def _record(self, entry: NamedStage, inputs: Mapping[str, Path], result: Mapping[str, Any]) -> None:
+        """Writes the lineage of what the stage made."""
+        root = self.run.path
+        read = {kind: str(path.relative_to(root)) for kind, path in inputs.items()}
+        for made in entry.stage.makes(entry.config):
+            path = entry.artifact(made.kind, self.run)
+            record(
+                root,
+                Made(
+                    kind=made.kind,
+                    path=str(path.relative_to(root)),
+                    stage=entry.name,
+                    attempt=self.run.attempt,
+                    sha256=digest_of(path),
+                    config_sha256=config_digest(entry.config),
+                    commit=source_commit(),
+                    reads=read,
+                    contents=dict(entry.config.run.contents),
+                    result=dict(result),
+                ),
+            )
 
 
 def _mirroring(config: Config, run: RunFolder, say: Say) -> AbstractAsyncContextManager[object]:
@@ -71,78 +161,6 @@ def _mirroring(config: Config, run: RunFolder, say: Say) -> AbstractAsyncContext
     )
 
 
-async def _run_stages(
-    config: Config, run: RunFolder, prepared: Prepared, say: Say, endpoint: PrometheusEndpoint | None, now: _Now
-) -> None:
-    stage = partial(_stage, config=config, run=run, endpoint=endpoint, say=say, now=now)
-    if "preferences" in config.stages and not run.preferences.exists():
-        with stage("preferences") as telemetry:
-            await _preferences(config, run, prepared, telemetry, say)
-    if "reward_model" in config.stages and not (run.path / RESULT_FILE).exists():
-        with stage("reward_model") as telemetry:
-            await _reward_model(config, run, telemetry, say)
-    if "ppo" in config.stages:
-        with stage("ppo") as telemetry:
-            await _ppo(config, run, prepared, telemetry, say, now)
-
-
-async def _preferences(config: Config, run: RunFolder, prepared: Prepared, telemetry: Telemetry, say: Say) -> None:
-    report = await make_preferences(config, run, prepared.prompts.reward_model, telemetry, say)
-    telemetry.event("labelled", **asdict(report))
-    say(
-        f"preferences: {report.num_rankings} prompts ranked; noisy labels agree with gold on "
-        f"{report.pair_agreement:.1%} of pairs"
-    )
-
-
-async def _reward_model(config: Config, run: RunFolder, telemetry: Telemetry, say: Say) -> None:
-    path = find_data(config.preferences.path) if config.preferences.path else run.preferences
-    records, report = read_rankings(path, config.preferences.format, config.preferences.limit)
-    say(f"reward model: {report.summary()}")
-    train, held_out = split_held_out(records, config.preferences.held_out)
-    gold = None
-    if config.preferences.path is None:
-        gold_of_prompt = read_gold(run.preferences)
-        gold = [gold_of_prompt[record.id] for record in held_out]
-    result = await train_reward_model(config, train, held_out, run.reward_model, telemetry, say, gold=gold)
-    write_json(run.path / RESULT_FILE, asdict(result))
-    telemetry.event("trained", **asdict(result))
-    say(f"reward model: {result.describe()}")
-
-
-async def _ppo(config: Config, run: RunFolder, prepared: Prepared, telemetry: Telemetry, say: Say, now: _Now) -> None:
-    def on_placed(starter: Starter) -> None:
-        now.groups = starter.groups
-        plan = starter.plan
-        telemetry.event("placed", plan=plan.describe().splitlines())
-        say("placement:\n  " + plan.describe().replace("\n", "\n  "))
-
-    async with ppo_coordinator(
-        config, run, prepared.prompts, reward_model_of(config, run), telemetry, on_placed
-    ) as coordinator:
-        say("ppo: all roles are ready")
-        await coordinator.run(initial_state(config))
-        if config.checkpoints.export:
-            run.export.mkdir(exist_ok=True)
-            await coordinator.policy.export(run.export)
-            await _export_best(coordinator, run, say)
-
-
-async def _export_best(coordinator: Coordinator, run: RunFolder, say: Say) -> None:
-    """The policy of the best checkpoint, where that is not the last one. Its weights replace those of the policy."""
-    shutil.rmtree(run.best_export, ignore_errors=True)
-    try:
-        best = await coordinator.checkpoints.load_best()
-    except StorageError as error:
-        say(f"WARNING the best checkpoint is not exported: {error}")
-        return
-    if best is not None:
-        with writing(run.best_export):
-            run.best_export.mkdir()
-        await coordinator.policy.export(run.best_export)
-        say(f"best by evaluation: {best}; exported to {run.best_export}")
-
-
 def _open_endpoint(config: Config, run: RunFolder, stack: ExitStack, say: Say) -> PrometheusEndpoint | None:
     """The endpoint on its port, else on a free one, else none: nobody scrapes a run that does not start."""
     telemetry = config.telemetry
@@ -156,28 +174,3 @@ def _open_endpoint(config: Config, run: RunFolder, stack: ExitStack, say: Say) -
         except ConfigError as error:
             say(f"WARNING {error}")
     return None
-
-
-@contextmanager
-def _stage(
-    name: Stage, *, config: Config, run: RunFolder, endpoint: PrometheusEndpoint | None, say: Say, now: _Now
-) -> Iterator[Telemetry]:
-    """A stage's telemetry; its start and its end, of whatever kind, are events."""
-    is_ppo = name == "ppo"
-    settings = config.model_dump(mode="json")
-    trackers = open_trackers(config.telemetry, run.path, run.id, settings=settings, tell=say) if is_ppo else ()
-    num_steps = config.rl.steps if is_ppo else None
-    telemetry = Telemetry(
-        run.path,
-        run.id,
-        run.attempt,
-        trackers,
-        say if is_ppo else None,
-        stage=name,
-        num_steps=num_steps,
-        prometheus=endpoint,
-        fence=run.require_newest,
-    )
-    now.telemetry = telemetry
-    with telemetry, stage_events(telemetry, config.stages, run.checkpoints):
-        yield telemetry

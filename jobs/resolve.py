@@ -17,9 +17,10 @@ from actors.machine.probe import machine_speed
 from jobs.check.engine_trial import verdict_on_vllm
 from jobs.command import say
 from jobs.contents import contents
+from jobs.stages.table import samples_prompts
 from orchestrator.config.changes import OPEN, value_of
 from orchestrator.config.config import Config
-from orchestrator.config.loader import config_from_tree
+from orchestrator.config.loader import changed
 from orchestrator.errors import DataError
 from orchestrator.run.folder import kept_config
 
@@ -51,7 +52,7 @@ def model_today(config: Config, tell: Tell) -> Resolved:
 def rollout_engine(config: Config, tell: Tell) -> Resolved:
     """vLLM where it is installed (it is not published for macOS) and, as far as a trial can say, serves the policy's
     architecture; else generation by transformers. Open where nothing samples."""
-    if not config.has_rollouts:
+    if not samples_prompts(config):
         return Resolved("auto")
     if importlib.util.find_spec("vllm") is None:
         return Resolved("hf", "vLLM is not installed here; transformers samples, more slowly")
@@ -97,10 +98,10 @@ def resolved(config: Config, tell: Tell = say, keys: Collection[str] = tuple(RES
             found = resolve(config, tell)
         else:
             continue
-        config = _with(config, key, found.value)
+        config = changed(config, {key: found.value}, source="the resolved config")
         if found.why:
             tell(f"{key}: {found.value} ({found.why})")
-    return _with(config, "run.contents", contents(config))
+    return changed(config, {"run.contents": contents(config)}, source="the resolved config")
 
 
 def uses_gpus(config: Config) -> bool:
@@ -113,13 +114,3 @@ def uses_gpus(config: Config) -> bool:
         config.rollout.gpus_per_replica,
     )
     return any(shares)
-
-
-def _with(config: Config, key: str, value: Any) -> Config:
-    tree = config.model_dump(mode="json")
-    *sections, leaf = key.split(".")
-    section = tree
-    for name in sections:
-        section = section[name]
-    section[leaf] = value
-    return config_from_tree(tree, source="the resolved config")

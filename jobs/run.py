@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 from jobs.command import imported, read_config, run_command, say
+from jobs.stages.table import logged_stage, stages_of, to_do
 from orchestrator.config.config import Config
-from orchestrator.run.folder import finished_run, refuse_existing, restore_lost
+from orchestrator.run.folder import existing_run, refuse_existing, restore_lost
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file; without it all defaults.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as rl.steps=10.")]
@@ -30,7 +31,7 @@ def main(
     resume: Resume = "auto",
     ray_address: Address = None,
 ) -> None:
-    """Runs the stages of a config, ending with PPO. Exit code: 0 done, 1 failed, 2 bad config or data, 3 guard."""
+    """Runs the stages of a config. Exit code: 0 done, 1 failed, 2 bad config or data, 3 guard."""
 
     def work() -> None:
         settings = read_config(config, overrides or (), print_config=print_config)
@@ -49,7 +50,7 @@ def reward_model(
 
     def work() -> None:
         settings = read_config(config, overrides or (), print_config=print_config)
-        imported("jobs.stages.reward_model:run_alone")(settings, ray_address)
+        imported("jobs.stages.reward_model_training:run_alone")(settings, ray_address)
 
     run_command(work)
 
@@ -61,13 +62,14 @@ def run_config(config: Config, *, resume: str = "auto", ray_address: str | None 
         say(restored)
     if resume == "never":
         refuse_existing(config)
-    finished = finished_run(config)
-    if finished is not None:
-        has_results = "ppo" in config.stages
-        more = " rl.steps=N makes it longer." if has_results else ""
-        say(f"run {finished.name} has finished; nothing is left to do.{more}")
-        if has_results:
-            imported("jobs.report.results:show_results")(finished)
+    stages = stages_of(config)
+    there = existing_run(config)
+    if there is not None and not list(to_do(stages, there)):
+        logged = logged_stage(config)
+        more = f" {logged.stage.steps_key}=N makes it longer." if logged else ""
+        say(f"run {there.id} has finished; nothing is left to do.{more}")
+        if logged:
+            imported("jobs.report.results:show_results")(there.path)
         return
     config = imported("jobs.resolve:resolved")(config)
     say("checking data, models and rewards ...")

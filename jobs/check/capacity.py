@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,12 @@ import torch
 from actors.groups.cluster import alive_nodes, connect, named_address
 from actors.learning.model import resolve_model
 from actors.learning.size import model_size
-from jobs.stages.settings import critic_base, demands, reward_base
+from jobs.stages.settings import critic_base, reward_base
+from jobs.stages.table import stages_of
 from orchestrator.config.config import Config
 from orchestrator.config.rewards import ModelRewardConfig
 from orchestrator.config.sections import LearnerConfig
+from orchestrator.planning.demands import REWARD_MODEL
 from orchestrator.planning.memory import (
     GIB,
     RECORDER_PROCESS,
@@ -32,11 +33,9 @@ from orchestrator.planning.memory import (
     scorer_memory,
     too_much,
 )
-from orchestrator.planning.placement import Demand, Node, Plan, place
+from orchestrator.planning.placement import Node, Plan
 
 THIS_MACHINE = "this machine"
-REWARD_MODEL = "reward_model"
-"""The name of what trains the reward model, in plans and messages."""
 _LOGGED_BYTES_PER_TOKEN = 40  # token id and some eight floats, before compression
 _SAVED_BYTES_PER_PARAM = 14  # weights, masters, two moments
 
@@ -93,29 +92,14 @@ def capacity(config: Config, cluster: Cluster) -> Capacity:
         CapacityError: cores, GPUs or memory are short.
         DataError: a model's config can't be read.
     """
-    if "reward_model" in config.stages:
-        place_reward_workers(config, cluster.nodes)
-    needed = demands(config, learning="ppo" in config.stages) if config.has_rollouts else []
-    plan = place(needed, cluster.nodes, mode=config.placement.mode)
+    plans = [entry.stage.plan(entry.config, cluster.nodes) for entry in stages_of(config)]
+    plan = max(plans, key=lambda plan: len(plan.slots))  # that of the stage with most actors is shown
     sizes = _Sizes(config)
-    memory_of = memory_per_role(config, sizes)
+    roles = {slot.role for each in plans for slot in each.slots}
+    memory_of = {role: memory for role, memory in memory_per_role(config, sizes).items() if role in roles}
     found = needs(plan, memory_of, cluster.offers)
-    return Capacity(cluster, plan, memory_of, found, too_much(found), disk_bytes(config, sizes))
-
-
-def place_reward_workers(config: Config, nodes: Sequence[Node]) -> int:
-    """CPU threads of one worker of the reward_model stage.
-
-    Raises:
-        CapacityError: the workers do not fit on the nodes.
-    """
-    stage = config.reward_model
-    threads = stage.cpus_per_rank
-    if threads is None:
-        per_node = math.ceil(stage.ranks / max(len(nodes), 1))
-        threads = max(int(min((node.cpus for node in nodes), default=1.0) / per_node), 1)
-    place([Demand(REWARD_MODEL, stage.ranks, threads, stage.gpus_per_rank)], nodes, mode="separate")
-    return threads
+    warnings = dict.fromkeys(line for each in plans for line in too_much(needs(each, memory_of, cluster.offers)))
+    return Capacity(cluster, plan, memory_of, found, list(warnings), disk_bytes(config, sizes))
 
 
 class _Sizes:
@@ -163,6 +147,7 @@ def memory_per_role(config: Config, sizes: _Sizes) -> dict[str, Memory]:
             cache_bytes=0.0 if rollout.gpus_per_replica else rollout.kv_cache_gib * GIB,
         ),
         "recorder": Memory(process=RECORDER_PROCESS),
+        REWARD_MODEL: _trainer(config, sizes),
     }
 
 
@@ -171,6 +156,19 @@ def _critic_memory(config: Config, sizes: _Sizes) -> dict[str, Memory]:
         return {}
     size = sizes.of(*critic_base(config))
     return {"critic": _learner(config, config.critic, size, logits=False)}
+
+
+def _trainer(config: Config, sizes: _Sizes) -> Memory:
+    section = config.reward_model
+    return learner_memory(
+        sizes.of(section.base, section.layers),
+        dtype=config.model.compute_dtype,
+        zero_stage=section.zero_stage,
+        ranks=section.ranks,
+        micro_batch_tokens=section.micro_batch_tokens,
+        gradient_checkpointing=False,
+        logits=False,
+    )
 
 
 def _learner(config: Config, learner: LearnerConfig, size: ModelSize, *, logits: bool) -> Memory:

@@ -11,8 +11,9 @@ from actors.learning.model import resolve_model
 from actors.learning.size import num_embeddings
 from actors.text.conversations import Chat, base_chat, reward_chat
 from actors.text.tokenizing import has_tokenizer, load_tokenizer
-from jobs.prepare import Prepared, find_data
+from jobs.prepare import find_data
 from jobs.stages.settings import chat_settings
+from jobs.stages.stage import Found
 from orchestrator.algorithms.ranking import spread
 from orchestrator.config.config import Config
 from orchestrator.config.rewards import ModelRewardConfig
@@ -37,18 +38,21 @@ def describe_chat(chat: Chat) -> list[str]:
     return [*lines, f"a reply as it is learned from: {learned!r}"]
 
 
-def check_vocabularies(config: Config, policy: Chat | None) -> None:
+def require_embeddings(config: Config, policy: Chat | None) -> None:
+    """Raises DataError when the policy's tokenizer knows ids that it has no embedding for."""
+    if policy is not None:
+        _vocabulary(config, "model.path", config.model.path, policy).require_embeddings()
+
+
+def check_vocabularies(config: Config, found: Found) -> None:
     """Policy, reference and critic get the same token ids, so they must mean the same to all of them.
 
     Raises:
         DataError: naming the two models, a token that differs, and the way out.
     """
-    if policy is None:
+    if found.chat is None:
         return
-    mine = _vocabulary(config, "model.path", config.model.path, policy)
-    mine.require_embeddings()
-    if "ppo" not in config.stages:
-        return
+    mine = _vocabulary(config, "model.path", config.model.path, found.chat)
     if config.reference.path is not None:
         reference = _vocabulary(config, "reference.path", config.reference.path)
         mine.require_same(reference, "Set reference.path=null, or reference.path to a model")
@@ -61,44 +65,47 @@ def check_vocabularies(config: Config, policy: Chat | None) -> None:
         mine.require_same(_vocabulary(config, f"the critic starts from {key}", str(start)), way_out)
 
 
-def check_reward_conversations(config: Config, policy: Chat | None, prepared: Prepared | None) -> str | None:
-    """Writes conversations for the reward model, as its training and scoring will.
+def check_training_conversations(config: Config, found: Found) -> str | None:
+    """Writes conversations as training a reward model will.
 
     Raises:
         DataError: its template refuses one, or it has none and its vocabulary is not the policy's.
     """
-    if policy is None:
+    if found.chat is None:
         return None
-    trust = config.model.trust_remote_code
-    if "reward_model" in config.stages:
-        key, model = "reward_model.base", config.reward_model.base or config.model.path
-        start, mine = (resolve_model(name, config.run.cache) for name in (model, config.model.path))
-        chat = base_chat(start, mine, chat_settings(config), trust_remote_code=trust)
-    elif "ppo" in config.stages and isinstance(config.reward, ModelRewardConfig) and config.reward.path is not None:
-        key, model = "reward.path", config.reward.path
-        chat = reward_chat(resolve_model(model, config.run.cache), policy, trust_remote_code=trust)
-    else:
-        return None
-    _vocabulary(config, key, model, chat).require_embeddings()
-    _write_some(config, chat, prepared)
-    if chat.fingerprint == policy.fingerprint:
-        return "reward model: conversations are written as for the policy, sampled tokens go in as they are"
-    learned = chat.text(chat.reply(_QUESTION, _ANSWER).tokens)
-    return f"reward model: conversations are written in its own way, text goes in; a reply as it is scored: {learned!r}"
-
-
-def _write_some(config: Config, chat: Chat, prepared: Prepared | None) -> None:
-    if "reward_model" in config.stages and config.preferences.path is not None:
+    model = config.reward_model.base or config.model.path
+    start, mine = (resolve_model(name, config.run.cache) for name in (model, config.model.path))
+    chat = base_chat(start, mine, chat_settings(config), trust_remote_code=config.model.trust_remote_code)
+    if config.preferences.path is not None:
         path = find_data(config.preferences.path)
         records, _ = read_rankings(path, config.preferences.format, config.preferences.limit)
         for record in spread(records, TRIED):
             with _naming(f"preference {record.id!r}"):
                 for reply in record.replies:
                     chat.reply(record.messages, reply, record.tools)
-    prompts = () if prepared is None else prepared.prompts.train or prepared.prompts.reward_model
+    return _written(config, found, "reward_model.base", model, chat)
+
+
+def check_scoring_conversations(config: Config, found: Found) -> str | None:
+    """The same for a reward model that comes from outside, which scores samples."""
+    reward = config.reward
+    if found.chat is None or not isinstance(reward, ModelRewardConfig) or reward.path is None:
+        return None
+    folder = resolve_model(reward.path, config.run.cache)
+    chat = reward_chat(folder, found.chat, trust_remote_code=config.model.trust_remote_code)
+    return _written(config, found, "reward.path", reward.path, chat)
+
+
+def _written(config: Config, found: Found, key: str, model: str, chat: Chat) -> str:
+    _vocabulary(config, key, model, chat).require_embeddings()
+    prompts = () if found.prepared is None else found.prepared.prompts.train or found.prepared.prompts.reward_model
     for prompt in spread(prompts, TRIED):
         with _naming(f"prompt {prompt.id!r}"):
             chat.reply(messages_from_dicts(prompt.meta["messages"]), _ANSWER, prompt.meta.get("tools", ()))
+    if found.chat is not None and chat.fingerprint == found.chat.fingerprint:
+        return "reward model: conversations are written as for the policy, sampled tokens go in as they are"
+    learned = chat.text(chat.reply(_QUESTION, _ANSWER).tokens)
+    return f"reward model: conversations are written in its own way, text goes in; a reply as it is scored: {learned!r}"
 
 
 @contextmanager

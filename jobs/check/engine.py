@@ -1,17 +1,38 @@
-"""Whether the chosen rollout engine can be had here, before anything starts."""
+"""Whether the chosen rollout engine can be had here, and whether vLLM serves the policy's architecture: checked before
+anything starts, and without the policy's weights."""
 
 from __future__ import annotations
 
 import importlib.util
 
+from jobs.check.engine_trial import verdict_on_vllm
+from jobs.stages.table import samples_prompts
 from orchestrator.config.config import Config
 from orchestrator.errors import ConfigError
 
 
 def check_engine(config: Config) -> None:
     """Raises ConfigError when the engine's library is not installed."""
-    if config.has_rollouts and config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+    if samples_prompts(config) and config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "rollout.engine='vllm', and vLLM is not installed here. Set rollout.engine=hf or auto to sample with "
             "transformers, or install the locked set on Linux: make setup."
         )
+
+
+def check_architecture(config: Config) -> str | None:
+    """Raises ConfigError: vLLM does not know the architecture, computes something else, or can't be given its weights.
+
+    Engines on GPUs are not tried.
+    """
+    verdict = verdict_on_vllm(config) if config.rollout.engine == "vllm" else None
+    if verdict is None:
+        return None
+    if verdict.refusal is not None:
+        raise ConfigError(
+            f"rollout.engine=vllm can't serve model.path={config.model.path}: {verdict.refusal.rstrip('.')}. "
+            "Set rollout.engine=hf: it serves every causal LM of transformers, more slowly."
+        )
+    if verdict.untried is not None:
+        return f"engine: vLLM was not tried on this architecture ({verdict.untried}); its first publish will tell"
+    return f"engine: vLLM serves this architecture; log-probs differ from transformers' by {verdict.difference:.1g}"

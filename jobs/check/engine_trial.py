@@ -22,6 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from actors.learning.model import resolve_model
+from jobs.stages.table import samples_prompts
 from orchestrator.config.config import Config
 
 TRIAL_S = 240.0  # 15 to 25 s on two quiet cores, most of it imports
@@ -56,7 +57,7 @@ def verdict_on_vllm(config: Config, tell: Callable[[str], None] = lambda line: N
         DataError: the model can't be found.
     """
     versions = [_version(library) for library in _LIBRARIES]
-    if not config.has_rollouts or config.rollout.gpus_per_replica or None in versions:
+    if not samples_prompts(config) or config.rollout.gpus_per_replica or None in versions:
         return None
     folder = resolve_model(config.model.path, config.run.cache)
     command = _command(config, folder)

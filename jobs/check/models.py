@@ -4,7 +4,7 @@ small random models of the same architectures; no weights are read."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +15,12 @@ from actors.learning.miniature import prove_small
 from actors.learning.model import resolve_model
 from actors.learning.size import model_size
 from actors.text.tokenizing import has_tokenizer, load_tokenizer
+from jobs.stages.stage import ModelUse
+from jobs.stages.table import stages_of
 from orchestrator.config.config import Config
-from orchestrator.config.rewards import ModelRewardConfig
 from orchestrator.errors import ConfigError
 
 HEAD = "score."
-
-
-@dataclass(frozen=True)
-class _Use:
-    """What a run wants of one model.
-
-    Args:
-        key: of the config; names the model in errors.
-        scores: with a scalar head, which is made where there is none.
-        window: positions that it must take. None: longer input is cut.
-        layers: that are kept, from the first on. None: all.
-    """
-
-    key: str
-    model: str
-    scores: bool
-    window: int | None
-    checkpointing: bool = False
-    exports: bool = False
-    layers: int | None = None
 
 
 def check_models(config: Config) -> str | None:
@@ -48,7 +29,7 @@ def check_models(config: Config) -> str | None:
     Raises:
         DataError, ConfigError: naming the model and the way out.
     """
-    uses_of: dict[tuple[Path, bool, bool], list[_Use]] = {}
+    uses_of: dict[tuple[Path, bool, bool], list[ModelUse]] = {}
     for use in _uses(config):
         folder = resolve_model(use.model, config.run.cache)
         settings = read_config(folder, trust_remote_code=config.model.trust_remote_code)
@@ -58,61 +39,21 @@ def check_models(config: Config) -> str | None:
     return f"models: weights are whole; {', '.join(tried)}"
 
 
-def _describe(uses: Sequence[_Use], *, is_tried: bool) -> str:
+def _describe(uses: Sequence[ModelUse], *, is_tried: bool) -> str:
     keys = " and ".join(use.key for use in uses)
     if not is_tried:
         return f"{keys} will be proved when loaded"
     return f"{keys} {'were' if len(uses) > 1 else 'was'} tried small"
 
 
-def _uses(config: Config) -> Iterator[_Use]:
-    longest, policy, stages = config.model.max_length, config.policy, config.stages
-    if config.has_rollouts:
-        yield _Use(
-            "model.path",
-            config.model.path,
-            scores=False,
-            window=longest,
-            checkpointing=policy.gradient_checkpointing,
-            exports="ppo" in stages,
-        )
-    if "ppo" in stages:
-        if config.reference.path is not None:
-            yield _Use("reference.path", config.reference.path, scores=False, window=longest)
-        if (reward := _reward(config)) is not None and reward.path is not None:
-            # That it has a head is checked with its statistics.
-            yield _Use("reward.path", reward.path, scores=True, window=None)
-        if config.algorithm.needs_critic:
-            yield _critic(config, longest)
-    if "reward_model" in stages:
-        base = config.reward_model.base or config.model.path
-        layers = config.reward_model.layers
-        yield _Use("reward_model.base", base, scores=True, window=None, exports=True, layers=layers)
+def _uses(config: Config) -> Iterator[ModelUse]:
+    """Each once: stages share the policy. Where one of them exports it, all are proved as if they did."""
+    uses = [use for entry in stages_of(config) for use in entry.stage.models(entry.config)]
+    exported = {replace(use, exports=True) for use in uses if use.exports}
+    yield from dict.fromkeys(wider if (wider := replace(use, exports=True)) in exported else use for use in uses)
 
 
-def _reward(config: Config) -> ModelRewardConfig | None:
-    return config.reward if isinstance(config.reward, ModelRewardConfig) else None
-
-
-def _critic(config: Config, longest: int) -> _Use:
-    reward = _reward(config)
-    starts = (
-        ("critic.path", config.critic.path),
-        ("reward.path", reward.path if reward else None),
-        ("reward_model.base", config.reward_model.base if reward else None),
-        ("model.path", config.model.path),
-    )
-    key, path = next((key, path) for key, path in starts if path is not None)
-    return _Use(
-        f"critic ({key})",
-        path,
-        scores=True,
-        window=longest,
-        checkpointing=config.critic.gradient_checkpointing,
-    )
-
-
-def _prove(config: Config, uses: Sequence[_Use]) -> bool:
+def _prove(config: Config, uses: Sequence[ModelUse]) -> bool:
     """Whether the weights are whole and what is relied on holds, for uses that differ in what proofs include: one that
     exports proves all that one that doesn't would. False where no small model could be made."""
     use, trust = uses[0], config.model.trust_remote_code
@@ -133,13 +74,13 @@ def _prove(config: Config, uses: Sequence[_Use]) -> bool:
     )
 
 
-def _require_size(config: Config, use: _Use, folder: Path, settings: Any) -> None:
+def _require_size(config: Config, use: ModelUse, folder: Path, settings: Any) -> None:
     if use.layers is not None:  # that the cut model can be built
         model_size(folder, layers=use.layers, trust_remote_code=config.model.trust_remote_code)
     _require_window(use, folder, settings)
 
 
-def _require_window(use: _Use, folder: Path, settings: Any) -> None:
+def _require_window(use: ModelUse, folder: Path, settings: Any) -> None:
     there = window(settings)
     if use.window is not None and there is not None and use.window > there:
         raise ConfigError(

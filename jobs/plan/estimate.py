@@ -18,6 +18,7 @@ from actors.training.reward_model import CALIBRATION_REPLIES
 from jobs.plan.work import layout_of, models_of, work_of
 from jobs.prepare import Prepared, prepare
 from jobs.resolve import WITHOUT_TRIAL, resolved
+from jobs.stages.table import stages_of
 from orchestrator.config.config import Config
 from orchestrator.planning.costs import (
     Dimensions,
@@ -33,9 +34,9 @@ from orchestrator.planning.simulation.scenario import Layout
 from orchestrator.types import Prompt
 from orchestrator.watching.telemetry import clock_text
 
-# Seconds until a stage's processes are ready, and those that end it: imports, models, files. Together they are what a
-# quickstart of 8:13 minutes took on two cores beside its work; the share of each stage is a guess.
-START_S: Mapping[str, float] = {"ray": 10.0, "preferences": 20.0, "reward_model": 25.0, "ppo": 40.0}
+# Seconds until Ray is up. With what stages take for their start (Stage.start_s) it is what a quickstart of 8:13 minutes
+# took on two cores beside its work; the share of each is a guess.
+RAY_START_S = 10.0
 _SIMULATED_STEPS = 3
 _HELD_OUT = 0.1  # of the preferences, as jobs.stages.reward_model has it
 _ENOUGH_CACHE = 1e9
@@ -77,36 +78,29 @@ def estimate(config: Config, prepared: Prepared) -> Estimate:
     """
     speed = machine_speed(config.run.cache)
     dtype = config.model.compute_dtype
-    costs = _Costs(config, cpu_core(dtype, speed.per_core(dtype)), speed.threads)
-    work = {
-        "preferences": lambda: costs.preferences(prepared.prompts.reward_model),
-        "reward_model": lambda: costs.reward_model(prepared.prompts.reward_model),
-        "ppo": lambda: costs.ppo(prepared.prompts.train, prepared.prompts.held_out),
-    }
-    stages: dict[str, float] = {stage: START_S[stage] + work[stage]() for stage in config.stages}
-    return Estimate(speed, {"ray": START_S["ray"], **stages})
+    costs = Costs(config, cpu_core(dtype, speed.per_core(dtype)), speed.threads)
+    parts = {entry.name: entry.stage.start_s + entry.stage.seconds(costs, prepared) for entry in stages_of(config)}
+    return Estimate(speed, {"ray": RAY_START_S, **parts})
 
 
-class _Costs:
+class Costs:
     """Work of a config's stages in seconds, on `cores` devices."""
 
     def __init__(self, config: Config, device: Device, cores: int) -> None:
-        self._config = config
+        self.config = config
         self._models = models_of(config)
         self._layout: Layout = layout_of(config, device, cores)
         self._device, self._cores = device, cores
 
-    def preferences(self, prompts: Sequence[Prompt]) -> float:
-        labeller = self._config.labeller
-        chosen = _lengths(prompts[: labeller.prompts])
-        return self._generate(np.repeat(chosen, labeller.replies_per_prompt)) / self._layout.engines
+    def sampling(self, prompts: Sequence[Prompt], replies_per_prompt: int) -> float:
+        return self._generate(np.repeat(_lengths(prompts), replies_per_prompt)) / self._layout.engines
 
     def reward_model(self, prompts: Sequence[Prompt]) -> float:
         """Training and what is scored afterwards. Preferences of a file count as the labeller's."""
-        stage, labeller = self._config.reward_model, self._config.labeller
+        stage, labeller = self.config.reward_model, self.config.labeller
         size = self._size("reward")
         replies = labeller.replies_per_prompt
-        chosen = _lengths(prompts[: labeller.prompts]) + self._config.rollout.max_new_tokens
+        chosen = _lengths(prompts[: labeller.prompts]) + self.config.rollout.max_new_tokens
         num_train = math.ceil(len(chosen) * (1.0 - _HELD_OUT))
         scored = len(chosen) - num_train + CALIBRATION_REPLIES // replies
         settings = LearnSettings(
@@ -125,22 +119,22 @@ class _Costs:
         )
         return training + self._score(size, np.repeat(chosen[:scored], replies), stage.micro_batch_tokens)
 
-    def ppo(self, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> float:
-        steps = self._config.rl.steps
+    def rl(self, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> float:
+        steps = self.config.rl.steps
         mean = float(_lengths(train).mean())
-        work = work_of(self._config, prompt_tokens=mean, response_tokens=None, deviation=0.0)
+        work = work_of(self.config, prompt_tokens=mean, response_tokens=None, deviation=0.0)
         simulated = simulate_steps(
             replace(work, models=self._models), self._layout, cache_tokens=_ENOUGH_CACHE, steps=_SIMULATED_STEPS
         )
         seconds = steps * float(np.mean([step["time/step_s"] for step in simulated[1:]]))
-        evaluations = 2 if self._config.evaluation.prompts else 0
-        return seconds + evaluations * self._evaluation(held_out[: self._config.evaluation.prompts])
+        evaluations = 2 if self.config.evaluation.prompts else 0
+        return seconds + evaluations * self._evaluation(held_out[: self.config.evaluation.prompts])
 
     def _evaluation(self, prompts: Sequence[Prompt]) -> float:
         """Sampling, then policy, reference and reward at once on shared cores."""
         chosen = _lengths(prompts)
-        whole = chosen + self._config.rollout.max_new_tokens
-        head_tokens = float(len(chosen) * self._config.rollout.max_new_tokens)
+        whole = chosen + self.config.rollout.max_new_tokens
+        head_tokens = float(len(chosen) * self.config.rollout.max_new_tokens)
         scoring = 0.0
         for role in ("policy", "reference", "reward"):
             size = self._models[role]
@@ -151,7 +145,7 @@ class _Costs:
 
     def _generate(self, prompts: Lengths) -> float:
         """All shards on one engine."""
-        size, longest = self._size("policy"), self._config.rollout.max_new_tokens
+        size, longest = self._size("policy"), self.config.rollout.max_new_tokens
         shard = self._layout.samples_per_shard
         return sum(
             generate_seconds(

@@ -9,12 +9,13 @@ from transformers import AutoConfig
 
 from actors.learning.model import resolve_model
 from actors.learning.size import model_size
-from jobs.stages.settings import critic_base, demands, reward_base, samples_per_shard
+from jobs.stages.settings import critic_base, reward_base, samples_per_shard
 from orchestrator.config.base import Dtype
 from orchestrator.config.config import Config
 from orchestrator.config.rewards import ModelRewardConfig
 from orchestrator.config.sections import LearnerConfig
 from orchestrator.planning.costs import Dimensions, LearnSettings
+from orchestrator.planning.demands import all_demands
 from orchestrator.planning.hardware import Device
 from orchestrator.planning.memory import BYTES_OF
 from orchestrator.planning.simulation.scenario import MODELS, ROLES, Layout, Pool, Spread, Work
@@ -111,7 +112,7 @@ def learning_of(config: Config) -> Mapping[str, LearnSettings]:
 
 def layout_of(config: Config, device: Device, devices: int) -> Layout:
     """The layout that the config sets, over so many cores or GPUs, which all roles share when it is colocated."""
-    needed = {demand.role: demand for demand in demands(config, learning=True) if demand.role in ROLES}
+    needed = {demand.role: demand for demand in all_demands(config) if demand.role in ROLES}
     sizes = {role: max(1, round(demand.gpus or demand.cpus)) for role, demand in needed.items()}
     counts = {role: demand.count for role, demand in needed.items()}
     widths = {role: sizes[role] * (1 if role == "reward" else counts[role]) for role in MODELS if role in needed}

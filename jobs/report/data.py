@@ -13,12 +13,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.stages.table import logged_name, named_kinds, num_steps_of
 from orchestrator.config.loader import translated
 from orchestrator.config.yaml_text import parse_yaml
 from orchestrator.errors import DataError
 from orchestrator.evaluation import EVALUATION, Comparison, EvaluationRow, compare
 from orchestrator.run.best import Best
 from orchestrator.run.checkpoints import read_best
+from orchestrator.run.folder import stage_place
 from orchestrator.watching.telemetry import EVENTS_FILE, METRICS_FILE, read_lines
 
 NUM_EXTREMES = 3
@@ -46,7 +48,7 @@ class RunData:
     """All that the report shows.
 
     Args:
-        steps: metrics by step of the PPO stage.
+        steps: metrics by step of the stage that learns from a log.
         evaluations: rows by version.
         comparison: last evaluation against the first; None with fewer than two.
         num_left_out: prompts of these two that have no score in one of them, and are not compared.
@@ -97,29 +99,32 @@ def read_run(folder: Path) -> RunData:
         raise DataError(f"{folder} is no folder; give the folder of a run (it holds {METRICS_FILE}).")
     notes: list[str] = []
     lines, events = read_lines(folder / METRICS_FILE), read_lines(folder / EVENTS_FILE)
+    config_text, config = _config(folder / "config.yaml", notes)
+    kinds = named_kinds(config.get("stages")) or {"rl": "rl"}
+    logged = logged_name(kinds)
+    place = stage_place(folder, "" if logged is None or logged == kinds[logged] else logged)
     asked: dict[int, set[str]] = {}
-    evaluations = dict(_evaluations(folder, notes, asked))
+    evaluations = dict(_evaluations(place, notes, asked))
     if not lines and not evaluations:
         raise DataError(
             f"{folder} holds no metrics and no evaluations yet: {METRICS_FILE} is missing or empty. Wait for the "
             "run's first step, or give another run folder."
         )
-    config_text, config = _config(folder / "config.yaml", notes)
     comparison = _comparison(evaluations, notes)
     return RunData(
         run_id=folder.resolve().name,
         config_text=config_text,
-        num_steps_planned=_planned_steps(config),
-        steps=_steps(lines),
+        num_steps_planned=_planned_steps(config, kinds, logged),
+        steps=_steps(lines, logged),
         evaluations=evaluations,
         comparison=comparison,
         num_left_out=_num_left_out(asked, comparison),
-        rewards=_extremes(_logged_samples(folder, notes)),
+        rewards=_extremes(_logged_samples(place, notes)),
         golds=_extremes(_evaluated_samples(evaluations)),
         score_name=_score_name(config),
         reward_model_accuracy=_accuracy(lines, events),
         reward_model_detail=_reward_model_detail(events),
-        best=read_best(folder / "checkpoints"),
+        best=read_best(place / "checkpoints"),
         status=_status(events, config),
         wall_s=_wall_seconds([*lines, *events]),
         num_attempts=len({line["attempt"] for line in [*lines, *events]}),
@@ -144,17 +149,16 @@ def _score_name(config: Mapping[str, Any]) -> str:
     return "Reward" if is_reward else "Gold score"
 
 
-def _planned_steps(config: Mapping[str, Any]) -> int | None:
-    section = config.get("rl")
-    steps = section.get("steps") if isinstance(section, dict) else None
+def _planned_steps(config: Mapping[str, Any], kinds: Mapping[str, str], logged: str | None) -> int | None:
+    steps = None if logged is None else num_steps_of(kinds[logged], config)
     return steps if isinstance(steps, int) else None
 
 
-def _steps(lines: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, float]]:
+def _steps(lines: Sequence[Mapping[str, Any]], stage: str | None) -> dict[int, Mapping[str, float]]:
     return {
         line["step"]: {name: value for name, value in line["metrics"].items() if value is not None}
         for line in lines
-        if line["kind"] == "step" and line["stage"] == "ppo"
+        if line["kind"] == "step" and line["stage"] == stage
     }
 
 
@@ -236,7 +240,7 @@ def _num_left_out(asked: Mapping[int, set[str]], comparison: Comparison | None) 
 
 def _accuracy(lines: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> float | None:
     found = [line["metrics"].get("reward_model/held_out_accuracy") for line in lines]
-    found += [event.get("held_out_accuracy") for event in events if event.get("stage") == "reward_model"]
+    found += [event.get("held_out_accuracy") for event in events if "held_out_accuracy" in event]
     known = [float(value) for value in found if value is not None]
     return known[-1] if known else None
 
@@ -260,8 +264,8 @@ def _status(events: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> s
         return f"failed: {last.get('error', 'no reason recorded')}"
     none: Mapping[str, Any] = {}
     begun = next((event for event in reversed(events) if event["kind"] == "stage_started"), none)
-    stages = begun.get("stages") or config.get("stages")
-    is_last = not isinstance(stages, list) or not stages or last.get("stage") == stages[-1]
+    stages = named_kinds(begun.get("stages") or config.get("stages"))
+    is_last = not stages or last.get("stage") == list(stages)[-1]
     return "finished" if last["kind"].endswith("_finished") and is_last else "not finished"
 
 

@@ -15,8 +15,7 @@ from jobs.cluster.connection import cluster
 from jobs.command import run_async, say
 from jobs.resolve import WITHOUT_TRIAL, resolved
 from jobs.stages.events import stage_events
-from jobs.stages.settings import demands, initial_state, loop_settings, reward_model_of
-from jobs.stages.wiring import (
+from jobs.stages.rl_wiring import (
     all_ready,
     experience_log,
     learners_of,
@@ -25,6 +24,8 @@ from jobs.stages.wiring import (
     start_recorders,
     starting,
 )
+from jobs.stages.settings import initial_state, loop_settings, reward_path
+from jobs.stages.table import logged_stage
 from orchestrator.config.changes import changed_keys
 from orchestrator.config.config import Config
 from orchestrator.config.loader import load_kept_config
@@ -32,6 +33,7 @@ from orchestrator.coordinator import Relearning
 from orchestrator.data.inputs import at_home
 from orchestrator.errors import ConfigError
 from orchestrator.failures import LEARNERS
+from orchestrator.planning.demands import all_demands
 from orchestrator.roles import NoCritic
 from orchestrator.run.attempts import ATTEMPTS, claim
 from orchestrator.run.checkpoints import Checkpoints, complete_checkpoints
@@ -52,16 +54,20 @@ def replay(path: Path, until: int | None, to: Path | None, ray_address: str | No
 
     Raises ConfigError: no such run, or it does not hold the steps.
     """
-    config, run = read_run_folder(path)
+    config, opened = read_run_folder(path)
+    stage = logged_stage(config)
+    if stage is None:
+        raise ConfigError(f"run {path.name} has no stage that learns from a log, so there is nothing to learn again.")
+    config, run = stage.config, stage.of(opened)
     last_step = steps_to_learn(run, until, from_checkpoint=from_checkpoint)
-    folder = (to or run.path / "replay").absolute()
-    if folder == run.path:
+    folder = (to or run.place / "replay").absolute()
+    if folder == opened.path:
         raise ConfigError(f"--to {to} is the run's own folder, whose results it would replace; name another.")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ATTEMPTS).mkdir(exist_ok=True)
     attempt = claim(folder, wait_s=config.placement.wait_s, tell=say)
-    work = _Replay(config, run, folder, attempt, last_step, from_checkpoint)
+    work = _Replay(config, run, folder, attempt, last_step, from_checkpoint, reward_path(config, stage.inputs(opened)))
     with cluster(ray_address, wait_s=config.placement.wait_s, tell=say):
         run_async(work.run(), grace_s=config.run.grace_s)
 
@@ -116,6 +122,7 @@ class _Replay:
     attempt: int
     last_step: int
     from_checkpoint: bool
+    reward_path: str | None = None
 
     async def run(self) -> None:
         checkpoints = self.folder / "checkpoints"
@@ -130,9 +137,9 @@ class _Replay:
     async def _learn(self, telemetry: Telemetry, checkpoints: Path) -> tuple[State, Sequence[str]]:
         """The state after the last step, and the roles that learned."""
         config, run, last_step = self.config, self.run_folder, self.last_step
-        needed = [demand for demand in demands(config, learning=True) if demand.role in NEEDED]
+        needed = [demand for demand in all_demands(config) if demand.role in NEEDED]
         async with starting(config, needed) as starter:
-            groups = await start_learners(config, starter, reward_model_of(config, run))
+            groups = await start_learners(config, starter, self.reward_path)
             recorders = await start_recorders(config, starter, run)
             await all_ready({**groups, "recorder": recorders}, config.deadlines.start_s)
             learners = learners_of(config, groups)

@@ -1,299 +1,56 @@
-"""Stage `reward_model`: train a reward model on ranked replies with Ray Train, and measure it on held-out ones."""
+"""Stage `reward_model`: trains a reward model on ranked replies and measures it on held-out ones."""
 
 from __future__ import annotations
 
-import math
-import shutil
-import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from time import monotonic
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-import ray
-import typer
-
-from actors.groups.cluster import alive_nodes, named_address
-from actors.learning.learner import LearnerSettings
-from actors.training.reward_model import RewardTraining, Trained, train_worker
-from actors.training.train_run import Progress, Restarted, TrainRun, Workers
-from jobs.check.capacity import REWARD_MODEL, find_cluster, place_reward_workers
-from jobs.cluster.connection import cluster
-from jobs.command import imported, run_async, say
-from jobs.resolve import WITHOUT_TRIAL, resolved
-from jobs.stages.settings import alone, chat_settings
-from orchestrator.algorithms.ranking import concordant_pairs, kendall_tau, num_pairs, wilson_interval
+from jobs.command import imported
+from jobs.stages.preferences import PREFERENCES
+from jobs.stages.stage import Artifact, Inputs, ModelUse, Stage, StageJob
 from orchestrator.config.config import Config
-from orchestrator.config.sections import DeadlinesConfig
-from orchestrator.data.records import RankingRecord
-from orchestrator.errors import ConfigError, DataError
-from orchestrator.prompts import split
-from orchestrator.run.folder import open_run
-from orchestrator.run.storage import writing
-from orchestrator.watching.telemetry import Telemetry
+from orchestrator.planning.demands import REWARD_MODEL, plan_reward_model
+from orchestrator.planning.placement import Node, Plan
+from orchestrator.run.folder import RunFolder
 
-SHOWN = 20  # lines for people about the optimizer steps of the stage
+if TYPE_CHECKING:
+    from jobs.plan.estimate import Costs
+    from jobs.prepare import Prepared
+
 RESULT_FILE = "reward_model.json"
-_RECORDED = ("loss", "accuracy", "grad_norm", "learning_rate")
-
-Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class RewardModelResult:
-    """What the stage made and how good it is.
+class RewardModel(Stage):
+    kind = "reward_model"
+    start_s = 25.0
+    checks = ("jobs.check.rewards:check_preferences", "jobs.check.conversations:check_training_conversations")
+    instead = MappingProxyType({PREFERENCES: "give a preference file: preferences.path"})
 
-    Args:
-        path: the reward model, a Hugging Face folder (AutoModelForSequenceClassification, one label).
-        held_out_accuracy: share of held-out pairs in the right order, equal scores counting half; None: no pairs.
-        interval: its 95 % interval (Wilson), as if pairs were independent; pairs of one prompt are not quite.
-        num_pairs: held-out pairs.
-        kendall_tau: mean over held-out prompts with more than two replies; None: there are none.
-        loss, accuracy: means over the last tenth of the optimizer steps, on training pairs.
-        num_truncated: transcripts that lost tokens at their start.
-        score_mean, score_std: of raw scores of training replies, kept in reward_stats.json.
-    """
+    def reads(self, config: Config) -> Sequence[str]:
+        return (PREFERENCES,) if config.preferences.path is None else ()
 
-    path: str
-    held_out_accuracy: float | None
-    interval: Sequence[float]
-    num_pairs: int
-    kendall_tau: float | None
-    loss: float
-    accuracy: float
-    num_records: int
-    num_held_out: int
-    num_truncated: int
-    optimizer_steps: int
-    score_mean: float
-    score_std: float
-    seconds: float
+    def makes(self, config: Config) -> Sequence[Artifact]:
+        return (Artifact(REWARD_MODEL, "reward-model"),)
 
-    def describe(self) -> str:
-        parts = [f"{self.path}: {self.num_records} prompts, {self.optimizer_steps} optimizer steps"]
-        if self.held_out_accuracy is not None:
-            low, high = self.interval
-            parts.append(
-                f"{self.held_out_accuracy:.1%} of {self.num_pairs} held-out pairs in order "
-                f"(95 %: {low:.1%} to {high:.1%})"
-            )
-        if self.kendall_tau is not None:
-            parts.append(f"Kendall tau {self.kendall_tau:.2f}")
-        if self.num_truncated:
-            parts.append(f"{self.num_truncated} transcripts cut at their start to reward_model.max_length")
-        return ", ".join([*parts, f"{self.seconds:.0f} s"])
-
-
-def split_held_out(
-    records: Sequence[RankingRecord], held_out: int | None
-) -> tuple[Sequence[RankingRecord], Sequence[RankingRecord]]:
-    """(to train on, held out): the last `held_out` records, or (None) a tenth by a hash of the prompt.
-
-    Raises:
-        DataError: nothing is left to train on.
-    """
-    if held_out is None:
-        parts = split(records, held_out_fraction=0.1, reward_model_fraction=0.0, salt="preferences")
-        train, kept = parts.train, parts.held_out
-    else:
-        start = max(len(records) - held_out, 0)
-        train, kept = tuple(records[:start]), tuple(records[start:])
-    if not train:
-        raise DataError(
-            f"of {len(records)} preferences {len(kept)} are held out, so none is left to train on. Give more "
-            "preferences or lower preferences.held_out."
+    def inputs(self, config: Config) -> Inputs:
+        return Inputs(
+            files={"preferences.path": config.preferences.path}, models={"reward_model.base": config.reward_model.base}
         )
-    return train, kept
 
+    def models(self, config: Config) -> Iterable[ModelUse]:
+        section = config.reward_model
+        base = section.base or config.model.path
+        return (ModelUse("reward_model.base", base, scores=True, window=None, exports=True, layers=section.layers),)
 
-async def train_reward_model(
-    config: Config,
-    records: Sequence[RankingRecord],
-    held_out: Sequence[RankingRecord],
-    folder: Path,
-    telemetry: Telemetry,
-    say: Say,
-    *,
-    gold: Sequence[Sequence[float]] | None = None,
-) -> RewardModelResult:
-    """Trains on `records`, measures on `held_out`, leaves the finished model in `folder`.
+    def plan(self, config: Config, nodes: Sequence[Node]) -> Plan:
+        return plan_reward_model(config, nodes)
 
-    Ray is connected. The model appears in `folder` whole or not at all; progress and what is unfinished lie beside it.
+    def seconds(self, costs: Costs, prepared: Prepared) -> float:
+        return costs.reward_model(prepared.prompts.reward_model)
 
-    Args:
-        gold: for every held-out record the true scores of its replies; None: the records' own order is the truth.
+    def is_finished(self, config: Config, run: RunFolder) -> bool:
+        return (run.place / RESULT_FILE).exists()
 
-    Raises:
-        CapacityError: the workers do not fit into the cluster, or it has no room in time.
-        DataError: the base model, its tokenizer, or a conversation that its chat template refuses.
-        NonFiniteError: loss or gradient; `folder` is untouched.
-        RoleError: a worker failed twice, or gave no sign of life before its deadline.
-    """
-    started = monotonic()
-    folder = folder.absolute()
-    threads = place_reward_workers(config, alive_nodes())
-    settings = _settings(config, folder, num_records=len(records), threads=threads)
-    shutil.rmtree(settings.work, ignore_errors=True)
-    with writing(settings.work):
-        settings.work.mkdir(parents=True)
-    stage, limits = config.reward_model, config.deadlines
-    training = TrainRun(
-        train_worker,
-        {"settings": settings, "records": ray.put((tuple(records), tuple(held_out)))},
-        Workers(REWARD_MODEL, stage.ranks, threads, stage.gpus_per_rank, config.placement.wait_s, limits.learn_s),
-        settings.work,
-    )
-    steps = await _follow(training, settings.learner.total_optimizer_steps, limits, telemetry, say)
-    trained: Trained = await training.result(limits.learn_s)
-    shutil.rmtree(settings.work, ignore_errors=True)
-    quality = measure(trained.held_out_scores, gold)
-    if quality.accuracy is not None:
-        telemetry.evaluation(len(steps), {"reward_model/held_out_accuracy": quality.accuracy})
-    last = steps[-math.ceil(len(steps) / 10) :]
-    return RewardModelResult(
-        path=str(folder),
-        held_out_accuracy=quality.accuracy,
-        interval=quality.interval,
-        num_pairs=quality.num_pairs,
-        kendall_tau=quality.kendall_tau,
-        loss=_mean(step["loss"] for step in last),
-        accuracy=_mean(step["accuracy"] for step in last),
-        num_records=len(records),
-        num_held_out=len(held_out),
-        num_truncated=trained.num_truncated,
-        optimizer_steps=len(steps),
-        score_mean=trained.stats.mean,
-        score_std=trained.stats.std,
-        seconds=monotonic() - started,
-    )
-
-
-@dataclass(frozen=True)
-class Quality:
-    """How scores order held-out replies; see RewardModelResult."""
-
-    accuracy: float | None
-    interval: tuple[float, float]
-    num_pairs: int
-    kendall_tau: float | None
-
-
-def measure(scores: Sequence[Sequence[float]], gold: Sequence[Sequence[float]] | None = None) -> Quality:
-    """Args:
-    scores: per record, of its replies, best reply first.
-    gold: per record, their true scores. None: the order is the truth.
-    """
-    correct = sum(concordant_pairs(replies) for replies in scores)
-    pairs = sum(num_pairs(len(replies)) for replies in scores)
-    truth = gold if gold is not None else [range(len(replies), 0, -1) for replies in scores]
-    taus = [kendall_tau(replies, true) for replies, true in zip(scores, truth, strict=True) if len(replies) > 2]
-    known = [tau for tau in taus if tau is not None]
-    return Quality(
-        accuracy=correct / pairs if pairs else None,
-        interval=wilson_interval(correct, pairs),
-        num_pairs=pairs,
-        kendall_tau=_mean(known) if known else None,
-    )
-
-
-def _settings(config: Config, folder: Path, *, num_records: int, threads: int) -> RewardTraining:
-    stage = config.reward_model
-    num_steps = stage.epochs * math.ceil(num_records / stage.prompts_per_batch)
-    learner = LearnerSettings(
-        zero_stage=stage.zero_stage,
-        dtype=config.model.compute_dtype,
-        learning_rate=stage.learning_rate,
-        schedule="linear",
-        warmup_optimizer_steps=num_steps // 10,
-        total_optimizer_steps=num_steps,
-        max_grad_norm=stage.max_grad_norm,
-    )
-    return RewardTraining(
-        model=stage.base or config.model.path,
-        policy=config.model.path,
-        cache_dir=config.run.cache,
-        folder=folder,
-        work=folder.with_name(f".{folder.name}.work"),
-        learner=learner,
-        seed=config.run.seed,
-        epochs=stage.epochs,
-        prompts_per_batch=stage.prompts_per_batch,
-        micro_batch_tokens=stage.micro_batch_tokens,
-        max_length=stage.max_length,
-        threads=threads,
-        timeout_s=config.deadlines.learn_s,
-        layers=stage.layers,
-        chat=chat_settings(config),
-        trust_remote_code=config.model.trust_remote_code,
-    )
-
-
-async def _follow(
-    training: TrainRun, num_steps: int, deadlines: DeadlinesConfig, telemetry: Telemetry, say: Say
-) -> list[Progress]:
-    """Metrics of all optimizer steps, told as they are made."""
-    steps: list[Progress] = []
-    telemetry.rewind(0)
-    while len(steps) < num_steps:
-        # The first one also waits for Ray Train, the model and the tokens.
-        timeout_s = deadlines.learn_s + (0.0 if steps else deadlines.start_s)
-        try:
-            with telemetry.step(len(steps)) as record:
-                progress = await training.next_line(timeout_s)
-                record({f"reward_model/{name}": progress[name] for name in _RECORDED})
-        except Restarted:
-            say("reward model: a worker failed; Ray Train begins again from the first step")
-            telemetry.rewind(0)
-            steps = []
-            continue
-        steps.append(progress)
-        if len(steps) % max(num_steps // SHOWN, 1) == 0 or len(steps) == num_steps:
-            say(_line(steps, num_steps))
-    return steps
-
-
-def _line(steps: Sequence[Progress], num_steps: int) -> str:
-    recent = steps[-max(num_steps // SHOWN, 1) :]
-    seconds = _mean(step["seconds"] for step in recent)
-    speed = _mean(step["tokens"] for step in recent) / seconds
-    return (
-        f"reward model {len(steps)}/{num_steps}  loss {_mean(step['loss'] for step in recent):.3f}  "
-        f"pairs in order {_mean(step['accuracy'] for step in recent):.0%}  {speed:.0f} tok/s  "
-        f"{(num_steps - len(steps)) * seconds:.0f} s left"
-    )
-
-
-def _mean(values: Iterable[float]) -> float:
-    return statistics.fmean(values)
-
-
-def run_alone(config: Config, ray_address: str | None) -> None:
-    """Checks, then runs the stage, as a pipeline does. The run keeps the config as it is: `rlhf run` can continue with
-    its other stages.
-
-    Raises:
-        ConfigError, DataError, CapacityError: found before anything starts, but for the room on a named cluster.
-    """
-    preferences = config.preferences
-    if preferences.path is None:
-        raise ConfigError(
-            "preferences.path is null: give a preference file, or let the labeller make one with `rlhf run` and "
-            "stages: [preferences, reward_model]."
-        )
-    config = resolved(config, keys=WITHOUT_TRIAL)
-    say("checking data and models ...")
-    prepared = imported("jobs.check.preflight:check_alone")(config, "reward_model")
-    if named_address(ray_address) is None:
-        place_reward_workers(config, find_cluster(None, wait_s=0.0).nodes)
-    with cluster(ray_address, wait_s=config.placement.wait_s, tell=say):
-        place_reward_workers(config, alive_nodes())
-        run = open_run(config, say)
-        say(f"run {run.id}, attempt {run.attempt}: {run.path}")
-        if (run.path / RESULT_FILE).exists():
-            say("an earlier attempt has trained its reward model; nothing is left to do")
-        work = imported("jobs.pipeline:run_stages")(alone(config, "reward_model"), run, prepared, say)
-        run_async(work, grace_s=config.run.grace_s)
-
-
-if __name__ == "__main__":
-    typer.run(imported("jobs.run:reward_model"))
+    async def run(self, job: StageJob) -> Mapping[str, Any]:
+        return await imported("jobs.stages.reward_model_training:make_reward_model")(job)  # type: ignore[no-any-return]

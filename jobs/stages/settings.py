@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from actors.learning.learner import LearnerSettings
 from actors.text.templates import ChatSettings, read_template
 from orchestrator.algorithms.experience import ExperienceSettings
 from orchestrator.algorithms.kl import adapted_coefficient
-from orchestrator.config.config import Config, Stage
+from orchestrator.config.config import Config
 from orchestrator.config.rewards import ModelRewardConfig, RewardConfig
 from orchestrator.config.sections import LearnerConfig
+from orchestrator.config.stages import StageEntry
 from orchestrator.coordinator import LoopSettings
-from orchestrator.planning.placement import Demand
-from orchestrator.run.folder import RunFolder
+from orchestrator.planning.demands import REWARD_MODEL
 from orchestrator.types import Sampling, State
-
-RECORDER_CPUS = 1.0
 
 
 def chat_settings(config: Config) -> ChatSettings:
@@ -28,13 +27,13 @@ def chat_settings(config: Config) -> ChatSettings:
     return ChatSettings(template, model.system_prompt, model.today)
 
 
-def alone(config: Config, stage: Stage) -> Config:
+def alone(config: Config, kind: str) -> Config:
     """For one stage by a command of its own, which neither mirrors its run nor opens trackers and ports."""
     run = config.run.model_copy(update={"mirror": None})
     telemetry = config.telemetry.model_copy(
         update={"prometheus_port": None, "tensorboard": False, "wandb_project": None, "mlflow_uri": None}
     )
-    return config.model_copy(update={"stages": (stage,), "run": run, "telemetry": telemetry})
+    return config.model_copy(update={"stages": (StageEntry(kind=kind, name=kind),), "run": run, "telemetry": telemetry})
 
 
 def sampling_of(config: Config) -> Sampling:
@@ -57,12 +56,12 @@ def shards_per_step(config: Config, *, is_sharded: bool) -> int | None:
     return None if is_sharded else math.ceil(config.samples_per_step / samples_per_shard(config))
 
 
-def reward_model_of(config: Config, run: RunFolder) -> str | None:
-    """The reward model's folder or name: the config's, or the one that the run's reward_model stage trained. None: the
-    reward is no model."""
-    if not isinstance(config.reward, ModelRewardConfig):
-        return None
-    return config.reward.path or str(run.reward_model)
+def reward_path(config: Config, inputs: Mapping[str, Path]) -> str | None:
+    """The reward model's folder or name: the artifact that a stage before made, else the config's. None: the reward is
+    no model."""
+    if REWARD_MODEL in inputs:
+        return str(inputs[REWARD_MODEL])
+    return config.reward.path if isinstance(config.reward, ModelRewardConfig) else None
 
 
 def reward_base(config: Config) -> tuple[str, int | None]:
@@ -156,22 +155,3 @@ def within(deadline_s: float) -> float:
 def engines_sleep(config: Config) -> bool:
     """Whether engines share GPUs with learners, so that they sleep while those compute."""
     return config.placement.mode == "colocated" and config.rollout.gpus_per_replica > 0
-
-
-def demands(config: Config, *, learning: bool) -> list[Demand]:
-    """What the roles need: for PPO and replay all of them, with `learning` off only the engines."""
-    rollout, reward, critic = config.rollout, config.reward, config.critic
-    gpus = rollout.gpus_per_replica * rollout.tensor_parallel_size
-    engines = Demand("rollout", rollout.replicas, rollout.cpus_per_replica, gpus)
-    if not learning:
-        return [engines]
-    reference = config.reference
-    critics = [Demand("critic", critic.ranks, critic.cpus_per_rank, critic.gpus_per_rank)]
-    return [
-        engines,
-        Demand("policy", config.policy.ranks, config.policy.cpus_per_rank, config.policy.gpus_per_rank),
-        *(critics if config.algorithm.needs_critic else []),
-        Demand("reference", reference.ranks, reference.cpus_per_rank, reference.gpus_per_rank),
-        Demand("reward", reward.replicas, reward.cpus_per_replica, reward.gpus_per_replica),
-        Demand("recorder", 1, RECORDER_CPUS),
-    ]

@@ -54,7 +54,7 @@ def _failure_lines(failure: FirstFailure, folder: Path) -> Iterator[str]:
 def _standing_lines(standing: Standing) -> Iterator[str]:
     yield f"attempts: {standing.attempts}"
     yield "stages: " + ", ".join(f"{name} {state}" for name, state in standing.stages.items())
-    if "ppo" not in standing.stages:
+    if standing.logged is None:
         return
     of = f" of {standing.num_steps}" if standing.num_steps else ""
     yield f"steps committed: {standing.num_committed}{of}" + _up_to(standing.num_committed)

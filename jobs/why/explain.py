@@ -30,10 +30,11 @@ _LASTING = ("programming", "data")
 
 @dataclass(frozen=True)
 class Standing:
-    """`stages`: name to "finished", "failed", "begun" or "not begun". Steps are those of the PPO stage."""
+    """`stages`: name to "finished", "failed", "begun" or "not begun". Steps are those of the stage `logged`."""
 
     attempts: int
     stages: Mapping[str, str]
+    logged: str | None
     num_steps: int | None
     num_committed: int
     last_learned: int | None
@@ -74,6 +75,7 @@ def explain(facts: Facts) -> Explanation:
         standing=Standing(
             attempts=len(facts.numbers),
             stages=_stages(facts),
+            logged=facts.logged,
             num_steps=facts.num_steps,
             num_committed=facts.num_committed,
             last_learned=facts.last_learned,
@@ -214,7 +216,7 @@ def _way_on(facts: Facts) -> Iterator[str]:
     folder = facts.folder.resolve()
     overrides = [f"run.id={folder.name}", *([] if facts.is_at_root else [f"run.root={folder.parent}"])]
     yield f"to go on: rlhf run --config {_path(facts, CONFIG_FILE)} {shlex.join(overrides)}"
-    if "ppo" not in facts.stages:
+    if facts.logged is None:
         return
     first = facts.last_checkpoint or 0
     begin = f"checkpoint {first}" if first else "the start weights"

@@ -53,6 +53,7 @@ class Facts:
     now: seconds since the epoch at which all this was read.
     is_at_root: the config's run.root leads here from the working folder.
     attempts: number to the time it began.
+    logged: the last stage that learns in steps from a log, which steps and checkpoints are of; None: there is none.
     num_committed: steps in the log, from step 0 to the first gap.
     last_learned: last step with a line in metrics.jsonl.
     last_checkpoint: step of the newest complete checkpoint, which is the number of steps learned before it.
@@ -65,6 +66,7 @@ class Facts:
     now: float
     is_at_root: bool
     stages: Sequence[str]
+    logged: str | None
     num_steps: int | None
     events: Sequence[Event]
     attempts: Mapping[int, float]

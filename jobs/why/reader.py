@@ -13,14 +13,16 @@ from typing import Any, TypeVar
 
 import psutil
 
+from jobs.stages.table import logged_name, named_kinds, num_steps_of
 from jobs.why.facts import Beat, Call, Event, Facts, Process
 from orchestrator.config.loader import translated
+from orchestrator.config.stages import OLD_KINDS
 from orchestrator.config.yaml_text import parse_yaml
 from orchestrator.errors import StorageError
 from orchestrator.run.attempts import ATTEMPTS
 from orchestrator.run.checkpoints import MARKER, read_best
 from orchestrator.run.experience_log import num_committed
-from orchestrator.run.folder import CONFIG_FILE, storage_root
+from orchestrator.run.folder import CONFIG_FILE, stage_place, storage_root
 from orchestrator.watching.guards import PAUSED_FILE
 from orchestrator.watching.heartbeat import HEARTBEAT_FILE
 from orchestrator.watching.telemetry import EVENTS_FILE, METRICS_FILE
@@ -40,21 +42,26 @@ def read_facts(folder: Path, now: float) -> Facts | None:
     if not any(reader.get(name, lambda path: path.exists(), False) for name in traces):
         return None
     config = reader.get(CONFIG_FILE, lambda path: translated(_mapping(parse_yaml, path)), empty)
-    run, rl, stages = (config.get(section) for section in ("run", "rl", "stages"))
+    run = config.get("run")
     root = run.get("root") if isinstance(run, dict) else None
     events = [event for line in reader.get(EVENTS_FILE, reader.lines, no_lines) if (event := _event(line))]
+    begun = next(filter(None, map(stages_of, reversed(events))), ["rl"])
+    kinds = named_kinds(config.get("stages")) or {name: name for name in begun}
+    logged = logged_name(kinds)
+    place = stage_place(folder, "" if logged is None or logged == kinds[logged] else logged)
     return Facts(
         folder=folder,
         now=now,
         is_at_root=isinstance(root, str) and storage_root(Path(root)).resolve() == folder.resolve().parent,
-        stages=_names(stages) or next(filter(None, map(stages_of, reversed(events))), ["ppo"]),
-        num_steps=whole(rl.get("steps")) if isinstance(rl, dict) else None,
+        stages=list(kinds),
+        logged=logged,
+        num_steps=None if logged is None else whole(num_steps_of(kinds[logged], config)),
         events=events,
         attempts=reader.get(ATTEMPTS, _attempts, {}),
-        num_committed=reader.get("log", num_committed, 0),
-        last_learned=_last_learned(reader.get(METRICS_FILE, reader.lines, no_lines)),
-        last_checkpoint=reader.get("checkpoints", _last_checkpoint, None),
-        best_checkpoint=None if (best := read_best(folder / "checkpoints")) is None else str(best),
+        num_committed=reader.get(str((place / "log").relative_to(folder)), num_committed, 0),
+        last_learned=_last_learned(reader.get(METRICS_FILE, reader.lines, no_lines), logged),
+        last_checkpoint=reader.get(str((place / "checkpoints").relative_to(folder)), _last_checkpoint, None),
+        best_checkpoint=None if (best := read_best(place / "checkpoints")) is None else str(best),
         beat=_beat(reader.get(HEARTBEAT_FILE, lambda path: _mapping(json.loads, path), empty)),
         paused=reader.get(PAUSED_FILE, lambda path: path.read_text(encoding="utf-8", errors="replace"), None),
         notes=reader.notes,
@@ -108,7 +115,7 @@ def stages_of(event: Event) -> list[str]:
 
 
 def _names(value: Any) -> list[str]:
-    return [str(item) for item in value] if isinstance(value, list) else []
+    return list(named_kinds(value))
 
 
 def _object(line: str) -> dict[str, Any] | None:
@@ -129,16 +136,21 @@ def _event(line: Mapping[str, Any]) -> Event | None:
     if time is None or time < 0 or attempt is None:
         return None
     fields = {name: value for name, value in line.items() if name not in ("time", "attempt", "stage", "kind")}
-    return Event(time, attempt, str(line.get("stage")), str(line.get("kind")), fields)
+    return Event(time, attempt, _stage(line), str(line.get("kind")), fields)
 
 
 def _attempts(folder: Path) -> dict[int, float]:
     return {int(path.name): path.stat().st_mtime for path in sorted(folder.iterdir()) if path.name.isdecimal()}
 
 
-def _last_learned(lines: Sequence[Mapping[str, Any]]) -> int | None:
-    steps = (line for line in reversed(lines) if line.get("stage") == "ppo" and line.get("kind") == "step")
+def _last_learned(lines: Sequence[Mapping[str, Any]], stage: str | None) -> int | None:
+    steps = (line for line in reversed(lines) if _stage(line) == stage and line.get("kind") == "step")
     return next((step for line in steps if (step := whole(line.get("step"))) is not None), None)
+
+
+def _stage(line: Mapping[str, Any]) -> str:
+    name = str(line.get("stage"))
+    return OLD_KINDS.get(name, name)
 
 
 def _last_checkpoint(folder: Path) -> int | None:
@@ -157,7 +169,7 @@ def _beat(line: Mapping[str, Any]) -> Beat | None:
         attempt=attempt,
         pid=pid,
         host=host,
-        stage=str(line.get("stage") or ""),
+        stage=_stage(line) if line.get("stage") else "",
         step=whole(line.get("step")),
         phases={name: number(value) or 0.0 for name, value in phases.items()} if isinstance(phases, dict) else {},
         waiting=[_call(item) for item in waiting if isinstance(item, dict)] if isinstance(waiting, list) else [],

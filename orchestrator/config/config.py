@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from orchestrator.algorithms.algorithm import Algorithm
 from orchestrator.algorithms.ppo import Ppo
@@ -34,13 +33,13 @@ from orchestrator.config.sections import (
     RunConfig,
     TelemetryConfig,
 )
-
-Stage = Literal["preferences", "reward_model", "ppo"]
+from orchestrator.config.stages import StageEntry
 
 
 class Config(Section):
-    stages: tuple[Stage, ...] = ("ppo",)
-    """Stages of the run, in order: preferences (sample and rank), reward_model, ppo."""
+    stages: Annotated[tuple[StageEntry, ...], Field(min_length=1)] = (StageEntry(kind="rl", name="rl"),)
+    """Stages of the run, in order: sample, preferences, reward_model, rl. One that occurs twice has a name of its own:
+    {name: again, kind: rl, set: {rl.steps: 5}}."""
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
@@ -68,11 +67,6 @@ class Config(Section):
     def samples_per_step(self) -> int:
         return self.rl.samples_per_step
 
-    @property
-    def has_rollouts(self) -> bool:
-        """Whether any stage samples replies to the prompts, and so starts rollout engines."""
-        return "preferences" in self.stages or "ppo" in self.stages
-
     @model_validator(mode="after")
     def _keys_fit_together(self) -> Config:
         for complaint in _contradictions(self):
@@ -81,20 +75,9 @@ class Config(Section):
 
 
 def _contradictions(config: Config) -> Iterable[str]:
-    """What contradicts between sections; each rule stands with the section whose key it is about."""
+    """What contradicts between sections; each rule stands with the section whose key it is about. What the stages need
+    of each other is theirs to say (jobs/stages)."""
     yield from config.algorithm.contradictions(config.rl, config.rollout)
     yield from config.rollout.contradictions(config.model)
     yield from config.placement.contradictions(config.rl)
-    yield from config.reward.contradictions(
-        is_used="ppo" in config.stages, is_trained_here="reward_model" in config.stages
-    )
-    trains_on_own_labels = "reward_model" in config.stages and config.preferences.path is None
-    if trains_on_own_labels and "preferences" not in config.stages:
-        yield (
-            "stage 'reward_model' needs preferences.path: give a preference file, or let the labeller make one in a "
-            "run with stages=[preferences,reward_model]."
-        )
-    order = [stage for stage in typing.get_args(Stage) if stage in config.stages]
-    if list(config.stages) != order:
-        yield f"stages must be distinct and in order; write stages: [{', '.join(order)}]."
     yield from config.guards.contradictions(config.rl, config.rollout, config.reward)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from orchestrator.config.base import Section, by_name
 from orchestrator.config.config import Config
+from orchestrator.config.stages import translated_stages
 from orchestrator.config.yaml_text import MAX_YAML_BYTES, parse_yaml
 from orchestrator.data.inputs import read_text
 from orchestrator.data.outside_text import has_credential
@@ -136,6 +137,8 @@ def translated(tree: Mapping[str, Any]) -> dict[str, Any]:
         is_absent = holder is not found and holder.get(leaf, section) is None
         if is_absent or holder.get(leaf) == {}:
             del holder[leaf]  # an optional section that was null, or one of which nothing is left
+    if "stages" in found:
+        found["stages"] = translated_stages(found["stages"])
     for key, values in RENAMED_VALUES.items():
         holder, leaf = _holder(found, key)
         if leaf in holder:
@@ -190,6 +193,20 @@ def _credentials(prefix: str, value: Any) -> Iterator[str]:
             yield from _credentials(prefix, inner)
     elif isinstance(value, str) and has_credential(value):
         yield prefix
+
+
+def changed(config: Config, keys: Mapping[str, Any], *, source: str) -> Config:
+    """The config with other values at some dotted keys. Raises ConfigError as `load_config`."""
+    tree = config.model_dump(mode="json")
+    for key, value in keys.items():
+        *sections, leaf = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{source}: {key!r}: {section!r} is a value, not a section.")
+        place[leaf] = value
+    return config_from_tree(tree, source=source)
 
 
 def to_yaml(config: Config) -> str:

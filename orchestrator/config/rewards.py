@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -47,10 +47,6 @@ class RewardConfig(Section):
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
     """GPUs of one replica."""
 
-    def contradictions(self, *, is_used: bool, is_trained_here: bool) -> Iterable[str]:  # noqa: ARG002  of a model
-        """`is_used`: a stage of the run asks for rewards. `is_trained_here`: a stage trains a reward model."""
-        return ()
-
 
 class ModelRewardConfig(RewardConfig):
     """A reward model: a sequence classifier with one label."""
@@ -65,13 +61,6 @@ class ModelRewardConfig(RewardConfig):
     that the reward_model stage trains, else what the model can take."""
     normalise: bool = True
     """Subtract the mean and divide by the standard deviation recorded with the reward model."""
-
-    def contradictions(self, *, is_used: bool, is_trained_here: bool) -> Iterable[str]:
-        if is_used and self.path is None and not is_trained_here:
-            yield (
-                "reward.name='model' needs reward.path: give the folder of a reward model, or add 'reward_model' to "
-                "stages so that one is trained, or choose reward.name='rules'."
-            )
 
 
 class RulesRewardConfig(RewardConfig):

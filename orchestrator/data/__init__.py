@@ -5,8 +5,3 @@ files      a file as a stream of rows: JSONL, JSON array, Parquet; plain, gzip o
 formats    one row of one format -> canonical records
 readers    read_prompts, read_rankings: bad rows gathered, duplicates counted
 """
-
-from orchestrator.data.readers import read_prompts, read_rankings
-from orchestrator.data.records import Message, PromptRecord, RankingRecord, ReadReport
-
-__all__ = ["Message", "PromptRecord", "RankingRecord", "ReadReport", "read_prompts", "read_rankings"]

@@ -262,6 +262,11 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [path for path in _folders(folder, _CHECKPOINT) if (path / MARKER).exists()]
 
 
+def is_complete(folder: Path, step: int) -> bool:
+    """Whether the checkpoint of a step is in the folder, whole."""
+    return (folder / f"step-{step:06d}" / MARKER).exists()
+
+
 def read_best(folder: Path) -> Best | None:
     """What best.json in the folder of checkpoints says. None: there is none, or it is damaged or out of date."""
     try:

@@ -16,7 +16,6 @@ from orchestrator.config.config import Config
 from orchestrator.config.loader import load_kept_config, to_yaml
 from orchestrator.errors import ConfigError, StorageError, Superseded
 from orchestrator.run.attempts import ATTEMPTS, claim, numbers
-from orchestrator.run.checkpoints import MARKER
 from orchestrator.run.mirror import Mirror
 from orchestrator.run.storage import reading, replacing, writing
 from orchestrator.watching.telemetry import EVENTS_FILE, read_lines
@@ -32,6 +31,12 @@ class RunFolder:
     id: str
     attempt: int
     notes: tuple[str, ...] = ()
+    stage: str = ""
+
+    @property
+    def place(self) -> Path:
+        """The folder of what a stage makes: the run's own, or that of the stage whose name this carries."""
+        return stage_place(self.path, self.stage)
 
     def require_newest(self) -> None:
         """Raises Superseded when a later attempt has opened this folder: two must never write one run."""
@@ -42,31 +47,28 @@ class RunFolder:
 
     @property
     def log(self) -> Path:
-        return self.path / "log"
+        return self.place / "log"
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.place / "checkpoints"
 
     @property
     def evaluation(self) -> Path:
-        return self.path / "evaluation"
-
-    @property
-    def preferences(self) -> Path:
-        return self.path / "preferences.jsonl"
-
-    @property
-    def reward_model(self) -> Path:
-        return self.path / "reward-model"
+        return self.place / "evaluation"
 
     @property
     def export(self) -> Path:
-        return self.path / "export"
+        return self.place / "export"
 
     @property
     def best_export(self) -> Path:
-        return self.path / "export-best"
+        return self.place / "export-best"
+
+
+def stage_place(run: Path, stage: str) -> Path:
+    """Where a stage with a name of its own keeps what it makes; without one, the run's folder."""
+    return run / "stages" / stage if stage else run
 
 
 def open_run(config: Config, tell: Callable[[str], None] = lambda line: None) -> RunFolder:
@@ -170,19 +172,19 @@ def refuse_existing(config: Config) -> None:
         )
 
 
-def finished_run(config: Config) -> Path | None:
-    """The folder of the run that run.id names, when nothing of it is left to do. Raises StorageError."""
+def existing_run(config: Config) -> RunFolder | None:
+    """The folder of the run that run.id names, opened without a new attempt; None when there is no such run."""
     if config.run.id is None:
         return None
     path = storage_root(config.run.root) / config.run.id
-    last = config.stages[-1]
+    return RunFolder(path, path.name, attempt=0) if (path / CONFIG_FILE).exists() else None
+
+
+def has_finished(path: Path, stage: str) -> bool:
+    """Whether the last thing that a stage of the run in `path` told is that it finished. Raises StorageError."""
     events = read_lines(path / EVENTS_FILE)
-    kinds = [line["kind"] for line in events if line["stage"] == last and line["kind"].startswith("stage_")]
-    is_done = kinds[-1:] == ["stage_finished"]
-    if last == "ppo":
-        # A run that has finished may be told to take more steps.
-        is_done = is_done and (path / "checkpoints" / f"step-{config.rl.steps:06d}" / MARKER).exists()
-    return path if is_done else None
+    kinds = [line["kind"] for line in events if line["stage"] == stage and line["kind"].startswith("stage_")]
+    return kinds[-1:] == ["stage_finished"]
 
 
 def check_run_folder(config: Config) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from orchestrator.config.stages import OLD_KINDS
 from orchestrator.data.outside_text import redacted
 from orchestrator.errors import StorageError
 from orchestrator.roles import Trackers
@@ -72,6 +73,43 @@ class _Phases:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """A metric in the line of a step for people.
+
+    Args:
+        metric: a step without it leaves it out.
+        form: format string of its value.
+        change: format string of the difference from the stage's first step, shown from the second on.
+        unless_zero: leave it out where it is 0.
+    """
+
+    metric: str
+    form: str
+    change: str | None = None
+    unless_zero: bool = False
+
+    def text(self, metrics: Mapping[str, float], first: Mapping[str, float]) -> str | None:
+        value = metrics.get(self.metric)
+        if value is None or (self.unless_zero and not value):
+            return None
+        before = first.get(self.metric)
+        change = "" if self.change is None or before is None else self.change.format(value - before)
+        return self.form.format(value) + change
+
+
+SECONDS = Shown("time/step_s", "{:.1f} s/step")
+SHOWN = (
+    Shown("reward/mean", "reward {:.2f}", change=" ({:+.2f})"),
+    Shown("kl/per_response", "KL {:.2g}"),
+    Shown("response/length_mean", "len {:.0f}"),
+    Shown("tokens/generated_per_s", "{:.0f} tok/s"),
+    SECONDS,
+    Shown("reward/cut", "{:.0f} transcripts cut for the reward model", unless_zero=True),
+)
+"""Of a stage that samples and learns."""
+
+
+@dataclass(frozen=True)
 class _Progress:
     """What the line for people is made of."""
 
@@ -79,24 +117,11 @@ class _Progress:
     step: int
     num_steps: int | None
     metrics: Mapping[str, float]
-    first_reward: float | None
+    first: Mapping[str, float]
     seconds_left: float | None
 
-    def line(self) -> str:
-        metrics, parts = self.metrics, []
-        if "reward/mean" in metrics:
-            reward = metrics["reward/mean"]
-            change = f" ({reward - self.first_reward:+.2f})" if self.first_reward is not None else ""
-            parts.append(f"reward {reward:.2f}{change}")
-        formats = {
-            "kl/per_response": "KL {:.2g}",
-            "response/length_mean": "len {:.0f}",
-            "tokens/generated_per_s": "{:.0f} tok/s",
-            "time/step_s": "{:.1f} s/step",
-        }
-        parts += [text.format(metrics[name]) for name, text in formats.items() if name in metrics]
-        if metrics.get("reward/cut"):
-            parts.append(f"{metrics['reward/cut']:.0f} transcripts cut for the reward model")
+    def line(self, shown: Sequence[Shown]) -> str:
+        parts = [text for item in shown if (text := item.text(self.metrics, self.first)) is not None]
         if self.seconds_left is not None:
             parts.append(f"{clock_text(self.seconds_left)} left")
         number = f"{self.step + 1}/{self.num_steps}" if self.num_steps else f"{self.step + 1}"
@@ -112,6 +137,7 @@ class Telemetry:
         console: gets one line of text per step.
         stage: name of the stage; lines of other stages in the same file are left alone.
         num_steps: steps of the stage, for progress and time left.
+        shown: metrics in the line of a step.
         prometheus: endpoint to keep up to date; whoever opened it closes it.
         clock, wall_clock: monotonic seconds and seconds since the epoch.
         fence: called before metrics are written; raises when the run is another writer's.
@@ -127,8 +153,9 @@ class Telemetry:
         trackers: Sequence[Trackers] = (),
         console: Callable[[str], None] | None = None,
         *,
-        stage: str = "ppo",
+        stage: str = "rl",
         num_steps: int | None = None,
+        shown: Sequence[Shown] = SHOWN,
         prometheus: PrometheusEndpoint | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -136,7 +163,7 @@ class Telemetry:
     ) -> None:
         self._folder, self._run_id, self._attempt = folder, run_id, attempt
         self._trackers, self._console, self._prometheus = tuple(trackers), console, prometheus
-        self._stage, self._num_steps = stage, num_steps
+        self._stage, self._num_steps, self._shown = stage, num_steps, tuple(shown)
         self._clock, self._wall_clock = clock, wall_clock
         self._fence = fence
         self._phases = _Phases(clock)
@@ -145,7 +172,7 @@ class Telemetry:
         for name in (METRICS_FILE, EVENTS_FILE):
             _drop_torn_tail(folder / name)
         self._total_tokens = 0.0
-        self._first_reward: float | None = None
+        self._first: Mapping[str, float] = {}
         self._continue_from(read_lines(folder / METRICS_FILE))
 
     @contextmanager
@@ -250,20 +277,19 @@ class Telemetry:
             self._prometheus.update({**collected, "telemetry/non_finite": num_lost}, steps=steps, tokens=tokens)
 
     def _show_progress(self, step: int, metrics: Mapping[str, float]) -> None:
-        first_reward = self._first_reward
-        if first_reward is None:
-            self._first_reward = metrics.get("reward/mean")
+        first = self._first
+        self._first = first or dict(metrics)
         if self._console is None:
             return
         left = None
         if self._num_steps is not None and step + 1 < self._num_steps:
             left = (self._num_steps - step - 1) * statistics.median(self._step_seconds)
-        self._console(_Progress(self._stage, step, self._num_steps, metrics, first_reward, left).line())
+        self._console(_Progress(self._stage, step, self._num_steps, metrics, first, left).line(self._shown))
 
     def _continue_from(self, lines: Sequence[Mapping[str, Any]]) -> None:
         steps = [line["metrics"] for line in lines if line["stage"] == self._stage and line["kind"] == "step"]
         self._total_tokens = (steps[-1].get("tokens/total") or 0.0) if steps else 0.0
-        self._first_reward = steps[0].get("reward/mean") if steps else None
+        self._first = {name: value for name, value in steps[0].items() if value is not None} if steps else {}
 
     def _rewrite(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:
         path = self._folder / METRICS_FILE
@@ -308,7 +334,7 @@ def _checked(line: Any) -> dict[str, Any]:
         case _ if of_metrics:
             raise ValueError
     _as_text(line).encode()
-    return dict(line)
+    return {**line, "stage": OLD_KINDS.get(line["stage"], line["stage"])}
 
 
 def clock_text(seconds: float) -> str:

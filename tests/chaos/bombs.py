@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator.config.loader import load_config
-from orchestrator.data import read_prompts, read_rankings
 from orchestrator.data.inputs import read_text
+from orchestrator.data.readers import read_prompts, read_rankings
 from orchestrator.errors import DataError
 
 Work = tuple[Callable[..., object], tuple[Any, ...]]

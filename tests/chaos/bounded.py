@@ -22,7 +22,7 @@ MAX_CPU_S = scaled(30.0)
 _PROTECTION_BYTES = 3 * 2**30  # beyond this the process gets no memory, so that a fault does not take the machine
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["orchestrator.data", "orchestrator.config.loader", "tests.chaos.bombs"])
+_CONTEXT.set_forkserver_preload(["orchestrator.data.readers", "orchestrator.config.loader", "tests.chaos.bombs"])
 
 
 @dataclass(frozen=True)

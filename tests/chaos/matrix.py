@@ -58,7 +58,7 @@ def blows(role: str, *, seed: int, kind: str = "KILL", **more: Any) -> list[Blow
 def settings(folder: Path) -> dict[str, Any]:
     """A tiny model, two engines, two ranks of the policy, all roles real."""
     return {
-        "stages": ["ppo"],
+        "stages": ["rl"],
         "run": {"root": str(folder / "runs")},
         "model": {"path": str(folder / "model"), "max_length": 128},
         "prompts": {"limit": 60, "max_prompt_tokens": 88, "held_out_fraction": 0.1},

@@ -33,7 +33,7 @@ from tests.unit.orchestrator.fakes import Diary, FakeLearner
 
 CONFIG = config_from_tree(
     {
-        "stages": ["preferences", "reward_model", "ppo"],
+        "stages": ["sample", "preferences", "reward_model", "rl"],
         "reward": {"name": "rules", "rules": [{"function": "a.b:c"}]},
         "run": {"id": "demo"},
     },
@@ -216,7 +216,7 @@ def continue_metrics(test: str, folder: Path, data: bytes) -> None:
             telemetry.rewind(1)
             with telemetry.step(1) as record:
                 record({"reward/mean": 0.5})
-        lines = [line for line in read_lines(path) if line["stage"] == "ppo" and line["kind"] == "step"]
+        lines = [line for line in read_lines(path) if line["stage"] == "rl" and line["kind"] == "step"]
         assert lines[-1]["step"] == 1 and all(line["step"] < 1 for line in lines[:-1])
 
 

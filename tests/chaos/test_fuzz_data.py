@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
-from orchestrator.data import read_prompts, read_rankings
+from orchestrator.data.readers import read_prompts, read_rankings
 from orchestrator.data.records import ROLES, Message, message_dicts, reply_json
 from tests.chaos.fuzzing import Damages, example, fuzz
 from tests.chaos.mutations import PLACES, damage, damages, with_value

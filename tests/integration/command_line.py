@@ -101,7 +101,7 @@ class CommandLine:
 def command_line(folder: Path, model: Path) -> Iterator[CommandLine]:
     """A command line with a good config of a tiny run in `folder`."""
     config = {
-        "stages": ["ppo"],
+        "stages": ["rl"],
         "run": {"root": str(folder / "runs"), "name": "bad"},
         "model": {"path": str(model), "dtype": "float32", "max_length": 128},
         "prompts": {"path": str(folder / "prompts.jsonl"), "max_prompt_tokens": 100},

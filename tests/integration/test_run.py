@@ -73,7 +73,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     folder = tmp_path_factory.mktemp("run")
     settings = {
-        "stages": ["ppo"],
+        "stages": ["rl"],
         "run": {"root": str(folder / "runs")},
         "model": {"path": str(tiny_llama(folder / "model")), "max_length": 128},
         "prompts": {"limit": 60, "max_prompt_tokens": 100},
@@ -233,9 +233,9 @@ def test_a_reward_model_trained_alone_is_told_as_finished_and_the_run_goes_on_wi
     finish(launcher.start("reward-model", *config, *keys, "stages=[reward_model]"))
     told = finish(launcher.start("why", str(launcher.run_folder("alone"))))
     assert "alone: finished" in told and "reward_model finished" in told and "nothing failed" in told
-    longer = finish(launcher.start("run", *config, *keys, "stages=[reward_model,ppo]"))
+    longer = finish(launcher.start("run", *config, *keys, "stages=[reward_model,rl]"))
     assert "alone, attempt 2" in longer and "reward model 1/" not in longer, "it was trained again"
-    (step,) = (line for line in read_lines(launcher.run_folder("alone") / "metrics.jsonl") if line["stage"] == "ppo")
+    (step,) = (line for line in read_lines(launcher.run_folder("alone") / "metrics.jsonl") if line["stage"] == "rl")
     assert step["metrics"]["reward/cut"] == 16.0
     assert "16 transcripts cut for the reward model" in longer
     told = finish(launcher.start("why", str(launcher.run_folder("alone"))))

@@ -65,7 +65,7 @@ def submit(cluster: Cluster, *overrides: str) -> tuple[int, str]:
 
 def tiny_overrides(folder: Path) -> list[str]:
     settings = {
-        "stages": "[ppo]",
+        "stages": "[rl]",
         "run.id": "three",
         **{f"deadlines.{name}": seconds for name, seconds in of_a_run().items()},
         "model.path": tiny_llama(folder / "model"),
@@ -151,7 +151,7 @@ def test_a_job_with_a_bad_key_fails_and_says_why(cluster: Cluster) -> None:
 def test_our_own_submit_ends_with_the_jobs_exit_code(cluster: Cluster) -> None:
     done = cluster.run(
         *("python", "-m", "jobs", "submit", "--address", DASHBOARD, "--config", "jobs/configs/quickstart.yaml"),
-        *("prompts.path=/nowhere/prompts.jsonl", "stages=[preferences]"),
+        *("prompts.path=/nowhere/prompts.jsonl", "stages=[sample,preferences]"),
         cwd=ROOT,
         timeout_s=JOB_S,
     )

@@ -92,12 +92,12 @@ def _chosen_by_name(section: type[BaseModel]) -> list[type[BaseModel]]:
 
 
 def _names_read() -> set[str]:
-    """Attributes that code outside the config's sections reads, by any object's name."""
+    """Attributes that code reads outside the sections that define them, by any object's name."""
     trees = [
         ast.parse((ROOT / module).read_text(encoding="utf-8"))
         for module in MODULES
-        if module == "orchestrator/config/changes.py"
-        or (not module.startswith("orchestrator/config/") and module != "jobs/configuration_docs.py")
+        if (not module.startswith("orchestrator/config/") or module == "orchestrator/config/changes.py")
+        and module != "jobs/configuration_docs.py"
     ]
     return {
         node.attr

@@ -17,7 +17,7 @@ from orchestrator.watching.telemetry import Telemetry
 
 NUM_STEPS = 20
 NUM_PROMPTS = 64
-SETTINGS = {"stages": ["preferences", "reward_model", "ppo"], "rl": {"steps": NUM_STEPS}}
+SETTINGS = {"stages": ["sample", "preferences", "reward_model", "rl"], "rl": {"steps": NUM_STEPS}}
 GAIN = 0.2
 PLAIN = "The weather will be rainy and it will be cold for most of the day."
 WARM = "What a lovely thought! A rainy Monday is a wonderful chance for a good book, a warm drink and some rest."

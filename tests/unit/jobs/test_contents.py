@@ -43,7 +43,7 @@ def files(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def config(files: Path, **changes: Any) -> Config:
     tree: dict[str, Any] = {
-        "stages": ["reward_model", "ppo"],
+        "stages": ["reward_model", "rl"],
         "run": {"root": str(files / "runs"), "id": "demo", "cache": str(files / "cache")},
         "model": {
             "path": str(files / "policy"),

@@ -7,7 +7,7 @@ import pytest
 from actors.text.conversations import Chat, chat_of
 from actors.text.templates import ChatSettings
 from jobs.prepare import prepare_prompts
-from orchestrator.data import Message, PromptRecord
+from orchestrator.data.records import Message, PromptRecord
 from orchestrator.errors import DataError
 from tests.tiny import CHATML, tiny_tokenizer
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from actors.rewards.model import STATS_FILE, RewardModel, read_stats, write_stats
 from actors.text.conversations import CHAT_FILE, Chat, chat_of, reward_chat
 from actors.text.templates import ChatSettings
-from orchestrator.data import Message
+from orchestrator.data.records import Message
 from orchestrator.errors import DataError
 from tests.tiny import CHATML, tiny_scorer, tiny_tokenizer
 from tests.unit.actors.rewards.rollouts import rollout_table

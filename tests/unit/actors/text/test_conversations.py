@@ -11,8 +11,7 @@ import pytest
 
 from actors.text.conversations import Chat, base_chat, chat_of, load_chat
 from actors.text.templates import ChatSettings, read_template
-from orchestrator.data import Message
-from orchestrator.data.records import ToolCall
+from orchestrator.data.records import Message, ToolCall
 from orchestrator.errors import DataError
 from tests.tiny import CHATML, tiny_tokenizer
 

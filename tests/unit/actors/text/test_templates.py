@@ -13,7 +13,7 @@ import pytest
 
 from actors.text.conversations import chat_of
 from actors.text.templates import _PROCESS, ChatSettings, ChatTemplate, TemplateRefused
-from orchestrator.data import Message
+from orchestrator.data.records import Message
 from orchestrator.errors import DataError
 from tests.tiny import CHATML
 from tests.unit.actors.letters import letters

@@ -12,8 +12,8 @@ import pytest
 from actors.text.conversations import Chat, chat_of
 from actors.training.ranked_rows import ranked_rows
 from jobs.prepare import prepare_prompts
-from orchestrator.data import Message, PromptRecord, RankingRecord, read_prompts, read_rankings
-from orchestrator.data.records import ToolCall, message_dicts
+from orchestrator.data.readers import read_prompts, read_rankings
+from orchestrator.data.records import Message, PromptRecord, RankingRecord, ToolCall, message_dicts
 from orchestrator.errors import DataError
 from tests.tiny import CHATML, tiny_tokenizer
 

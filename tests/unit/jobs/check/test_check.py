@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from actors.learning.size import model_size
+from jobs.check.batches import batch_rows
 from jobs.check.capacity import Cluster, capacity
 from jobs.check.preflight import preflight
-from jobs.check.report import batch_rows, check
+from jobs.check.report import check
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
 from orchestrator.errors import CapacityError, ConfigError, DataError
@@ -154,7 +155,7 @@ def test_a_bad_preference_file_is_found_before_the_run(tree: dict[str, Any], tmp
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "Hi", "chosen": "Hello"}\n')
     config = config_of(
         tree,
-        stages=["reward_model", "ppo"],
+        stages=["reward_model", "rl"],
         preferences={"path": str(tmp_path / "pairs.jsonl")},
         reward={"name": "model"},
     )

@@ -136,7 +136,7 @@ def test_a_critic_from_a_base_of_another_vocabulary_is_refused(tmp_path: Path, m
         "preferences": {"path": str(tmp_path / "pairs.jsonl")},
         "reward": {"name": "model"},
     }
-    (problem,) = problems(tmp_path, models, stages=["reward_model", "ppo"], **sections)
+    (problem,) = problems(tmp_path, models, stages=["reward_model", "rl"], **sections)
     assert "the critic starts from reward_model.base" in problem
 
 

@@ -12,7 +12,7 @@ import pytest
 from actors.machine.probe import Speed
 from jobs import resolve
 from jobs.check import engine_trial
-from jobs.check.architecture import check_architecture
+from jobs.check.engine import check_architecture
 from jobs.check.engine_trial import TRYING, Verdict
 from jobs.resolve import WITHOUT_TRIAL, resolved
 from orchestrator.config.config import Config
@@ -164,8 +164,8 @@ def test_nothing_is_tried_on_gpus_with_another_engine_and_where_nothing_samples(
 
 def test_sampling_for_preferences_is_sampling(model: Path, says: Callable[[Verdict], Trials]) -> None:
     says(WRONG)
-    assert resolved(config(model, stages=["preferences"]), lambda line: None).rollout.engine == "hf"
-    named = resolved(config(model, stages=["preferences"], rollout={"engine": "vllm"}), lambda line: None)
+    assert resolved(config(model, stages=["sample"]), lambda line: None).rollout.engine == "hf"
+    named = resolved(config(model, stages=["sample"], rollout={"engine": "vllm"}), lambda line: None)
     with pytest.raises(ConfigError, match="can't serve"):
         check_architecture(named)
 

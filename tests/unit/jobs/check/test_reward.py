@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from jobs.check.reward import check_reward_window
+from jobs.check.rewards import check_reward_window
 from jobs.stages.settings import reward_max_length
+from jobs.stages.stage import Found
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
 from orchestrator.errors import ConfigError
@@ -26,12 +27,16 @@ def window_of(folder: Path) -> int:
     return int(json.loads((folder / "config.json").read_text())["max_position_embeddings"])
 
 
+def window_note(config: Config) -> str | None:
+    return check_reward_window(config, Found(None, None, None))
+
+
 def config_of(cache: Path, reward: dict[str, Any], **sections: Any) -> Config:
     return config_from_tree({"run": {"cache": str(cache)}, "reward": reward, **sections}, source="test")
 
 
 def test_the_length_is_the_keys_else_the_stages_else_the_models_own(tmp_path: Path) -> None:
-    trained = {"stages": ["reward_model", "ppo"], "preferences": {"path": "x"}, "reward_model": {"max_length": 100}}
+    trained = {"stages": ["reward_model", "rl"], "preferences": {"path": "x"}, "reward_model": {"max_length": 100}}
     assert reward_max_length(config_of(tmp_path, {}, **trained)) == 100
     assert reward_max_length(config_of(tmp_path, {"max_length": 90}, **trained)) == 90
     assert reward_max_length(config_of(tmp_path, {"path": "x"}, reward_model={"max_length": 100})) is None
@@ -40,29 +45,29 @@ def test_the_length_is_the_keys_else_the_stages_else_the_models_own(tmp_path: Pa
 
 def test_a_model_whose_window_holds_a_transcript_needs_no_word(scorer: Path, tmp_path: Path) -> None:
     longest = {"model": {"max_length": window_of(scorer)}}
-    assert check_reward_window(config_of(tmp_path, {"path": str(scorer)}, **longest)) is None
+    assert window_note(config_of(tmp_path, {"path": str(scorer)}, **longest)) is None
 
 
 def test_what_will_be_cut_is_said(scorer: Path, tmp_path: Path) -> None:
     longer = {"model": {"path": str(scorer), "max_length": window_of(scorer) + 1}}
-    note = check_reward_window(config_of(tmp_path, {"path": str(scorer)}, **longer))
+    note = window_note(config_of(tmp_path, {"path": str(scorer)}, **longer))
     assert note is not None and f"takes the last {window_of(scorer)} tokens" in note and "reward/cut" in note
-    note = check_reward_window(config_of(tmp_path, {"path": str(scorer), "max_length": 40}, **longer))
+    note = window_note(config_of(tmp_path, {"path": str(scorer), "max_length": 40}, **longer))
     assert note is not None and "takes the last 40 tokens" in note
 
 
 def test_the_model_that_the_run_trains_is_told_of_too(tmp_path: Path) -> None:
     base = tiny_llama(tmp_path / "base")
-    sections = {"stages": ["reward_model", "ppo"], "preferences": {"path": "x"}, "reward_model": {"max_length": 30}}
+    sections = {"stages": ["reward_model", "rl"], "preferences": {"path": "x"}, "reward_model": {"max_length": 30}}
     model = {"path": str(base), "max_length": 128}
-    note = check_reward_window(config_of(tmp_path, {}, model=model, **sections))
+    note = window_note(config_of(tmp_path, {}, model=model, **sections))
     assert note is not None and "takes the last 30 tokens" in note
 
 
 def test_more_than_the_window_is_refused_with_the_way_out(scorer: Path, tmp_path: Path) -> None:
     there = window_of(scorer)
     with pytest.raises(ConfigError, match=rf"reward\.max_length={there + 1} exceeds .* Set reward\.max_length={there}"):
-        check_reward_window(config_of(tmp_path, {"path": str(scorer), "max_length": there + 1}))
+        window_note(config_of(tmp_path, {"path": str(scorer), "max_length": there + 1}))
 
 
 def test_a_step_with_cut_transcripts_says_so_in_its_line(tmp_path: Path) -> None:

@@ -13,8 +13,11 @@ import pytest
 from actors.machine.node_speeds import complaints
 from actors.machine.probe import Speed
 from jobs.plan import estimate as module
-from jobs.plan.estimate import START_S, estimate, expected
+from jobs.plan.estimate import estimate, expected
 from jobs.prepare import Prepared
+from jobs.stages.reward_model import RewardModel
+from jobs.stages.rl import Rl
+from jobs.stages.sample import Sample
 from orchestrator.config.config import Config
 from orchestrator.config.loader import load_config
 from orchestrator.prompts import Splits
@@ -63,7 +66,7 @@ def test_the_quickstart_is_sized_for_laptops(
     machine(speed)
     found = estimate(quickstart(tmp_path, speed.dtype), prepared)
     assert 60.0 < found.seconds < 60.0 * minutes
-    assert set(found.parts) == {"ray", "preferences", "reward_model", "ppo"}
+    assert set(found.parts) == {"ray", "sample", "preferences", "reward_model", "rl"}
 
 
 def test_more_work_takes_longer(tmp_path: Path, machine: Any, prepared: Prepared) -> None:
@@ -75,16 +78,16 @@ def test_more_work_takes_longer(tmp_path: Path, machine: Any, prepared: Prepared
     config = quickstart(tmp_path, "float32")
     start = seconds()
     twice = seconds(f"rl.steps={2 * config.rl.steps}", f"reward_model.epochs={2 * config.reward_model.epochs}")
-    assert twice["preferences"] == start["preferences"]
-    assert twice["reward_model"] > 1.5 * start["reward_model"] - START_S["reward_model"]
-    evaluations = 2 * start["ppo"] - twice["ppo"]  # and the start: what more steps do not repeat
-    assert START_S["ppo"] < evaluations < start["ppo"]
+    assert twice["sample"] == start["sample"] > Sample.start_s
+    assert twice["reward_model"] > 1.5 * start["reward_model"] - RewardModel.start_s
+    evaluations = 2 * start["rl"] - twice["rl"]  # and the start: what more steps do not repeat
+    assert Rl.start_s < evaluations < start["rl"]
     whole = seconds("reward_model.layers=null")
-    assert whole["reward_model"] - START_S["reward_model"] > 4.0 * (start["reward_model"] - START_S["reward_model"])
-    assert whole["ppo"] > start["ppo"]
+    assert whole["reward_model"] - RewardModel.start_s > 4.0 * (start["reward_model"] - RewardModel.start_s)
+    assert whole["rl"] > start["rl"]
     with_critic = seconds("reward_model.layers=null", "algorithm.name=ppo")
-    assert with_critic["ppo"] > 1.3 * whole["ppo"]
-    assert set(seconds("stages=[preferences]")) == {"ray", "preferences"}
+    assert with_critic["rl"] > 1.3 * whole["rl"]
+    assert set(seconds("stages=[sample,preferences]")) == {"ray", "sample", "preferences"}
 
 
 def test_a_busy_machine_is_told(tmp_path: Path, machine: Any, prepared: Prepared, monkeypatch: Any) -> None:

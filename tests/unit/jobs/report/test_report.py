@@ -181,8 +181,8 @@ def test_a_crashed_run_is_reported_from_what_it_left(tmp_path):
     folder = write_run(tmp_path / "crashed", num_steps=3, finished=False)
     (folder / "config.yaml").unlink()
     with (folder / "metrics.jsonl").open("a") as stream:
-        stream.write('{"stage": "ppo", "st')
-    event = {"time": 1.7e9 + 2000, "attempt": 1, "stage": "ppo", "kind": "stage_failed", "error": "engine 1 <died>"}
+        stream.write('{"stage": "rl", "st')
+    event = {"time": 1.7e9 + 2000, "attempt": 1, "stage": "rl", "kind": "stage_failed", "error": "engine 1 <died>"}
     with (folder / "events.jsonl").open("a") as stream:
         stream.write(json.dumps(event) + "\n")
     shard = next((folder / "log" / "step-000002").glob("*.parquet"))
@@ -197,7 +197,7 @@ def test_a_crashed_run_is_reported_from_what_it_left(tmp_path):
 
 def test_wall_time_leaves_out_the_pause_between_attempts(tmp_path):
     lines = [
-        {"stage": "ppo", "kind": "step", "step": step, "attempt": attempt, "time": at, "metrics": {"time/step_s": 10.0}}
+        {"stage": "rl", "kind": "step", "step": step, "attempt": attempt, "time": at, "metrics": {"time/step_s": 10.0}}
         for step, attempt, at in [(0, 1, 110.0), (1, 1, 120.0), (2, 2, 5010.0)]
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-import jobs.pipeline
 import jobs.stages.replaying
 from jobs.pipeline import run_stages
 from jobs.prepare import without_prompts
 from jobs.report.data import read_run
 from jobs.stages.events import stage_events
 from jobs.stages.settings import alone
+from jobs.stages.stage import Stage, StageJob
+from jobs.stages.table import STAGES, stages_of, to_do
 from jobs.why.explain import Explanation, explain
 from jobs.why.reader import read_facts
 from orchestrator.config.changes import changed_keys
@@ -23,7 +24,7 @@ from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
 from orchestrator.errors import DataError
 from orchestrator.run.attempts import claim
-from orchestrator.run.folder import RunFolder, finished_run, open_run
+from orchestrator.run.folder import RunFolder, existing_run, open_run
 from orchestrator.types import State
 from orchestrator.watching.telemetry import Telemetry
 
@@ -40,18 +41,19 @@ def run_once(
 ) -> RunFolder:
     """The pipeline as every command runs it; only the stages' own work is left out."""
 
-    async def work(config: Config, run: RunFolder, *rest: Any) -> None:
-        telemetry = next(item for item in rest if isinstance(item, Telemetry))
-        stage = telemetry.now()["stage"]
-        if stage == failing:
+    async def work(stage: Stage, job: StageJob) -> dict[str, Any]:
+        if job.name == failing:
             raise DataError("no such file")
-        if stage == "preferences":
-            run.preferences.touch()
-        if stage == "reward_model":
-            (run.path / "reward_model.json").write_text("{}")
+        for made in job.makes:
+            (job.run.place / made.path).mkdir() if stage.kind in {"rl", "reward_model"} else job.output(
+                made.kind
+            ).touch()
+        if stage.kind == "reward_model":
+            (job.run.place / "reward_model.json").write_text("{}")
+        return {}
 
-    for name in ("_preferences", "_reward_model", "_ppo"):
-        monkeypatch.setattr(jobs.pipeline, name, work)
+    for stage in STAGES.values():
+        monkeypatch.setattr(type(stage), "run", work)
     run = open_run(config)
     prepared = without_prompts(None)  # type: ignore[arg-type]
     chosen = config if alone_stage is None else alone(config, alone_stage)
@@ -70,7 +72,14 @@ def why(folder: Path) -> Explanation:
 
 @pytest.mark.parametrize(
     "stages",
-    [("preferences",), ("reward_model",), ("preferences", "reward_model"), ("ppo",), ("reward_model", "ppo")],
+    [
+        ("sample",),
+        ("sample", "preferences"),
+        ("reward_model",),
+        ("sample", "preferences", "reward_model"),
+        ("rl",),
+        ("reward_model", "rl"),
+    ],
 )
 def test_a_finished_run_of_any_stages_is_told_as_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: tuple[str, ...]
@@ -82,8 +91,14 @@ def test_a_finished_run_of_any_stages_is_told_as_finished(
     assert explained.state == "finished"
     assert explained.first_failure is None
     assert explained.standing.stages == dict.fromkeys(stages, "finished")
-    if "ppo" not in stages:
-        assert finished_run(config) == run.path
+    if "rl" not in stages:  # which must have saved its last step
+        assert left(config) == []
+
+
+def left(config: Config) -> list[str]:
+    run = existing_run(config)
+    assert run is not None
+    return [entry.name for entry in to_do(stages_of(config), run)]
 
 
 def _with_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Config) -> RunFolder:
@@ -101,31 +116,31 @@ def test_a_stage_that_fails_is_told_with_its_error(tmp_path: Path, monkeypatch: 
 
 
 def test_an_attempt_is_finished_with_the_stages_that_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reward model is trained alone; then the run goes on with PPO, and dies."""
+    """A reward model is trained alone; then the run goes on with rl, and dies."""
     alone = config_of(tmp_path, "reward_model", preferences={"path": "given.jsonl"})
-    longer = config_of(tmp_path, "reward_model", "ppo", preferences={"path": "given.jsonl"})
+    longer = config_of(tmp_path, "reward_model", "rl", preferences={"path": "given.jsonl"})
     assert [change.matters for change in changed_keys(alone, longer)] == [False]
     assert [change.matters for change in changed_keys(longer, alone)] == [True]
     run_once(monkeypatch, alone)
-    assert finished_run(longer) is None
+    assert left(longer) == ["rl"]
     with pytest.raises(DataError):
-        run_once(monkeypatch, longer, failing="ppo")
+        run_once(monkeypatch, longer, failing="rl")
     explained = why(tmp_path / "demo-1")
     assert explained.state == "failed"
     assert [line.partition(": ")[2] for line in explained.earlier] == ["finished"]
-    assert explained.standing.stages == {"reward_model": "finished", "ppo": "failed"}
+    assert explained.standing.stages == {"reward_model": "finished", "rl": "failed"}
 
 
 def test_a_stage_run_alone_is_finished_although_the_config_has_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(tmp_path, "reward_model", "ppo", preferences={"path": "given.jsonl"})
+    config = config_of(tmp_path, "reward_model", "rl", preferences={"path": "given.jsonl"})
     run = run_once(monkeypatch, config, alone_stage="reward_model")
     explained = why(run.path)
     assert explained.state == "finished"
-    assert explained.standing.stages == {"reward_model": "finished", "ppo": "not begun"}
+    assert explained.standing.stages == {"reward_model": "finished", "rl": "not begun"}
     assert "to go on: rlhf run --config" in "\n".join(explained.now)
-    assert finished_run(config) is None
+    assert left(config) == ["rl"]
     run_once(monkeypatch, config)
     explained = why(run.path)
     assert explained.state == "finished" and explained.now == ["finished; there is nothing to go on with"]
@@ -133,10 +148,10 @@ def test_a_stage_run_alone_is_finished_although_the_config_has_more(
 
 
 def test_the_report_calls_a_run_finished_only_when_its_last_stage_is(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("stages: [reward_model, ppo]\n")
-    for stage, status in (("reward_model", "not finished"), ("ppo", "finished")):
+    (tmp_path / "config.yaml").write_text("stages: [reward_model, rl]\n")
+    for stage, status in (("reward_model", "not finished"), ("rl", "finished")):
         with Telemetry(tmp_path, "demo-1", 1, stage=stage) as telemetry:
-            with stage_events(telemetry, ["reward_model", "ppo"], tmp_path / "checkpoints"):
+            with stage_events(telemetry, ["reward_model", "rl"], tmp_path / "checkpoints"):
                 with telemetry.step(0) as record:
                     record({"reward/mean": 0.0})
         assert read_run(tmp_path).status == status
@@ -156,7 +171,7 @@ def test_a_replay_is_told_by_how_it_ended(tmp_path: Path, monkeypatch: pytest.Mo
     folder = tmp_path / "replay"
     (folder / "attempts").mkdir(parents=True)
     attempt = claim(folder, wait_s=1.0, tell=lambda line: None)
-    config = config_of(tmp_path, "ppo")
+    config = config_of(tmp_path, "rl")
     replay = jobs.stages.replaying._Replay(config, RunFolder(tmp_path, "demo-1", 0), folder, attempt, 3, False)
     if ends == "killed":
         with Telemetry(folder, "demo-1", attempt, stage="replay") as telemetry:

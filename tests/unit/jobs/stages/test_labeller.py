@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from jobs.stages.labeller import ScoredReplies, _noise, label, rank, write_rankings
-from orchestrator.data import Message, read_rankings
-from orchestrator.data.records import ToolCall
+from orchestrator.data.readers import read_rankings
+from orchestrator.data.records import Message, ToolCall
 from orchestrator.errors import DataError
 
 USER = (Message("user", "Why?"),)

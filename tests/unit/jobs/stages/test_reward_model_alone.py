@@ -14,8 +14,8 @@ from jobs.check import engine_trial
 from jobs.check.capacity import Cluster, capacity
 from jobs.check.preflight import preflight
 from jobs.resolve import WITHOUT_TRIAL, resolved
-from jobs.stages import reward_model as module
-from jobs.stages.reward_model import run_alone
+from jobs.stages import reward_model_training as module
+from jobs.stages.reward_model_training import run_alone
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
 from orchestrator.errors import CapacityError, ConfigError, DataError, RlhfError
@@ -49,7 +49,7 @@ def tree(tmp_path: Path, model: Path) -> dict[str, Any]:
     rows = [{"prompt": f"Is {n} even?", "chosen": "Yes.", "rejected": "No idea."} for n in range(40)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return {
-        "stages": ["reward_model", "ppo"],
+        "stages": ["reward_model", "rl"],
         "run": {"root": str(tmp_path / "runs")},
         "model": {"path": str(model), "dtype": "float32", "max_length": 128},
         "prompts": {"max_prompt_tokens": 32},
@@ -167,15 +167,16 @@ def test_the_stage_reads_no_prompts_as_part_of_a_run_either(tree: dict[str, Any]
     found = preflight(config_of(tree, prompts={"path": "/nowhere.jsonl"}))
     assert found.problems == []
     assert found.require().prompts.train == ()
-    tree["stages"] = ["reward_model", "ppo"]
+    tree["stages"] = ["reward_model", "rl"]
     assert "/nowhere.jsonl" in str(preflight(config_of(tree, prompts={"path": "/nowhere.jsonl"})).problems[0])
 
 
 def test_check_places_the_stages_workers(tree: dict[str, Any]) -> None:
     machine = Cluster("a toy", [Node("a", 2.0)], {"a": NodeOffer(None)})
-    for stages in (["reward_model"], ["reward_model", "ppo"]):
+    for stages in (["reward_model"], ["reward_model", "rl"]):
         tree["stages"] = stages
         with pytest.raises(CapacityError, match="reward_model wants 3"):
             capacity(config_of(tree, reward_model={"ranks": 3}), machine)
     tree["stages"] = ["reward_model"]
-    assert capacity(config_of(tree, rollout={"cpus_per_replica": 64}), machine).plan.slots == ()
+    slots = capacity(config_of(tree, rollout={"cpus_per_replica": 64}), machine).plan.slots
+    assert [(slot.role, slot.threads) for slot in slots] == [("reward_model", 2)]

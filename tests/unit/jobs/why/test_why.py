@@ -24,7 +24,7 @@ from tests.deadlines import scaled
 from tests.unit.jobs.run_folder import NUM_STEPS, write_run
 
 NOW = 1.7e9
-CONFIG = "stages: [reward_model, ppo]\nrl: {steps: 12}\n"
+CONFIG = "stages: [reward_model, rl]\nrl: {steps: 12}\n"
 ENGINE_FROZE = {
     "role": "rollout",
     "rank": 1,
@@ -56,7 +56,7 @@ class Run:
         path.touch()
         os.utime(path, (self._time, self._time))
 
-    def event(self, kind: str, attempt: int = 1, stage: str = "ppo", **fields: Any) -> None:
+    def event(self, kind: str, attempt: int = 1, stage: str = "rl", **fields: Any) -> None:
         self._time += 1.0
         line = {"time": self._time, "attempt": attempt, "stage": stage, "kind": kind, **fields}
         with (self.folder / "events.jsonl").open("a") as stream:
@@ -78,7 +78,7 @@ class Run:
         for step in range(committed):
             (self.folder / "log" / f"step-{step:06d}").mkdir(parents=True)
             (self.folder / "log" / f"step-{step:06d}" / "manifest.json").touch()
-        lines = [{"stage": "ppo", "kind": "step", "step": step, "metrics": {}} for step in range(learned)]
+        lines = [{"stage": "rl", "kind": "step", "step": step, "metrics": {}} for step in range(learned)]
         (self.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         if checkpoint is not None:
             (self.folder / "checkpoints" / f"step-{checkpoint:06d}").mkdir(parents=True)
@@ -86,7 +86,7 @@ class Run:
             (self.folder / "checkpoints" / f"step-{checkpoint + 1:06d}").mkdir()
 
     def beat(self, age: float = 3.0, attempt: int = 1, **content: Any) -> None:
-        head = {"time": NOW - age, "attempt": attempt, "pid": 99, "host": "elsewhere", "stage": "ppo", "step": 7}
+        head = {"time": NOW - age, "attempt": attempt, "pid": 99, "host": "elsewhere", "stage": "rl", "step": 7}
         rest = {"phases": {"learn": 12.0}, "waiting": [], "paused": None, "ended": None}
         (self.folder / "heartbeat.json").write_text(json.dumps({**head, **rest, **content}))
 
@@ -131,14 +131,14 @@ def test_a_live_run_tells_what_it_waits_for_how_long_and_against_which_deadline(
     assert explained.first_failure is None
     assert list(explained.now) == [
         "alive: process 99 on elsewhere, last heartbeat 3 s ago",
-        "ppo, step 7",
+        "rl, step 7",
         "phases: learn for 12 s",
         "waits for policy rank 1: learn, for 1 min 12 s, deadline 1 h 0 min",
         "waits for policy rank 0: learn, for 12 s, deadline 1 h 0 min",
     ]
     standing = explained.standing
     assert (standing.num_committed, standing.last_learned, standing.last_checkpoint) == (8, 6, 5)
-    assert standing.stages == {"reward_model": "finished", "ppo": "begun"}
+    assert standing.stages == {"reward_model": "finished", "rl": "begun"}
 
 
 def test_a_wait_for_capacity_is_told_while_nothing_came_after_it(run):
@@ -429,7 +429,7 @@ def test_json_holds_the_same_facts(run):
     told = json.loads(result.stdout)
     assert told["state"] == "failed"
     assert told["first_failure"]["node"] == "10.0.0.3"
-    assert told["standing"]["stages"]["ppo"] == "failed"
+    assert told["standing"]["stages"]["rl"] == "failed"
 
 
 def test_it_answers_within_two_seconds_and_loads_nothing_heavy(run):

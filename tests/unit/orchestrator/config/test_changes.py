@@ -40,7 +40,7 @@ def test_what_computes_nothing_does_not_matter(old: dict[str, Any], new: dict[st
 @pytest.mark.parametrize(
     ("old", "new", "key"),
     [
-        ({}, {"stages": ["preferences", "reward_model", "ppo"]}, "stages"),
+        ({}, {"stages": ["sample", "preferences", "reward_model", "rl"]}, "stages"),
         ({}, {"run": {"seed": 2}}, "run.seed"),
         ({}, {"policy": {"learning_rate": 1e-4}}, "policy.learning_rate"),
         ({}, {"policy": {"cpus_per_rank": 2}}, "policy.cpus_per_rank"),

@@ -38,6 +38,6 @@ def test_a_credential_in_a_url_is_refused_with_the_way_out(tmp_path: Path, key: 
 
 def test_ordinary_addresses_are_taken() -> None:
     config = load_config(
-        None, ["stages=[preferences]", "run.mirror=s3://bucket/prefix?region=eu&endpoint_override=host:9000"]
+        None, ["stages=[sample,preferences]", "run.mirror=s3://bucket/prefix?region=eu&endpoint_override=host:9000"]
     )
     assert config.run.mirror is not None

@@ -72,7 +72,7 @@ def test_an_old_value_is_refused_with_the_new_one() -> None:
     assert "ppo.advantage is now called algorithm.name; write algorithm.name=ppo." in refused("ppo.advantage=gae")
 
 
-@pytest.mark.parametrize("new", {*RENAMED.values(), *RENAMED_VALUES})
+@pytest.mark.parametrize("new", sorted({*RENAMED.values(), *RENAMED_VALUES}))
 def test_old_names_lead_to_keys_that_exist(new: str) -> None:
     section, _, key = new.partition(".")
     choice = by_name(Config.model_fields[section])

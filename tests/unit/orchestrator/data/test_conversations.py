@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.data import Message, read_prompts, read_rankings
-from orchestrator.data.records import ToolCall, content_id, message_dicts, messages_from_dicts
+from orchestrator.data.readers import read_prompts, read_rankings
+from orchestrator.data.records import Message, ToolCall, content_id, message_dicts, messages_from_dicts
 from orchestrator.errors import DataError
 
 Turn = dict[str, Any]

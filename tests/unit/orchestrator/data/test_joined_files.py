@@ -10,7 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from orchestrator.data import json_rows, read_prompts
+from orchestrator.data import json_rows
+from orchestrator.data.readers import read_prompts
 from orchestrator.errors import DataError
 
 A = b'[{"prompt": "a0"}, {"prompt": "a1"}]'

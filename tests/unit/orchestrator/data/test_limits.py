@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.data import limits, parquet, read_prompts, read_rankings
+from orchestrator.data import limits, parquet
+from orchestrator.data.readers import read_prompts, read_rankings
 from orchestrator.errors import DataError
 
 MIB = 2**20

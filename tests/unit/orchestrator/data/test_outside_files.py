@@ -12,8 +12,8 @@ import pytest
 
 from jobs.prepare import find_data
 from orchestrator.config.loader import load_config
-from orchestrator.data import read_prompts, read_rankings
 from orchestrator.data.inputs import MAX_SETTINGS_BYTES, read_text
+from orchestrator.data.readers import read_prompts, read_rankings
 from orchestrator.errors import ConfigError, DataError
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.data import Message, read_prompts, read_rankings
-from orchestrator.data.records import ToolCall
+from orchestrator.data.readers import read_prompts, read_rankings
+from orchestrator.data.records import Message, ToolCall
 
 FOLDER = Path(__file__).parents[5] / "shared" / "cases"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"{FOLDER} is absent: it holds inputs that were misread")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.data import read_prompts, read_rankings
+from orchestrator.data.readers import read_prompts, read_rankings
 from orchestrator.errors import DataError
 
 FOLDER = Path(__file__).parents[5] / "shared" / "data"

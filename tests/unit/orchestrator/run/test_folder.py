@@ -10,7 +10,7 @@ import pytest
 from orchestrator.config.config import Config
 from orchestrator.config.loader import load_config
 from orchestrator.errors import ConfigError, StorageError, Superseded
-from orchestrator.run.folder import check_run_folder, finished_run, open_run
+from orchestrator.run.folder import check_run_folder, has_finished, open_run
 from orchestrator.watching.telemetry import Telemetry
 
 
@@ -73,23 +73,19 @@ def test_an_older_attempt_notices_that_a_newer_one_writes_the_run(tmp_path: Path
         older.require_newest()
 
 
-def test_a_run_has_finished_when_its_last_stage_did_and_no_later_attempt_began(tmp_path: Path) -> None:
-    settings = config(tmp_path)
-    assert finished_run(settings) is None
-    run = open_run(settings)
-    marker = run.checkpoints / f"step-{settings.rl.steps:06d}" / "COMPLETE"
-    marker.parent.mkdir(parents=True)
-    marker.touch()
-    with Telemetry(run.path, run.id, 1, stage=settings.stages[-1]) as telemetry:
-        for kind, finished in {"stage_started": None, "failure": None, "stage_finished": run.path}.items():
+def test_a_stage_has_finished_when_the_last_it_told_is_that(tmp_path: Path) -> None:
+    run = open_run(config(tmp_path))
+    assert not has_finished(run.path, "rl")
+    with (
+        Telemetry(run.path, run.id, 1, stage="rl") as telemetry,
+        Telemetry(run.path, run.id, 1, stage="other") as other,
+    ):
+        for kind, finished in {"stage_started": False, "failure": False, "stage_finished": True}.items():
             telemetry.event(kind)
-            assert finished_run(settings) == finished
+            other.event("stage_started")
+            assert has_finished(run.path, "rl") == finished
         telemetry.event("stage_started")
-        assert finished_run(settings) is None
-        telemetry.event("stage_finished")
-    assert finished_run(settings) == run.path
-    longer = settings.model_copy(update={"rl": settings.rl.model_copy(update={"steps": settings.rl.steps + 1})})
-    assert finished_run(longer) is None
+        assert not has_finished(run.path, "rl")
 
 
 def test_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def content(folder: Path) -> dict[str, Any]:
 
 
 async def test_it_beats_at_once_and_after_every_interval_with_what_is_going_on(make, time, tmp_path):
-    going_on = {"stage": "ppo", "step": 0, "phases": {"generate": 1.5}}
+    going_on = {"stage": "rl", "step": 0, "phases": {"generate": 1.5}}
     async with make(read=lambda: going_on):
         assert content(tmp_path) == {
             "time": 1000.0,

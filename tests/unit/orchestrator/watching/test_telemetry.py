@@ -68,7 +68,7 @@ def test_a_clean_step_writes_one_line_and_tells_the_trackers(make, clock, tmp_pa
         clock.now += 4.0
     (line,) = lines(tmp_path)
     assert {key: line[key] for key in ("stage", "kind", "step", "attempt", "time")} == {
-        "stage": "ppo",
+        "stage": "rl",
         "kind": "step",
         "step": 0,
         "attempt": 1,
@@ -205,11 +205,11 @@ def test_rewinding_drops_undone_steps_and_later_evaluations_only(make, clock, tm
     kept = [(line["stage"], line["kind"], line["step"]) for line in lines(tmp_path)]
     assert kept == [
         ("reward_model", "step", 7),
-        ("ppo", "evaluation", 0),
-        ("ppo", "step", 0),
-        ("ppo", "evaluation", 1),
-        ("ppo", "step", 1),
-        ("ppo", "evaluation", 2),
+        ("rl", "evaluation", 0),
+        ("rl", "step", 0),
+        ("rl", "evaluation", 1),
+        ("rl", "step", 1),
+        ("rl", "evaluation", 2),
     ]
     run_step(telemetry, clock, 2, tokens__generated=10.0)
     assert lines(tmp_path)[-1]["metrics"]["tokens/total"] == 30.0
@@ -237,7 +237,7 @@ def test_an_evaluation_of_the_same_version_replaces_the_older_one(make, clock, t
 def test_a_torn_last_line_of_a_killed_attempt_is_cut_off(make, clock, tmp_path):
     run_step(make(), clock, 0)
     with (tmp_path / "metrics.jsonl").open("a") as stream:
-        stream.write('{"stage": "ppo", "ki')
+        stream.write('{"stage": "rl", "ki')
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 1
     run_step(make(), clock, 1)
     assert [line["step"] for line in lines(tmp_path)] == [0, 1]
@@ -282,15 +282,15 @@ def test_the_line_for_people(make, clock):
             clock.now += seconds - 10.0
             numbers = {"reward/mean": reward, "kl/per_response": 1.2, "response/length_mean": 31.2}
             record({**numbers, "tokens/generated": 8120})
-    assert shown[0] == "ppo 1/20  reward 0.32  KL 1.2  len 31  812 tok/s  24.0 s/step  7:36 left"
-    assert shown[2] == "ppo 3/20  reward 0.53 (+0.21)  KL 1.2  len 31  812 tok/s  24.1 s/step  6:50 left"
+    assert shown[0] == "rl 1/20  reward 0.32  KL 1.2  len 31  812 tok/s  24.0 s/step  7:36 left"
+    assert shown[2] == "rl 3/20  reward 0.53 (+0.21)  KL 1.2  len 31  812 tok/s  24.1 s/step  6:50 left"
 
 
 def test_progress_after_a_resume_compares_with_the_first_step_of_the_run(make, clock):
     run_step(make(), clock, 0, reward__mean=0.5)
     shown: list[str] = []
     run_step(make(console=shown.append, num_steps=2), clock, 1, reward__mean=0.75)
-    assert shown == ["ppo 2/2  reward 0.75 (+0.25)  2.0 s/step"]
+    assert shown == ["rl 2/2  reward 0.75 (+0.25)  2.0 s/step"]
 
 
 def test_closing_closes_the_trackers(make):
@@ -318,11 +318,11 @@ def test_importing_telemetry_stays_light():
 
 def test_now_tells_stage_step_and_how_long_phases_are_open_across_steps(make, clock):
     telemetry = make()
-    assert telemetry.now() == {"stage": "ppo", "step": None, "phases": {}}
+    assert telemetry.now() == {"stage": "rl", "step": None, "phases": {}}
     with telemetry.phase("generate"):
         run_step(telemetry, clock, 3)
         clock.now += 1.0
         with telemetry.phase("save"):
             clock.now += 0.5
-            assert telemetry.now() == {"stage": "ppo", "step": 3, "phases": {"generate": 3.5, "save": 0.5}}
+            assert telemetry.now() == {"stage": "rl", "step": 3, "phases": {"generate": 3.5, "save": 0.5}}
     assert telemetry.now()["phases"] == {}

@@ -34,7 +34,6 @@ from jobs.stages.settings import (
     chat_settings,
     common_settings,
     critic_path,
-    demands,
     engines_sleep,
     experience_settings,
     learner_settings,
@@ -51,6 +50,7 @@ from orchestrator.config.sections import LearnerConfig
 from orchestrator.coordinator import Coordinator
 from orchestrator.failures import FailurePolicy
 from orchestrator.held_out import Evaluation
+from orchestrator.planning.demands import all_demands
 from orchestrator.planning.placement import Demand, Slot
 from orchestrator.prompts import PromptSchedule, Splits, sample_requests
 from orchestrator.roles import NoCritic, Recorder
@@ -175,7 +175,7 @@ async def all_ready(groups: Mapping[str, ActorGroup], deadline_s: float) -> None
 
 
 @asynccontextmanager
-async def ppo_coordinator(
+async def coordinating(
     config: Config,
     run: RunFolder,
     prompts: Splits[Prompt],
@@ -189,7 +189,7 @@ async def ppo_coordinator(
         telemetry.event("waiting", what=what)
         say(what)
 
-    async with starting(config, demands(config, learning=True), tell) as starter:
+    async with starting(config, all_demands(config), tell) as starter:
         on_placed(starter)
         groups = await start_learners(config, starter, reward_path)
         groups |= await start_scorers(config, starter, reward_path)

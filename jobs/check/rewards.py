@@ -1,0 +1,136 @@
+"""Checks of stages: preferences, reward sources and gold rules, tried before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+from safetensors import SafetensorError, safe_open
+
+from actors.learning.files import read_config, window
+from actors.learning.model import resolve_model
+from actors.rewards import RewardSource
+from actors.rewards.http import HttpReward
+from actors.rewards.model import read_stats
+from actors.rewards.rules import RuleReward
+from jobs.prepare import find_data
+from jobs.stages.reward_model_training import split_held_out
+from jobs.stages.settings import reward_base, reward_max_length
+from jobs.stages.stage import Found
+from orchestrator.config.config import Config
+from orchestrator.config.rewards import HttpRewardConfig, ModelRewardConfig, RuleConfig, RulesRewardConfig
+from orchestrator.data.readers import read_rankings
+from orchestrator.errors import ConfigError, DataError, RewardError
+
+HTTP_PROBE_S = 10.0
+RULES_PROBE_S = 40.0
+
+
+def check_preferences(config: Config, found: Found) -> str | None:
+    preferences = config.preferences
+    if preferences.path is None:
+        return None
+    records, report = read_rankings(find_data(preferences.path), preferences.format, preferences.limit)
+    split_held_out(records, preferences.held_out)
+    return f"preferences: {report.summary()}"
+
+
+def check_reward(config: Config, found: Found) -> str | None:
+    reward = config.reward
+    if isinstance(reward, ModelRewardConfig):
+        return _reward_model(config, reward)
+    if isinstance(reward, RulesRewardConfig):
+        return _rules_tried("rules", reward.rules, "reward.rules", config, found.examples)
+    if isinstance(reward, HttpRewardConfig) and found.examples is not None:  # without prompts there is nothing to try
+        limits = {"timeout_s": min(reward.timeout_s, HTTP_PROBE_S), "retries": min(reward.retries, 1)}
+        source = HttpReward(reward.model_copy(update=limits))
+        return _tried(f"endpoint {reward.url}", source, found.examples.slice(0, 1), "reward.url")
+    return None
+
+
+def check_labeller(config: Config, found: Found) -> str | None:
+    gold = config.labeller.gold
+    return _rules_tried(f"gold, {gold}", [RuleConfig(function=gold)], "labeller.gold", config, found.examples)
+
+
+def check_gold(config: Config, found: Found) -> str | None:
+    gold = config.evaluation.gold if config.evaluation.prompts else None
+    if gold is None:
+        return None
+    return _rules_tried(f"gold, {gold}", [RuleConfig(function=gold)], "evaluation.gold", config, found.examples)
+
+
+def check_reward_window(config: Config, found: Found) -> str | None:
+    """Says what the reward model takes where that is less than a prompt and its response may have.
+
+    Raises:
+        ConfigError: reward.max_length exceeds the window of the reward model.
+    """
+    if not isinstance(config.reward, ModelRewardConfig):
+        return None
+    model, _ = reward_base(config)
+    folder = resolve_model(model, config.run.cache)
+    there = window(read_config(folder, trust_remote_code=config.model.trust_remote_code))
+    wanted = config.reward.max_length
+    if wanted is not None and there is not None and wanted > there:
+        raise ConfigError(
+            f"reward.max_length={wanted} exceeds what the reward model takes: {folder} has {there} positions. Set "
+            f"reward.max_length={there} or less, or leave it out."
+        )
+    taken = min((n for n in (reward_max_length(config), there) if n), default=None)
+    if taken is None or taken >= config.model.max_length:
+        return None
+    return (
+        f"reward model: takes the last {taken} tokens of a transcript, which may have model.max_length="
+        f"{config.model.max_length} and more in its own template; those that lose their start are counted in reward/cut"
+    )
+
+
+def _tried(name: str, source: RewardSource, examples: pa.Table, key: str) -> str:
+    """Scores a made-up reply to real prompts.
+
+    Raises:
+        ConfigError: the source is down, or can score none of them.
+    """
+    try:
+        scores = source.scores(examples)
+    except RewardError as error:
+        raise ConfigError(str(error)) from error
+    failed = [score.error for score in scores if score.value is None]
+    if failed and len(failed) == len(scores):
+        raise ConfigError(
+            f"reward ({name}) failed on all of {len(scores)} sample prompts: {failed[0]}. Correct what {key} names, "
+            "or give prompts with the fields that it reads."
+        )
+    return f"reward ({name}): scores a made-up reply to {len(scores) - len(failed)} of {len(scores)} sample prompts"
+
+
+def _reward_model(config: Config, reward: ModelRewardConfig) -> str | None:
+    if reward.path is None:
+        return None  # a stage of this run trains it
+    folder = resolve_model(reward.path, config.run.cache)
+    if reward.normalise:
+        read_stats(folder)
+    names = {name for file in sorted(folder.glob("*.safetensors")) for name in _tensor_names(file)}
+    if names and not any(name.startswith("score.") for name in names):
+        raise DataError(
+            f"reward.path: {folder} has no scalar head (no tensor score.*), so its scores would be noise. Give a "
+            "trained reward model: a sequence classifier with one label."
+        )
+    return f"reward (model): {folder} has a scalar head"
+
+
+def _tensor_names(file: Any) -> Iterator[str]:
+    try:
+        with safe_open(file, "pt") as tensors:
+            yield from tensors.keys()
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{file} can't be read ({error}): is it complete?") from error
+
+
+def _rules_tried(
+    name: str, rules: Sequence[RuleConfig], key: str, config: Config, examples: pa.Table | None
+) -> str | None:
+    with RuleReward(rules, config.rule_limits, total_s=RULES_PROBE_S) as source:
+        return None if examples is None else _tried(name, source, examples, key)

@@ -1,0 +1,52 @@
+"""The work of stage `rl`: starts all roles, lets the coordinator run, exports the policy."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from actors.groups.starter import Starter
+from jobs.stages.rl_wiring import coordinating
+from jobs.stages.settings import initial_state, reward_path
+from jobs.stages.stage import StageJob
+from orchestrator.coordinator import Coordinator
+from orchestrator.errors import StorageError
+from orchestrator.run.storage import writing
+
+
+async def train_policy(job: StageJob) -> Mapping[str, Any]:
+    """Raises what a role raises that the supervisor gives up on."""
+
+    def on_placed(starter: Starter) -> None:
+        job.watch(starter.groups)
+        plan = starter.plan.describe()
+        job.telemetry.event("placed", plan=plan.splitlines())
+        job.say("placement:\n  " + plan.replace("\n", "\n  "))
+
+    async with coordinating(
+        job.config, job.run, job.prepared.prompts, reward_path(job.config, job.inputs), job.telemetry, on_placed
+    ) as coordinator:
+        job.say(f"{job.name}: all roles are ready")
+        state = await coordinator.run(initial_state(job.config))
+        if job.config.checkpoints.export:
+            job.run.export.mkdir(exist_ok=True)
+            await coordinator.policy.export(job.run.export)
+            await _export_best(coordinator, job)
+    return {"steps": state.step}
+
+
+async def _export_best(coordinator: Coordinator, job: StageJob) -> None:
+    """The policy of the best checkpoint, where that is not the last one. Its weights replace those of the policy."""
+    folder = job.run.best_export
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        best = await coordinator.checkpoints.load_best()
+    except StorageError as error:
+        job.say(f"WARNING the best checkpoint is not exported: {error}")
+        return
+    if best is not None:
+        with writing(folder):
+            folder.mkdir()
+        await coordinator.policy.export(folder)
+        job.say(f"best by evaluation: {best}; exported to {folder}")

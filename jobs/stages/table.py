@@ -1,0 +1,142 @@
+"""The table of stages, and the stages of a config: in order, each with its own config and what it reads."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jobs.stages.preferences import Preferences
+from jobs.stages.reward_model import RewardModel
+from jobs.stages.rl import Rl
+from jobs.stages.sample import Sample
+from jobs.stages.stage import Stage
+from orchestrator.config.config import Config
+from orchestrator.config.loader import changed
+from orchestrator.config.stages import OLD_KINDS, StageEntry
+from orchestrator.errors import ConfigError
+from orchestrator.run.folder import RunFolder
+
+STAGES: dict[str, Stage] = {stage.kind: stage for stage in (Sample(), Preferences(), RewardModel(), Rl())}
+
+
+@dataclass(frozen=True)
+class NamedStage:
+    """A stage of one run. `sources` says by kind of artifact which stage before it makes what it reads."""
+
+    name: str
+    stage: Stage
+    config: Config
+    sources: Mapping[str, NamedStage]
+
+    def of(self, run: RunFolder) -> RunFolder:
+        """The run's folder with this stage's paths."""
+        return run if self.name == self.stage.kind else replace(run, stage=self.name)
+
+    def is_finished(self, run: RunFolder) -> bool:
+        return self.stage.is_finished(self.config, self.of(run))
+
+    def artifact(self, kind: str, run: RunFolder) -> Path:
+        """Where it makes an artifact."""
+        place = self.of(run).place
+        return next(place / made.path for made in self.stage.makes(self.config) if made.kind == kind)
+
+    def inputs(self, run: RunFolder) -> dict[str, Path]:
+        """Artifacts that it reads, by kind."""
+        return {kind: source.artifact(kind, run) for kind, source in self.sources.items()}
+
+
+def stages_of(config: Config) -> list[NamedStage]:
+    """The stages of a run in order.
+
+    Raises:
+        ConfigError: a stage that is not in the table, comes twice under one name, reads what no stage before it makes,
+            or has keys that contradict each other.
+    """
+    named: list[NamedStage] = []
+    makers: dict[str, NamedStage] = {}
+    for entry in config.stages:
+        found = _named(config, entry, makers)
+        if any(other.name == found.name for other in named):
+            raise ConfigError(
+                f"stages: {found.name!r} comes twice. Give one of them a name of its own: "
+                f"{{name: {found.name}-2, kind: {found.stage.kind}}}."
+            )
+        named.append(found)
+        makers |= {made.kind: found for made in found.stage.makes(found.config)}
+    return named
+
+
+def _named(config: Config, entry: StageEntry, makers: Mapping[str, NamedStage]) -> NamedStage:
+    stage = STAGES.get(entry.kind)
+    if entry.kind in OLD_KINDS:
+        raise ConfigError(f"stages: {entry.kind!r} is now called {OLD_KINDS[entry.kind]!r}.")
+    if stage is None:
+        near = difflib.get_close_matches(entry.kind, STAGES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(STAGES)}."
+        raise ConfigError(f"stages: unknown stage {entry.kind!r}; {hint}")
+    mine = changed(config, entry.set, source=f"stages: set of {entry.name!r}") if entry.set else config
+    missing = [kind for kind in stage.reads(mine) if kind not in makers]
+    for kind in missing:
+        able = [other.kind for other in STAGES.values() if any(made.kind == kind for made in other.makes(mine))]
+        raise ConfigError(
+            f"stage {entry.name!r} reads {kind}, which no stage before it makes: put {' or '.join(map(repr, able))} "
+            f"before it in stages{_without(stage, kind)}."
+        )
+    for problem in stage.problems(mine):
+        raise ConfigError(problem)
+    return NamedStage(entry.name, stage, mine, {kind: makers[kind] for kind in stage.reads(mine)})
+
+
+def _without(stage: Stage, kind: str) -> str:
+    way_out = stage.instead.get(kind)
+    return f", or {way_out}" if way_out else ""
+
+
+def samples_prompts(config: Config) -> bool:
+    """Whether any stage starts rollout engines on the run's prompts."""
+    return any(entry.stage.samples for entry in stages_of(config))
+
+
+def logged_stage(config: Config) -> NamedStage | None:
+    """The last stage that learns in steps from an experience log."""
+    return next((entry for entry in reversed(stages_of(config)) if entry.stage.has_log), None)
+
+
+def named_kinds(stages: Any) -> dict[str, str]:
+    """Name to kind, of `stages` as a file has it, which may be damaged or of an earlier version."""
+    found: dict[str, str] = {}
+    for entry in stages if isinstance(stages, list) else ():
+        tree = entry if isinstance(entry, Mapping) else {"kind": entry}
+        kind, name = str(tree.get("kind")), str(tree.get("name", tree.get("kind")))
+        found[OLD_KINDS.get(name, name)] = OLD_KINDS.get(kind, kind)
+    return found
+
+
+def logged_name(stages: Mapping[str, str]) -> str | None:
+    """The name of the last stage that learns in steps from an experience log, of `named_kinds`."""
+    names = [name for name, kind in stages.items() if kind in STAGES and STAGES[kind].has_log]
+    return names[-1] if names else None
+
+
+def num_steps_of(kind: str, tree: Mapping[str, Any]) -> Any:
+    """The number of steps of a kind of stage, as the tree of a config file has it."""
+    value: Any = tree
+    for part in STAGES[kind].steps_key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def to_do(stages: Sequence[NamedStage], run: RunFolder) -> Iterator[NamedStage]:
+    """Stages that are to be run: not those that are finished, nor those that only finished stages read from."""
+    needed: set[str] = set()
+    chosen: list[NamedStage] = []
+    read = {source.name for entry in stages for source in entry.sources.values()}
+    for entry in reversed(stages):
+        is_wanted = entry.name in needed or entry.name not in read
+        if is_wanted and not entry.is_finished(run):
+            chosen.append(entry)
+            needed |= {source.name for source in entry.sources.values()}
+    yield from reversed(chosen)

@@ -1,0 +1,49 @@
+"""What the roles of a config ask of a cluster: a pure function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from orchestrator.config.config import Config
+from orchestrator.planning.placement import Demand, Node, Plan, place
+
+RECORDER_CPUS = 1.0
+REWARD_MODEL = "reward_model"
+"""The name of the reward model among artifacts, and of what trains it in plans and messages."""
+
+
+def engine_demand(config: Config) -> Demand:
+    rollout = config.rollout
+    return Demand(
+        "rollout", rollout.replicas, rollout.cpus_per_replica, rollout.gpus_per_replica * rollout.tensor_parallel_size
+    )
+
+
+def all_demands(config: Config) -> list[Demand]:
+    """All roles of reinforcement learning."""
+    policy, critic, reference, reward = config.policy, config.critic, config.reference, config.reward
+    critics = [Demand("critic", critic.ranks, critic.cpus_per_rank, critic.gpus_per_rank)]
+    return [
+        engine_demand(config),
+        Demand("policy", policy.ranks, policy.cpus_per_rank, policy.gpus_per_rank),
+        *(critics if config.algorithm.needs_critic else []),
+        Demand("reference", reference.ranks, reference.cpus_per_rank, reference.gpus_per_rank),
+        Demand("reward", reward.replicas, reward.cpus_per_replica, reward.gpus_per_replica),
+        Demand("recorder", 1, RECORDER_CPUS),
+    ]
+
+
+def plan_reward_model(config: Config, nodes: Sequence[Node]) -> Plan:
+    """The workers that train the reward model; without threads of their own they share the cores of their node.
+
+    Raises:
+        CapacityError: the workers do not fit on the nodes.
+    """
+    section = config.reward_model
+    threads = section.cpus_per_rank
+    if threads is None:
+        per_node = math.ceil(section.ranks / max(len(nodes), 1))
+        threads = max(int(min((node.cpus for node in nodes), default=1.0) / per_node), 1)
+    demand = Demand(REWARD_MODEL, section.ranks, threads, section.gpus_per_rank)
+    return place([demand], nodes, mode="separate")
