@@ -22,7 +22,7 @@ from orchestrator import schema
 from orchestrator.coordinator import Coordinator, LoopSettings
 from orchestrator.failures import Unsupervised
 from orchestrator.held_out import Evaluation
-from orchestrator.roles import Publisher
+from orchestrator.roles import Publisher, Roles
 from orchestrator.run.checkpoints import Checkpoints
 from orchestrator.run.experience_log import ExperienceLog
 from orchestrator.sampler import Sampler, Schedule
@@ -147,6 +147,15 @@ def coordinator(
     telemetry = Telemetry(folder, "benchmark", 1)
     sampling = Sampling(max_new_tokens=RESPONSE_TOKENS)
     log = ExperienceLog(folder / "log", recorder, max_failed_fraction=0.0)
+    roles = Roles(
+        policy=policy,
+        critic=critic,
+        rollouts=rollouts,
+        reference=reference,
+        reward=reward,
+        recorder=recorder,
+        publisher=publisher,
+    )
     return Coordinator(
         settings=LoopSettings(steps, 0, lambda coefficient, kl, count: coefficient),
         sampler=Sampler(
@@ -157,23 +166,13 @@ def coordinator(
             max_staleness=0,
             takes_turns=True,
         ),
-        reference=reference,
-        reward=reward,
-        policy=policy,
-        critic=critic,
-        publisher=publisher,
+        roles=roles,
         log=log,
-        checkpoints=Checkpoints(
-            folder / "checkpoints", {"policy": policy, "critic": critic}, every_steps=0, last_step=steps, keep=1
-        ),
+        checkpoints=Checkpoints(folder / "checkpoints", roles.by_role, every_steps=0, last_step=steps, keep=1),
         evaluation=Evaluation(
             folder / "evaluation",
             (),
-            rollouts=rollouts,
-            policy=policy,
-            reference=reference,
-            reward=reward,
-            recorder=recorder,
+            roles=roles,
             telemetry=telemetry,
             sampling=sampling,
             samples_per_shard=SAMPLES_PER_SHARD,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from orchestrator.concurrency import both, together
 from orchestrator.failures import Supervisor
 from orchestrator.held_out import Evaluation
-from orchestrator.roles import Learner, Publisher, Scorer
+from orchestrator.roles import Learners, Roles
 from orchestrator.run.checkpoints import Checkpoints
 from orchestrator.run.experience_log import ExperienceLog
 from orchestrator.sampler import Sampler, StepRollouts
@@ -41,8 +41,7 @@ class Relearning:
     """A run is a fold over its log, state[k + 1] = learn(state[k], experience[k]): the part that needs no engines."""
 
     settings: LoopSettings
-    policy: Learner
-    critic: Learner
+    roles: Learners
     log: ExperienceLog
     guards: Guards
     telemetry: Telemetry
@@ -61,8 +60,8 @@ class Relearning:
     async def learn(self, experience: Experience) -> Metrics:
         with self.telemetry.phase("learn"):
             if experience.step < self.settings.critic_warmup_steps:
-                return _prefixed("critic", await self.critic.learn(experience))
-            policy, critic = await both(self.policy.learn(experience), self.critic.learn(experience))
+                return _prefixed("critic", await self.roles.critic.learn(experience))
+            policy, critic = await both(self.roles.policy.learn(experience), self.roles.critic.learn(experience))
             learned = experience.metrics["tokens/generated"] * policy["epochs"]
             return {**_prefixed("policy", policy), **_prefixed("critic", critic), "tokens/learned": learned}
 
@@ -76,10 +75,8 @@ class Relearning:
 class Coordinator(Relearning):
     """All parts are handed in, complete; none of them holds the coordinator."""
 
+    roles: Roles
     sampler: Sampler
-    reference: Scorer
-    reward: Scorer
-    publisher: Publisher
     checkpoints: Checkpoints
     evaluation: Evaluation
     meter: Callable[[int], Awaitable[Metrics]]
@@ -139,13 +136,14 @@ class Coordinator(Relearning):
     async def _score_shard(self, pending: Awaitable[RolloutShard]) -> ScoredShard:
         with self.telemetry.phase("generate"):
             shard = await pending
-        scorers = (self.policy, self.reference, self.critic, self.reward)
+        roles = self.roles
+        scorers = (roles.policy, roles.reference, roles.critic, roles.reward)
         old_logprobs, ref_logprobs, values, rewards = await together(scorer.score(shard) for scorer in scorers)
         return ScoredShard(shard, old_logprobs, ref_logprobs, values, rewards)
 
     async def publish(self, state: State) -> Metrics:
         with self.telemetry.phase("publish"):
-            report = await self.publisher.publish(state.version)
+            report = await self.roles.publisher.publish(state.version)
             await self.sampler.announce(state.version)
         return {
             "publish/tensors_verified": report.num_tensors,

@@ -10,7 +10,7 @@ from pathlib import Path
 from orchestrator.concurrency import together
 from orchestrator.errors import StorageError
 from orchestrator.evaluation import evaluation_file, evaluation_metrics, read_evaluation
-from orchestrator.roles import Recorder, Rollouts, Scorer
+from orchestrator.roles import Roles
 from orchestrator.run.storage import writing
 from orchestrator.sampler import cut_into_shards
 from orchestrator.types import EvaluatedShard, RolloutShard, SampleRequest, Sampling, State
@@ -32,16 +32,12 @@ class Evaluation:
         every_steps: after every so many steps; 0: before the first and after the last only.
     """
 
-    def __init__(  # noqa: PLR0913  parts are handed in
+    def __init__(
         self,
         folder: Path,
         requests: Sequence[SampleRequest],
         *,
-        rollouts: Rollouts,
-        policy: Scorer,
-        reference: Scorer,
-        reward: Scorer,
-        recorder: Recorder,
+        roles: Roles,
         telemetry: Telemetry,
         sampling: Sampling,
         samples_per_shard: int,
@@ -49,8 +45,7 @@ class Evaluation:
         last_step: int,
     ) -> None:
         self._folder, self._requests = folder, requests
-        self._rollouts, self._recorder, self._telemetry = rollouts, recorder, telemetry
-        self._policy, self._reference, self._reward = policy, reference, reward
+        self._roles, self._telemetry = roles, telemetry
         self._sampling, self._samples_per_shard = sampling, samples_per_shard
         self._every_steps, self._last_step = every_steps, last_step
         with writing(folder):
@@ -81,17 +76,18 @@ class Evaluation:
         shards = cut_into_shards(
             state.step, self._requests, samples_per_shard=self._samples_per_shard, sampling=self._sampling
         )
-        await self._rollouts.wake()
-        sampled = await together(self._rollouts.generate(shard) for shard in shards)
-        await self._rollouts.sleep()
+        rollouts = self._roles.rollouts
+        await rollouts.wake()
+        sampled = await together(rollouts.generate(shard) for shard in shards)
+        await rollouts.sleep()
         scored = await together(self._score(shard) for shard in sampled)
         file = self._file(state.step)
-        metrics = await self._recorder.evaluate(scored, file=str(file))
+        metrics = await self._roles.recorder.evaluate(scored, file=str(file))
         self._telemetry.evaluation(state.version, metrics)
         self._tell_failures(state.version, int(metrics.get("evaluation/failed", 0)), file)
 
     async def _score(self, shard: RolloutShard) -> EvaluatedShard:
-        scorers = (self._policy, self._reference, self._reward)
+        scorers = (self._roles.policy, self._roles.reference, self._roles.reward)
         logprobs, ref_logprobs, rewards = await together(scorer.score(shard) for scorer in scorers)
         return EvaluatedShard(shard, logprobs, ref_logprobs, rewards)
 

@@ -13,6 +13,7 @@ errors.RoleError or one of its kin. actors/ implements these Protocols on Ray; t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -106,6 +107,34 @@ class Recorder(Protocol):
 
     async def evaluate(self, shards: Sequence[EvaluatedShard], *, file: str) -> Metrics:
         """Joins held-out samples with their scores and gold scores, writes `file`, returns `evaluation/*` metrics."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learners:
+    """What learns."""
+
+    policy: Learner
+    critic: Learner = NoCritic()  # noqa: RUF009  it has no state
+
+    @property
+    def by_role(self) -> Mapping[str, Learner]:
+        """Those that there are, by the name of their role."""
+        return {
+            role: learner
+            for role, learner in (("policy", self.policy), ("critic", self.critic))
+            if not isinstance(learner, NoCritic)
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles(Learners):
+    """All roles of reinforcement learning: the one value that the coordinator and evaluation are handed."""
+
+    rollouts: Rollouts
+    reference: Scorer
+    reward: Scorer
+    recorder: Recorder
+    publisher: Publisher
 
 
 class Trackers(Protocol):

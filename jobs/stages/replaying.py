@@ -34,7 +34,6 @@ from orchestrator.data.inputs import at_home
 from orchestrator.errors import ConfigError
 from orchestrator.failures import LEARNERS
 from orchestrator.planning.demands import all_demands
-from orchestrator.roles import NoCritic
 from orchestrator.run.attempts import ATTEMPTS, claim
 from orchestrator.run.checkpoints import Checkpoints, complete_checkpoints
 from orchestrator.run.experience_log import num_committed
@@ -143,14 +142,13 @@ class _Replay:
             recorders = await start_recorders(config, starter, run)
             await all_ready({**groups, "recorder": recorders}, config.deadlines.start_s)
             learners = learners_of(config, groups)
-            saved = Checkpoints(run.checkpoints, learners, every_steps=0, last_step=last_step, keep=1)
-            result = Checkpoints(checkpoints, learners, every_steps=0, last_step=last_step, keep=1)
+            saved = Checkpoints(run.checkpoints, learners.by_role, every_steps=0, last_step=last_step, keep=1)
+            result = Checkpoints(checkpoints, learners.by_role, every_steps=0, last_step=last_step, keep=1)
             log = experience_log(config, run, recorder_of(config, recorders))
             table = only_warning(guard_table(config.guards))
             relearning = Relearning(
                 settings=loop_settings(config, last_step),
-                policy=learners["policy"],
-                critic=learners.get("critic", NoCritic()),
+                roles=learners,
                 log=log,
                 guards=Guards(table, folder=self.folder, telemetry=telemetry, past=log.metrics, console=say),
                 telemetry=telemetry,
@@ -162,8 +160,8 @@ class _Replay:
             await result.save(state)
             export = self.folder / "export"
             export.mkdir(exist_ok=True)
-            await learners["policy"].export(export)
-        return state, tuple(learners)
+            await learners.policy.export(export)
+        return state, tuple(learners.by_role)
 
 
 def _tell(run: RunFolder, folder: Path, state: State, roles: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ async def train_policy(job: StageJob) -> Mapping[str, Any]:
         state = await coordinator.run(initial_state(job.config))
         if job.config.checkpoints.export:
             job.run.export.mkdir(exist_ok=True)
-            await coordinator.policy.export(job.run.export)
+            await coordinator.roles.policy.export(job.run.export)
             await _export_best(coordinator, job)
     return {"steps": state.step}
 
@@ -48,5 +48,5 @@ async def _export_best(coordinator: Coordinator, job: StageJob) -> None:
     if best is not None:
         with writing(folder):
             folder.mkdir()
-        await coordinator.policy.export(folder)
+        await coordinator.roles.policy.export(folder)
         job.say(f"best by evaluation: {best}; exported to {folder}")

@@ -53,7 +53,7 @@ from orchestrator.held_out import Evaluation
 from orchestrator.planning.demands import all_demands
 from orchestrator.planning.placement import Demand, Slot
 from orchestrator.prompts import PromptSchedule, Splits, sample_requests
-from orchestrator.roles import NoCritic, Recorder
+from orchestrator.roles import Learners, Recorder, Roles
 from orchestrator.run.best import Best, BestByEvaluation
 from orchestrator.run.checkpoints import Checkpoints
 from orchestrator.run.experience_log import ExperienceLog
@@ -213,18 +213,11 @@ def supervisor_of(config: Config, starter: Starter, telemetry: Telemetry, run: R
     return RaySupervisor(starter, policy, telemetry, say, run=run.path, start_s=config.deadlines.start_s)
 
 
-def _coordinator(
-    config: Config,
-    run: RunFolder,
-    prompts: Splits[Prompt],
-    telemetry: Telemetry,
-    groups: Mapping[str, ActorGroup],
-    supervisor: RaySupervisor,
-) -> Coordinator:
+def roles_of(config: Config, groups: Mapping[str, ActorGroup], supervisor: RaySupervisor) -> Roles:
+    """The roles over their groups of actors."""
     limits = config.deadlines
     weights = PolicyWeights()
     learners = learners_of(config, groups, weights)
-    policy = learners["policy"]
     reference = ShardedScorer(
         groups["reference"],
         ReferenceWorker.logprobs,
@@ -249,6 +242,26 @@ def _coordinator(
         catch_up=publisher.catch_up,
     )
     recorder = recorder_of(config, groups["recorder"], supervisor)
+    return Roles(
+        policy=learners.policy,
+        critic=learners.critic,
+        rollouts=rollouts,
+        reference=reference,
+        reward=reward,
+        recorder=recorder,
+        publisher=publisher,
+    )
+
+
+def _coordinator(
+    config: Config,
+    run: RunFolder,
+    prompts: Splits[Prompt],
+    telemetry: Telemetry,
+    groups: Mapping[str, ActorGroup],
+    supervisor: RaySupervisor,
+) -> Coordinator:
+    roles = roles_of(config, groups, supervisor)
     rl = config.rl
     schedule = PromptSchedule(
         prompts.train,
@@ -262,22 +275,18 @@ def _coordinator(
         seed=config.run.seed,
         step=EVALUATION_STEP,
     )
-    log = experience_log(config, run, recorder)
+    log = experience_log(config, run, roles.recorder)
     return Coordinator(
         settings=loop_settings(config, rl.steps),
         sampler=Sampler(
-            rollouts,
+            roles.rollouts,
             schedule,
             sampling=sampling_of(config),
             samples_per_shard=samples_per_shard(config),
             max_staleness=rl.max_staleness,
             takes_turns=config.placement.mode == "colocated",
         ),
-        reference=reference,
-        reward=reward,
-        policy=policy,
-        critic=learners.get("critic", NoCritic()),
-        publisher=publisher,
+        roles=roles,
         log=log,
         guards=Guards(
             guard_table(config.guards),
@@ -289,7 +298,7 @@ def _coordinator(
         ),
         checkpoints=Checkpoints(
             run.checkpoints,
-            learners,
+            roles.by_role,
             every_steps=config.checkpoints.every_steps,
             last_step=rl.steps,
             keep=config.checkpoints.keep,
@@ -300,11 +309,7 @@ def _coordinator(
         evaluation=Evaluation(
             run.evaluation,
             held_out,
-            rollouts=rollouts,
-            policy=policy,
-            reference=reference,
-            reward=reward,
-            recorder=recorder,
+            roles=roles,
             telemetry=telemetry,
             sampling=sampling_of(config),
             samples_per_shard=samples_per_shard(config),
@@ -328,10 +333,8 @@ def best_of(config: Config, run: RunFolder) -> Callable[[Iterable[int]], Best | 
     return BestByEvaluation(run.evaluation, metric, config.checkpoints.best_max_kl).among
 
 
-def learners_of(
-    config: Config, groups: Mapping[str, ActorGroup], weights: PolicyWeights | None = None
-) -> dict[str, RayLearner]:
-    """The policy and, if there is one, the critic, by role."""
+def learners_of(config: Config, groups: Mapping[str, ActorGroup], weights: PolicyWeights | None = None) -> Learners:
+    """The policy and, where the algorithm needs one, the critic."""
     limits = config.deadlines
 
     def learner(role: str, settings: LearnerConfig, method: Callable[..., Any], **more: Any) -> RayLearner:
@@ -346,10 +349,10 @@ def learners_of(
             **more,
         )
 
-    learners = {"policy": learner("policy", config.policy, PolicyWorker.logprobs, weights=weights)}
-    if config.algorithm.needs_critic:
-        learners["critic"] = learner("critic", config.critic, CriticWorker.values)
-    return learners
+    policy = learner("policy", config.policy, PolicyWorker.logprobs, weights=weights)
+    if not config.algorithm.needs_critic:
+        return Learners(policy=policy)
+    return Learners(policy=policy, critic=learner("critic", config.critic, CriticWorker.values))
 
 
 def recorder_of(config: Config, recorders: ActorGroup, supervisor: RaySupervisor | None = None) -> RayRecorder:

@@ -21,6 +21,7 @@ from orchestrator.planning.simulation.roles import (
 )
 from orchestrator.planning.simulation.scenario import ROLES, Layout, Prediction, Work
 from orchestrator.planning.simulation.virtual_time import VirtualTimeLoop
+from orchestrator.roles import Roles
 from orchestrator.run.checkpoints import Checkpoints
 from orchestrator.run.experience_log import ExperienceLog
 from orchestrator.sampler import Sampler
@@ -71,6 +72,15 @@ def _coordinator(folder: Path, loop: VirtualTimeLoop, cluster: Cluster, cache_to
     telemetry = Telemetry(folder, "simulation", 1, clock=loop.time, wall_clock=loop.time)
     log = ExperienceLog(folder / "log", recorder, max_failed_fraction=0.0)
     cut: dict[str, Any] = {"sampling": Sampling(), "samples_per_shard": layout.samples_per_shard}
+    roles = Roles(
+        policy=policy,
+        critic=critic,
+        rollouts=rollouts,
+        reference=reference,
+        reward=reward,
+        recorder=recorder,
+        publisher=SimulatedPublisher(cluster),
+    )
     return Coordinator(
         settings=LoopSettings(steps, 0, lambda coefficient, kl, samples: coefficient),
         sampler=Sampler(
@@ -80,21 +90,13 @@ def _coordinator(folder: Path, loop: VirtualTimeLoop, cluster: Cluster, cache_to
             takes_turns=layout.takes_turns,
             **cut,
         ),
-        reference=reference,
-        reward=reward,
-        policy=policy,
-        critic=critic,
-        publisher=SimulatedPublisher(cluster),
+        roles=roles,
         log=log,
         checkpoints=Checkpoints(folder / "checkpoints", {}, every_steps=0, last_step=steps + 1, keep=1),
         evaluation=Evaluation(
             folder / "evaluation",
             (),
-            rollouts=rollouts,
-            policy=policy,
-            reference=reference,
-            reward=reward,
-            recorder=recorder,
+            roles=roles,
             telemetry=telemetry,
             every_steps=0,
             last_step=steps,

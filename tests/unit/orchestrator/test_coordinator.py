@@ -20,7 +20,7 @@ from orchestrator.errors import RewardError, RoleDied, StorageError
 from orchestrator.evaluation import EVALUATION, evaluation_metrics
 from orchestrator.failures import Unsupervised
 from orchestrator.held_out import Evaluation
-from orchestrator.roles import NoCritic
+from orchestrator.roles import NoCritic, Roles
 from orchestrator.run.checkpoints import Checkpoints
 from orchestrator.run.experience_log import ExperienceLog
 from orchestrator.sampler import Sampler
@@ -65,13 +65,21 @@ class World:
         diary = self.diary
         self.policy = FakeLearner("policy", diary, metrics_of_step=self.policy_metrics)
         self.critic = FakeLearner("critic", diary)
-        learners = {"policy": self.policy, **({"critic": self.critic} if self.needs_critic else {})}
         rollouts = FakeRollouts(diary, fail_in_step=self.fail_in_step)
         recorder = self.recorder(diary, self.num_dropped, self.sums_of_step)
         telemetry = Telemetry(self.folder, "run", 1)
         scorer = FakeLearner("scorer", diary)
         schedule = FakeSchedule(8)
         sampling = Sampling()
+        roles = Roles(
+            policy=self.policy,
+            critic=self.critic if self.needs_critic else NoCritic(),
+            rollouts=rollouts,
+            reference=scorer,
+            reward=scorer,
+            recorder=recorder,
+            publisher=FakePublisher(diary, rollouts),
+        )
         log = ExperienceLog(self.folder / "log", recorder, max_failed_fraction=self.max_failed_fraction)
         return Coordinator(
             settings=LoopSettings(self.steps, self.critic_warmup_steps, lambda c, kl, n: 2 * c),
@@ -83,11 +91,7 @@ class World:
                 max_staleness=self.max_staleness,
                 takes_turns=self.takes_turns,
             ),
-            reference=scorer,
-            reward=scorer,
-            policy=self.policy,
-            critic=learners.get("critic", NoCritic()),
-            publisher=FakePublisher(diary, rollouts),
+            roles=roles,
             log=log,
             guards=Guards(
                 self.table,
@@ -100,7 +104,7 @@ class World:
             ),
             checkpoints=Checkpoints(
                 self.folder / "checkpoints",
-                learners,
+                roles.by_role,
                 every_steps=self.every_steps,
                 last_step=self.steps,
                 keep=2,
@@ -108,11 +112,7 @@ class World:
             evaluation=Evaluation(
                 self.folder / "evaluation",
                 schedule.requests(-1),
-                rollouts=rollouts,
-                policy=scorer,
-                reference=scorer,
-                reward=scorer,
-                recorder=recorder,
+                roles=roles,
                 telemetry=telemetry,
                 sampling=sampling,
                 samples_per_shard=4,

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.held_out import Evaluation
+from orchestrator.roles import Roles
 from orchestrator.types import EvaluatedShard, Metrics, Sampling, State
 from orchestrator.watching.telemetry import Telemetry, read_lines
-from tests.unit.orchestrator.fakes import Diary, FakeLearner, FakeRecorder, FakeRollouts, FakeSchedule
+from tests.unit.orchestrator.fakes import Diary, FakeLearner, FakePublisher, FakeRecorder, FakeRollouts, FakeSchedule
 
 
 @dataclass
@@ -25,14 +26,18 @@ async def evaluated(folder: Path, num_failed: int) -> list[str]:
     said: list[str] = []
     diary = Diary()
     scorer = FakeLearner("scorer", diary)
+    rollouts = FakeRollouts(diary, version=0)
     evaluation = Evaluation(
         folder / "evaluation",
         FakeSchedule(8).requests(-1),
-        rollouts=FakeRollouts(diary, version=0),
-        policy=scorer,
-        reference=scorer,
-        reward=scorer,
-        recorder=FailingRecorder(diary, num_failed=num_failed),
+        roles=Roles(
+            rollouts=rollouts,
+            policy=scorer,
+            reference=scorer,
+            reward=scorer,
+            recorder=FailingRecorder(diary, num_failed=num_failed),
+            publisher=FakePublisher(diary, rollouts),
+        ),
         telemetry=Telemetry(folder, "run", 1, console=said.append),
         sampling=Sampling(),
         samples_per_shard=4,

@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator.coordinator import LoopSettings, Relearning
 from orchestrator.errors import GuardTripped, RoleDied
+from orchestrator.roles import Learners
 from orchestrator.run.experience_log import ExperienceLog
 from orchestrator.types import State
 from orchestrator.watching.guards import Guard, Guards, only_warning
@@ -24,8 +25,7 @@ def relearning(run: Path, to: Path, *, steps: int, warmup: int = 0, table: Seque
     telemetry = Telemetry(to, "run", 0, stage="replay")
     return Relearning(
         settings=LoopSettings(steps, warmup, lambda coefficient, kl, samples: 2 * coefficient),
-        policy=FakeLearner("policy", diary),
-        critic=FakeLearner("critic", diary),
+        roles=Learners(policy=FakeLearner("policy", diary), critic=FakeLearner("critic", diary)),
         log=log,
         guards=Guards(table, folder=to, telemetry=telemetry, past=log.metrics, console=print),
         telemetry=telemetry,
@@ -40,8 +40,8 @@ async def test_without_engines_the_log_gives_every_state_of_the_run(tmp_path: Pa
         again = relearning(tmp_path / "run", tmp_path / f"to-{until}", steps=until, warmup=1)
         state = await again.relearn(State(0, 0.1))
         assert state == State(until, 0.1 * 2**until)
-        assert again.policy.learned == world.policy.learned[: until - 1]
-        assert again.critic.learned == world.critic.learned[:until]
+        assert again.roles.policy.learned == world.policy.learned[: until - 1]
+        assert again.roles.critic.learned == world.critic.learned[:until]
     assert state == final
 
 

@@ -228,7 +228,7 @@ def test_more_layers_than_the_reward_base_has_are_refused(llama: Path, tmp_path:
             llama,
             tmp_path,
             stages=["sample", "preferences", "reward_model"],
-            reward={"name": "model", "rules": []},
+            reward={"name": "model"},
             reward_model={"layers": layers},
         )
 

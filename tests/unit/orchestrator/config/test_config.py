@@ -37,8 +37,6 @@ def config(**sections: Any) -> Config:
         ),
         ({"rollout": {"max_new_tokens": 512}}, r"leaves no room for a prompt in model\.max_length=512"),
         ({"checkpoints": {"best_metric": None, "best_max_kl": 1.0}}, r"needs checkpoints\.best_metric"),
-        ({"reward": {}}, r"reward\.name='model' needs reward\.path"),
-        ({"stages": ["reward_model"]}, r"needs preferences\.path"),
         ({"guards": {"failed_rewards": {"max": 0.2}}}, r"stops above reward\.max_failed_fraction=0\.1"),
     ],
 )

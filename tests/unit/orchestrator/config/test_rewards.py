@@ -15,7 +15,7 @@ from orchestrator.errors import ConfigError
 
 RULES = [{"function": "a.b:c"}]
 KEPT: dict[str, Any] = {
-    "name": "rules",
+    "kind": "rules",
     "path": None,
     "rules": [{"function": "a.b:c", "weight": 2.0}],
     "limits": {"call_s": 7.0, "import_s": 60.0, "memory_gib": None, "processes": 64},
@@ -61,7 +61,6 @@ def test_every_section_bears_the_name_that_it_is_chosen_by() -> None:
         ({"name": "rules"}, r"reward.rules"),
         ({"name": "rules", "rules": []}, r"reward.rules"),
         ({"name": "http"}, r"reward.url"),
-        ({"name": "model"}, r"reward.name='model' needs reward.path"),
         ({"name": "rulez", "rules": RULES}, r"reward.name: must be one of model, rules, http, got 'rulez'"),
         ({"name": ["rules"]}, r"reward.name"),
         ("rules", r"reward: "),
@@ -75,7 +74,7 @@ def test_a_key_of_another_kind_or_one_that_is_missing_is_named(reward: Any, prob
 @pytest.mark.parametrize(
     ("sections", "problem"),
     [
-        ({"reward": {"name": "rules"}}, "reward.name is now called reward.name"),
+        ({"reward": {"kind": "rules"}}, "reward.kind is now called reward.name"),
         ({"reward": {"http": {"url": "http://h"}}}, "reward.http.url is now called reward.url"),
         ({"reward": {"limits": {"call_s": 3}}}, "reward.limits.call_s is now called rule_limits.call_s"),
         ({"rollout": {"engines": 2}}, "rollout.engines is now called rollout.replicas"),
@@ -102,13 +101,13 @@ def test_the_rules_of_a_run_from_before_are_read(tmp_path: Path) -> None:
 
 
 def test_the_model_of_a_run_from_before_is_read(tmp_path: Path) -> None:
-    old = {**KEPT, "name": "model", "rules": [], "path": "/m", "max_length": 90}
+    old = {**KEPT, "kind": "model", "rules": [], "path": "/m", "max_length": 90}
     assert kept(tmp_path, reward=old).reward == ModelRewardConfig(path="/m", max_length=90, replicas=3, clip=5.0)
 
 
 def test_the_endpoint_of_a_run_from_before_is_read(tmp_path: Path) -> None:
     http = {"url": "http://h", "timeout_s": 3.0, "retries": 1, "token_from": None}
-    found = kept(tmp_path, reward={**KEPT, "name": "http", "rules": [], "http": http})
+    found = kept(tmp_path, reward={**KEPT, "kind": "http", "rules": [], "http": http})
     assert found.reward == HttpRewardConfig(url="http://h", timeout_s=3.0, retries=1, replicas=3, clip=5.0)
 
 
