@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -139,6 +141,39 @@ def damaged(path: Path, problem: str) -> StorageError:
     return StorageError(f"{path} is damaged: {problem}. Restore it from a copy, or delete its folder.")
 
 
+def append_line(path: Path, line: str) -> None:
+    """Appends a line to a file and syncs it. On a disk that fills up nothing is added.
+
+    Raises StorageError naming the file.
+    """
+    is_new = not path.exists()
+    with writing(path):
+        with path.open("ab", buffering=0) as stream:
+            _append_whole(stream, f"{line}\n".encode())
+            os.fsync(stream.fileno())
+        if is_new:
+            sync_folder(path.parent)
+
+
+def _append_whole(stream: io.FileIO, data: bytes) -> None:
+    """Later lines would be lost with a half one."""
+    size = stream.tell()
+    try:
+        written = 0
+        while written < len(data):
+            written += stream.write(data[written:])
+    except OSError:
+        stream.truncate(size)
+        raise
+
+
+def drop_torn_tail(path: Path) -> None:
+    """Cuts off a last line that a killed writer left without its end."""
+    with suppress(FileNotFoundError), path.open("rb+") as stream:
+        content = stream.read()
+        stream.truncate(content.rfind(b"\n") + 1)
+
+
 def sha256(path: Path) -> str:
     with reading(path), path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -153,6 +188,14 @@ def inside(folder: Path, name: str) -> Path:
     if not path.parts or "\0" in name or path.is_absolute() or ".." in path.parts or str(path) != name:
         raise damaged(folder, f"its manifest names the file {name!r}, which is not inside it")
     return folder / path
+
+
+def make_empty(folder: Path) -> None:
+    """Makes the folder, without what was in it. Raises StorageError."""
+    with writing(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
 
 
 def follow_umask(folder: Path) -> None:

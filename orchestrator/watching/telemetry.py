@@ -6,7 +6,6 @@ A line exists only for what was finished; rewinding a run takes the lines of und
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from orchestrator.config.stages import OLD_KINDS
 from orchestrator.data.outside_text import redacted
 from orchestrator.errors import StorageError
 from orchestrator.roles import Trackers
-from orchestrator.run.storage import replacing, sync_folder
+from orchestrator.run.storage import append_line, drop_torn_tail, replacing
 from orchestrator.watching.exposition import PrometheusEndpoint
 
 METRICS_FILE = "metrics.jsonl"
@@ -170,7 +169,7 @@ class Telemetry:
         self._step: int | None = None
         self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         for name in (METRICS_FILE, EVENTS_FILE):
-            _drop_torn_tail(folder / name)
+            _repair(folder / name)
         self._total_tokens = 0.0
         self._first: Mapping[str, float] = {}
         self._continue_from(read_lines(folder / METRICS_FILE))
@@ -222,6 +221,12 @@ class Telemetry:
         """Versions whose evaluation is written."""
         lines = read_lines(self._folder / METRICS_FILE)
         return {line["step"] for line in lines if line["stage"] == self._stage and line["kind"] == "evaluation"}
+
+    def num_steps_written(self) -> int:
+        """Steps of this stage that are written, from the first one on."""
+        lines = read_lines(self._folder / METRICS_FILE)
+        steps = [line["step"] for line in lines if line["stage"] == self._stage and line["kind"] == "step"]
+        return max(steps, default=-1) + 1
 
     def rewind(self, step: int) -> None:
         """Takes back what was written of steps from `step` on and of evaluations of later versions than `step`."""
@@ -373,36 +378,12 @@ def _as_text(line: Mapping[str, Any]) -> str:
 
 
 def _append_line(path: Path, line: Mapping[str, Any]) -> None:
-    is_new = not path.exists()
-    try:
-        with path.open("ab", buffering=0) as stream:
-            _append_whole(stream, redacted(_as_text(line)).encode())
-            os.fsync(stream.fileno())
-        if is_new:
-            sync_folder(path.parent)
-    except OSError as error:
-        raise StorageError(f"{path} can't be written ({error.strerror}); free space or fix permissions.") from error
+    append_line(path, redacted(_as_text(line)).removesuffix("\n"))
 
 
-def _append_whole(stream: io.FileIO, data: bytes) -> None:
-    """On a disk that fills up nothing is added: later lines would be lost with a half one."""
-    size = stream.tell()
-    try:
-        written = 0
-        while written < len(data):
-            written += stream.write(data[written:])
-    except OSError:
-        stream.truncate(size)
-        raise
-
-
-def _drop_torn_tail(path: Path) -> None:
+def _repair(path: Path) -> None:
     """Cuts off a last line that a killed attempt left without its end."""
     try:
-        with path.open("rb+") as stream:
-            content = stream.read()
-            stream.truncate(content.rfind(b"\n") + 1)
-    except FileNotFoundError:
-        return
+        drop_torn_tail(path)
     except OSError as error:
         raise StorageError(f"{path} can't be repaired ({error.strerror}); fix its permissions.") from error
