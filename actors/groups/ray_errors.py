@@ -80,10 +80,10 @@ CLASSES: Mapping[type[Exception], type[RlhfError]] = {
 def translated(error: RayError, role: str, rank: int, operation: str) -> Exception:
     """The error of ours that a worker raised, or one that names the call and says what Ray says."""
     if isinstance(error, RayTaskError):
-        return _raised_by_worker(error, role, rank, operation)
+        return worker_error(error.cause, role, rank, operation)
     if isinstance(error, ActorDiedError) and error.args and isinstance(error.args[0], RayTaskError):
         # Ray keeps what a constructor raised as the only argument.
-        return _raised_by_worker(error.args[0], role, rank, "start")
+        return worker_error(error.args[0].cause, role, rank, "start")
     return _of_class(class_of(error), error, role, rank, operation)
 
 
@@ -98,12 +98,12 @@ def first_lines(error: BaseException | None) -> str:
     return " ".join(lines[:3]) if lines else type(error).__name__
 
 
-def _raised_by_worker(error: RayTaskError, role: str, rank: int, operation: str) -> Exception:
-    cause = error.cause
+def worker_error(cause: Exception, role: str, rank: int, operation: str) -> RlhfError:
+    """What an actor's code raised, as an error of ours; PeerLost where a collective failed."""
     if isinstance(cause, RlhfError):
         return cause
     if isinstance(cause, RayTaskError):
-        return _raised_by_worker(cause, role, rank, operation)
+        return worker_error(cause.cause, role, rank, operation)
     if isinstance(cause, RayError):
         found = class_of(cause)  # of another actor that this one waited for: its own process answers
         return _of_class(RoleLost if found is RoleDied else found, cause, role, rank, operation)

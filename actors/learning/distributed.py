@@ -9,10 +9,10 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -24,6 +24,10 @@ import deepspeed as deepspeed
 import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__
 from deepspeed.runtime import compiler
+
+from orchestrator.errors import RlhfError
+
+Result = TypeVar("Result")
 
 # The CPU backend otherwise compiles a shared-memory all-reduce with g++ when it starts (50 s, and not on every image);
 # gloo does the same work.
@@ -141,3 +145,36 @@ def _reduce(numbers: Mapping[str, float], device: torch.device, operation: dist.
     if names:
         dist.all_reduce(packed, op=operation)
     return dict(zip(names, packed.tolist(), strict=True))
+
+
+def all_or_none(work: Callable[[], Result], group: Group) -> Result:
+    """Runs `work` on every rank. When it fails on one, all ranks raise its error, so that no rank waits in vain.
+
+    `work` makes no collective calls: a rank that fails would leave the others in one.
+    """
+    results: list[Result] = []
+    problem: RlhfError | None = None
+    try:
+        results.append(work())
+    except RlhfError as error:
+        problem = error
+    for found in from_all(problem, group):
+        if found is not None:
+            raise found
+    return results[0]
+
+
+def on_rank_0(work: Callable[[], Result], group: Group) -> Result:
+    """Runs `work` on rank 0 alone. Every rank returns its result, which is small, or raises its error."""
+    mine = all_or_none(lambda: work() if group.rank == 0 else None, group)
+    result: Result = from_all(mine, group)[0]
+    return result
+
+
+def from_all(value: Any, group: Group) -> list[Any]:
+    """The values of all ranks. A single rank needs no process group."""
+    if group.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * group.world_size
+    dist.all_gather_object(values, value)
+    return values

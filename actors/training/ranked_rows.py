@@ -42,6 +42,9 @@ class RankedRows:
     def rows_of(self, record: int) -> range:
         return range(self.first_row[record], self.first_row[record + 1])
 
+    def num_tokens(self, records: Sequence[int]) -> int:
+        return sum(self.lengths[row] for record in records for row in self.rows_of(record))
+
     def micro_batches(self, records: Sequence[int], group: Group, micro_batch_tokens: int) -> list[tuple[int, ...]]:
         """Rows of this rank's micro-batches of one batch: the replies of a record stay together, whatever the budget.
 

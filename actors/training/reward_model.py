@@ -1,25 +1,17 @@
-"""Reward-model training, as one Ray Train worker runs it: all replies to a prompt in one term of the loss (Ouyang 2022,
-eq. 1), the learner, packing and losses those of PPO."""
+"""Reward-model training: all replies to a prompt in one term of the loss (Ouyang 2022, eq. 1); the learner, packing and
+losses are those of PPO."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import ray
-import ray.train
-import ray.train.torch
 import torch
-import torch.distributed as dist
 
-from actors.learning import distributed
-from actors.learning.distributed import Group
+from actors.learning.distributed import Group, all_or_none, from_all, on_rank_0
 from actors.learning.heads import ValueModel
 from actors.learning.learner import Learner, LearnerSettings, Update
 from actors.learning.model import load_scorer, resolve_model
@@ -30,30 +22,29 @@ from actors.rewards.model import RewardStats, write_stats
 from actors.text.conversations import Chat, base_chat
 from actors.text.templates import OWN_CHAT, ChatSettings
 from actors.training.ranked_rows import RankedRows, padding_token, ranked_rows
-from actors.training.train_run import PROGRESS_FILE
-from orchestrator.algorithms.ranking import epoch_batches, spread
+from orchestrator.algorithms.ranking import spread
+from orchestrator.config.sections import RewardModelConfig
 from orchestrator.data.records import RankingRecord
-from orchestrator.errors import RlhfError
-from orchestrator.run.storage import follow_umask, sync_tree, writing
+from orchestrator.run.storage import follow_umask, make_empty, sync_tree, writing
 
 CALIBRATION_REPLIES = 256  # the mean of that many scores is known to a sixteenth of their standard deviation
 
-Result = TypeVar("Result")
+RankedData = tuple[Sequence[RankingRecord], Sequence[RankingRecord]]
+"""Records to train on, and held-out ones."""
 
 
 @dataclass(frozen=True)
 class RewardTraining:
-    """What every worker is told beside the preferences.
+    """What the task needs beside the preferences.
 
     Args:
         model: folder or name of the model to start from, see resolve_model; `cache_dir` holds converted models.
         policy: of the policy, whose conversations `chat` is about; see base_chat.
         folder: the finished reward model; replaced as a whole.
-        work: folder for progress and the unfinished model, on the file system of `folder`.
+        work: folder for the unfinished model, on the file system of `folder`.
+        stage: config section.
         learner: its `total_optimizer_steps` covers all epochs.
-        threads: CPU threads of one worker.
-        timeout_s: deadline of every collective.
-        layers: kept of the base's; see load_scorer.
+        seed: of a new head.
     """
 
     model: str
@@ -61,15 +52,9 @@ class RewardTraining:
     cache_dir: Path
     folder: Path
     work: Path
+    stage: RewardModelConfig
     learner: LearnerSettings
     seed: int
-    epochs: int
-    prompts_per_batch: int
-    micro_batch_tokens: int
-    max_length: int
-    threads: int
-    timeout_s: float
-    layers: int | None = None
     chat: ChatSettings = OWN_CHAT
     trust_remote_code: bool = False
 
@@ -83,21 +68,16 @@ class Trained:
     num_truncated: int
 
 
-class RewardTrainer:
-    """One rank of reward-model training. Complete when constructed; see Learner for what is collective.
+class RewardModelTask:
+    """One rank of reward-model training; a Task (task.py). Complete when constructed.
 
     Raises:
         DataError: on all ranks, when one of them can't load the model or tokenise the preferences.
     """
 
-    def __init__(
-        self,
-        settings: RewardTraining,
-        train: Sequence[RankingRecord],
-        held_out: Sequence[RankingRecord],
-        group: Group,
-    ) -> None:
+    def __init__(self, settings: RewardTraining, data: RankedData, group: Group) -> None:
         self.settings, self.group = settings, group
+        stage = settings.stage
 
         def load() -> tuple[Chat, Any, RankedRows, RankedRows]:
             folder = resolve_model(settings.model, settings.cache_dir)
@@ -108,58 +88,41 @@ class RewardTrainer:
                 settings.learner.torch_dtype,
                 new_head="normal",
                 seed=settings.seed,
-                layers=settings.layers,
+                layers=stage.layers,
                 trust_remote_code=settings.trust_remote_code,
             )
-            rows = [ranked_rows(part, chat, max_length=settings.max_length) for part in (train, held_out)]
+            rows = [ranked_rows(part, chat, max_length=stage.max_length) for part in data]
             return chat, scorer, rows[0], rows[1]
 
-        self.chat, scorer, self._train, self._held_out = _all_or_none(load, group)
+        self.chat, scorer, self.data, self._held_out = all_or_none(load, group)
         padding = padding_token(self.chat)
         self.chat.tokenizer.pad_token = self.chat.tokenizer.convert_ids_to_tokens(padding)
         scorer.config.pad_token_id = padding
-        self._learner = Learner(ValueModel(scorer), settings.learner)
+        self.learner = Learner(ValueModel(scorer), settings.learner)
 
-    def fit(self, report: Callable[[Mapping[str, float]], None]) -> None:
-        """All epochs.
+    def objective(self, output: tuple[torch.Tensor, torch.Tensor], micro: MicroBatch) -> LossTerms:
+        return ranking_loss(output[1], micro.columns["quality"], micro.columns["group"])
 
-        Args:
-            report: gets the metrics of every optimizer step.
+    def count(self, records: Sequence[int]) -> float:
+        return float(len(records))
 
-        Raises:
-            NonFiniteError: on all ranks, before anything non-finite is applied.
-        """
-        settings = self.settings
-        for epoch in range(settings.epochs):
-            batches = epoch_batches(
-                self._train.num_records,
-                records_per_batch=settings.prompts_per_batch,
-                seed=settings.seed,
-                epoch=epoch,
-            )
-            for number, records in enumerate(batches):
-                started = time.monotonic()
-                update = self._update(records, what=f"epoch {epoch}, batch {number}")
-                seconds = time.monotonic() - started
-                num_tokens = sum(self._train.lengths[row] for record in records for row in self._train.rows_of(record))
-                report(_step_metrics(update) | {"tokens": num_tokens, "seconds": seconds})
-
-    def _update(self, records: Sequence[int], *, what: str) -> Update:
-        micros = self._train.micro_batches(records, self.group, self.settings.micro_batch_tokens)
-        return self._learner.update(
-            [self._train.rows.pack(rows, self._learner.device) for rows in micros],
-            _objective,
-            count=float(len(records)),
-            what=f"reward model, {what}",
-        )
+    def metrics(self, update: Update) -> Mapping[str, float]:
+        means = update.means
+        return {
+            "loss": means["ranking_loss"],
+            "accuracy": means["correct_pairs"] / means["pairs"],
+            "margin": means["margin_pairs"] / means["pairs"],
+            "grad_norm": update.grad_norm,
+            "learning_rate": update.learning_rate,
+        }
 
     def finish(self) -> Trained:
         """Scores the held-out replies and some of the training replies, writes the finished model."""
         held_out = self._scores(self._held_out.rows)
-        calibration = spread(range(self._train.first_row[-1]), CALIBRATION_REPLIES)
-        stats = self._export(self._scores(TokenRows(self._train.table.take(calibration))))
+        calibration = spread(range(self.data.first_row[-1]), CALIBRATION_REPLIES)
+        stats = self._export(self._scores(TokenRows(self.data.table.take(calibration))))
         ranked = [[held_out[row] for row in self._held_out.rows_of(i)] for i in range(self._held_out.num_records)]
-        return Trained(ranked, stats, self._train.num_truncated + self._held_out.num_truncated)
+        return Trained(ranked, stats, self.data.num_truncated + self._held_out.num_truncated)
 
     def _scores(self, rows: TokenRows) -> list[float]:
         if not rows.num_rows:
@@ -167,29 +130,22 @@ class RewardTrainer:
         mine: dict[int, float] = {}
         for micro, (_, last_B) in answers(
             rows,
-            self._learner.pass_through,
+            self.learner.pass_through,
             Share(self.group.rank, self.group.world_size),
-            micro_batch_tokens=self.settings.micro_batch_tokens,
-            device=self._learner.device,
+            micro_batch_tokens=self.settings.stage.micro_batch_tokens,
+            device=self.learner.device,
         ):
             mine |= dict(zip(micro.rows, last_B.float().cpu().tolist(), strict=True))
-        parts: list[dict[int, float]] = [{} for _ in range(self.group.world_size)]
-        dist.all_gather_object(parts, mine)
-        scores = {row: score for part in parts for row, score in part.items()}
+        scores = {row: score for part in from_all(mine, self.group) for row, score in part.items()}
         return [scores[row] for row in range(rows.num_rows)]
 
     def _export(self, calibration: Sequence[float]) -> RewardStats:
         """Writes the model beside its place and moves it there; rank 0 decides, all ranks take part."""
         unfinished = self.settings.work / "model"
-        if self.group.rank == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            with writing(unfinished):
-                unfinished.mkdir(parents=True)
-        self._learner.export(unfinished, self.chat.tokenizer)
+        on_rank_0(lambda: make_empty(unfinished), self.group)
+        self.learner.export(unfinished, self.chat.tokenizer)
 
-        def publish() -> RewardStats | None:
-            if self.group.rank:
-                return None
+        def publish() -> RewardStats:
             with writing(unfinished):
                 self.chat.save(unfinished)
                 stats = write_stats(unfinished, calibration)
@@ -198,83 +154,7 @@ class RewardTrainer:
                 _replace_folder(unfinished, self.settings.folder)
             return stats
 
-        published: list[RewardStats | None] = [None] * self.group.world_size
-        dist.all_gather_object(published, _all_or_none(publish, self.group))
-        return next(stats for stats in published if stats is not None)
-
-
-def train_worker(config: Mapping[str, Any]) -> Trained | RlhfError:
-    """The loop of one Ray Train worker.
-
-    Args:
-        config: `settings` (RewardTraining) and `records`, an object reference to (train, held_out).
-
-    Returns:
-        What was found, or the error of ours that ended all ranks: it would come again, so Ray Train shall not retry.
-    """
-    settings: RewardTraining = config["settings"]
-    train, held_out = ray.get(config["records"])
-    group = _group_of_ray_train(settings)
-    progress = settings.work / PROGRESS_FILE
-    if group.rank == 0:
-        progress.unlink(missing_ok=True)
-    try:
-        trainer = RewardTrainer(settings, train, held_out, group)
-        trainer.fit(lambda metrics: _append(progress, metrics) if group.rank == 0 else None)
-        return trainer.finish()
-    except RlhfError as error:
-        return error
-
-
-def _group_of_ray_train(settings: RewardTraining) -> Group:
-    """DeepSpeed on the process group that Ray Train has made."""
-    context = ray.train.get_context()
-    local_rank = os.environ["LOCAL_RANK"]
-    if torch.cuda.is_available():
-        torch.cuda.set_device(ray.train.torch.get_device())
-    group = Group(
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        master_addr=os.environ["MASTER_ADDR"],
-        master_port=int(os.environ["MASTER_PORT"]),
-        timeout_s=settings.timeout_s,
-        threads=settings.threads,
-    )
-    distributed.join(group)
-    # Ray Train shows a worker all GPUs of its node, and DeepSpeed takes the one of this number.
-    os.environ["LOCAL_RANK"] = local_rank
-    return group
-
-
-def _objective(output: tuple[torch.Tensor, torch.Tensor], micro: MicroBatch) -> LossTerms:
-    return ranking_loss(output[1], micro.columns["quality"], micro.columns["group"])
-
-
-def _step_metrics(update: Update) -> dict[str, float]:
-    means = update.means
-    return {
-        "loss": means["ranking_loss"],
-        "accuracy": means["correct_pairs"] / means["pairs"],
-        "margin": means["margin_pairs"] / means["pairs"],
-        "grad_norm": update.grad_norm,
-        "learning_rate": update.learning_rate,
-    }
-
-
-def _all_or_none(work: Callable[[], Result], group: Group) -> Result:
-    """Runs `work` on every rank; when it fails on one, all raise, so that none waits for the others in vain."""
-    results: list[Result] = []
-    problem: RlhfError | None = None
-    try:
-        results.append(work())
-    except RlhfError as error:
-        problem = error
-    problems: list[RlhfError | None] = [None] * group.world_size
-    dist.all_gather_object(problems, problem)
-    for found in problems:
-        if found is not None:
-            raise found
-    return results[0]
+        return on_rank_0(publish, self.group)
 
 
 def _replace_folder(source: Path, target: Path) -> None:
@@ -283,8 +163,3 @@ def _replace_folder(source: Path, target: Path) -> None:
     if target.exists():
         target.rename(replaced)
     source.rename(target)
-
-
-def _append(path: Path, metrics: Mapping[str, float]) -> None:
-    with writing(path), path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(metrics) + "\n")

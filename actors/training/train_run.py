@@ -1,14 +1,14 @@
-"""A stage without rollouts on Ray Train: it starts, places, retries and ends the workers; their progress comes through
-a file, because a report of Ray Train stays in its controller until the end."""
+"""A training without rollouts on Ray Train, which starts, places, restarts and ends the workers. Their progress comes
+through a file, because a report of Ray Train stays in its controller until the end (docs/adr/0011-training.md)."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import math
 import os
 import threading
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,20 @@ from time import monotonic
 from typing import Any
 
 import ray
+import ray.train
+import ray.train.torch
+import torch
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors.groups.cluster import alive_nodes, environment
-from orchestrator.errors import CapacityError, DeadlineExceeded, RlhfError, RoleError
+from actors.groups.ray_errors import worker_error
+from actors.learning import distributed
+from actors.learning.distributed import Group, on_rank_0
+from actors.training.trainer import Trainer, Training
+from actors.training.work import CONTINUES_AFTER, PROGRESS_FILE, Lines, WorkFolder
+from orchestrator.errors import CapacityError, DeadlineExceeded, RlhfError, RoleError, RoleLost, StorageError
 
-PROGRESS_FILE = "progress.jsonl"
 _POLL_S = 0.25
 # An empty loop of one worker took 10.0 s with Ray Train's own settings and 7.7 s with these.
 _QUICK = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_METRICS_ENABLED": "0"}
@@ -37,6 +44,7 @@ class Workers:
     count, threads, gpus: workers, and CPU threads and GPUs of one.
     room_s: how long to wait for their resources.
     collective_s: deadline of every collective.
+    restarts: how often lost workers are replaced.
     """
 
     role: str
@@ -45,10 +53,7 @@ class Workers:
     gpus: float
     room_s: float
     collective_s: float
-
-
-class Restarted(Exception):
-    """Ray Train has started the workers again; they begin from the first step."""
+    restarts: int
 
 
 class TrainRun:
@@ -57,36 +62,40 @@ class TrainRun:
     The thread is a daemon: a driver that is told to stop does not wait for it, and the workers end with the driver.
 
     Args:
-        loop: runs on every worker; returns what `result` returns on rank 0, or an RlhfError, for which Ray Train does
-            not try again. Rank 0 appends a line of JSON per step to `folder`/progress.jsonl, a new file per try.
-        config: argument of `loop`.
-        folder: exists; shared by driver and workers.
+        config: argument of `train_worker`: `training` (Training), and `data`, a reference to the data in Ray's store.
+        folder: the work folder, see work.py; shared by driver and workers.
+        on_start: called with a step number whenever workers begin to learn after that step.
     """
 
     def __init__(
-        self, loop: Callable[[Mapping[str, Any]], Any], config: Mapping[str, Any], workers: Workers, folder: Path
+        self, config: Mapping[str, Any], workers: Workers, folder: Path, on_start: Callable[[int], None]
     ) -> None:
-        self._role = workers.role
-        self._lines = _Lines(folder / PROGRESS_FILE)
+        self._role, self._on_start = workers.role, on_start
+        progress = folder / PROGRESS_FILE
+        self._progress, self._num_steps = Lines(progress), 0
+        self._earlier_bytes = progress.stat().st_size if progress.exists() else 0  # by workers of earlier drivers
         self._event_loop = asyncio.get_running_loop()
         self._outcome: asyncio.Future[Any] = self._event_loop.create_future()
-        trainer = _trainer(loop, config, workers, folder)
+        trainer = _trainer(config, workers, folder)
         threading.Thread(target=self._run, args=(trainer,), name="ray-train", daemon=True).start()
 
-    async def next_line(self, timeout_s: float) -> Progress:
-        """The next step's line.
+    async def next_step(self, timeout_s: float) -> Progress:
+        """Metrics of the next optimizer step. Each is returned once and in order, those of earlier drivers included,
+        however often workers repeat a step.
 
         Raises:
-            Restarted: the lines begin again.
-            DeadlineExceeded: no line came in time.
+            DeadlineExceeded: the workers reported nothing for `timeout_s`.
             RlhfError: what ended the training.
         """
         deadline = monotonic() + timeout_s
         while True:
             ended = self._outcome.done()
-            line = self._lines.next()
-            if line is not None:
-                return line
+            while (line := self._next_line()) is not None:
+                deadline = monotonic() + timeout_s
+                if line.get("step") == self._num_steps:
+                    self._num_steps += 1
+                    metrics: Progress = line["metrics"]
+                    return metrics
             if ended:
                 await self.result(0.0)
                 raise RoleError(self._role, 0, "train", "it ended before its last step")
@@ -95,14 +104,26 @@ class TrainRun:
             await asyncio.sleep(_POLL_S)
 
     async def result(self, timeout_s: float) -> Any:
-        """What rank 0 returned; raises what ended the training, or DeadlineExceeded."""
-        done, _ = await asyncio.wait([self._outcome], timeout=timeout_s)
-        if not done:
-            raise DeadlineExceeded(self._role, 0, "evaluate and save", f"it was not done in {timeout_s:g} s")
+        """What rank 0 returned. Raises what ended the training, or DeadlineExceeded as `next_step` does."""
+        deadline = monotonic() + timeout_s
+        while not self._outcome.done():
+            if self._next_line() is not None:  # of workers that repeat steps, because one was lost at the end
+                deadline = monotonic() + timeout_s
+            elif monotonic() > deadline:
+                raise DeadlineExceeded(self._role, 0, "evaluate and save", f"it was not done in {timeout_s:g} s")
+            else:
+                await asyncio.sleep(_POLL_S)
         outcome = self._outcome.result()
         if isinstance(outcome, RlhfError):
             raise outcome
         return outcome
+
+    def _next_line(self) -> Any:
+        """The next line of progress.jsonl; None: there is none yet."""
+        line = self._progress.next()
+        if line is not None and CONTINUES_AFTER in line and self._progress.offset > self._earlier_bytes:
+            self._on_start(line[CONTINUES_AFTER])
+        return line
 
     def _run(self, trainer: TorchTrainer) -> None:
         outcome: Any = RoleError(self._role, 0, "train", "Ray Train ended without an answer; see the driver's log")
@@ -120,7 +141,8 @@ def failure(role: str, error: Exception) -> RlhfError:
     """A failed training as an error of ours."""
     if isinstance(error, WorkerGroupError):
         rank, cause = min(error.worker_failures.items(), key=lambda item: item[0])
-        return RoleError(role, rank, "train", f"{_headline(cause)} (Ray Train tried twice)")
+        way_out = "the workers were not replaced again: failures.infrastructure restarts were used up"
+        return RoleError(role, rank, "train", f"{_headline(cause)} ({way_out})")
     if isinstance(error, ControllerError) and "timed out" in str(error):
         return CapacityError(
             f"the cluster did not free the resources of the {role} workers within placement.wait_s; other jobs hold "
@@ -135,18 +157,15 @@ def _headline(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _trainer(
-    loop: Callable[[Mapping[str, Any]], Any], config: Mapping[str, Any], workers: Workers, folder: Path
-) -> TorchTrainer:
+def _trainer(config: Mapping[str, Any], workers: Workers, folder: Path) -> TorchTrainer:
     _set_defaults(workers.room_s)
     resources = {"CPU": float(workers.threads)} | ({"GPU": workers.gpus} if workers.gpus else {})
     on_gpu = workers.gpus > 0
     # Ray's annotations are those of its older Train; these keys are of the present one.
-    failures: dict[str, Any] = {"max_failures": 1, "controller_failure_limit": 0}
+    failures: dict[str, Any] = {"max_failures": workers.restarts, "controller_failure_limit": 0}
     run: dict[str, Any] = {"worker_runtime_env": {"env_vars": environment(workers.threads, on_gpu=on_gpu)}}
-    train_loop: Any = loop
     return TorchTrainer(
-        train_loop,
+        train_worker,
         train_loop_config=dict(config),
         torch_config=TorchConfig(timeout_s=math.ceil(workers.collective_s)),
         scaling_config=ScalingConfig(num_workers=workers.count, use_gpu=on_gpu, resources_per_worker=resources),
@@ -169,26 +188,54 @@ def _set_defaults(room_s: float) -> None:
         os.environ.setdefault(name, value)
 
 
-class _Lines:
-    """Lines of JSON that somebody else appends, as they come."""
+def train_worker(config: Mapping[str, Any]) -> Any:
+    """What one Ray Train worker runs.
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._offset = path, 0
+    Returns:
+        What the task made, or an error that all ranks raised: it would come again, so Ray Train must not try again.
 
-    def next(self) -> Progress | None:
-        """The next whole line; None: not yet. Raises Restarted when the file begins anew."""
-        try:
-            with self._path.open("rb") as stream:
-                size = stream.seek(0, os.SEEK_END)
-                stream.seek(self._offset)
-                line = stream.readline()
-        except FileNotFoundError:
-            size, line = 0, b""
-        if size < self._offset:
-            self._offset = 0
-            raise Restarted
-        if not line.endswith(b"\n"):
-            return None
-        self._offset += len(line)
-        progress: Progress = json.loads(line)
-        return progress
+    Raises:
+        Exception: of this rank alone. Ray Train then stops the other ranks, and starts all of them again.
+    """
+    training: Training[Any] = config["training"]
+    group = _group_of_ray_train(training)
+    work = WorkFolder(training.work, on_rank_0(lambda: uuid.uuid4().hex[:8], group))
+    try:
+        on_rank_0(lambda: _begin(work, training.unexpected_errors), group)
+        return Trainer(training, ray.get(config["data"]), group, work).run()
+    except Exception as error:
+        if isinstance(error, RlhfError) and not (isinstance(error, StorageError) and group.world_size > 1):
+            return error
+        found = worker_error(error, training.role, group.rank, "train")
+        if not isinstance(found, RoleLost):
+            with contextlib.suppress(StorageError):
+                work.failed(found)
+        raise
+
+
+def _begin(work: WorkFolder, unexpected_errors: int) -> None:
+    """Claims the work folder. Raises an error of earlier tries that would come again."""
+    work.claim()
+    failures = work.failures()
+    if failures and (len(failures) > unexpected_errors or not isinstance(failures[-1], RoleError)):
+        raise failures[-1]
+
+
+def _group_of_ray_train(training: Training[Any]) -> Group:
+    """DeepSpeed on the process group that Ray Train has made."""
+    context = ray.train.get_context()
+    local_rank = os.environ["LOCAL_RANK"]
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ray.train.torch.get_device())
+    group = Group(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        master_addr=os.environ["MASTER_ADDR"],
+        master_port=int(os.environ["MASTER_PORT"]),
+        timeout_s=training.timeout_s,
+        threads=training.threads,
+    )
+    distributed.join(group)
+    # Ray Train shows a worker all GPUs of its node, and DeepSpeed takes the one of this number.
+    os.environ["LOCAL_RANK"] = local_rank
+    return group

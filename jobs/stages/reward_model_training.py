@@ -7,16 +7,16 @@ import shutil
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import ray
-
 from actors.groups.cluster import alive_nodes, named_address
 from actors.learning.learner import LearnerSettings
-from actors.training.reward_model import RewardTraining, Trained, train_worker
-from actors.training.train_run import Progress, Restarted, TrainRun, Workers
+from actors.training.reward_model import RewardModelTask, RewardTraining, Trained
+from actors.training.train_run import Progress, Workers
+from actors.training.trainer import Training
 from jobs.check.capacity import find_cluster
 from jobs.cluster.connection import cluster
 from jobs.command import imported, run_async, say
@@ -27,19 +27,18 @@ from jobs.stages.preferences import PREFERENCES
 from jobs.stages.reward_model import RESULT_FILE
 from jobs.stages.settings import alone, chat_settings
 from jobs.stages.stage import StageJob
+from jobs.stages.training import Report, train
 from orchestrator.algorithms.ranking import concordant_pairs, kendall_tau, num_pairs, wilson_interval
 from orchestrator.config.config import Config
-from orchestrator.config.sections import DeadlinesConfig
 from orchestrator.data.readers import read_rankings
 from orchestrator.data.records import RankingRecord
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.planning.demands import REWARD_MODEL, plan_reward_model
 from orchestrator.prompts import split
 from orchestrator.run.folder import open_run
-from orchestrator.run.storage import write_json, writing
+from orchestrator.run.storage import write_json
 from orchestrator.watching.telemetry import Telemetry
 
-SHOWN = 20  # lines for people about the optimizer steps of the stage
 _RECORDED = ("loss", "accuracy", "grad_norm", "learning_rate")
 
 Say = Callable[[str], None]
@@ -146,7 +145,8 @@ async def train_reward_model(
 ) -> RewardModelResult:
     """Trains on `records`, measures on `held_out`, leaves the finished model in `folder`.
 
-    Ray is connected. The model appears in `folder` whole or not at all; progress and what is unfinished lie beside it.
+    Ray is connected. The model appears in `folder` whole or not at all. Progress and checkpoints are in a work folder
+    beside it, from which a later call continues; the folder goes with a finished training.
 
     Args:
         gold: for every held-out record the true scores of its replies; None: the records' own order is the truth.
@@ -155,30 +155,38 @@ async def train_reward_model(
         CapacityError: the workers do not fit into the cluster, or it has no room in time.
         DataError: the base model, its tokenizer, or a conversation that its chat template refuses.
         NonFiniteError: loss or gradient; `folder` is untouched.
-        RoleError: a worker failed twice, or gave no sign of life before its deadline.
+        RoleError: workers failed more often than `failures` allows, or reported nothing before their deadline.
     """
     started = monotonic()
     folder = folder.absolute()
-    threads = plan_reward_model(config, alive_nodes()).slots[0].threads
-    settings = _settings(config, folder, num_records=len(records), threads=threads)
-    shutil.rmtree(settings.work, ignore_errors=True)
-    with writing(settings.work):
-        settings.work.mkdir(parents=True)
     stage, limits = config.reward_model, config.deadlines
-    training = TrainRun(
-        train_worker,
-        {"settings": settings, "records": ray.put((tuple(records), tuple(held_out)))},
-        Workers(REWARD_MODEL, stage.ranks, threads, stage.gpus_per_rank, config.placement.wait_s, limits.learn_s),
-        settings.work,
+    threads = plan_reward_model(config, alive_nodes()).slots[0].threads
+    settings = _settings(config, folder, num_records=len(records))
+    training = Training(
+        role=REWARD_MODEL,
+        make=partial(RewardModelTask, settings),
+        passes=stage,
+        seed=config.run.seed,
+        work=settings.work,
+        unexpected_errors=config.failures.programming,
+        threads=threads,
+        timeout_s=limits.learn_s,
     )
-    steps = await _follow(training, settings.learner.total_optimizer_steps, limits, telemetry, say)
-    trained: Trained = await training.result(limits.learn_s)
-    shutil.rmtree(settings.work, ignore_errors=True)
+    num_steps = settings.learner.total_optimizer_steps
+    trained: Trained
+    steps, trained = await train(
+        training,
+        (tuple(records), tuple(held_out)),
+        _workers(config, threads),
+        limits,
+        Report(telemetry, say, REWARD_MODEL, num_steps, _RECORDED, _words),
+        identity=_identity(settings, records, held_out),
+    )
     quality = measure(trained.held_out_scores, gold)
     if quality.accuracy is not None:
         telemetry.evaluation(len(steps), {"reward_model/held_out_accuracy": quality.accuracy})
     last = steps[-math.ceil(len(steps) / 10) :]
-    return RewardModelResult(
+    result = RewardModelResult(
         path=str(folder),
         held_out_accuracy=quality.accuracy,
         interval=quality.interval,
@@ -194,6 +202,8 @@ async def train_reward_model(
         score_std=trained.stats.std,
         seconds=monotonic() - started,
     )
+    shutil.rmtree(settings.work, ignore_errors=True)
+    return result
 
 
 @dataclass(frozen=True)
@@ -224,7 +234,7 @@ def measure(scores: Sequence[Sequence[float]], gold: Sequence[Sequence[float]] |
     )
 
 
-def _settings(config: Config, folder: Path, *, num_records: int, threads: int) -> RewardTraining:
+def _settings(config: Config, folder: Path, *, num_records: int) -> RewardTraining:
     stage = config.reward_model
     num_steps = stage.epochs * math.ceil(num_records / stage.prompts_per_batch)
     learner = LearnerSettings(
@@ -242,53 +252,39 @@ def _settings(config: Config, folder: Path, *, num_records: int, threads: int) -
         cache_dir=config.run.cache,
         folder=folder,
         work=folder.with_name(f".{folder.name}.work"),
+        stage=stage,
         learner=learner,
         seed=config.run.seed,
-        epochs=stage.epochs,
-        prompts_per_batch=stage.prompts_per_batch,
-        micro_batch_tokens=stage.micro_batch_tokens,
-        max_length=stage.max_length,
-        threads=threads,
-        timeout_s=config.deadlines.learn_s,
-        layers=stage.layers,
         chat=chat_settings(config),
         trust_remote_code=config.model.trust_remote_code,
     )
 
 
-async def _follow(
-    training: TrainRun, num_steps: int, deadlines: DeadlinesConfig, telemetry: Telemetry, say: Say
-) -> list[Progress]:
-    """Metrics of all optimizer steps, told as they are made."""
-    steps: list[Progress] = []
-    telemetry.rewind(0)
-    while len(steps) < num_steps:
-        # The first one also waits for Ray Train, the model and the tokens.
-        timeout_s = deadlines.learn_s + (0.0 if steps else deadlines.start_s)
-        try:
-            with telemetry.step(len(steps)) as record:
-                progress = await training.next_line(timeout_s)
-                record({f"reward_model/{name}": progress[name] for name in _RECORDED})
-        except Restarted:
-            say("reward model: a worker failed; Ray Train begins again from the first step")
-            telemetry.rewind(0)
-            steps = []
-            continue
-        steps.append(progress)
-        if len(steps) % max(num_steps // SHOWN, 1) == 0 or len(steps) == num_steps:
-            say(_line(steps, num_steps))
-    return steps
-
-
-def _line(steps: Sequence[Progress], num_steps: int) -> str:
-    recent = steps[-max(num_steps // SHOWN, 1) :]
-    seconds = _mean(step["seconds"] for step in recent)
-    speed = _mean(step["tokens"] for step in recent) / seconds
-    return (
-        f"reward model {len(steps)}/{num_steps}  loss {_mean(step['loss'] for step in recent):.3f}  "
-        f"pairs in order {_mean(step['accuracy'] for step in recent):.0%}  {speed:.0f} tok/s  "
-        f"{(num_steps - len(steps)) * seconds:.0f} s left"
+def _workers(config: Config, threads: int) -> Workers:
+    stage = config.reward_model
+    return Workers(
+        role=REWARD_MODEL,
+        count=stage.ranks,
+        threads=threads,
+        gpus=stage.gpus_per_rank,
+        room_s=config.placement.wait_s,
+        collective_s=config.deadlines.learn_s,
+        restarts=config.failures.infrastructure,
     )
+
+
+def _identity(
+    settings: RewardTraining, records: Sequence[RankingRecord], held_out: Sequence[RankingRecord]
+) -> tuple[object, ...]:
+    """All that decides what is learned."""
+    stage = settings.stage.model_dump(exclude={"checkpoint_every_steps"})
+    base = (settings.model, settings.policy, settings.learner, settings.seed, settings.chat)
+    return base, stage, tuple(records), tuple(held_out)
+
+
+def _words(steps: Sequence[Progress]) -> str:
+    loss, accuracy = (_mean(step[name] for step in steps) for name in ("loss", "accuracy"))
+    return f"loss {loss:.3f}  pairs in order {accuracy:.0%}"
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -21,6 +21,7 @@ _KEYS = frozenset(
         "checkpoints.keep",
         "evaluation.every_steps",
         "placement.wait_s",
+        "reward_model.checkpoint_every_steps",
         "run.accept_changed_files",
         "run.cache",
         "run.grace_s",

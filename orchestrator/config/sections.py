@@ -127,6 +127,9 @@ class RewardModelConfig(Section):
     """GPUs of one rank."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
+    checkpoint_every_steps: NonNegative = 25
+    """Optimizer steps between two checkpoints of the training, from which it continues after a failure. A checkpoint
+    takes up to 16 bytes per parameter; only the newest is kept, until the training ends. 0: none."""
 
 
 class LearnerConfig(Section):

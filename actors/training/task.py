@@ -1,0 +1,59 @@
+"""What a training without rollouts learns: a dataset, an objective, and what is made of the model at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeVar
+
+import torch
+
+from actors.learning.distributed import Group
+from actors.learning.learner import Learner, Update
+from actors.learning.objectives.losses import LossTerms
+from actors.learning.packing import MicroBatch, TokenRows
+
+Made_co = TypeVar("Made_co", covariant=True)
+
+
+class Dataset(Protocol):
+    """Records of one or more rows of tokens. A batch is a list of record numbers."""
+
+    @property
+    def num_records(self) -> int: ...
+
+    @property
+    def rows(self) -> TokenRows: ...
+
+    def micro_batches(self, records: Sequence[int], group: Group, micro_batch_tokens: int) -> list[tuple[int, ...]]:
+        """Rows of this rank's micro-batches of one batch. Every rank gets the same number of micro-batches."""
+        ...
+
+    def num_tokens(self, records: Sequence[int]) -> int:
+        """Tokens of one batch, over all ranks."""
+        ...
+
+
+class Task(Protocol[Made_co]):
+    """One rank's part of a training. Complete when constructed: model loaded, data tokenised."""
+
+    @property
+    def learner(self) -> Learner: ...
+
+    @property
+    def data(self) -> Dataset: ...
+
+    def objective(self, output: tuple[torch.Tensor, torch.Tensor], micro: MicroBatch) -> LossTerms:
+        """Sums over one micro-batch; the loss to minimise and what is reported."""
+        ...
+
+    def count(self, records: Sequence[int]) -> float:
+        """What the sums of a batch are divided by, over all ranks: its records, say, or its tokens."""
+        ...
+
+    def metrics(self, update: Update) -> Mapping[str, float]:
+        """What is reported about one optimizer step."""
+        ...
+
+    def finish(self) -> Made_co:
+        """Collective. Makes what the training is for out of the trained model; a second call replaces the first's."""
+        ...

@@ -1,0 +1,124 @@
+"""The loop of every training without rollouts, as one rank runs it: from the last checkpoint to the finished result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from actors.learning.distributed import Group, on_rank_0
+from actors.training.checkpoints import TrainingCheckpoints
+from actors.training.task import Task
+from actors.training.work import WorkFolder
+from orchestrator.algorithms.ranking import epoch_batches
+
+Made = TypeVar("Made")
+
+
+class Passes(Protocol):
+    """The keys of a stage's config section that say how its data is gone through."""
+
+    @property
+    def epochs(self) -> int: ...
+
+    @property
+    def prompts_per_batch(self) -> int: ...
+
+    @property
+    def micro_batch_tokens(self) -> int: ...
+
+    @property
+    def checkpoint_every_steps(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Training(Generic[Made]):
+    """What every worker gets beside the data.
+
+    Args:
+        role: names the workers in errors.
+        make: task of one rank, from the data and the rank's group. Can be pickled.
+        passes: config section of the stage.
+        seed: decides the order of the data.
+        work: folder for progress and checkpoints, see work.py; on storage that driver and workers share.
+        unexpected_errors: errors that nobody expected, after which the training is tried again.
+        threads, timeout_s: CPU threads of one worker, and the deadline of every collective.
+    """
+
+    role: str
+    make: Callable[[Any, Group], Task[Made]]
+    passes: Passes
+    seed: int
+    work: Path
+    unexpected_errors: int
+    threads: int
+    timeout_s: float
+
+
+class Trainer(Generic[Made]):
+    """One rank of a training. All ranks construct and run it together.
+
+    Raises:
+        DataError: on all ranks, when one of them can't make its task.
+    """
+
+    def __init__(self, training: Training[Made], data: Any, group: Group, work: WorkFolder) -> None:
+        self._training, self._group, self._work = training, group, work
+        self._task = training.make(data, group)
+        self._checkpoints = TrainingCheckpoints(work, self._task.learner, group)
+
+    def run(self) -> Made:
+        """Learns what the last checkpoint does not hold, and finishes.
+
+        Every step gives the same numbers as in a run that nothing disturbed: the batches follow from the seed and the
+        epoch, and the learner's checkpoint is exact.
+
+        Raises:
+            NonFiniteError: on all ranks, before anything non-finite is applied.
+            StorageError: on this rank at least.
+        """
+        done = self._checkpoints.restore()
+        if self._group.rank == 0:
+            self._work.started(done)
+        for step, (epoch, number, records) in enumerate(self._batches()):
+            if step < done:
+                continue
+            metrics = self._step(records, what=f"epoch {epoch}, batch {number}")
+            if self._group.rank == 0:
+                self._work.stepped(step, metrics)
+            if self._is_due(step + 1):
+                self._checkpoints.save(step + 1)
+        on_rank_0(self._work.require_newest, self._group)
+        return self._task.finish()
+
+    def _batches(self) -> Iterator[tuple[int, int, Sequence[int]]]:
+        """(epoch, number within the epoch, records) of every batch, from the first on."""
+        passes = self._training.passes
+        for epoch in range(passes.epochs):
+            batches = epoch_batches(
+                self._task.data.num_records,
+                records_per_batch=passes.prompts_per_batch,
+                seed=self._training.seed,
+                epoch=epoch,
+            )
+            yield from ((epoch, number, records) for number, records in enumerate(batches))
+
+    def _step(self, records: Sequence[int], *, what: str) -> Mapping[str, float]:
+        """One optimizer step; its metrics."""
+        task, data = self._task, self._task.data
+        started = time.monotonic()
+        micros = data.micro_batches(records, self._group, self._training.passes.micro_batch_tokens)
+        update = task.learner.update(
+            [data.rows.pack(rows, task.learner.device) for rows in micros],
+            task.objective,
+            count=task.count(records),
+            what=f"{self._training.role}, {what}",
+        )
+        seconds = time.monotonic() - started
+        return {**task.metrics(update), "tokens": data.num_tokens(records), "seconds": seconds}
+
+    def _is_due(self, step: int) -> bool:
+        every = self._training.passes.checkpoint_every_steps
+        return bool(every) and step % every == 0

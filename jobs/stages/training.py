@@ -1,0 +1,119 @@
+"""Runs a training without rollouts for a stage: starts or continues it, and reports its steps as they are made."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from actors.training.train_run import Progress, TrainRun, Workers
+from actors.training.trainer import Training
+from actors.training.work import open_work
+from orchestrator.config.sections import DeadlinesConfig
+from orchestrator.run.storage import writing
+from orchestrator.watching.telemetry import Telemetry
+
+SHOWN = 20  # lines on the console about the optimizer steps of a stage
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where a training's steps are reported, and what is said of them.
+
+    Args:
+        num_steps: optimizer steps of the whole training.
+        recorded: metrics that are recorded, as ROLE/NAME.
+        describe: words about recent steps, for the console.
+    """
+
+    telemetry: Telemetry
+    say: Say
+    role: str
+    num_steps: int
+    recorded: Sequence[str]
+    describe: Callable[[Sequence[Progress]], str]
+
+    def started(self, step: int, *, known: int) -> None:
+        """Workers begin to learn after `step` optimizer steps, while the driver knows the metrics of `known`."""
+        if step or known:
+            self.telemetry.event("training_continued", step=step)
+            whence = f"continues after step {step} of {self.num_steps}" if step else "starts again at its first step"
+            self.say(f"{self._title}: {whence}")
+
+    def show(self, steps: Sequence[Progress]) -> None:
+        """Shows a line about every twentieth part of the training."""
+        every = max(self.num_steps // SHOWN, 1)
+        if len(steps) % every and len(steps) != self.num_steps:
+            return
+        recent = steps[-every:]
+        seconds = statistics.fmean(step["seconds"] for step in recent)
+        speed = statistics.fmean(step["tokens"] for step in recent) / seconds
+        self.say(
+            f"{self._title} {len(steps)}/{self.num_steps}  {self.describe(recent)}  {speed:.0f} tok/s  "
+            f"{(self.num_steps - len(steps)) * seconds:.0f} s left"
+        )
+
+    @property
+    def _title(self) -> str:
+        return self.role.replace("_", " ")
+
+
+async def train(
+    training: Training[Any],
+    data: Any,
+    workers: Workers,
+    deadlines: DeadlinesConfig,
+    report: Report,
+    *,
+    identity: object,
+) -> tuple[Sequence[Progress], Any]:
+    """Trains to the end. Continues what an earlier driver left in the work folder, if it trained the same.
+
+    Args:
+        data: handed to `training.make` on every worker.
+        identity: all that decides what is learned; its repr says so.
+
+    Returns:
+        The metrics of every optimizer step, and what the task made.
+
+    Raises:
+        CapacityError: the cluster does not free the workers' resources in time.
+        RlhfError: what ended the training.
+    """
+    digest = hashlib.sha256(repr((workers.count, identity)).encode()).hexdigest()
+    if not open_work(training.work, digest):
+        report.telemetry.rewind(0)
+    with writing(training.work):
+        shutil.rmtree(training.work / "ray-train", ignore_errors=True)
+    # Workers may have to start within the deadline: at the beginning, and after one of them was lost.
+    timeout_s = deadlines.start_s + deadlines.learn_s
+    steps: list[Progress] = []
+    run = TrainRun(
+        {"training": training, "data": ray.put(data)},
+        workers,
+        training.work,
+        on_start=lambda step: report.started(step, known=len(steps)),
+    )
+    await _follow(run, steps, timeout_s, report)
+    return steps, await run.result(timeout_s)
+
+
+async def _follow(run: TrainRun, steps: list[Progress], timeout_s: float, report: Report) -> None:
+    """Adds the metrics of all steps, and reports those that no earlier driver has reported."""
+    num_reported = report.telemetry.num_steps_written()
+    while len(steps) < report.num_steps:
+        if len(steps) < num_reported:
+            steps.append(await run.next_step(timeout_s))
+            continue
+        with report.telemetry.step(len(steps)) as record:
+            progress = await run.next_step(timeout_s)
+            record({f"{report.role}/{name}": progress[name] for name in report.recorded})
+        steps.append(progress)
+        report.show(steps)
