@@ -2,7 +2,7 @@
 which has to end with the bits of a run left in peace.
 
     python -m tests.chaos.matrix [ROW ...]      rows: rollout policy critic reference reward driver
-                                            one-engine parts throughput staleness raylet
+                                            one-engine parts throughput staleness trainer raylet
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.stages.replaying import fingerprint
+from orchestrator.run.storage import sha256
 from orchestrator.watching.telemetry import read_lines
 from tests.chaos.sabotage import CLASSES
 from tests.deadlines import of_a_run, scaled
@@ -38,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("generate", "score", "commit", "learn", "publish", "save")
 ROLES = ("rollout", "policy", "critic", "reference", "reward")
 STEPS = 7
+TRAINING_STEPS = 300
 console = Console(width=150)
 RUN_S = scaled(600.0)
 
@@ -156,6 +158,10 @@ class Outcome:
         checkpoint = self.path / "checkpoints" / f"step-{step:06d}"
         return fingerprint(checkpoint, "policy"), fingerprint(checkpoint, "critic")
 
+    def trained(self) -> str:
+        """SHA-256 of the reward model's weights."""
+        return sha256(self.path / "reward-model" / "model.safetensors")
+
     def steps(self) -> list[int]:
         return [line["step"] for line in read_lines(self.path / "metrics.jsonl") if line["kind"] == "step"]
 
@@ -255,6 +261,29 @@ class Report:
             str(len(left)),
             f"{outcome.seconds:.0f}",
         ]
+        self._show(name, cells, outcome, good=good)
+
+    def add_training(self, name: str, outcome: Outcome, quiet: Outcome) -> None:
+        """A reward model's training, whose result has to be that of the quiet one."""
+        is_same = outcome.code == 0 and outcome.trained() == quiet.trained()
+        once = outcome.steps() == quiet.steps() == list(range(TRAINING_STEPS))
+        left = actors_left()
+        good = is_same and once and not left
+        self.failed += not good
+        cells = [
+            str(outcome.struck),
+            f"{len(outcome.events('training_continued'))} continued",
+            str(len(list((outcome.path / "attempts").iterdir()))),
+            "equal" if is_same else f"DIFFERENT, exit {outcome.code}",
+            "yes" if once else f"NO: {outcome.steps()}",
+            "-",
+            "-",
+            str(len(left)),
+            f"{outcome.seconds:.0f}",
+        ]
+        self._show(name, cells, outcome, good=good)
+
+    def _show(self, name: str, cells: Sequence[str], outcome: Outcome, *, good: bool) -> None:
         self.table.add_row(name, *cells)
         console.print("  ".join([name, *cells]), soft_wrap=True)
         if not good:
@@ -268,8 +297,30 @@ def in_parts(field: Field, run_id: str, ends: Sequence[int]) -> Outcome:
     return outcome
 
 
+def training_rows(field: Field, report: Report) -> None:
+    """A reward model, two of whose workers and whose driver are killed."""
+    rows = [{"prompt": f"Say {n}.", "chosen": f"{n}, kind", "rejected": f"{n}, rude"} for n in range(TRAINING_STEPS)]
+    file = field.folder / "preferences.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    stage = {"workers": 2, "threads_per_worker": 1, "prompts_per_batch": 1, "checkpoint_every_steps": 20}
+    overrides = ["stages=[reward_model]", f"preferences.path={file}", "preferences.held_out=0"]
+    overrides += [f"reward_model.{key}={value}" for key, value in stage.items()]
+    blow = {"phase": "train", "role": "trainer", "signal": "KILL", "delay_s": 0.05}
+    plan = [
+        blow | {"step": 10, "rank": 0},
+        blow | {"step": TRAINING_STEPS // 3, "rank": 1},
+        blow | {"step": TRAINING_STEPS // 2, "role": "driver"},
+    ]
+    quiet = field.run("training", (), *overrides)
+    report.add_training("training", quiet, quiet)
+    report.add_training("trainer", field.run("trainer", plan, *overrides), quiet)
+
+
+EVERY_ROW = (*ROLES, "driver", "one-engine", "parts", "throughput", "staleness", "trainer", "raylet", "lost-host")
+
+
 def main(rows: Sequence[str]) -> int:
-    wanted = set(rows or (*ROLES, "driver", "one-engine", "parts", "throughput", "staleness", "raylet", "lost-host"))
+    wanted = set(rows or EVERY_ROW)
     folder = Path("/tmp") / f"chaos{os.getpid()}"
     folder.mkdir()
     with one_node(folder) as here:
@@ -290,6 +341,8 @@ def main(rows: Sequence[str]) -> int:
             plan = [*blows("rollout", seed=2)[:3], *blows("policy", seed=2)[3:]]
             outcome = here.run("staleness", plan, *overrides)
             report.add("staleness 1", outcome, here.replay(outcome))
+        if "trainer" in wanted:
+            training_rows(here, report)
     if "raylet" in wanted:
         with hosts_that_die(folder, comes_back=True) as hosts:
             report.add("raylet", hosts.run("raylet", raylet_blows(0)))

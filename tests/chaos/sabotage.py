@@ -1,8 +1,9 @@
 """`rlhf run` with saboteur: `python -m tests.chaos.sabotage PLAN.json [arguments of run]`.
 
 PLAN.json is a list of blows {"step", "phase", "role", "signal", "delay_s"}: when the driver enters that phase of that
-step for the first time, that role's processes are struck after the delay. Nothing in the program knows of it: what is
-replaced is the telemetry that the stage opens, since it is told of every phase.
+step for the first time, that role's processes are struck after the delay. A training without rollouts has one phase,
+"train". Nothing in the program knows of it: what is replaced is the telemetry that the stage opens, since it is told of
+every phase.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import ray
 
 import jobs.pipeline
 from jobs import run as ppo
-from orchestrator.watching.telemetry import Telemetry
+from orchestrator.watching.telemetry import Record, Telemetry
 
 CLASSES = {
     "rollout": "RolloutWorker",
@@ -32,6 +33,7 @@ CLASSES = {
     "reference": "ReferenceWorker",
     "reward": "RewardWorker",
     "recorder": "RecorderWorker",
+    "trainer": "RayTrainWorker",
 }
 
 
@@ -81,8 +83,19 @@ class Sabotaged(Telemetry):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        self._strike(name, self.now()["step"])
+        with super().phase(name):
+            yield
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[Record]:
+        self._strike("train", step)
+        with super().step(step) as record:
+            yield record
+
+    def _strike(self, phase: str, step: int | None) -> None:
         for index, blow in enumerate(self.blows):
-            due = blow["phase"] == name and (blow["step"] is None or self.now()["step"] == blow["step"])
+            due = blow["phase"] == phase and blow["step"] in (None, step)
             struck = self.plan.with_suffix(f".{index}")
             if due and not struck.exists():
                 struck.touch()
@@ -90,8 +103,6 @@ class Sabotaged(Telemetry):
                     threading.Timer(delay_s, strike, [blow, struck]).start()
                 else:  # before anybody is asked for anything
                     strike(blow, struck)
-        with super().phase(name):
-            yield
 
 
 if __name__ == "__main__":

@@ -5,16 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import psutil
 import pytest
 import ray
 import torch
+import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from actors.rewards.model import RewardModel
@@ -24,10 +30,12 @@ from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
 from orchestrator.data.records import Message, RankingRecord
 from orchestrator.errors import CapacityError, DataError, NonFiniteError
+from orchestrator.run.storage import read_json, sha256
 from orchestrator.watching.telemetry import Telemetry, read_lines
-from tests.deadlines import of_a_run
+from tests.deadlines import of_a_run, scaled
 from tests.tiny import CHATML, tiny_llama, tiny_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 _MOODS = ("kind", "plain", "rude")
 
 
@@ -83,14 +91,13 @@ def _train(
     folder: Path,
     records: list[RankingRecord],
     held_out: list[RankingRecord],
-    on_first_line: Callable[[], None] = lambda: None,
+    on_line: Callable[[str], None] = lambda text: None,
 ) -> tuple[RewardModelResult, list[dict[str, Any]], list[str]]:
     said: list[str] = []
 
     def say(text: str) -> None:
         said.append(text)
-        if len(said) == 1:
-            on_first_line()
+        on_line(text)
 
     with Telemetry(folder, "test", 1, stage="reward_model") as telemetry:
         result = asyncio.run(train_reward_model(config, records, held_out, folder / "reward-model", telemetry, say))
@@ -190,21 +197,80 @@ def test_two_workers_learn_what_one_learns(cluster: None, base: Path, tmp_path: 
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-def test_a_killed_worker_costs_a_restart_and_changes_nothing(cluster: None, base: Path, tmp_path: Path) -> None:
-    def kill_worker() -> None:
-        (worker,) = (p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in "".join(p.cmdline()))
-        worker.kill()
+def _kill_a_worker() -> None:
+    children = psutil.Process().children(recursive=True)
+    max((p for p in children if "RayTrainWorker" in "".join(p.cmdline())), key=lambda p: p.pid).kill()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_workers_are_replaced_and_change_no_bit(cluster: None, base: Path, tmp_path: Path, workers: int) -> None:
+    """Twice: near the beginning, and in the middle, from where a checkpoint is near."""
+
+    def kill(text: str) -> None:
+        if text.startswith(("reward model 16/320", "reward model 160/320")):
+            _kill_a_worker()
 
     runs = []
-    for name, interrupt in (("whole", lambda: None), ("killed", kill_worker)):
-        folder = tmp_path / name
-        folder.mkdir()
-        runs.append(_train(_config(base, folder, prompts_per_batch=1), folder, _records(40), _records(2), interrupt))
+    for name, on_line in (("whole", lambda text: None), ("killed", kill)):
+        (tmp_path / name).mkdir()
+        config = _config(base, tmp_path, prompts_per_batch=1, workers=workers, checkpoint_every_steps=20)
+        runs.append(_train(config, tmp_path / name, _records(160), _records(2), on_line))
     (whole, whole_lines, _), (killed, killed_lines, said) = runs
-    assert any("begins again" in text for text in said)
     losses = [[line["metrics"].get("reward_model/loss") for line in lines] for lines in (whole_lines, killed_lines)]
-    assert len(losses[0]) == 81 and losses[0] == losses[1]
-    assert (whole.score_mean, whole.held_out_accuracy) == (killed.score_mean, killed.held_out_accuracy)
+    assert [line["step"] for line in killed_lines if line["kind"] == "step"] == list(range(320))
+    assert losses[0] == losses[1]
+    assert replace(killed, seconds=whole.seconds, path=whole.path) == whole
+    weights = [sha256(Path(result.path) / "model.safetensors") for result in (whole, killed)]
+    assert weights[0] == weights[1]
+    again = [int(text.split()[5]) for text in said if "continues after step" in text]
+    assert len(again) + sum("starts again" in text for text in said) == 2
+    assert again[-1] >= 140, "what a checkpoint held was learned again"
+    assert len([text for text in said if "reward model 16/320" in text]) == 1
+
+
+def test_a_driver_that_is_killed_and_started_again_continues_the_training(
+    cluster: None, base: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"Say {n}.", "chosen": f"It is {n}, kind", "rejected": f"It is {n}, rude"} for n in range(160)]
+    (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = [f"preferences.path={tmp_path / 'preferences.jsonl'}", "preferences.held_out=10", "reward_model.epochs=4"]
+    keys += ["reward_model.prompts_per_batch=1", "reward_model.checkpoint_every_steps=20"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(_config(base, tmp_path).model_dump(mode="json")))
+
+    def start(run_id: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "jobs", "run", "--config", str(tmp_path / "config.yaml"), f"run.id={run_id}", *keys],
+            cwd=ROOT,
+            env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def finish(process: subprocess.Popen[str]) -> str:
+        output, _ = process.communicate(timeout=scaled(120.0))
+        assert process.returncode == 0, output
+        return output
+
+    finish(start("whole"))
+    killed = start("killed")
+    deadline = monotonic() + scaled(120.0)
+    while not list((tmp_path / "killed").glob(".reward-model.work/checkpoints/step-0001*")):
+        assert killed.poll() is None and monotonic() < deadline, killed.communicate()[0]
+        sleep(0.02)
+    killed.kill()
+    killed.communicate()
+    output = finish(start("killed"))
+    (again,) = re.findall(r"continues after step (\d+) of 600", output)
+    assert int(again) >= 100
+    whole, killed_folder = tmp_path / "whole", tmp_path / "killed"
+    assert sha256(whole / "reward-model/model.safetensors") == sha256(killed_folder / "reward-model/model.safetensors")
+    results = [read_json(folder / "reward_model.json") for folder in (whole, killed_folder)]
+    assert results[0] == results[1] | {name: results[0][name] for name in ("seconds", "path")}
+    steps = [line for line in read_lines(killed_folder / "metrics.jsonl") if line["kind"] == "step"]
+    assert [line["step"] for line in steps] == list(range(600))
+    assert {line["attempt"] for line in steps} == {1, 2}
+    assert not list(killed_folder.glob(".reward-model*"))
 
 
 def test_a_loss_that_is_not_a_number_stops_it_and_leaves_no_model(cluster: None, base: Path, tmp_path: Path) -> None:
