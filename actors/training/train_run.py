@@ -1,5 +1,5 @@
 """A training without rollouts on Ray Train, which starts, places, restarts and ends the workers. Their progress comes
-through a file, because a report of Ray Train stays in its controller until the end (docs/adr/0011-training.md)."""
+through a file, because a report of Ray Train stays in its controller until the end (docs/adr/0012-training.md)."""
 
 from __future__ import annotations
 
