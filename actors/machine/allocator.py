@@ -7,20 +7,20 @@ from pathlib import Path
 
 import ray
 
-# Freed pages are kept for a while. Never giving them back is worse: micro-batches differ in size, and a reward model's
+# Freed pages are kept for a while. Never returning them is worse: micro-batches differ in size, and a reward model's
 # training grew from 4 to 11 GB in seven steps and slowed from 500 to 300 tokens/s.
 SETTINGS = "oversize_threshold:0,dirty_decay_ms:30000,muzzy_decay_ms:30000"
 _NO_BLOCK_BYTES = 1 << 40
 
 
 def variables() -> dict[str, str]:
-    """Environment of a process that is to use it; empty where Ray's wheel has none."""
+    """Environment for a process that uses jemalloc; empty if Ray's wheel has none."""
     library = Path(ray.__file__).parent / "core" / "libjemalloc.so"
     return {"LD_PRELOAD": str(library), "MALLOC_CONF": SETTINGS} if library.exists() else {}
 
 
 def keep_large_blocks() -> None:
-    """Lets the settings hold for blocks of 8 MiB and more; does nothing in a process without jemalloc.
+    """Applies the settings to blocks of 8 MiB and more; does nothing in a process without jemalloc.
 
     Up to jemalloc 5.3.1 the first arena, which a process's first thread uses, is made before `oversize_threshold` is
     read, and returns such blocks to the system at once, to be faulted in again page by page: 2.1 million faults in a

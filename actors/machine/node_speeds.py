@@ -15,9 +15,10 @@ PROBE_S = 20.0
 
 
 def slower_nodes(dtype: Dtype, cache: Path) -> list[str]:
-    """A line for people about each node that multiplies faster in the other type. Ray is connected.
+    """A line for the console about each node that multiplies faster in the other type. Ray is connected.
 
-    Nodes measure themselves, at once and once per kind of machine; one that does not answer in PROBE_S says nothing.
+    Nodes measure themselves concurrently, once per kind of machine; one that does not answer within PROBE_S is left
+    out.
     """
     here = ray.util.get_node_ip_address()
     return complaints(dtype, _measured([node.address for node in alive_nodes() if node.address != here], cache))
@@ -45,6 +46,6 @@ def _measured(addresses: Sequence[str], cache: Path) -> dict[str, Speed]:
     for call in answered:
         try:
             speeds[calls[call]] = ray.get(call)
-        except ray.exceptions.RayError:  # a node that dies now is missed by placement, which says so
+        except ray.exceptions.RayError:  # placement reports a node that dies now
             continue
     return dict(sorted(speeds.items()))

@@ -1,7 +1,7 @@
 """How fast this machine multiplies matrices in bf16 and in fp32, measured once per kind of machine and then cached.
 
-Without instructions for it a CPU multiplies bf16 up to a hundred times slower than fp32, with them up to ten times
-faster. Which instructions libraries use also depends on the environment, so nothing is concluded from names.
+Without bf16 instructions a CPU multiplies bf16 up to a hundred times slower than fp32, with them up to ten times
+faster. Which instructions the libraries use also depends on the environment, so the CPU's name does not decide.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROWS = (8, 64, 512, 4096)
 LONG_S = 0.004
 HOPELESS = 3.0
 ROUNDS = 4
-# What these variables say decides which kernels torch, oneDNN and MKL may use.
+# These variables decide which kernels torch, oneDNN and MKL may use.
 SWITCHES = (
     "ATEN_CPU_CAPABILITY",
     "DNNL_MAX_CPU_ISA",
@@ -61,7 +61,7 @@ class Speed:
 
     @property
     def dtype(self) -> Dtype:
-        """The faster type; bf16, which takes half the memory, where it is as fast."""
+        """The faster type; bf16 if both are equally fast, because it takes half the memory."""
         return "bfloat16" if self.bfloat16 >= self.float32 else "float32"
 
     def per_core(self, dtype: Dtype) -> float:
@@ -76,7 +76,7 @@ _SPEED = TypeAdapter(Speed)
 
 
 def machine_speed(cache: Path) -> Speed:
-    """This machine's speed, from `cache` where a machine of its kind was measured before."""
+    """This machine's speed, from `cache` if a machine of its kind was measured before."""
     kind = _kind()
     name = hashlib.sha256(json.dumps(kind, sort_keys=True).encode()).hexdigest()[:16]
     path = at_home(cache, "run.cache", ConfigError) / FOLDER / f"{name}.json"
@@ -90,10 +90,10 @@ def machine_speed(cache: Path) -> Speed:
 
 
 def measure() -> dict[Dtype, float]:
-    """FLOP/s of each type: the best of a few products, taken in turns, the larger the faster the machine is.
+    """FLOP/s of each type: the best of a few products, taken in turns; faster machines get larger products.
 
-    One thread is timed by its own CPU time, so that other work on the machine hardly matters; all cores are counted. A
-    type that is HOPELESS times slower than the other drops out, so that its larger products cost nothing.
+    One thread is timed by its own CPU time, so that other work on the machine hardly matters, and multiplied by the
+    number of cores. A type that is HOPELESS times slower than the other is not measured further.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -117,7 +117,7 @@ def _flops(rows: int) -> float:
 
 
 def _product(rows: int, dtype: Dtype) -> Callable[[], float]:
-    """A product that answers with its seconds; the first one, which prepares kernels, is made here."""
+    """A function that multiplies and returns its seconds; the first product, which prepares kernels, is made here."""
     left = torch.ones(rows, 576, dtype=_DTYPES[dtype])
     right = torch.ones(576, 1536, dtype=_DTYPES[dtype])
     torch.mm(left, right)
@@ -135,7 +135,7 @@ def _num_threads() -> int:
 
 
 def _kind() -> dict[str, object]:
-    """All that the speed of a product depends on but the load."""
+    """Everything except the load that the speed of a product depends on."""
     processor: dict[str, str] = {}
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -1,1 +1,1 @@
-"""How weights travel from the policy to the engines, and the proof that they arrived."""
+"""Transfer of weights from the policy to the engines, and proof of their arrival."""

@@ -1,7 +1,7 @@
 """Weight transfer into a CPU engine, behind vLLM's own weight-transfer API: buckets in host memory.
 
 vLLM calls the engine in this order, for every publish: `init_transfer_engine` (the header), `start_weight_update`,
-`update_weights` once per bucket, `finish_weight_update`; `compare` is ours and comes last.
+`update_weights` once per bucket, `finish_weight_update`. Our own `compare` comes last.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
 
     def start_weight_update(self) -> None:
         if self._half_loaded:
-            # An update that broke off leaves layers waiting for the rest of it; they would mix two versions.
+            # After an interrupted update, layers would wait for the rest of it and mix two versions.
             finalize_layerwise_reload(self.model, self.model_config)
         self._half_loaded = True
         pack_again(self.model)

@@ -1,4 +1,4 @@
-"""Experts of a mixture, which vLLM's CPU engines keep packed: how to read them, and how to have them packed again."""
+"""Experts of a mixture, which vLLM's CPU engines keep packed: reads them, and has them packed again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DIGIT_MARK = 1 << _DIGIT_BITS  # as bits of a bfloat16 these are normal numbers
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """Where the elements of one expert stand when they are packed: for each element as loaded, its packed position."""
+    """Positions of one expert's elements after packing: for each element as loaded, its packed position."""
 
     shapes: Mapping[str, torch.Size]
     positions: Mapping[str, torch.Tensor]
@@ -30,7 +30,7 @@ class ExpertLayout:
 
     @staticmethod
     def of(layer: Any) -> ExpertLayout:
-        """Packs numbers instead of weights, a few bits at a time, and looks where they are.
+        """Packs numbers instead of weights, a few bits at a time, and finds where they end up.
 
         Raises:
             ValueError: the packing loses elements.
@@ -82,9 +82,9 @@ def _packed_digits(layer: Any, shapes: Mapping[str, torch.Size], shift: int) -> 
 
 
 def pack_again(model: nn.Module) -> None:
-    """Makes experts be packed when they are loaded the next time.
+    """Has experts packed again on the next load.
 
-    vLLM 0.32 packs them when their kernel is made, and keeps the kernel when weights are loaded anew. Can go when
+    vLLM 0.32 packs them when it creates their kernel, and keeps the kernel when weights are loaded again. Can go when
     UnquantizedFusedMoEMethod packs on every load.
     """
     for layer in model.modules():

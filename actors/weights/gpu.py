@@ -1,7 +1,7 @@
 """Weights into engines on GPUs, by vLLM's own backends: NCCL between separate GPUs, CUDA IPC on shared ones.
 
-The trainer's ranks all call `open_trainer` once and `send_weights()` of what it returns for every publish; rank 0
-drives the engines (actors.engines.vllm_engine.DeviceVllmEngine) through `EngineFanOut`, and then lets each confirm its
+All ranks of the trainer call `open_trainer` once, and `send_weights()` of its result for every publish. Rank 0
+drives the engines (actors.engines.vllm_engine.DeviceVllmEngine) through `EngineFanOut`, and then has each confirm its
 update with the source's header and checksums. `VerifiedNccl` and `VerifiedIpc` are vLLM's engines with a read-back: the
 parameters' bytes, hashed, against the checksums that `ChecksummedSource` took while the weights left the trainer.
 
@@ -66,7 +66,7 @@ class VerifiedIpc(_Verified, IPCWeightTransferEngine):
 
 
 class ChecksummedSource(WeightSource):
-    """A source of full weights that keeps the checksum of every tensor of its latest pass."""
+    """A source of full weights that keeps the checksums of all tensors of its latest pass."""
 
     def __init__(self, header: WeightHeader, weights: Callable[[], Iterator[tuple[str, torch.Tensor]]]) -> None:
         self.header, self._weights = header, weights
@@ -84,7 +84,7 @@ class ChecksummedSource(WeightSource):
 
 
 class EngineClient(Protocol):
-    """One engine, as the trainer's rank 0 reaches it; every call returns when the engine has done it."""
+    """One engine, as the trainer's rank 0 calls it; every call returns when the engine has finished it."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
 
@@ -97,7 +97,8 @@ class EngineClient(Protocol):
 
 @dataclass(frozen=True)
 class EngineFanOut:
-    """All engines as one (vLLM's VLLMWeightSyncClient). Calls run side by side: under NCCL they meet one another."""
+    """All engines as one (vLLM's VLLMWeightSyncClient). Calls run concurrently, because under NCCL they wait for each
+    other."""
 
     engines: Sequence[EngineClient]
     workers_per_engine: int
@@ -128,7 +129,7 @@ class EngineFanOut:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the trainer's rank 0 listens for the engines' workers."""
+    """Address at which the trainer's rank 0 listens for the engines' workers."""
 
     address: str
     port: int

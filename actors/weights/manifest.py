@@ -1,11 +1,11 @@
-"""Weights on their way: a header, flat buckets of bytes, and a checksum per tensor.
+"""Weights in transit: a header, flat buckets of bytes, and a checksum per tensor.
 
 The trainer plans once (names, dtypes and shapes are known without gathering anything), then packs tensor by tensor
 into buckets of bounded size. A tensor's checksum travels in the bucket that holds its last byte, so neither side
-ever holds more than one bucket and one tensor. Buckets are plain uint8 arrays: whatever carries arrays carries them.
+ever holds more than one bucket and one tensor. Buckets are plain uint8 arrays, which any transport of arrays can carry.
 
-Zeros travel as +0, and so do subnormals: matrix units flush them, and a receiver that asks its layers what they
-multiply with could not tell them apart.
+-0 and subnormals are sent as +0: matrix units flush them, so a receiver that reads weights back through its layers
+could not distinguish them.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def raw_bytes(tensor: torch.Tensor) -> Bytes:
 
 
 def checksum(data: Bytes | torch.Tensor) -> str:
-    """XXH3 of the bytes, 128 bits in hexadecimal: nobody forges weights between our own processes."""
+    """XXH3 of the bytes, 128 bits in hexadecimal. It detects faults; forgery between our own processes is no threat."""
     array = raw_bytes(data) if isinstance(data, torch.Tensor) else data
     return xxh3_128(array.data).hexdigest()
 

@@ -1,9 +1,9 @@
 """Where a vLLM model keeps each tensor of the trainer: found by watching its own loader.
 
-The loader is given numbers in place of weights: every element of every tensor has one of its own. Parameters are on
-the meta device meanwhile, and copies into them are recorded instead of made. The numbers say which elements arrive
-where, however the loader cuts, stacks, transposes or reorders them; nothing is known about any architecture. No weight
-changes, and nothing larger than one tensor of numbers is held.
+The loader gets numbers in place of weights, a distinct one for every element of every tensor. Meanwhile parameters are
+on the meta device, and copies into them are recorded instead of made. The numbers say which elements arrive where,
+however the loader cuts, stacks, transposes or reorders them, without any knowledge of the architecture. No weight
+changes, and nothing larger than one tensor of numbers is held in memory.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Place:
     tied: bool = False
 
     def is_all_of(self, num_elements: int) -> bool:
-        """Whether it holds a tensor of so many elements, whole and in their order."""
+        """Whether it holds a tensor of this number of elements, complete and in order."""
         return self.sent.num_elements == num_elements and self.sent.is_contiguous
 
 
@@ -101,8 +101,8 @@ def locate(model: Any, form: CheckpointForm) -> Places:
     Buffers of the trainer (masks and the like) that the engine does not take are left out.
 
     Raises:
-        PublishError: the loader computes with a tensor instead of moving it, leaves a parameter of the trainer out, or
-            fills a parameter of its own from elsewhere.
+        PublishError: the loader computes with a tensor instead of moving it, leaves out a parameter of the trainer, or
+            fills a parameter from another source.
     """
     ties = _ties(model)
     with _Loading(model) as loading:
@@ -158,7 +158,7 @@ def _is_constant(tensor: torch.Tensor) -> bool:
 
 
 def _ties(model: nn.Module) -> Mapping[tuple[str, str], list[tuple[str, str]]]:
-    """By (module, parameter): all that are the same parameter. Can't be seen while weights are being loaded."""
+    """By (module, parameter): all that are the same parameter. Not visible while weights are being loaded."""
     same: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for module, layer in model.named_modules():
         for name, parameter in layer.named_parameters(recurse=False):
@@ -170,7 +170,7 @@ def checkpoint_form(config: VllmConfig) -> CheckpointForm:
     """The form of the model that an engine serves; no weights are read."""
     served = config.model_config
     trusts = served.trust_remote_code
-    # vLLM decorates transformers' classes where it serves a model through them: they ask for its config.
+    # Where vLLM serves a model through transformers' classes, it decorates them, and they ask for its config.
     with set_current_vllm_config(config), torch.device("meta"):
         own = AutoConfig.from_pretrained(served.model, trust_remote_code=trusts)
         return CheckpointForm(AutoModelForCausalLM.from_config(own, trust_remote_code=trusts))
@@ -217,7 +217,7 @@ class _Recorder(TorchDispatchMode):
         self._latest = torch.empty(0)
 
     def numbered(self, specs: Iterable[tuple[str, tuple[int, ...]]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields each tensor with a number of its own in every element, counted on from tensor to tensor."""
+        """Yields each tensor with a distinct number in every element, counted continuously over all tensors."""
         for name, shape in specs:
             first = self._firsts[-1]
             self._names.append(name)
@@ -240,7 +240,7 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def finish(self, model: nn.Module) -> None:
-        """Looks whether what was written elsewhere has become a parameter: some loaders register one on the way."""
+        """Checks whether a tensor written elsewhere has become a parameter: some loaders register one."""
         registered = {_storage(tensor): (module, name) for module, name, tensor in _tensors(model)}
         for target, written in self._elsewhere:
             if _storage(target) in registered:

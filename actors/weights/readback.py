@@ -1,10 +1,10 @@
 """Reads parameters back out of the layers of a vLLM model: what they compute with, not what they hold.
 
-Both differ on CPUs. Where the CPU has a packed format for the dtype, linear layers multiply with packed copies: the
-parameter is emptied, or, for a tied lm_head, stays unused. So those layers are asked: with the identity matrix as input
-the product is the transposed weight, exactly, for every other product is an exact zero. The layer that makes the logits
-is asked through `compute_logits`, which is what sampling goes through. Experts are packed by moving elements; where to
-is learned from the packing itself. All other parameters are read as bytes.
+These differ on CPUs. Where the CPU has a packed format for the dtype, linear layers multiply with packed copies; the
+parameter is emptied or, for a tied lm_head, unused. Such a layer is applied to the identity matrix: the result is
+exactly the transposed weight, since all other products are exact zeros. The layer that makes the logits is read through
+`compute_logits`, which sampling uses too. Packing moves the elements of experts; the new positions are learned by
+packing numbers. All other parameters are read as bytes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Reader:
         return parameter
 
     def ways(self, module: str, name: str) -> tuple[Way, ...]:
-        """All that must be read: an embedding that also makes the logits may do it with a packed copy."""
+        """The ways in which to read it: an embedding that also makes the logits may use a packed copy for them."""
         layer = self._modules[module]
         if ExpertLayout.is_packed(layer, name):
             return ("experts",)
@@ -107,7 +107,7 @@ class Reader:
 
 
 def _head_of(model: Any) -> nn.Module | None:
-    """The layer that makes the logits; None where the model makes them otherwise."""
+    """The layer that makes the logits; None if the model makes them in another way."""
     processor = getattr(model, "logits_processor", None)
     if processor is None:
         return None
@@ -125,7 +125,7 @@ def _head_of(model: Any) -> nn.Module | None:
 
 def ignores_its_parameter(layer: Any, dtype: torch.dtype) -> bool:
     """Whether a linear layer multiplies with a packed copy. vLLM packs where the CPU and the dtype have a packed
-    format (bf16 with AMX, fp32 with oneDNN) and else multiplies with the parameter that it is handed."""
+    format (bf16 with AMX, fp32 with oneDNN) and otherwise multiplies with the parameter itself."""
     num_outputs, width = _shape(layer)
     one_more = torch.zeros(num_outputs + 1, width, dtype=dtype)
     product: torch.Tensor = layer.cpu_linear(one_more[:1], one_more, None)

@@ -21,7 +21,7 @@ class PublishingPolicy(PolicyWorker):
         return header
 
     def next_bucket(self) -> Bucket | None:
-        """The next bucket, on rank 0; the other ranks only take part.
+        """The next bucket, on rank 0; the other ranks only take part in the collectives.
 
         Raises:
             PublishError: there are no more.

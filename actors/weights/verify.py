@@ -1,7 +1,7 @@
 """Proof that a vLLM model computes with the weights that were sent: reads them back out of its layers.
 
-Comparison is by digests, so that nothing of the sent weights has to be kept. They hold no -0 and no subnormals,
-which products would not give back.
+Digests are compared, so the sent weights need not be kept. Those hold no -0 and no subnormals, which products would not
+return.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Verifier:
         check_names(names, needed=self._places, optional=optional)
 
     def expect(self, name: str, tensor: torch.Tensor, digest: str) -> None:
-        """Remembers what every place of `name` must give back. `digest` is the checksum of `tensor`."""
+        """Remembers the digest that every place of `name` must return. `digest` is the checksum of `tensor`."""
         if self._mode == "checksums":
             return
         self._names.add(name)
@@ -124,7 +124,7 @@ class Verifier:
 
     @cached_property
     def _sampled(self) -> set[_Reading]:
-        """Products whose every part is made of whole rows, so that a part of the columns can be compared."""
+        """Products all of whose parts are whole rows, so that some of the columns can be compared."""
         whole: dict[_Reading, bool] = defaultdict(lambda: True)
         for places in self._places.values():
             for place in places:
