@@ -25,13 +25,13 @@ from actors.machine import allocator
 from orchestrator.errors import CapacityError, ConfigError
 from orchestrator.planning.placement import Demand, Node, Plan, Slot, place
 
-# Roles share cores, and a thread that spins for the next parallel region takes one from another role: beside a busy
-# process a transpose in 96 regions took 190 to 330 ms, with these spins 71 to 77, alone 45. Shorter ones cost an
+# Roles share cores, and a thread that spins for the next parallel region takes a core from another role: next to a busy
+# process a transpose in 96 regions took 190 to 330 ms, with these spins 71 to 77, alone 45. Shorter spins slow down an
 # engine: a shard took 3.5 s by default, 3.6 with these, 4.7 with 1,000.
 SPINS = {"GOMP_SPINCOUNT": "10000"}
-# oneDNN keeps compiled kernels for every shape it met, torch's binding to it keeps more beside them, 1,024 each.
-# Micro-batches differ in shape: 800 of a tiny model ended at 1,100 MB, with the first at 64 at 735, with both at 445,
-# and took as long.
+# oneDNN caches 1,024 compiled kernels, one per shape, and torch's binding to it caches 1,024 more. Micro-batches differ
+# in shape: after 800 of a tiny model a process had 1,100 MB, with the first cache at 64 735, with both at 64 445. It
+# took the same time.
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "16"}
 QUIET_WAIT_S = 5.0
 _ASKED = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"  # any call that needs the token
@@ -41,11 +41,11 @@ PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "VLLM_NO_USAGE
 
 @dataclass(frozen=True)
 class Address:
-    """Where a cluster is, and who says so: a name for messages.
+    """The address of a cluster, and its source: a name for messages.
 
     Args:
         text: host:port of its control service.
-        is_private: a Ray of our own, all of which is on loopback.
+        is_private: a private Ray, all of which is on loopback.
     """
 
     text: str
@@ -57,10 +57,10 @@ class Address:
 
 
 def named_address(option: str | None) -> Address | None:
-    """The cluster that --ray-address or RAY_ADDRESS names; null: neither does, or it asks for a local one.
+    """The cluster that --ray-address or RAY_ADDRESS names. None: neither names one, or "local" is asked for.
 
-    What Ray would find by itself, in /tmp/ray/ray_current_cluster or among the processes of this machine, counts only
-    when "auto" asks for it: it may be somebody else's cluster, or one that is dead.
+    A cluster that Ray finds by itself, in /tmp/ray/ray_current_cluster or among the processes of this machine, is used
+    only for "auto": it may be another user's cluster, or a dead one.
 
     Raises:
         CapacityError: "auto", and no cluster runs on this machine.
@@ -101,7 +101,7 @@ def connect(address: Address, *, wait_s: float) -> None:
         _read_environment_again()
     _await_answer(address, wait_s)
     os.environ["RAY_ADDRESS"] = address.text
-    # Ray would try twenty times, for 40 s each; here something answered just now.
+    # Ray would try twenty times, for 40 s each, although the service has just answered.
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
     try:
         with _own_sigterm():
@@ -115,13 +115,13 @@ def _read_environment_again() -> None:
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
     # Ray replaces loopback by the machine's outward address, unless it thinks that it is on an operating system
-    # without clusters. The variable is for processes to come.
+    # without clusters. The variable applies to processes that start later.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def disconnect() -> None:
-    """Leaves the cluster. From one that is gone Ray's own call returns after a minute; nothing waits for that."""
+    """Leaves the cluster. If the cluster is gone, Ray's own call takes a minute; nothing waits for it."""
     leaving = threading.Thread(target=ray.shutdown, name="leave-cluster", daemon=True)
     leaving.start()
     leaving.join(LEAVE_S)
@@ -129,7 +129,7 @@ def disconnect() -> None:
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Ray puts a handler of its own in place, which ends the process with code 15 and no word."""
+    """Ray installs a handler that ends the process with code 15 and no message."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -146,7 +146,7 @@ def _own_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _without_ray_address() -> Iterator[None]:
-    """Ray prefers the variable to its own search."""
+    """Ray uses the variable instead of its own search."""
     before = os.environ.pop("RAY_ADDRESS", None)
     try:
         yield
@@ -158,7 +158,7 @@ def _without_ray_address() -> Iterator[None]:
 def _await_answer(address: Address, wait_s: float) -> None:
     """Waits until the control service at host:port answers: Ray itself would try for minutes, and warn each time."""
     if os.environ.get("RAY_USE_TLS", "0") != "0":
-        return  # certificates are Ray's own business
+        return  # Ray checks certificates itself
     with grpc.insecure_channel(address.text, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=wait_s)
@@ -173,10 +173,10 @@ def _await_answer(address: Address, wait_s: float) -> None:
 
 
 def _token() -> Mapping[str, str]:
-    """Header with the token that RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token holds; empty without one.
+    """Header with the token from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token; empty without one.
 
     Raises:
-        ConfigError: RAY_AUTH_MODE=token, and there is none.
+        ConfigError: RAY_AUTH_MODE=token, but there is no token.
     """
     try:
         return dict(get_auth_headers_if_auth_enabled({}))
@@ -203,7 +203,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def alive_nodes() -> list[Node]:
-    """Nodes that accept work; a head started with --num-cpus=0 is none of them."""
+    """Nodes that accept work; not a head that was started with --num-cpus=0."""
     nodes = [
         Node(entry["NodeManagerAddress"], entry["Resources"].get("CPU", 0.0), entry["Resources"].get("GPU", 0.0))
         for entry in ray.nodes()
@@ -213,10 +213,10 @@ def alive_nodes() -> list[Node]:
 
 
 async def plan_when_ready(demands: Sequence[Demand], *, mode: Any, wait_s: float, tell: Callable[[str], None]) -> Plan:
-    """The placement plan; waits up to `wait_s` for nodes that still join, and tells what for.
+    """The placement plan. Waits up to `wait_s` for nodes that still join, and reports what it waits for.
 
     Raises:
-        CapacityError: saying what is short.
+        CapacityError: says what is missing.
     """
     deadline = time.monotonic() + wait_s
     told = ""
@@ -234,7 +234,7 @@ async def plan_when_ready(demands: Sequence[Demand], *, mode: Any, wait_s: float
 
 
 def _can_never_fit() -> bool:
-    """A cluster on loopback is of one machine and never grows."""
+    """A cluster on loopback consists of one machine and never grows."""
     return bool(ray.get_runtime_context().gcs_address.startswith("127."))
 
 
@@ -260,7 +260,7 @@ async def reserve(plan: Plan, *, wait_s: float, tell: Callable[[str], None]) -> 
 
 
 async def _granted(group: PlacementGroup, wait_s: float) -> bool:
-    """Waits in short turns: a thread can't be cancelled, and the program ends only when its threads have."""
+    """Waits in short intervals: a thread can't be cancelled, and the program ends only after its threads."""
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
         if await asyncio.to_thread(group.wait, 1):
@@ -276,7 +276,7 @@ def _bundle(slot: Slot) -> dict[str, float]:
 
 
 def environment(threads: int, *, on_gpu: bool) -> dict[str, str]:
-    """Environment of an actor process: its thread count, its allocator, and nothing that calls home."""
+    """Environment of an actor process: its thread count, its allocator, and no usage reports."""
     variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     variables |= {
         "OMP_NUM_THREADS": str(threads),

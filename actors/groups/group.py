@@ -1,7 +1,7 @@
 """Groups of Ray actors that serve one role. The only module that knows `.remote`.
 
-A call names the worker's method itself (`group.call(0, PolicyWorker.save, path)`), has a deadline, and ends in the
-method's result, in the error of our own that the worker raised, or in a RoleError that names role, rank and method.
+A call takes the worker's method itself (`group.call(0, PolicyWorker.save, path)`) and has a deadline. It returns the
+method's result, or raises the RlhfError that the worker raised, or a RoleError that names role, rank and method.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ActorGroup:
 
     Args:
         start: starts new actors for these ranks.
-        is_whole: the ranks form one process group, so that a new one of them needs new others.
+        is_whole: the ranks form one process group, so that replacing one requires replacing all.
     """
 
     role: str
@@ -79,7 +79,7 @@ class ActorGroup:
     under_way: set[Call] = field(default_factory=set)
     whereabouts: dict[int, Whereabouts] = field(default_factory=dict)
     births: dict[int, int] = field(default_factory=dict)
-    """By rank, how many actors were started in the place of the first."""
+    """By rank, the number of actors that were started to replace the first."""
 
     def __len__(self) -> int:
         return len(self.actors)
@@ -92,11 +92,11 @@ class ActorGroup:
         self.busy.take()
 
     def restarted_with(self, rank: int) -> Sequence[int]:
-        """The ranks that get a new actor when this one does."""
+        """The ranks that get a new actor together with this one."""
         return range(len(self)) if self.is_whole else [rank]
 
     async def renew(self, ranks: Sequence[int], deadline_s: float) -> None:
-        """Ends these actors and starts new ones in their places; returns when they are ready."""
+        """Ends these actors and starts new ones; returns when they are ready."""
         if self.start is None:
             raise ValueError(f"nobody said how to start {self.role} again")
         for rank in ranks:
@@ -120,7 +120,8 @@ class ActorGroup:
     async def call_for_bulk(
         self, rank: int, method: Callable[..., Any], deadline_s: float, *args: Any, **kwargs: Any
     ) -> tuple[Handle, Any]:
-        """Awaits a method that returns bulk, or (bulk, summary): of the bulk only the handle comes back."""
+        """Awaits a method that returns bulk, or (bulk, summary). Returns a handle to the bulk instead of the bulk
+        itself."""
         handle, summary = self.actors[rank].serve_bulk.options(num_returns=2).remote(method.__name__, args, kwargs)
         return handle, await self._result(rank, method.__name__, summary, deadline_s)
 
@@ -128,7 +129,7 @@ class ActorGroup:
         try:
             with self.busy, self._noted(Call(self.role, rank, operation, deadline_s)):
                 return await asyncio.wait_for(reference, deadline_s)
-        except RayError as error:  # before TimeoutError: what a worker raised is of both classes
+        except RayError as error:  # before TimeoutError: an error that a worker raised has both classes
             raise translated(error, self.role, rank, operation) from error
         except TimeoutError:
             cause = f"no answer within its deadline of {deadline_s:g} s (section deadlines of the config)"

@@ -1,4 +1,4 @@
-"""A look at processes from outside, on the nodes where they run: one that hangs does not answer for itself."""
+"""Inspects processes from outside, on the nodes where they run, since a hanging process does not answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.groups.process import Whereabouts
 from orchestrator.concurrency import together
 
-LIMIT_S = 8.0  # a missed deadline is told with its stacks within ten seconds
+LIMIT_S = 8.0  # a missed deadline is reported with its stacks within ten seconds
 _STACKS_S = 4.0
 _LOG_LINES = 15
 _STATES = {"T": "stopped (SIGSTOP)", "Z": "gone", "D": "waits for a disk or a device"}
@@ -29,8 +29,8 @@ _STATES = {"T": "stopped (SIGSTOP)", "Z": "gone", "D": "waits for a disk or a de
 @dataclass(frozen=True)
 class Evidence:
     """Args:
-    state: "running", "stopped (SIGSTOP)", "gone", or why it can't be known.
-    stacks: of all its threads, by py-spy; empty: not asked for.
+    state: "running", "stopped (SIGSTOP)", "gone", or why it is unknown.
+    stacks: of all its threads, by py-spy; empty: not requested.
     log: its last lines on standard error.
     """
 
@@ -40,7 +40,7 @@ class Evidence:
 
 
 async def inspect(process: Whereabouts | None, *, stacks: bool) -> Evidence:
-    """Never fails: what can't be known is told in the evidence."""
+    """Never fails: the evidence says what could not be found out."""
     if process is None:
         return Evidence("it never got ready")
     return await _on_node(process, _look, Evidence(f"node {process.address} does not answer"), stacks)

@@ -1,4 +1,4 @@
-"""What every actor process answers besides its role's own calls."""
+"""The calls that every actor process answers, besides those of its role."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from orchestrator.types import Handle
 
 @dataclass(frozen=True, eq=False)
 class Several:
-    """An argument that stands for the list of what its handles lead to."""
+    """An argument that is replaced by the list of its handles' values."""
 
     handles: Sequence[Handle]
 
 
 @dataclass(frozen=True)
 class Whereabouts:
-    """Where a process runs: Ray's node id, the node's address, and its id there."""
+    """The place of a process: Ray's node id, the node's address, and the process id."""
 
     node_id: str
     address: str
@@ -43,7 +43,7 @@ class Process:
         collect_as_usual()
 
     def ready(self) -> Whereabouts:
-        """Answers once the constructor has finished. What is computed from then on keeps its large blocks."""
+        """Answers once the constructor has finished. Later computations keep their large memory blocks."""
         keep_large_blocks()
         node_id = ray.get_runtime_context().get_node_id()
         return Whereabouts(node_id, str(ray.util.get_node_ip_address()), os.getpid())
@@ -69,7 +69,7 @@ class Process:
 
 
 def as_actor(worker: type[Any]) -> Any:
-    """The Ray class of a worker class, named after it, that also answers what `Process` does."""
+    """The Ray class of a worker class, with the same name, which also answers the calls of `Process`."""
     return ray.remote(type(worker.__name__, (Process, worker), {}))
 
 
@@ -80,7 +80,7 @@ def _fetch(argument: Any) -> Any:
 
 
 def free_port() -> int:
-    """A TCP port of this node that nobody uses now."""
+    """A free TCP port of this node."""
     with socket.socket() as listener:
         listener.bind(("", 0))
         return int(listener.getsockname()[1])

@@ -1,6 +1,6 @@
-"""Ray's exceptions as errors of ours: which of them a restart answers (infrastructure) and which it does not.
+"""Translates Ray's exceptions to RlhfErrors: after some of them (infrastructure) a restart helps, after others not.
 
-The table names every class of ray.exceptions; a test walks them.
+The table names every class of ray.exceptions; a test compares.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from orchestrator.errors import (
     RoleLost,
 )
 
-# What a rank says whose peer went in the middle of a collective, often before Ray knows of the death: gloo raises a
+# Errors of a rank whose peer died in the middle of a collective, often before Ray knows of the death: gloo raises a
 # bare RuntimeError that names its source file, NCCL and rendezvous raise torch's own classes.
 _COLLECTIVE_FAILED = ("/gloo/transport/", "DistBackendError: ", "DistNetworkError: ", "DistStoreError: ")
 
@@ -49,18 +49,18 @@ CLASSES: Mapping[type[Exception], type[RlhfError]] = {
     exceptions.RuntimeEnvSetupError: RoleLost,
     exceptions.GetTimeoutError: DeadlineExceeded,
     exceptions.RayChannelTimeoutError: DeadlineExceeded,
-    # Infrastructure: an object went with its node or its owner.
+    # Infrastructure: an object was lost with its node or its owner.
     exceptions.ObjectLostError: ObjectGone,
     exceptions.ObjectFetchTimedOutError: ObjectGone,
     exceptions.OwnerDiedError: ObjectGone,
     exceptions.ObjectReconstructionFailedError: ObjectGone,
     exceptions.ReferenceCountingAssertionError: ObjectGone,
-    # Shutdown: somebody else ended the call or the actor, e.g. from the dashboard.
+    # Shutdown: the call or the actor was ended from outside, e.g. from the dashboard.
     exceptions.TaskCancelledError: RoleLost,
     exceptions.AsyncioActorExit: RoleDied,
-    # The cluster refuses us: nothing can be done from here.
+    # The cluster refuses the token: a restart does not help.
     exceptions.AuthenticationError: ConfigError,
-    # Programming, and data where the cause is an error of ours.
+    # Programming, or data if the cause is an RlhfError.
     exceptions.RayError: RoleError,
     exceptions.RayTaskError: RoleError,
     exceptions.UserCodeException: RoleError,
@@ -78,7 +78,7 @@ CLASSES: Mapping[type[Exception], type[RlhfError]] = {
 
 
 def translated(error: RayError, role: str, rank: int, operation: str) -> Exception:
-    """The error of ours that a worker raised, or one that names the call and says what Ray says."""
+    """The RlhfError that a worker raised, or one that names the call and quotes Ray."""
     if isinstance(error, RayTaskError):
         return worker_error(error.cause, role, rank, operation)
     if isinstance(error, ActorDiedError) and error.args and isinstance(error.args[0], RayTaskError):
@@ -88,7 +88,7 @@ def translated(error: RayError, role: str, rank: int, operation: str) -> Excepti
 
 
 def class_of(error: Exception) -> type[RlhfError]:
-    """By the nearest of the error's classes that the table names. A class of a newer Ray counts as its parent."""
+    """By the nearest of the error's classes in the table. A class of a newer Ray counts as its parent."""
     return next((CLASSES[kind] for kind in type(error).__mro__ if kind in CLASSES), RoleError)
 
 
@@ -99,13 +99,13 @@ def first_lines(error: BaseException | None) -> str:
 
 
 def worker_error(cause: Exception, role: str, rank: int, operation: str) -> RlhfError:
-    """What an actor's code raised, as an error of ours; PeerLost where a collective failed."""
+    """What an actor's code raised, as an RlhfError; PeerLost if a collective failed."""
     if isinstance(cause, RlhfError):
         return cause
     if isinstance(cause, RayTaskError):
         return worker_error(cause.cause, role, rank, operation)
     if isinstance(cause, RayError):
-        found = class_of(cause)  # of another actor that this one waited for: its own process answers
+        found = class_of(cause)  # of another actor that this one waited for: this process is alive
         return _of_class(RoleLost if found is RoleDied else found, cause, role, rank, operation)
     text = f"{type(cause).__name__}: {first_lines(cause)}"
     is_collective = any(sign in text for sign in _COLLECTIVE_FAILED)

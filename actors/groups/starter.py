@@ -34,7 +34,7 @@ class Starter:
     Args:
         wait_s: how long to wait for nodes and for their resources.
         collective_s: deadline of every collective of a process group.
-        tell: gets a line for people when something is waited for.
+        tell: gets a line for the console while the starter waits.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class Starter:
         """Plans and reserves.
 
         Raises:
-            CapacityError: the cluster is too small, or does not free what is planned in time.
+            CapacityError: the cluster is too small, or does not free the planned resources in time.
         """
         self.plan = await plan_when_ready(self._needed, mode=self._mode, wait_s=self._wait_s, tell=self._tell)
         self._reservation = await reserve(self.plan, wait_s=self._wait_s, tell=self._tell)
 
     async def place_again(self, deadline_s: float) -> None:
-        """Ends all actors and starts as many on the nodes that there are now; returns when they are ready.
+        """Ends all actors and starts the same number on the present nodes; returns when they are ready.
 
         Raises:
             CapacityError: as `place`.
@@ -82,8 +82,8 @@ class Starter:
         return all(slot.address in alive for slot in self.plan.slots)
 
     def close(self) -> None:
-        """Ends all actors and frees what was reserved. A cluster that is gone frees them by itself: Ray's calls then
-        block for a minute each, so nothing waits for them longer than CLOSE_S."""
+        """Ends all actors and frees the reservation. If the cluster is gone, Ray's calls block for a minute each, so
+        nothing waits for them longer than CLOSE_S."""
         reservation, self._reservation = self._reservation, None
 
         def close() -> None:
@@ -97,7 +97,7 @@ class Starter:
         closing.join(CLOSE_S)
 
     async def group(self, role: str, worker: type[Any], arguments: Arguments) -> ActorGroup:
-        """Actors that know nothing of each other; returns at once, constructors run on."""
+        """Independent actors; returns at once, while constructors still run."""
 
         async def start(ranks: Sequence[int]) -> Mapping[int, ActorHandle[Any]]:
             slots = self.plan.of(role)
@@ -106,7 +106,7 @@ class Starter:
         return await self._started(role, start, is_whole=False)
 
     async def ranks(self, role: str, worker: type[Any], arguments: Mapping[str, Any]) -> ActorGroup:
-        """Actors whose ranks form one process group; returns at once, constructors run on."""
+        """Actors whose ranks form one process group; returns at once, while constructors still run."""
 
         async def start(ranks: Sequence[int]) -> Mapping[int, ActorHandle[Any]]:
             slots = self.plan.of(role)
@@ -167,7 +167,7 @@ class Starter:
 async def placed(
     needed: Sequence[Demand], *, mode: Any, wait_s: float, collective_s: float, tell: Callable[[str], None]
 ) -> AsyncIterator[Starter]:
-    """Places what is needed; on exit all actors are ended and their resources are free."""
+    """Places what is needed; on exit all actors have ended and their resources are free."""
     starter = Starter(needed, mode=mode, wait_s=wait_s, collective_s=collective_s, tell=tell)
     try:
         await starter.place()

@@ -1,4 +1,4 @@
-"""Carries out what orchestrator/failures.py decides: gathers evidence, restarts processes, tells what was done."""
+"""Carries out what orchestrator/failures.py decides: gathers evidence, restarts processes, reports what was done."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ class RaySupervisor:
         work: Callable[[], Awaitable[T]],
         prepare: Callable[[], Awaitable[Any]] | None = None,
     ) -> T:
-        """Awaits `work` of a group without history; restarts its actors when they fail, and asks again.
+        """Awaits `work` of a group without history; restarts its actors when they fail, and repeats the call.
 
         Args:
-            prepare: awaited after a restart, before `work` is asked again.
+            prepare: awaited after a restart, before `work` is repeated.
 
         Raises:
-            RlhfError: another role's, or one that is not to be answered here.
+            RlhfError: another role's, or one after which nothing is restarted here.
         """
         is_new = False
         while True:
@@ -71,7 +71,8 @@ class RaySupervisor:
                 is_new = True
 
     async def restart(self, group: ActorGroup, error: RoleError, seen: Mapping[int, int]) -> None:
-        """Restarts the failed actor, unless somebody did since `seen`. Raises `error` when it is not to be answered.
+        """Restarts the failed actor, unless it was restarted since `seen`. Raises `error` if nothing is to be
+        restarted.
 
         Args:
             seen: the group's `births` before the call that failed.
@@ -124,10 +125,10 @@ class RaySupervisor:
         await self._while_placed(together(group.renew(ranks[group.role], self._start_s) for group in groups))
 
     async def _while_placed(self, start: Coroutine[Any, Any, Any]) -> None:
-        """Awaits a start; an actor of a node that is gone would never be ready, and Ray takes seconds to say so.
+        """Awaits a start. An actor of a lost node would never be ready, and Ray takes seconds to report it.
 
         Raises:
-            RoleDied: a node of the plan went.
+            RoleDied: a node of the plan was lost.
         """
         starting = asyncio.ensure_future(start)
         try:
@@ -146,7 +147,7 @@ class RaySupervisor:
         self._say("placement:\n  " + self._starter.plan.describe().replace("\n", "\n  "))
 
     async def _judge(self, error: RlhfError, group: ActorGroup | None, *, asks_again: bool) -> Action:
-        """Decides, once for each failure, and tells it with what can be found out about it."""
+        """Decides, once for each failure, and reports the failure with the evidence."""
         if self._judged is not None and self._judged[0] is error:
             return self._judged[1]
         failure = Failure.of(error, self._step())
@@ -174,7 +175,7 @@ class RaySupervisor:
             ranks = range(len(group)) if isinstance(error, (DeadlineExceeded, PeerLost)) else [rank]
             found = await together(inspect(group.whereabouts.get(item), stacks=wants_stacks) for item in ranks)
             evidence = dict(zip(ranks, found, strict=True))
-            # In a collective all ranks wait for the one that is stopped, or complain of the one that is gone.
+            # In a collective all ranks wait for a stopped rank, or report a dead one.
             innocent = ("running", "gone") if wants_stacks else ("running",)
             rank = next((item for item in ranks if evidence[item].state not in innocent), rank)
             process = group.whereabouts.get(rank)
@@ -205,7 +206,7 @@ class RaySupervisor:
             folder.mkdir(exist_ok=True)
             name = f"{len(list(folder.iterdir())) + 1:03d}-{getattr(error, 'role', 'role')}.txt"
             (folder / name).write_text(f"{error}\n\n" + "\n".join(parts), encoding="utf-8")
-        except OSError as problem:  # a full disk must not take the place of the failure that is looked into
+        except OSError as problem:  # a full disk must not hide the failure that is being examined
             return f"not kept, {folder} can't be written ({problem.strerror})"
         return f"stacks/{name}"
 

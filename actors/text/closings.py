@@ -1,7 +1,7 @@
-"""Where a reply ends: what a chat template writes behind it, and the tokens at which a model's folder says to stop.
+"""The end of a reply: what a chat template writes after it, and the stop tokens of a model's folder.
 
-The two must agree: an engine that samples past the closing, or a reward model that learns another end than the one that
-is sampled, gives numbers that are wrong without an error.
+The two must agree: if an engine samples past the closing, or a reward model learns another end than the sampled one,
+numbers are wrong without an error.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Marks:
 
 
 def find_closing(write: Write, marks: Marks, name: str) -> str:
-    """What the template writes behind a reply, up to the mark that ends it; "" where it writes no end.
+    """What the template writes after a reply, up to the mark that ends it; "" if it writes no end.
 
-    A generation prompt that a template adds unasked, and the beginning of the turn that follows, are no closing.
+    A generation prompt that a template always adds, and the beginning of the next turn, are not part of the closing.
 
     Raises:
         DataError: replies end in plain text, at which no engine can stop; or the template is broken.
@@ -59,7 +59,7 @@ def find_closing(write: Write, marks: Marks, name: str) -> str:
     between = _behind(REPLY, followed, until=SECOND)
     pieces = marks.pieces(after)
     if between is not None and not between.startswith(after):
-        # The template treats the last turn in another way: only what both have in common closes a reply.
+        # The template treats the last turn differently: only the common part closes a reply.
         pieces = _common(pieces, marks.pieces(between))
         closing = _cut(pieces, marks, first=True)
     else:
@@ -76,7 +76,7 @@ def find_closing(write: Write, marks: Marks, name: str) -> str:
 
 
 def _written(write: Write, turns: Sequence[tuple[str, str]], ask: bool = False) -> str | None:
-    """Null where the template does not take such a conversation, with or without a system message."""
+    """None if the template refuses such a conversation, with or without a system message."""
     messages = [{"role": role, "content": content} for role, content in turns]
     for before in ([], [{"role": "system", "content": "."}]):
         try:
@@ -112,7 +112,7 @@ def _cut(pieces: Sequence[str], marks: Marks, *, first: bool) -> str:
 
 
 def _begins_a_turn(rest: str, write: Write, between: str | None) -> bool:
-    """Whether text behind a reply belongs to the next turn: to the generation prompt, or to the user's header."""
+    """Whether text after a reply belongs to the next turn: to the generation prompt, or to the user's header."""
     asked = _written(write, [("user", FIRST)], ask=True) or ""
     if between is None:
         asks_always = _written(write, [("user", FIRST)]) == asked
@@ -132,13 +132,13 @@ def require_content(write: Write, name: str) -> None:
 
 
 def named_ends(folder: Path | None, tokenizer: Any) -> dict[int, str]:
-    """Token ids that end a reply, and who says so: the tokenizer, generation_config.json, config.json.
+    """Token ids that end a reply, and their source: the tokenizer, generation_config.json or config.json.
 
-    Nothing else is taken from generation_config.json: its top-p, top-k, temperature and penalties are for chatting, and
-    would make samples come from another distribution than the one that learns.
+    Nothing else is read from generation_config.json: its top-p, top-k, temperature and penalties are for chatting, and
+    samples would come from another distribution than that of the policy that learns.
 
     Raises:
-        DataError: an id is no number, not in the vocabulary, or an ordinary word.
+        DataError: an id is not a number, not in the vocabulary, or an ordinary word.
     """
     ends: dict[int, str] = {}
     if tokenizer.eos_token is not None:
@@ -193,7 +193,7 @@ def _require_end(token: int, source: str, tokenizer: Any) -> None:
 
 
 def added_tokens(tokenizer: Any) -> dict[int, str]:
-    """Tokens that are found in text as a whole, before anything else: special tokens and others that were added."""
+    """Tokens that are matched in text as a whole, before all others: special tokens and other added tokens."""
     return {int(token): text for text, token in tokenizer.get_added_vocab().items()}
 
 

@@ -1,12 +1,12 @@
-"""How a conversation is written for one model: the one object that every role reads and writes transcripts with.
+"""How a conversation is written for one model: every role reads and writes transcripts with this object.
 
     policy prompts, check       policy_chat
     engines, export             policy_chat: stops, text of a reply
     reward-model training       trained_chat: the base's own template, unless the base is the policy's model
-    reward scoring              reward_chat: what the reward model's folder says of its training
+    reward scoring              reward_chat: what the reward model's folder says about its training
 
-A reply ends with the closing of its template (`<|im_end|>`, `<|eot_id|>`, ...) and with nothing after it: so the last
-token of a transcript that a reward model learns from is the last token of a response that an engine sampled to its end.
+A reply ends with the closing of its template (`<|im_end|>`, `<|eot_id|>`, ...) and nothing after it. So the last token
+of a transcript in reward-model training is also the last token of a response that an engine sampled to its end.
 See docs/adr/0008-conversations.md.
 """
 
@@ -34,7 +34,7 @@ from orchestrator.errors import DataError
 from orchestrator.run.storage import write_json
 
 CHAT_FILE = "conversation.json"
-_BEGUN = "577215664"  # marks where a begun turn breaks off
+_BEGUN = "577215664"  # marks the end of a begun turn
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +65,10 @@ class Transcript:
 
 @dataclass(frozen=True, eq=False)
 class Chat:
-    """How conversations are written for one model. Complete when made by `chat_of` or one of the functions below.
+    """How conversations are written for one model. Use `chat_of` or one of the functions below to construct it.
 
     Args:
-        closing: tokens behind every reply that is learned from.
+        closing: tokens after every reply that is learned from.
         stops: tokens at which an engine stops; the closing's last one is among them.
     """
 
@@ -79,8 +79,8 @@ class Chat:
     stops: tuple[int, ...]
 
     def prompt_text(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
-        """A conversation up to where the assistant speaks: behind the generation prompt, or, where the last message is
-        the assistant's, behind that begun turn.
+        """A conversation up to the assistant's reply: up to the end of the generation prompt or, if the last message is
+        the assistant's, up to the end of that begun turn.
 
         Raises:
             DataError: the template refuses the conversation, or is broken.
@@ -101,10 +101,10 @@ class Chat:
         return self._tokens(self.prompt_text(messages, tools))
 
     def reply(self, messages: Sequence[Message], reply: Reply, tools: Sequence[Mapping[str, Any]] = ()) -> Transcript:
-        """A conversation and a reply, closed once. Prompt and reply are tokenised apart, as when a reply is sampled.
+        """A conversation and a reply, closed once. Prompt and reply are tokenised separately, as in sampling.
 
         Args:
-            reply: text as it is, or a message: one with more than text (tool calls) is written by the template.
+            reply: text, used as it is, or a message; the template writes one with more than text (tool calls).
 
         Raises:
             DataError: the template refuses the conversation, or writes it differently once it is answered.
@@ -114,7 +114,7 @@ class Chat:
         return Transcript(self._tokens(asked), self.closed(self._tokens(text)))
 
     def body(self, response: Tokens) -> Tokens:
-        """A response without what ends it: the closing, or stop tokens."""
+        """A response without its end: the closing, or stop tokens."""
         size = len(self.closing)
         while len(response):
             if len(response) >= size and np.array_equal(response[-size:], self.closing):
@@ -130,7 +130,7 @@ class Chat:
         return np.concatenate([self.body(response), self.closing])
 
     def text(self, tokens: Sequence[int] | Tokens) -> str:
-        """Tokens as text, just as they were written: special tokens stay."""
+        """Tokens as text, with special tokens."""
         exact = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         if not self.tokenizer.is_fast:
             exact["spaces_between_special_tokens"] = False  # only tokenizers in Python put them in
@@ -143,7 +143,7 @@ class Chat:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Equal for two models exactly when the same token ids mean the same text and the same conversations."""
+        """Equal for two models if and only if the same token ids mean the same text and the same conversations."""
         vocabulary = sorted(self.vocabulary.items(), key=lambda item: item[1])
         template = self.template
         today = template.today.isoformat() if template.reads_date else None
@@ -151,8 +151,8 @@ class Chat:
         return hashlib.sha256(json.dumps([vocabulary, written], ensure_ascii=True).encode("ascii")).hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Writes what a reward model's training used beside its weights, for `reward_chat`. The tokenizer, with the
-        template, is saved there by the caller."""
+        """Writes the settings of a reward model's training next to its weights, for `reward_chat`. The caller saves the
+        tokenizer, which holds the template."""
         written = {
             "system_prompt": self.system_prompt,
             "today": self.template.today.isoformat(),
@@ -162,7 +162,7 @@ class Chat:
         write_json(folder / CHAT_FILE, written)
 
     def save_stops(self, folder: Path) -> None:
-        """Lets an exported model stop where this one did, also where its own files name other tokens."""
+        """Makes an exported model stop at the same tokens, also if its own files name others."""
         file = folder / "generation_config.json"
         written = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         named = written.get("eos_token_id")
@@ -177,7 +177,7 @@ class Chat:
     def _render(
         self, turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
     ) -> str:
-        """Raises DataError also where the template leaves out tools, calls or results: many know of none."""
+        """Also raises DataError if the template leaves out tools, calls or results: many don't support them."""
 
         def render(turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
             return self.template.render(turns, tools, add_generation_prompt=add_generation_prompt)
@@ -208,7 +208,7 @@ class Chat:
 def chat_of(tokenizer: Any, settings: ChatSettings = OWN_CHAT, folder: Path | None = None) -> Chat:
     """How conversations are written for the model of a tokenizer; `folder` is the model's, for its stop tokens.
 
-    The tokenizer gets the settings' template, so that it is saved with it.
+    The tokenizer gets the settings' template, so that the template is saved with the tokenizer.
 
     Raises:
         DataError: no template, one that is broken, or no token ends a reply.
@@ -246,7 +246,7 @@ def base_chat(folder: Path, policy: Path, settings: ChatSettings, *, trust_remot
     """How conversations are written while a reward model is trained from the model in `folder`.
 
     The settings' template is the policy's: a base that is another model keeps its own, and one without a template
-    borrows the policy's where the vocabulary is the same.
+    uses the policy's if the vocabulary is the same.
     """
     if folder.resolve() == policy.resolve():
         return load_chat(folder, settings, trust_remote_code=trust_remote_code)
@@ -257,8 +257,8 @@ def base_chat(folder: Path, policy: Path, settings: ChatSettings, *, trust_remot
 
 
 def reward_chat(folder: Path, policy: Chat, *, trust_remote_code: bool = False) -> Chat:
-    """How transcripts are written for a trained reward model: as in its training where its folder tells, otherwise its
-    own template with the policy's system prompt and date."""
+    """How transcripts are written for a trained reward model: as in its training if its folder says so, otherwise with
+    its own template and the policy's system prompt and date."""
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     if not tokenizer.chat_template:
         _borrow(tokenizer, policy, folder)
@@ -302,7 +302,7 @@ def _read_kept(file: Path) -> _Kept | None:
 
 
 def _template(tokenizer: Any, today: date) -> ChatTemplate:
-    """Raises DataError where the tokenizer has no template, or several and none of them is the default."""
+    """Raises DataError if the tokenizer has no template, or several of which none is the default."""
     name, found = str(tokenizer.name_or_path), tokenizer.chat_template
     if not found:
         raise DataError(
@@ -321,7 +321,7 @@ def _template(tokenizer: Any, today: date) -> ChatTemplate:
 
 
 def _borrow(tokenizer: Any, policy: Chat, folder: Path) -> None:
-    """Gives a tokenizer the policy's template where the vocabulary is the policy's: then it has the same base."""
+    """Gives a tokenizer the policy's template if it has the policy's vocabulary, and so the same base."""
     if tokenizer.get_vocab() != policy.vocabulary:
         raise DataError(
             f"the tokenizer of reward model {folder} has no chat template and another vocabulary than the policy's: it "

@@ -1,8 +1,8 @@
-"""Renders chat templates, in a process of its own that actors/text/templates.py starts and talks to in lines of JSON.
+"""Renders chat templates in a separate process. actors/text/templates.py starts it and exchanges lines of JSON with it.
 
-A template is code that comes with a model: it may loop for ever or ask for all memory. Here it has a CPU time and a
-memory limit, and what it may do otherwise is what transformers' renderer allows (the same sandbox, options, filters and
-functions), except two things: its date is given, and it must not draw at random.
+A template is code that comes with a model: it may loop forever or ask for all memory. This process limits its CPU time
+and memory. Otherwise a template may do what transformers' renderer allows (the same sandbox, options, filters and
+functions), with two exceptions: its date is given, and it must not use random numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_CHARACTERS = 16 << 20
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, which marks what the assistant said for loss masks: writes its body."""
+    """`{% generation %}`, which marks the assistant's words for loss masks: writes its body."""
 
     tags = {"generation"}  # noqa: RUF012  jinja2 reads it as a set
 
@@ -65,7 +65,7 @@ def _compiled(template: str) -> jinja2.Template:
 
 
 def render(template: str, today: str, variables: dict[str, Any]) -> str:
-    """What the template writes. Raises whatever the template raises, and OverflowError when it writes without end."""
+    """What the template writes. Raises what the template raises, and OverflowError if it writes too much."""
     now = datetime.fromisoformat(today)
     pieces, length = [], 0
     for piece in _compiled(template).generate(variables, strftime_now=now.strftime):
@@ -91,11 +91,11 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    with contextlib.suppress(OSError, ValueError):  # macOS has the limit and does not take it
+    with contextlib.suppress(OSError, ValueError):  # macOS has the limit and refuses to set it
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with os.fdopen(os.dup(1), "wb") as answers:
-        os.dup2(2, 1)  # nothing but answers goes to the pipe
+        os.dup2(2, 1)  # only answers are written to the pipe
         for line in sys.stdin.buffer:
             # The timer's signal ends the process, also in the middle of a single long operation.
             signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)

@@ -20,18 +20,18 @@ from actors.text.template_process import CPU_SECONDS, MEMORY_BYTES
 from orchestrator.data.inputs import at_home, read_text
 from orchestrator.errors import DataError
 
-_ANSWER_S = 120.0  # the process ends itself after CPU_SECONDS; this is for a machine that gives it no time at all
+_ANSWER_S = 120.0  # the process ends itself after CPU_SECONDS; this is for a machine that gives it no CPU time
 _WAY_OUT = "Mend the template, or set model.chat_template=FILE (for a reward model: chat_template.jinja in its folder)."
 
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """What a run sets about the conversations of a model.
+    """A run's settings for the conversations of a model.
 
     Args:
         chat_template: Jinja source; None: the tokenizer's own.
         system_prompt: set before conversations that bring no system message; None: the template's own default.
-        today: the date that the template tells; None: today's.
+        today: the date that the template writes; None: today's.
     """
 
     chat_template: str | None = None
@@ -45,11 +45,11 @@ def read_template(path: Path) -> str:
     return read_text(at_home(path, key, DataError), f"{key}={path}", DataError)
 
 
-OWN_CHAT = ChatSettings()  # all as the model has it
+OWN_CHAT = ChatSettings()  # the model's own settings
 
 
 class TemplateRefused(DataError):
-    """The template calls raise_exception: it does not take this conversation."""
+    """The template calls raise_exception: it refuses this conversation."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class ChatTemplate:
     """A template and what it is rendered with besides the conversation.
 
     Args:
-        name: where it comes from, for messages.
+        name: its source, for messages.
         text: Jinja source; `with_tools` is used instead where a conversation has tools (transformers' "tool_use").
         variables: special tokens by name (bos_token, eos_token, ...).
-        today: the date that `strftime_now` tells.
+        today: the date that `strftime_now` returns.
     """
 
     name: str
@@ -83,7 +83,7 @@ class ChatTemplate:
         """The conversation as text, as transformers' `apply_chat_template` writes it.
 
         Raises:
-            TemplateRefused: the template does not take the conversation.
+            TemplateRefused: the template refuses the conversation.
             DataError: the template is broken, never ends, or asks for too much memory.
         """
         tools = list(tools) if tools else None
@@ -110,7 +110,7 @@ class ChatTemplate:
 
 
 class _TemplateProcess:
-    """The process that renders, started when it is first asked and again when a template has ended it."""
+    """The process that renders, started on first use and again after a template has ended it."""
 
     def __init__(self) -> None:
         self._lock = Lock()

@@ -1,4 +1,4 @@
-"""Tokenizers of models, within limits: their patterns are code that comes with a model and may search for ever."""
+"""Tokenizers of models, within limits: their patterns are code that comes with a model and may search forever."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Result = TypeVar("Result")
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Raises DataError where the folder has no tokenizer that this library can load and use."""
+    """Raises DataError if the folder has no tokenizer that transformers can load and use."""
 
     def load() -> Any:
-        # Mistral's own tokenizer, which a tekken.json asks for, has no chat template and takes no rendered text.
+        # Mistral's own tokenizer, which a tekken.json requires, has no chat template and accepts no rendered text.
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, mistral_format=False)
         tokenizer("A short test.", add_special_tokens=False)
         return tokenizer
@@ -36,15 +36,15 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a model's folder says anything of a tokenizer."""
+    """Whether a model's folder holds files of a tokenizer."""
     return any((folder / name).exists() for name in _TOKENIZER_FILES)
 
 
 def encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids of each text, and nothing added: a chat template writes BOS itself.
+    """Token ids of each text, without added tokens: a chat template writes BOS itself.
 
     Raises:
-        DataError: the tokenizer fails on a text, or does not end in time.
+        DataError: the tokenizer fails on a text, or takes too long.
     """
 
     def run() -> list[list[int]]:
@@ -61,7 +61,8 @@ def encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 
 def _within(work: Callable[[], Result], limit_s: float, what: str, way_out: str) -> Result:
-    """The result of foreign code, run beside: a search that never ends is left behind, it gives Python's lock back."""
+    """The result of external code, run in a thread. A search that never ends is abandoned; it releases Python's
+    lock."""
     results: list[Result] = []
     errors: list[BaseException] = []
 

@@ -1,4 +1,5 @@
-"""Turns with calls of tools, proved to be written: a template that knows no tools leaves them out without a word."""
+"""Turns with tool calls, with proof that the template writes them: one without tool support silently leaves them
+out."""
 
 from __future__ import annotations
 
@@ -19,14 +20,14 @@ _WAY_OUT = "Set model.chat_template=FILE to one that is made for tools, or leave
 def as_written(render: Render, turns: Sequence[Turn], tools: Tools, name: str) -> Sequence[Turn]:
     """The turns in a form in which the template writes all of their calls, results and tools.
 
-    Templates take the arguments of a call as an object, as transformers has it, or as its JSON text. Which of them is
-    found by writing a copy in which names, arguments and results are marks.
+    Templates expect the arguments of a call as an object, as in transformers, or as its JSON text. Rendering a copy in
+    which names, arguments and results are marks shows which.
 
     Args:
         name: the template, for messages.
 
     Raises:
-        DataError: the template leaves something out, or takes neither form.
+        DataError: the template leaves something out, or supports neither form.
     """
     if not tools and not any(turn.get("tool_calls") or turn["role"] == "tool" for turn in turns):
         return turns
@@ -58,7 +59,7 @@ def _in_form(
 
 
 def _expected(turns: Sequence[Turn], marks: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """(mark, what it stands for) of all that the text must hold."""
+    """(mark, its meaning) of everything that the text must contain."""
     for tool, mark in marks.items():
         yield mark, f"the tool {tool!r}"
     for index, turn in enumerate(turns):
