@@ -1,9 +1,9 @@
-"""Attention whose backward is quick for short sequences in bf16 on the CPU.
+"""Attention with a fast backward for short sequences in bf16 on the CPU.
 
-torch's kernel for the CPU takes most of its time backward when sequences are short: 16 rows of 57 tokens and 9 heads in
-bf16 take 20 ms forward and backward, 9 ms here; from about 150 tokens on it is the faster one. Forward is torch's own,
-so that learning and scoring agree. In fp32 torch's kernel is the faster one at every length from 32 to 384 tokens: by
-up to 1.9 times with AVX-512 and 1.4 times with AVX2, equal at best.
+For short sequences, torch's CPU kernel spends most of its time in the backward: 16 rows of 57 tokens and 9 heads in
+bf16 take 20 ms forward and backward, 9 ms here. From about 150 tokens on torch's kernel is faster. Forward is torch's
+own, so that learning and scoring agree. In fp32 torch's kernel is never slower at lengths from 32 to 384 tokens, and up
+to 1.9 times faster with AVX-512 and 1.4 times with AVX2.
 
 Shapes: B rows, H heads, G key-value heads, T tokens, K head size (that of the values may be another).
 """
@@ -56,7 +56,7 @@ class ShortCausalAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_BHTK: Tensor) -> Any:
         query, key, value, out = ctx.saved_tensors
         (rows, heads, length, size), groups = query.shape, key.shape[1]
-        # The heads of a group share keys and values: their queries are as so many more tokens.
+        # The heads of a group share keys and values, so their queries are treated as additional tokens.
         query, grad, out = (x.reshape(rows, groups, -1, x.shape[-1]) for x in (query, grad_BHTK, out))
         if ctx.visible is None:
             hidden = torch.ones(length, length, dtype=torch.bool, device=query.device).triu_(1)
@@ -81,7 +81,7 @@ def attend(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers; what it is not made for goes to transformers' own."""
+    """An attention function for transformers; unsupported cases use transformers' own."""
     length = query_BHTK.shape[2]
     is_ours = (
         torch.is_grad_enabled()
@@ -104,7 +104,7 @@ def attend(
 
 
 def use_short_attention(model: Any) -> None:
-    """Lets a model that attends by torch's kernel use it for short sequences in bf16."""
+    """Makes a model that uses torch's attention kernel use this one for short sequences in bf16."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
 

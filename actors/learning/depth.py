@@ -1,4 +1,4 @@
-"""The first layers of a model as a model of their own: its config cut to them; their weights are those of the whole."""
+"""The first layers of a model as a separate model: its config is cut to them, their weights stay the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def shallow(config: Any, layers: int | None, folder: Path) -> Any:
     """A copy of a transformers config with its first `layers` layers; the config itself for None.
 
     Raises:
-        ConfigError: the model has fewer, or names its layers in a part of its config.
+        ConfigError: the model has fewer layers, or gives their number in a part of its config.
     """
     if layers is None:
         return config

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-# DeepSpeed reads this when it is imported; on a machine without GPUs its own search warns and may pick another one.
+# DeepSpeed reads this when it is imported; on a machine without GPUs its own search warns and may choose wrongly.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed as deepspeed
@@ -41,7 +41,7 @@ warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category
 
 @dataclass(frozen=True)
 class Group:
-    """Where one learner process stands in its group.
+    """The place of one learner process in its group.
 
     Args:
         master_addr, master_port: where rank 0 listens.
@@ -65,7 +65,7 @@ def join(group: Group) -> None:
     """Joins the process group; returns when all ranks are there.
 
     Raises:
-        torch.distributed.DistError: the others did not come within `timeout_s`.
+        torch.distributed.DistError: the others did not join within `timeout_s`.
     """
     torch.set_num_threads(group.threads)
     os.environ |= {
@@ -89,13 +89,14 @@ def join(group: Group) -> None:
 def _interface_towards(address: str) -> str | None:
     """The network interface that leads to `address`.
 
-    Gloo would take the one that this host's name resolves to: on many images the loopback, where no other finds it.
+    Gloo would take the one that this host's name resolves to. On many images that is the loopback, which no other host
+    can reach.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((address, 1))  # sends nothing
         except OSError:
-            return None  # an IPv6 network, say: left to the libraries
+            return None  # e.g. an IPv6 network: the libraries choose
         own = probe.getsockname()[0]
     interfaces = psutil.net_if_addrs().items()
     return next((name for name, entries in interfaces if any(entry.address == own for entry in entries)), None)

@@ -1,4 +1,4 @@
-"""A learned model as an ordinary Hugging Face folder: whole or not there, and read back before it counts as done."""
+"""Writes a learned model as an ordinary Hugging Face folder: complete or not at all, and read back to verify it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from orchestrator.errors import DataError, StorageError
 from orchestrator.run.storage import follow_umask, sync_tree, writing
 
 GENERATION_CONFIG = "generation_config.json"
-# The learner may compute on another device than the one on which an export is read back.
+# The learner may compute on another device than the one that reads an export back.
 _TOLERANCES = {torch.float32: 1e-2, torch.bfloat16: 0.5}
 
 
 def named_state(pretrained: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all that a model's file holds: parameters, tied ones once, then buffers that are saved."""
+    """(name, tensor) of everything that a model's file holds: parameters, tied ones once, then buffers that are
+    saved."""
     yield from pretrained.named_parameters()
     unsaved = {
         f"{prefix}.{name}" if prefix else name
@@ -40,14 +41,14 @@ def named_state(pretrained: Any) -> Iterator[tuple[str, Tensor]]:
 def export_model(
     model: PolicyModel | ValueModel, state: Mapping[str, Tensor], folder: Path, tokenizer: Any, expected: Tensor
 ) -> None:
-    """Writes `folder`, replacing one that is there.
+    """Writes `folder`; replaces an existing one.
 
     Args:
         state: of named_state, on the CPU.
-        expected: what the model says of a few tokens, see heads.probed.
+        expected: the model's output on a few tokens, see heads.probed.
 
     Raises:
-        StorageError: it can't be written, or what is read back is not what was learned. `folder` is then as before.
+        StorageError: it can't be written, or reading it back gives another model. `folder` is then unchanged.
     """
     with replacing_folder(folder) as unfinished:
         write_files(model.pretrained, state, unfinished, tokenizer)
@@ -55,8 +56,8 @@ def export_model(
 
 
 def write_files(pretrained: Any, state: Mapping[str, Tensor], folder: Path, tokenizer: Any) -> None:
-    """Weights, config and tokenizer, and of the folder that the model came from what is not learned: generation config
-    and code, as they are. transformers would refuse to write many a generation config that it reads."""
+    """Writes weights, config and tokenizer, and copies generation config and code from the model's original folder.
+    transformers would refuse to write some generation configs that it reads."""
     config = pretrained.config
     config.architectures = [type(pretrained).__name__]
     config.dtype = str(pretrained.dtype).removeprefix("torch.")
@@ -117,7 +118,7 @@ def _require_same_tokenizer(found: Any, tokenizer: Any) -> None:
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `folder`; on a clean exit it is synced and takes the place of `folder`.
+    """Yields an empty folder next to `folder`; on a clean exit it is synced and replaces `folder`.
 
     Raises:
         StorageError: it can't be written.

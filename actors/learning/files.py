@@ -1,4 +1,4 @@
-"""What a model folder holds, from the headers of its files: no weights are read."""
+"""The contents of a model folder, from the headers of its files: no weights are read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Header:
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Raises DataError where config.json is none, of an architecture that this library does not know, or quantised."""
+    """Raises DataError if config.json is invalid, of an architecture that transformers does not know, or quantised."""
     file = folder / "config.json"
     _require_no_pointer(file)
     try:
@@ -57,7 +57,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
     """Every tensor of a folder's safetensors.
 
     Raises:
-        DataError: there are none, or a file is missing, a Git-LFS pointer, empty, cut off or damaged.
+        DataError: there are none, or a file is missing, a Git-LFS pointer, empty, truncated or damaged.
     """
     headers: dict[str, Header] = {}
     for file in _files(folder):
@@ -80,7 +80,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Those that transformers reads."""
+    """The files that transformers reads."""
     if (folder / _SINGLE).exists():
         return [folder / _SINGLE]
     index = folder / _INDEX
@@ -122,10 +122,10 @@ def _is_packed(header: Header) -> bool:
 def require_weights(
     folder: Path, loader: Any, config: Any, headers: Mapping[str, Header], *, may_lack: str | None = None
 ) -> None:
-    """Raises DataError where the tensors of the files are not those of the model: some are missing, of another shape,
+    """Raises DataError if the tensors of the files are not those of the model: some are missing, of another shape,
     or of layers that its config does not count.
 
-    transformers' own loader judges, given tensors without contents.
+    transformers' own loader decides; it gets tensors without contents.
 
     Args:
         loader: an Auto class of transformers.
@@ -174,7 +174,7 @@ def _kind(name: str) -> str:
 
 
 def window(config: Any) -> int | None:
-    """How many positions a model's config says that it can take; None where it says nothing."""
+    """The number of positions that a model supports according to its config; None if the config does not say."""
     text = config.get_text_config()
     found = next((value for name in _WINDOWS if isinstance(value := getattr(text, name, None), int)), None)
     rope = getattr(text, "rope_parameters", None)
@@ -186,7 +186,7 @@ def window(config: Any) -> int | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers reports what is missing; it is reported here."""
+    """Silences transformers' report about missing tensors: they are reported here."""
     logger = logging.getLogger("transformers")
     before = logger.level
     logger.setLevel(logging.CRITICAL)

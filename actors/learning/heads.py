@@ -23,9 +23,10 @@ from actors.learning.steady import SteadyModel
 class _TokenLogProbs(torch.autograd.Function):
     """log softmax(h Wᵀ / temperature)[target] and the softmax's entropy, a chunk of positions at a time.
 
-    Logits of one chunk live at a time: forward keeps only the entropy, backward makes the logits again. Softmax is in
-    fp32, matrix products in the weights' type, dW accumulates in fp32. What is as large as the logits is computed in
-    place where it can be: on the CPU, fresh pages cost more than the arithmetic.
+    Only the logits of one chunk are in memory: forward keeps the entropy, backward computes the logits again. Softmax
+    is in fp32, matrix products in the weights' type, dW accumulates in fp32. Arrays as large as the logits are computed
+    in
+    place if possible: on the CPU, fresh pages cost more than the arithmetic.
     """
 
     @staticmethod
@@ -94,10 +95,10 @@ class TokenLogProbs(nn.Module):
 
 
 class OwnLogProbs(nn.Module):
-    """The same for models whose logits are more than hidden states times a matrix (scaled, capped, biased): through the
-    model's own forward, a chunk of positions at a time. Backward makes the logits of a chunk again.
+    """The same for models whose logits are more than hidden states times a matrix (scaled, capped, biased): uses the
+    model's own forward, a chunk of positions at a time. Backward computes the logits of a chunk again.
 
-    Holds no parameters: they are those of the language model, whose own modules ZeRO-3 gathers.
+    Holds no parameters: they belong to the language model, whose own modules ZeRO-3 gathers.
     """
 
     def __init__(self, language_model: Any, *, temperature: float, chunk: int) -> None:
@@ -118,7 +119,7 @@ class OwnLogProbs(nn.Module):
 
 
 def own_logits(language_model: Any, hidden_ND: Tensor) -> Tensor:
-    """Logits that a causal LM makes of given hidden states: its own forward, with its decoder's answer given."""
+    """Logits that a causal LM makes from given hidden states: its own forward, with the decoder's output replaced."""
     unread = 1 if language_model.config.pad_token_id == 0 else 0  # transformers warns of padding
     positions = torch.full((1, len(hidden_ND)), unread, device=hidden_ND.device)
     with _answering(language_model.get_decoder(), hidden_ND.unsqueeze(0)):
@@ -127,7 +128,7 @@ def own_logits(language_model: Any, hidden_ND: Tensor) -> Tensor:
 
 
 class _Answer(BaseModelOutputWithPast):
-    """A decoder's output with nothing but hidden states; whatever else is asked for (router logits, ...) is None."""
+    """A decoder's output with hidden states only; all other fields (router logits, ...) are None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -163,7 +164,7 @@ class PolicyModel(SteadyModel):
 
     Args:
         language_model: a causal LM of transformers.
-        chunk: positions whose logits live at the same time.
+        chunk: positions whose logits are in memory at the same time.
 
     Raises:
         DataError: the log-probs would not be the model's own, see proofs.py.
@@ -180,7 +181,7 @@ class PolicyModel(SteadyModel):
             self.head = OwnLogProbs(language_model, temperature=temperature, chunk=chunk)
 
     def around(self, language_model: Any) -> PolicyModel:
-        """The same of another model."""
+        """The same for another model."""
         temperature, chunk = self.head.temperature, self.head.chunk
         return PolicyModel(language_model, temperature=temperature, chunk=chunk)
 
@@ -210,7 +211,7 @@ class ValueModel(SteadyModel):
         proofs.require_own_scores(scorer)
 
     def around(self, scorer: Any) -> ValueModel:
-        """The same of another model."""
+        """The same for another model."""
         return ValueModel(scorer)
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -224,13 +225,13 @@ class ValueModel(SteadyModel):
 
 
 def probe(model: PolicyModel | ValueModel, device: torch.device) -> MicroBatch:
-    """A micro-batch of a few tokens, to compare what a model says of them."""
+    """A micro-batch of a few tokens, to compare a model's outputs."""
     num_tokens = model.pretrained.get_input_embeddings().num_embeddings
     tokens = [token % num_tokens for token in proofs.PROBE]
     return token_rows([tokens[:2]], [tokens[2:]]).pack([0], device)
 
 
 def probed(model: PolicyModel | ValueModel) -> Tensor:
-    """What a model says of `probe`."""
+    """A model's output on `probe`."""
     output: tuple[Tensor, Tensor] = model(probe(model, next(model.parameters()).device))
     return output[0]

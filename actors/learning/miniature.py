@@ -1,5 +1,5 @@
-"""A small random model of a folder's architecture, on which everything that loading would prove is proved without its
-weights: log-probs and gradients, learning without chance, export and reading back."""
+"""A small random model of a folder's architecture. It serves to prove, without the weights, everything that loading
+proves: log-probs and gradients, deterministic learning, export and reading back."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _SPECIAL = re.compile(r"^(pad|bos|eos|sep|decoder_start)_token_id$")
 
 
 def prove_small(folder: Path, config: Any, tokenizer: Any, *, scores: bool, checkpointing: bool, exports: bool) -> bool:
-    """Proves on a small model what this program relies on; False where none could be made of this architecture.
+    """Proves on a small model what this program relies on; False if none can be made of this architecture.
 
     Args:
-        tokenizer: goes into the export.
-        scores: a sequence classifier, else a causal LM.
+        tokenizer: part of the export.
+        scores: a sequence classifier, otherwise a causal LM.
         checkpointing: layers recompute their activations.
-        exports: whether what was learned is exported.
+        exports: whether the learned model is exported.
 
     Raises:
-        DataError: it does not hold.
+        DataError: a proof fails.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -72,7 +72,7 @@ def _prove_export(model: PolicyModel | ValueModel, tokenizer: Any, folder: Path)
 
 
 def _small(config: Any, *, scores: bool) -> Any:
-    """A random model with few layers and, where that works, narrow ones; None where none can be built and run."""
+    """A random model with few layers, narrow ones if possible; None if none can be built and run."""
     loader: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     for divisor in (32, 16, 8, 4, 2, 1):
         try:
@@ -95,7 +95,7 @@ def _small(config: Any, *, scores: bool) -> Any:
 
 
 def _stir(model: Any) -> None:
-    """Moves everything away from what it begins as: a bias of zero would hide that it is left out."""
+    """Adds noise to every tensor: a bias of zero would hide that it is left out."""
     generator = torch.Generator().manual_seed(0)
     tensor: Tensor
     for tensor in model.state_dict().values():
@@ -115,7 +115,7 @@ def _smaller(config: Any, divisor: int) -> Any:
 
 
 def _num_kept(values: Mapping[str, Any], num_layers: int) -> int:
-    """As few layers as hold every kind that a list names per layer."""
+    """The smallest number of layers that includes every kind in the config's lists of layer kinds."""
     kept = min(num_layers, _LAYERS)
     for value in values.values():
         if isinstance(value, list) and len(value) == num_layers and all(isinstance(item, str) for item in value):

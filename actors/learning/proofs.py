@@ -3,9 +3,9 @@
 - Its logits are a function of the decoder's last hidden states, and that function is the head that we compute with.
 - Earlier positions do not see later ones.
 - A sequence classifier's score is its linear head on the last position's hidden state.
-- A model that learns computes twice the same, and the same as when it scores.
+- A model that learns is deterministic, and computes the same as when it scores.
 
-A model of which one of these can't be shown is refused: its numbers would be wrong without a word.
+A model that fails a proof is refused: its numbers would be wrong without an error.
 
 Shapes: N positions, D hidden size, V vocabulary.
 """
@@ -25,7 +25,7 @@ PROBE = (5, 6, 7, 8)
 _LARGE = 1000.0  # logits this large show every cap
 _TRIES = 8
 _STEPS, _SLOPE_ERROR = (1e-2, 2e-3, 5e-4), 0.05
-# What calling a model's forward in a way that it is not made for raises.
+# Errors of a model whose forward does not support such a call.
 FORWARD_ERRORS = (
     TypeError,
     ValueError,
@@ -42,10 +42,10 @@ def has_linear_logits(language_model: Any, own_logits: Callable[[Tensor], Tensor
     """Whether logits are hidden states times the matrix of the LM head, and nothing else.
 
     Args:
-        own_logits: what the model makes of given hidden states; proved here to be what its forward does.
+        own_logits: the model's logits from given hidden states; proved here to equal those of its forward.
 
     Raises:
-        DataError: logits are no function of the decoder's hidden states, or a position sees later ones.
+        DataError: logits are not a function of the decoder's hidden states, or a position sees later ones.
     """
     with torch.no_grad():
         try:
@@ -66,7 +66,7 @@ def has_linear_logits(language_model: Any, own_logits: Callable[[Tensor], Tensor
 
 
 def _forward(language_model: Any, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """(logits, the decoder's hidden states when it is called by itself)"""
+    """(logits, hidden states of the decoder alone)"""
     input_ids = _ids(language_model, tokens)
     logits = language_model(input_ids=input_ids, use_cache=False).logits
     hidden = language_model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -90,8 +90,8 @@ def _is_linear(head: Any, own_logits: Callable[[Tensor], Tensor], hidden_ND: Ten
 
 
 def require_own_scores(scorer: Any) -> None:
-    """Raises DataError when a sequence classifier's score is not its linear head on what its backbone says of the last
-    token. The head may be all zero, so that its input is compared, not only what comes out."""
+    """Raises DataError when a sequence classifier's score is not its linear head on its backbone's output for the last
+    token. The head may be all zero, so its input is compared too, not only its output."""
     input_ids = _ids(scorer, PROBE)
     seen: list[tuple[Tensor, Tensor]] = []
     hook = scorer.score.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
@@ -110,8 +110,8 @@ def require_own_scores(scorer: Any) -> None:
 
 
 def require_steady(model: nn.Module, forward: Callable[[], Tensor]) -> None:
-    """Raises DataError when a model in training mode does not give the same again, or another result than in
-    evaluation mode, naming a module that does not where one is found.
+    """Raises DataError when a model in training mode is not deterministic, or gives another result than in
+    evaluation mode. Names a responsible module if one is found.
 
     Args:
         forward: calls the model on a few tokens.
@@ -124,7 +124,7 @@ def require_steady(model: nn.Module, forward: Callable[[], Tensor]) -> None:
         state = torch.get_rng_state()
         found = forward().detach()
         drew = not torch.equal(state, torch.get_rng_state())
-        # Where random numbers were drawn, chance may have spared these few tokens: it gets more chances.
+        # If random numbers were drawn, these few tokens may be unaffected by chance, so it is tried several times.
         same = _close(found, expected) and all(
             _close(forward().detach(), expected) for _ in range(_TRIES if drew else 1)
         )
@@ -141,7 +141,7 @@ def require_steady(model: nn.Module, forward: Callable[[], Tensor]) -> None:
 
 
 def require_gradient(model: nn.Module, forward: Callable[[], Tensor]) -> None:
-    """Raises DataError when the gradient of a model in training mode is not the slope of what it computes, measured by
+    """Raises DataError when the gradient of a model in training mode is not the slope of its output, measured by
     small steps of all parameters in a random direction. For small fp32 models.
 
     Args:
@@ -155,7 +155,7 @@ def require_gradient(model: nn.Module, forward: Callable[[], Tensor]) -> None:
     pairs = [(g.double(), d.double()) for g, d in zip(found, directions, strict=True) if g is not None]
     told = sum(float((gradient * direction).sum()) for gradient, direction in pairs)
     scale = math.sqrt(sum(float((gradient * direction).square().sum()) for gradient, direction in pairs))
-    # A step may change which experts are chosen; a smaller one then does not.
+    # A step may change which experts are chosen; then a smaller step is tried.
     slopes = [_slope(parameters, directions, forward, step / max(scale, 1e-12)) for step in _STEPS]
     if not any(abs(slope - told) <= _SLOPE_ERROR * scale for slope in slopes):
         pretrained: Any = model.pretrained
@@ -216,8 +216,8 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def _close(found: Tensor, expected: Tensor, *, factor: float = 1.0) -> bool:
-    """Equal up to rounding, measured by the largest number there is. Broken weights give NaN on both sides; that is
-    reported where numbers are checked, with the step that met it."""
+    """Equal up to rounding, relative to the largest number. Broken weights give NaN on both sides; the checks of losses
+    report them, with the step."""
     if found.shape != expected.shape:
         return False
     dtype = expected.dtype

@@ -1,7 +1,7 @@
-"""DeepSpeed's checkpoint files, read without running what a pickle could name.
+"""Reads DeepSpeed's checkpoint files without running code from pickles.
 
 A checkpoint may come from a mirror or from another person's folder. DeepSpeed loads its files as plain pickles, which
-run any code that they name; here only tensors, plain values and three classes of DeepSpeed's own are loaded.
+run any code that they name. Here only tensors, plain values and three of DeepSpeed's classes are loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from orchestrator.errors import StorageError
 
-# All that DeepSpeed 0.19 puts into its files besides tensors and plain values, in every stage.
+# Everything that DeepSpeed 0.19 writes to its files besides tensors and plain values, in every stage.
 _DEEPSPEED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
 
 
@@ -28,7 +28,7 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
     """
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Raises StorageError where the file holds something else."""
+        """Raises StorageError if the file holds anything else."""
         try:
             with torch.serialization.safe_globals(_DEEPSPEED_CLASSES):
                 return torch.load(path, map_location=map_location, weights_only=True)

@@ -1,11 +1,11 @@
-"""A prompt computed once for all its responses: they stand behind it in one line, and none sees another.
+"""Computes a prompt once for all its responses: they follow it in one line, and none sees another.
 
     tokens     p0 p1 p2 | a0 a1 | b0 b1 b2
     positions   0  1  2 |  3  4 |  3  4  5
     a sees     p0 p1 p2   a                    b sees   p0 p1 p2   b
 
-The result is that of separate rows up to rounding; what is saved is the prompt, once for every further response. The
-same is known as prefix sharing or tree attention (Cai 2024, Medusa, section 3.1.2, for the mask).
+The result equals that of separate rows up to rounding. The prompt is computed once instead of once per response. This
+is known as prefix sharing or tree attention (Cai 2024, Medusa, section 3.1.2, for the mask).
 
 Shapes: L lines of a micro-batch, T tokens of its longest line.
 """
@@ -30,7 +30,7 @@ Ints = npt.NDArray[np.int64]
 
 
 def bundles(prompts: Sequence[Ints], responses: Sequence[Ints], *, longest: int) -> list[tuple[int, ...]]:
-    """Neighbouring rows with the same prompt, in lines of at most `longest` tokens, where that is less work."""
+    """Neighbouring rows with the same prompt, in lines of at most `longest` tokens, if that is less work."""
     found: list[tuple[int, ...]] = []
     start = 0
     for row in range(1, len(prompts) + 1):
@@ -65,9 +65,9 @@ def visible(owner_LT: Tensor) -> Tensor:
 
 
 def can_share(language_model: Any) -> bool:
-    """Whether a model gives a response the same states behind a shared prompt as behind its own: tried on two of them.
+    """Whether a model gives a response the same states after a shared prompt as in a separate row; tried with two.
 
-    Models whose attention has windows, or goes through other kernels than torch's, are not asked.
+    Models whose attention has windows, or uses other kernels than torch's, are not tried.
     """
     config = language_model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])

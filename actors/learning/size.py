@@ -1,4 +1,4 @@
-"""The size of a model from its config alone: no weights are read, no memory is taken."""
+"""The size of a model, from its config: no weights are read, no memory is allocated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.planning.memory import ModelSize
 
 
 def num_embeddings(folder: Path, *, trust_remote_code: bool = False) -> int:
-    """For how many token ids the model in a folder has embeddings. Raises DataError as model_size."""
+    """The number of token ids for which the model in a folder has embeddings. Raises DataError as model_size does."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         return int(config.get_text_config().vocab_size)
@@ -26,8 +26,8 @@ def model_size(folder: Path, *, layers: int | None = None, trust_remote_code: bo
     """Of the whole model, or of its first `layers` layers.
 
     Raises:
-        DataError: the folder's config is of no known architecture.
-        ConfigError: it has fewer layers.
+        DataError: the architecture of the folder's config is unknown.
+        ConfigError: the model has fewer layers.
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -1,8 +1,8 @@
-"""Learning without chance: a model that learns computes what the same model computes when it scores.
+"""Deterministic learning: a model that learns computes what the same model computes when it scores.
 
-Dropout, layer drop and jitter make the policy that learns another one than the policy that sampled. They are switched
+With dropout, layer drop or jitter the policy that learns would differ from the policy that sampled. They are switched
 off without knowing their names: every module stays in evaluation mode. Only layers that recompute their activations are
-in training mode, which is what transformers looks at, and leave it while they compute.
+in training mode, because transformers checks for it, and they leave it while they compute.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class SteadyModel(nn.Module):
     pretrained: Any
 
     def train(self, mode: bool = True) -> SteadyModel:
-        """Evaluation mode everywhere, apart from layers that recompute their activations."""
+        """Evaluation mode everywhere, except for layers that recompute their activations."""
         super().train(False)
         for module in self.modules():
             module.training = mode and _recomputes(module)

@@ -1,6 +1,6 @@
-"""A tracker on a thread of its own: one that blocks, fails or is absent never blocks or ends a run.
+"""A tracker on a separate thread: one that blocks, fails or is absent never blocks or ends a run.
 
-What it did not take waits, and is sent when it answers again. metrics.jsonl holds everything in any case.
+Metrics that it did not accept are queued, and sent when it answers again. metrics.jsonl always holds everything.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _MOST_REFUSALS = 3
 class BackgroundTracker:
     """Args:
     name: in messages.
-    start: opens the tracker, given the first step that it will be told of; again after a failure.
+    start: opens the tracker, given the first step that it will get; called again after a failure.
     tell: gets a line when the tracker fails or is slow, and one when it has caught up.
-    most_waiting: further ones push out the oldest.
+    most_waiting: length of the queue; further entries push out the oldest.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class BackgroundTracker:
         """When the call under way began, to the tracker or to open it."""
         self._closing = threading.Event()
         self._changed = threading.Condition()
-        # A daemon: a call that never comes back does not keep the process from ending.
+        # A daemon: a call that never returns does not keep the process from ending.
         self._thread = threading.Thread(target=self._run, name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Puts it behind what waits; at once."""
+        """Appends it to the queue; returns at once."""
         with self._changed:
             self._num_lost += len(self._waiting) == self._waiting.maxlen
             self._waiting.append((step, dict(metrics)))
@@ -68,7 +68,7 @@ class BackgroundTracker:
             self._tell_once(f"has not answered for {monotonic() - since:.0f} s")
 
     def close(self) -> None:
-        """Waits a little for what was not sent yet, and tells how much is left."""
+        """Waits a little for the queue to empty, and reports how much is left."""
         self._closing.set()
         with self._changed:
             self._changed.notify()
@@ -102,7 +102,7 @@ class BackgroundTracker:
         self._close_tracker()
 
     def _next(self) -> Item | None:
-        """What was there longest; waits for it. None: nothing is left, and there will be nothing more."""
+        """The oldest entry; waits for one. None: the queue is empty and closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing.is_set())
             return self._waiting[0] if self._waiting else None

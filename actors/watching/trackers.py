@@ -23,10 +23,10 @@ from orchestrator.config.sections import TelemetryConfig
 from orchestrator.errors import ConfigError
 from orchestrator.roles import Trackers
 
-# MLflow's own tries go on for minutes; what it did not take is sent again anyway.
+# MLflow's own retries take minutes; what it did not accept is sent again anyway.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-# W&B waits this long when it is opened, and again when the process ends.
+# W&B waits up to this time when it is opened, and again when the process ends.
 os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")
 _WANDB_URL = "https://api.wandb.ai"
 _REACH_S = 10.0
@@ -50,7 +50,7 @@ except ImportError:
 def open_trackers(
     config: TelemetryConfig, folder: Path, run_id: str, *, settings: Mapping[str, Any], tell: Callable[[str], None]
 ) -> list[Trackers]:
-    """The trackers that the config turns on, each on a thread of its own; they are opened with the first metrics.
+    """The trackers that the config turns on, each on a separate thread; they are opened with the first metrics.
 
     Args:
         folder: the run's folder; local files go below it.
@@ -89,7 +89,7 @@ def require_packages(config: TelemetryConfig) -> None:
 
 
 def try_trackers(config: TelemetryConfig, wait_s: float) -> list[str]:
-    """A line for each tracker of the config that does not answer, or that has no key. Takes `wait_s` at most."""
+    """A line for each tracker of the config that does not answer, or that has no key. Takes at most `wait_s`."""
     tries: dict[str, Callable[[], object]] = {}
     if config.wandb_project is not None:
         tries["telemetry.wandb_project"] = _try_wandb
@@ -113,7 +113,7 @@ def try_trackers(config: TelemetryConfig, wait_s: float) -> list[str]:
 
 
 def _outcome_of(attempt: Callable[[], object]) -> Queue[str]:
-    """Calls it on a thread that nothing waits for; gets why it failed, or an empty text."""
+    """Calls it on a thread that nothing waits for; returns why it failed, or an empty text."""
     outcome: Queue[str] = Queue()
 
     def run() -> None:
@@ -135,7 +135,7 @@ def _try_wandb() -> None:
 
 
 def _require_wandb_key() -> None:
-    """Raises ConfigError where W&B would ask for a key, on a terminal that nobody may look at."""
+    """Raises ConfigError if W&B would ask for a key on the terminal."""
     if os.environ.get("WANDB_MODE", "online") != "online" or os.environ.get("WANDB_API_KEY"):
         return
     host = urlsplit(os.environ.get("WANDB_BASE_URL", _WANDB_URL)).hostname or ""
@@ -151,7 +151,7 @@ def _require_wandb_key() -> None:
 class TensorBoardTracker:
     """Event files in `folder`, written without torch or TensorFlow.
 
-    TensorBoard hides what earlier attempts wrote of `first_step` and later steps.
+    TensorBoard hides what earlier attempts wrote about `first_step` and later steps.
     """
 
     def __init__(self, folder: Path, *, first_step: int = 0) -> None:
@@ -187,7 +187,7 @@ class WandbTracker:
 class MlflowTracker:
     """An MLflow run named after the run, in experiment `rlhf`; later attempts continue it.
 
-    MLflow forgets nothing: of a step that was learned again its history keeps both values, the newer one last.
+    MLflow's history keeps both values of a step that was learned again, the newer one last.
     """
 
     _EXPERIMENT = "rlhf"
