@@ -50,8 +50,8 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     """Yields the rows of a JSONL file, of JSON arrays or of a Parquet file.
 
     Raises:
-        DataError: no such file, unreadable, empty, truncated, beyond a limit, or a JSON array that breaks off. A
-            single bad row raises nothing: it is yielded with its `problem`.
+        DataError: the file is missing, unreadable, empty, truncated or beyond a limit, or a JSON array is incomplete.
+            A single bad row raises nothing: it is yielded with its `problem`.
     """
     name = str(path)
     try:
@@ -68,7 +68,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 
 
 def file_bytes(path: str | Path) -> int:
-    """Size of a file as it lies in its storage."""
+    """Size of a file in its storage."""
     filesystem, inner = _locate(str(path))
     return int(filesystem.get_file_info(inner).size or 0)
 
@@ -129,7 +129,7 @@ def _address(name: str) -> str:
     """A URI, or the absolute path of a local file."""
     if not _URI.match(name):
         return str(at_home(name, "the file", DataError).absolute())
-    # pathlib folds the two slashes of "s3://bucket" into one: both spellings mean the same address.
+    # pathlib joins the two slashes of "s3://bucket" to one: both spellings mean the same address.
     return name if name.startswith("file:") else _URI.sub(r"\1://", name)
 
 
@@ -142,7 +142,7 @@ def _buffered(stream: pa.NativeFile) -> io.BufferedReader:
 
 
 class _Limited(io.RawIOBase):
-    """A decompressed stream that may not be too much longer than the file it comes from."""
+    """A decompressed stream whose length is limited relative to its file."""
 
     def __init__(self, name: str, stream: pa.NativeFile, file_size: int) -> None:
         self._name, self._stream, self._file_size = name, stream, file_size
@@ -165,6 +165,6 @@ class _Limited(io.RawIOBase):
 
 
 def _first_line(stream: io.BufferedReader) -> bytes:
-    """The first line that is not blank, as far as it is at hand."""
+    """The first line that is not blank, as far as it has been read."""
     start = stream.peek(CHUNK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
     return start.partition(b"\n")[0].rstrip()

@@ -1,5 +1,5 @@
 """One row of one format -> canonical messages and replies. A row that does not fit raises BadRow, which the readers
-gather; a row that fits but teaches nothing (chosen equals rejected) raises LeftOut, which they count.
+collect; a row that fits but teaches nothing (chosen equals rejected) raises LeftOut, which they count.
 
 Two tables at the end name the formats; a new one is a function and a line.
 """
@@ -36,7 +36,7 @@ class LeftOut(Exception):
 
 
 def _prompt(fields: Fields) -> Messages:
-    """A conversation that waits for the assistant; an assistant's message at its end is the beginning of the reply.
+    """A conversation up to the assistant's reply; an assistant's message at its end is the beginning of the reply.
 
     In a row of preferences whose replies are whole conversations, the prompt may be their last turn alone.
     """
@@ -48,7 +48,7 @@ def _prompt(fields: Fields) -> Messages:
 
 
 def _messages(fields: Fields) -> Messages:
-    """A whole conversation; what the assistant said last is not part of the prompt."""
+    """A whole conversation; the assistant's last message is not part of the prompt."""
     return without_last_reply(conversation(required(fields, "messages"), "messages"))
 
 
@@ -69,9 +69,9 @@ def _question(fields: Fields) -> Messages:
 
 
 def _ranking(fields: Fields) -> Iterable[Ranked]:
-    """{prompt | messages, replies: best first}. A reply that comes twice keeps its better place.
+    """{prompt | messages, replies: best first}. A reply that occurs twice keeps its better rank.
 
-    `continued: true` says that replies to a begun turn are what follows it, whatever they begin with.
+    `continued: true` says that replies to a begun turn never repeat its beginning.
     """
     key = "messages" if "messages" in fields else "prompt"
     replies = [_reply(value, "replies") for value in _listed(required(fields, "replies"), "replies")]
@@ -84,7 +84,7 @@ def _ranking(fields: Fields) -> Iterable[Ranked]:
 def _pairwise(fields: Fields) -> Iterable[Ranked]:
     """{prompt | context, chosen, rejected}: texts, lists of texts (each chosen beats each rejected), or messages.
 
-    Messages are the reply alone, what follows the prompt, or the whole conversation with the prompt in it.
+    Messages are the reply alone, the turns after the prompt, or the whole conversation including the prompt.
     """
     key = "context" if "prompt" not in fields and "context" in fields else "prompt"
     chosen, rejected = required(fields, "chosen"), required(fields, "rejected")
@@ -135,7 +135,7 @@ def _after_begun(messages: Messages, replies: Sequence[Reply]) -> Sequence[Reply
     """Replies as continuations of a turn that the prompt begins: replies that repeat its beginning lose it.
 
     Raises:
-        BadRow: only some of them repeat it, so that it is not known whether the others continue it.
+        BadRow: only some of them repeat it, so it is unclear whether the others continue it.
     """
     if messages[-1].role != "assistant":
         return replies
@@ -154,12 +154,12 @@ def _after_begun(messages: Messages, replies: Sequence[Reply]) -> Sequence[Reply
 
 
 def _continued(start: Messages, value: Any, key: str) -> Messages:
-    """The whole conversation: `start` with what `value` adds, or `value` where it holds `start` already.
+    """The whole conversation: `start` followed by `value`, or `value` if it already contains `start`.
 
-    White space at the edges of a turn makes no other turn, and system messages may stand in either.
+    Turns are compared without white space at their edges, and either may contain system messages.
 
     Raises:
-        BadRow: `value` is a conversation of its own that neither holds nor continues `start`.
+        BadRow: `value` is a conversation that neither contains nor continues `start`.
     """
     if not _is_conversation(value):
         return (*start, _as_message(_reply(value, key)))
@@ -187,7 +187,7 @@ def _same(left: Messages, right: Messages) -> bool:
 
 
 def _num_common(left: Messages, right: Messages) -> int:
-    """How many turns two conversations begin with that differ at most in white space at their edges."""
+    """The number of leading turns in which two conversations agree, except for white space at the edges."""
     number = 0
     while number < min(len(left), len(right)) and _trimmed(left[number]) == _trimmed(right[number]):
         number += 1
@@ -217,7 +217,7 @@ def without_last_reply(messages: Messages) -> Messages:
 
 
 def _waiting(messages: Messages, key: str) -> Messages:
-    """A prompt: it may end within the assistant's turn, but not with one that says nothing, nor with a call."""
+    """A prompt. It may end within the assistant's turn, but not with an empty one, nor with a tool call."""
     while messages and _is_silent(messages[-1]):
         messages = messages[:-1]
     if all(turn.role == "assistant" for turn in messages):
@@ -245,7 +245,7 @@ def _listed(value: Any, key: str) -> Sequence[Any]:
 
 
 def _reply(value: Any, key: str) -> Reply:
-    """A reply; an empty text is one (a bad one), a missing one is not. A list of one message is that message."""
+    """A reply. An empty text is a (bad) reply, a missing one is not. A list of one message is that message."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, str):
@@ -259,7 +259,7 @@ def _reply(value: Any, key: str) -> Reply:
 
 
 def _as_reply(message: Message) -> Reply:
-    """Text where a message is no more than that, so that it equals the same reply written as text."""
+    """The text of a message that holds nothing else, so that it equals the same reply written as text."""
     reasons = message.extra is not None and any(f'"{name}":' in message.extra for name in _REASONING)
     return message if message.tool_calls or reasons else message.content
 
@@ -272,7 +272,7 @@ PromptParser = Callable[[Fields], Messages]
 RankingParser = Callable[[Fields], Iterable[Ranked]]
 FieldSets = Sequence[frozenset[str]]  # a row with all fields of one of these sets is of the format
 
-# format -> (fields that tell it, parser); `auto` takes the first that fits.
+# format -> (fields that identify it, parser); `auto` takes the first that fits.
 PROMPT_FORMATS: Mapping[str, tuple[FieldSets, PromptParser]] = {
     "messages": ([frozenset({"messages"})], _messages),
     "prompt": ([frozenset({"prompt"})], _prompt),

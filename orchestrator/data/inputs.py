@@ -1,6 +1,6 @@
-"""Files that come from outside: only regular ones are opened, and small ones are read up to a limit.
+"""Files from outside: only regular ones are opened, and small ones are read up to a limit.
 
-A named pipe without a writer, a terminal or /dev/zero would never end.
+Reading a named pipe without a writer, a terminal or /dev/zero would never end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KINDS = (
 
 
 def at_home(path: str | Path, what: str, error: type[RlhfError]) -> Path:
-    """`path` with ~ replaced by the home folder. Raises `error` where this user has none, as in many containers."""
+    """`path` with ~ replaced by the home folder. Raises `error` if this user has none, as in many containers."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -37,7 +37,7 @@ def size_of_file(path: str | Path, what: str, error: type[RlhfError]) -> int:
 
     Args:
         what: names the file in messages, such as "config file x.yaml".
-        error: raised where there is no such file or it is of another kind.
+        error: raised if there is no such file or it is of another kind.
     """
     try:
         found = os.stat(path)
@@ -55,7 +55,7 @@ def size_of_file(path: str | Path, what: str, error: type[RlhfError]) -> int:
 
 
 def read_text(path: Path, what: str, error: type[RlhfError], *, max_bytes: int = MAX_SETTINGS_BYTES) -> str:
-    """Text of a small regular file. Raises `error` where it is none, is longer, or is not UTF-8."""
+    """Text of a small regular file. Raises `error` if it is not regular, is longer, or is not UTF-8."""
     size_of_file(path, what, error)
     try:
         with path.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""Rows of JSON text: one object a line, or values that may reach over many lines (arrays, printed objects)."""
+"""Rows of JSON text: one object per line, or values that may span many lines (arrays, printed objects)."""
 
 from __future__ import annotations
 
@@ -84,9 +84,9 @@ def _row_of_value(number: int, value: Any) -> Row:
 
 
 def value_rows(name: str, stream: BinaryIO) -> Iterator[Row]:
-    """Rows of JSON values that follow each other: an array gives its elements, an object is a row. Read in pieces.
+    """Rows of consecutive JSON values: an array gives its elements, an object is a row. The text is read in pieces.
 
-    So files that were joined (arrays one after the other, lines after an array) lose nothing.
+    So concatenated files (several arrays, lines after an array) are read completely.
     """
     text = _Text(name, stream)
     number = 0
@@ -119,7 +119,7 @@ def _elements(text: _Text, number: int) -> Iterator[Any]:
 
 
 class _Text:
-    """The not yet parsed text of a stream of JSON values."""
+    """The unparsed text of a stream of JSON values."""
 
     def __init__(self, name: str, stream: BinaryIO) -> None:
         self.name, self._stream = name, stream

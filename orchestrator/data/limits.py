@@ -1,6 +1,6 @@
-"""How much a data file may ask for: limits that real files stay far below, so that no file takes the machine down.
+"""Limits on the resources that a data file may use. Real files stay far below them; no file can bring down the machine.
 
-A small file can stand for a huge one (compression, Parquet's dictionaries and run lengths), and rows of a few bytes
+A small file can expand to a huge one (compression, Parquet's dictionaries and run lengths), and rows of a few bytes
 become Python objects of a few hundred. Plain files of any length can be read; memory holds the records that are kept.
 """
 
@@ -35,7 +35,7 @@ def mib(num_bytes: int) -> str:
 
 
 class Kept:
-    """Counts what the records of one file take in memory.
+    """Counts the memory of the records of one file.
 
     Args:
         path: the file, for messages.
@@ -50,7 +50,7 @@ class Kept:
         self._knows_file = False
 
     def add(self, messages: Iterable[Any], *others: Any) -> None:
-        """Counts one record. Raises DataError where it is one too many."""
+        """Counts one record. Raises DataError if the limit is exceeded."""
         self._num_records += 1
         self._num_bytes += _RECORD_BYTES + sum(_MESSAGE_BYTES + sys.getsizeof(turn.content) for turn in messages)
         self._num_bytes += sum(size_of(other) for other in others if other)
@@ -67,7 +67,7 @@ class Kept:
         )
 
     def check_share(self, num_rows: int) -> None:
-        """Raises DataError when nearly all rows of a long file repeat what was read before."""
+        """Raises DataError when nearly all rows of a long file repeat earlier ones."""
         if num_rows % _SHARE_ROWS == 0 and self._num_records < num_rows * _MIN_SHARE:
             raise DataError(
                 f"{self._path}: of its first {num_rows:,} rows only {self._num_records:,} give a new record, the "

@@ -1,4 +1,4 @@
-"""From the JSON of a row to messages, tool calls and tools. What can't reach a model as text raises BadRow.
+"""From the JSON of a row to messages, tool calls and tools. Content that is not text raises BadRow.
 
 Accepted besides {role, content}: content as a list of text parts (joined by line ends, as vLLM's server does);
 `tool_calls` with or without the outer {"type", "function"}, arguments as an object or as JSON text; OpenAI's older
@@ -30,7 +30,7 @@ class BadRow(Exception):
 
 
 def conversation(value: Any, key: str) -> Messages:
-    """Text (one user message, or a transcript that waits for the assistant) or a list of messages."""
+    """Text (one user message, or a transcript up to the assistant's reply) or a list of messages."""
     if isinstance(value, str):
         if not value.strip():
             raise BadRow(f"{key!r} is empty")
@@ -67,7 +67,7 @@ def message(item: Fields, where: str) -> Message:
 
 
 def refuse_media(fields: Fields, where: str) -> None:
-    """Raises BadRow where fields hold images, sound or video: models here read text only."""
+    """Raises BadRow if fields hold images, sound or video: only text is supported."""
     found = next((name for name in _MEDIA if fields.get(name)), None)
     if found is not None:
         raise BadRow(f"{where} holds {found!r}, which a text model can't be shown; remove the row or the field")

@@ -1,18 +1,18 @@
-"""Text that came from outside, made fit to be shown: credentials are covered, and no character steers a terminal."""
+"""Makes text from outside safe to show: credentials are hidden, and no character controls the terminal."""
 
 from __future__ import annotations
 
 import re
 
-# Whoever puts a secret into a URL puts it before the @, or into a query parameter with a name like these.
+# Secrets in URLs are before the @, or in query parameters with names like these.
 _USERINFO = re.compile(r"(?<=://)(?:[^/\s@'\"]+|[^\s'\"]*:[^\s'\"]*)@")
 _PARAMETER = re.compile(
     r"([?&;][\w.-]*(?:key|token|secret|passw|pwd|sig|credential|auth)[\w.-]*=)[^&\s'\"#]+", re.IGNORECASE
 )
 _BEARER = re.compile(r"(\b(?:Bearer|Basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
-# All control characters but tab and newline, and those that reorder what is written behind them.
+# All control characters except tab and newline, and those that reorder the text after them.
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-# Colours, as rich writes them; 8 would hide text.
+# Colours, as rich writes them; 8 (conceal) would hide text.
 _COLOUR = re.compile(r"\x1b\[(?:(?!8[;m])\d{1,3};?)*m")
 
 
@@ -29,7 +29,7 @@ def has_credential(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """`text` with escapes such as \\x1b in place of characters that steer a terminal; colours stay."""
+    """`text` with escapes such as \\x1b in place of characters that control a terminal; colours stay."""
     text = text.replace("\r\n", "\n")
     parts = [_STEERING.sub(_escape, part) for part in _COLOUR.split(text)]
     colours = [*_COLOUR.findall(text), ""]

@@ -1,8 +1,8 @@
-"""Parquet files, decoded by a process of its own (parquet_decoder.py) with a limit on its memory.
+"""Parquet files, decoded by a separate process (parquet_decoder.py) with limited memory.
 
-A file of 5 kB can stand for 25 GB: dictionaries, run lengths and compression repeat what is stored once, and what
-decoding a batch will take can't be known before. A decoder that asks for too much, crashes on a damaged file or
-stands still ends alone, and its rows come as JSON lines, to which the limits of JSON files apply.
+A file of 5 kB can expand to 25 GB: dictionaries, run lengths and compression repeat what is stored once, and the memory
+for decoding a batch is not known in advance. If the decoder needs too much memory, crashes on a damaged file or hangs,
+only that process ends. It writes rows as JSON lines, to which the limits of JSON files apply.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def parquet_rows(name: str, path: str | Path, file_size: int) -> Iterator[Row]:
         path: the file, local or of another filesystem of pyarrow.
 
     Raises:
-        DataError: damaged, no rows, or it asks for more than orchestrator/data/limits.py allows.
+        DataError: the file is damaged, has no rows, or exceeds a limit of orchestrator/data/limits.py.
     """
     limit = max_unpacked_bytes(file_size)
     command = [sys.executable, "-P", parquet_decoder.__file__, str(path), str(MAX_DECODER_BYTES)]
@@ -48,7 +48,7 @@ def parquet_rows(name: str, path: str | Path, file_size: int) -> Iterator[Row]:
             for row in line_rows(name, io.BufferedReader(lines, CHUNK_BYTES)):
                 number = row.number
                 yield row
-            if not lines.is_at_end:  # a row that is too long ends the reading; the decoder waits with the rest of it
+            if not lines.is_at_end:  # a row that is too long ends the reading; the decoder waits with the rest
                 return
             _raise_failure(name, decoder, errors)
             if not number:
@@ -62,7 +62,7 @@ def parquet_rows(name: str, path: str | Path, file_size: int) -> Iterator[Row]:
 
 @contextmanager
 def unpacked(name: str, stream: io.BufferedReader) -> Iterator[Path]:
-    """A compressed Parquet file, unpacked: Parquet is read from its end."""
+    """Unpacks a compressed Parquet file, because Parquet is read from its end."""
     with tempfile.NamedTemporaryFile(prefix="rlhf-", suffix=".parquet") as file:
         num_bytes = 0
         while data := stream.read(CHUNK_BYTES):
@@ -78,7 +78,7 @@ def unpacked(name: str, stream: io.BufferedReader) -> Iterator[Path]:
 
 
 class _Lines(io.RawIOBase):
-    """What the decoder writes, up to a limit; a decoder that stands still is a failure."""
+    """The decoder's output, up to a limit; a decoder that hangs is a failure."""
 
     def __init__(self, name: str, decoder: subprocess.Popen[bytes], limit: int) -> None:
         assert decoder.stdout is not None

@@ -1,8 +1,8 @@
 """`python parquet_decoder.py PATH MAX_BYTES`: the rows of a Parquet file as JSON lines on standard output.
 
-Run as a process of its own by orchestrator/data/parquet.py, because the memory that decoding takes can be limited for
-a whole process only. Values that JSON does not have become text, bytes that are no text an object {"base64": ...}.
-A null field of a struct is a missing one, as columns of structs give every row the fields of all rows.
+orchestrator/data/parquet.py runs it as a separate process, because memory can only be limited for a whole process.
+Values that JSON does not support become text; bytes that are not text become an object {"base64": ...}. A null field of
+a struct counts as missing, because columns of structs give every row the fields of all rows.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(path: str, max_bytes: int) -> int:
 
 
 def _limit_memory(max_bytes: int) -> None:
-    """Limits what this process takes beyond what it has now."""
+    """Limits the memory that this process may allocate in addition to what it has now."""
     sizes = Path("/proc/self/statm")
     pages = int(sizes.read_text(encoding="ascii").split()[5]) if sizes.exists() else 0
     limit = pages * resource.getpagesize() + max_bytes

@@ -1,8 +1,8 @@
-"""Prompts and preferences from files: every row is looked at, none is dropped in silence.
+"""Reads prompts and preferences from files. Every row is checked, and none is dropped silently.
 
 A bad row (not JSON, a missing field, a wrong type) is an error that names file, row, fault and way out; up to
-MAX_BAD_ROWS are gathered into one message. A well-formed row that adds nothing (a prompt that came before, chosen
-equal to rejected: the published hh-rlhf files hold a few) is left out and counted in the report.
+MAX_BAD_ROWS are collected in one message. A well-formed row that adds nothing (a repeated prompt, chosen equal to
+rejected: the published hh-rlhf files hold a few) is left out and counted in the report.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DUPLICATE = "already read"
 def read_prompts(
     path: str | Path, format: str = "auto", limit: int | None = None
 ) -> tuple[tuple[PromptRecord, ...], ReadReport]:
-    """Reads prompts; a prompt whose messages came before is kept once.
+    """Reads prompts; of prompts with equal messages one is kept.
 
     Raises:
         DataError: the file can't be read, holds bad rows, or no prompt is left.
@@ -110,7 +110,7 @@ def read_rankings(
 
 
 class _Rows:
-    """The good rows of a file; gathers the bad ones and raises when there are enough of them, or at the end."""
+    """The good rows of a file. Collects the bad ones and raises when there are enough of them, or at the end."""
 
     def __init__(self, path: str | Path, format: str, known: Mapping[str, FieldSets], key: str) -> None:
         if format != "auto" and format not in known:
@@ -139,7 +139,7 @@ class _Rows:
             self._raise(f"the first {MAX_BAD_ROWS} bad rows")
 
     def report(self, num_records: int) -> ReadReport:
-        """Raises what was gathered, else says what was read."""
+        """Raises the collected problems, if any; otherwise reports what was read."""
         if self._complaints:
             self._raise(f"{len(self._complaints)} bad row{'s' if len(self._complaints) > 1 else ''}")
         report = ReadReport(self._path, self.format, self._num_rows, num_records, dict(self.left_out))
@@ -229,7 +229,7 @@ def _check_unique(identity: str, row_number: int, row_of_id: dict[str, int]) -> 
 
 
 def _json_values(meta: dict[str, Any]) -> dict[str, Any]:
-    """Meta travels as JSON: values that only Parquet knows (dates, bytes, decimals) become text, NaN becomes null."""
+    """Meta is JSON: values that only Parquet has (dates, bytes, decimals) become text, NaN becomes null."""
     try:
         text = json.dumps(meta, ensure_ascii=False, default=str)
         _check_text([text])

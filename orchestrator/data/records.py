@@ -27,7 +27,7 @@ class Message:
 
     Args:
         role: one of ROLES.
-        content: text; empty where the assistant only calls tools.
+        content: text; empty if the assistant only calls tools.
         tool_calls: what the assistant calls, in order.
         name: of the speaker, or of the tool whose result this is.
         tool_call_id: the call that this tool message answers.
@@ -48,7 +48,7 @@ Tools = tuple[Mapping[str, Any], ...]  # JSON schemas of the tools that a conver
 
 @dataclass(frozen=True, slots=True)
 class PromptRecord:
-    """A conversation that waits for the assistant.
+    """A conversation up to the assistant's reply.
 
     Args:
         id: given in the data, or `content_id(messages)`.
@@ -81,7 +81,7 @@ class RankingRecord:
 
 @dataclass(frozen=True)
 class ReadReport:
-    """What a reader saw: rows read, records kept, and why rows (or replies) were left out, with counts."""
+    """A reader's report: rows read, records kept, and why rows (or replies) were left out, with counts."""
 
     path: str
     format: str
@@ -139,7 +139,7 @@ def messages_from_dicts(found: Iterable[Mapping[str, Any]]) -> tuple[Message, ..
 
 
 def json_text(value: Any) -> str:
-    """JSON text of a value in the order of its keys. Raises ValueError for NaN and infinity, which are no JSON."""
+    """JSON text of a value in the order of its keys. Raises ValueError for NaN and infinity, which JSON lacks."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
@@ -162,7 +162,7 @@ def content_digest(*parts: Any) -> bytes:
 
 
 def identity_of(messages: Iterable[Message], tools: Tools = ()) -> list[Any]:
-    """JSON values that are equal exactly when two conversations are the same one."""
+    """JSON values that are equal if and only if two conversations are the same."""
     turns = [_turn_identity(message) for message in messages]
     return [*turns, {"tools": list(tools)}] if tools else turns
 

@@ -1,4 +1,4 @@
-"""Values of rows in the words of error messages."""
+"""Describes values of rows for error messages."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 
 def field_names(fields: Mapping[str, Any]) -> str:
-    """Names of a row's fields, escaped where they are no text that can be printed; at most 20 of them."""
+    """Names of a row's fields, escaped if they are not printable; at most 20 of them."""
     names = [name if len(name) <= 60 else f"{name[:57]}..." for name in islice(fields, 20)]
     more = f" and {len(fields) - 20} more" if len(fields) > 20 else ""
     return (", ".join(names).encode(errors="backslashreplace").decode() or "none") + more
 
 
 def describe(value: Any) -> str:
-    """A value's kind in the words of JSON."""
+    """A value's kind, in JSON's terms."""
     kinds = {type(None): "null", bool: "true or false", str: "text", dict: "an object", list: "a list"}
     return kinds.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")

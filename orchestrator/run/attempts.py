@@ -1,8 +1,8 @@
-"""Attempts: the lives of a run's driver. One at a time: a new one begins only when the one before is dead.
+"""Attempts of a run: each is one process of the driver. A new one starts only when the previous one is dead.
 
-attempts/001    who began it: host, machine (one boot of one kernel, and its space of process ids), pid, start time
+attempts/001    its process: host, machine (one boot of one kernel, and its namespace of process ids), pid, start time
 
-An attempt is alive while its process runs on this machine, or while its heartbeat, seen from another machine, changes.
+An attempt is alive while its process runs on this machine or, seen from another machine, while its heartbeat changes.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from orchestrator.run.storage import reading, writing
 from orchestrator.watching.heartbeat import EVERY_S, HEARTBEAT_FILE
 
 ATTEMPTS = "attempts"
-# A driver under load may miss beats, and a network file system may show them late.
+# A driver under load may miss heartbeats, and a network file system may show them late.
 SILENT_S = 6 * EVERY_S
 _POLL_S = 1.0
-_START_TOLERANCE_S = 10.0  # the kernel's clock may be set while a process runs
+_START_TOLERANCE_S = 10.0  # the kernel's clock may be changed while a process runs
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that an attempt is. Fields are null where they are not known."""
+    """The process of an attempt. Unknown fields are None."""
 
     host: str | None = None
     machine: str | None = None
@@ -44,7 +44,8 @@ class Owner:
         return f"process {self.pid} on {self.host}" if self.pid else "a process that left no name"
 
     def is_alive(self) -> bool | None:
-        """Null: can't be known from here. This very process counts as dead: it asks because it begins again."""
+        """None: unknown on this machine. This process itself counts as dead: it asks because it starts a new
+        attempt."""
         if self.machine is None or self.pid is None or self.machine != _machine():
             return None
         if self.pid == os.getpid():
@@ -60,12 +61,12 @@ class Owner:
 
 
 def numbers(folder: Path) -> list[int]:
-    """Numbers of the attempts in `folder`; other files, such as .DS_Store, are not ours."""
+    """Numbers of the attempts in `folder`; other files, such as .DS_Store, are ignored."""
     return [int(entry.name) for entry in folder.iterdir() if re.fullmatch(r"[0-9]{3,9}", entry.name)]
 
 
 def claim(run: Path, *, wait_s: float, tell: Callable[[str], None]) -> int:
-    """Begins the next attempt of the run in folder `run`; returns its number. Of several that try, one succeeds.
+    """Starts the next attempt of the run in folder `run`; returns its number. If several processes try, one succeeds.
 
     Raises:
         CapacityError: the last attempt is alive and has not ended within `wait_s`.
@@ -89,7 +90,7 @@ def _await_end(run: Path, attempt: int, wait_s: float, tell: Callable[[str], Non
     was_told = False
     while True:
         now, fresh = monotonic(), _sign(run, attempt)
-        owner = _owner(run / ATTEMPTS / f"{attempt:03d}")  # who has just begun it may not have written this yet
+        owner = _owner(run / ATTEMPTS / f"{attempt:03d}")  # its process may not have written this yet
         if fresh is not None and fresh.get("ended"):
             return
         is_alive = owner.is_alive()
@@ -114,7 +115,7 @@ def _await_end(run: Path, attempt: int, wait_s: float, tell: Callable[[str], Non
 
 
 def _sign(run: Path, attempt: int) -> dict[str, Any] | None:
-    """The heartbeat of an attempt; null: there is none, or it is damaged or another one's."""
+    """The heartbeat of an attempt; None: there is none, or it is damaged or of another attempt."""
     with suppress(OSError, ValueError, RecursionError):
         beat = json.loads((run / HEARTBEAT_FILE).read_text(encoding="utf-8"))
         if isinstance(beat, dict) and beat.get("attempt") == attempt:
@@ -123,7 +124,7 @@ def _sign(run: Path, attempt: int) -> dict[str, Any] | None:
 
 
 def _owner(path: Path) -> Owner:
-    """Who began an attempt. Unknown where the file is empty, as earlier versions left it, or damaged."""
+    """The process that started an attempt. Unknown if the file is damaged, or empty, as earlier versions left it."""
     with suppress(OSError, ValueError, TypeError, RecursionError):
         owner = Owner(**json.loads(path.read_text(encoding="utf-8")))
         if isinstance(owner.pid, int) and isinstance(owner.started, (int, float)):
@@ -136,7 +137,7 @@ def _this_process() -> Owner:
 
 
 def _machine() -> str | None:
-    """Null where the kernel gives no such names."""
+    """None if the kernel provides no such names."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

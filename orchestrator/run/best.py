@@ -1,6 +1,6 @@
-"""Which checkpoint is the best by evaluation: a pure function of the evaluation files.
+"""Chooses the best checkpoint by evaluation: a pure function of the evaluation files.
 
-So a run that was killed and continued chooses the one that an undisturbed run chooses.
+So a run that was killed and continued chooses the same checkpoint as an undisturbed run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class BestByEvaluation:
 
     Args:
         folder: of the evaluation files.
-        metric: name of a metric of evaluation; the higher the better.
+        metric: name of a metric of evaluation; higher is better.
         max_kl: versions above this KL per held-out response are left out. None: no bound.
     """
 
@@ -48,7 +48,7 @@ class BestByEvaluation:
     max_kl: float | None = None
 
     def among(self, steps: Iterable[int]) -> Best | None:
-        """The best, of equal ones the earliest. None: none of them was evaluated and meets the bound."""
+        """The best version, the earliest of equal ones. None: none was evaluated and within the bound."""
         best: Best | None = None
         for step in sorted(steps):
             found = self._of(step)

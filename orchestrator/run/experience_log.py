@@ -1,4 +1,4 @@
-"""The append-only record of all experience: what the run learned from, committed before it learns.
+"""The append-only record of all experience: everything that the run learns from, committed before it learns.
 
     log/step-000007/shard-0000.parquet   one row per sample, schema.EXPERIENCE, zstd
     log/step-000007/manifest.json        written last: a step without it was never committed
@@ -28,7 +28,7 @@ from orchestrator.types import Experience, Handle, Metrics, Moments, ScoredShard
 FORMAT = 1
 MANIFEST = "manifest.json"
 SET_ASIDE = "set-aside"
-# Only what bears exactly these names is ours: a copy under another name is never touched.
+# Only folders with exactly these names are managed: a copy under another name is never touched.
 _STEP = re.compile(r"step-(\d{6,})")
 _SHARD = re.compile(r"shard-\d{4,}(-attempt-\d{3,})?\.parquet")
 
@@ -40,8 +40,8 @@ class ExperienceLog:
         folder: where step folders go; the same storage for every node.
         recorder: assembles, writes and reads shards near the data.
         max_failed_fraction: share of a step's samples whose reward may fail before the run stops.
-        attempt: of the run; two of them never write the same file.
-        fence: called before a step is committed; raises when the run is another writer's.
+        attempt: of the run; two attempts never write the same file.
+        fence: called before a step is committed; raises when a newer attempt writes the run.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class ExperienceLog:
         return _experience(step, records, handles, kl_coefficient)
 
     def set_aside_after(self, step: int) -> Sequence[int]:
-        """Where the log has lost `step`, moves the steps after it to set-aside/ and returns them.
+        """If the log has lost `step`, moves the steps after it to set-aside/ and returns them.
 
         The run samples `step` again, and the later steps do not follow from the new one.
         """
@@ -159,7 +159,7 @@ class ExperienceLog:
         return f"shard-{index:04d}{suffix}.parquet"
 
     def _remove_others(self, step: int, records: Sequence[ShardRecord]) -> None:
-        """What an earlier attempt wrote of this step and did not commit."""
+        """Removes what an earlier attempt wrote for this step without committing it."""
         names = {record.file for record in records}
         with writing(self._step_folder(step)):
             for path in self._step_folder(step).iterdir():

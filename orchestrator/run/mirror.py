@@ -1,9 +1,9 @@
-"""A copy of a run on other storage, S3 and the like, from which a run folder that was lost is made again.
+"""A copy of a run on other storage, such as S3, from which a lost run folder is restored.
 
     MIRROR/RUN-ID/objects/SHA-256              files by their content: written once and never changed
     MIRROR/RUN-ID/snapshots/002-000017.json    attempt 2's 17th snapshot: every file's object; sealed, written last
 
-Object stores know neither renaming nor appending, so a snapshot is its manifest: where that is, all it names is.
+Object stores can neither rename nor append. So a snapshot is its manifest, which is written after all files it names.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from orchestrator.watching.heartbeat import HEARTBEAT_FILE
 KEEP = 2
 LAST_PUSH_S, STOPPED_PUSH_S = 600.0, 20.0
 _BLOCK_BYTES = 8 << 20
-# Appended to while a run goes on. Read last, they know of everything else in the snapshot.
+# Appended to during the run. They are read last, so that they cover everything else in the snapshot.
 _GROWING = (".jsonl",)
 _NAME = re.compile(r"(\d{3,})-(\d{6,})\.json")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -52,7 +52,7 @@ class Mirror:
 
     Args:
         uri: s3://bucket/prefix, gs://..., hdfs://..., or an absolute path. Credentials as pyarrow finds them;
-            `?endpoint_override=host:port&scheme=http` names another S3 than Amazon's.
+            `?endpoint_override=host:port&scheme=http` names another S3 server than Amazon's.
 
     Raises StorageError from every method when the storage does not answer.
     """
@@ -80,8 +80,8 @@ class Mirror:
         return len(self.names())
 
     def push(self, folder: Path, attempt: int) -> Snapshot | None:
-        """Copies what is new, then writes the manifest and retires older ones. None: nothing has changed, or a file
-        went meanwhile, as a checkpoint does that a newer one replaces."""
+        """Copies new files, then writes the manifest and retires older ones. None: nothing has changed, or a file was
+        removed meanwhile, for example a checkpoint that a newer one replaced."""
         with self._lock, self._answering():
             return self._push(folder, attempt)
 
@@ -103,8 +103,7 @@ class Mirror:
         return snapshot
 
     def pull(self, folder: Path) -> Snapshot | None:
-        """Makes `folder` from the newest snapshot that is undamaged; it is there whole or not at all. None: there is
-        no snapshot.
+        """Restores `folder` from the newest undamaged snapshot, completely or not at all. None: there is no snapshot.
 
         Raises:
             StorageError: all of them are damaged.
@@ -136,7 +135,7 @@ class Mirror:
             return sorted(names, key=_attempt_and_number)
 
     def _send(self, file: Path, path: str) -> str:
-        """Stores a file's content, unless that is there; its SHA-256."""
+        """Stores a file's content, unless it is stored already; returns its SHA-256."""
         stat = file.stat()
         known, digest = self._digests.get(path, (None, ""))
         if known == (stat.st_size, stat.st_mtime_ns):
@@ -182,7 +181,7 @@ class Mirror:
                 yield block
 
     def read(self, name: str) -> Snapshot:
-        """The snapshot of that name; its files may still be damaged. Raises StorageError where its manifest is."""
+        """The snapshot of that name; its files may be damaged. Raises StorageError if its manifest is."""
         with self._answering(), self._storage.open_input_stream(f"{self._snapshots}/{name}") as stream:
             content = stream.read(_MANIFEST_BYTES)
         files = unsealed(Path(name), content).get("files")
@@ -199,7 +198,7 @@ class Mirror:
             stream.write(content)
 
     def _retire(self, names: Sequence[str]) -> None:
-        """Deletes all but the newest snapshots, and the objects that only those deleted had."""
+        """Deletes all but the newest snapshots, and the objects that only deleted snapshots used."""
         old, kept = names[:-KEEP], names[-KEEP:]
         if not old:
             return
@@ -214,7 +213,7 @@ class Mirror:
                     self._storage.delete_file(f"{self._objects}/{digest}")
 
     def _files(self, name: str) -> Mapping[str, str] | None:
-        """What a snapshot names; None where its manifest is damaged, as by a push that broke off."""
+        """The files of a snapshot; None if its manifest is damaged, for example by an interrupted push."""
         with suppress(StorageError):
             return self.read(name).files
         return None
@@ -230,14 +229,14 @@ class Mirror:
 
 
 class Mirroring:
-    """Pushes every so often while its body runs, and once more at its end.
+    """Pushes regularly while its body runs, and once more at its end.
 
-    A mirror that does not answer costs copies and never the run: it is told once, and tried again.
+    A mirror that does not answer loses copies, never the run; this is reported once, and the push is tried again.
 
     Args:
         grace_s: how long the last push may take when the body was stopped or failed.
-        fence: raises when the folder is another attempt's by now.
-        tell: gets lines for people.
+        fence: raises when a newer attempt owns the folder.
+        tell: gets lines for the console.
     """
 
     def __init__(
@@ -292,7 +291,7 @@ def _attempt_and_number(name: str) -> tuple[int, int]:
 
 
 async def _beside(work: Callable[[], object]) -> None:
-    """Awaits `work` on a thread that nobody waits for at the end of the process: a storage may never answer."""
+    """Awaits `work` on a daemon thread, for which the process does not wait at its end: a storage may never answer."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
 
@@ -306,7 +305,7 @@ async def _beside(work: Callable[[], object]) -> None:
             work()
         except Exception as raised:  # noqa: BLE001  it is raised where it is awaited
             error = raised
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed: nothing waits for the result
             loop.call_soon_threadsafe(finish, error)
 
     threading.Thread(target=run, name="mirror", daemon=True).start()
@@ -314,12 +313,12 @@ async def _beside(work: Callable[[], object]) -> None:
 
 
 def _settled(folder: Path) -> list[str]:
-    """Files that are whole, those that grow last."""
+    """Files that are complete; those that grow come last."""
     incomplete = [path for path in folder.glob("checkpoints/step-*") if not (path / MARKER).exists()]
     found = [
         path.relative_to(folder)
         for path in sorted(folder.rglob("*"))
-        # A link may lead out of the folder, and what it leads to is not the run's.
+        # A link may lead out of the folder, to files that do not belong to the run.
         if path.is_file() and not path.is_symlink() and not any(parent in incomplete for parent in path.parents)
     ]
     names = [str(path) for path in found if not any(part.startswith(".") for part in path.parts)]

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Writes files completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 from orchestrator.errors import StorageError
 
 _SEAL = "sha256"
-# Answers of storage that lacks an operation: FUSE and SMB mounts lack hard links, some lack syncing a folder.
+# Errors of storage that lacks an operation: FUSE and SMB mounts lack hard links, some can't sync a folder.
 _UNSUPPORTED = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL})
 _NO_LINKS = _UNSUPPORTED | {errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV}
 # A claim this old belongs to a writer that died between its claim and its file.
@@ -35,7 +35,7 @@ _WAYS_OUT = {
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises an OSError of the body as a StorageError naming the file that failed, or `path` where it is not known."""
+    """Raises an OSError of the body as a StorageError naming the file that failed, or `path` if it is unknown."""
     try:
         yield
     except OSError as error:
@@ -66,7 +66,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _not_written(path, error) from error
     finally:
-        with suppress(OSError):  # on a disk that went read-only, removing what was never made fails too
+        with suppress(OSError):  # on a disk that became read-only, removing a missing file fails too
             temporary.unlink(missing_ok=True)
 
 
@@ -94,7 +94,7 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def create_sealed(path: Path, content: Mapping[str, Any]) -> bool:
-    """The same for a file that must not be there yet: of several writers one wins. False: another one did."""
+    """The same for a file that must not exist yet: of several writers one wins. False: another writer won."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.write_bytes(sealed_bytes(content))
@@ -112,7 +112,7 @@ def create_sealed(path: Path, content: Mapping[str, Any]) -> bool:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Reads what `write_sealed` wrote. An object that carries no checksum, as earlier versions wrote them, is taken.
+    """Reads what `write_sealed` wrote. Accepts an object without a checksum, as earlier versions wrote them.
 
     Raises StorageError when the file can't be read or was altered.
     """
@@ -180,7 +180,7 @@ def sha256(path: Path) -> str:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """`folder / name` for a name that a manifest gives: relative, and without a way out of the folder.
+    """`folder / name` for a name from a manifest, which must be relative and not lead out of the folder.
 
     Raises StorageError naming the entry.
     """
@@ -199,7 +199,7 @@ def make_empty(folder: Path) -> None:
 
 
 def follow_umask(folder: Path) -> None:
-    """Gives every file below `folder` the mode that the umask asks for. safetensors writes files as 0600."""
+    """Gives every file below `folder` the mode of the umask, because safetensors writes files as 0600."""
     probe = folder / f".{uuid.uuid4().hex[:8]}.tmp"
     probe.touch()
     try:
@@ -225,7 +225,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Syncs a folder's entries, where its storage can."""
+    """Syncs a folder's entries, if its storage supports that."""
     try:
         sync_file(path)
     except OSError as error:
@@ -241,7 +241,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def _move_if_absent(source: Path, target: Path) -> None:
-    """Raises FileExistsError where `target` exists. Storage without hard links decides by an exclusive claim."""
+    """Raises FileExistsError if `target` exists. On storage without hard links an exclusive claim decides."""
     try:
         os.link(source, target)
     except OSError as error:
