@@ -1,9 +1,9 @@
 """From Arrow rows to padded micro-batches. Lengths locate everything; padding contents never matter.
 
 Shapes: B rows of a micro-batch, L lines of its input, T tokens of the longest line (padding on the right), N = response
-tokens of all rows, concatenated, or only those that are learned from. A line is one row (then B = L), or several rows of
-one prompt (sharing.py). Padding follows the last real token, where causal attention never looks, so that lines of one
-row need no mask.
+tokens of all rows, concatenated, or only those that are learned from. A line is one row (then B = L), or several rows
+of one prompt (sharing.py). Padding follows the last real token, where causal attention never looks, so that lines of
+one row need no mask.
 """
 
 from __future__ import annotations
