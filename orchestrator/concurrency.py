@@ -30,7 +30,7 @@ def _failed_first(tasks: Sequence[asyncio.Future[T]]) -> Sequence[asyncio.Future
 
 
 async def cancel(tasks: Iterable[asyncio.Future[Any]]) -> None:
-    """Cancels what still runs and waits until it has ended; failures of cancelled work are of no interest."""
+    """Cancels what still runs and waits for its end; failures of cancelled work are ignored."""
     pending = [task for task in tasks if not task.done()]
     for task in pending:
         task.cancel()

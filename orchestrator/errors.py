@@ -1,4 +1,4 @@
-"""What can go wrong, as a tree. The exit code of every job follows from the class alone.
+"""All errors, as a tree. The exit code of every job follows from the class.
 
 RlhfError                     exit  the message says what, where and the way out
 ├── ConfigError                 2   a key, a value or a combination of values
@@ -9,13 +9,13 @@ RlhfError                     exit  the message says what, where and the way out
 │       ├── RoleDied            1   its process is gone
 │       ├── DeadlineExceeded    1   it did not answer in time
 │       ├── PeerLost            1   another rank of its process group is gone
-│       └── ObjectGone          1   what it was to read went with a node
+│       └── ObjectGone          1   an object that it needs was lost with a node
 ├── PublishError                1   an engine does not hold the announced weights
 ├── StorageError                1   the log or a checkpoint can't be written or trusted
 ├── RewardError                 1   more rewards failed than the budget allows
 ├── NonFiniteError              1   loss, gradient or reward is NaN or infinite
 ├── Superseded                  1   a newer attempt writes this run
-└── GuardTripped                3   a guard refused to go on
+└── GuardTripped                3   a guard stopped the run
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Evaluation files, and how much better a policy is than the one it started from, on the same held-out prompts."""
+"""Evaluation files, and the gain of a policy over the one it started from, on the same held-out prompts."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class EvaluationRow:
 class Comparison:
     """Gold scores of a last policy against a first one, prompt by prompt.
 
-    `low` and `high` bound the 95 % percentile interval of `delta_in_sd`; all three are NaN where the first policy's
-    scores are all equal, for then there is no SD to measure in. `delta_low` and `delta_high` are in gold units.
+    `low` and `high` bound the 95 % percentile interval of `delta_in_sd`. All three are NaN if the first policy's
+    scores are all equal, because their SD is zero. `delta_low` and `delta_high` are in gold units.
     """
 
     num_prompts: int

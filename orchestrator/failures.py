@@ -1,4 +1,4 @@
-"""What to do about a failure: a pure decision from what failed and what failed before (docs/adr/0005-failures.md)."""
+"""Decides what to do about a failure: a pure function of this and earlier failures (docs/adr/0005-failures.md)."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ T = TypeVar("T")
 Category = Literal["infrastructure", "programming", "data"]
 LEARNERS = ("policy", "critic")
 ANSWERABLE = (RoleError, PublishError, DataError, RewardError, NonFiniteError)
-"""All else ends the run at once: a guard, a newer attempt, a full disk, too small a cluster."""
+"""All other errors end the run at once: a guard, a newer attempt, a full disk, too small a cluster."""
 
 
 class Action(StrEnum):
     RESTART_ACTOR = "restart actor"
-    """A new process for this actor, which is then asked again."""
+    """A new process for this actor, then the same call again."""
     RESTART_LEARNERS = "restart learners"
-    """New processes for policy and critic; the loop begins again from checkpoint and log."""
+    """New processes for policy and critic; the loop starts again from checkpoint and log."""
     PLACE_AGAIN = "place again"
-    """New processes for all roles, on the nodes there are; the loop begins again from checkpoint and log."""
+    """New processes for all roles, on the present nodes; the loop starts again from checkpoint and log."""
     GIVE_UP = "give up"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What failed, as far as a decision depends on it.
+    """A failure, as far as decisions depend on it.
 
     Args:
-        role: empty where the failure is nobody's in particular.
-        step: learning steps that were finished.
+        role: empty if the failure belongs to no single role.
+        step: number of finished learning steps.
     """
 
     role: str
@@ -48,7 +48,7 @@ class Failure:
 @dataclass(frozen=True)
 class FailurePolicy:
     """Args:
-    budgets: failures of each category that are answered within any `window_steps` steps.
+    budgets: failures of each category within any `window_steps` steps after which the run continues.
     """
 
     budgets: Mapping[Category, int]
@@ -58,7 +58,7 @@ class FailurePolicy:
         """Args:
         before: earlier failures of this attempt.
         is_placed: whether all nodes of the placement plan are there.
-        asks_again: whether whoever waits can ask a restarted actor again.
+        asks_again: whether the caller can retry on the restarted actor.
         """
         if self.used(failure, before) >= self.budgets[failure.category]:
             return Action.GIVE_UP
@@ -69,14 +69,14 @@ class FailurePolicy:
         return Action.RESTART_LEARNERS if failure.role in LEARNERS else Action.PLACE_AGAIN
 
     def used(self, failure: Failure, before: Sequence[Failure]) -> int:
-        """How many failures of this category count against its budget already."""
+        """The number of failures of this category that already count against its budget."""
         since = failure.step - self.window_steps
         return sum(item.category == failure.category and item.step > since for item in before)
 
 
 def category_of(error: RlhfError) -> Category:
-    """Infrastructure: a process, a node or an object is gone, or gave no answer. Data: the same input would bring it
-    again. Programming: all else, which nobody expected."""
+    """Infrastructure: a process, a node or an object is gone, or did not answer. Data: the same input would fail
+    again. Programming: all other errors, which are unexpected."""
     if isinstance(error, RoleLost):
         return "infrastructure"
     return "data" if isinstance(error, (DataError, RewardError, NonFiniteError)) else "programming"
@@ -86,7 +86,7 @@ class Supervisor(Protocol):
     """Carries decisions out."""
 
     async def until_done(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Awaits `work`; after a failure that is answered, awaits it anew. Raises what is not."""
+        """Awaits `work`, and again after each failure from which the run can recover. Raises all other failures."""
 
 
 class Unsupervised:

@@ -18,18 +18,18 @@ from orchestrator.watching.telemetry import Telemetry
 
 
 def failures_file(file: Path) -> Path:
-    """Where the failures of a file of samples are listed."""
+    """The file that lists the failures of a file of samples."""
     return file.with_name(f"failed-{file.stem}.jsonl")
 
 
 class Evaluation:
-    """Samples held-out prompts, scores them and writes evaluation/step-NNNNNN.parquet, one row per prompt. What
-    could not be scored is listed beside it.
+    """Samples held-out prompts, scores them and writes evaluation/step-NNNNNN.parquet, one row per prompt. A file next
+    to it lists failed scores.
 
     Args:
         folder: where the files go.
         requests: what to sample; empty: never evaluate.
-        every_steps: after every so many steps; 0: before the first and after the last only.
+        every_steps: number of steps between evaluations; 0: before the first and after the last only.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Evaluation:
             folder.mkdir(parents=True, exist_ok=True)
 
     async def run_if_due(self, state: State) -> None:
-        """Evaluates the weights of `state` unless that was done, also by an earlier attempt."""
+        """Evaluates the weights of `state` unless they were evaluated before, possibly by an earlier attempt."""
         on_schedule = self._every_steps and state.step % self._every_steps == 0
         due = self._requests and (state.step in (0, self._last_step) or on_schedule)
         if due and not self._file(state.step).exists():
@@ -60,8 +60,8 @@ class Evaluation:
                 await self._run(state)
 
     def resume(self, state: State) -> None:
-        """Brings evaluations in line with a run that goes on from `state`: metrics lines that a rewind or a death took
-        are written again from the files, and evaluations of later versions, which this run never reaches, go."""
+        """Makes evaluations consistent with a run that continues from `state`: metrics lines that were lost are written
+        again from the files, and evaluations of later versions, which do not belong to this run, are removed."""
         with writing(self._folder):
             found = {_version(path): path for path in sorted(self._folder.glob("step-*.parquet"))}
             for path in [path for version, path in found.items() if version > state.version]:

@@ -1,6 +1,6 @@
 """Which prompts are sampled in which step, and with which seeds: pure functions of the run seed.
 
-Nothing here keeps a position: step k of a resumed run asks for what step k of an uninterrupted one asks for.
+Nothing here keeps a position: step k of a resumed run makes the same requests as step k of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.types import Prompt, SampleRequest
 
-# The largest integer that both schema.ROLLOUT (int64) and a torch generator take without a sign: with 63 bits no two
+# The largest unsigned integer that both schema.ROLLOUT (int64) and a torch generator accept: with 63 bits no two
 # samples of a run share a seed by chance.
 _SEED_BITS = 63
 
@@ -78,7 +78,7 @@ def sample_requests(
 ) -> tuple[SampleRequest, ...]:
     """Requests for `samples_per_prompt` samples of every prompt, rows numbered from 0.
 
-    A prompt that comes again goes on counting its samples, so that no two requests of a step have the same seed.
+    The samples of a repeated prompt are numbered continuously, so that no two requests of a step have the same seed.
     """
     requests: list[SampleRequest] = []
     drawn: dict[str, int] = {}
@@ -92,13 +92,13 @@ def sample_requests(
 
 
 class PromptSchedule:
-    """Goes through the prompts epoch by epoch, each in an order of its own, and never ends.
+    """Goes through the prompts epoch by epoch, each epoch in a different order, and never ends.
 
     Args:
-        prompts: at least one; their order counts, so it must be the same in every attempt.
+        prompts: at least one; their order matters, so it must be the same in every attempt.
         seed: the run seed.
-        prompts_per_step: may exceed the number of prompts: then some come twice in one step.
-        samples_per_prompt: samples drawn of each.
+        prompts_per_step: may exceed the number of prompts: then some occur twice in one step.
+        samples_per_prompt: samples per prompt.
     """
 
     def __init__(self, prompts: Sequence[Prompt], *, seed: int, prompts_per_step: int, samples_per_prompt: int) -> None:

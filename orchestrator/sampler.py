@@ -1,4 +1,4 @@
-"""Asks the engines for samples, at most `max_staleness` versions ahead of learning."""
+"""Requests samples from the engines, at most `max_staleness` versions ahead of learning."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class StepRollouts:
 def cut_into_shards(
     step: int, requests: Sequence[SampleRequest], *, samples_per_shard: int, sampling: Sampling
 ) -> list[ShardRequest]:
-    """Cuts in order; the cut depends on the size alone, never on how many engines there are."""
+    """Cuts in order; the cut depends only on the size, not on the number of engines."""
     starts = range(0, len(requests), samples_per_shard)
     return [
         ShardRequest(step, index, requests[start : start + samples_per_shard], sampling)
@@ -42,8 +42,8 @@ class Sampler:
     """Keeps the engines busy.
 
     Step k is sampled once version k - max_staleness is published. With `takes_turns` the engines share their device
-    with the other roles: a step is sampled when it is asked for, the engines are woken for it, finish it, and sleep
-    before anyone else computes.
+    with the other roles: a step is sampled when `next` is called; the engines wake up, finish it, and sleep before
+    other roles compute.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Sampler:
 
     @asynccontextmanager
     async def running(self, *, first_step: int, end_step: int) -> AsyncIterator[None]:
-        """Samples these steps while the context lasts; what is unfinished at its end is dropped."""
+        """Samples these steps while the context lasts; unfinished samples are dropped at its end."""
         self._begin()
         producer = asyncio.create_task(self._produce(range(first_step, end_step)))
         try:
@@ -102,7 +102,7 @@ class Sampler:
                     await self._asked_for.acquire()
                 await self._wait_for_version(step - self._max_staleness)
                 await self._ready.put(await self._sample(step))
-        except Exception as error:  # noqa: BLE001  handed over to whoever waits in next()
+        except Exception as error:  # noqa: BLE001  raised in next()
             await self._ready.put(error)
 
     async def _wait_for_version(self, version: int) -> None:

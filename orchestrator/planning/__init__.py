@@ -1,1 +1,1 @@
-"""Where roles run, what they take, and how long: pure functions."""
+"""Placement, memory and time of roles: pure functions."""

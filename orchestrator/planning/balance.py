@@ -1,5 +1,5 @@
-"""Which rows a rank works on, and in which micro-batches. The plan of every rank follows from the same numbers, so
-all ranks compute it for themselves and agree."""
+"""Assigns rows to ranks and micro-batches. The plan of every rank follows from the same numbers, so each rank computes
+it and all agree."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 MicroBatch = tuple[int, ...]  # row indices; () keeps a rank in step with the others
 RankPlan = list[MicroBatch]
 _OVERHEAD = 1 / 5
-# Attention over a line costs about as much as so many tokens per squared token: its mask skips nothing. Found on a CPU
-# with a model of hidden size 576; larger ones and GPUs spend relatively more on tokens, so this errs on rows apart.
+# Cost of attention over a line, in tokens per squared token: its mask skips nothing. Measured on a CPU with a model of
+# hidden size 576. Larger models and GPUs spend relatively more on tokens, so this errs towards separate rows.
 _TOKENS_PER_PAIR = 1 / 3000
 
 
@@ -33,7 +33,7 @@ def plan_minibatches(
         lengths: tokens of each row, prompt and response together.
         micro_batch_tokens: largest rows × longest row; a longer single row is a micro-batch of its own.
         seed: of the permutation; the same seed gives the same plan.
-        groups: number of each row's group, whose rows stay in one minibatch. Null: each row is alone.
+        groups: number of each row's group, whose rows stay in one minibatch. None: each row is its own group.
 
     Returns:
         plan[minibatch][rank] = micro-batches, longest rows first.
@@ -64,8 +64,8 @@ def plan_forwards(lengths: Sequence[int], *, num_ranks: int, micro_batch_tokens:
 def micro_batches(rows: Sequence[int], lengths: Sequence[int], micro_batch_tokens: int) -> RankPlan:
     """Packs rows, sorted by length, so that rows × longest row stays within the budget; padding counts.
 
-    Of the ways to cut the sorted rows it takes the one with the fewest tokens, padding included, where each micro-batch
-    costs _OVERHEAD of a full one besides: weights are read, gradients are added up.
+    Of all ways to cut the sorted rows it takes the one with the fewest tokens, padding included. Each micro-batch
+    counts _OVERHEAD of a full one in addition, because weights are read and gradients are added up.
     """
     ordered = sorted(rows, key=lambda row: (-lengths[row], row))
     overhead = micro_batch_tokens * _OVERHEAD
@@ -87,11 +87,11 @@ def micro_batches(rows: Sequence[int], lengths: Sequence[int], micro_batch_token
 
 
 def share_prompt(prompt: int, responses: Sequence[int], *, longest: int) -> list[list[int]]:
-    """Which responses of one prompt stand in one line behind it: halves until a line is cheaper than its rows apart.
+    """Splits the responses of one prompt into lines: halves them until a line is cheaper than separate rows.
 
     Args:
         prompt, responses: tokens of each.
-        longest: most tokens of a line; a response that is longer with its prompt stands alone.
+        longest: most tokens of a line; a response that is longer with its prompt gets its own line.
     """
     together = prompt + sum(responses)
     apart = sum(_line_cost(prompt + response) for response in responses)
@@ -107,7 +107,8 @@ def _line_cost(tokens: int) -> float:
 
 
 def _balance(rows: Sequence[int], lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Longest row first to the rank with the fewest tokens so far (Graham's LPT rule); ties go to the lower rank."""
+    """Gives the longest row first to the rank with the fewest tokens so far (Graham's LPT rule; ties: the lower
+    rank)."""
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):

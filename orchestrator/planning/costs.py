@@ -1,8 +1,8 @@
-"""What the work of one role costs on given devices: pure functions of sizes and lengths, in seconds.
+"""Costs of the work of one role on given devices: pure functions of sizes and lengths, in seconds.
 
 Compute follows Kaplan 2020 (arXiv 2001.08361, section 2.1): 2 FLOPs per parameter and token forward, twice that
-backward, attention on top. Decoding follows the roofline of Pope 2022 (arXiv 2211.05102, section 3): a step takes as
-long as reading weights and cache, or as its FLOPs, whichever is longer. Lengths are tokens, one entry per sample.
+backward, plus attention. Decoding follows the roofline of Pope 2022 (arXiv 2211.05102, section 3): a step takes the
+time of reading weights and cache, or of its FLOPs, whichever is longer. Lengths are tokens, one entry per sample.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Lengths = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Dimensions(ModelSize):
-    """A model's size, and what decoding and heads need besides.
+    """A model's size, and the sizes that decoding and heads need.
 
     Args:
         kv_width: key-value heads × their size.
         tied: whether the LM head is the embedding.
-        bytes_per_weight: as engines hold and publishes carry them; 2 for bf16, 4 for fp32.
+        bytes_per_weight: in engines and publishes; 2 for bf16, 4 for fp32.
     """
 
     kv_width: int
@@ -40,7 +40,7 @@ class Dimensions(ModelSize):
 
     @property
     def trunk(self) -> int:
-        """Parameters that every token is multiplied with; an embedding is only looked up."""
+        """Parameters that every token is multiplied with; not the embedding, which is only looked up."""
         return self.num_params - self.head * (1 if self.tied else 2)
 
     @property
@@ -60,7 +60,8 @@ def forward_flops(size: Dimensions, lengths: Lengths, *, head_tokens: float) -> 
 
 
 def line_lengths(prompts: Lengths, responses: Lengths, *, sharing: int, longest: int) -> Lengths:
-    """Tokens of each line where every `sharing` neighbours have one prompt, computed once (actors.learning.sharing)."""
+    """Tokens of each line if every `sharing` neighbours share a prompt that is computed once
+    (actors.learning.sharing)."""
     return np.asarray(
         [
             prompts[start] + sum(responses[start + row] for row in line)
@@ -73,7 +74,7 @@ def line_lengths(prompts: Lengths, responses: Lengths, *, sharing: int, longest:
 
 @dataclass(frozen=True)
 class LearnSettings:
-    """How a model learns, or only scores; the keys of the same name of the configuration."""
+    """How a model learns or scores; see the configuration's keys of the same names."""
 
     zero_stage: int = 1
     epochs: int = 1
@@ -92,10 +93,11 @@ def score_seconds(
     head_tokens: float,
     evenly: bool = False,
 ) -> float:
-    """One forward pass over a shard. With ZeRO-3, gathers of weights are hidden behind compute as far as that goes.
+    """One forward pass over a shard. With ZeRO-3, gathers of weights overlap with compute as far as possible.
 
     Args:
-        evenly: rows are dealt on from shard to shard. Off: every shard begins at rank 0, whose time counts.
+        evenly: assigning rows to ranks continues from shard to shard. Off: every shard starts at rank 0, whose time
+        counts.
     """
     if evenly:
         flops = forward_flops(size, lengths, head_tokens=head_tokens) / ranks
@@ -115,7 +117,7 @@ def learn_seconds(
     """One step of learning, on the rank with the longest rows of each minibatch: micro-batches forward and backward,
     then the optimizer.
 
-    Gathers of ZeRO-3 are hidden behind compute, or compute behind them, whichever takes longer.
+    Gathers of ZeRO-3 and compute overlap; the longer one counts.
     """
     gathers = 2 * exchange_seconds(size.weight_bytes, device, ranks) if settings.zero_stage == 3 else 0.0
     seconds = settings.minibatches * optimizer_seconds(size, device, settings, ranks=ranks)
@@ -149,7 +151,7 @@ def generate_seconds(
     """One shard on one engine of `width` devices: prefill, then decoding in one batch.
 
     Args:
-        cache_tokens: what the engine's KV cache holds. Samples beyond it wait for a place.
+        cache_tokens: capacity of the engine's KV cache. Samples beyond it wait for a place.
     """
     prefill = forward_flops(size, prompt_tokens, head_tokens=float(len(prompt_tokens)))
     prefill /= width * device.flops * device.efficiency.forward
@@ -192,7 +194,7 @@ def decode_step_seconds(
 
 
 def alive_per_step(new_tokens: Lengths, *, places: int) -> npt.NDArray[np.float64]:
-    """How many samples are decoded in each step; those beyond `places` begin, in order, where one has ended."""
+    """The number of samples decoded in each step; those beyond `places` start, in order, when others end."""
     ends = new_tokens
     if places < len(new_tokens):
         last = [0] * places
@@ -220,7 +222,7 @@ def _padded(plan: RankPlan, lengths: Lengths) -> Lengths:
 
 
 def _touch_seconds(size: Dimensions, device: Device, num_bytes: float) -> float:
-    """So many bytes of memory traffic for every parameter."""
+    """Time for a number of bytes of memory traffic per parameter."""
     return num_bytes * size.num_params / (device.bandwidth * device.efficiency.memory)
 
 

@@ -1,9 +1,9 @@
-"""Devices and what they can do: public peaks, and how much of them programs like this one reach.
+"""Devices: their public peaks, and the fractions of them that programs like this one reach.
 
 Sources of the peaks (dense bf16, one device): NVIDIA's data sheets of H100 SXM, H200 SXM, A100 80GB SXM, A800 80GB SXM,
 H20 and L40S. Links are one direction: half of NVLink's total, PCIe 4.0 x16 on the L40S; the network is that of a DGX,
 one 400 Gb/s adapter per GPU (A100 and A800: 200 Gb/s). Prices are the middle of the on-demand ranges of early 2026 at
-pricegpu.pages.dev/blog/h100-vs-a100-cloud-price; where there is none, money is not told unless a price is given.
+pricegpu.pages.dev/blog/h100-vs-a100-cloud-price; without one, no cost is shown unless a price is given.
 
 Sources of the GPU efficiencies, the same for every kind: `learn`, `forward` and `decode` 0.40 (Llama 3, arXiv
 2407.21783, table 4: 38 to 43 % on H100); `memory` 0.60 (Databricks, "LLM Inference Performance Engineering": 60 % on
@@ -12,15 +12,15 @@ weights and cache (docs/source/performance.md); `links` 1.0 (verl, docs/advance/
 0.3 s). Bytes are counted: a micro-batch reads bf16 weights twice (4), writes bf16 gradients (2) and adds them to fp32
 ones (10); an optimizer step reads fp32 gradients (4), updates masters (8) and moments (16), writes weights (2).
 
-`cpu-core` is one core of the two-core machine this was written on: 0.96 TFLOP/s of bf16 GEMM, 5.6 GB/s copied (so 11.2
-GB/s of traffic). Its other figures but `memory` are fitted to the first halves of four runs: the quickstart, GRPO, half
-the batch, responses twice as long (`python -m benchmarks.simulate --calibrate RUN_FOLDER ...` fits them anew).
-`cpu-core, fp32` is one of a Zen 3 with AVX2, 129 GFLOP/s of fp32 GEMM on two. With AVX2 kernels a layer of
+`cpu-core` is one core of a two-core machine: 0.96 TFLOP/s of bf16 GEMM, 5.6 GB/s copied (so 11.2 GB/s of traffic). Its
+other figures except `memory` are fitted to the first halves of four runs: the quickstart, GRPO, half the batch,
+responses twice as long (`python -m benchmarks.simulate --calibrate RUN_FOLDER ...` fits them again). `cpu-core, fp32`
+is a core of a Zen 3 with AVX2, which reaches 129 GFLOP/s of fp32 GEMM on two cores. With AVX2 kernels a layer of
 SmolLM2-135M reached 0.77 to 0.83 of the probe's product in learning, 0.77 to 0.82 forward, 0.59 with 64 rows, on one
 thread; less a tenth for the second thread, and heads: 0.68, 0.68, 0.50. Bytes of micro-batches and of the optimizer are
-counted; all else is that of `cpu-core`. What a run takes has not been fitted yet.
-Fits tell what a micro-batch and an optimizer step take together; the share of each is a guess. `call_s` is CPU time of
-the driver per call of a Ray actor, 0.42 to 0.50 ms over 2,000 and 500 calls to 6 actors.
+counted; all other figures are those of `cpu-core`. They have not been fitted to runs yet. Fits give the sum of a
+micro-batch and an optimizer step; the share of each is a guess. `call_s` is CPU time of the driver per call of a Ray
+actor, 0.42 to 0.50 ms over 2,000 and 500 calls to 6 actors.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from orchestrator.errors import ConfigError
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Parts of a device's peaks that are reached, and what is paid in seconds whatever the size.
+    """Fractions of a device's peaks that are reached, and fixed costs in seconds.
 
     Args:
         learn, forward, decode: of the peak FLOP rate, in learning, in scoring and prefill, in decoding.
         memory: of the memory bandwidth.
         links: of the links that weights are published over.
-        decode_step_s: of one decoding step, beside its work: scheduling, kernel launches, sampling.
+        decode_step_s: of one decoding step, in addition to its work: scheduling, kernel launches, sampling.
         micro_batch_bytes, optimizer_bytes: memory traffic per parameter of one micro-batch and of one optimizer step.
         call_s: of the coordinator, for one call of one actor.
         step_s: of the coordinator, for one step.
@@ -121,7 +121,7 @@ DEVICES: Mapping[str, Device] = {
 
 
 def cpu_core(dtype: Dtype, flops: float) -> Device:
-    """One core that reaches so many FLOP/s in matrix products of this type."""
+    """One core that reaches this number of FLOP/s in matrix products of this type."""
     return replace(CPU_CORES[dtype], flops=flops)
 
 

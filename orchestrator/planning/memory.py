@@ -1,8 +1,8 @@
-"""How much memory a placement plan needs: an estimate from sizes alone, before anything is loaded.
+"""The memory that a placement plan needs: an estimate from sizes, before anything is loaded.
 
-`state` follows from the settings: if it does not fit, nothing will. With the process's own overhead it came within a
-fifth of what real learners on the CPU held between steps. `working` (activations of one micro-batch, logits of one
-chunk, temporaries of the optimizer) comes on top while a role computes; no measurement has checked it.
+`state` follows from the settings: if it does not fit, the run can't start. Together with the process's own overhead it
+was within a fifth of the memory of real learners on the CPU between steps. `working` (activations of one micro-batch,
+logits of one chunk, temporaries of the optimizer) is needed in addition while a role computes; it was not measured.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from orchestrator.planning.placement import Plan, Slot
 MIB = 1 << 20
 GIB = 1 << 30
 
-# Resident memory of a process that has imported its libraries and holds next to nothing (measured on the CPU).
+# Resident memory of a process that has imported its libraries and holds almost nothing (measured on the CPU).
 LEARNER_PROCESS = 620 * MIB
 SCORER_PROCESS = 560 * MIB
 RULES_PROCESS = 490 * MIB
@@ -38,7 +38,7 @@ _LOGIT_COPIES = 4
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What of a model's config decides its memory. `feed_forward` is the inner width of its MLP."""
+    """The part of a model's config that decides its memory. `feed_forward` is the inner width of its MLP."""
 
     num_params: int
     num_layers: int
@@ -49,7 +49,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process. `process` lies on the host, all else on the device where there is one."""
+    """Bytes of one process. `process` is on the host; all else is on the device, if there is one."""
 
     state: float = 0.0
     working: float = 0.0
@@ -100,13 +100,14 @@ def learner_memory(
 
 
 def scorer_memory(size: ModelSize, *, dtype: Dtype, shards: int, micro_batch_tokens: int, logits: bool) -> Memory:
-    """One rank of a reference or a reward model, which only runs forward: one layer's activations live at a time."""
+    """One rank of a reference or a reward model, which only runs forward: it holds one layer's activations at a
+    time."""
     working = _layer_bytes(size, dtype, micro_batch_tokens) + (_logit_bytes(size, micro_batch_tokens) if logits else 0)
     return Memory(BYTES_OF[dtype] * size.num_params / shards, working, process=SCORER_PROCESS)
 
 
 def engine_memory(size: ModelSize, *, dtype: Dtype, tensor_parallel_size: int, cache_bytes: float) -> Memory:
-    """One rollout engine (of one GPU where it is split over several).
+    """One rollout engine (or its part on one GPU if it is split over several).
 
     A publish is verified on a second copy of the weights.
     """
@@ -125,7 +126,7 @@ def _logit_bytes(size: ModelSize, tokens: int) -> float:
 
 @dataclass(frozen=True)
 class NodeNeed:
-    """Bytes that a plan needs on one node, and what is there (None: not known)."""
+    """Bytes that a plan needs on one node, and those that the node has (None: unknown)."""
 
     address: str
     kind: Literal["memory", "GPU memory"]
@@ -140,7 +141,7 @@ class NodeNeed:
 
 @dataclass(frozen=True)
 class NodeOffer:
-    """Memory of one node: the host's, and that of all its GPUs together. None: not known."""
+    """Memory of one node: the host's, and the sum of its GPUs'. None: unknown."""
 
     memory: float | None
     gpu_memory: float | None = None
@@ -151,7 +152,7 @@ def needs(plan: Plan, memory_of: Mapping[str, Memory], offers: Mapping[str, Node
 
     Args:
         memory_of: role to the memory of one of its actors.
-        offers: node address to what it has.
+        offers: node address to its memory.
     """
     found: list[NodeNeed] = []
     for index, (address, offer) in enumerate(offers.items()):

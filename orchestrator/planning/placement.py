@@ -1,4 +1,4 @@
-"""Which actor goes on which node: a pure function of demands and nodes, or an error that says what is short."""
+"""Assigns actors to nodes: a pure function of demands and nodes, or an error that says what is missing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Demand:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one actor runs. `threads` is what it computes with; the shares are what it reserves."""
+    """The place of one actor. It computes with `threads`, and reserves the shares."""
 
     role: str
     rank: int
@@ -55,7 +55,7 @@ class Plan:
 def place(demands: Sequence[Demand], nodes: Sequence[Node], *, mode: Literal["colocated", "separate"]) -> Plan:
     """Places the largest actors first, each on the node with the smallest load that can hold it.
 
-    colocated: roles take turns, so each role alone must fit, and an actor reserves its part of a device that all
+    colocated: roles take turns, so each role must fit by itself, and an actor reserves a part of a device that all
     roles share. separate: all actors compute at once, so everything must fit together.
 
     Raises:

@@ -1,1 +1,1 @@
-"""What a run tells about itself: metrics, events, guards, sign of life."""
+"""What a run reports: metrics, events, guards, heartbeat."""

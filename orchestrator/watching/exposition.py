@@ -1,4 +1,4 @@
-"""The coordinator's Prometheus endpoint: a registry of its own, gauges made on first use, one label (`run_id`)."""
+"""The coordinator's Prometheus endpoint: a separate registry, gauges created on first use, one label (`run_id`)."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class PrometheusEndpoint:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def update(self, metrics: Mapping[str, float], *, steps: int, tokens: float) -> None:
-        """Shows these values from now on and adds to the counters. Catalogue counters among them are left out."""
+        """Serves these values from now on and adds to the counters. Counters of the catalogue are left out."""
         gauges = {name: value for name, value in metrics.items() if not _is_counter(name)}
         self._latest.update(gauges, steps=steps, tokens=tokens)
 

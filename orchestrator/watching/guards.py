@@ -1,9 +1,9 @@
 """Guards: bounds on a step's metrics, and what is done when a value lies outside them.
 
-They are looked at once a step is learned, before anything of it is published or saved.
+They are checked after a step is learned, before its weights are published or saved.
 
-    warn    an event and a line for people
-    pause   the run waits until somebody deletes the file PAUSED in its folder
+    warn    an event and a line on the console
+    pause   the run waits until the file PAUSED in its folder is deleted
     stop    GuardTripped, exit code 3
 """
 
@@ -58,7 +58,7 @@ class Guard:
     window: int | None = None
 
     def bounds(self, past: Sequence[float]) -> tuple[float | None, float | None]:
-        """Lowest and highest value that pass, given the metric's values of the last `window` steps."""
+        """Lowest and highest allowed value, given the metric's values of the last `window` steps."""
         if self.window is None or self.maximum is None:
             return self.minimum, self.maximum
         if len(past) < self.window:
@@ -104,7 +104,7 @@ def guard_table(config: GuardsConfig) -> tuple[Guard, ...]:
 
 
 def why_paused(run_folder: Path) -> str | None:
-    """What the file PAUSED says; None while nobody waits for a person."""
+    """What the file PAUSED says; None unless paused."""
     try:
         return (run_folder / PAUSED_FILE).read_text(encoding="utf-8")
     except OSError:
@@ -116,20 +116,21 @@ def only_warning(table: Iterable[Guard]) -> tuple[Guard, ...]:
 
 
 def acted_before(run_folder: Path) -> set[Act]:
-    """What earlier attempts told, by their events: when the step is learned again it is not news."""
+    """What earlier attempts reported, from their events; it is not reported again when the step is learned again."""
     events = read_lines(run_folder / EVENTS_FILE)
     return {(event["guard"], event["step"], event["action"]) for event in events if event["kind"] == "guard"}
 
 
 class Guards:
-    """Looks at every learned step, whether it was just sampled or is learned again from the log.
+    """Checks every learned step, whether it was just sampled or is learned again from the log.
 
     Args:
-        past: metrics of an earlier step's experience by the log, None where it does not hold the step. Judging by the
-            log alone, a guard says the same after a restart.
+        past: metrics of an earlier step's experience from the log, None if the log does not hold the step. Since a
+        guard
+            uses only the log, it decides the same after a restart.
         console: gets one line of text per warning and pause.
-        acted: what needs no telling again, see `acted_before`.
-        poll_s: seconds between looks whether a pause is over.
+        acted: what needs not be reported again, see `acted_before`.
+        poll_s: seconds between checks whether a pause is over.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class Guards:
         self._past = lru_cache(max((guard.window or 0 for guard in table), default=0))(past)
 
     async def check(self, step: int, metrics: Metrics) -> None:
-        """Warns, then stops or pauses. Returns when the run may go on.
+        """Warns, then stops or pauses. Returns when the run may continue.
 
         Raises:
             GuardTripped: a guard with action stop was tripped.
@@ -172,7 +173,7 @@ class Guards:
         if value is None:
             return None
         lower, upper = guard.bounds(self._past_values(guard, step))
-        if upper is not None and not value <= upper:  # NaN breaks every bound
+        if upper is not None and not value <= upper:  # NaN violates every bound
             return Trip(guard, step, value, upper, is_highest=True)
         if lower is not None and not value >= lower:
             return Trip(guard, step, value, lower, is_highest=False)
@@ -183,8 +184,8 @@ class Guards:
         return [metrics[guard.metric] for earlier in steps if (metrics := self._past(earlier))]
 
     async def _pause(self, trips: Sequence[Trip]) -> None:
-        """Waits for a person, who may take any time: the one wait without a deadline. A pause that an earlier attempt
-        began is over if its file is gone."""
+        """Waits until a person ends the pause: the only wait without a deadline. A pause that an earlier attempt began
+        is over if its file is gone."""
         reasons = "; ".join(map(str, trips))
         if news := [trip for trip in trips if self._is_news(trip)]:
             with replacing(self._paused) as temporary:

@@ -1,6 +1,6 @@
-"""A run's sign of life: heartbeat.json, replaced every few seconds for as long as the driver's event loop turns.
+"""A run's heartbeat: heartbeat.json, replaced every few seconds while the driver's event loop runs.
 
-It tells a live run from a dead one, and what the dead one was doing last; nothing is ever restored from it.
+It distinguishes a live run from a dead one, and shows what the dead one did last. Nothing is restored from it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _NOTHING: Mapping[str, Any] = {"stage": None, "step": None, "phases": {}, "waiti
 class Heartbeat:
     """Beats while its body runs, and once more at its end with the reason: finished, stopped, or the error.
 
-    A full disk, or a folder that is gone, costs beats and never the run. An attempt that finds the heartbeat of a
-    newer one leaves it alone.
+    A full disk or a missing folder loses heartbeats, never the run. An attempt does not replace the heartbeat of a
+    newer one.
 
     Args:
         folder: the run's folder.
@@ -75,7 +75,7 @@ class Heartbeat:
         with suppress(OSError):
             if self._is_superseded():
                 return
-            # Not synced: what a power cut takes away nobody needs.
+            # Not synced: after a power cut it is not needed.
             self._temporary.write_text(redacted(text), encoding="utf-8")
             self._temporary.replace(self._path)
 

@@ -1,4 +1,4 @@
-"""Whether a layout fits into the memory of its devices, and what is left for the KV cache. One rank sits on one GPU."""
+"""Tests whether a layout fits into the memory of its devices, and computes the KV cache. Each rank has one GPU."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ HAS_LOGITS = frozenset({"policy", "reference"})
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes of one device of a pool, at its fullest: all states, and the working memory of one role at a time.
+    """Peak bytes of one device of a pool: all states, and the working memory of one role at a time.
 
     Args:
-        cache: what engines keep for their KV cache; 0 without engines.
+        cache: bytes of the engines' KV cache; 0 without engines.
     """
 
     roles: tuple[str, ...]
@@ -37,7 +37,7 @@ def memory_per_device(work: Work, layout: Layout, *, dtype: Dtype) -> list[Devic
     """Of each pool.
 
     Raises:
-        CapacityError: a pool is too small, with what is short and the ways out.
+        CapacityError: a pool is too small; says what is missing, and the ways out.
     """
     return [_of_pool(work, layout, pool, dtype) for pool in layout.pools]
 

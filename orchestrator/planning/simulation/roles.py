@@ -1,4 +1,5 @@
-"""The roles of orchestrator/roles.py as waits: each call holds devices of its pool for as long as costs.py says."""
+"""The roles of orchestrator/roles.py as waits: each call occupies devices of its pool for the time that costs.py
+says."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ class Devices:
         self.busy: defaultdict[str, float] = defaultdict(float)  # device seconds by role
 
     async def work(self, role: str, width: int, seconds: float, *, first: bool = False) -> None:
-        """Holds `width` devices for `seconds`; with `first` it waits before all others."""
+        """Occupies `width` devices for `seconds`; with `first` it precedes all that wait."""
         turn = asyncio.get_running_loop().create_future()
         self._waiting.insert(0 if first else len(self._waiting), (width, turn))
         self._lend()
@@ -78,7 +79,7 @@ class Cluster:
         self.lengths = functools.lru_cache(maxsize=layout.max_staleness + 2)(work.lengths)
 
     async def call(self, role: str, seconds: float, *, ranks: int) -> None:
-        """Work of some ranks of a model, when so many are free."""
+        """Work of some ranks of a model, once that many are free."""
         async with self._turns[role]:
             await self.run(role, seconds, calls=1 if self.layout.deals_on else ranks, width=ranks)
 
@@ -88,8 +89,8 @@ class Cluster:
         """One piece of a role's work.
 
         Args:
-            calls: actors that the coordinator has to call for it.
-            width: devices that it takes. None: those of one call of the role.
+            calls: number of actors that the coordinator has to call for it.
+            width: devices that it occupies. None: those of one call of the role.
         """
         if calls_s := calls * self.layout.device.efficiency.call_s:
             await self._coordinator.work("coordinator", 1, calls_s)
@@ -165,7 +166,7 @@ class SimulatedRollouts:
 
 @dataclass(frozen=True)
 class SimulatedModel:
-    """Policy, critic, reference or reward: it scores, and it learns where it is asked to."""
+    """Policy, critic, reference or reward: it scores, and learns when it is called to."""
 
     cluster: Cluster
     role: str
@@ -205,7 +206,7 @@ class SimulatedModel:
         return {"epochs": 1.0}
 
     def _lines(self, prompts: Lengths, responses: Lengths) -> Lengths:
-        """What is computed. A reward model and a critic, which say one thing of a row, compute every row apart."""
+        """The lengths that are computed. A reward model and a critic compute every row separately."""
         sharing = self.cluster.work.sharing
         if sharing == 1 or not self.has_head:
             return prompts + responses
@@ -223,7 +224,7 @@ class SimulatedModel:
 
 @dataclass(frozen=True)
 class SimulatedPublisher:
-    """Waits for every engine, and holds all of them."""
+    """Waits for every engine, and occupies all of them."""
 
     cluster: Cluster
 
@@ -237,7 +238,7 @@ class SimulatedPublisher:
 
 
 class SimulatedRecorder:
-    """Writes nothing, in no time: recorders run beside the models."""
+    """Writes nothing and takes no time: recorders run in parallel with the models."""
 
     async def record(
         self,

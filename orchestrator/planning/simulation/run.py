@@ -1,4 +1,4 @@
-"""Runs the coordinator over simulated roles and says what its steps took."""
+"""Runs the coordinator over simulated roles and measures its steps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ from orchestrator.watching.guards import Guards
 from orchestrator.watching.telemetry import METRICS_FILE, Telemetry, read_lines
 
 PHASES = ("generate", "score", "commit", "learn", "publish")
-_STEADY = 2  # steps that count, beside the first, to which the first publish falls, and those of a pipeline's ends
+_STEADY = (
+    2  # measured steps, besides the first, which includes the first publish, and those at a pipeline's ends
+)
 
 
 def simulate(work: Work, layout: Layout, *, cache_tokens: float) -> Prediction:

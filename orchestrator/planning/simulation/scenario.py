@@ -1,4 +1,4 @@
-"""What is simulated: the work of a step, and which devices do which part of it."""
+"""The simulated scenario: the work of a step, and which devices do which part of it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Work:
-    """What one step has to do. A role whose model is None costs nothing: rules for the reward, GRPO for the critic.
+    """The work of one step. A role whose model is None costs nothing: the reward with rules, the critic with GRPO.
 
     Args:
         models: of policy, critic, reference, reward.
@@ -61,10 +61,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Measured(Work):
-    """Work whose lengths are those of a run that was.
+    """Work with the lengths of a real run.
 
     Args:
-        of_step: lengths (prompts, responses), step by step; begins again after the last.
+        of_step: lengths (prompts, responses), step by step; starts again after the last.
     """
 
     of_step: tuple[tuple[Lengths, Lengths], ...] = ()
@@ -75,7 +75,7 @@ class Measured(Work):
 
 @dataclass(frozen=True)
 class Pool:
-    """Devices that some roles share, and how many of them one call of each role takes."""
+    """Devices that some roles share, and the number of them that one call of each role occupies."""
 
     devices: int
     widths: Mapping[str, int]
