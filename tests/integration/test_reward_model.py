@@ -213,7 +213,7 @@ def test_killed_workers_are_replaced_and_change_no_bit(cluster: None, base: Path
     runs = []
     for name, on_line in (("whole", lambda text: None), ("killed", kill)):
         (tmp_path / name).mkdir()
-        config = _config(base, tmp_path, prompts_per_batch=1, workers=workers, checkpoint_every_steps=20)
+        config = _config(base, tmp_path, prompts_per_batch=1, ranks=workers, checkpoint_every_steps=20)
         runs.append(_train(config, tmp_path / name, _records(160), _records(2), on_line))
     (whole, whole_lines, _), (killed, killed_lines, said) = runs
     losses = [[line["metrics"].get("reward_model/loss") for line in lines] for lines in (whole_lines, killed_lines)]

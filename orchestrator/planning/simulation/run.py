@@ -30,9 +30,7 @@ from orchestrator.watching.guards import Guards
 from orchestrator.watching.telemetry import METRICS_FILE, Telemetry, read_lines
 
 PHASES = ("generate", "score", "commit", "learn", "publish")
-_STEADY = (
-    2  # measured steps, besides the first, which includes the first publish, and those at a pipeline's ends
-)
+_STEADY = 2  # measured steps, besides the first, which includes the first publish, and those at a pipeline's ends
 
 
 def simulate(work: Work, layout: Layout, *, cache_tokens: float) -> Prediction:
