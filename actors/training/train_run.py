@@ -59,7 +59,7 @@ class Workers:
 class TrainRun:
     """A training that has been started. It runs on a thread of its own, because Ray Train only has a blocking call.
 
-    The thread is a daemon: a driver that is told to stop does not wait for it, and the workers end with the driver.
+    The thread is a daemon: a driver that stops does not wait for it, and the workers end with the driver.
 
     Args:
         config: argument of `train_worker`: `training` (Training), and `data`, a reference to the data in Ray's store.
@@ -133,12 +133,12 @@ class TrainRun:
         except (TrainingFailedError, ray.exceptions.RayError) as error:
             outcome = failure(self._role, error)
         finally:
-            with contextlib.suppress(RuntimeError):  # nobody waits any more: the driver's loop is closed
+            with contextlib.suppress(RuntimeError):  # the driver's loop is closed: nothing waits for it
                 self._event_loop.call_soon_threadsafe(self._outcome.set_result, outcome)
 
 
 def failure(role: str, error: Exception) -> RlhfError:
-    """A failed training as an error of ours."""
+    """A failed training as an RlhfError."""
     if isinstance(error, WorkerGroupError):
         rank, cause = min(error.worker_failures.items(), key=lambda item: item[0])
         way_out = "the workers were not replaced again: failures.infrastructure restarts were used up"
@@ -152,7 +152,7 @@ def failure(role: str, error: Exception) -> RlhfError:
 
 
 def _headline(error: BaseException) -> str:
-    """The line of a message that says most: its last one, because Ray puts the trace before it."""
+    """The last line of a message: Ray puts the trace before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
@@ -179,8 +179,8 @@ def _trainer(config: Mapping[str, Any], workers: Workers, folder: Path) -> Torch
 
 
 def _set_defaults(room_s: float) -> None:
-    """Settings of Ray Train that it reads from the driver's environment; what is set already stays."""
-    # Its own default asks for room a minute at a time, for ever.
+    """Settings of Ray Train, which it reads from the driver's environment; existing ones are kept."""
+    # By default it asks for room a minute at a time, forever.
     defaults = _QUICK | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(room_s)}
     if len(alive_nodes()) == 1:
         defaults["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
@@ -222,7 +222,7 @@ def _begin(work: WorkFolder, unexpected_errors: int) -> None:
 
 
 def _group_of_ray_train(training: Training[Any]) -> Group:
-    """DeepSpeed on the process group that Ray Train has made."""
+    """Joins DeepSpeed to the process group that Ray Train has made."""
     context = ray.train.get_context()
     local_rank = os.environ["LOCAL_RANK"]
     if torch.cuda.is_available():
