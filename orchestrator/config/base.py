@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
@@ -29,6 +29,17 @@ Dtype = Literal["bfloat16", "float32"]
 
 
 Seconds = Annotated[float, Field(gt=0.0)]
+
+
+def one_of(table: Mapping[str, Any], *more: str) -> AfterValidator:
+    """Annotates a text that is a key of a table, or one of some words more."""
+
+    def check(value: str) -> str:
+        if value not in table and value not in more:
+            raise PydanticCustomError("unknown_name", "must be one of {names}", {"names": ", ".join((*more, *table))})
+        return value
+
+    return AfterValidator(check)
 
 
 class Section(BaseModel):

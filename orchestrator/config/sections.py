@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from orchestrator.config.base import Dtype, Fraction, NonNegative, Positive, Seconds, Section
+from orchestrator.config.base import Dtype, Fraction, NonNegative, Positive, Seconds, Section, one_of
+from orchestrator.data.formats.prompts import PROMPT_FORMATS
+from orchestrator.data.formats.rankings import RANKING_FORMATS
 from orchestrator.errors import ConfigError
 
 
@@ -67,8 +69,8 @@ class ModelConfig(Section):
 class PromptsConfig(Section):
     path: Path = Path("jobs/data/quickstart_prompts.jsonl")
     """Prompts: JSONL, JSON or Parquet, plain or gzip/zstd."""
-    format: Literal["auto", "prompt", "messages", "hh-rlhf", "alpaca", "question"] = "auto"
-    """Record format; auto decides by the first record's fields."""
+    format: Annotated[str, one_of(PROMPT_FORMATS, "auto")] = "auto"
+    """Record format: prompt, messages, hh-rlhf, alpaca, question; auto decides by the first record's fields."""
     limit: Positive | None = None
     """Read at most this many records."""
     max_prompt_tokens: Positive = 256
@@ -93,8 +95,8 @@ class LabellerConfig(Section):
 class PreferencesConfig(Section):
     path: Path | None = None
     """Preference file of people. Null: the labeller ranks replies of the start policy."""
-    format: Literal["auto", "ranking", "pairwise", "hh-rlhf"] = "auto"
-    """Record format; auto decides by the first record's fields."""
+    format: Annotated[str, one_of(RANKING_FORMATS, "auto")] = "auto"
+    """Record format: ranking, pairwise, hh-rlhf; auto decides by the first record's fields."""
     limit: Positive | None = None
     """Read at most this many records."""
     held_out: NonNegative | None = None

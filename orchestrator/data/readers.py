@@ -14,9 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data import formats
 from orchestrator.data.files import file_bytes, read_rows
-from orchestrator.data.formats import FieldSets, LeftOut
+from orchestrator.data.formats.prompts import EVERYWHERE, PROMPT_FORMATS
+from orchestrator.data.formats.rankings import RANKING_FORMATS
+from orchestrator.data.formats.transcripts import FieldSets, LeftOut
 from orchestrator.data.json_rows import Row
 from orchestrator.data.limits import Kept
 from orchestrator.data.messages import BadRow, refuse_media, tools_of
@@ -49,7 +50,7 @@ def read_prompts(
     Raises:
         DataError: the file can't be read, holds bad rows, or no prompt is left.
     """
-    rows = _Rows(path, format, {name: fields for name, (fields, _) in formats.PROMPT_FORMATS.items()}, "prompts.format")
+    rows = _Rows(path, format, {name: known.fields for name, known in PROMPT_FORMATS.items()}, "prompts.format")
     records: list[PromptRecord] = []
     seen: set[bytes] = set()
     row_of_id: dict[str, int] = {}
@@ -82,8 +83,7 @@ def read_rankings(
     Raises:
         DataError: the file can't be read, holds bad rows, or no preference is left.
     """
-    known = {name: fields for name, (fields, _) in formats.RANKING_FORMATS.items()}
-    rows = _Rows(path, format, known, "preferences.format")
+    rows = _Rows(path, format, {name: known.fields for name, known in RANKING_FORMATS.items()}, "preferences.format")
     records: list[RankingRecord] = []
     seen: set[bytes] = set()
     for row in rows:
@@ -170,20 +170,19 @@ def _catalogue(known: Mapping[str, FieldSets]) -> str:
 
 def _prompt_record(fields: Mapping[str, Any], format: str) -> tuple[PromptRecord, bytes]:
     """The record, and bytes that are equal for equal conversations."""
-    _, parse = formats.PROMPT_FORMATS[format]
+    form = PROMPT_FORMATS[format]
     refuse_media(fields, "the row")
-    messages, tools = parse(fields), tools_of(fields)
+    messages, tools = form.parse(fields), tools_of(fields)
     _check_messages(messages, tools)
-    meta = {key: value for key, value in fields.items() if key not in formats.NOT_META[format]}
+    meta = {key: value for key, value in fields.items() if key not in EVERYWHERE | form.consumed}
     digest = content_digest(identity_of(messages, tools))
     record = PromptRecord(_given_id(fields) or id_of(digest), messages, last_user_text(messages), tools=tools)
     return replace(record, meta=_json_values(meta)) if meta else record, digest[:16]
 
 
 def _ranking_records(fields: Mapping[str, Any], format: str) -> Sequence[RankingRecord]:
-    _, parse = formats.RANKING_FORMATS[format]
     refuse_media(fields, "the row")
-    found, tools = list(parse(fields)), tools_of(fields)
+    found, tools = list(RANKING_FORMATS[format].parse(fields)), tools_of(fields)
     for messages, replies in found:
         _check_messages((*messages, *(reply for reply in replies if isinstance(reply, Message))), tools)
         _check_text(reply for reply in replies if isinstance(reply, str))

@@ -1,0 +1,84 @@
+"""Formats of preferences: a row -> a prompt and its replies, best first. A new one is a function and a line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.data.formats.transcripts import (
+    FieldSets,
+    Ranked,
+    after_begun,
+    as_ranked,
+    as_reply,
+    conversations,
+    hh_transcripts,
+    is_conversation,
+    pair,
+    waiting,
+)
+from orchestrator.data.messages import (
+    BadRow,
+    Fields,
+    conversation,
+    required,
+)
+from orchestrator.data.values import describe
+
+
+def _ranking(fields: Fields) -> Iterable[Ranked]:
+    """{prompt | messages, replies: best first}. A reply that occurs twice keeps its better rank.
+
+    `continued: true` says that replies to a begun turn never repeat its beginning.
+    """
+    key = "messages" if "messages" in fields else "prompt"
+    replies = [as_reply(value, "replies") for value in _listed(required(fields, "replies"), "replies")]
+    if len(replies) < 2:
+        raise BadRow(f"'replies' must hold at least two replies, best first; found {len(replies)}")
+    messages = waiting(conversation(required(fields, key), key), key)
+    return [as_ranked(messages, replies if fields.get("continued") is True else after_begun(messages, replies))]
+
+
+def _pairwise(fields: Fields) -> Iterable[Ranked]:
+    """{prompt | context, chosen, rejected}: texts, lists of texts (each chosen beats each rejected), or messages.
+
+    Messages are the reply alone, the turns after the prompt, or the whole conversation including the prompt.
+    """
+    key = "context" if "prompt" not in fields and "context" in fields else "prompt"
+    chosen, rejected = required(fields, "chosen"), required(fields, "rejected")
+    if not (is_conversation(chosen) or is_conversation(rejected)):
+        messages = waiting(conversation(required(fields, key), key), key)
+        good, bad = ([as_reply(v, k) for v in _listed(fields[k], k)] for k in ("chosen", "rejected"))
+        return [as_ranked(messages, after_begun(messages, (better, worse))) for better in good for worse in bad]
+    return [pair(*conversations(fields, key))]
+
+
+def _hh_pair(fields: Fields) -> Iterable[Ranked]:
+    messages, replies = pair(*hh_transcripts(fields))
+    if messages[-1].role == "assistant":
+        raise BadRow("'chosen' and 'rejected' end with two turns of the assistant, one after the other")
+    return [(messages, replies)]
+
+
+def _listed(value: Any, key: str) -> Sequence[Any]:
+    replies = [value] if isinstance(value, str | dict) else value
+    if not isinstance(replies, list) or not replies:
+        raise BadRow(f"{key!r} must be text or a list of texts, found {describe(value)}")
+    return replies
+
+
+@dataclass(frozen=True)
+class RankingFormat:
+    """`parse` gives the rankings of a row."""
+
+    fields: FieldSets
+    parse: Callable[[Fields], Iterable[Ranked]]
+
+
+# In this order: `auto` takes the first that fits.
+RANKING_FORMATS: dict[str, RankingFormat] = {
+    "ranking": RankingFormat([frozenset({"replies"})], _ranking),
+    "pairwise": RankingFormat([frozenset({key, "chosen", "rejected"}) for key in ("prompt", "context")], _pairwise),
+    "hh-rlhf": RankingFormat([frozenset({"chosen", "rejected"})], _hh_pair),
+}
