@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -23,14 +23,14 @@ from actors.groups.cluster import environment
 from actors.learning.distributed import Group
 from actors.learning.objectives.objective import LearnJob
 from actors.learning.size import model_size
-from actors.roles.critic import CriticSettings, CriticWorker
-from actors.roles.policy import PolicySettings, PolicyWorker
+from actors.roles.critic import CriticWorker
+from actors.roles.policy import PolicyWorker
 from benchmarks.harness import Figure, Pairs, measure_turns, ratio_figure
 from benchmarks.plain_loop import STYLES, PlainLoop
 from benchmarks.table import report
 from benchmarks.turns import Answer, Contender, serve
 from benchmarks.work import Work, available, experience, load_work
-from jobs.stages.settings import common_settings, learner_settings
+from jobs.stages.settings import rank_context
 from orchestrator.planning.memory import ModelSize
 
 ROLES = ("policy", "critic")
@@ -163,24 +163,14 @@ def _build(options: Mapping[str, Any]) -> Callable[..., Answer]:
 
 def _ours(role: str, first: Work) -> Learn:
     config = first.config
-    common = common_settings(config)
-    group = Group(threads=torch.get_num_threads())
-    worker: PolicyWorker | CriticWorker
-    if role == "policy":
-        learner = learner_settings(config, config.policy)
-        worker = PolicyWorker(
-            PolicySettings(config.model.path, learner=learner, algorithm=config.algorithm, **common), group
-        )
-    else:
-        learner = learner_settings(config, config.critic)
-        settings = CriticSettings(
-            config.model.path, learner=learner, algorithm=config.algorithm, new_head="zero", **common
-        )
-        worker = CriticWorker(settings, group)
+    context, group = rank_context(config), Group(threads=torch.get_num_threads())
+    worker = (
+        PolicyWorker(config.policy, context, group) if role == "policy" else CriticWorker(config.critic, context, group)
+    )
 
     def learn(work: Work, table: pa.Table, rows_per_forward: int) -> None:
         worker.micro_batch_tokens = work.config.policy.micro_batch_tokens
-        worker.settings = replace(worker.settings, algorithm=work.config.algorithm)
+        worker.algorithm = work.config.algorithm
         worker.learn([table], LearnJob(0, 0.0, 1.0, 0.0, 0))
 
     return learn

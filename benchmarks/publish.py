@@ -23,13 +23,12 @@ from actors.groups.group import ActorGroup
 from actors.groups.process import as_actor
 from actors.learning.distributed import Group
 from actors.remote.publisher import BucketPublisher, PolicyWeights
-from actors.roles.policy import PolicySettings
 from actors.roles.rollout import RolloutWorker
 from actors.weights.sender import PublishingPolicy
 from benchmarks.harness import Figure, Pairs, ratio_figure
 from benchmarks.table import report
 from benchmarks.work import Work, load_work
-from jobs.stages.settings import common_settings, learner_settings
+from jobs.stages.settings import rank_context
 
 T = TypeVar("T")
 
@@ -123,14 +122,9 @@ class AsIs:
 
 def _policy(work: Work) -> ActorGroup:
     config = work.config
-    settings = PolicySettings(
-        config.model.path,
-        learner=learner_settings(config, config.policy),
-        algorithm=config.algorithm,
-        **common_settings(config),
-    )
     threads = int(config.policy.cpus_per_rank)
-    return ActorGroup("policy", [_actor(PublishingPolicy, threads, settings=settings, group=Group(threads=threads))])
+    arguments = {"policy": config.policy, "context": rank_context(config), "group": Group(threads=threads)}
+    return ActorGroup("policy", [_actor(PublishingPolicy, threads, **arguments)])
 
 
 def _engines(work: Work, count: int) -> ActorGroup:

@@ -22,7 +22,7 @@ from actors.groups.cluster import environment
 from actors.learning.distributed import Group
 from actors.learning.model import load_causal, load_scorer
 from actors.rewards.model import RewardModel
-from actors.roles.critic import CriticSettings, CriticWorker
+from actors.roles.critic import CriticWorker
 from actors.roles.reference import ReferenceWorker
 from actors.text.conversations import load_chat
 from benchmarks.harness import Figure, measure_pairs, ratio_figure
@@ -31,7 +31,7 @@ from benchmarks.plain_loop import padded
 from benchmarks.table import report
 from benchmarks.turns import Answer, Contender, serve
 from benchmarks.work import Work, available, experience, load_work
-from jobs.stages.settings import common_settings, learner_settings
+from jobs.stages.settings import rank_context
 from orchestrator.config.rewards import ModelRewardConfig
 
 ROLES = ("reference", "critic", "reward")
@@ -89,27 +89,12 @@ def _build(options: Mapping[str, Any]) -> Callable[..., Answer]:
 
 def _reference(work: Work) -> Score:
     config = work.config
-    return ReferenceWorker(
-        config.reference,
-        config.model,
-        Group(threads=torch.get_num_threads()),
-        cache=config.run.cache,
-        temperature=1.0,
-        shares_prompts=False,
-    ).logprobs
+    return ReferenceWorker(config.reference, rank_context(config), Group(threads=torch.get_num_threads())).logprobs
 
 
 def _critic(work: Work) -> Score:
     config = work.config
-    settings = CriticSettings(
-        config.model.path,
-        learner=learner_settings(config, config.critic),
-        algorithm=config.algorithm,
-        new_head="zero",
-        micro_batch_tokens=config.critic.micro_batch_tokens,
-        **common_settings(config),
-    )
-    return CriticWorker(settings, Group(threads=torch.get_num_threads())).values
+    return CriticWorker(config.critic, rank_context(config), Group(threads=torch.get_num_threads())).values
 
 
 def _reward(work: Work) -> Score:

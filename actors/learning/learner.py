@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,8 @@ from actors.learning.packing import MicroBatch
 from actors.learning.proofs import require_steady
 from actors.learning.safe_loading import SafeCheckpointEngine
 from orchestrator.algorithms.schedule import learning_rate
+from orchestrator.config.base import Dtype
+from orchestrator.config.sections import LearnerConfig
 from orchestrator.errors import NonFiniteError, StorageError
 from orchestrator.run.storage import writing
 
@@ -35,26 +37,6 @@ Loss = Callable[[Any, MicroBatch], LossTerms]
 _TAG = "deepspeed"
 _SUMMARY = "learner.json"
 _BUCKET_ELEMENTS = 50_000_000
-
-
-@dataclass(frozen=True)
-class LearnerSettings:
-    """How a model learns. Field names as in config.LearnerConfig; steps are optimizer steps."""
-
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    learning_rate: float = 5e-6
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_optimizer_steps: int = 0
-    total_optimizer_steps: int = 1
-    weight_decay: float = 0.0
-    adam_betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = 1.0
-    gradient_checkpointing: bool = False
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
 
 
 @dataclass(frozen=True)
@@ -75,32 +57,42 @@ class Learner:
 
     Args:
         model: PolicyModel or ValueModel; its `pretrained` is what is saved, exported and published.
+        config: how it learns.
+        dtype: what it computes in.
+        total_optimizer_steps: of the whole run or training; the learning-rate schedule ends with them.
     """
 
-    def __init__(self, model: PolicyModel | ValueModel, settings: LearnerSettings) -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        model: PolicyModel | ValueModel,
+        config: LearnerConfig,
+        *,
+        dtype: Dtype,
+        total_optimizer_steps: int,
+    ) -> None:
+        self.config, self.dtype, self._total_optimizer_steps = config, dtype, total_optimizer_steps
         self.optimizer_steps = 0
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._model, self._pretrained = model, model.pretrained
-        if settings.gradient_checkpointing:
+        if config.gradient_checkpointing:
             model.checkpoint_gradients()
         require_steady(model, partial(probed, model))
         optimizer = torch.optim.AdamW(
-            _parameter_groups(model, settings.weight_decay),
-            lr=settings.learning_rate,
-            betas=settings.adam_betas,
+            _parameter_groups(model, config.weight_decay),
+            lr=config.learning_rate,
+            betas=config.adam_betas,
             fused=True,  # on the CPU too: otherwise each step makes three temporaries as large as the masters
         )
-        self._engine = distributed.initialize(model=model, optimizer=optimizer, config=_engine_config(settings))
+        self._engine = distributed.initialize(model=model, optimizer=optimizer, config=_engine_config(config, dtype))
         self._engine.checkpoint_engine = SafeCheckpointEngine(self._engine._config)
-        if settings.zero_stage == 1 and settings.dtype == "bfloat16":
+        if config.zero_stage == 1 and dtype == "bfloat16":
             # This wrapper's step clears its fp32 gradients, a pass over as many bytes as the masters; the engine then
             # asks for it once more. And before each backward it fills the bf16 ones with zeros, to which autograd adds.
             # Can go when DeepSpeed's BF16_Optimizer leaves cleared gradients alone, and drops those it has added up.
             wrapper = self._engine.optimizer
             wrapper.zero_grad = partial(wrapper.clear_lp_grads, set_to_none=True)
             wrapper.backward_prologue = wrapper.zero_grad
-        if settings.zero_stage == 0 and settings.dtype == "bfloat16":
+        if config.zero_stage == 0 and dtype == "bfloat16":
             # This wrapper allocates Adam's state by a step with zero gradients, which counts in the bias correction.
             self._engine.optimizer.optimizer.state.clear()
         self.device: torch.device = self._engine.device
@@ -143,13 +135,13 @@ class Learner:
         return Update(means, distributed.reduce_maxima(maxima, self.device), grad_norm, lr)
 
     def _apply(self, what: str) -> tuple[float, float]:
-        settings = self.settings
+        config = self.config
         lr = learning_rate(
             self.optimizer_steps,
-            peak=settings.learning_rate,
-            schedule=settings.schedule,
-            warmup_optimizer_steps=settings.warmup_optimizer_steps,
-            total_optimizer_steps=settings.total_optimizer_steps,
+            peak=config.learning_rate,
+            schedule=config.schedule,
+            warmup_optimizer_steps=config.warmup_optimizer_steps,
+            total_optimizer_steps=self._total_optimizer_steps,
         )
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
@@ -168,7 +160,7 @@ class Learner:
     @property
     def _is_plain_optimizer(self) -> bool:
         """Stage 0 in fp32 runs torch's optimizer bare, without DeepSpeed's check for overflow."""
-        return self.settings.zero_stage == 0 and self.settings.dtype == "float32"
+        return self.config.zero_stage == 0 and self.dtype == "float32"
 
     def _plain_norm(self) -> float:
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
@@ -226,8 +218,8 @@ class Learner:
     def _shape(self) -> dict[str, Any]:
         return {
             "world_size": self.world_size,
-            "zero_stage": self.settings.zero_stage,
-            "dtype": self.settings.dtype,
+            "zero_stage": self.config.zero_stage,
+            "dtype": self.dtype,
             "architecture": type(self._pretrained).__name__,
         }
 
@@ -289,15 +281,14 @@ def _full_disks(folder: Path) -> Iterator[None]:
         raise OSError(errno.ENOSPC, f"torch broke off writing, {free >> 20} MiB are free there", str(folder)) from error
 
 
-def _engine_config(settings: LearnerSettings) -> dict[str, Any]:
-    is_bf16 = settings.dtype == "bfloat16"
-    config: dict[str, Any] = {
+def _engine_config(config: LearnerConfig, dtype: Dtype) -> dict[str, Any]:
+    engine: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "bf16": {"enabled": is_bf16},
-        "gradient_clipping": settings.max_grad_norm,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "gradient_clipping": config.max_grad_norm,
         "zero_optimization": {
-            "stage": settings.zero_stage,
+            "stage": config.zero_stage,
             "overlap_comm": torch.cuda.is_available(),
             "reduce_bucket_size": _BUCKET_ELEMENTS,
             "allgather_bucket_size": _BUCKET_ELEMENTS,
@@ -306,12 +297,12 @@ def _engine_config(settings: LearnerSettings) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
-    if settings.zero_stage:
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    if settings.zero_stage == 1:
+    if config.zero_stage:
+        engine["data_types"] = {"grad_accum_dtype": "fp32"}
+    if config.zero_stage == 1:
         # Otherwise what was added up in fp32 is rounded to bf16 and back, also where one rank has nothing to add.
-        config["communication_data_type"] = "fp32"
-    return config
+        engine["communication_data_type"] = "fp32"
+    return engine
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

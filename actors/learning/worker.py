@@ -17,10 +17,13 @@ from torch import Tensor
 
 from actors.learning.distributed import Group
 from actors.learning.heads import PolicyModel, ValueModel
-from actors.learning.learner import Learner, LearnerSettings, Loss, Update
+from actors.learning.learner import Learner, Loss, Update
 from actors.learning.objectives.objective import LearnJob
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.sharing import can_share
+from actors.text.templates import ChatSettings
+from orchestrator.algorithms.algorithm import Algorithm
+from orchestrator.config.sections import LearnerConfig, ModelConfig
 from orchestrator.planning.balance import plan_forwards, plan_minibatches
 
 Forward = Callable[[MicroBatch], Any]
@@ -34,12 +37,33 @@ class Share:
     count: int = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class RankContext:
+    """What a rank of policy, critic or reference is built from besides its own section of the config.
+
+    Args:
+        model: the policy.
+        cache: folder of converted models.
+        chat: how conversations are written; its template and stop tokens go with the exported policy.
+        temperature: at which responses were sampled; all log-probs are at it.
+        seed: of a new head.
+        total_optimizer_steps: of the whole run.
+    """
+
+    model: ModelConfig
+    algorithm: Algorithm
+    cache: Path
+    chat: ChatSettings
+    temperature: float
+    seed: int
+    total_optimizer_steps: int
+
+
 class LearningWorker:
     """One rank of a group that learns. Complete when constructed; see Learner for what is collective.
 
     Args:
         tokenizer: goes with an exported model; None: nothing is exported.
-        micro_batch_tokens: largest padded micro-batch.
         compares: samples of one prompt are compared with each other (grpo, rloo): they stay in one minibatch, and their
             prompt is computed once where the model can.
     """
@@ -47,20 +71,26 @@ class LearningWorker:
     def __init__(
         self,
         model: PolicyModel | ValueModel,
-        learner: LearnerSettings,
+        learner: LearnerConfig,
+        context: RankContext,
         group: Group,
         *,
-        micro_batch_tokens: int,
         tokenizer: Any = None,
         compares: bool = False,
     ) -> None:
         self.group = group
+        self.algorithm = context.algorithm
         self.share = Share(group.rank, group.world_size)
         self.compares = compares
         self.shares_prompts = compares and can_share(model.pretrained)
-        self.learner = Learner(model, learner)
+        self.learner = Learner(
+            model,
+            learner,
+            dtype=context.model.compute_dtype,
+            total_optimizer_steps=context.total_optimizer_steps,
+        )
         self.tokenizer = tokenizer
-        self.micro_batch_tokens = micro_batch_tokens
+        self.micro_batch_tokens = learner.micro_batch_tokens
 
     def save(self, folder: Path) -> None:
         self.learner.save(folder)

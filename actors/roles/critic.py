@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import torch
@@ -13,54 +10,29 @@ from torch import Tensor
 from actors.learning import distributed
 from actors.learning.distributed import Group
 from actors.learning.heads import ValueModel
-from actors.learning.learner import LearnerSettings
-from actors.learning.model import NewHead, load_scorer, resolve_model
+from actors.learning.model import load_scorer, resolve_model, torch_dtype
 from actors.learning.objectives.losses import LossTerms
 from actors.learning.objectives.objective import LearnJob
 from actors.learning.objectives.table import objective_of
 from actors.learning.packing import MicroBatch, TokenRows
-from actors.learning.worker import LearningWorker, Share, answers, averaged, token_lists
+from actors.learning.worker import LearningWorker, RankContext, Share, answers, averaged, token_lists
 from orchestrator import schema
-from orchestrator.algorithms.algorithm import Algorithm
-
-
-@dataclass(frozen=True)
-class CriticSettings:
-    """Args:
-    model: folder or name, see resolve_model; `cache_dir` holds converted models.
-    new_head: None: the model must have a scalar head; otherwise the head to make when it has none, from `seed`.
-    """
-
-    model: str
-    cache_dir: Path
-    learner: LearnerSettings
-    algorithm: Algorithm
-    new_head: NewHead | None = None
-    seed: int = 0
-    micro_batch_tokens: int = 2048
-    trust_remote_code: bool = False
+from orchestrator.config.sections import CriticConfig
 
 
 class CriticWorker(LearningWorker):
-    """One rank of the critic."""
+    """One rank of the critic. Where its section names no model, it is the policy with a new head."""
 
-    def __init__(self, settings: CriticSettings, group: Group) -> None:
+    def __init__(self, critic: CriticConfig, context: RankContext, group: Group) -> None:
         distributed.join(group)
-        folder = resolve_model(settings.model, settings.cache_dir)
         scorer = load_scorer(
-            folder,
-            settings.learner.torch_dtype,
-            new_head=settings.new_head,
-            seed=settings.seed,
-            trust_remote_code=settings.trust_remote_code,
+            resolve_model(critic.path or context.model.path, context.cache),
+            torch_dtype(context.model.compute_dtype),
+            new_head=None if critic.path else "zero",
+            seed=context.seed,
+            trust_remote_code=context.model.trust_remote_code,
         )
-        self.settings = settings
-        super().__init__(
-            ValueModel(scorer),
-            settings.learner,
-            group,
-            micro_batch_tokens=settings.micro_batch_tokens,
-        )
+        super().__init__(ValueModel(scorer), critic, context, group)
 
     def values(self, table: pa.Table, share: Share | None = None) -> pa.Table:
         """Table of schema.VALUES for a share of a rollout or experience table; see PolicyWorker.logprobs."""
@@ -87,7 +59,7 @@ class CriticWorker(LearningWorker):
         Raises:
             NonFiniteError: before anything non-finite is applied.
         """
-        algorithm = self.settings.algorithm
+        algorithm = self.algorithm
         objective = objective_of(algorithm)
         rows = TokenRows(pa.concat_tables(tables), objective.critic_columns, learned_only=True)
 

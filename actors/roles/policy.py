@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,56 +10,36 @@ from torch import Tensor
 from actors.learning import distributed
 from actors.learning.distributed import Group
 from actors.learning.heads import PolicyModel
-from actors.learning.learner import LearnerSettings, Update
-from actors.learning.model import load_causal, resolve_model
+from actors.learning.learner import Update
+from actors.learning.model import load_causal, resolve_model, torch_dtype
 from actors.learning.objectives.losses import LossTerms
 from actors.learning.objectives.objective import LearnJob
 from actors.learning.objectives.table import objective_of
 from actors.learning.packing import MicroBatch, TokenRows
-from actors.learning.worker import LearningWorker, Share, answers, averaged, token_lists
+from actors.learning.worker import LearningWorker, RankContext, Share, answers, averaged, token_lists
 from actors.text.conversations import load_chat
-from actors.text.templates import OWN_CHAT, ChatSettings
 from orchestrator import schema
-from orchestrator.algorithms.algorithm import Algorithm
+from orchestrator.config.sections import LearnerConfig
 
 _FIRST_RATIOS = ("ratio_mean", "ratio_deviation_max")
-
-
-@dataclass(frozen=True)
-class PolicySettings:
-    """Args:
-    model: folder or name, see resolve_model; `cache_dir` holds converted models.
-    temperature: at which responses were sampled; all log-probs are at it.
-    chat: what the run sets about conversations; its template and stop tokens go with the exported model.
-    """
-
-    model: str
-    cache_dir: Path
-    learner: LearnerSettings
-    algorithm: Algorithm
-    temperature: float = 1.0
-    micro_batch_tokens: int = 2048
-    chat: ChatSettings = OWN_CHAT
-    trust_remote_code: bool = False
 
 
 class PolicyWorker(LearningWorker):
     """One rank of the policy."""
 
-    def __init__(self, settings: PolicySettings, group: Group) -> None:
+    def __init__(self, policy: LearnerConfig, context: RankContext, group: Group) -> None:
         distributed.join(group)
-        folder = resolve_model(settings.model, settings.cache_dir)
-        language_model = load_causal(folder, settings.learner.torch_dtype, trust_remote_code=settings.trust_remote_code)
-        model = PolicyModel(language_model, temperature=settings.temperature)
-        self.settings = settings
-        self._chat = load_chat(folder, settings.chat, trust_remote_code=settings.trust_remote_code)
+        trust, dtype = context.model.trust_remote_code, torch_dtype(context.model.compute_dtype)
+        folder = resolve_model(context.model.path, context.cache)
+        language_model = load_causal(folder, dtype, trust_remote_code=trust)
+        self._chat = load_chat(folder, context.chat, trust_remote_code=trust)
         super().__init__(
-            model,
-            settings.learner,
+            PolicyModel(language_model, temperature=context.temperature),
+            policy,
+            context,
             group,
             tokenizer=self._chat.tokenizer,
-            micro_batch_tokens=settings.micro_batch_tokens,
-            compares=settings.algorithm.compares_samples,
+            compares=context.algorithm.compares_samples,
         )
 
     def export(self, folder: Path) -> None:
@@ -96,7 +75,7 @@ class PolicyWorker(LearningWorker):
         Raises:
             NonFiniteError: before anything non-finite is applied.
         """
-        algorithm = self.settings.algorithm
+        algorithm = self.algorithm
         objective = objective_of(algorithm)
         rows = TokenRows(pa.concat_tables(tables), objective.policy_columns, learned_only=True)
 

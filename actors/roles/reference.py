@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,41 +13,26 @@ from actors.learning.heads import PolicyModel
 from actors.learning.model import load_causal, resolve_model, torch_dtype
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.sharing import can_share
-from actors.learning.worker import Share, answers
+from actors.learning.worker import RankContext, Share, answers
 from actors.roles.policy import logprobs_table
 from orchestrator.config.base import Dtype
-from orchestrator.config.sections import ModelConfig, ReferenceConfig
+from orchestrator.config.sections import ReferenceConfig
 
 
 class ReferenceWorker:
-    """One rank of the reference. Without sharding the ranks know nothing of each other.
+    """One rank of the reference. Without sharding the ranks know nothing of each other."""
 
-    Args:
-        model: the policy; its path names the reference too where the reference's section names none.
-        cache: folder of converted models.
-        temperature: at which responses were sampled; all log-probs are at it.
-        shares_prompts: the prompt of neighbouring samples is computed once, where the model can.
-    """
-
-    def __init__(
-        self,
-        reference: ReferenceConfig,
-        model: ModelConfig,
-        group: Group,
-        *,
-        cache: Path,
-        temperature: float,
-        shares_prompts: bool,
-    ) -> None:
+    def __init__(self, reference: ReferenceConfig, context: RankContext, group: Group) -> None:
         self.group, self._micro_batch_tokens = group, reference.micro_batch_tokens
         torch.set_num_threads(group.threads)
         if reference.sharded:
             distributed.join(group)
-        folder, dtype = resolve_model(reference.path or model.path, cache), model.compute_dtype
-        language_model = load_causal(folder, torch_dtype(dtype), trust_remote_code=model.trust_remote_code)
-        self._shares_prompts = shares_prompts and can_share(language_model)
-        frozen = PolicyModel(language_model, temperature=temperature).eval().requires_grad_(False)
-        self._model: Any = _shard(frozen, dtype) if reference.sharded else frozen.to(group.device)
+        dtype = context.model.compute_dtype
+        folder = resolve_model(reference.path or context.model.path, context.cache)
+        language_model = load_causal(folder, torch_dtype(dtype), trust_remote_code=context.model.trust_remote_code)
+        self._shares_prompts = context.algorithm.compares_samples and can_share(language_model)
+        model = PolicyModel(language_model, temperature=context.temperature).eval().requires_grad_(False)
+        self._model: Any = _shard(model, dtype) if reference.sharded else model.to(group.device)
 
     def logprobs(self, table: pa.Table, share: Share | None = None) -> pa.Table:
         """Table of schema.LOGPROBS for a share of a rollout table; see PolicyWorker.logprobs."""

@@ -13,17 +13,17 @@ import torch
 
 from actors.learning.distributed import Group, all_or_none, from_all, on_rank_0
 from actors.learning.heads import ValueModel
-from actors.learning.learner import Learner, LearnerSettings, Update
-from actors.learning.model import load_scorer, resolve_model
+from actors.learning.learner import Learner, Update
+from actors.learning.model import load_scorer, resolve_model, torch_dtype
 from actors.learning.objectives.losses import LossTerms, ranking_loss
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.worker import Share, answers
 from actors.rewards.model import RewardStats, write_stats
 from actors.text.conversations import Chat, base_chat
-from actors.text.templates import OWN_CHAT, ChatSettings
+from actors.text.templates import ChatSettings
 from actors.training.ranked_rows import RankedRows, padding_token, ranked_rows
 from orchestrator.algorithms.ranking import spread
-from orchestrator.config.sections import RewardModelConfig
+from orchestrator.config.sections import ModelConfig, RewardModelConfig
 from orchestrator.data.records import RankingRecord
 from orchestrator.run.storage import follow_umask, make_empty, sync_tree, writing
 
@@ -38,25 +38,23 @@ class RewardTraining:
     """What the task needs beside the preferences.
 
     Args:
-        model: folder or name of the model to start from, see resolve_model; `cache_dir` holds converted models.
-        policy: of the policy, whose conversations `chat` is about; see base_chat.
+        stage: config section; the model to start from is its `base`, else the policy.
+        policy: whose conversations `chat` is about; see base_chat.
+        cache: folder of converted models.
         folder: the finished reward model; replaced as a whole.
         work: folder for the unfinished model, on the file system of `folder`.
-        stage: config section.
-        learner: its `total_optimizer_steps` covers all epochs.
+        total_optimizer_steps: of all epochs.
         seed: of a new head.
     """
 
-    model: str
-    policy: str
-    cache_dir: Path
+    stage: RewardModelConfig
+    policy: ModelConfig
+    chat: ChatSettings
+    cache: Path
     folder: Path
     work: Path
-    stage: RewardModelConfig
-    learner: LearnerSettings
+    total_optimizer_steps: int
     seed: int
-    chat: ChatSettings = OWN_CHAT
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,19 +75,19 @@ class RewardModelTask:
 
     def __init__(self, settings: RewardTraining, data: RankedData, group: Group) -> None:
         self.settings, self.group = settings, group
-        stage = settings.stage
+        stage, policy = settings.stage, settings.policy
+        dtype, trust = policy.compute_dtype, policy.trust_remote_code
 
         def load() -> tuple[Chat, Any, RankedRows, RankedRows]:
-            folder = resolve_model(settings.model, settings.cache_dir)
-            policy = resolve_model(settings.policy, settings.cache_dir)
-            chat = base_chat(folder, policy, settings.chat, trust_remote_code=settings.trust_remote_code)
+            folder = resolve_model(stage.base or policy.path, settings.cache)
+            chat = base_chat(folder, resolve_model(policy.path, settings.cache), settings.chat, trust_remote_code=trust)
             scorer = load_scorer(
                 folder,
-                settings.learner.torch_dtype,
+                torch_dtype(dtype),
                 new_head="normal",
                 seed=settings.seed,
                 layers=stage.layers,
-                trust_remote_code=settings.trust_remote_code,
+                trust_remote_code=trust,
             )
             rows = [ranked_rows(part, chat, max_length=stage.max_length) for part in data]
             return chat, scorer, rows[0], rows[1]
@@ -98,7 +96,8 @@ class RewardModelTask:
         padding = padding_token(self.chat)
         self.chat.tokenizer.pad_token = self.chat.tokenizer.convert_ids_to_tokens(padding)
         scorer.config.pad_token_id = padding
-        self.learner = Learner(ValueModel(scorer), settings.learner)
+        steps = settings.total_optimizer_steps
+        self.learner = Learner(ValueModel(scorer), stage.learner(steps), dtype=dtype, total_optimizer_steps=steps)
 
     def objective(self, output: tuple[torch.Tensor, torch.Tensor], micro: MicroBatch) -> LossTerms:
         return ranking_loss(output[1], micro.columns["quality"], micro.columns["group"])

@@ -13,7 +13,6 @@ from time import monotonic
 from typing import Any
 
 from actors.groups.cluster import alive_nodes, named_address
-from actors.learning.learner import LearnerSettings
 from actors.training.reward_model import RewardModelTask, RewardTraining, Trained
 from actors.training.train_run import Progress, Workers
 from actors.training.trainer import Training
@@ -172,7 +171,7 @@ async def train_reward_model(
         threads=threads,
         timeout_s=limits.learn_s,
     )
-    num_steps = settings.learner.total_optimizer_steps
+    num_steps = settings.total_optimizer_steps
     trained: Trained
     steps, trained = await train(
         training,
@@ -237,26 +236,15 @@ def measure(scores: Sequence[Sequence[float]], gold: Sequence[Sequence[float]] |
 def _settings(config: Config, folder: Path, *, num_records: int) -> RewardTraining:
     stage = config.reward_model
     num_steps = stage.epochs * math.ceil(num_records / stage.prompts_per_batch)
-    learner = LearnerSettings(
-        zero_stage=stage.zero_stage,
-        dtype=config.model.compute_dtype,
-        learning_rate=stage.learning_rate,
-        schedule="linear",
-        warmup_optimizer_steps=num_steps // 10,
-        total_optimizer_steps=num_steps,
-        max_grad_norm=stage.max_grad_norm,
-    )
     return RewardTraining(
-        model=stage.base or config.model.path,
-        policy=config.model.path,
-        cache_dir=config.run.cache,
+        stage=stage,
+        policy=config.model,
+        chat=chat_settings(config),
+        cache=config.run.cache,
         folder=folder,
         work=folder.with_name(f".{folder.name}.work"),
-        stage=stage,
-        learner=learner,
+        total_optimizer_steps=num_steps,
         seed=config.run.seed,
-        chat=chat_settings(config),
-        trust_remote_code=config.model.trust_remote_code,
     )
 
 
@@ -278,8 +266,8 @@ def _identity(
 ) -> tuple[object, ...]:
     """All that decides what is learned."""
     stage = settings.stage.model_dump(exclude={"checkpoint_every_steps"})
-    base = (settings.model, settings.policy, settings.learner, settings.seed, settings.chat)
-    return base, stage, tuple(records), tuple(held_out)
+    policy = (settings.policy.path, settings.policy.compute_dtype, settings.chat)
+    return policy, stage, settings.total_optimizer_steps, settings.seed, tuple(records), tuple(held_out)
 
 
 def _words(steps: Sequence[Progress]) -> str:

@@ -21,8 +21,8 @@ from actors.remote.roles import (
     ShardedScorer,
 )
 from actors.rewards import RewardContext
-from actors.roles.critic import CriticSettings, CriticWorker
-from actors.roles.policy import PolicySettings, PolicyWorker
+from actors.roles.critic import CriticWorker
+from actors.roles.policy import PolicyWorker
 from actors.roles.recorder import RecorderWorker
 from actors.roles.reference import ReferenceWorker
 from actors.roles.reward import RewardWorker
@@ -32,12 +32,11 @@ from jobs.command import say
 from jobs.grace import saving_s
 from jobs.stages.settings import (
     chat_settings,
-    common_settings,
-    critic_path,
+    critic_section,
     engines_sleep,
     experience_settings,
-    learner_settings,
     loop_settings,
+    rank_context,
     reward_section,
     samples_per_shard,
     sampling_of,
@@ -106,40 +105,18 @@ async def start_engines(config: Config, starter: Starter, *, version: int | None
 
 async def start_learners(config: Config, starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
     """Policy and critic, if there is one, starting at once."""
-    common = common_settings(config)
-    policy = PolicySettings(
-        config.model.path,
-        learner=learner_settings(config, config.policy),
-        algorithm=config.algorithm,
-        temperature=config.rollout.temperature,
-        micro_batch_tokens=config.policy.micro_batch_tokens,
-        chat=chat_settings(config),
-        **common,
-    )
-    groups = {"policy": await starter.ranks("policy", PublishingPolicy, {"settings": policy})}
+    context = rank_context(config)
+    policy = {"policy": config.policy, "context": context}
+    groups = {"policy": await starter.ranks("policy", PublishingPolicy, policy)}
     if not config.algorithm.needs_critic:
         return groups
-    critic = CriticSettings(
-        critic_path(config, reward_path) or config.model.path,
-        learner=learner_settings(config, config.critic),
-        algorithm=config.algorithm,
-        new_head=None if critic_path(config, reward_path) else "zero",
-        seed=config.run.seed,
-        micro_batch_tokens=config.critic.micro_batch_tokens,
-        **common,
-    )
-    return {**groups, "critic": await starter.ranks("critic", CriticWorker, {"settings": critic})}
+    critic = {"critic": critic_section(config, reward_path), "context": context}
+    return {**groups, "critic": await starter.ranks("critic", CriticWorker, critic)}
 
 
 async def start_scorers(config: Config, starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
     """Reference and reward, starting at once."""
-    reference = {
-        "reference": config.reference,
-        "model": config.model,
-        "cache": config.run.cache,
-        "temperature": config.rollout.temperature,
-        "shares_prompts": config.algorithm.compares_samples,
-    }
+    reference = {"reference": config.reference, "context": rank_context(config)}
     reward = reward_section(config, reward_path)
     context = RewardContext(
         policy=config.model,

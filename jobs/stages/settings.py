@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-from actors.learning.learner import LearnerSettings
+from actors.learning.worker import RankContext
 from actors.text.templates import ChatSettings, read_template
 from orchestrator.algorithms.experience import ExperienceSettings
 from orchestrator.algorithms.kl import adapted_coefficient
 from orchestrator.config.config import Config
 from orchestrator.config.rewards import ModelRewardConfig, RewardConfig
-from orchestrator.config.sections import LearnerConfig
+from orchestrator.config.sections import CriticConfig
 from orchestrator.config.stages import StageEntry
 from orchestrator.coordinator import LoopSettings
 from orchestrator.planning.demands import REWARD_MODEL
@@ -121,29 +120,23 @@ def experience_settings(config: Config) -> ExperienceSettings:
     return ExperienceSettings(config.algorithm, config.rl.samples_per_prompt, config.reward.clip)
 
 
-def common_settings(config: Config) -> dict[str, Any]:
-    return {"cache_dir": config.run.cache, "trust_remote_code": config.model.trust_remote_code}
-
-
-def critic_path(config: Config, reward_path: str | None) -> str | None:
-    """Null: a new head is put on the policy, because critic.path names it or there is nothing else to start from."""
+def critic_section(config: Config, reward_path: str | None) -> CriticConfig:
+    """The critic's section with the model that it leaves open: the reward model, where there is one."""
     path = config.critic.path or reward_path
-    return None if path == config.model.path else path
+    is_policy = path == config.model.path  # then a new head is put on it
+    return config.critic.model_copy(update={"path": None if is_policy else path})
 
 
-def learner_settings(config: Config, learner: LearnerConfig) -> LearnerSettings:
+def rank_context(config: Config) -> RankContext:
     algorithm = config.algorithm
-    return LearnerSettings(
-        zero_stage=learner.zero_stage,
-        dtype=config.model.compute_dtype,
-        learning_rate=learner.learning_rate,
-        schedule=learner.schedule,
-        warmup_optimizer_steps=learner.warmup_optimizer_steps,
+    return RankContext(
+        model=config.model,
+        algorithm=algorithm,
+        cache=config.run.cache,
+        chat=chat_settings(config),
+        temperature=config.rollout.temperature,
+        seed=config.run.seed,
         total_optimizer_steps=config.rl.steps * algorithm.epochs * algorithm.minibatches,
-        weight_decay=learner.weight_decay,
-        adam_betas=learner.adam_betas,
-        max_grad_norm=learner.max_grad_norm,
-        gradient_checkpointing=learner.gradient_checkpointing,
     )
 
 

@@ -103,42 +103,24 @@ class PreferencesConfig(Section):
     """Records kept for measuring accuracy, the last of the file. Null: a tenth, chosen by a hash of the prompt."""
 
 
-class RewardModelConfig(Section):
-    base: str | None = None
-    """Model that the reward model starts from. Null: model.path."""
-    layers: Positive | None = None
-    """How many of the base's layers are kept, from the first on. Null: all. A shallow reward model costs less to train
-    and to score with, and few layers are enough for what can be read off the words, such as tone."""
-    epochs: Positive = 1
-    """Passes over the preferences."""
-    prompts_per_batch: Positive = 8
-    """Prompts (with all their replies) per optimizer step."""
-    micro_batch_tokens: Positive = 2048
-    """Largest padded micro-batch, in tokens."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
-    """Peak learning rate; linear warm-up over a tenth, then linear decay."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradient clipping."""
-    max_length: Positive = 512
-    """Longer transcripts lose tokens at their start; counted."""
-    ranks: Positive = 1
-    """Data-parallel ranks, the workers of Ray Train."""
-    cpus_per_rank: Positive | None = None
-    """CPU threads of one rank. Null: all cores of a node, shared by its ranks."""
-    gpus_per_rank: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs of one rank."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO stage."""
-    checkpoint_every_steps: NonNegative = 25
-    """Optimizer steps between two checkpoints of the training, from which it continues after a failure. A checkpoint
-    takes up to 16 bytes per parameter; only the newest is kept, until the training ends. 0: none."""
+class TrainingConfig(Section):
+    """The keys of everything that learns."""
 
-
-class LearnerConfig(Section):
     ranks: Positive = 1
     """Data-parallel ranks."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """Peak learning rate."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient clipping."""
+    micro_batch_tokens: Positive = 2048
+    """Largest padded micro-batch, in tokens."""
+    gpus_per_rank: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of one rank."""
+
+
+class LearnerConfig(TrainingConfig):
     learning_rate: Annotated[float, Field(gt=0)] = 5e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -149,16 +131,36 @@ class LearnerConfig(Section):
     """AdamW weight decay."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
     """AdamW betas."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradient clipping."""
-    micro_batch_tokens: Positive = 2048
-    """Largest padded micro-batch, in tokens."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     cpus_per_rank: Annotated[float, Field(gt=0)] = 1.0
     """CPU threads of one rank."""
-    gpus_per_rank: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs of one rank."""
+
+
+class RewardModelConfig(TrainingConfig):
+    base: str | None = None
+    """Model that the reward model starts from. Null: model.path."""
+    layers: Positive | None = None
+    """How many of the base's layers are kept, from the first on. Null: all. A shallow reward model costs less to train
+    and to score with, and few layers are enough for what can be read off the words, such as tone."""
+    epochs: Positive = 1
+    """Passes over the preferences."""
+    prompts_per_batch: Positive = 8
+    """Prompts (with all their replies) per optimizer step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """Peak learning rate; linear warm-up over a tenth, then linear decay."""
+    max_length: Positive = 512
+    """Longer transcripts lose tokens at their start; counted."""
+    cpus_per_rank: Positive | None = None
+    """CPU threads of one rank. Null: all cores of a node, shared by its ranks."""
+    checkpoint_every_steps: NonNegative = 25
+    """Optimizer steps between two checkpoints of the training, from which it continues after a failure. A checkpoint
+    takes up to 16 bytes per parameter; only the newest is kept, until the training ends. 0: none."""
+
+    def learner(self, optimizer_steps: int) -> LearnerConfig:
+        """How a training of so many steps learns: a tenth of them is warm-up, then the rate falls linearly."""
+        shared = {key: getattr(self, key) for key in TrainingConfig.model_fields}
+        return LearnerConfig(**shared, schedule="linear", warmup_optimizer_steps=optimizer_steps // 10)
 
 
 class CriticConfig(LearnerConfig):

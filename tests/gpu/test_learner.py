@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from actors.learning.learner import LearnerSettings
 from actors.learning.model import resolve_model
 from actors.learning.objectives.objective import LearnJob
 from actors.learning.size import model_size
-from actors.roles.policy import PolicySettings, PolicyWorker
+from actors.roles.policy import PolicyWorker
 from jobs.quickstart import CONFIG
 from orchestrator.algorithms.ppo import Ppo
 from orchestrator.config.loader import load_config
+from orchestrator.config.sections import LearnerConfig
 from orchestrator.planning.memory import learner_memory
 from tests.integration.engine_scenarios import reference_logprobs
-from tests.numerics.ranks import group
+from tests.numerics.ranks import context, group
 from tests.numerics.samples import experience, rollout
 from tests.tiny import tiny_llama
 
@@ -28,10 +28,9 @@ FULL = [(64, 192)] * 16  # rows that fill micro-batches
 
 
 def policy_of(folder: Path, *, minibatches: int = 2) -> PolicyWorker:
-    learner = LearnerSettings(dtype="bfloat16", learning_rate=3e-3)
+    learner = LearnerConfig(learning_rate=3e-3, micro_batch_tokens=MICRO_BATCH_TOKENS)
     ppo = Ppo(minibatches=minibatches, epochs=2)
-    settings = PolicySettings(str(folder), folder, learner, ppo, temperature=1.0, micro_batch_tokens=MICRO_BATCH_TOKENS)
-    return PolicyWorker(settings, group())
+    return PolicyWorker(learner, context(folder, ppo, dtype="bfloat16"), group())
 
 
 def test_log_probs_in_bf16_are_those_of_fp32_and_the_first_ratio_is_one(tmp_path: Path) -> None:

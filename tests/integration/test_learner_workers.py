@@ -5,14 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.learning.learner import LearnerSettings
 from actors.learning.objectives.objective import LearnJob
-from actors.roles.critic import CriticSettings, CriticWorker
-from actors.roles.policy import PolicySettings, PolicyWorker
+from actors.roles.critic import CriticWorker
+from actors.roles.policy import PolicyWorker
 from actors.roles.reference import ReferenceWorker
 from orchestrator.algorithms.ppo import Ppo
-from orchestrator.config.sections import ModelConfig, ReferenceConfig
-from tests.numerics.ranks import run_ranks
+from orchestrator.config.sections import CriticConfig, LearnerConfig, ReferenceConfig
+from tests.numerics.ranks import context, run_ranks
 from tests.numerics.samples import experience, rollout
 from tests.tiny import tiny_llama, tiny_scorer
 
@@ -22,15 +21,14 @@ ROWS = [(3, 9), (12, 30), (2, 1), (5, 14), (7, 4)]  # an odd number: the ranks' 
 
 
 def one_step(mine, causal: Path, scorer: Path):
-    learner = LearnerSettings(zero_stage=3, dtype="bfloat16", learning_rate=1e-3, gradient_checkpointing=True)
-    policy = PolicyWorker(PolicySettings(str(causal), causal, learner, PPO, micro_batch_tokens=40), mine)
-    critic = CriticWorker(CriticSettings(str(scorer), scorer, learner, PPO, micro_batch_tokens=40), mine)
+    learning = {"zero_stage": 3, "learning_rate": 1e-3, "gradient_checkpointing": True, "micro_batch_tokens": 40}
+    parts = context(causal, PPO, dtype="bfloat16")
+    policy = PolicyWorker(LearnerConfig(**learning), parts, mine)
+    critic = CriticWorker(CriticConfig(path=str(scorer), **learning), parts, mine)
     found = {"world": mine.world_size}
     for sharded in (True, False):
         section = ReferenceConfig(sharded=sharded, micro_batch_tokens=40)
-        model = ModelConfig(path=str(causal), dtype="bfloat16")
-        reference = ReferenceWorker(section, model, mine, cache=causal, temperature=1.0, shares_prompts=False)
-        found[f"reference {sharded}"] = reference.logprobs(rollout(ROWS)).to_pylist()
+        found[f"reference {sharded}"] = ReferenceWorker(section, parts, mine).logprobs(rollout(ROWS)).to_pylist()
     found["logprobs"] = policy.logprobs(rollout(ROWS)).to_pylist()
     found["values"] = critic.values(rollout(ROWS)).to_pylist()
     found["policy"] = policy.learn([experience(ROWS)], JOB)

@@ -24,14 +24,14 @@ from actors.engines.contract import EngineContext
 from actors.engines.hf_engine import HfEngine
 from actors.learning import distributed
 from actors.learning.heads import PolicyModel, probed
-from actors.learning.learner import Learner, LearnerSettings
+from actors.learning.learner import Learner
 from actors.learning.model import load_causal
 from actors.learning.objectives.losses import LossTerms
 from actors.learning.packing import token_rows
 from actors.learning.proofs import require_steady
 from actors.text.tokenizing import load_tokenizer
 from actors.weights.manifest import pack, plan
-from orchestrator.config.sections import ModelConfig
+from orchestrator.config.sections import LearnerConfig, ModelConfig
 from orchestrator.errors import RlhfError
 from tests.deadlines import scaled
 from tests.families import FAMILIES, tiny_folder
@@ -160,8 +160,8 @@ def _gradient(model: Any, logprobs: torch.Tensor) -> torch.Tensor:
 
 def _learner(folder: Path) -> Learner:
     distributed.join(group())
-    settings = LearnerSettings(dtype="float32", zero_stage=1, learning_rate=1e-2)
-    return Learner(PolicyModel(load_causal(folder, torch.float32), temperature=1.0), settings)
+    model = PolicyModel(load_causal(folder, torch.float32), temperature=1.0)
+    return Learner(model, LearnerConfig(zero_stage=1, learning_rate=1e-2), dtype="float32", total_optimizer_steps=1)
 
 
 def _hf_engine_logprobs(folder: Path, learner: Learner) -> torch.Tensor:

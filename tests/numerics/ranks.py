@@ -10,6 +10,11 @@ import torch.multiprocessing as mp
 
 from actors.learning import distributed
 from actors.learning.distributed import Group
+from actors.learning.worker import RankContext
+from actors.text.templates import OWN_CHAT
+from orchestrator.algorithms.algorithm import Algorithm
+from orchestrator.config.base import Dtype
+from orchestrator.config.sections import ModelConfig
 from tests.deadlines import scaled
 
 
@@ -21,6 +26,13 @@ def free_port() -> int:
 
 def group(rank: int = 0, world_size: int = 1, port: int | None = None) -> Group:
     return Group(rank, world_size, master_port=port or free_port(), timeout_s=scaled(100.0))
+
+
+def context(folder: Path, algorithm: Algorithm, *, dtype: Dtype, **changes: Any) -> RankContext:
+    """For a worker of the model in `folder`; `changes` are fields of the context."""
+    model = ModelConfig(path=str(folder), dtype=dtype)
+    fields = {"chat": OWN_CHAT, "temperature": 1.0, "seed": 0, "total_optimizer_steps": 1, **changes}
+    return RankContext(model=model, algorithm=algorithm, cache=folder, **fields)
 
 
 def run_ranks(function: Any, world_size: int, *arguments: Any) -> list[Any]:

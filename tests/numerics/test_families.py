@@ -11,12 +11,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from actors.learning import distributed
 from actors.learning.heads import OwnLogProbs, PolicyModel, TokenLogProbs, probed
-from actors.learning.learner import Learner, LearnerSettings
-from actors.learning.model import load_causal
+from actors.learning.learner import Learner
+from actors.learning.model import load_causal, torch_dtype
 from actors.learning.objectives.losses import LossTerms
 from actors.learning.packing import token_rows
 from actors.learning.proofs import require_steady
 from actors.text.tokenizing import load_tokenizer
+from orchestrator.config.sections import LearnerConfig
 from orchestrator.errors import DataError, StorageError
 from tests.families import FAMILIES, tiny_folder
 from tests.numerics.ranks import group, run_ranks
@@ -70,8 +71,9 @@ def test_logprobs_and_gradients_are_the_models_own(folders, name):
 
 def learner(folder, dtype="float32", stage=1):
     distributed.join(group())
-    settings = LearnerSettings(dtype=dtype, zero_stage=stage, learning_rate=1e-3)
-    return Learner(PolicyModel(load_causal(folder, settings.torch_dtype), temperature=TEMPERATURE), settings)
+    config = LearnerConfig(zero_stage=stage, learning_rate=1e-3)
+    model = PolicyModel(load_causal(folder, torch_dtype(dtype)), temperature=TEMPERATURE)
+    return Learner(model, config, dtype=dtype, total_optimizer_steps=1)
 
 
 def learn(learner):
@@ -113,12 +115,11 @@ def test_an_export_says_what_the_learner_says(folders, tmp_path, name):
 
 
 def weights_after_a_step(mine, folders, stage, checkpointing):
-    settings = LearnerSettings(
-        dtype="float32", zero_stage=stage, learning_rate=1e-3, gradient_checkpointing=checkpointing
-    )
+    config = LearnerConfig(zero_stage=stage, learning_rate=1e-3, gradient_checkpointing=checkpointing)
     found = []
     for folder in folders:
-        policy = Learner(PolicyModel(load_causal(folder, torch.float32), temperature=TEMPERATURE, chunk=2), settings)
+        model = PolicyModel(load_causal(folder, torch.float32), temperature=TEMPERATURE, chunk=2)
+        policy = Learner(model, config, dtype="float32", total_optimizer_steps=1)
         learn(policy)
         found.append({name: tensor.clone() for name, tensor in policy.full_weights()})
     return found

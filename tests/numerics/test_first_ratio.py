@@ -3,13 +3,12 @@ at the sampling temperature."""
 
 import pytest
 
-from actors.learning.learner import LearnerSettings
 from actors.learning.objectives.objective import LearnJob
-from actors.roles.policy import PolicySettings, PolicyWorker
+from actors.roles.policy import PolicyWorker
 from actors.roles.reference import ReferenceWorker
 from orchestrator.algorithms.ppo import Ppo
-from orchestrator.config.sections import ModelConfig, ReferenceConfig
-from tests.numerics.ranks import group
+from orchestrator.config.sections import LearnerConfig, ReferenceConfig
+from tests.numerics.ranks import context, group
 from tests.numerics.samples import experience, rollout
 from tests.tiny import tiny_llama
 
@@ -22,11 +21,8 @@ def folder(tmp_path_factory):
 
 
 def worker(folder, *, dtype, temperature, algorithm, micro_batch_tokens=2048):
-    learner = LearnerSettings(dtype=dtype, learning_rate=3e-3)
-    settings = PolicySettings(
-        str(folder), folder, learner, algorithm, temperature=temperature, micro_batch_tokens=micro_batch_tokens
-    )
-    return PolicyWorker(settings, group())
+    learner = LearnerConfig(learning_rate=3e-3, micro_batch_tokens=micro_batch_tokens)
+    return PolicyWorker(learner, context(folder, algorithm, dtype=dtype, temperature=temperature), group())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -55,12 +51,7 @@ def test_a_wrong_temperature_shows_in_the_first_ratio(folder):
 def test_policy_and_reference_agree_where_they_are_the_same_model(folder):
     policy = worker(folder, dtype="float32", temperature=0.7, algorithm=Ppo())
     reference = ReferenceWorker(
-        ReferenceConfig(micro_batch_tokens=30),
-        ModelConfig(path=str(folder), dtype="float32"),
-        group(),
-        cache=folder,
-        temperature=0.7,
-        shares_prompts=False,
+        ReferenceConfig(micro_batch_tokens=30), context(folder, Ppo(), dtype="float32", temperature=0.7), group()
     )
     ours, theirs = policy.logprobs(rollout()), reference.logprobs(rollout())
     assert ours["row"].to_pylist() == theirs["row"].to_pylist() == list(range(8))

@@ -8,13 +8,14 @@ from deepspeed.utils import safe_get_full_grad
 
 from actors.learning import distributed
 from actors.learning.heads import PolicyModel, ValueModel
-from actors.learning.learner import Learner, LearnerSettings
+from actors.learning.learner import Learner
 from actors.learning.model import load_causal, load_scorer
 from actors.learning.objectives.losses import value_loss
 from actors.learning.objectives.objective import LearnJob
 from actors.learning.objectives.table import objective_of
 from actors.learning.packing import TokenRows
 from orchestrator.algorithms.ppo import Ppo
+from orchestrator.config.sections import LearnerConfig
 from orchestrator.planning.balance import plan_minibatches
 from tests.numerics.ranks import group, run_ranks
 from tests.numerics.samples import experience
@@ -34,7 +35,7 @@ class RecordingLearner(Learner):
 
     def _apply(self, what):
         parameters = list(self._pretrained.parameters())
-        if self.settings.zero_stage:
+        if self.config.zero_stage:
             gradients = [safe_get_full_grad(parameter) for parameter in parameters]
         else:
             gradients = [parameter.grad for parameter in parameters]
@@ -61,7 +62,9 @@ def measure(mine, causal: Path, scorer: Path, micro_batch_tokens: int, stages=ST
             else:
                 model = ValueModel(load_scorer(scorer, torch.float32))
                 objective = critic_objective
-            learner = RecordingLearner(model, LearnerSettings(zero_stage=stage, dtype="float32", learning_rate=1e-3))
+            learner = RecordingLearner(
+                model, LearnerConfig(zero_stage=stage, learning_rate=1e-3), dtype="float32", total_optimizer_steps=1
+            )
             rows = TokenRows(experience(), COLUMNS)
             plan = plan_minibatches(
                 rows.lengths,

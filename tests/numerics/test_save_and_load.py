@@ -9,35 +9,34 @@ from transformers import GenerationConfig
 
 from actors.learning import distributed
 from actors.learning.heads import PolicyModel
-from actors.learning.learner import Learner, LearnerSettings
-from actors.learning.model import load_causal
+from actors.learning.learner import Learner
+from actors.learning.model import load_causal, torch_dtype
 from actors.learning.objectives.objective import LearnJob
 from actors.learning.objectives.table import objective_of
 from actors.learning.packing import TokenRows
-from actors.roles.critic import CriticSettings, CriticWorker
-from actors.roles.policy import PolicySettings, PolicyWorker
+from actors.roles.critic import CriticWorker
+from actors.roles.policy import PolicyWorker
 from actors.text.conversations import load_chat
 from actors.text.templates import ChatSettings
 from actors.text.tokenizing import load_tokenizer
 from orchestrator.algorithms.ppo import Ppo
+from orchestrator.config.sections import CriticConfig, LearnerConfig
 from orchestrator.errors import NonFiniteError, StorageError
 from orchestrator.planning.balance import plan_minibatches
 from tests.chaos.test_storage import fill, small_disk  # noqa: F401  a fixture
-from tests.numerics.ranks import group, run_ranks
+from tests.numerics.ranks import context, group, run_ranks
 from tests.numerics.samples import experience, rollout
 from tests.tiny import CHATML, tiny_llama, tiny_scorer, tiny_tokenizer
 
 PPO = Ppo()
-SETTINGS = LearnerSettings(
-    learning_rate=1e-3, schedule="cosine", warmup_optimizer_steps=2, total_optimizer_steps=8, weight_decay=0.01
-)
+CONFIG = LearnerConfig(learning_rate=1e-3, schedule="cosine", warmup_optimizer_steps=2, weight_decay=0.01)
 COLUMNS = ("old_logprobs", "ref_logprobs", "engine_logprobs", "advantages")
 CASES = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("bfloat16", "float32")]
 
 
 def make(causal, stage, dtype):
-    settings = dataclasses.replace(SETTINGS, zero_stage=stage, dtype=dtype)
-    return Learner(PolicyModel(load_causal(causal, settings.torch_dtype), temperature=1.0), settings)
+    model = PolicyModel(load_causal(causal, torch_dtype(dtype)), temperature=1.0)
+    return Learner(model, CONFIG.model_copy(update={"zero_stage": stage}), dtype=dtype, total_optimizer_steps=8)
 
 
 def learn(learner, steps):
@@ -194,8 +193,7 @@ def test_an_export_is_asked_and_stops_as_the_policy_was(tmp_path):
     (base / "chat_template.jinja").unlink()
     (base / "generation_config.json").unlink()
     settings = ChatSettings(CHATML.replace("<|im_start|>", "<s>"))
-    learner = LearnerSettings(dtype="float32", zero_stage=0)
-    policy = PolicyWorker(PolicySettings(str(base), base, learner, PPO, chat=settings), group())
+    policy = PolicyWorker(LearnerConfig(zero_stage=0), context(base, PPO, dtype="float32", chat=settings), group())
     policy.export(tmp_path / "export")
     asked = load_chat(base, settings)
     exported = load_chat(tmp_path / "export")
@@ -205,8 +203,8 @@ def test_an_export_is_asked_and_stops_as_the_policy_was(tmp_path):
 
 def test_the_critic_learns_its_returns(tmp_path):
     ppo = Ppo(epochs=30, clip_value=None)
-    learner = LearnerSettings(dtype="float32", learning_rate=3e-3)
-    critic = CriticWorker(CriticSettings(str(tiny_scorer(tmp_path)), tmp_path, learner, ppo), group())
+    section = CriticConfig(path=str(tiny_scorer(tmp_path)), learning_rate=3e-3)
+    critic = CriticWorker(section, context(tmp_path, ppo, dtype="float32"), group())
     table = critic.values(rollout())
     assert [len(values) for values in table["values"].to_pylist()] == [row[1] for row in _lengths()]
     first = critic.learn([experience()], LearnJob(0, 0.0, 1.0, 0.0, seed=1))

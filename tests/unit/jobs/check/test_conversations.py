@@ -17,7 +17,7 @@ from actors.text.conversations import chat_of
 from actors.text.templates import ChatSettings
 from jobs.check.conversations import describe_chat
 from jobs.check.preflight import preflight
-from jobs.stages.settings import critic_path
+from jobs.stages.settings import critic_section
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
 from orchestrator.errors import RlhfError
@@ -122,7 +122,7 @@ def test_the_ways_out_work(tmp_path: Path, models: dict[str, Path]) -> None:
     policy = {"critic": {"path": str(models["policy"])}}
     assert problems(tmp_path, models, **foreign, **policy) == []
     # The policy with a new head: nothing else is started from.
-    assert critic_path(config_of(tmp_path, models, **foreign, **policy), str(models["shuffled"])) is None
+    assert critic_section(config_of(tmp_path, models, **foreign, **policy), str(models["shuffled"])).path is None
     grpo = {"rl": {"samples_per_prompt": 2}, "algorithm": {"name": "grpo"}}
     passed = found(tmp_path, models, **foreign, **grpo)
     assert passed.problems == []
