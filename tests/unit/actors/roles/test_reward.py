@@ -9,12 +9,10 @@ import pytest
 
 from actors.rewards import RewardContext, Score
 from actors.rewards.model import write_stats
-from actors.rewards.table import SOURCES
 from actors.roles.reward import RewardWorker, rewards_table
 from actors.text.templates import OWN_CHAT
 from orchestrator import schema
 from orchestrator.config.rewards import (
-    REWARDS,
     HttpRewardConfig,
     ModelRewardConfig,
     RewardConfig,
@@ -74,10 +72,6 @@ def test_a_model_scores_with_the_statistics_it_was_saved_with(tmp_path: Path) ->
     rollout = rollout_table(["x", "y"], prompt_tokens=[[5, 6], [7]], response_tokens=[[8, 0], [9, 10]])
     for row in worker(reward, policy).score(rollout).to_pylist():
         assert row["reward"] == pytest.approx(dict(row["reward_parts"])["model"] / 2**0.5)
-
-
-def test_every_kind_that_the_config_knows_is_served() -> None:
-    assert set(SOURCES) == set(REWARDS)
 
 
 def test_a_kind_says_what_it_lacks() -> None:

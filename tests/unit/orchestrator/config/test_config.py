@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import typing
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
+from orchestrator.config.base import by_name
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
 from orchestrator.errors import ConfigError
 
 GROUPS = {"name": "grpo"}
+NUM_KEYS, MOST_KEYS = 175, 250
 
 
 def config(**sections: Any) -> Config:
@@ -49,6 +54,25 @@ def test_a_shard_may_part_samples_that_are_not_compared() -> None:
     assert config(rl={"samples_per_prompt": 3}, rollout={"samples_per_shard": 64}).rl.samples_per_prompt == 3
 
 
-def test_a_reward_model_that_the_run_trains_needs_no_path() -> None:
-    sections = {"stages": ["preferences", "reward_model", "ppo"], "reward": {}}
-    assert config(**sections).reward.name == "model"
+def dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key that may be set, once where several sections of a choice have it."""
+    for name, field in section.model_fields.items():
+        choice, inner = by_name(field), list(_sections_in(field.annotation))
+        for kind in choice.table.values() if choice else inner:
+            yield from dotted_keys(kind, f"{prefix}{name}.")
+        if not inner:
+            yield f"{prefix}{name}"
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in typing.get_args(annotation):
+        yield from _sections_in(part)
+
+
+def test_the_keys_are_counted() -> None:
+    """People have to find their way among them. A new key raises NUM_KEYS; one that replaces two lowers it."""
+    found = set(dotted_keys(Config))
+    assert {"reward.rules.function", "reward.url", "algorithm.gamma", "guards.kl.max", "stages.kind"} <= found
+    assert len(found) == NUM_KEYS <= MOST_KEYS
