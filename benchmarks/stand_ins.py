@@ -19,7 +19,7 @@ from actors.learning.objectives.objective import LearnJob
 from actors.learning.worker import Share
 from actors.remote.roles import RayLearner, RayRecorder, RayRollouts, ReplicatedScorer, ShardedScorer
 from orchestrator import schema
-from orchestrator.coordinator import Coordinator, LoopSettings
+from orchestrator.coordinator import Coordinator
 from orchestrator.failures import Unsupervised
 from orchestrator.held_out import Evaluation
 from orchestrator.roles import Publisher, Roles
@@ -157,7 +157,9 @@ def coordinator(
         publisher=publisher,
     )
     return Coordinator(
-        settings=LoopSettings(steps, 0, lambda coefficient, kl, count: coefficient),
+        steps=steps,
+        critic_warmup_steps=0,
+        next_kl_coefficient=lambda coefficient, kl, count: coefficient,
         sampler=Sampler(
             rollouts,
             schedule,

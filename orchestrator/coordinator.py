@@ -27,28 +27,27 @@ from orchestrator.watching.guards import Guards
 from orchestrator.watching.telemetry import Telemetry
 
 
-@dataclass(frozen=True)
-class LoopSettings:
-    """How long to run and when to act. `next_kl_coefficient(coefficient, observed KL per response, samples)`."""
+@dataclass(frozen=True, kw_only=True)
+class Relearning:
+    """A run is a fold over its log, state[k + 1] = learn(state[k], experience[k]): the part that needs no engines.
+
+    Args:
+        steps: the step to end before.
+        critic_warmup_steps: first steps in which only the critic learns.
+        next_kl_coefficient: from this step's coefficient, its KL per response, and its samples.
+    """
 
     steps: int
     critic_warmup_steps: int
     next_kl_coefficient: Callable[[float, float, int], float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Relearning:
-    """A run is a fold over its log, state[k + 1] = learn(state[k], experience[k]): the part that needs no engines."""
-
-    settings: LoopSettings
     roles: Learners
     log: ExperienceLog
     guards: Guards
     telemetry: Telemetry
 
     async def relearn(self, state: State) -> State:
-        """Learns from what the log holds, from `state` on and up to `settings.steps`."""
-        while state.step < self.settings.steps and self.log.holds(state.step):
+        """Learns from what the log holds, from `state` on and up to `steps`."""
+        while state.step < self.steps and self.log.holds(state.step):
             with self.telemetry.step(state.step) as record:
                 experience = await self.log.load(state.step)
                 record(experience.metrics)
@@ -59,7 +58,7 @@ class Relearning:
 
     async def learn(self, experience: Experience) -> Metrics:
         with self.telemetry.phase("learn"):
-            if experience.step < self.settings.critic_warmup_steps:
+            if experience.step < self.critic_warmup_steps:
                 return _prefixed("critic", await self.roles.critic.learn(experience))
             policy, critic = await both(self.roles.policy.learn(experience), self.roles.critic.learn(experience))
             learned = experience.metrics["tokens/generated"] * policy["epochs"]
@@ -68,7 +67,7 @@ class Relearning:
     def advance(self, state: State, experience: Experience) -> State:
         kl = experience.metrics["kl/per_response"]
         samples = sum(record.num_samples for record in experience.records)
-        return state.advance(self.settings.next_kl_coefficient(state.kl_coefficient, kl, samples))
+        return state.advance(self.next_kl_coefficient(state.kl_coefficient, kl, samples))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +95,8 @@ class Coordinator(Relearning):
         await self.publish(state)
         await self.evaluation.run_if_due(state)
         await self.checkpoints.save_if_due(state)
-        async with self.sampler.running(first_step=state.step, end_step=self.settings.steps):
-            while state.step < self.settings.steps:
+        async with self.sampler.running(first_step=state.step, end_step=self.steps):
+            while state.step < self.steps:
                 with self.telemetry.step(state.step) as record:
                     with self.telemetry.phase("generate"):
                         rollouts = await self.sampler.next()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from jobs.stages.settings import loop_settings
+from jobs.stages.settings import critic_warmup_steps
 from jobs.stages.stage import Row
 from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.config.config import Config
@@ -17,7 +17,7 @@ def batch_rows(config: Config, num_prompts: int) -> list[Row]:
     samples = config.samples_per_step
     shards = math.ceil(samples / rollout.samples_per_shard)
     per_step = algorithm.epochs * algorithm.minibatches
-    policy_steps = max(rl.steps - loop_settings(config, rl.steps).critic_warmup_steps, 0) * per_step
+    policy_steps = max(rl.steps - critic_warmup_steps(config), 0) * per_step
     optimizer_steps = f"policy {policy_steps}" + (f", critic {rl.steps * per_step}" if algorithm.needs_critic else "")
     critic_rates = (
         [("learning rate, critic", _rates(config.critic, rl.steps * per_step))] if algorithm.needs_critic else []

@@ -24,7 +24,7 @@ from jobs.stages.rl_wiring import (
     start_recorders,
     starting,
 )
-from jobs.stages.settings import initial_state, loop_settings, reward_path
+from jobs.stages.settings import critic_warmup_steps, initial_state, reward_path
 from jobs.stages.table import logged_stage
 from orchestrator.config.changes import changed_keys
 from orchestrator.config.config import Config
@@ -147,7 +147,9 @@ class _Replay:
             log = experience_log(config, run, recorder_of(config, recorders))
             table = only_warning(guard_table(config.guards))
             relearning = Relearning(
-                settings=loop_settings(config, last_step),
+                steps=last_step,
+                critic_warmup_steps=critic_warmup_steps(config),
+                next_kl_coefficient=config.algorithm.next_kl_coefficient,
                 roles=learners,
                 log=log,
                 guards=Guards(table, folder=self.folder, telemetry=telemetry, past=log.metrics, console=say),

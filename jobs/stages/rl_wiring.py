@@ -33,9 +33,9 @@ from jobs.grace import saving_s
 from jobs.stages.settings import (
     chat_settings,
     critic_section,
+    critic_warmup_steps,
     engines_sleep,
     experience_settings,
-    loop_settings,
     rank_context,
     reward_section,
     samples_per_shard,
@@ -254,7 +254,9 @@ def _coordinator(
     )
     log = experience_log(config, run, roles.recorder)
     return Coordinator(
-        settings=loop_settings(config, rl.steps),
+        steps=rl.steps,
+        critic_warmup_steps=critic_warmup_steps(config),
+        next_kl_coefficient=config.algorithm.next_kl_coefficient,
         sampler=Sampler(
             roles.rollouts,
             schedule,

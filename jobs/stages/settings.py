@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from actors.learning.worker import RankContext
 from actors.text.templates import ChatSettings, read_template
 from orchestrator.algorithms.experience import ExperienceSettings
-from orchestrator.algorithms.kl import adapted_coefficient
 from orchestrator.config.config import Config
 from orchestrator.config.rewards import ModelRewardConfig, RewardConfig
 from orchestrator.config.sections import CriticConfig
 from orchestrator.config.stages import StageEntry
-from orchestrator.coordinator import LoopSettings
 from orchestrator.planning.demands import REWARD_MODEL
 from orchestrator.types import Sampling, State
 
@@ -94,26 +92,13 @@ def reward_section(config: Config, path: str | None) -> RewardConfig:
     return config.reward.model_copy(update={"path": path, "max_length": reward_max_length(config)})
 
 
-def loop_settings(config: Config, steps: int) -> LoopSettings:
-    warmup_steps = config.critic.warmup_steps if config.algorithm.needs_critic else 0
-    return LoopSettings(steps, warmup_steps, _kl_controller(config))
+def critic_warmup_steps(config: Config) -> int:
+    """First steps in which only the critic learns; without a critic there are none."""
+    return config.critic.warmup_steps if config.algorithm.needs_critic else 0
 
 
 def initial_state(config: Config) -> State:
     return State(step=0, kl_coefficient=config.algorithm.kl_coefficient)
-
-
-def _kl_controller(config: Config) -> Callable[[float, float, int], float]:
-    target = config.algorithm.adaptive_kl_target
-    if target is None:
-        return lambda coefficient, observed_kl, num_samples: coefficient
-    return lambda coefficient, observed_kl, num_samples: adapted_coefficient(
-        coefficient,
-        observed_kl,
-        target=target,
-        horizon_samples=config.algorithm.kl_horizon_samples,
-        num_samples=num_samples,
-    )
 
 
 def experience_settings(config: Config) -> ExperienceSettings:

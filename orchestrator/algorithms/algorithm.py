@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from orchestrator.algorithms.advantages import Advantages, Responses
+from orchestrator.algorithms.kl import adapted_coefficient
 from orchestrator.config.base import NonNegativeNumber, Positive, PositiveNumber, Section
 from orchestrator.config.sections import RlConfig, RolloutConfig
 
@@ -56,6 +57,18 @@ class Algorithm(Section):
     def kl_in_reward(self) -> bool:
         """Whether -kl_coefficient · (log p_old - log p_ref) is added to every token's reward."""
         return self.kl_estimator == "k1-reward"
+
+    def next_kl_coefficient(self, coefficient: float, observed_kl: float, num_samples: int) -> float:
+        """The coefficient after a step with this KL per response: the same, or adapted (see kl.py)."""
+        if self.adaptive_kl_target is None:
+            return coefficient
+        return adapted_coefficient(
+            coefficient,
+            observed_kl,
+            target=self.adaptive_kl_target,
+            horizon_samples=self.kl_horizon_samples,
+            num_samples=num_samples,
+        )
 
     @abstractmethod
     def advantages(self, responses: Responses) -> Advantages:

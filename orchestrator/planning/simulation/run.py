@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from orchestrator.coordinator import Coordinator, LoopSettings
+from orchestrator.coordinator import Coordinator
 from orchestrator.failures import Unsupervised
 from orchestrator.held_out import Evaluation
 from orchestrator.planning.simulation.roles import (
@@ -82,7 +82,9 @@ def _coordinator(folder: Path, loop: VirtualTimeLoop, cluster: Cluster, cache_to
         publisher=SimulatedPublisher(cluster),
     )
     return Coordinator(
-        settings=LoopSettings(steps, 0, lambda coefficient, kl, samples: coefficient),
+        steps=steps,
+        critic_warmup_steps=0,
+        next_kl_coefficient=lambda coefficient, kl, samples: coefficient,
         sampler=Sampler(
             rollouts,
             SimulatedSchedule(cluster.work.samples),

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.coordinator import Coordinator, LoopSettings
+from orchestrator.coordinator import Coordinator
 from orchestrator.errors import RewardError, RoleDied, StorageError
 from orchestrator.evaluation import EVALUATION, evaluation_metrics
 from orchestrator.failures import Unsupervised
@@ -82,7 +82,9 @@ class World:
         )
         log = ExperienceLog(self.folder / "log", recorder, max_failed_fraction=self.max_failed_fraction)
         return Coordinator(
-            settings=LoopSettings(self.steps, self.critic_warmup_steps, lambda c, kl, n: 2 * c),
+            steps=self.steps,
+            critic_warmup_steps=self.critic_warmup_steps,
+            next_kl_coefficient=lambda coefficient, kl, samples: 2 * coefficient,
             sampler=Sampler(
                 rollouts,
                 schedule,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.coordinator import LoopSettings, Relearning
+from orchestrator.coordinator import Relearning
 from orchestrator.errors import GuardTripped, RoleDied
 from orchestrator.roles import Learners
 from orchestrator.run.experience_log import ExperienceLog
@@ -24,7 +24,9 @@ def relearning(run: Path, to: Path, *, steps: int, warmup: int = 0, table: Seque
     log = ExperienceLog(run / "log", FakeRecorder(diary), max_failed_fraction=0.1)
     telemetry = Telemetry(to, "run", 0, stage="replay")
     return Relearning(
-        settings=LoopSettings(steps, warmup, lambda coefficient, kl, samples: 2 * coefficient),
+        steps=steps,
+        critic_warmup_steps=warmup,
+        next_kl_coefficient=lambda coefficient, kl, samples: 2 * coefficient,
         roles=Learners(policy=FakeLearner("policy", diary), critic=FakeLearner("critic", diary)),
         log=log,
         guards=Guards(table, folder=to, telemetry=telemetry, past=log.metrics, console=print),
