@@ -99,7 +99,7 @@ class HttpReward:
                 raise RewardError(f"reward endpoint {self._url} refused the request ({cause}). Check the address.")
         raise RewardError(
             f"reward endpoint {self._url} gave no answer in {tries} tries; the last one: {cause}. Check "
-            "that it runs and can be reached from the reward workers, or raise reward.retries or timeout_s."
+            "that it runs and can be reached from the reward replicas, or raise reward.retries or timeout_s."
         )
 
     async def _once(self, body: bytes, most_bytes: int) -> tuple[httpx.Response, bytes]:
@@ -161,7 +161,7 @@ def _token(source: str) -> str:
     if not _TOKEN.fullmatch(token.strip()):
         raise ConfigError(
             f"reward.token_from={source} gives no token (one line of printable characters) on this node. Set the "
-            "variable, or write the file, where the reward workers run."
+            "variable, or write the file, where the reward replicas run."
         )
     return token.strip()
 

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from orchestrator.config.base import Section, by_name
+from orchestrator.config.base import ByName, Section, by_name
 from orchestrator.config.config import Config
 from orchestrator.config.stages import translated_stages
 from orchestrator.config.yaml_text import MAX_YAML_BYTES, parse_yaml
@@ -259,20 +259,17 @@ def _explain(error: Any, tree: Mapping[str, Any]) -> str:
         return f"unknown key {location!r}{_suggestion(error['loc'], tree)}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
+    if error["type"] == "missing":
+        *parents, key = (part for part in error["loc"] if isinstance(part, str))
+        field = _section_at(parents, tree)[0].model_fields[key]
+        return f"{location} must be given: {field.description}"
     return f"{location}: {error['msg'].lower()}, got {reprlib.repr(error['input'])}."
 
 
 def _suggestion(location: tuple[int | str, ...], tree: Mapping[str, Any]) -> str:
     *parents, key = (part for part in location if isinstance(part, str))
-    section: type[BaseModel] = Config
-    owners: list[str] = []
-    value: Any = tree
-    for parent in parents:
-        field = section.model_fields[parent]
-        value = value.get(parent) if isinstance(value, Mapping) else None
-        choice = by_name(field)
-        owners = choice.owners(key) if choice else []
-        section = (choice and choice.section(value)) or _section_type(field.annotation)
+    section, choice = _section_at(parents, tree)
+    owners = choice.owners(key) if choice else []
     prefix = ".".join([*parents, ""])
     if owners:
         return f": it is a key of {prefix}name={' and '.join(owners)} only."
@@ -289,6 +286,19 @@ def _suggestion(location: tuple[int | str, ...], tree: Mapping[str, Any]) -> str
     if elsewhere:
         return f"; did you mean {elsewhere[0]!r}?"
     return f"; known here: {', '.join(section.model_fields)}."
+
+
+def _section_at(parents: Iterable[str], tree: Mapping[str, Any]) -> tuple[type[BaseModel], ByName | None]:
+    """The section below these keys, and the choice that it was chosen from, if it was."""
+    section: type[BaseModel] = Config
+    choice: ByName | None = None
+    value: Any = tree
+    for parent in parents:
+        field = section.model_fields[parent]
+        value = value.get(parent) if isinstance(value, Mapping) else None
+        choice = by_name(field)
+        section = (choice and choice.section(value)) or _section_type(field.annotation)
+    return section, choice
 
 
 def _section_type(annotation: Any) -> type[BaseModel]:

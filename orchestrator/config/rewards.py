@@ -68,7 +68,7 @@ class RulesRewardConfig(RewardConfig):
 
     name: Literal["rules"] = "rules"
     rules: Annotated[tuple[RuleConfig, ...], Field(min_length=1)]
-    """Rule functions; their weighted sum is the reward."""
+    """Rule functions, such as [{function: "my_rewards:brevity"}]; their weighted sum is the reward."""
 
 
 class HttpRewardConfig(RewardConfig):
