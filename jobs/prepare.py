@@ -12,7 +12,7 @@ import numpy as np
 from actors.learning.model import resolve_model
 from actors.text.conversations import Chat, load_chat
 from actors.text.tokenizing import encode
-from jobs.stages.settings import chat_settings
+from jobs.stages.settings import chat_template
 from orchestrator.config.config import Config
 from orchestrator.data.inputs import at_home
 from orchestrator.data.readers import read_prompts
@@ -79,7 +79,7 @@ def without_prompts(chat: Chat) -> Prepared:
 def policy_chat(config: Config) -> Chat:
     """How conversations are written for the policy. Raises DataError: the model's folder, tokenizer or template."""
     folder = resolve_model(config.model.path, config.run.cache)
-    return load_chat(folder, chat_settings(config), trust_remote_code=config.model.trust_remote_code)
+    return load_chat(folder, config.model, chat_template(config))
 
 
 def prepare_prompts(

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 
 from actors.text.conversations import Chat
-from actors.text.templates import OWN_CHAT, ChatSettings
 from actors.weights.manifest import Bucket, WeightHeader
 from orchestrator import schema
 from orchestrator.config.sections import ModelConfig, PublishConfig, RolloutConfig
@@ -91,7 +90,7 @@ class EngineContext:
     """What an engine is built from besides the folder of its model.
 
     Args:
-        chat: how conversations are written for the model.
+        template: text of model.chat_template; None: the tokenizer's own.
         publish: how publishes are proved, see actors.weights.verify.Verifier.
         threads: CPU threads of the engine.
         max_samples: largest number of samples at one time.
@@ -102,7 +101,7 @@ class EngineContext:
     model: ModelConfig
     threads: int
     max_samples: int
-    chat: ChatSettings = OWN_CHAT
+    template: str | None = None
     rollout: RolloutConfig = RolloutConfig()  # noqa: RUF009  frozen
     publish: PublishConfig = PublishConfig()  # noqa: RUF009  frozen
     seed: int = 0

@@ -36,7 +36,7 @@ class HfEngine:
     def __init__(self, folder: Path, context: EngineContext, *, device: str = "cpu") -> None:
         self._context, self._device = context, torch.device(device)
         dtype, remote = torch_dtype(context.model.compute_dtype), context.model.trust_remote_code
-        self._chat = load_chat(folder, context.chat, trust_remote_code=remote)
+        self._chat = load_chat(folder, context.model, context.template)
         self._model = load_causal(folder, dtype, trust_remote_code=remote)
         self._model.to(self._device).requires_grad_(False)
         self._needed = [name for name, _ in named_state(self._model)]

@@ -50,7 +50,7 @@ class VllmEngine:
     ) -> None:
         _check(context)
         self._context = context
-        self._chat = load_chat(folder, context.chat, trust_remote_code=context.model.trust_remote_code)
+        self._chat = load_chat(folder, context.model, context.template)
         self._llm = start_llm(folder, context, transfer_backend)
         self._served = ServedVersion(context.version)
 

@@ -21,7 +21,6 @@ from actors.learning.learner import Learner, Loss, Update
 from actors.learning.objectives.objective import LearnJob
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.sharing import can_share
-from actors.text.templates import ChatSettings
 from orchestrator.algorithms.algorithm import Algorithm
 from orchestrator.config.sections import LearnerConfig, ModelConfig
 from orchestrator.planning.balance import plan_forwards, plan_minibatches
@@ -44,7 +43,7 @@ class RankContext:
     Args:
         model: the policy.
         cache: folder of converted models.
-        chat: how conversations are written; its template and stop tokens go with the exported policy.
+        template: text of model.chat_template, which goes with the exported policy; None: the tokenizer's own.
         temperature: at which responses were sampled; all log-probs are at it.
         seed: of a new head.
         total_optimizer_steps: of the whole run.
@@ -53,7 +52,7 @@ class RankContext:
     model: ModelConfig
     algorithm: Algorithm
     cache: Path
-    chat: ChatSettings
+    template: str | None
     temperature: float
     seed: int
     total_optimizer_steps: int

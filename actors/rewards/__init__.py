@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from actors.text.templates import ChatSettings
 from orchestrator.config.rewards import RuleLimits
 from orchestrator.config.sections import ModelConfig
 
@@ -44,14 +43,14 @@ class RewardContext:
     """What a source is built from besides its own section of the config.
 
     Args:
-        policy: the model whose samples are scored, and `chat`, how its conversations are written.
+        policy: the model whose samples are scored, and `template`, the text of its chat template if it is not its own.
         cache: folder of converted models.
         total_s: time for one shard, for rules and endpoints.
         threads: CPU threads of the replica.
     """
 
     policy: ModelConfig
-    chat: ChatSettings
+    template: str | None
     cache: Path
     limits: RuleLimits
     total_s: float

@@ -165,7 +165,7 @@ def build(reward: ModelRewardConfig, context: RewardContext) -> RewardModel:
     policy, trust = context.policy, context.policy.trust_remote_code
     return RewardModel(
         resolve_model(reward.path, context.cache),
-        load_chat(resolve_model(policy.path, context.cache), context.chat, trust_remote_code=trust),
+        load_chat(resolve_model(policy.path, context.cache), policy, context.template),
         dtype=torch_dtype(policy.compute_dtype),
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         micro_batch_tokens=reward.micro_batch_tokens,

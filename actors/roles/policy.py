@@ -32,7 +32,7 @@ class PolicyWorker(LearningWorker):
         trust, dtype = context.model.trust_remote_code, torch_dtype(context.model.compute_dtype)
         folder = resolve_model(context.model.path, context.cache)
         language_model = load_causal(folder, dtype, trust_remote_code=trust)
-        self._chat = load_chat(folder, context.chat, trust_remote_code=trust)
+        self._chat = load_chat(folder, context.model, context.template)
         super().__init__(
             PolicyModel(language_model, temperature=context.temperature),
             policy,

@@ -25,9 +25,10 @@ import numpy as np
 import numpy.typing as npt
 
 from actors.text.closings import find_closing, marks_of, named_ends, require_content
-from actors.text.templates import OWN_CHAT, ChatSettings, ChatTemplate
+from actors.text.templates import ChatTemplate
 from actors.text.tokenizing import Tokens, encode, load_tokenizer
 from actors.text.tool_turns import as_written
+from orchestrator.config.sections import ModelConfig
 from orchestrator.data.inputs import read_text
 from orchestrator.data.records import Message, Reply, is_begun, message_dict, message_dicts
 from orchestrator.errors import DataError
@@ -205,31 +206,41 @@ class Chat:
         return np.array(encode([text], self.tokenizer)[0], dtype=np.int32)
 
 
-def chat_of(tokenizer: Any, settings: ChatSettings = OWN_CHAT, folder: Path | None = None) -> Chat:
-    """How conversations are written for the model of a tokenizer; `folder` is the model's, for its stop tokens.
+def chat_of(
+    tokenizer: Any,
+    *,
+    folder: Path | None = None,
+    template: str | None = None,
+    system_prompt: str | None = None,
+    today: date | None = None,
+) -> Chat:
+    """How conversations are written for the model of a tokenizer.
 
-    The tokenizer gets the settings' template, so that the template is saved with the tokenizer.
+    Args:
+        folder: of the model, for its stop tokens.
+        template: Jinja source, which is then saved with the tokenizer; None: the tokenizer's own.
+        system_prompt: for conversations that bring no system message; None: the template's own default.
+        today: the date that the template writes; None: today's.
 
     Raises:
         DataError: no template, one that is broken, or no token ends a reply.
     """
-    if settings.chat_template is not None:
-        tokenizer.chat_template = settings.chat_template
-    today = settings.today or datetime.now().astimezone().date()
-    template = _template(tokenizer, today)
+    if template is not None:
+        tokenizer.chat_template = template
+    written = _template(tokenizer, today or datetime.now().astimezone().date())
     ends = named_ends(folder, tokenizer)
-    draft = Chat(tokenizer, template, settings.system_prompt, np.array([], np.int32), ())
+    draft = Chat(tokenizer, written, system_prompt, np.array([], np.int32), ())
 
     def write(turns: Sequence[Mapping[str, str]], ask: bool) -> str:
         messages = draft._turns([Message(turn["role"], turn["content"]) for turn in turns])
-        return template.render(messages, add_generation_prompt=ask)
+        return written.render(messages, add_generation_prompt=ask)
 
-    require_content(write, template.name)
-    closing = draft._tokens(find_closing(write, marks_of(ends, tokenizer), template.name))
+    require_content(write, written.name)
+    closing = draft._tokens(find_closing(write, marks_of(ends, tokenizer), written.name))
     if not len(closing):
         if tokenizer.eos_token_id is None and not ends:
             raise DataError(
-                f"the chat template of {template.name} writes nothing behind a reply and there is no EOS token: "
+                f"the chat template of {written.name} writes nothing behind a reply and there is no EOS token: "
                 "nothing marks where a reply ends. Set model.chat_template=FILE to one that closes its turns."
             )
         last = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(ends))
@@ -237,23 +248,34 @@ def chat_of(tokenizer: Any, settings: ChatSettings = OWN_CHAT, folder: Path | No
     return replace(draft, closing=closing, stops=tuple(sorted({*ends, int(closing[-1])})))
 
 
-def load_chat(folder: Path, settings: ChatSettings = OWN_CHAT, *, trust_remote_code: bool = False) -> Chat:
-    """How conversations are written for the policy in `folder`. Raises DataError, see chat_of and load_tokenizer."""
-    return chat_of(load_tokenizer(folder, trust_remote_code=trust_remote_code), settings, folder)
+def load_chat(folder: Path, model: ModelConfig = ModelConfig(), template: str | None = None) -> Chat:  # noqa: B008
+    """How conversations are written for the policy in `folder`, as its section and the text of model.chat_template say.
+
+    Raises:
+        DataError: see chat_of and load_tokenizer.
+    """
+    return chat_of(
+        load_tokenizer(folder, trust_remote_code=model.trust_remote_code),
+        folder=folder,
+        template=template,
+        system_prompt=model.system_prompt,
+        today=model.today,
+    )
 
 
-def base_chat(folder: Path, policy: Path, settings: ChatSettings, *, trust_remote_code: bool = False) -> Chat:
+def base_chat(folder: Path, policy: Path, model: ModelConfig, template: str | None) -> Chat:
     """How conversations are written while a reward model is trained from the model in `folder`.
 
-    The settings' template is the policy's: a base that is another model keeps its own, and one without a template
-    uses the policy's if the vocabulary is the same.
+    Args:
+        policy: folder of the policy, whose section and template are `model` and `template`. Another base keeps its own
+            template; a base without one uses the policy's if the vocabulary is the same.
     """
     if folder.resolve() == policy.resolve():
-        return load_chat(folder, settings, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        return load_chat(folder, model, template)
+    tokenizer = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
     if not tokenizer.chat_template:
-        _borrow(tokenizer, load_chat(policy, settings, trust_remote_code=trust_remote_code), folder)
-    return chat_of(tokenizer, replace(settings, chat_template=None), folder)
+        _borrow(tokenizer, load_chat(policy, model, template), folder)
+    return chat_of(tokenizer, folder=folder, system_prompt=model.system_prompt, today=model.today)
 
 
 def reward_chat(folder: Path, policy: Chat, *, trust_remote_code: bool = False) -> Chat:
@@ -264,8 +286,7 @@ def reward_chat(folder: Path, policy: Chat, *, trust_remote_code: bool = False) 
         _borrow(tokenizer, policy, folder)
     kept = _read_kept(folder / CHAT_FILE)
     if kept is None:
-        settings = ChatSettings(None, policy.system_prompt, policy.template.today)
-        return chat_of(tokenizer, settings, folder)
+        return chat_of(tokenizer, folder=folder, system_prompt=policy.system_prompt, today=policy.template.today)
     template = _template(tokenizer, kept.template_date)
     return Chat(tokenizer, template, kept.system_prompt, np.array(kept.closing, np.int32), tuple(kept.stops))
 

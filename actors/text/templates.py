@@ -24,28 +24,10 @@ _ANSWER_S = 120.0  # the process ends itself after CPU_SECONDS; this is for a ma
 _WAY_OUT = "Mend the template, or set model.chat_template=FILE (for a reward model: chat_template.jinja in its folder)."
 
 
-@dataclass(frozen=True)
-class ChatSettings:
-    """A run's settings for the conversations of a model.
-
-    Args:
-        chat_template: Jinja source; None: the tokenizer's own.
-        system_prompt: set before conversations that bring no system message; None: the template's own default.
-        today: the date that the template writes; None: today's.
-    """
-
-    chat_template: str | None = None
-    system_prompt: str | None = None
-    today: date | None = None
-
-
 def read_template(path: Path) -> str:
     """The text of model.chat_template. Raises DataError when it can't be read."""
     key = "model.chat_template"
     return read_text(at_home(path, key, DataError), f"{key}={path}", DataError)
-
-
-OWN_CHAT = ChatSettings()  # the model's own settings
 
 
 class TemplateRefused(DataError):

@@ -20,7 +20,6 @@ from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.worker import Share, answers
 from actors.rewards.model import RewardStats, write_stats
 from actors.text.conversations import Chat, base_chat
-from actors.text.templates import ChatSettings
 from actors.training.ranked_rows import RankedRows, padding_token, ranked_rows
 from orchestrator.algorithms.ranking import spread
 from orchestrator.config.sections import ModelConfig, RewardModelConfig
@@ -39,7 +38,7 @@ class RewardTraining:
 
     Args:
         stage: config section; the model to start from is its `base`, else the policy.
-        policy: whose conversations `chat` is about; see base_chat.
+        policy, template: whose conversations are written, and the text of its chat template; see base_chat.
         cache: folder of converted models.
         folder: the finished reward model; replaced as a whole.
         work: folder for the unfinished model, on the file system of `folder`.
@@ -49,7 +48,7 @@ class RewardTraining:
 
     stage: RewardModelConfig
     policy: ModelConfig
-    chat: ChatSettings
+    template: str | None
     cache: Path
     folder: Path
     work: Path
@@ -80,7 +79,7 @@ class RewardModelTask:
 
         def load() -> tuple[Chat, Any, RankedRows, RankedRows]:
             folder = resolve_model(stage.base or policy.path, settings.cache)
-            chat = base_chat(folder, resolve_model(policy.path, settings.cache), settings.chat, trust_remote_code=trust)
+            chat = base_chat(folder, resolve_model(policy.path, settings.cache), policy, settings.template)
             scorer = load_scorer(
                 folder,
                 torch_dtype(dtype),

@@ -12,7 +12,7 @@ from actors.learning.size import num_embeddings
 from actors.text.conversations import Chat, base_chat, reward_chat
 from actors.text.tokenizing import has_tokenizer, load_tokenizer
 from jobs.prepare import find_data
-from jobs.stages.settings import chat_settings
+from jobs.stages.settings import chat_template
 from jobs.stages.stage import Found
 from orchestrator.algorithms.ranking import spread
 from orchestrator.config.config import Config
@@ -75,7 +75,7 @@ def check_training_conversations(config: Config, found: Found) -> str | None:
         return None
     model = config.reward_model.base or config.model.path
     start, mine = (resolve_model(name, config.run.cache) for name in (model, config.model.path))
-    chat = base_chat(start, mine, chat_settings(config), trust_remote_code=config.model.trust_remote_code)
+    chat = base_chat(start, mine, config.model, chat_template(config))
     if config.preferences.path is not None:
         path = find_data(config.preferences.path)
         records, _ = read_rankings(path, config.preferences.format, config.preferences.limit)

@@ -24,7 +24,7 @@ from jobs.resolve import WITHOUT_TRIAL, resolved
 from jobs.stages.labeller import read_gold
 from jobs.stages.preferences import PREFERENCES
 from jobs.stages.reward_model import RESULT_FILE
-from jobs.stages.settings import alone, chat_settings
+from jobs.stages.settings import alone, chat_template
 from jobs.stages.stage import StageJob
 from jobs.stages.training import Report, train
 from orchestrator.algorithms.ranking import concordant_pairs, kendall_tau, num_pairs, wilson_interval
@@ -239,7 +239,7 @@ def _settings(config: Config, folder: Path, *, num_records: int) -> RewardTraini
     return RewardTraining(
         stage=stage,
         policy=config.model,
-        chat=chat_settings(config),
+        template=chat_template(config),
         cache=config.run.cache,
         folder=folder,
         work=folder.with_name(f".{folder.name}.work"),
@@ -266,7 +266,8 @@ def _identity(
 ) -> tuple[object, ...]:
     """All that decides what is learned."""
     stage = settings.stage.model_dump(exclude={"checkpoint_every_steps"})
-    policy = (settings.policy.path, settings.policy.compute_dtype, settings.chat)
+    model = settings.policy
+    policy = (model.path, model.compute_dtype, model.system_prompt, model.today, settings.template)
     return policy, stage, settings.total_optimizer_steps, settings.seed, tuple(records), tuple(held_out)
 
 

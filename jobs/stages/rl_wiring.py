@@ -31,7 +31,7 @@ from actors.weights.sender import PublishingPolicy
 from jobs.command import say
 from jobs.grace import saving_s
 from jobs.stages.settings import (
-    chat_settings,
+    chat_template,
     critic_section,
     critic_warmup_steps,
     engines_sleep,
@@ -91,7 +91,7 @@ async def start_engines(config: Config, starter: Starter, *, version: int | None
             model=config.model,
             threads=slot.threads,
             max_samples=samples_per_shard(config),
-            chat=chat_settings(config),
+            template=chat_template(config),
             rollout=config.rollout,
             publish=config.publish,
             seed=config.run.seed,
@@ -120,7 +120,7 @@ async def start_scorers(config: Config, starter: Starter, reward_path: str | Non
     reward = reward_section(config, reward_path)
     context = RewardContext(
         policy=config.model,
-        chat=chat_settings(config),
+        template=chat_template(config),
         cache=config.run.cache,
         limits=config.rule_limits,
         total_s=within(config.deadlines.score_s),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from actors.learning.worker import RankContext
-from actors.text.templates import ChatSettings, read_template
+from actors.text.templates import read_template
 from orchestrator.algorithms.experience import ExperienceSettings
 from orchestrator.config.config import Config
 from orchestrator.config.rewards import ModelRewardConfig, RewardConfig
@@ -17,11 +17,10 @@ from orchestrator.planning.demands import REWARD_MODEL
 from orchestrator.types import Sampling, State
 
 
-def chat_settings(config: Config) -> ChatSettings:
-    """Raises DataError when model.chat_template can't be read."""
-    model = config.model
-    template = None if model.chat_template is None else read_template(model.chat_template)
-    return ChatSettings(template, model.system_prompt, model.today)
+def chat_template(config: Config) -> str | None:
+    """The text of model.chat_template; None: the tokenizer's own. Raises DataError when it can't be read."""
+    path = config.model.chat_template
+    return None if path is None else read_template(path)
 
 
 def alone(config: Config, kind: str) -> Config:
@@ -118,7 +117,7 @@ def rank_context(config: Config) -> RankContext:
         model=config.model,
         algorithm=algorithm,
         cache=config.run.cache,
-        chat=chat_settings(config),
+        template=chat_template(config),
         temperature=config.rollout.temperature,
         seed=config.run.seed,
         total_optimizer_steps=config.rl.steps * algorithm.epochs * algorithm.minibatches,

@@ -11,7 +11,6 @@ import torch.multiprocessing as mp
 from actors.learning import distributed
 from actors.learning.distributed import Group
 from actors.learning.worker import RankContext
-from actors.text.templates import OWN_CHAT
 from orchestrator.algorithms.algorithm import Algorithm
 from orchestrator.config.base import Dtype
 from orchestrator.config.sections import ModelConfig
@@ -31,7 +30,7 @@ def group(rank: int = 0, world_size: int = 1, port: int | None = None) -> Group:
 def context(folder: Path, algorithm: Algorithm, *, dtype: Dtype, **changes: Any) -> RankContext:
     """For a worker of the model in `folder`; `changes` are fields of the context."""
     model = ModelConfig(path=str(folder), dtype=dtype)
-    fields = {"chat": OWN_CHAT, "temperature": 1.0, "seed": 0, "total_optimizer_steps": 1, **changes}
+    fields = {"template": None, "temperature": 1.0, "seed": 0, "total_optimizer_steps": 1, **changes}
     return RankContext(model=model, algorithm=algorithm, cache=folder, **fields)
 
 

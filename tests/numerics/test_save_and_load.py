@@ -17,7 +17,6 @@ from actors.learning.packing import TokenRows
 from actors.roles.critic import CriticWorker
 from actors.roles.policy import PolicyWorker
 from actors.text.conversations import load_chat
-from actors.text.templates import ChatSettings
 from actors.text.tokenizing import load_tokenizer
 from orchestrator.algorithms.ppo import Ppo
 from orchestrator.config.sections import CriticConfig, LearnerConfig
@@ -192,10 +191,10 @@ def test_an_export_is_asked_and_stops_as_the_policy_was(tmp_path):
     bare.save_pretrained(base)
     (base / "chat_template.jinja").unlink()
     (base / "generation_config.json").unlink()
-    settings = ChatSettings(CHATML.replace("<|im_start|>", "<s>"))
-    policy = PolicyWorker(LearnerConfig(zero_stage=0), context(base, PPO, dtype="float32", chat=settings), group())
+    template = CHATML.replace("<|im_start|>", "<s>")
+    policy = PolicyWorker(LearnerConfig(zero_stage=0), context(base, PPO, dtype="float32", template=template), group())
     policy.export(tmp_path / "export")
-    asked = load_chat(base, settings)
+    asked = load_chat(base, template=template)
     exported = load_chat(tmp_path / "export")
     assert exported.fingerprint == asked.fingerprint and exported.stops == asked.stops == (0, 3)
     assert GenerationConfig.from_pretrained(tmp_path / "export").eos_token_id == [0, 3]

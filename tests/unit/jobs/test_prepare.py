@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from actors.text.conversations import Chat, chat_of
-from actors.text.templates import ChatSettings
 from jobs.prepare import prepare_prompts
 from orchestrator.data.records import Message, PromptRecord
 from orchestrator.errors import DataError
@@ -15,7 +14,7 @@ NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no syst
 
 
 def chat(template: str = CHATML, system_prompt: str | None = None) -> Chat:
-    return chat_of(tiny_tokenizer(chat_template=template), ChatSettings(system_prompt=system_prompt))
+    return chat_of(tiny_tokenizer(chat_template=template), system_prompt=system_prompt)
 
 
 def test_prompts_are_prepared_in_order_and_too_long_ones_listed() -> None:

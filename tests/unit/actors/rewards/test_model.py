@@ -16,7 +16,6 @@ from transformers import AutoModelForSequenceClassification
 
 from actors.rewards.model import STATS_FILE, RewardModel, read_stats, write_stats
 from actors.text.conversations import CHAT_FILE, Chat, chat_of, reward_chat
-from actors.text.templates import ChatSettings
 from orchestrator.data.records import Message
 from orchestrator.errors import DataError
 from tests.tiny import CHATML, tiny_scorer, tiny_tokenizer
@@ -194,7 +193,7 @@ def test_a_tokenizer_without_template_borrows_the_policys_only_with_the_same_voc
 def trained(tmp_path: Path, **settings: Any) -> tuple[Path, Chat]:
     """A reward model as the reward_model stage leaves it, and how its training wrote conversations."""
     folder = tiny_scorer(tmp_path)
-    chat = chat_of(tiny_tokenizer(), ChatSettings(**settings))
+    chat = chat_of(tiny_tokenizer(), **settings)
     chat.save(folder)
     return folder, chat
 
@@ -215,8 +214,8 @@ def test_a_reward_model_is_scored_with_the_system_prompt_of_its_training(tmp_pat
 
 def test_a_reward_model_that_tells_nothing_of_its_training_gets_the_runs_system_prompt(tmp_path: Path) -> None:
     folder = tiny_scorer(tmp_path)
-    policy = chat_of(tiny_tokenizer(chat_template=OTHER), ChatSettings(system_prompt="Be kind."))
-    chat = chat_of(tiny_tokenizer(), ChatSettings(system_prompt="Be kind."))
+    policy = chat_of(tiny_tokenizer(chat_template=OTHER), system_prompt="Be kind.")
+    chat = chat_of(tiny_tokenizer(), system_prompt="Be kind.")
     messages = [Message(**message) for message in MESSAGES]
     expected = classifier_scores(folder, [chat.reply(messages, text).tokens.tolist() for text in RESPONSES])
     found = RewardModel(
@@ -241,7 +240,7 @@ DATED = "{{ strftime_now('%d %b %Y') }}" + CHATML
 def test_the_date_of_its_training_is_kept(tmp_path: Path) -> None:
     folder = tiny_scorer(tmp_path)
     tiny_tokenizer(chat_template=DATED).save_pretrained(folder)
-    then, now = (chat_of(tiny_tokenizer(chat_template=DATED), ChatSettings(today=day)) for day in DAYS)
+    then, now = (chat_of(tiny_tokenizer(chat_template=DATED), today=day) for day in DAYS)
     then.save(folder)
     kept = reward_chat(folder, now)
     assert kept.prompt_text((Message("user", "Hi"),)).startswith("01 Jan 2025")

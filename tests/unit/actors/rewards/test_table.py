@@ -13,7 +13,6 @@ import pytest
 from actors.rewards import RewardContext, Score
 from actors.rewards.table import SOURCES
 from actors.roles.reward import RewardWorker
-from actors.text.templates import OWN_CHAT
 from jobs.configuration_docs import configuration_markdown
 from orchestrator.config.loader import load_config
 from orchestrator.config.rewards import REWARDS, RewardConfig
@@ -48,7 +47,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("idle")
 def test_a_reward_that_does_nothing_is_chosen_checked_and_served(tmp_path: Path) -> None:
     config = load_config(None, ["reward.name=idle", "reward.value=3", "reward.clip=5"])
-    context = RewardContext(config.model, OWN_CHAT, tmp_path, config.rule_limits, total_s=1.0)
+    context = RewardContext(config.model, None, tmp_path, config.rule_limits, total_s=1.0)
     assert RewardWorker(config.reward, context).score(rollout_table(["a", "b"]))["reward"].to_pylist() == [3.0, 3.0]
     with pytest.raises(ConfigError, match=r"'reward\.valu'; did you mean 'reward\.value'"):
         load_config(None, ["reward.name=idle", "reward.valu=3"])

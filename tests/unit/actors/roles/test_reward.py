@@ -10,7 +10,6 @@ import pytest
 from actors.rewards import RewardContext, Score
 from actors.rewards.model import write_stats
 from actors.roles.reward import RewardWorker, rewards_table
-from actors.text.templates import OWN_CHAT
 from orchestrator import schema
 from orchestrator.config.rewards import (
     HttpRewardConfig,
@@ -30,7 +29,7 @@ GOLD = RulesRewardConfig(rules=(RuleConfig(function="actors.rewards.gold:vader_p
 
 def worker(reward: RewardConfig, policy: Path = Path("none")) -> RewardWorker:
     model = ModelConfig(path=str(policy), dtype="float32")
-    return RewardWorker(reward, RewardContext(model, OWN_CHAT, policy / "cache", RuleLimits(), total_s=60.0))
+    return RewardWorker(reward, RewardContext(model, None, policy / "cache", RuleLimits(), total_s=60.0))
 
 
 def test_rule_scores_come_back_row_by_row() -> None:

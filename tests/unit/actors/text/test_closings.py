@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from actors.text.conversations import chat_of
-from actors.text.templates import OWN_CHAT
 from orchestrator.data.records import Message
 from orchestrator.errors import DataError
 from tests.tiny import CHATML
@@ -192,7 +191,7 @@ def folder_with(tmp_path: Path, **files: object) -> Path:
 
 
 def stops_of(folder: Path) -> list[str]:
-    chat = chat_of(letters(PROMPT_ONLY, "</s>"), OWN_CHAT, folder)
+    chat = chat_of(letters(PROMPT_ONLY, "</s>"), folder=folder)
     return [str(token) for token in chat.tokenizer.convert_ids_to_tokens(list(chat.stops))]
 
 

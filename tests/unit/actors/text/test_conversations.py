@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from actors.text.conversations import Chat, base_chat, chat_of, load_chat
-from actors.text.templates import ChatSettings, read_template
+from actors.text.templates import read_template
+from orchestrator.config.sections import ModelConfig
 from orchestrator.data.records import Message, ToolCall
 from orchestrator.errors import DataError
 from tests.tiny import CHATML, tiny_tokenizer
@@ -19,7 +20,7 @@ USER = (Message("user", "Why?"),)
 
 
 def chat(template: str = CHATML, **settings: Any) -> Chat:
-    return chat_of(tiny_tokenizer(chat_template=template), ChatSettings(**settings))
+    return chat_of(tiny_tokenizer(chat_template=template), **settings)
 
 
 def test_a_prompt_is_what_the_template_writes_with_the_generation_prompt() -> None:
@@ -70,7 +71,7 @@ def test_a_folder_without_tokenizer_or_template_is_a_data_error(tmp_path: Path) 
         with pytest.raises(DataError, match=rf"model.chat_template=.*{name}.jinja.* {fault}"):
             read_template(tmp_path / f"{name}.jinja")
     (tmp_path / "own.jinja").write_text(CHATML)
-    loaded = load_chat(tmp_path, ChatSettings(read_template(tmp_path / "own.jinja")))
+    loaded = load_chat(tmp_path, template=read_template(tmp_path / "own.jinja"))
     assert loaded.prompt(USER).tolist() == chat().prompt(USER).tolist()
 
 
@@ -135,14 +136,14 @@ def test_the_base_of_a_reward_model_keeps_its_own_template(tmp_path: Path) -> No
     tokenizer.chat_template = None
     tokenizer.save_pretrained(bare)
     given = CHATML.replace("<|im_start|>", "</s>")
-    settings = ChatSettings(given, "Be kind.")
-    asked = [base_chat(folder, policy, settings).prompt_text(USER) for folder in (policy, base, bare)]
+    model = ModelConfig(system_prompt="Be kind.")
+    asked = [base_chat(folder, policy, model, given).prompt_text(USER) for folder in (policy, base, bare)]
     for text, mark in zip(asked, ("</s>", "<s>", "</s>"), strict=True):
         assert text == f"{mark}system\nBe kind.<|im_end|>\n{mark}user\nWhy?<|im_end|>\n{mark}assistant\n"
     tokenizer.add_tokens(["<more>"])
     tokenizer.save_pretrained(bare)
     with pytest.raises(DataError, match="no chat template and another vocabulary"):
-        base_chat(bare, policy, settings)
+        base_chat(bare, policy, model, given)
 
 
 def test_an_exported_model_stops_where_this_one_did(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from actors.text.conversations import chat_of
-from actors.text.templates import _PROCESS, ChatSettings, ChatTemplate, TemplateRefused
+from actors.text.templates import _PROCESS, ChatTemplate, TemplateRefused
 from orchestrator.data.records import Message
 from orchestrator.errors import DataError
 from tests.tiny import CHATML
@@ -60,9 +60,9 @@ def test_a_template_writes_the_date_that_it_is_given() -> None:
     first, again = (template(DATED).render(ASKED, add_generation_prompt=True) for _ in range(2))
     assert first == again and first.startswith("02 Mar 2025")
     assert template(DATED).reads_date and not template(CHATML).reads_date
-    dated = [chat_of(letters(DATED), ChatSettings(today=date(2025, 3, day))) for day in (2, 2, 3)]
+    dated = [chat_of(letters(DATED), today=date(2025, 3, day)) for day in (2, 2, 3)]
     assert dated[0].fingerprint == dated[1].fingerprint != dated[2].fingerprint
-    plain = [chat_of(letters(CHATML), ChatSettings(today=date(2025, 3, day))) for day in (2, 3)]
+    plain = [chat_of(letters(CHATML), today=date(2025, 3, day)) for day in (2, 3)]
     assert plain[0].fingerprint == plain[1].fingerprint
 
 

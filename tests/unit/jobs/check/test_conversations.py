@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from actors.text.conversations import chat_of
-from actors.text.templates import ChatSettings
 from jobs.check.conversations import describe_chat
 from jobs.check.preflight import preflight
 from jobs.stages.settings import critic_section
@@ -161,7 +160,7 @@ def test_a_conversation_that_the_reward_model_refuses_is_named(tmp_path: Path, m
 
 
 def test_check_shows_closing_stops_and_one_learned_reply() -> None:
-    lines = describe_chat(chat_of(tiny_tokenizer(eos_token="</s>"), ChatSettings(system_prompt="Be kind.")))
+    lines = describe_chat(chat_of(tiny_tokenizer(eos_token="</s>"), system_prompt="Be kind."))
     assert lines == [
         "a reply ends with '<|im_end|>' (token 0); engines stop at '<|im_end|>' (0), '</s>' (3)",
         "a reply as it is learned from: '<|im_start|>system\\nBe kind.<|im_end|>\\n"
