@@ -63,8 +63,8 @@ class LearningWorker:
 
     Args:
         tokenizer: goes with an exported model; None: nothing is exported.
-        compares: samples of one prompt are compared with each other (grpo, rloo): they stay in one minibatch, and their
-            prompt is computed once where the model can.
+        compares: samples of one prompt are compared with each other: they stay in one minibatch, and their prompt is
+            computed once where the model can.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""The mathematics of PPO: arrays in, arrays out."""
+"""Algorithms, and the mathematics around them: arrays in, arrays out."""

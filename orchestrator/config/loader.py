@@ -178,9 +178,12 @@ def _holder(tree: Mapping[str, Any], key: str) -> tuple[dict[str, Any], str]:
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, leaf = key.split(".")
+    holder: Any = tree
     for section in sections:
-        tree = tree.setdefault(section, {})
-    tree[leaf] = value
+        holder = holder.setdefault(section, {})
+        if not isinstance(holder, dict):
+            return  # a damaged config: there is no section to put it in
+    holder[leaf] = value
 
 
 def _credentials(prefix: str, value: Any) -> Iterator[str]:

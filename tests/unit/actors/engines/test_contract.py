@@ -52,6 +52,7 @@ def test_rules_get_the_reply_as_it_was_written_without_its_end(name: str) -> Non
     assert found["response_text"] == reply
     assert json.loads(found["meta"]) == {"answer": 7, "raw_response": reply + end}
     assert found["finish_reason"] == reason
+    assert found["learn"] == [True] * len(found["response_tokens"]), "an engine's tokens are all the policy's"
 
 
 ENDS = {name: int(letters(None).convert_tokens_to_ids(name)) for name in ("<|im_end|>", "<s>", "</s>")}

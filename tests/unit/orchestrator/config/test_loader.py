@@ -123,3 +123,7 @@ def test_translating_leaves_a_config_of_today_as_it_is() -> None:
 @pytest.mark.parametrize("damaged", [{"ppo": 3}, {"ppo": None}, {"algorithm": 5}, {"algorithm": {"name": []}}, {}])
 def test_translating_a_damaged_config_changes_nothing(damaged: dict[str, Any]) -> None:
     assert translated(damaged) == damaged
+
+
+def test_an_old_key_whose_new_section_is_damaged_is_left_out() -> None:
+    assert translated({"ppo": {"steps": 3}, "rl": 4}) == {"rl": 4}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Literal
 
 import numpy as np
@@ -91,6 +92,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("idle")
 def test_an_algorithm_is_two_small_classes_and_two_table_lines() -> None:
+    assert sum(len(inspect.getsource(half).splitlines()) for half in (Idle, IdleObjective)) < 15
     config = load_config(None, ["reward.path=/models/reward", "algorithm.name=idle", "algorithm.epochs=3"])
     algorithm = config.algorithm
     assert isinstance(algorithm, Idle) and algorithm.epochs == 3 and not algorithm.needs_critic
