@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import itertools
 import re
 import subprocess
@@ -93,6 +94,7 @@ def _chosen_by_name(section: type[BaseModel]) -> list[type[BaseModel]]:
 
 def _names_read() -> set[str]:
     """Attributes that code reads outside the sections that define them, by any object's name."""
+    gc.collect()  # a failed task that is collected while a tree is built parses too, at which Python 3.11.7 trips
     trees = [
         ast.parse((ROOT / module).read_text(encoding="utf-8"))
         for module in MODULES
