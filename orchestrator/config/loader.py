@@ -275,7 +275,11 @@ def _suggestion(location: tuple[int | str, ...], tree: Mapping[str, Any]) -> str
     owners = choice.owners(key) if choice else []
     prefix = ".".join([*parents, ""])
     if owners:
-        return f": it is a key of {prefix}name={' and '.join(owners)} only."
+        whole = f"{'.'.join(parents)}={{name: ...}}"
+        return (
+            f": it is a key of {prefix}name={' and '.join(owners)} only. Leave it out; on the command line {whole} "
+            "replaces all that the file says about the section."
+        )
     near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
     if near:
         return f"; did you mean {prefix + near[0]!r}?"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from orchestrator.config.config import Config
-from orchestrator.config.loader import config_from_tree, load_kept_config, to_yaml
+from orchestrator.config.loader import config_from_tree, load_config, load_kept_config, to_yaml
 from orchestrator.config.rewards import REWARDS, HttpRewardConfig, ModelRewardConfig, RuleConfig, RulesRewardConfig
 from orchestrator.errors import ConfigError
 
@@ -124,3 +124,11 @@ def test_the_counts_of_a_run_from_before_are_read(tmp_path: Path) -> None:
     assert (found.reference.ranks, found.reference.cpus_per_rank) == (4, 2.0)
     assert (found.reward_model.ranks, found.reward_model.cpus_per_rank) == (2, None)
     assert found.reward_model.gpus_per_rank == 1.0
+
+
+def test_the_way_out_of_keys_of_another_kind_works(tmp_path: Path) -> None:
+    file = tmp_path / "rules.yaml"
+    file.write_text(yaml.safe_dump({"reward": {"name": "rules", "rules": RULES}}))
+    with pytest.raises(ConfigError, match=r"'reward\.rules': .* reward=\{name: \.\.\.\} replaces"):
+        load_config(file, ["reward.name=http", "reward.url=http://h"])
+    assert load_config(file, ["reward={name: http, url: 'http://h'}"]).reward == HttpRewardConfig(url="http://h")
