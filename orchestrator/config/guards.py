@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from orchestrator.config.base import Section
+from orchestrator.config.base import PositiveNumber, Section
 from orchestrator.config.rewards import RewardConfig
 from orchestrator.config.sections import RlConfig, RolloutConfig
 
@@ -20,24 +20,24 @@ class GuardConfig(Section):
 
 
 class KlGuardConfig(GuardConfig):
-    max: Annotated[float, Field(gt=0)] | None = None
+    max: PositiveNumber | None = None
     """Highest KL per response (kl/per_response, nats). Null: off."""
 
 
 class EntropyGuardConfig(GuardConfig):
-    min: Annotated[float, Field(gt=0)] | None = None
+    min: PositiveNumber | None = None
     """Lowest entropy of the policy (policy/entropy, nats), in steps in which it learns. Null: off."""
 
 
 class LengthGuardConfig(GuardConfig):
-    min: Annotated[float, Field(gt=0)] | None = None
+    min: PositiveNumber | None = None
     """Lowest mean response length (response/length_mean, tokens). Null: off."""
-    max: Annotated[float, Field(gt=0)] | None = None
+    max: PositiveNumber | None = None
     """Highest mean response length; below rollout.max_new_tokens. Null: off."""
 
 
 class RewardJumpGuardConfig(GuardConfig):
-    max: Annotated[float, Field(gt=0)] | None = None
+    max: PositiveNumber | None = None
     """Largest distance of reward/mean from its median over the last `window` steps, in their standard deviations. Null:
     off."""
     window: Annotated[int, Field(ge=3)] = 10
@@ -45,7 +45,7 @@ class RewardJumpGuardConfig(GuardConfig):
 
 
 class MismatchGuardConfig(GuardConfig):
-    max: Annotated[float, Field(gt=0)] | None = None
+    max: PositiveNumber | None = None
     """Highest mean |log-prob of the learner - log-prob of the engine| (engine/mismatch, nats). Null: off."""
 
 

@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from orchestrator.config.base import Fraction, NonNegative, Positive, Seconds, Section
+from orchestrator.config.base import (
+    Fraction,
+    NonNegative,
+    NonNegativeNumber,
+    Positive,
+    PositiveNumber,
+    Seconds,
+    Section,
+)
 
 
 class RuleConfig(Section):
@@ -24,7 +32,7 @@ class RuleLimits(Section):
     """Time for one call of a rule. It is ended then, and its sample fails."""
     import_s: Seconds = 60.0
     """Time to import the rules' modules."""
-    memory_gib: Annotated[float, Field(gt=0)] | None = 4.0
+    memory_gib: PositiveNumber | None = 4.0
     """Memory of the process and all that it starts. Null: no limit."""
     processes: Positive = 64
     """Processes that it may have at one time. Whatever it has started ends with it; where this program may make a PID
@@ -38,13 +46,13 @@ class RewardConfig(Section):
     """Where rewards come from."""
     replicas: Positive = 1
     """Actors that score."""
-    clip: Annotated[float, Field(gt=0)] | None = None
+    clip: PositiveNumber | None = None
     """Clip the sequence reward to ±clip."""
     max_failed_fraction: Fraction = 0.1
     """Share of samples of one step whose reward may fail; they are dropped and counted."""
-    cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
+    cpus_per_replica: PositiveNumber = 1.0
     """CPU threads of one replica."""
-    gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
+    gpus_per_replica: NonNegativeNumber = 0.0
     """GPUs of one replica."""
 
 

@@ -9,7 +9,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from orchestrator.config.base import Dtype, Fraction, NonNegative, Positive, Seconds, Section, one_of
+from orchestrator.config.base import (
+    Dtype,
+    Fraction,
+    NonNegative,
+    NonNegativeNumber,
+    Positive,
+    PositiveNumber,
+    Seconds,
+    Section,
+    one_of,
+)
 from orchestrator.data.formats.prompts import PROMPT_FORMATS
 from orchestrator.data.formats.rankings import RANKING_FORMATS
 from orchestrator.errors import ConfigError
@@ -84,7 +94,7 @@ class PromptsConfig(Section):
 class LabellerConfig(Section):
     gold: str = "actors.rewards.gold:vader_positivity"
     """Rule function (dotted name) that stands in for a person; no model ever sees its score."""
-    noise_std: Annotated[float, Field(ge=0.0)] = 0.1
+    noise_std: NonNegativeNumber = 0.1
     """Standard deviation of the noise added to a score before replies are ranked."""
     prompts: Positive = 256
     """Prompts to sample replies for."""
@@ -110,30 +120,30 @@ class TrainingConfig(Section):
     """Data-parallel ranks."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: PositiveNumber
     """Peak learning rate."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: PositiveNumber = 1.0
     """Gradient clipping."""
     micro_batch_tokens: Positive = 2048
     """Largest padded micro-batch, in tokens."""
-    gpus_per_rank: Annotated[float, Field(ge=0)] = 0.0
+    gpus_per_rank: NonNegativeNumber = 0.0
     """GPUs of one rank."""
 
 
 class LearnerConfig(TrainingConfig):
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-6
+    learning_rate: PositiveNumber = 5e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning-rate schedule over all optimizer steps of the run, after warm-up."""
     warmup_optimizer_steps: NonNegative = 0
     """Optimizer steps of linear warm-up."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NonNegativeNumber = 0.0
     """AdamW weight decay."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
     """AdamW betas."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
-    cpus_per_rank: Annotated[float, Field(gt=0)] = 1.0
+    cpus_per_rank: PositiveNumber = 1.0
     """CPU threads of one rank."""
 
 
@@ -147,7 +157,7 @@ class RewardModelConfig(TrainingConfig):
     """Passes over the preferences."""
     prompts_per_batch: Positive = 8
     """Prompts (with all their replies) per optimizer step."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    learning_rate: PositiveNumber = 1e-5
     """Peak learning rate; linear warm-up over a tenth, then linear decay."""
     max_length: Positive = 512
     """Longer transcripts lose tokens at their start; counted."""
@@ -180,9 +190,9 @@ class ReferenceConfig(Section):
     """One model sharded over the ranks (ZeRO-3) instead of a copy each."""
     micro_batch_tokens: Positive = 4096
     """Largest padded forward batch, in tokens."""
-    cpus_per_rank: Annotated[float, Field(gt=0)] = 1.0
+    cpus_per_rank: PositiveNumber = 1.0
     """CPU threads of one rank."""
-    gpus_per_rank: Annotated[float, Field(ge=0)] = 0.0
+    gpus_per_rank: NonNegativeNumber = 0.0
     """GPUs of one rank."""
 
 
@@ -194,7 +204,7 @@ class RolloutConfig(Section):
     """Number of engines."""
     tensor_parallel_size: Positive = 1
     """GPUs that one engine is split over."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: PositiveNumber = 1.0
     """Sampling temperature; the learner's log-probs use it too."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling. Below 1 the samples are not from the policy that learns."""
@@ -207,13 +217,13 @@ class RolloutConfig(Section):
     reproducible: bool = True
     """Shards of a fixed size: the same seeds give the same bits on any number of engines. Off: throughput first, a
     step's samples are split over the engines at once."""
-    kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
+    kv_cache_gib: PositiveNumber = 1.0
     """KV cache of one engine on the CPU."""
     gpu_memory_utilization: Fraction = 0.85
     """Share of a GPU's memory that one engine takes."""
-    cpus_per_replica: Annotated[float, Field(gt=0)] = 2.0
+    cpus_per_replica: PositiveNumber = 2.0
     """CPU threads of one engine."""
-    gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
+    gpus_per_replica: NonNegativeNumber = 0.0
     """GPUs of one engine."""
 
     def contradictions(self, model: ModelConfig) -> Iterator[str]:
@@ -275,7 +285,7 @@ class CheckpointConfig(Section):
     best_metric: Literal["evaluation/gold_mean", "evaluation/reward_mean"] | None = "evaluation/gold_mean"
     """Metric of evaluation by which a checkpoint is the best, higher is better. Those checkpoints compete whose step
     is on the schedules of saving and of evaluation; checkpoints/best.json names the best. Null: none is kept."""
-    best_max_kl: Annotated[float, Field(gt=0)] | None = None
+    best_max_kl: PositiveNumber | None = None
     """Highest KL per held-out response (evaluation/kl_per_response, nats) of the best checkpoint. Null: no bound."""
     export: bool = True
     """Write the final policy as a plain Hugging Face folder, export/; where an earlier checkpoint is the best, its
