@@ -45,14 +45,14 @@ TOLERANCE = 1e-4
 _COLUMNS = ("log-probs", "gradients", "no dropout", "export", "HF engine", "vLLM")
 _HEAD = f"""# Architectures
 
-What this program does with each architecture, written by `make architectures`, which tries every row with tiny random
+Support for each architecture. `make architectures` writes this page; it tries every row with tiny random
 models in fp32 on a CPU. The suite tries some of the rows and compares them with this table.
 
 - log-probs: ours equal those of transformers' own forward. gradients: ours equal autograd's through its logits.
-- no dropout: a model that learns computes what it computes when it scores, whatever its config drops out.
-- export: what was learned is written, loaded by transformers, and says the same.
-- HF engine, vLLM: the engine takes a publish, proves it, and its log-probs are the trainer's. Where vLLM does not,
-  `rollout.engine=auto` takes the HF engine and says why; `rollout.engine=vllm` is refused before anything starts.
+- no dropout: a model that learns computes the same as when it scores, whatever dropouts its config sets.
+- export: the learned model is written, loaded by transformers, and gives the same outputs.
+- HF engine, vLLM: the engine accepts and proves a publish, and its log-probs equal the trainer's. If vLLM fails this,
+  `rollout.engine=auto` uses the HF engine and says why; `rollout.engine=vllm` is refused before anything starts.
 
 | architecture | {" | ".join(_COLUMNS)} | verdict |
 |---|{"---|" * len(_COLUMNS)}---|
