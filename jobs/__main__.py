@@ -15,7 +15,7 @@ _WIDTH = 100
 
 
 def command_of(name: str) -> Any:
-    """The command itself: its module is imported, which takes seconds for some."""
+    """The real command: imports its module, which takes seconds for some."""
     entry = COMMANDS[name]
     module, _, function = entry.place.partition(":")
     with stops.ending_at_once():
@@ -27,7 +27,7 @@ def command_of(name: str) -> Any:
 
 
 class _Listed(TyperCommand):
-    """Stands for a command until it is given: the list of commands, and their completion, import none of them."""
+    """A placeholder for a command, so that the list of commands and their completion import none of them."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         return command_of(str(self.name)).make_context(info_name, args, parent=parent, **extra)

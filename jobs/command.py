@@ -1,4 +1,4 @@
-"""What every command does around its work: read the config, tell the truth in one message and by the exit code."""
+"""The frame of every command: reads the config, and reports errors by one message and the exit code."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from orchestrator.config.loader import load_config, to_yaml
 from orchestrator.errors import RlhfError
 from orchestrator.garbage import collect_seldom
 
-EXIT_S = 10.0  # for threads and libraries, once a stopped command has said its last line
+EXIT_S = 10.0  # for threads and libraries, after a stopped command has printed its last line
 UNWIND_S = 60.0  # for ending actors and Ray's processes, once everything is saved
 
 out, err = console("stdout"), console("stderr")
 
 
 def say(text: str) -> None:
-    """One line for people, at once also when standard output is a file."""
+    """Prints one line, without delay even when standard output is a file."""
     out.print(escape(text))
     out.file.flush()
 
 
 def read_config(path: Path | None, overrides: Iterable[str], *, print_config: bool) -> Config:
-    """The config of a command line; with `print_config` it is printed and the command ends."""
+    """The config of a command line; with `print_config` prints it and ends the command."""
     config = load_config(path, overrides)
-    imported("jobs.stages.table:stages_of")(config)  # raises what is wrong with the stages
+    imported("jobs.stages.table:stages_of")(config)  # raises if the stages are wrong
     if print_config:
         out.print(to_yaml(config), markup=False)
         raise typer.Exit(0)
@@ -42,15 +42,15 @@ def read_config(path: Path | None, overrides: Iterable[str], *, print_config: bo
 
 
 def imported(name: str) -> Callable[..., Any]:
-    """The function at `module:function`, imported now. The libraries behind a job take seconds to import, and a typo in
-    its config is to be told at once."""
+    """The function at `module:function`, imported on this call. The libraries of a job take seconds to import, and an
+    error in its config should be reported before that."""
     module, _, function = name.partition(":")
     with stops.ending_at_once():
         return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 
 
 def run_command(work: Callable[[], None]) -> None:
-    """Runs a command's work. Our own errors become one message and their exit code; a stop (stops.py) becomes 130."""
+    """Runs a command's work. An RlhfError becomes one message and its exit code; a stop (stops.py) becomes 130."""
     logging.basicConfig(level=logging.WARNING, stream=Screen("stderr"))
     stops.interrupt()
     try:
@@ -65,10 +65,10 @@ def run_command(work: Callable[[], None]) -> None:
 
 
 def run_async(work: Coroutine[Any, Any, None], *, grace_s: float) -> None:
-    """Runs a coroutine; a stop cancels it, so that it can save what it holds and end what it started.
+    """Runs a coroutine. A stop cancels it, so that it can save its state and end what it started.
 
     Args:
-        grace_s: how long saving may take. The process ends at most UNWIND_S after that.
+        grace_s: time for saving. The process ends at most UNWIND_S after that.
     """
     stop = stops.Cancelling(grace_s + UNWIND_S)
 

@@ -1,4 +1,4 @@
-"""The table of commands: what each is for, an example, and the function that it is."""
+"""The table of commands: purpose, example and function of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Command:
     """Args:
     place: `module:function`; the function's signature is the command line, its docstring the help.
     summary: for the list of commands.
-    example: arguments behind `rlhf NAME`.
+    example: arguments after `rlhf NAME`.
     """
 
     place: str

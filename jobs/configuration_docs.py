@@ -20,12 +20,12 @@ TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
 HEAD = """# Configuration
 
-Generated from `orchestrator/config/` by `make docs`; a test keeps both in step.
+`make docs` generates this page from `orchestrator/config/`; a test compares both.
 
-A config is a YAML file with the sections below; what it leaves out has its default. On the command line every key can
-be set as `section.key=value`, the value in YAML: `rlhf run --config FILE rl.steps=10 reward.name=rules`.
-Unknown keys are refused, with the nearest known one. `--print-config` prints the resolved config; a run keeps it in its
-folder.
+A config is a YAML file with the sections below; keys that it leaves out have their defaults. On the command line every
+key can be set as `section.key=value`, with the value in YAML: `rlhf run --config FILE rl.steps=10 reward.name=rules`.
+Unknown keys are refused; the error suggests the nearest known key. `--print-config` prints the resolved config; a run
+keeps it in its folder.
 """
 
 
@@ -70,7 +70,7 @@ def _choice(path: str, choice: ByName, shared: type[BaseModel]) -> Iterator[str]
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds: itself, or null, or a list of it."""
+    """The section that a field holds: the section, null, or a list of it."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     found = (_section_in(inner) for inner in typing.get_args(annotation))

@@ -1,8 +1,8 @@
-"""The terminal that commands write to. What they show holds text from outside: prompts, replies, rows, other programs'
-lines. It can neither steer the terminal nor carry a credential there.
+"""The terminal that commands write to. Output contains text from outside: prompts, replies, rows, lines of other
+programs. Such text can neither control the terminal nor show a credential.
 
-Nor does a run depend on it: a pipe whose reader has gone, a closed terminal, a full disk and an encoding without the
-character at hand lose text, and nothing else.
+A run does not depend on its output: a pipe without a reader, a closed terminal, a full disk or an encoding without a
+character lose text, but never stop the run.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from orchestrator.data.outside_text import printable, redacted
 
 
 class Screen:
-    """Standard output or error, looked up at every call, as print() does. After a failure the rest goes nowhere."""
+    """Standard output or error, looked up at every call, as print() does. After a failure further output is
+    discarded."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     @property
     def _stream(self) -> TextIO | None:
-        """None where the process was started without it."""
+        """None if the process was started without it."""
         stream: TextIO | None = getattr(sys, self._name)
         return stream
 
@@ -61,8 +62,8 @@ class Screen:
             self._give_up()
 
     def _give_up(self) -> None:
-        """Lets the descriptor lead to nothing. What the stream still holds would otherwise fail the end of the
-        process, and with it the exit code."""
+        """Redirects the descriptor to /dev/null. Otherwise flushing the stream would fail at the end of the process,
+        and change its exit code."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, getattr(sys, self._name).fileno())

@@ -1,8 +1,8 @@
-"""What the files that a run reads hold, as digests: a run's identity is its content, not its paths.
+"""Digests of the files that a run reads: contents identify a run, not paths.
 
-Small files count byte by byte. Of a file above WHOLE_BYTES, weights as a rule, the size, the ends and evenly spaced
-blocks count: training changes every tensor, and reading all of a large model would take minutes at every start.
-Of a rule the file that defines it counts, not what that imports. What comes with this program is not looked at.
+Small files are read completely. Of a file above WHOLE_BYTES, usually weights, only the size, the ends and evenly spaced
+blocks are read: training changes every tensor, and reading a large model would take minutes at every start.
+For a rule the digest covers the file that defines it, not its imports. Files of this program are left out.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _OF_A_MODEL = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".py
 
 
 def contents(config: Config) -> dict[str, str]:
-    """A digest by key of the config, or by `rule package.module:function`. What can't be read is left out: the checks
-    of a run say what is wrong with it."""
+    """A digest by key of the config, or by `rule package.module:function`. Unreadable files are left out: the checks
+    of a run report them."""
     found: dict[str, str] = {}
     for name, digest in _digests(config):
         with suppress(RlhfError, OSError, ValueError):

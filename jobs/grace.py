@@ -1,4 +1,4 @@
-"""How long a stopped run may take to save where it stands."""
+"""The time that a stopped run has to save its state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 from orchestrator.config.sections import RunConfig
 
-# What Ray gives a stopped job before it kills it, and the variable of the job that changes this.
+# The time that Ray gives a stopped job before it kills it, and the variable of the job that changes it.
 RAYS_WAIT_S = 3.0
 WAIT_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the environment of a job's command
@@ -14,13 +14,13 @@ _UNWIND_S = 2.0  # for actors to end and for the last event, before Ray kills
 
 
 def saving_s(run: RunConfig) -> float:
-    """Seconds for the checkpoint of a stopped run: run.grace_s, or less where Ray would kill the job before."""
+    """Seconds for the checkpoint of a stopped run: run.grace_s, or less if Ray would kill the job before that."""
     given = _given_s()
     return run.grace_s if given is None else max(0.1, min(run.grace_s, given - _UNWIND_S))
 
 
 def warning(run: RunConfig) -> str | None:
-    """A line for people when Ray gives this job less time than run.grace_s."""
+    """A line for the console if Ray gives this job less time than run.grace_s."""
     given = _given_s()
     if given is None or given >= run.grace_s + _UNWIND_S:
         return None
@@ -34,7 +34,7 @@ def warning(run: RunConfig) -> str | None:
 
 
 def _given_s() -> float | None:
-    """Null: not a job of Ray's."""
+    """None: not a Ray job."""
     if _JOB not in os.environ:
         return None
     try:

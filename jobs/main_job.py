@@ -1,4 +1,4 @@
-"""The work of `rlhf run` once its input is known to be good: connect, run the stages, show the result."""
+"""The work of `rlhf run` after its checks: connect, run the stages, show the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs the stages of one run, in order; a stage that an earlier attempt finished is not run again."""
+"""Runs the stages of one run in order, without those that an earlier attempt finished."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 
 
 class _Now:
-    """What the heartbeat tells: the stage under way and the groups that it waits for."""
+    """The content of the heartbeat: the current stage and the groups that it waits for."""
 
     def __init__(self, run: Path) -> None:
         self._run = run
@@ -48,7 +48,7 @@ class _Now:
 
 
 async def run_stages(config: Config, run: RunFolder, prepared: Prepared, say: Say) -> None:
-    """Runs what the config's `stages` names. Raises what a stage raises."""
+    """Runs the stages of the config. Raises what a stage raises."""
     stages = stages_of(config)
     now = _Now(run.path)
     async with _mirroring(config, run, say), Heartbeat(run.path, run.attempt, now):
@@ -94,7 +94,7 @@ class _Pipeline:
 
     @contextmanager
     def _telemetry(self, entry: NamedStage, folder: RunFolder) -> Iterator[Telemetry]:
-        """A stage's telemetry; its start and its end, of whatever kind, are events."""
+        """A stage's telemetry; records the stage's start and end, of whatever kind, as events."""
         config, run, logs = entry.config, self.run, entry.stage.has_log
         trackers = self._trackers(entry, folder) if logs else ()
         telemetry = Telemetry(
@@ -119,7 +119,7 @@ class _Pipeline:
         return open_trackers(entry.config.telemetry, folder.place, self.run.id, settings=settings, tell=self.say)
 
     def note_lineage(self, entry: NamedStage) -> None:
-        """For a stage whose attempt was killed when its artifacts were there and nothing was said of them."""
+        """For a stage whose attempt was killed after it made its artifacts and before it recorded them."""
         known = {made.path for made in read_lineage(self.run.path)}
         paths = [entry.artifact(made.kind, self.run) for made in entry.stage.makes(entry.config)]
         if any(str(path.relative_to(self.run.path)) not in known for path in paths):
@@ -162,7 +162,7 @@ def _mirroring(config: Config, run: RunFolder, say: Say) -> AbstractAsyncContext
 
 
 def _open_endpoint(config: Config, run: RunFolder, stack: ExitStack, say: Say) -> PrometheusEndpoint | None:
-    """The endpoint on its port, else on a free one, else none: nobody scrapes a run that does not start."""
+    """The endpoint on its port, otherwise on a free one, otherwise none: a run starts without it."""
     telemetry = config.telemetry
     if telemetry.prometheus_port is None:
         return None

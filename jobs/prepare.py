@@ -1,4 +1,4 @@
-"""Everything that can be known before an actor starts: prompts read, rendered, filtered and split."""
+"""Prepares a run's prompts before any actor starts: reads, renders, filters and splits them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Prepared:
 
 
 def prepare(config: Config, chat: Chat | None = None) -> Prepared:
-    """Reads and renders the prompts; `chat` is the policy's, where it is known already.
+    """Reads and renders the prompts; `chat` is the policy's, if it is known already.
 
     Raises:
         DataError: the file, a row, the model folder, its tokenizer or its chat template.
@@ -123,7 +123,7 @@ def _text_of(record: PromptRecord, chat: Chat) -> str:
 
 
 def find_data(path: Path) -> Path:
-    """A path as given, or, for a relative one that is not there, the same below this program's own folder."""
+    """The given path or, for a relative one that does not exist, the same path below this program's folder."""
     path = at_home(path, "the file", DataError)
     shipped = PACKAGE_ROOT / path
     return shipped if not os.path.lexists(path) and os.path.isfile(shipped) else path

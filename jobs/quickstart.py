@@ -1,7 +1,7 @@
 """`make quickstart`: the main job on a private Ray on this machine.
 
-Starts Ray (loopback only, private token), submits `rlhf run` through Ray's Jobs API, passes its lines on, stops what it
-started. Exit code: the job's. Models come from folders; with HF_HUB_OFFLINE=0 also from the Hugging Face hub.
+Starts Ray (loopback only, private token), submits `rlhf run` through Ray's Jobs API, prints its output, and stops what
+it started. Exit code: the job's. Models come from folders; with HF_HUB_OFFLINE=0 also from the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(
         nonlocal code
         keys = [*(overrides or ())]
         settings = load_config(config, keys)
-        # The job runs where this command was called, so relative paths mean what they say here.
+        # The job runs in the folder in which this command was called, so relative paths keep their meaning.
         entrypoint = shlex.join([sys.executable, "-m", "jobs", "run", "--config", str(config), *keys])
         entrypoint = f"cd {shlex.quote(str(Path.cwd()))} && exec {entrypoint}"
         for name, value in ENVIRONMENT.items():
@@ -61,7 +61,7 @@ def main(
 
 
 def _announce(config: Config) -> None:
-    """Says how long a new run will take; what is wrong with its input is left to the job, which checks all of it."""
+    """Prints how long a new run will take. Errors in its input are left to the job, which checks all of it."""
     with suppress(RlhfError):
         if kept_config(config) is None and not imported("jobs.resolve:uses_gpus")(config):
             say(imported("jobs.plan.estimate:expected")(config))

@@ -24,7 +24,7 @@ def main(
     from_checkpoint: FromCheckpoint = False,
     ray_address: Address = None,
 ) -> None:
-    """Learns again from a run's log. Exit code: 0 done, 1 failed, 2 no such run, or it does not hold the steps."""
+    """Learns again from a run's log. Exit code: 0 done, 1 failed, 2 no such run, or the log lacks the steps."""
 
     def work() -> None:
         imported("jobs.stages.replaying:replay")(run_folder, until, to, ray_address, from_checkpoint=from_checkpoint)

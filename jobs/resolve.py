@@ -1,8 +1,8 @@
 """Values of the config that depend on the machine or the moment, resolved once when a run starts.
 
-A key of the table below is open while it is `auto` or null. A new run resolves it, and its config.yaml keeps the value;
-a later attempt takes the kept one. Code after this sees resolved values only. The digests of the files that a run reads
-are computed at every attempt, and compared with the kept ones (config_changes.py).
+A key of the table below is open while it is `auto` or null. A new run resolves it, and its config.yaml keeps the value
+for later attempts. All other code sees only resolved values. Every attempt computes the digests of the files that a run
+reads, and compares them with the kept ones (orchestrator/config/changes.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from orchestrator.run.folder import kept_config
 
 @dataclass(frozen=True)
 class Resolved:
-    """A value for one key, and why it was chosen: a line for people, empty where there is nothing to say."""
+    """A value for one key, and why it was chosen: a line for the console, which may be empty."""
 
     value: Any
     why: str = ""
@@ -45,20 +45,20 @@ def model_dtype(config: Config, tell: Tell) -> Resolved:
 
 
 def model_today(config: Config, tell: Tell) -> Resolved:
-    """Chat templates that write a date write the same one as long as the run lives."""
+    """Chat templates that write a date write the same date during the whole run."""
     return Resolved(datetime.now().astimezone().date().isoformat())
 
 
 def rollout_engine(config: Config, tell: Tell) -> Resolved:
-    """vLLM where it is installed (it is not published for macOS) and, as far as a trial can say, serves the policy's
-    architecture; else generation by transformers. Open where nothing samples."""
+    """vLLM if it is installed (it is not published for macOS) and, according to a trial, serves the policy's
+    architecture; otherwise generation by transformers. Stays open if nothing samples."""
     if not samples_prompts(config):
         return Resolved("auto")
     if importlib.util.find_spec("vllm") is None:
         return Resolved("hf", "vLLM is not installed here; transformers samples, more slowly")
     try:
         verdict = verdict_on_vllm(config, lambda line: tell(f"rollout.engine=auto: {line}"))
-    except DataError:  # of a model that can't be found; the checks of a run say so, with all else that is wrong
+    except DataError:  # the model can't be found; the checks of the run report that, with all other problems
         verdict = None
     if verdict is None or verdict.refusal is None:
         return Resolved("vllm")
@@ -77,7 +77,7 @@ WITHOUT_TRIAL = ("model.dtype", "model.today")
 
 
 def resolved(config: Config, tell: Tell = say, keys: Collection[str] = tuple(RESOLVERS)) -> Config:
-    """The config without open values: those that the run's own config.yaml keeps, else what the resolvers choose.
+    """The config without open values: those that the run's own config.yaml keeps, otherwise what the resolvers choose.
 
     Args:
         tell: gets a line for each value that is chosen here.

@@ -56,7 +56,7 @@ def reward_model(
 
 
 def run_config(config: Config, *, resume: str = "auto", ray_address: str | None = None) -> None:
-    """Starts or continues the run of a config: whatever its stages are, alone or in a pipeline."""
+    """Starts or continues the run of a config, with one or several stages."""
     restored = restore_lost(config)
     if restored:
         say(restored)

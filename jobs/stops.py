@@ -1,9 +1,9 @@
-"""Requests to stop: Ctrl-C, SIGTERM, and the SIGHUP of a closed terminal. Every phase of a command answers them.
+"""Requests to stop: Ctrl-C, SIGTERM, and the SIGHUP of a closed terminal. Every phase of a command reacts to them.
 
-end_at_once      one line and the exit code, for a command that has not begun
-interrupt        a stop raises KeyboardInterrupt where the command is
-held             a stop waits for the end of the body: for what must not be cut in half
-Cancelling       a stop cancels an asyncio task, which then saves what it holds
+end_at_once      prints one line and exits, for a command that has not started its work
+interrupt        a stop raises KeyboardInterrupt in the command
+held             a stop waits for the end of the body, which must not be interrupted
+Cancelling       a stop cancels an asyncio task, which then saves its state
 end_within       a deadline for all of that
 
 A signal that was ignored when the program started, as nohup does with SIGHUP, stays ignored.
@@ -22,9 +22,9 @@ from time import monotonic
 from types import FrameType
 from typing import Any
 
-INTERRUPTED = 130  # what shells report of a program ended by Ctrl-C
+INTERRUPTED = 130  # the code that shells report for a program ended by Ctrl-C
 STOPPED = "stopped; what was committed is safe, and the same run.id continues from it."
-# A person who presses Ctrl-C again means it; a terminal that closes sends SIGHUP twice and means one stop.
+# A second Ctrl-C is deliberate; a terminal that closes sends SIGHUP twice and means one stop.
 AGAIN_S = 1.0
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -53,7 +53,7 @@ def held() -> Iterator[None]:
 
 @contextmanager
 def ending_at_once() -> Iterator[None]:
-    """A stop ends the process while the body runs. For imports: an interrupted one surfaces as all kinds of errors."""
+    """A stop ends the process while the body runs. For imports: an interrupted import can raise any error."""
     with _handled(_end):
         yield
 
@@ -61,10 +61,10 @@ def ending_at_once() -> Iterator[None]:
 class Cancelling:
     """While its context is open, a stop cancels the task that `begin` names.
 
-    A repeated SIGTERM or SIGHUP changes nothing; a second Ctrl-C cancels again, which cuts saving short.
+    A repeated SIGTERM or SIGHUP has no effect; a second Ctrl-C cancels again, which interrupts saving.
 
     Args:
-        grace_s: the process ends this long after the first stop, whatever it is doing.
+        grace_s: the process ends this long after the first stop, in any case.
     """
 
     def __init__(self, grace_s: float) -> None:
@@ -93,7 +93,7 @@ class Cancelling:
 
 
 def end_within(seconds: float, why: str | None = None) -> None:
-    """Ends the process with INTERRUPTED after so long, unless it has ended: for threads and libraries that hang."""
+    """Ends the process with INTERRUPTED after this time, unless it has ended: for threads and libraries that hang."""
 
     def end() -> None:
         if why is not None:

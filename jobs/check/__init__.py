@@ -1,1 +1,1 @@
-"""What a run would meet, found out before it starts."""
+"""Checks of a run before it starts."""

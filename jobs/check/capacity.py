@@ -1,4 +1,4 @@
-"""What a config needs of a machine or cluster: memory per role, placement, disk."""
+"""The needs of a config on a machine or cluster: memory per role, placement, disk."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _SAVED_BYTES_PER_PARAM = 14  # weights, masters, two moments
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where a plan is tried: nodes and their memory, and what they are in words."""
+    """The cluster for which a plan is tried: nodes, their memory, and a description."""
 
     what: str
     nodes: Sequence[Node]
@@ -53,7 +53,7 @@ def find_cluster(ray_address: str | None, *, wait_s: float) -> Cluster:
     """The cluster at `ray_address` or RAY_ADDRESS; without either, this machine, on which no Ray is started.
 
     Raises:
-        CapacityError: there is an address, and nothing answers.
+        CapacityError: nothing answers at the address.
     """
     address = named_address(ray_address)
     if address is None:
@@ -68,14 +68,14 @@ def find_cluster(ray_address: str | None, *, wait_s: float) -> Cluster:
     offers = {}
     for node in nodes:
         there = resources[node.address]
-        # Ray takes the object store out of what it calls a node's memory.
+        # Ray does not count the object store as part of a node's memory.
         offers[node.address] = NodeOffer(there["memory"] + there["object_store_memory"] if "memory" in there else None)
     return Cluster(f"Ray cluster of {len(nodes)} nodes", nodes, offers)
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """A plan and what it takes; `warnings` say what may not fit."""
+    """A plan and its needs; `warnings` say what may not fit."""
 
     cluster: Cluster
     plan: Plan
@@ -86,7 +86,7 @@ class Capacity:
 
 
 def capacity(config: Config, cluster: Cluster) -> Capacity:
-    """Places the config's roles and estimates what they take.
+    """Places the config's roles and estimates their needs.
 
     Raises:
         CapacityError: cores, GPUs or memory are short.
@@ -184,7 +184,8 @@ def _learner(config: Config, learner: LearnerConfig, size: ModelSize, *, logits:
 
 
 def disk_bytes(config: Config, sizes: _Sizes) -> float:
-    """What a run writes at most: checkpoints (those kept, the best, and one more while saving), exports, experience."""
+    """The most that a run writes: checkpoints (those kept, the best, and one more while saving), exports,
+    experience."""
     num_params = sizes.of(None).num_params
     if config.algorithm.needs_critic:
         num_params += sizes.of(*critic_base(config)).num_params

@@ -1,7 +1,7 @@
-"""`rlhf check --config FILE [section.key=value ...]`: what a run would meet, before anything is started.
+"""`rlhf check --config FILE [section.key=value ...]`: checks a run before anything is started.
 
-Data, tokenizer and template, batch arithmetic, rewards, placement, memory and disk. No weights are read, no actor is
-started; where RAY_ADDRESS or --ray-address names a cluster, the plan is tried against it.
+Data, tokenizer and template, batch arithmetic, rewards, placement, memory and disk. No weights are read and no actor is
+started. If RAY_ADDRESS or --ray-address names a cluster, the plan is tried with its nodes.
 """
 
 from __future__ import annotations

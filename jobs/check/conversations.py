@@ -1,4 +1,4 @@
-"""Preflight: do all models of a run read the same tokens, and where do the replies that they learn from end?"""
+"""Preflight: checks that all models of a run read the same tokens, and where replies end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ANSWER = "Yes."
 
 
 def describe_chat(chat: Chat) -> list[str]:
-    """Lines for people: where replies end, and one as it is learned from."""
+    """Lines for the console: where replies end, and an example of a learned reply."""
     stops = ", ".join(f"{chat.text([stop])!r} ({stop})" for stop in chat.stops)
     closing = f"{chat.text(chat.closing)!r} (token {', '.join(map(str, chat.closing))})"
     lines = [f"a reply ends with {closing}; engines stop at {stops}"]
@@ -39,13 +39,13 @@ def describe_chat(chat: Chat) -> list[str]:
 
 
 def require_embeddings(config: Config, policy: Chat | None) -> None:
-    """Raises DataError when the policy's tokenizer knows ids that it has no embedding for."""
+    """Raises DataError when the policy's tokenizer has ids without an embedding."""
     if policy is not None:
         _vocabulary(config, "model.path", config.model.path, policy).require_embeddings()
 
 
 def check_vocabularies(config: Config, found: Found) -> None:
-    """Policy, reference and critic get the same token ids, so they must mean the same to all of them.
+    """Policy, reference and critic get the same token ids, so the ids must have the same meaning for all of them.
 
     Raises:
         DataError: naming the two models, a token that differs, and the way out.
@@ -66,7 +66,7 @@ def check_vocabularies(config: Config, found: Found) -> None:
 
 
 def check_training_conversations(config: Config, found: Found) -> str | None:
-    """Writes conversations as training a reward model will.
+    """Writes conversations as the training of a reward model will.
 
     Raises:
         DataError: its template refuses one, or it has none and its vocabulary is not the policy's.
@@ -87,7 +87,7 @@ def check_training_conversations(config: Config, found: Found) -> str | None:
 
 
 def check_scoring_conversations(config: Config, found: Found) -> str | None:
-    """The same for a reward model that comes from outside, which scores samples."""
+    """The same for an external reward model, which scores samples."""
     reward = config.reward
     if found.chat is None or not isinstance(reward, ModelRewardConfig) or reward.path is None:
         return None
@@ -118,7 +118,7 @@ def _naming(what: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """Token ids of a model: what they mean to its tokenizer (null: it has none), and its number of embeddings."""
+    """Token ids of a model: their meaning for its tokenizer (None: it has none), and the number of its embeddings."""
 
     key: str
     folder: Path
@@ -126,7 +126,7 @@ class _Vocabulary:
     num_embeddings: int
 
     def require_embeddings(self) -> None:
-        """Raises DataError when the tokenizer knows ids that the model has no embedding for."""
+        """Raises DataError when the tokenizer has ids for which the model has no embedding."""
         largest = max((self.ids or {}).values(), default=-1)
         if largest >= self.num_embeddings:
             token = next(text for text, number in (self.ids or {}).items() if number == largest)
@@ -137,7 +137,7 @@ class _Vocabulary:
             )
 
     def require_same(self, other: _Vocabulary, way_out: str) -> None:
-        """Raises DataError when `other` reads this model's tokens as something else, or has no place for them."""
+        """Raises DataError when `other` reads this model's tokens differently, or has no embeddings for them."""
         problem = self._difference(other)
         if problem is not None:
             raise DataError(
@@ -167,7 +167,7 @@ def _vocabulary(config: Config, key: str, model: str, chat: Chat | None = None) 
 
 
 def _critic_start(config: Config) -> tuple[str, str | None]:
-    """(key, model) that the critic starts from; null: the policy with a new head."""
+    """(key, model) from which the critic starts; None: the policy with a new head."""
     if config.critic.path is not None:
         return "critic.path", config.critic.path
     if not isinstance(config.reward, ModelRewardConfig):

@@ -1,4 +1,4 @@
-"""Whether the chosen rollout engine can be had here, and whether vLLM serves the policy's architecture: checked before
+"""Checks whether the chosen rollout engine is available, and whether vLLM serves the policy's architecture: before
 anything starts, and without the policy's weights."""
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Whether vLLM serves the policy of a config: what a trial without the policy's weights said.
+"""Decides by a trial without the policy's weights whether vLLM serves the policy of a config.
 
-The trial (actors/engines/vllm_trial.py) runs in a process of its own, once for each model config: verdicts are kept in
-run.cache, and what can't be kept is remembered while the command runs.
+The trial (actors/engines/vllm_trial.py) runs in a separate process, once for each model config: verdicts are kept in
+run.cache, and those that can't be kept are remembered while the command runs.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Verdict:
     """As actors.engines.vllm_trial prints it.
 
     Args:
-        refusal: why vLLM can't serve it; None where it can.
-        difference: largest of log-probs, in fp32, from those of transformers.
-        untried: why the verdict is none of the architecture, and is not kept.
+        refusal: why vLLM can't serve it; None: it can.
+        difference: largest difference from the log-probs of transformers, in fp32.
+        untried: why the trial says nothing about the architecture, and its verdict is not kept.
     """
 
     refusal: str | None = None
@@ -47,11 +47,11 @@ class Verdict:
 
 
 def verdict_on_vllm(config: Config, tell: Callable[[str], None] = lambda line: None) -> Verdict | None:
-    """What a trial says of vLLM and the policy's architecture; None where none is made: nothing samples, engines are on
-    GPUs, or another build of vLLM is installed.
+    """The verdict of a trial of vLLM with the policy's architecture; None without a trial: nothing samples, engines are
+    on GPUs, or another build of vLLM is installed.
 
     Args:
-        tell: gets a line for people before a trial starts.
+        tell: gets a line for the console before a trial starts.
 
     Raises:
         DataError: the model can't be found.
@@ -78,11 +78,11 @@ def _command(config: Config, folder: Path) -> tuple[str, ...]:
 
 
 def _key(config: Config, folder: Path, versions: list[str | None]) -> str:
-    """Of all that a verdict depends on."""
+    """Digest of everything that a verdict depends on."""
     try:
         text = (folder / "config.json").read_bytes()
     except OSError:
-        text = b""  # the checks of models say what is wrong with it
+        text = b""  # the checks of models report the problem
     model = config.model
     longest = model.max_length if b"window" in text else None
     digest = hashlib.sha256(text + repr((model.dtype, longest, model.trust_remote_code, versions)).encode())
@@ -111,7 +111,7 @@ def _kept_or_tried(command: tuple[str, ...], key: str, folder: Path, tell: Calla
 
 
 def _tried(command: tuple[str, ...], key: str, tell: Callable[[str], None]) -> Verdict:
-    """The verdict of a trial, which is made once in the life of this process."""
+    """The verdict of a trial, which is made once per process."""
     if key not in _TRIED:
         tell(TRYING)
         _TRIED[key] = _trial(command)
@@ -134,7 +134,7 @@ def _trial(command: tuple[str, ...]) -> Verdict:
             return _parsed(line)
     last = ended.stderr.strip().rpartition("\n")[2][-200:]
     how = f"its trial ended with {ended.returncode}: {last}"
-    # Killed from outside, most likely for memory, it says nothing of vLLM.
+    # It was killed from outside, probably out of memory, which says nothing about vLLM.
     is_killed = ended.returncode in (-signal.SIGKILL, -signal.SIGTERM)
     return Verdict(refusal=None if is_killed else how, untried=how)
 

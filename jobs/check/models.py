@@ -1,5 +1,5 @@
-"""Preflight: can the models of a run be loaded, computed with and exported? From configs and headers of files, and by
-small random models of the same architectures; no weights are read."""
+"""Preflight: checks that the models of a run can be loaded, computed with and exported. Uses configs, headers of files,
+and small random models of the same architectures; no weights are read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEAD = "score."
 
 
 def check_models(config: Config) -> str | None:
-    """Roles that use one folder in one way share a proof of it.
+    """Roles that use one folder in the same way share a proof.
 
     Raises:
         DataError, ConfigError: naming the model and the way out.
@@ -47,15 +47,15 @@ def _describe(uses: Sequence[ModelUse], *, is_tried: bool) -> str:
 
 
 def _uses(config: Config) -> Iterator[ModelUse]:
-    """Each once: stages share the policy. Where one of them exports it, all are proved as if they did."""
+    """Each use once: stages share the policy. If one of them exports it, all are proved as if they did."""
     uses = [use for entry in stages_of(config) for use in entry.stage.models(entry.config)]
     exported = {replace(use, exports=True) for use in uses if use.exports}
     yield from dict.fromkeys(wider if (wider := replace(use, exports=True)) in exported else use for use in uses)
 
 
 def _prove(config: Config, uses: Sequence[ModelUse]) -> bool:
-    """Whether the weights are whole and what is relied on holds, for uses that differ in what proofs include: one that
-    exports proves all that one that doesn't would. False where no small model could be made."""
+    """Whether the weights are complete and the proofs succeed. A use that exports includes all proofs of one that does
+    not. False: no small model could be made."""
     use, trust = uses[0], config.model.trust_remote_code
     folder = resolve_model(use.model, config.run.cache)
     settings = read_config(folder, trust_remote_code=trust)

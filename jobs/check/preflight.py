@@ -1,6 +1,6 @@
-"""What is checked before anything starts: prompts, preferences, tokenizer, rewards, trackers, ports and the run folder.
+"""Checks before anything starts: prompts, preferences, tokenizer, rewards, trackers, ports and the run folder.
 
-Every check runs, and all that is wrong is told at once. Nothing is started and no weights are read.
+Every check runs, and all problems are reported together. Nothing is started and no weights are read.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _REPLY = "Thank you, I am glad to help with that."
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found. `notes` are lines for people; `prepared` is None when the prompts or their model are bad."""
+    """The findings. `notes` are lines for the console; `prepared` is None when the prompts or their model are bad."""
 
     prepared: Prepared | None
     notes: Sequence[str]
     problems: Sequence[RlhfError]
 
     def require(self) -> Prepared:
-        """The prepared prompts. Raises what is wrong: the one problem itself, or all of them as one ConfigError."""
+        """The prepared prompts. Raises the problem, or several of them as one ConfigError."""
         if len(self.problems) > 1:
             raise ConfigError(f"{len(self.problems)} problems:\n" + "\n".join(f"- {error}" for error in self.problems))
         if self.problems or self.prepared is None:
@@ -50,12 +50,12 @@ class Preflight:
 
 
 def check_alone(config: Config, stage: str) -> Prepared:
-    """As `checked`, for a run of one stage by a command of its own (settings.alone)."""
+    """As `checked`, for a command that runs one stage (settings.alone)."""
     return _told(preflight(alone(config, stage), kept=config))
 
 
 def checked(config: Config) -> Prepared:
-    """The prompts of a run whose input is good. Raises what is wrong, see Preflight.require."""
+    """The prompts of a run whose input is good. Raises the problems, see Preflight.require."""
     return _told(preflight(config))
 
 
@@ -70,7 +70,7 @@ def preflight(config: Config, *, kept: Config | None = None) -> Preflight:
     """Checks what the config's stages read and start.
 
     Args:
-        kept: what the run folder will keep, where that is not `config`.
+        kept: the config that the run folder will keep, if it is not `config`.
     """
     notes: list[str] = []
     problems: list[RlhfError] = []
@@ -101,13 +101,13 @@ def preflight(config: Config, *, kept: Config | None = None) -> Preflight:
         lambda: check_run_folder(kept or config),
         lambda: _mirror(config),
     ]
-    told = dict.fromkeys(note for note in map(attempt, checks) if note)  # two stages may find the same
+    told = dict.fromkeys(note for note in map(attempt, checks) if note)  # two stages may find the same problem
     notes.extend(told)
     return Preflight(prepared, notes, _distinct(problems))
 
 
 def _distinct(problems: Sequence[RlhfError]) -> list[RlhfError]:
-    """One file may be wrong in two places of the config."""
+    """Two places of the config may name one bad file."""
     return list({str(error): error for error in problems}.values())
 
 
@@ -135,7 +135,7 @@ def _port(config: Config) -> None:
 
 
 def _examples(prepared: Prepared | None) -> pa.Table | None:
-    """A made-up reply to the first prompts, as reward sources read samples. None: there are no prompts."""
+    """An invented reply to the first prompts, in the form in which reward sources get samples. None: no prompts."""
     if prepared is None or not prepared.prompts.train:
         return None
     prompts = prepared.prompts.train[:PROBES]

@@ -1,4 +1,4 @@
-"""Checks of stages: are there prompts enough?"""
+"""Checks of stages: whether there are enough prompts."""
 
 from __future__ import annotations
 

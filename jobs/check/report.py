@@ -25,7 +25,7 @@ SHOWN_CHARACTERS = 1500
 
 
 def check(config: Config, ray_address: str | None) -> None:
-    """Prints what was found, then raises what is wrong, all of it at once (see Preflight.require)."""
+    """Prints the findings, then raises all problems together (see Preflight.require)."""
     config = resolved(config)
     found = preflight(config)
     for note in found.notes:
@@ -76,7 +76,7 @@ def _show_capacity(config: Config, found: Capacity) -> None:
 def _disk_warnings(config: Config, disk_bytes: float) -> list[str]:
     root = storage_root(config.run.root)
     if not root.is_dir():
-        return []  # that it can't be made is a problem of its own
+        return []  # a folder that can't be created is a separate problem
     free = shutil.disk_usage(root).free
     say(f"disk: a run writes at most about {gib(disk_bytes)}; free in run.root: {gib(free)}")
     if disk_bytes <= free:

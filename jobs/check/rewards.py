@@ -1,4 +1,4 @@
-"""Checks of stages: preferences, reward sources and gold rules, tried before anything starts."""
+"""Checks of stages: tries preferences, reward sources and gold rules before anything starts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_reward(config: Config, found: Found) -> str | None:
         return _reward_model(config, reward)
     if isinstance(reward, RulesRewardConfig):
         return _rules_tried("rules", reward.rules, "reward.rules", config, found.examples)
-    if isinstance(reward, HttpRewardConfig) and found.examples is not None:  # without prompts there is nothing to try
+    if isinstance(reward, HttpRewardConfig) and found.examples is not None:  # nothing to try without prompts
         limits = {"timeout_s": min(reward.timeout_s, HTTP_PROBE_S), "retries": min(reward.retries, 1)}
         source = HttpReward(reward.model_copy(update=limits))
         return _tried(f"endpoint {reward.url}", source, found.examples.slice(0, 1), "reward.url")
@@ -62,7 +62,7 @@ def check_gold(config: Config, found: Found) -> str | None:
 
 
 def check_reward_window(config: Config, found: Found) -> str | None:
-    """Says what the reward model takes where that is less than a prompt and its response may have.
+    """Reports the reward model's longest transcript if a prompt and its response can be longer.
 
     Raises:
         ConfigError: reward.max_length exceeds the window of the reward model.
@@ -88,10 +88,10 @@ def check_reward_window(config: Config, found: Found) -> str | None:
 
 
 def _tried(name: str, source: RewardSource, examples: pa.Table, key: str) -> str:
-    """Scores a made-up reply to real prompts.
+    """Scores an invented reply to real prompts.
 
     Raises:
-        ConfigError: the source is down, or can score none of them.
+        ConfigError: the source is down, or can score no prompt.
     """
     try:
         scores = source.scores(examples)

@@ -1,4 +1,4 @@
-"""Checks of stages: can the trackers that the config names be had, and do they answer?"""
+"""Checks of stages: whether the config's trackers are installed and answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Events of a stage's start and end, of whatever kind, from which `why` and the report tell how a run ended."""
+"""Events of a stage's start and end, of whatever kind, from which `why` and the report derive how a run ended."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def stage_events(telemetry: Telemetry, stages: Sequence[str], checkpoints: Path)
     """Around the work of one stage.
 
     Args:
-        stages: all stages of this attempt. A run may be given more of them later.
+        stages: all stages of this attempt. A run can get more stages later.
         checkpoints: folder of the run's checkpoints, which may not exist.
     """
     telemetry.event("stage_started", stages=list(stages))

@@ -1,6 +1,6 @@
-"""The labeller: a gold rule with noise, in the place of a person who ranks K replies to a prompt (Ouyang 2022).
+"""The labeller: a gold rule with noise, which replaces a person who ranks K replies to a prompt (Ouyang 2022).
 
-Pure: scores in, rankings out. The noise of a prompt follows from (run seed, prompt id) alone.
+Pure: scores in, rankings out. The noise of a prompt depends only on (run seed, prompt id).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class LabelReport:
         num_repeated: replies equal to another one of their prompt.
         num_failed: replies that the gold rule could not score.
         pair_agreement: share of pairs that the noisy ranking orders as the gold scores do (ties count as half):
-            no reward model can be expected to reach more on these labels.
+            no reward model can be expected to do better on these labels.
     """
 
     num_rankings: int

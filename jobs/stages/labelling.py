@@ -39,7 +39,7 @@ async def make_preferences(job: StageJob) -> Mapping[str, Any]:
         raise StorageError(
             f"samples {path} can't be read ({type(error).__name__}). Delete it, and they are made again."
         ) from None
-    # In a thread: the event loop writes the heartbeat meanwhile.
+    # In a thread, so that the event loop can write the heartbeat.
     scores = await asyncio.to_thread(_gold_scores, config, table)
     failures = require_some(scores, config.labeller.gold)
     if failures:
@@ -56,10 +56,10 @@ async def make_preferences(job: StageJob) -> Mapping[str, Any]:
 
 
 def require_some(scores: Sequence[Score], gold: str) -> str:
-    """What to say about the replies that the gold rule could not score; empty where there are none.
+    """A line about the replies that the gold rule could not score; empty if there are none.
 
     Raises:
-        DataError: it could score none.
+        DataError: it could score no reply.
     """
     errors = [score.error for score in scores if score.value is None]
     if scores and len(errors) == len(scores):
@@ -80,7 +80,7 @@ def _gold_scores(config: Config, table: pa.Table) -> list[Score]:
 
 
 def _scored(table: pa.Table, values: Sequence[float | None]) -> list[ScoredReplies]:
-    """Replies by prompt; a prompt's rows lie together. Conversations come from `meta`."""
+    """Replies by prompt; a prompt's rows are adjacent. Conversations come from `meta`."""
     columns = (table[name].to_pylist() for name in ("prompt_id", "meta", "response_text"))
     rows = zip(*columns, values, strict=True)
     scored = []

@@ -1,4 +1,4 @@
-"""Stage `preferences`: ranks sampled replies by a gold rule with noise, which stands in for people."""
+"""Stage `preferences`: ranks sampled replies by a gold rule with noise, which replaces people."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Learns again from a run's log.
 
-Starts the learners as the run did and folds learning over the committed steps; no engine, reference or
-reward is needed. On the same kind of machine, with the same ranks and threads, it ends with the run's own bits.
+Starts the learners as the run did and folds learning over the committed steps, without engine, reference or
+reward. On the same kind of machine, with the same ranks and threads, it ends with the same bits as the run.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ STAGE = "replay"
 
 
 def replay(path: Path, until: int | None, to: Path | None, ray_address: str | None, *, from_checkpoint: bool) -> None:
-    """Learns steps 0 to `until` - 1 (None: all that are logged) again into the folder `to` (None: `path`/replay).
+    """Learns steps 0 to `until` - 1 (None: all logged steps) again into the folder `to` (None: `path`/replay).
 
-    Raises ConfigError: no such run, or it does not hold the steps.
+    Raises ConfigError: no such run, or the log lacks the steps.
     """
     config, opened = read_run_folder(path)
     stage = logged_stage(config)
@@ -113,7 +113,7 @@ def checkpoint_of(checkpoints: Path, step: int) -> Path:
 
 @dataclass(frozen=True)
 class _Replay:
-    """One replay, which leaves the same signs of its life and of its end as a run does."""
+    """One replay, which records its heartbeat and its end as a run does."""
 
     config: Config
     run_folder: RunFolder

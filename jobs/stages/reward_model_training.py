@@ -89,7 +89,7 @@ class RewardModelResult:
 
 
 async def make_reward_model(job: StageJob) -> Mapping[str, Any]:
-    """Reads the preferences, trains, and writes the result beside the model."""
+    """Reads the preferences, trains, and writes the result next to the model."""
     config = job.config
     preferences = config.preferences
     is_given = preferences.path is not None
@@ -145,7 +145,7 @@ async def train_reward_model(
     """Trains on `records`, measures on `held_out`, leaves the finished model in `folder`.
 
     Ray is connected. The model appears in `folder` whole or not at all. Progress and checkpoints are in a work folder
-    beside it, from which a later call continues; the folder goes with a finished training.
+    next to it, from which a later call continues; it is removed when the training has finished.
 
     Args:
         gold: for every held-out record the true scores of its replies; None: the records' own order is the truth.
@@ -264,7 +264,7 @@ def _workers(config: Config, threads: int) -> Workers:
 def _identity(
     settings: RewardTraining, records: Sequence[RankingRecord], held_out: Sequence[RankingRecord]
 ) -> tuple[object, ...]:
-    """All that decides what is learned."""
+    """Everything that decides what is learned."""
     stage = settings.stage.model_dump(exclude={"checkpoint_every_steps"})
     model = settings.policy
     policy = (model.path, model.compute_dtype, model.system_prompt, model.today, settings.template)
@@ -285,7 +285,7 @@ def run_alone(config: Config, ray_address: str | None) -> None:
     its other stages.
 
     Raises:
-        ConfigError, DataError, CapacityError: found before anything starts, but for the room on a named cluster.
+        ConfigError, DataError, CapacityError: before anything starts, except for the resources of a named cluster.
     """
     preferences = config.preferences
     if preferences.path is None:

@@ -81,7 +81,7 @@ class Rl(Stage):
         return costs.rl(prepared.prompts.train, prepared.prompts.held_out)
 
     def is_finished(self, config: Config, run: RunFolder) -> bool:
-        """Its last step is saved, and exported. A run that has finished may be told to take more steps."""
+        """Its last step is saved and exported. A finished run can be extended by more steps."""
         made = all((run.place / made.path).exists() for made in self.makes(config))
         told = has_finished(run.path, run.stage or self.kind)
         return made and told and is_complete(run.checkpoints, config.rl.steps)

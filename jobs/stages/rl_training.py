@@ -16,7 +16,7 @@ from orchestrator.run.storage import writing
 
 
 async def train_policy(job: StageJob) -> Mapping[str, Any]:
-    """Raises what a role raises that the supervisor gives up on."""
+    """Raises the error of a role after which the supervisor gives up."""
 
     def on_placed(starter: Starter) -> None:
         job.watch(starter.groups)
@@ -37,7 +37,8 @@ async def train_policy(job: StageJob) -> Mapping[str, Any]:
 
 
 async def _export_best(coordinator: Coordinator, job: StageJob) -> None:
-    """The policy of the best checkpoint, where that is not the last one. Its weights replace those of the policy."""
+    """Exports the policy of the best checkpoint, unless that is the last one. Its weights replace those of the
+    policy."""
     folder = job.run.best_export
     shutil.rmtree(folder, ignore_errors=True)
     try:

@@ -62,16 +62,16 @@ from orchestrator.types import Prompt
 from orchestrator.watching.guards import Guards, acted_before, guard_table
 from orchestrator.watching.telemetry import Telemetry
 
-EVALUATION_STEP = -1  # stands in for a step in the seeds of held-out samples: the same at every evaluation
+EVALUATION_STEP = -1  # used instead of a step in the seeds of held-out samples: the same at every evaluation
 
 
 def starting(
     config: Config, needed: Sequence[Demand], tell: Callable[[str], None] = say
 ) -> AbstractAsyncContextManager[Starter]:
-    """Places what is needed; on exit all actors are ended and their resources are free.
+    """Places what is needed; on exit all actors have ended and their resources are free.
 
     Args:
-        tell: gets a line for people when something is waited for.
+        tell: gets a line for the console while it waits.
     """
     placement = config.placement
     return placed(
@@ -305,7 +305,7 @@ def _coordinator(
 
 
 def best_of(config: Config, run: RunFolder) -> Callable[[Iterable[int]], Best | None]:
-    """Chooses the best of some steps by their evaluations; without checkpoints.best_metric none is."""
+    """Chooses the best of some steps by their evaluations; none without checkpoints.best_metric."""
     metric = config.checkpoints.best_metric
     if metric is None:
         return lambda steps: None
@@ -313,7 +313,7 @@ def best_of(config: Config, run: RunFolder) -> Callable[[Iterable[int]], Best | 
 
 
 def learners_of(config: Config, groups: Mapping[str, ActorGroup], weights: PolicyWeights | None = None) -> Learners:
-    """The policy and, where the algorithm needs one, the critic."""
+    """The policy and, if the algorithm needs one, the critic."""
     limits = config.deadlines
 
     def learner(role: str, settings: LearnerConfig, method: Callable[..., Any], **more: Any) -> RayLearner:

@@ -23,7 +23,7 @@ from orchestrator.run.storage import replacing
 from orchestrator.sampler import cut_into_shards
 from orchestrator.types import ShardRequest
 
-SAMPLE_STEP = -2  # stands in for a step in the seeds of samples that are ranked
+SAMPLE_STEP = -2  # used instead of a step in the seeds of samples that are ranked
 
 
 async def make_samples(job: StageJob) -> Mapping[str, Any]:

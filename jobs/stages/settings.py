@@ -1,4 +1,4 @@
-"""From the config to what the parts are built from: pure, starts nothing."""
+"""Derives the settings of the parts from the config: pure, starts nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def chat_template(config: Config) -> str | None:
 
 
 def alone(config: Config, kind: str) -> Config:
-    """For one stage by a command of its own, which neither mirrors its run nor opens trackers and ports."""
+    """The config for a command that runs one stage, and neither mirrors its run nor opens trackers and ports."""
     run = config.run.model_copy(update={"mirror": None})
     telemetry = config.telemetry.model_copy(
         update={"prometheus_port": None, "tensorboard": False, "wandb_project": None, "mlflow_uri": None}
@@ -48,13 +48,14 @@ def samples_per_shard(config: Config) -> int:
 
 
 def shards_per_step(config: Config, *, is_sharded: bool) -> int | None:
-    """Among how many shards the ranks of a role are shared; null where `is_sharded`: each needs all of them."""
+    """The number of shards among which the ranks of a role are split; None if `is_sharded`: each shard needs all
+    ranks."""
     return None if is_sharded else math.ceil(config.samples_per_step / samples_per_shard(config))
 
 
 def reward_path(config: Config, inputs: Mapping[str, Path]) -> str | None:
-    """The reward model's folder or name: the artifact that a stage before made, else the config's. None: the reward is
-    no model."""
+    """The reward model's folder or name: the artifact of an earlier stage, otherwise the config's. None: the reward is
+    not a model."""
     if REWARD_MODEL in inputs:
         return str(inputs[REWARD_MODEL])
     return config.reward.path if isinstance(config.reward, ModelRewardConfig) else None
@@ -68,14 +69,14 @@ def reward_base(config: Config) -> tuple[str, int | None]:
 
 
 def critic_base(config: Config) -> tuple[str, int | None]:
-    """The same of the critic, which begins as the reward model where there is one and critic.path is null."""
+    """The same for the critic, which starts from the reward model if there is one and critic.path is null."""
     if config.critic.path is not None:
         return config.critic.path, None
     return reward_base(config) if isinstance(config.reward, ModelRewardConfig) else (config.model.path, None)
 
 
 def reward_max_length(config: Config) -> int | None:
-    """Longest transcript that the reward model is given. None: what it can take."""
+    """Longest transcript that the reward model gets. None: its own limit."""
     reward = config.reward
     if not isinstance(reward, ModelRewardConfig):
         return None
@@ -85,7 +86,7 @@ def reward_max_length(config: Config) -> int | None:
 
 
 def reward_section(config: Config, path: str | None) -> RewardConfig:
-    """The reward's section with the model and the length that it leaves open."""
+    """The reward's section, completed by the model and the length that it leaves open."""
     if not isinstance(config.reward, ModelRewardConfig):
         return config.reward
     return config.reward.model_copy(update={"path": path, "max_length": reward_max_length(config)})
@@ -105,7 +106,7 @@ def experience_settings(config: Config) -> ExperienceSettings:
 
 
 def critic_section(config: Config, reward_path: str | None) -> CriticConfig:
-    """The critic's section with the model that it leaves open: the reward model, where there is one."""
+    """The critic's section, completed by the model that it leaves open: the reward model, if there is one."""
     path = config.critic.path or reward_path
     is_policy = path == config.model.path  # then a new head is put on it
     return config.critic.model_copy(update={"path": None if is_policy else path})
@@ -125,7 +126,8 @@ def rank_context(config: Config) -> RankContext:
 
 
 def within(deadline_s: float) -> float:
-    """Seconds for work inside a call with this deadline: what fails then fails as itself, not as a silent actor."""
+    """Seconds for work inside a call with this deadline, so that the work fails with its own error before the call
+    does."""
     return 0.8 * deadline_s
 
 

@@ -1,7 +1,7 @@
 """A stage of a run as an object: what it reads and makes, what it needs, how it is checked, and its work.
 
-Modules of stages import nothing heavy: what runs, with Ray and torch behind it, is imported by `run` (ADR 11). The
-defaults of `Stage` are those of a stage that needs nothing, so that a new one writes only what is its own.
+Modules of stages import nothing heavy: `run` imports the code that needs Ray and torch (ADR 11). The defaults of
+`Stage` are those of a stage that needs nothing, so that a new stage defines only its differences.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a stage reads from outside, by key of the config; a run's identity includes its content. None: not set."""
+    """A stage's inputs from outside, by key of the config; a run's identity includes their contents. None: not set."""
 
     files: Mapping[str, Path | None] = field(default_factory=dict)
     models: Mapping[str, str | None] = field(default_factory=dict)
@@ -49,13 +49,13 @@ class Inputs:
 
 @dataclass(frozen=True)
 class ModelUse:
-    """What a stage wants of one model.
+    """A stage's use of one model.
 
     Args:
         key: of the config; names the model in errors.
-        scores: with a scalar head, which is made where there is none.
-        window: positions that it must take. None: longer input is cut.
-        layers: that are kept, from the first on. None: all.
+        scores: with a scalar head, which is created if there is none.
+        window: number of positions that it must support. None: longer input is cut.
+        layers: number of layers that are kept, from the first on. None: all.
     """
 
     key: str
@@ -69,8 +69,9 @@ class ModelUse:
 
 @dataclass(frozen=True)
 class Found:
-    """What the checks of a stage may look at, besides the config. None: it is bad, which is told already, or the run
-    has no prompts. `examples` is a made-up reply to a few prompts, as reward sources read samples."""
+    """What the checks of a stage can use, besides the config. None: it is bad, which is reported already, or the run
+    has no prompts. `examples` is an invented reply to a few prompts, in the form in which reward sources get
+    samples."""
 
     chat: Chat | None
     prepared: Prepared | None
@@ -79,14 +80,14 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class StageJob:
-    """What the work of a stage is handed.
+    """The arguments of a stage's work.
 
     Args:
-        name: of the stage in this run, for lines to people.
-        config: the run's, with what the stage sets differently.
-        run: the run's folder, whose paths are those of this stage.
+        name: of the stage in this run, for lines on the console.
+        config: the run's, with the stage's own settings.
+        run: the run's folder, with the paths of this stage.
         inputs: artifacts that it reads, by kind.
-        watch: told the groups of actors that it waits for, for the heartbeat.
+        watch: gets the groups of actors that it waits for, for the heartbeat.
     """
 
     name: str
@@ -100,7 +101,7 @@ class StageJob:
     watch: Callable[[Sequence[ActorGroup]], None]
 
     def output(self, kind: str) -> Path:
-        """Where the artifact of this kind goes."""
+        """The path of the artifact of this kind."""
         return next(self.run.place / made.path for made in self.makes if made.kind == kind)
 
 
@@ -113,9 +114,9 @@ class Stage:
         samples: whether it starts rollout engines on the run's prompts.
         has_log: whether it learns in steps from an experience log: it has checkpoints, evaluations, trackers, a report.
         steps_key: dotted key of the config that holds the number of its steps.
-        shown: metrics in the lines for people about its steps.
-        checks: `module:function` of (config, Found), which returns a line for people or None and raises what is wrong.
-        instead: by kind of artifact that it reads, what the user may give in its place, for errors.
+        shown: metrics in the lines on the console about its steps.
+        checks: `module:function` of (config, Found), which returns a line for the console or None, or raises an error.
+        instead: by kind of artifact that it reads, what the user can give instead, for errors.
     """
 
     kind: str = ""
@@ -128,14 +129,14 @@ class Stage:
     instead: Mapping[str, str] = MappingProxyType({})
 
     def reads(self, config: Config) -> Sequence[str]:
-        """Kinds of artifacts that stages before it must make."""
+        """Kinds of artifacts that earlier stages must make."""
         return ()
 
     def makes(self, config: Config) -> Sequence[Artifact]:
         return ()
 
     def num_steps(self, config: Config) -> int | None:
-        """Steps that its progress is counted in. None: it tells none."""
+        """Number of steps, for its progress. None: it reports no steps."""
         return value_of(config, self.steps_key) if self.steps_key else None
 
     def problems(self, config: Config) -> Iterable[str]:
@@ -149,7 +150,7 @@ class Stage:
         return ()
 
     def plan(self, config: Config, nodes: Sequence[Node]) -> Plan:
-        """Where its actors go; stages take turns. Raises CapacityError: they do not fit."""
+        """The placement of its actors; stages take turns. Raises CapacityError: they do not fit."""
         return Plan(())
 
     def arithmetic(self, config: Config, prepared: Prepared) -> Sequence[Row]:
@@ -157,13 +158,14 @@ class Stage:
         return ()
 
     def seconds(self, costs: Costs, prepared: Prepared) -> float:
-        """Its work on this machine, without its start."""
+        """Seconds of its work on this machine, without its start."""
         return 0.0
 
     def is_finished(self, config: Config, run: RunFolder) -> bool:
-        """Whether nothing of it is left to do."""
+        """Whether it is complete."""
         return all((run.place / made.path).exists() for made in self.makes(config))
 
     async def run(self, job: StageJob) -> Mapping[str, Any]:
-        """Does the work, on from where an earlier attempt stopped. Returns what there is to say of it, for lineage."""
+        """Does the work, continuing where an earlier attempt stopped. Returns a description of the result, for
+        lineage."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The table of stages, and the stages of a config: in order, each with its own config and what it reads."""
+"""The table of stages, and the stages of a config: in order, each with its own config and inputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STAGES: dict[str, Stage] = {stage.kind: stage for stage in (Sample(), Preference
 
 @dataclass(frozen=True)
 class NamedStage:
-    """A stage of one run. `sources` says by kind of artifact which stage before it makes what it reads."""
+    """A stage of one run. `sources` says, by kind of artifact, which earlier stage makes its inputs."""
 
     name: str
     stage: Stage
@@ -39,7 +39,7 @@ class NamedStage:
         return self.stage.is_finished(self.config, self.of(run))
 
     def artifact(self, kind: str, run: RunFolder) -> Path:
-        """Where it makes an artifact."""
+        """The path of one of its artifacts."""
         place = self.of(run).place
         return next(place / made.path for made in self.stage.makes(self.config) if made.kind == kind)
 
@@ -52,8 +52,8 @@ def stages_of(config: Config) -> list[NamedStage]:
     """The stages of a run in order.
 
     Raises:
-        ConfigError: a stage that is not in the table, comes twice under one name, reads what no stage before it makes,
-            or has keys that contradict each other.
+        ConfigError: a stage is not in the table, occurs twice under one name, reads what no earlier stage makes, or has
+            keys that contradict each other.
     """
     named: list[NamedStage] = []
     makers: dict[str, NamedStage] = {}
@@ -106,7 +106,7 @@ def logged_stage(config: Config) -> NamedStage | None:
 
 
 def named_kinds(stages: Any) -> dict[str, str]:
-    """Name to kind, of `stages` as a file has it, which may be damaged or of an earlier version."""
+    """Name to kind, of `stages` in a file, which may be damaged or of an earlier version."""
     found: dict[str, str] = {}
     for entry in stages if isinstance(stages, list) else ():
         tree = entry if isinstance(entry, Mapping) else {"kind": entry}
@@ -130,7 +130,7 @@ def num_steps_of(kind: str, tree: Mapping[str, Any]) -> Any:
 
 
 def to_do(stages: Sequence[NamedStage], run: RunFolder) -> Iterator[NamedStage]:
-    """Stages that are to be run: not those that are finished, nor those that only finished stages read from."""
+    """Stages that have to run: neither finished ones, nor those whose artifacts only finished stages read."""
     needed: set[str] = set()
     chosen: list[NamedStage] = []
     read = {source.name for entry in stages for source in entry.sources.values()}

@@ -25,7 +25,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Report:
-    """Where a training's steps are reported, and what is said of them.
+    """Reports the steps of a training.
 
     Args:
         num_steps: optimizer steps of the whole training.
@@ -78,7 +78,7 @@ async def train(
 
     Args:
         data: handed to `training.make` on every worker.
-        identity: all that decides what is learned; its repr says so.
+        identity: everything that decides what is learned; its repr identifies the training.
 
     Returns:
         The metrics of every optimizer step, and what the task made.
