@@ -1,4 +1,4 @@
-"""The cluster that a command works on: the one that is named, else a private Ray of its own on this machine."""
+"""The cluster of a command: the one that is named, otherwise a private Ray on this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jobs.cluster.local_ray import local_ray
 @contextmanager
 def cluster(ray_address: str | None, *, wait_s: float, tell: Callable[[str], None]) -> Iterator[None]:
     """Joins the cluster that `ray_address` or RAY_ADDRESS names. Without either it starts a private Ray, which ends
-    with the context: never one that somebody else has started.
+    with the context; it never joins a Ray that another process started.
 
     Raises:
         CapacityError: the named cluster does not answer within `wait_s`, or no Ray can be started here.

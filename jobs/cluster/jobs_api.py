@@ -1,7 +1,7 @@
-"""One job on a Ray cluster, through Ray's Jobs API: submitted, its lines followed, its exit code told.
+"""One job on a Ray cluster, through Ray's Jobs API: submits it, follows its output, and returns its exit code.
 
 connect(url) -> JobsClient       every request has a deadline
-connect_local(ray) -> the same for a private local Ray: its token goes to nobody else
+connect_local(ray) -> the same for a private local Ray: its token is sent to no other process
 submit(client, job) -> id
 follow(client, id, write) -> exit code of the job's process
 """
@@ -36,12 +36,12 @@ START_S = 180.0
 SUBMIT_S = 30.0
 LOST_S = 60.0
 LAST_LINES_S = 10.0
-# Ray gives a stopped job 3 s before it kills it: too short to save where it stands.
+# Ray kills a stopped job after 3 s: too early to save its state.
 STOP_GRACE_S = 60
 
 FAILED = 1
 
-# Ray's client tells every upload and closed connection on standard error.
+# Ray's client reports every upload and closed connection on standard error.
 for _name in ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
@@ -51,8 +51,8 @@ class Job:
     """What is submitted.
 
     Args:
-        entrypoint: shell command; with `exec` before the last program it is that one which a stop reaches.
-        working_dir: folder that is sent to the cluster and in which the command runs; null: nothing is sent.
+        entrypoint: shell command; with `exec` before the last program, a stop signals that program.
+        working_dir: folder that is sent to the cluster and in which the command runs; None: nothing is sent.
         environment: set for the command and for all its actors.
         resources: what the node that runs the command must offer, e.g. {"coordinator": 1}.
     """
@@ -64,11 +64,11 @@ class Job:
 
 
 class JobsClient(JobSubmissionClient):  # type: ignore[misc]  # ray's class is untyped
-    """Ray's client, whose requests wait for ever, with a deadline for each.
+    """Ray's client, whose requests wait forever, with a deadline for each.
 
     Args:
-        listener: who has to serve `address`; nothing, the token least of all, is sent to anybody else. Null: a server
-            on the network, which the user trusts.
+        listener: the process that has to serve `address`; nothing, above all not the token, is sent to another one.
+            None: a server on the network, which the user trusts.
     """
 
     def __init__(
@@ -122,8 +122,8 @@ def connect(
 
     Args:
         address: URL of the cluster's dashboard.
-        token: the cluster's token; null: the one that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH names, if any.
-        listener: the process of ours that has to serve `address`.
+        token: the cluster's token; None: the one that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH names, if any.
+        listener: our process that has to serve `address`.
         wait_s: how long the first answer may take.
 
     Raises:
@@ -160,7 +160,7 @@ def connect_local(ray: LocalRay) -> JobsClient:
 
 
 def _about_proxy(address: str) -> str | None:
-    """The proxy that requests to `address` go through, as the environment says, and how to do without."""
+    """The proxy for requests to `address` according to the environment, and how to avoid it."""
     host = urlsplit(address).hostname or ""
     for scheme, proxy in requests.utils.get_environ_proxies(address).items():
         if scheme in (urlsplit(address).scheme, "all"):
@@ -173,13 +173,13 @@ def _about_proxy(address: str) -> str | None:
 
 
 def submit(client: JobsClient, job: Job) -> str:
-    """Hands the job over; returns its submission id.
+    """Submits the job; returns its submission id.
 
-    A server that is starting answers with a 5xx or drops the connection. The job's id is chosen here, so that a further
-    try can't start it twice.
+    A server that is starting answers with a 5xx or drops the connection. The job's id is chosen here, so that a retry
+    can't start it twice.
 
     Raises:
-        CapacityError: the cluster does not take it, or not within SUBMIT_S.
+        CapacityError: the cluster does not accept it within SUBMIT_S.
     """
     job_id = f"rlhf-{secrets.token_hex(8)}"
     environment = {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S), **job.environment}
@@ -216,13 +216,13 @@ def _is_there(client: JobsClient, job_id: str) -> bool:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether a further try may succeed: a lost connection, or a server's own error (Ray tells the status in words)."""
+    """Whether a retry may succeed: after a lost connection or a server error (Ray reports the status as text)."""
     is_lost = isinstance(error, (requests.ConnectionError, requests.Timeout))
     return is_lost or re.search(r"status code 5\d\d", str(error)) is not None
 
 
 async def follow(client: JobsClient, job_id: str, write: Callable[[str], None]) -> int:
-    """Writes the job's output as it comes and returns its exit code; cancelled, it stops the job first.
+    """Writes the job's output as it arrives and returns its exit code. When cancelled, it stops the job first.
 
     Raises:
         CapacityError: the job does not start within START_S, or the cluster stops answering for LOST_S.
@@ -267,7 +267,7 @@ async def _ended(client: JobsClient, job_id: str, *, started_by: float = float("
 
 
 async def _tail(client: JobsClient, job_id: str, write: Callable[[str], None]) -> None:
-    """Writes the log to its end. A broken connection is made again and what was written is skipped."""
+    """Writes the log to its end. Reconnects after a broken connection, and skips what was written."""
     written = 0
     while True:
         position = 0
@@ -296,7 +296,7 @@ def _exit_code(details: JobDetails, write: Callable[[str], None]) -> int:
     if not code:
         write(f"job {details.submission_id} {details.status}: {details.message}\n")
         return FAILED
-    # Ended by a signal: told as a shell tells it.
+    # Ended by a signal: reported as by a shell.
     return int(code) if code > 0 else 128 - int(code)
 
 

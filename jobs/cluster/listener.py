@@ -1,7 +1,8 @@
-"""Proof that a connection leads to a process of our own, and not to somebody who took its port.
+"""Proof that a connection leads to our own process, and not to another one that took its port.
 
-Ports of a machine belong to whoever binds them first. A secret goes only to a listener that was seen in a process of
-our own, and only over connections made while that process still lives: its socket is then the one that was reached.
+Any process can bind a port first. So a secret is sent only to a listener that was found in our own process, and only
+over
+connections made while that process is alive: then the connection reached its socket.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Listener:
     port: int
 
     def require(self) -> None:
-        """Raises CapacityError when the process has ended. To be called once a connection to the port is made."""
+        """Raises CapacityError when the process has ended. Call it after a connection to the port is made."""
         with suppress(psutil.NoSuchProcess):
             if self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE:
                 return
@@ -40,7 +41,7 @@ class Listener:
 
 
 def find_listener(family: Iterable[psutil.Process], port: int) -> Listener | None:
-    """The process among `family` that listens on `port`; null: none does."""
+    """The process among `family` that listens on `port`; None: none does."""
     for process in family:
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             for connection in process.net_connections(kind="tcp"):

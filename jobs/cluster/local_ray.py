@@ -1,4 +1,4 @@
-"""A private local Ray: on loopback, with a token of its own, in a folder of this user; nothing is left afterwards."""
+"""A private local Ray: on loopback, with its own token, in a folder of this user; nothing is left afterwards."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ OBJECT_STORE_BYTES = 1_000_000_000
 # Every process of a cluster inherits this variable with the cluster's folder as its value.
 MARK = "RLHF_LOCAL_RAY"
 PREFIX, LOCK, TOKEN, RAY = "rlhf-", "lock", "token", "ray"
-# Ray's Unix sockets lie below its folder: rlhf-xxxxxxxx/ray/session_2026-01-31_23-59-59_999999_4194304/sockets/
+# Ray's Unix sockets are below its folder: rlhf-xxxxxxxx/ray/session_2026-01-31_23-59-59_999999_4194304/sockets/
 # plasma_store, and a path may have 107 bytes.
 LONGEST_TEMPORARY = 107 - len("/rlhf-xxxxxxxx/ray/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store")
-# The client server would be one more service that runs any code for holders of the token; nothing of ours uses it.
+# The client server would be one more service that runs any code for holders of the token, and it is not used here.
 _RAY_WITHOUT_CLIENT_SERVER = """
 from ray.scripts import scripts
 scripts.get_ray_client_dependency_error = lambda: "not wanted"
@@ -54,7 +54,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class LocalRay:
     """A running cluster: control service at `address`, dashboard and Jobs API at `url`, both for holders of `token`.
 
-    Everything it writes lies below `folder`, which only this user can enter. `listener` serves `url`.
+    It writes only below `folder`, which only this user can enter. `listener` serves `url`.
     """
 
     address: str
@@ -73,7 +73,7 @@ class LocalRay:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs to join."""
+        """The environment that a process needs to join."""
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file)}
 
 
@@ -81,16 +81,16 @@ class LocalRay:
 def local_ray(*, num_cpus: int | None = None) -> Iterator[LocalRay]:
     """Starts a head node; at the end kills every process that descends from it and removes its folder.
 
-    Should this process be killed, its head dies with it, the head's own reaper ends Ray's processes, and a job ends
-    when it notices that its cluster is gone. The folder is removed by the next local Ray of this user.
+    If this process is killed, its head dies with it, the head's reaper ends Ray's processes, and a job ends when it
+    notices that its cluster is gone. The next local Ray of this user removes the folder.
 
     Args:
-        num_cpus: cores that the node offers; null: all of the machine.
+        num_cpus: cores that the node offers; None: all of the machine.
 
     Raises:
         CapacityError: it does not start.
     """
-    # Processes whose parent is gone become children of this one, so that none escapes.
+    # Orphaned processes become children of this one, so that none escapes.
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = _without_proxy()
     parent = _temporary()
@@ -108,7 +108,7 @@ def private_folder(parent: Path) -> Iterator[Path]:
     """A new folder that only this user can enter, locked while it is used; removed at the end."""
     with held():
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-        # Under its name only once it is locked, or somebody who removes leftovers could be quicker.
+        # It gets its name only after it is locked, or another process could remove it as a leftover.
         lock = (folder / f"{LOCK}.new").open("wb")
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / f"{LOCK}.new").rename(folder / LOCK)
@@ -121,7 +121,7 @@ def private_folder(parent: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Removes the folders of launchers of this user that were killed: nobody holds their locks."""
+    """Removes the folders of killed launchers of this user, whose locks no process holds."""
     for folder in parent.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             about = folder.lstat()
@@ -144,20 +144,21 @@ def kill_marked(folder: Path) -> None:
     while left := _alive(known := known | _family(folder)):
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
-                # On SIGTERM a head first waits for half a minute for its node to drain.
+                # On SIGTERM a head first waits half a minute for its node to drain.
                 is_head = "--head" in process.cmdline()
                 process.send_signal(signal.SIGTERM if monotonic() < patient_until and not is_head else signal.SIGKILL)
         psutil.wait_procs(left, timeout=0.5)
         if monotonic() > deadline:
             raise CapacityError(f"processes of the local Ray are still there: {left}. Kill them by hand.")
     for process in known:
-        # A zombie may have threads left: a dashboard agent's then compute in vain for a minute.
+        # A zombie may have running threads: those of a dashboard agent compute for a minute.
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
 
 def _family(folder: Path) -> set[psutil.Process]:
-    """The marked processes among this one's descendants, and theirs: whoever sets its title loses its environment."""
+    """The marked processes among this one's descendants, and their descendants: a process that sets its title loses its
+    environment."""
     marked = {process for process in psutil.Process().children(recursive=True) if _mark(process) == str(folder)}
     for process in list(marked):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -175,7 +176,7 @@ def _alive(processes: set[psutil.Process]) -> list[psutil.Process]:
 
 
 def _mark(process: psutil.Process) -> str | None:
-    """The cluster that a process belongs to; null for the dead, which only wait to be collected."""
+    """The cluster that a process belongs to; None for zombies."""
     try:
         environment: dict[str, str] = process.environ()
     except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
@@ -189,7 +190,7 @@ def _start(folder: Path, num_cpus: int | None) -> LocalRay:
         ray_folder = folder / RAY
         shutil.rmtree(ray_folder, ignore_errors=True)
         ray_folder.mkdir(mode=0o700)
-        # A token that a failed try may have shown to somebody is worth nothing in the next one.
+        # A token that a failed try may have revealed is useless in the next try.
         token = _new_token(folder / TOKEN)
         log = folder / f"start-{attempt}.log"
         with held():
@@ -233,7 +234,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _command(ray_folder: Path, num_cpus: int | None) -> list[str]:
-    # With port 0 a service binds a port first and says then which: nobody can take a port that was announced before.
+    # With port 0 a service binds a port before it announces it, so no other process can take an announced port.
     return [
         sys.executable, "-c", _RAY_WITHOUT_CLIENT_SERVER, "start", "--head", "--block",
         "--temp-dir", str(ray_folder), "--port", "0",
@@ -256,17 +257,17 @@ def _environment(folder: Path) -> dict[str, str]:
         # it is on an operating system without clusters.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-        # No such ports: anybody could read them, and two clusters on one machine would quarrel over the usual ones.
+        # No such ports: any user could read them, and two clusters on one machine would conflict over the default ones.
         "AUTOSCALER_METRIC_PORT": "-1",
         "DASHBOARD_METRIC_PORT": "-1",
     }
 
 
 def _answers(folder: Path, token: str, head: subprocess.Popen[bytes], log: Path) -> LocalRay | None:
-    """The cluster once its Jobs API answers; null: START_S have passed, or the head has given up."""
+    """The cluster, once its Jobs API answers; None: START_S have passed, or the head has given up."""
     deadline = monotonic() + START_S
     while monotonic() < deadline and head.poll() is None:
-        # What Ray writes into its folder can be trusted; a port can be asked with the token once its owner is known.
+        # The contents of Ray's folder can be trusted; the token is sent to a port only after its owner is known.
         announced = _ANNOUNCED.search(log.read_text(errors="replace"))
         listener = find_listener(_family(folder), int(announced["port"])) if announced else None
         if announced and listener:
@@ -290,7 +291,7 @@ def _temporary() -> Path:
     """A folder for temporary files whose path is short enough.
 
     Raises:
-        CapacityError: there is none that can be written.
+        CapacityError: none can be written.
     """
     named = [os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")]
     tried = [*filter(None, named), "/tmp", "/var/tmp"]

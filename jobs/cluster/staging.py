@@ -1,4 +1,4 @@
-"""What a submitted job is sent: a folder with the packages and what the user includes, of regular files only."""
+"""The files that are sent with a job: a folder with the packages and the user's files, regular files only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def stage_project(
     Args:
         root: the checkout.
         folder: an empty folder.
-        include: further files or folders, relative to `root` or not; they land under their own name.
+        include: further files or folders, relative to `root` or absolute; copied under their own names.
         tell: gets a line for each socket, named pipe, device or broken link that is left out.
 
     Raises:

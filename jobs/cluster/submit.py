@@ -1,7 +1,7 @@
-"""`rlhf submit --address URL --config FILE [section.key=value ...]`: a job on a Ray cluster, from here.
+"""`rlhf submit --address URL --config FILE [section.key=value ...]`: runs a job on a Ray cluster.
 
-Sends the packages and the config, follows the job's lines and ends with the job's exit code. Where the cluster wants a
-token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH. Ctrl-C stops the job and gives it time to commit what it holds.
+Sends the packages and the config, follows the job's output and ends with the job's exit code. If the cluster requires a
+token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH. Ctrl-C stops the job and gives it time to save its state.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main(
 
 
 def write_raw(text: str) -> None:
-    """Passes a job's output on as it is."""
+    """Prints a job's output unchanged."""
     out.file.write(text)
     out.file.flush()
 

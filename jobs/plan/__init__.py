@@ -1,1 +1,1 @@
-"""What a run would take: time, memory, money."""
+"""Estimates of a run's time, memory and price."""

@@ -1,7 +1,7 @@
-"""`rlhf plan --config FILE [--gpus N --gpu-kind h100] [section.key=value ...]`: what a run would take.
+"""`rlhf plan --config FILE [--gpus N --gpu-kind h100] [section.key=value ...]`: estimates a run.
 
-The loop runs over simulated roles, once for each way to lay the work out: step time, idle shares, memory, length of the
-run and money, the fastest first; then what does not fit, and the way out. No weights are read and no actor is started.
+The loop runs over simulated roles, once for each layout: step time, idle shares, memory, duration of the run and price,
+the fastest first; then layouts that do not fit, and the way out. No weights are read and no actor is started.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """How long a run will take on this machine, from the machine's measured speed and the simulator.
 
-A stage takes the start of its processes and its work. The work is that of orchestrator/planning/costs.py, the steps
-of PPO those of the simulated loop. All are times on an otherwise idle machine without GPUs.
+The time of a stage is that of starting its processes and of its work. The work is computed by
+orchestrator/planning/costs.py, and the steps of PPO by the simulated loop. All times are for an otherwise idle machine
+without GPUs.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from orchestrator.planning.simulation.scenario import Layout
 from orchestrator.types import Prompt
 from orchestrator.watching.telemetry import clock_text
 
-# Seconds until Ray is up. With what stages take for their start (Stage.start_s) it is what a quickstart of 8:13 minutes
-# took on two cores beside its work; the share of each is a guess.
+# Seconds until Ray is up. Together with the starts of stages (Stage.start_s) it is the time of a quickstart of 8:13
+# minutes on two cores that was not work; the share of each is a guess.
 RAY_START_S = 10.0
 _SIMULATED_STEPS = 3
 _HELD_OUT = 0.1  # of the preferences, as jobs.stages.reward_model has it
@@ -45,7 +46,7 @@ BUSY = 0.7  # of the cores, in processes that want to compute
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of each part of a run, on this machine when nothing else computes there."""
+    """Seconds of each part of a run, on this machine if it is otherwise idle."""
 
     speed: Speed
     parts: Mapping[str, float]
@@ -60,7 +61,7 @@ class Estimate:
 
 
 def expected(config: Config) -> str:
-    """What to say about a config before it runs. Raises what reading its prompts and models raises."""
+    """A description of a config's estimate. Raises what reading its prompts and models raises."""
     config = resolved(config, tell=lambda line: None, keys=WITHOUT_TRIAL)
     found = estimate(config, prepare(config))
     text = f"model.dtype={config.model.dtype}: {found.speed.describe()}\nthis takes {found.describe()}"
@@ -74,7 +75,7 @@ def estimate(config: Config, prepared: Prepared) -> Estimate:
     """Of a resolved config, on the CPUs of this machine.
 
     Raises:
-        DataError: a model can't be found or is of no known architecture.
+        DataError: a model can't be found, or its architecture is unknown.
     """
     speed = machine_speed(config.run.cache)
     dtype = config.model.compute_dtype
@@ -96,7 +97,7 @@ class Costs:
         return self._generate(np.repeat(_lengths(prompts), replies_per_prompt)) / self._layout.engines
 
     def reward_model(self, prompts: Sequence[Prompt]) -> float:
-        """Training and what is scored afterwards. Preferences of a file count as the labeller's."""
+        """Training and scoring afterwards. Preferences of a file count as the labeller's."""
         stage, labeller = self.config.reward_model, self.config.labeller
         size = self._size("reward")
         replies = labeller.replies_per_prompt

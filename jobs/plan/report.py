@@ -1,4 +1,4 @@
-"""What `rlhf plan` prints: ways to lay a config's work out over a cluster, the fastest first, and what does not fit."""
+"""The output of `rlhf plan`: layouts of a config's work on a cluster, the fastest first, and those that do not fit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Target:
-    """The cluster to plan for; None: as it is found."""
+    """The cluster to plan for; None: the present one."""
 
     gpus: int | None
     gpu_kind: str | None
@@ -40,7 +40,7 @@ class Target:
 
 @dataclass(frozen=True)
 class MeanLengths:
-    """Of prompts and responses, in tokens (None: the longest that are allowed), and the responses' relative spread."""
+    """Lengths of prompts and responses in tokens (None: the longest allowed), and the responses' relative spread."""
 
     prompt: float | None
     response: float | None
@@ -51,8 +51,8 @@ def plan(config: Config, target: Target, lengths: MeanLengths) -> None:
     """Prints the candidates.
 
     Raises:
-        CapacityError: nothing fits, with what is short and the ways out.
-        ConfigError: the kind of GPU is not known.
+        CapacityError: nothing fits; says what is missing, and the ways out.
+        ConfigError: the kind of GPU is unknown.
         DataError: a model's config can't be read.
     """
     config = _for_target(config, target)
@@ -67,7 +67,7 @@ def plan(config: Config, target: Target, lengths: MeanLengths) -> None:
 
 
 def _for_target(config: Config, target: Target) -> Config:
-    """The resolved config; GPUs that are only planned for compute in bf16, whatever this machine does."""
+    """The resolved config; planned GPUs compute in bf16, independently of this machine."""
     if target.gpus is None or config.model.dtype != "auto":
         return resolved(config, keys=WITHOUT_TRIAL)
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
@@ -81,7 +81,7 @@ def _by_reason(found: Search) -> dict[str, list[str]]:
 
 
 def _search(config: Config, work: Work, target: Target) -> tuple[Search, str]:
-    """What was found, and for what."""
+    """The findings, and the cluster that they are for."""
     num_gpus = target.gpus
     if num_gpus is None:
         cluster = find_cluster(target.ray_address, wait_s=config.placement.wait_s)
@@ -93,7 +93,7 @@ def _search(config: Config, work: Work, target: Target) -> tuple[Search, str]:
 
 
 def device_for(target: Target, num_gpus: int) -> Device:
-    """The kind that was named, or that this machine has. Raises ConfigError when neither is known."""
+    """The named kind, or this machine's. Raises ConfigError when both are unknown."""
     kind = target.gpu_kind
     if kind is None:
         there = torch.cuda.get_device_name(0).lower() if torch.cuda.is_available() else ""
@@ -148,7 +148,7 @@ def _placements(config: Config) -> Iterator[tuple[str, Config]]:
 
 
 def settings_of(layout: Layout, models: Collection[str]) -> list[str]:
-    """The overrides that make a run of this layout on GPUs; `models` are the roles that have one."""
+    """The overrides for this layout on GPUs; `models` are the roles that have a model."""
     mode = "colocated" if layout.takes_turns else "separate"
     lines = [
         f"placement.mode={mode}",

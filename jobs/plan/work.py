@@ -1,4 +1,4 @@
-"""From a config to what the simulation wants to know: sizes of models, work of a step, and the layout as it is set."""
+"""Derives the simulation's input from a config: sizes of models, work of a step, and the configured layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from orchestrator.planning.simulation.scenario import MODELS, ROLES, Layout, Poo
 
 
 def dimensions(folder: Path, *, dtype: Dtype, layers: int | None = None, trust_remote_code: bool = False) -> Dimensions:
-    """From config.json alone; no weights need to be there. Raises DataError when it is of no known architecture."""
+    """From config.json; no weights are needed. Raises DataError when the architecture is unknown."""
     size = model_size(folder, layers=layers, trust_remote_code=trust_remote_code)
     text = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
     heads = text.num_attention_heads
@@ -37,10 +37,10 @@ def dimensions(folder: Path, *, dtype: Dtype, layers: int | None = None, trust_r
 
 
 def models_of(config: Config, trained_reward: Path | None = None) -> dict[str, Dimensions | None]:
-    """The model of each role; None where the reward is no model, and where there is no critic.
+    """The model of each role; None if the reward is not a model, or if there is no critic.
 
     Args:
-        trained_reward: what the reward_model stage trained, where it has run. None: it will be as its base.
+        trained_reward: the model that the reward_model stage trained, if it has run. None: as large as its base.
 
     Raises:
         DataError: a model can't be found or is of no known architecture.
@@ -68,7 +68,7 @@ def models_of(config: Config, trained_reward: Path | None = None) -> dict[str, D
 
 def work_of(config: Config, *, prompt_tokens: float | None, response_tokens: float | None, deviation: float) -> Work:
     """Args:
-    prompt_tokens, response_tokens: means. None: all are as long as they may be.
+    prompt_tokens, response_tokens: means. None: all have the maximum length.
     deviation: of response lengths, relative to their mean.
     """
     longest_prompt, longest = config.prompts.max_prompt_tokens, config.rollout.max_new_tokens
@@ -82,7 +82,7 @@ def work_of(config: Config, *, prompt_tokens: float | None, response_tokens: flo
 
 
 def sharing_of(config: Config) -> int:
-    """Samples whose prompt is computed once: all of a prompt, where they are compared with each other."""
+    """Samples whose prompt is computed once: all of a prompt, if they are compared with each other."""
     return config.rl.samples_per_prompt if config.algorithm.compares_samples else 1
 
 
@@ -111,7 +111,7 @@ def learning_of(config: Config) -> Mapping[str, LearnSettings]:
 
 
 def layout_of(config: Config, device: Device, devices: int) -> Layout:
-    """The layout that the config sets, over so many cores or GPUs, which all roles share when it is colocated."""
+    """The configured layout on a number of cores or GPUs, which all roles share when it is colocated."""
     needed = {demand.role: demand for demand in all_demands(config) if demand.role in ROLES}
     sizes = {role: max(1, round(demand.gpus or demand.cpus)) for role, demand in needed.items()}
     counts = {role: demand.count for role, demand in needed.items()}

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from jobs.report.data import RunData
 from orchestrator.watching.metrics import PHASES
 
-# matplotlib knows no CSS variables: it draws with these stand-ins, which are replaced in its output.
+# matplotlib does not support CSS variables: it draws with these placeholders, which are replaced in its output.
 _STAND_INS: Mapping[str, str] = {
     "#010101": "var(--muted)",
     "#020202": "var(--grid)",
@@ -164,7 +164,7 @@ def _svg(title: str, draw: Callable[[Axes], None]) -> str:
 
 
 def _inline(document: str, key: str, title: str) -> str:
-    """Takes the <svg> element out of a document, makes its ids its own, and lets the page colour and size it."""
+    """Extracts the <svg> element of a document, makes its ids unique, and lets the page set its colours and size."""
     svg = document[document.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", svg)

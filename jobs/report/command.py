@@ -113,7 +113,7 @@ def result_facts(run: RunData) -> Iterator[Fact]:
 
 
 def _pairs(run: RunData) -> list[Pair]:
-    """The first held-out prompts by id, so that nobody picks the pretty ones."""
+    """The first held-out prompts by id, so that examples are not hand-picked."""
     if len(run.evaluations) < 2:
         return []
     before = _first_rows(run.evaluations[min(run.evaluations)])

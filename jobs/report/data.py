@@ -1,4 +1,4 @@
-"""Reads what a run folder holds, finished or crashed, into plain values for the report."""
+"""Reads a run folder, finished or crashed, into plain values for the report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SAMPLE_COLUMNS = ["prompt_id", "prompt_text", "response_text", "reward"]
 
 @dataclass(frozen=True)
 class Sample:
-    """One response with the score that it is ranked by, and the step that sampled it (or version that evaluated)."""
+    """One response with the score by which it is ranked, and the step that sampled it (or the evaluated version)."""
 
     step: int
     prompt_text: str
@@ -45,19 +45,19 @@ class Extremes:
 
 @dataclass(frozen=True)
 class RunData:
-    """All that the report shows.
+    """Everything that the report shows.
 
     Args:
         steps: metrics by step of the stage that learns from a log.
         evaluations: rows by version.
         comparison: last evaluation against the first; None with fewer than two.
-        num_left_out: prompts of these two that have no score in one of them, and are not compared.
+        num_left_out: prompts without a score in one of the two, which are not compared.
         rewards: extremes by training reward over the experience log.
         golds: extremes by gold score of the last evaluation.
         best: the best checkpoint by evaluation; None: there is none.
-        score_name: what "gold" is called for people.
+        score_name: the name shown for "gold".
         status: "finished", "failed: <why>" or "not finished".
-        wall_s: seconds between first and last sign of life, summed over attempts.
+        wall_s: seconds between first and last event, summed over attempts.
         notes: what could not be read.
     """
 
@@ -143,7 +143,7 @@ def _config(path: Path, notes: list[str]) -> tuple[str, Mapping[str, Any]]:
 
 
 def _score_name(config: Mapping[str, Any]) -> str:
-    """What held-out responses are scored by: without a gold rule it is the training reward."""
+    """The name of the score of held-out responses: without a gold rule it is the training reward."""
     section = config.get("evaluation")
     is_reward = isinstance(section, dict) and "gold" in section and section["gold"] is None
     return "Reward" if is_reward else "Gold score"

@@ -13,7 +13,7 @@ from orchestrator.errors import RlhfError
 
 
 def show_results(run_folder: Path) -> None:
-    """Without raising for a report that can't be written: the run is done."""
+    """Does not raise if the report can't be written: the run is complete."""
     try:
         report: Path | str = write_report(run_folder)
     except (OSError, RlhfError) as error:

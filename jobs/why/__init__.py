@@ -1,1 +1,1 @@
-"""What failed first in a run, and how to go on."""
+"""Explains what failed first in a run, and how to continue."""

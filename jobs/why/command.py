@@ -1,6 +1,6 @@
-"""`rlhf why RUN_FOLDER [--json]`: what failed first, what was done, where a run stands.
+"""`rlhf why RUN_FOLDER [--json]`: what failed first, how the run reacted, its progress.
 
-And what it waits for right now. Reads the run's folder alone, in whatever state, and changes nothing (docs/why.md).
+And what it waits for now. Reads only the run's folder, in any state, and changes nothing (docs/why.md).
 """
 
 from __future__ import annotations

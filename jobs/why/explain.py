@@ -1,4 +1,4 @@
-"""From the facts of a run folder to sentences: what failed first, what was done, where the run stands, what is now."""
+"""Turns the facts of a run folder into sentences: what failed first, how the run reacted, its progress and state."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Standing:
 class Explanation:
     """Args:
     first_failure: of the last attempt; None: nothing failed in it.
-    done: failures and what was done about them in the last attempt, in order.
+    done: failures and reactions in the last attempt, in order.
     earlier: earlier attempts, a line each.
-    now: what it does or waits for, or how it ended and how to go on.
+    now: what it does or waits for, or how it ended and how to continue.
     notes: what could not be read.
     """
 
@@ -178,7 +178,7 @@ def _living(facts: Facts, state: State, beat: Beat) -> Iterator[str]:
 
 
 def doing(beat: Beat) -> Iterator[str]:
-    """What the heartbeat saw: stage, step, open phases, calls under way with their deadlines."""
+    """The content of the heartbeat: stage, step, open phases, calls in progress with their deadlines."""
     if beat.stage:
         yield f"{beat.stage}, step {'none yet' if beat.step is None else beat.step}"
     if beat.phases:
@@ -231,7 +231,7 @@ def _path(facts: Facts, name: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In units that fit: 12 s, 5 min 3 s, 2 h 5 min."""
+    """A duration in suitable units: 12 s, 5 min 3 s, 2 h 5 min."""
     minutes, rest = divmod(round(max(0.0, seconds)), 60)
     if not minutes:
         return f"{rest} s"

@@ -1,4 +1,4 @@
-"""What is known of a run's life and death, as values: why_reader.py reads them, why_explain.py explains them."""
+"""The facts of a run's progress and failures, as values: reader.py reads them, explain.py explains them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Call:
-    """A call to an actor that was under way. `deadline_s`: None where unknown."""
+    """A call to an actor that was in progress. `deadline_s`: None if unknown."""
 
     role: str
     rank: int | None
@@ -32,7 +32,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Beat:
-    """The last heartbeat. `process`: what became of the process that wrote it; "unknown" from another host."""
+    """The last heartbeat. `process`: the state of the process that wrote it; "unknown" from another host."""
 
     time: float
     attempt: int
@@ -50,10 +50,10 @@ class Beat:
 @dataclass(frozen=True)
 class Facts:
     """Args:
-    now: seconds since the epoch at which all this was read.
+    now: seconds since the epoch at which the folder was read.
     is_at_root: the config's run.root leads here from the working folder.
-    attempts: number to the time it began.
-    logged: the last stage that learns in steps from a log, which steps and checkpoints are of; None: there is none.
+    attempts: number to the time at which it started.
+    logged: the last stage that learns in steps from a log, to which steps and checkpoints belong; None: there is none.
     num_committed: steps in the log, from step 0 to the first gap.
     last_learned: last step with a line in metrics.jsonl.
     last_checkpoint: step of the newest complete checkpoint, which is the number of steps learned before it.
@@ -94,5 +94,5 @@ class Facts:
         return self.beat if self.beat is not None and self.beat.attempt == attempt else None
 
     def last_sign(self, attempt: int) -> float:
-        """When the attempt began or told of something last, its heartbeat left out."""
+        """The time of the attempt's start or last event, without its heartbeat."""
         return max([self.attempts.get(attempt, 0.0), *(event.time for event in self.of(attempt))])

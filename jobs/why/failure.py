@@ -1,4 +1,4 @@
-"""How an attempt stands, and what failed first in it: pure, and total over whatever a broken run left."""
+"""The state of an attempt, and what failed first in it: pure, and total for any broken run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orchestrator.watching.heartbeat import EVERY_S, FINISHED, STOPPED
 State = Literal["finished", "running", "paused", "starting", "frozen", "stopped", "failed", "killed"]
 GOOD: frozenset[State] = frozenset({"finished", "running", "paused", "starting"})
 ALIVE_S = 3 * EVERY_S
-STARTING_S = 120.0  # the preflight and Ray come before the first beat
+STARTING_S = 120.0  # the preflight and the start of Ray come before the first heartbeat
 STAGE_ENDS = {"stage_started": "begun", "stage_finished": "finished", "stage_failed": "failed"}
 _ON_PURPOSE = ("KeyboardInterrupt", "CancelledError", "Superseded")
 _ROLE_ERROR = re.compile(r"(\w+) rank (\d{1,9}) failed in '([^']*)': (.*)", re.DOTALL)
@@ -24,7 +24,7 @@ _LONGEST = 400
 
 @dataclass(frozen=True)
 class FirstFailure:
-    """What failed first: an actor, a guard, or the driver itself. None: not known, or of no meaning here.
+    """What failed first: an actor, a guard, or the driver itself. None: unknown or not applicable.
 
     Args:
         is_answered: the run recovered from it.
@@ -48,7 +48,7 @@ class FirstFailure:
 
 
 def state_of(facts: Facts, attempt: int) -> State:
-    """Of the last attempt: how the run stands."""
+    """The state of the run, from its last attempt."""
     is_last = attempt == facts.last_attempt
     events, beat = facts.of(attempt), facts.beat_of(attempt)
     stage_ends = [event for event in (facts.events if is_last else events) if event.kind in STAGE_ENDS]
@@ -67,7 +67,7 @@ def state_of(facts: Facts, attempt: int) -> State:
 
 
 def _last_stage(facts: Facts, events: Sequence[Event]) -> str:
-    """The stage with which an attempt is done, which may not be the last that the config names."""
+    """The last stage of an attempt, which may not be the last of the config."""
     named = [stages for event in events if (stages := stages_of(event))]
     return (named[-1] if named else facts.stages)[-1]
 
@@ -82,7 +82,7 @@ def _state_by_beat(facts: Facts, beat: Beat) -> State:
 
 
 def end_of(events: Sequence[Event]) -> str | None:
-    """What an attempt said of its own end, the reason for giving up before the error that it led to."""
+    """The end that an attempt recorded; the reason for giving up precedes the resulting error."""
     for kind, field in (("gave_up", "reason"), ("stage_failed", "error")):
         for event in events:
             if event.kind == kind:
@@ -91,7 +91,7 @@ def end_of(events: Sequence[Event]) -> str | None:
 
 
 def was_stopped(events: Sequence[Event]) -> bool:
-    """Whether the end was asked for, from outside."""
+    """Whether the end was requested from outside."""
     errors = [str(event.fields.get("error")) for event in events if event.kind == "stage_failed"]
     return any(event.kind == "stop_requested" for event in events) or (
         bool(errors) and all(error.startswith(_ON_PURPOSE) for error in errors)
@@ -99,9 +99,9 @@ def was_stopped(events: Sequence[Event]) -> bool:
 
 
 def first_failure(facts: Facts, attempt: int, state: State) -> FirstFailure | None:
-    """The failure that began what was not recovered from; where there is none, the first of the attempt.
+    """The first failure from which the run did not recover; if there is none, the first of the attempt.
 
-    A pause that somebody ended counts as recovered from.
+    A pause that a user ended counts as recovered.
     """
     events = facts.of(attempt)
     recoveries = [number for number, event in enumerate(events) if event.kind in ("recovered", "pause_ended")]
@@ -122,7 +122,7 @@ def _is_failure(event: Event) -> bool:
 
 
 def failure_of(event: Event) -> FirstFailure:
-    """What a `failure` or `guard` event tells."""
+    """The failure in a `failure` or `guard` event."""
     fields = event.fields
     if event.kind == "guard":
         metric, bound, action = (brief(fields.get(name)) for name in ("metric", "bound", "action"))
@@ -155,7 +155,7 @@ def failure_of(event: Event) -> FirstFailure:
 
 
 def _driver_failure(event: Event) -> FirstFailure:
-    """The end of a stage without a supervisor's account of it; RoleError's message names the role all the same."""
+    """The end of a stage without a supervisor's report; RoleError's message names the role."""
     error, _, cause = str(event.fields.get("error") or "unknown error").partition(": ")
     found = _ROLE_ERROR.fullmatch(cause)
     role, rank, operation, rest = found.groups() if found else ("driver", None, f"stage {event.stage}", cause)
@@ -182,7 +182,7 @@ def _killed(facts: Facts, attempt: int) -> FirstFailure:
 
 
 def title(failure: FirstFailure) -> str:
-    """Who and what, on one line."""
+    """The culprit and the error, on one line."""
     rank = f" rank {failure.rank}" if failure.rank is not None else ""
     operation = f" in {failure.operation}" if failure.operation else ""
     step = f", step {failure.step}" if failure.step is not None else ""

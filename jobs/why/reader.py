@@ -1,6 +1,6 @@
-"""Reads what a run folder tells about life and death: never fails on a broken run, and changes nothing.
+"""Reads the facts of a run's progress and failures from its folder: never fails on a broken run, and changes nothing.
 
-What is damaged is left out and noted.
+Damaged files are left out and noted.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from orchestrator.watching.telemetry import EVENTS_FILE, METRICS_FILE
 
 T = TypeVar("T")
 
-_TAIL_BYTES = 4 << 20  # of a JSONL file; what is older than that explains nothing
-_LARGEST = 32503680000.0  # the year 3000 in seconds; what is greater is damage
+_TAIL_BYTES = 4 << 20  # of a JSONL file; older lines explain nothing
+_LARGEST = 32503680000.0  # the year 3000 in seconds; greater numbers are damage
 
 
 def read_facts(folder: Path, now: float) -> Facts | None:
-    """None: no such folder, or nothing in it that a run leaves."""
+    """None: no such folder, or it holds no files of a run."""
     reader = _Reader(folder)
     no_lines: list[dict[str, Any]] = []
     empty: dict[str, Any] = {}
@@ -85,7 +85,7 @@ class _Reader:
             return otherwise
 
     def lines(self, path: Path) -> list[dict[str, Any]]:
-        """Objects of a JSONL file's last part; a torn last line may still be growing, other damage is noted."""
+        """Objects of a JSONL file's last part. An incomplete last line may still be growing; other damage is noted."""
         with path.open("rb") as stream:
             stream.seek(max(0, stream.seek(0, 2) - _TAIL_BYTES))
             is_cut = stream.tell() > 0
@@ -110,7 +110,7 @@ def whole(value: Any) -> int | None:
 
 
 def stages_of(event: Event) -> list[str]:
-    """All stages of the attempt that an event of a stage's start is from; of other events none."""
+    """All stages of the attempt, from an event of a stage's start; other events name none."""
     return _names(event.fields.get("stages")) if event.kind == "stage_started" else []
 
 
