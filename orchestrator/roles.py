@@ -1,5 +1,5 @@
-"""What the coordinator may ask of the roles. All calls are awaited, have deadlines behind them, and fail with
-errors.RoleError or one of its kin. actors/ implements these Protocols on Ray; tests implement them in memory.
+"""The calls that the coordinator makes to the roles. All calls are awaited, have deadlines, and fail with an RlhfError,
+mostly errors.RoleError. actors/ implements these Protocols on Ray; tests implement them in memory.
 
     who waits for whom, in one step
 
@@ -40,17 +40,17 @@ class Rollouts(Protocol):
         """Samples one shard on the next free engine. Raises RoleError when the engine fails."""
 
     async def wake(self) -> None:
-        """Makes engines ready to sample (no-op where they share no GPU with a learner)."""
+        """Makes engines ready to sample (no-op if they share no GPU with a learner)."""
 
     async def sleep(self) -> None:
-        """Frees GPU memory for the learners (no-op where they share no GPU)."""
+        """Frees GPU memory for the learners (no-op if they share no GPU)."""
 
 
 class Scorer(Protocol):
-    """A model, or rule functions, that says something about every sample of a shard."""
+    """A model, or rule functions, that scores every sample of a shard."""
 
     async def score(self, shard: RolloutShard) -> Sequence[Handle]:
-        """Returns handles of tables that carry `row` and this scorer's columns (LOGPROBS, VALUES or REWARDS)."""
+        """Returns handles of tables with `row` and this scorer's columns (LOGPROBS, VALUES or REWARDS)."""
 
 
 class Learner(Scorer, Protocol):
@@ -138,7 +138,7 @@ class Roles(Learners):
 
 
 class Trackers(Protocol):
-    """Where metrics go besides the run's own JSONL file."""
+    """A destination of metrics besides the run's JSONL file."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 

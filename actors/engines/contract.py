@@ -1,4 +1,4 @@
-"""Rollout engines: what one is asked for, and what all kinds of them share.
+"""Rollout engines: their contract, and what all kinds of them share.
 
 actors/engines/vllm_engine.py   VllmEngine, the one to use
 actors/engines/hf_engine.py     HfEngine, for architectures that vLLM does not serve
@@ -45,8 +45,9 @@ class UpdateReport:
 class Engine(Protocol):
     """One engine that samples. Not thread-safe; one call at a time.
 
-    A publish is `begin_update`, `receive_bucket` once per bucket in order, `finish_update`. From its begin until its
-    successful end the engine serves nothing; after a failure it serves nothing until another publish succeeds.
+    A publish is `begin_update`, `receive_bucket` once per bucket in order, `finish_update`. The engine does not serve
+    from the start of a publish until its successful end; after a failure it does not serve until another publish
+    succeeds.
     """
 
     def generate(self, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
@@ -61,13 +62,13 @@ class Engine(Protocol):
         """
 
     def prompt_logprobs(self, token_lists: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probs, at temperature 1, of every given token but the first of each list."""
+        """Log-probs, at temperature 1, of every given token except the first of each list."""
 
     def begin_update(self, header: WeightHeader) -> None:
         """Stops serving and prepares for the header's buckets. Raises PublishError on unknown or missing tensors."""
 
     def receive_bucket(self, bucket: Bucket) -> None:
-        """Applies the tensors that end in this bucket. Raises PublishError naming tensors that came altered."""
+        """Applies the tensors that end in this bucket. Raises PublishError naming tensors that arrived altered."""
 
     def finish_update(self, version: int) -> UpdateReport:
         """Drops caches of older weights, verifies, and serves `version` from here on.
@@ -77,7 +78,7 @@ class Engine(Protocol):
         """
 
     def version(self) -> int | None:
-        """The version served; None while there is none."""
+        """The version that is served; None: it does not serve."""
 
     def sleep(self) -> None:
         """Gives GPU memory back; nothing else is called until `wake`. Does nothing on the CPU."""
@@ -111,7 +112,7 @@ class EngineContext:
 
 @dataclass
 class ServedVersion:
-    """The version that an engine serves: none from the beginning of an update until its proof."""
+    """The version that an engine serves: none from the start of an update until its proof."""
 
     number: int | None
     reason: str = "it was started without a version"
@@ -138,7 +139,7 @@ class ServedVersion:
 
     @contextmanager
     def failing(self) -> Iterator[None]:
-        """Takes the engine out of service, and lets the error pass, when the body fails."""
+        """When the body fails, takes the engine out of service and raises the error."""
         try:
             yield
         except BaseException as error:
@@ -158,7 +159,7 @@ def ordered_requests(request: ShardRequest, max_length: int) -> list[SampleReque
     """The shard's requests by row: results depend on what is in a batch and on its order, so the order is fixed.
 
     Raises:
-        DataError: naming a prompt that does not leave max_new_tokens in the window; engines would cut it in silence.
+        DataError: names a prompt that leaves no room for max_new_tokens in the window; engines would cut it silently.
     """
     limit = max_length - request.sampling.max_new_tokens
     for item in request.requests:
@@ -180,7 +181,7 @@ def rollout_table(
 ) -> pa.Table:
     """Builds a table of schema.ROLLOUT from requests and their samples, in the same order.
 
-    `response_text` is the reply as it was written, without what ends it; `meta["raw_response"]` is all of it.
+    `response_text` is the reply as it was written, without its end; `meta["raw_response"]` is the complete reply.
     """
     raw = [chat.text(sample.tokens) for sample in samples]
     texts = [chat.text(chat.body(np.array(sample.tokens, np.int32))) for sample in samples]

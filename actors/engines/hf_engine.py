@@ -118,7 +118,7 @@ class HfEngine:
         return values
 
     def _sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
-        """Samples all requests together, each from a generator of its own, prompts padded on the left."""
+        """Samples all requests together, each with its own generator, prompts padded on the left."""
         generators = [torch.Generator(self._device).manual_seed(item.seed) for item in requests]
         width = max(len(item.prompt.tokens) for item in requests)
         tokens = torch.zeros(len(requests), width, dtype=torch.long, device=self._device)
@@ -151,7 +151,7 @@ class HfEngine:
 
 
 def processed_logprobs(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Log-probs at the sampling temperature, after top-k and then top-p (Holtzman 2019); -inf for what is cut off."""
+    """Log-probs at the sampling temperature, after top-k and then top-p (Holtzman 2019); -inf for excluded tokens."""
     logits_BV = logits_BV / sampling.temperature
     if 0 < sampling.top_k < logits_BV.shape[1]:
         kth_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]

@@ -198,7 +198,7 @@ def start_llm(folder: Path, context: EngineContext, transfer_backend: str, *, sk
 
 
 def _skip_ranks() -> None:
-    """Lets the rank of every sampled token be 1; nobody reads it.
+    """Sets the rank of every sampled token to 1; it is not used.
 
     vLLM 0.32 counts them with a kernel that torch compiles from C++ in the middle of the first batch: 2 s with a warm
     cache, and it needs a compiler. Can go when SamplingParams.logprobs can leave ranks out.
@@ -231,7 +231,7 @@ def _sample(output: RequestOutput) -> Sample:
 
 
 def _abandon_session(worker: Any) -> None:
-    """Closes the session of an update that broke off; the transfer engine resets the layers when the next begins."""
+    """Closes the session of an interrupted update; the transfer engine resets the layers when the next one starts."""
     # vLLM hands over the worker in a wrapper that passes reading on, and not setting.
     getattr(worker, "worker", worker)._weight_update_active = False
 

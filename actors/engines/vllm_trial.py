@@ -1,9 +1,9 @@
-"""Whether vLLM serves a policy of some architecture rightly, found out without its weights.
+"""Tests whether vLLM serves a policy's architecture correctly, without its weights.
 
 `python -m actors.engines.vllm_trial FOLDER` makes a small random model of the folder's config and starts an engine on
-it. Its log-probs must be those of transformers: of prompts, of tokens that it samples, and again after other random
-weights were published. Prints one JSON object, a Verdict. In a process of its own, for vLLM changes the one that it is
-in.
+it. Its log-probs must equal those of transformers: for prompts, for tokens that it samples, and again after other
+random weights were published. Prints one JSON object, a Verdict. It needs a separate process, because vLLM changes its
+process.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def trial(folder: Path, *, dtype: Dtype, max_length: int, trust_remote_code: boo
 
 
 class _SmallModel:
-    """Two sets of random weights of one small model, what transformers says with each, and a folder with the first."""
+    """Two sets of random weights of one small model, transformers' outputs with each, and a folder with the first."""
 
     def __init__(self, folder: Path, scratch: Path, max_length: int, trust_remote_code: bool) -> None:
         self.folder, self.trust_remote_code = scratch, trust_remote_code
@@ -120,8 +120,8 @@ def _chosen(logits: torch.Tensor, text: list[int]) -> torch.Tensor:
 
 
 def randomise(model: Any, *, seed: int) -> None:
-    """Moves every parameter and every buffer that is saved away from its value: a bias of zero or a norm of one would
-    hide that it is left out."""
+    """Adds noise to every parameter and every saved buffer: a bias of zero or a norm of one would hide that it is left
+    out."""
     generator = torch.Generator().manual_seed(seed)
     buffers = dict(model.named_buffers())
     with torch.no_grad():

@@ -1,1 +1,1 @@
-"""What the coordinator holds: the Protocols of orchestrator/roles.py over groups of actors."""
+"""Implements the Protocols of orchestrator/roles.py, which the coordinator uses, over groups of actors."""

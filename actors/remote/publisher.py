@@ -22,16 +22,16 @@ R = TypeVar("R")
 
 @dataclass
 class PolicyWeights:
-    """The weights that the policy's ranks hold: learned or published by whoever has the lock."""
+    """The weights that the policy's ranks hold; the holder of the lock may learn or publish."""
 
     version: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class BucketPublisher:
-    """Publishes in buckets. While the engines take in one bucket the policy packs the next; at most two live at once.
+    """Publishes in buckets. While the engines apply one bucket the policy packs the next; at most two exist at once.
 
-    An engine that fails is restarted, and the publish begins again. A failure of the policy leaves it incomplete:
+    A failed engine is restarted, and the publish starts again. A failure of the policy leaves the publish incomplete:
     engines do not serve until a later one succeeds.
     """
 

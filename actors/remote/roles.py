@@ -275,9 +275,9 @@ class RayRecorder:
 
 
 class ClusterMeter:
-    """Seconds each role was busy since the last call, and the memory of its largest process.
+    """Seconds for which each role was busy since the last call, and the memory of its largest process.
 
-    A role that does not answer is left out: whoever needs it next finds out.
+    A role that does not answer is left out: its next call will report the failure.
     """
 
     def __init__(self, groups: Mapping[str, ActorGroup], *, run_id: str, deadline_s: float = 10.0) -> None:

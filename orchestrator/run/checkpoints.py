@@ -1,10 +1,10 @@
-"""Checkpoints: everything a run needs to go on, complete or not there at all.
+"""Checkpoints: everything that a run needs to continue, complete or absent.
 
 checkpoints/step-000010/policy/...     what the policy's ranks wrote
 checkpoints/step-000010/critic/...
-checkpoints/step-000010/state.json     the coordinator's own state
+checkpoints/step-000010/state.json     the coordinator's state
 checkpoints/step-000010/manifest.json  size and SHA-256 of every file, and of itself
-checkpoints/step-000010/COMPLETE       written last, once every file was found to match; without it, no checkpoint
+checkpoints/step-000010/COMPLETE       written last, after every file was verified; without it, there is no checkpoint
 checkpoints/best.json                  which of them is the best by evaluation
 """
 
@@ -45,7 +45,7 @@ from orchestrator.types import State
 MARKER = "COMPLETE"
 MANIFEST = "manifest.json"
 STATE = "state.json"
-# Only what bears exactly these names is ours: a copy under another name is never touched.
+# Only folders with exactly these names are managed: a copy under another name is never touched.
 _CHECKPOINT = re.compile(r"step-\d{6,}")
 _UNFINISHED = re.compile(r"\.step-\d{6,}\.[0-9a-f]{8}\.tmp")
 
@@ -58,14 +58,16 @@ class Checkpoints:
     Args:
         folder: where checkpoint folders go; the same storage for every node.
         learners: role name to learner; each writes into its own sub-folder.
-        every_steps: save after every so many steps; 0: only after the last.
+        every_steps: number of steps between checkpoints; 0: only after the last.
         last_step: number of steps of the run.
-        keep: newest checkpoints kept, the best besides. Older ones go only when the newest was verified on disk; one
-            that can't be removed is reported once and tried again after the next save.
-        best: chooses the best of some steps. Those of the schedule compete, and the best so far: not what a stop saved,
-            so that a run that was stopped keeps the one that it would have kept.
-        grace_s: how long a stopped run may take to save where it stands.
-        fence: called before a checkpoint takes its place; raises when the run is another writer's.
+        keep: number of newest checkpoints that are kept, besides the best. Older ones are removed only after the newest
+        was
+            verified on disk; one that can't be removed is reported once, and tried again after the next save.
+        best: chooses the best of some steps, among those of the schedule and the best so far. Checkpoints of a stop do
+        not
+            compete, so that a stopped run keeps the same one as an undisturbed run.
+        grace_s: time that a stopped run has to save its state.
+        fence: called before a checkpoint is put in place; raises when a newer attempt writes the run.
 
     Raises StorageError from every method that reads or writes, naming the file.
     """
@@ -97,12 +99,12 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
 
     async def save_if_due(self, state: State) -> None:
-        """Saves on schedule, unless that was done, also by an earlier attempt."""
+        """Saves on schedule, unless the step was saved already, possibly by an earlier attempt."""
         if not self._is_due(state.step):
             return
         if self._path(state.step) not in self.complete():
             await self.save(state)
-        else:  # that attempt may have ended before it retired old ones
+        else:  # that attempt may have ended before it removed old ones
             await asyncio.to_thread(self._retire, self._path(state.step))
 
     def _is_due(self, step: int) -> bool:
@@ -110,7 +112,7 @@ class Checkpoints:
         return step > 0 and (step == self._last_step or is_on_schedule)
 
     async def begin_if_due(self, state: State, phase: AbstractContextManager[None]) -> None:
-        """As `save_if_due`, in `phase` and beside the loop: returns at once. Learning must wait for `settled`."""
+        """As `save_if_due`, in `phase` and in the background: returns at once. Learning must wait for `settled`."""
 
         async def save() -> None:
             with phase:
@@ -120,18 +122,18 @@ class Checkpoints:
         self._saving = asyncio.ensure_future(save())
 
     async def settled(self) -> None:
-        """Waits for the save that was begun, and raises what it met."""
+        """Waits for the save in progress, and raises its error."""
         if self._saving is not None:
             await asyncio.shield(self._saving)
             self._saving = None
 
     async def save(self, state: State) -> None:
-        """Writes a checkpoint under a temporary name, renames it, proves it on disk, then retires old ones.
+        """Writes a checkpoint under a temporary name, renames it, verifies it on disk, then removes old ones.
 
-        When something can't be written, what was begun is removed and the older checkpoints stay.
+        If something can't be written, the incomplete checkpoint is removed and the older ones stay.
         """
         final = self._path(state.step)
-        # An earlier save that was cut off may still be writing under its own name.
+        # An earlier save that was interrupted may still be writing under its name.
         temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
         folders = {role: temporary / role for role in self._learners}
         try:
@@ -151,9 +153,9 @@ class Checkpoints:
 
     @asynccontextmanager
     async def saved_on_stop(self) -> AsyncIterator[Callable[[State | None], None]]:
-        """Yields a function to be told where the learners stand, None while they learn. A stop (cancellation) of the
-        body saves that state, within the grace period; without it the log leads there all the same. No save that was
-        begun runs on beyond the context."""
+        """Yields a function that takes the learners' current state, None while they learn. When the body is stopped
+        (cancelled), that state is saved within the grace period; without the save, the log leads to the same state. No
+        save continues after the context."""
         standing: list[State | None] = [None]
         try:
             yield lambda state: standing.__setitem__(0, state)
@@ -172,10 +174,10 @@ class Checkpoints:
             await self.save(state)
 
     async def restore(self) -> State | None:
-        """Loads the newest undamaged checkpoint into the learners. None: there is none at all.
+        """Loads the newest undamaged checkpoint into the learners. None: there is no checkpoint.
 
-        A damaged one is passed over with a warning, since the log leads forward from any older one. It counts as absent
-        from then on, and goes when the next one was saved.
+        A damaged one is skipped with a warning, since the log leads forward from any older one. It then counts as
+        absent, and is removed after the next save.
 
         Raises:
             StorageError: every checkpoint has a file that is missing, truncated or altered.
@@ -222,7 +224,7 @@ class Checkpoints:
         await together(learner.load(folder / role) for role, learner in self._learners.items())
 
     def _choose_best(self) -> Path | None:
-        """The best checkpoint, once best.json names it."""
+        """Writes the best checkpoint to best.json and returns it."""
         before = read_best(self._folder)
         steps = [int(path.name.removeprefix("step-")) for path in self.complete()]
         best = self._best(step for step in steps if self._is_due(step) or (before and step == before.step))
@@ -249,7 +251,7 @@ class Checkpoints:
         self._damaged = {path for path in self._damaged if path.exists()}
 
     def _remove_halves(self) -> None:
-        """What a save left that was killed: as large as a checkpoint, and of no use."""
+        """Removes what a killed save left: as large as a checkpoint, and useless."""
         for path in _folders(self._folder, _UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -258,7 +260,7 @@ class Checkpoints:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in `folder`, oldest first; none where there is no such folder. Raises StorageError."""
+    """Complete checkpoints in `folder`, oldest first; none if there is no such folder. Raises StorageError."""
     return [path for path in _folders(folder, _CHECKPOINT) if (path / MARKER).exists()]
 
 
@@ -268,7 +270,7 @@ def is_complete(folder: Path, step: int) -> bool:
 
 
 def read_best(folder: Path) -> Best | None:
-    """What best.json in the folder of checkpoints says. None: there is none, or it is damaged or out of date."""
+    """The content of best.json in the folder of checkpoints. None: there is none, or it is damaged or out of date."""
     try:
         best = Best(**json.loads((folder / BEST_FILE).read_text(encoding="utf-8")))
         return best if (folder / f"step-{best.step:06d}" / MARKER).exists() else None
@@ -277,7 +279,7 @@ def read_best(folder: Path) -> Best | None:
 
 
 def _folders(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
-    """Those with a name of ours, oldest first."""
+    """Folders with matching names, oldest first."""
     with reading(folder):
         if not folder.exists():
             return []
@@ -325,7 +327,7 @@ def _make_empty(temporary: Path, folders: Sequence[Path]) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """The marker first: a folder that is half deleted must not look complete."""
+    """Removes the marker first: a partly deleted folder must not look complete."""
     (folder / MARKER).unlink(missing_ok=True)
     shutil.rmtree(folder)
 

@@ -25,7 +25,8 @@ CONFIG_FILE = "config.yaml"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """An open run folder. `attempt` counts the lives of this run's driver, from 1; `notes` are lines for people."""
+    """An open run folder. `attempt` counts the processes of this run's driver, from 1; `notes` are lines for the
+    console."""
 
     path: Path
     id: str
@@ -39,7 +40,7 @@ class RunFolder:
         return stage_place(self.path, self.stage)
 
     def require_newest(self) -> None:
-        """Raises Superseded when a later attempt has opened this folder: two must never write one run."""
+        """Raises Superseded when a later attempt has opened this folder: two attempts must never write one run."""
         with reading(self.path / ATTEMPTS):
             newest = max(numbers(self.path / ATTEMPTS), default=0)
         if newest > self.attempt:
@@ -78,7 +79,7 @@ def open_run(config: Config, tell: Callable[[str], None] = lambda line: None) ->
     kept as config.attempt-NNN.yaml, NNN being the last attempt that it was in force for.
 
     Args:
-        tell: gets a line for people when an attempt that may be alive is waited for.
+        tell: gets a line for the console while it waits for an attempt that may be alive.
 
     Raises:
         CapacityError: another attempt of this run is alive.
@@ -87,7 +88,7 @@ def open_run(config: Config, tell: Callable[[str], None] = lambda line: None) ->
     """
     path = _make_folder(storage_root(config.run.root), config)
     attempt = claim(path, wait_s=config.placement.wait_s, tell=tell)
-    # Read only now: an attempt that began beside this one may have been the first to keep its config.
+    # Read only now: an attempt that started at the same time may have been the first to keep its config.
     try:
         changes = _harmless_changes(path / CONFIG_FILE, config)
     except BaseException:
@@ -100,10 +101,10 @@ def open_run(config: Config, tell: Callable[[str], None] = lambda line: None) ->
 
 
 def _make_folder(root: Path, config: Config) -> Path:
-    """The run's folder, which only this user can enter: it holds samples, and whatever an error quotes. An existing
-    one is left as it is, so that a folder that was opened to others stays open.
+    """The run's folder, which only this user can enter: it holds samples, and texts that errors quote. An existing
+    folder keeps its mode, so that a shared folder stays shared.
 
-    A new run gets a folder that nobody else has, also when two start in the same second.
+    A new run gets a folder of its own, also when two runs start in the same second.
     """
     path = root / (config.run.id or _new_id(config.run.name, os.getpid()))
     try:
@@ -129,7 +130,7 @@ def _new_id(name: str, number: int) -> str:
 
 
 def restore_lost(config: Config) -> str | None:
-    """Makes the folder of the run that run.id names from its mirror, when it is gone; a line for people.
+    """Restores the folder of the run that run.id names from its mirror, if it is gone; returns a line for the console.
 
     Raises:
         StorageError: the mirror does not answer, or no snapshot of it is whole.

@@ -1,7 +1,7 @@
 """What a run says about itself while it runs: metrics.jsonl, events.jsonl, trackers, Prometheus, a line for people.
 
 One line of metrics.jsonl is `{"stage", "kind", "step", "attempt", "time", "metrics"}`; kind is "step" or "evaluation".
-A line exists only for what was finished; rewinding a run takes the lines of undone steps away.
+Only finished steps have lines; rewinding a run removes the lines of undone steps.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Record = Callable[[Mapping[str, float]], None]
 
 
 class _Phases:
-    """Wall time per phase. Concurrent tasks in one phase count once; what is still open is split at `drain`."""
+    """Wall time per phase. Concurrent tasks in one phase count once; open phases are split at `drain`."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -128,7 +128,7 @@ class _Progress:
 
 
 class Telemetry:
-    """Writes what one stage of a run reports. Its part of the files is continued, never doubled.
+    """Writes the reports of one stage of a run. Later attempts continue its part of the files without repetition.
 
     Args:
         folder: the run's folder; exists.
@@ -137,9 +137,9 @@ class Telemetry:
         stage: name of the stage; lines of other stages in the same file are left alone.
         num_steps: steps of the stage, for progress and time left.
         shown: metrics in the line of a step.
-        prometheus: endpoint to keep up to date; whoever opened it closes it.
+        prometheus: endpoint to keep up to date; its owner closes it.
         clock, wall_clock: monotonic seconds and seconds since the epoch.
-        fence: called before metrics are written; raises when the run is another writer's.
+        fence: called before metrics are written; raises when a newer attempt writes the run.
 
     Raises StorageError from every method that writes, naming the file.
     """
@@ -229,12 +229,12 @@ class Telemetry:
         return max(steps, default=-1) + 1
 
     def rewind(self, step: int) -> None:
-        """Takes back what was written of steps from `step` on and of evaluations of later versions than `step`."""
+        """Removes the lines of steps from `step` on, and of evaluations of later versions than `step`."""
         self._rewrite(lambda line: line["step"] < step + (line["kind"] == "evaluation"))
         self._continue_from(read_lines(self._folder / METRICS_FILE))
 
     def now(self) -> dict[str, Any]:
-        """What is going on: stage, step (the one begun last, None before the first), seconds by open phase."""
+        """The current state: stage, step (the last one started, None before the first), seconds by open phase."""
         return {"stage": self._stage, "step": self._step, "phases": self._phases.open()}
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -243,7 +243,7 @@ class Telemetry:
         _append_line(self._folder / EVENTS_FILE, {**head, **fields})
 
     def tell(self, line: str, kind: str, **fields: Any) -> None:
-        """An event that people should read: appends it, and shows a line about it."""
+        """An event that users should see: appends it, and shows a line about it."""
         self.event(kind, **fields)
         if self._console is not None:
             self._console(line)
@@ -306,7 +306,7 @@ class Telemetry:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSONL file that may still be growing: a torn last line is left out. No file: no lines.
+    """Objects of a JSONL file that may still be growing: an incomplete last line is left out. No file: no lines.
 
     Raises StorageError naming the first line that this module can't have written.
     """
