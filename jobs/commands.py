@@ -55,7 +55,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             "--address http://10.0.0.1:8265 --config jobs/configs/gpu.yaml run.root=/shared/runs",
         ),
         "why": Command(
-            "jobs.why.command:main", "Say what failed first in a run, where it is and how to go on.", "runs/my-run"
+            "jobs.why.command:main", "Say what failed first in a run, its state, and how to continue it.", "runs/my-run"
         ),
         "report": Command("jobs.report.command:main", "Write one HTML page about a run.", "runs/my-run"),
         "replay": Command(

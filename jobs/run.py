@@ -18,7 +18,7 @@ PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the res
 Resume = Annotated[
     Literal["auto", "never"],
     typer.Option(
-        "--resume", help="auto: goes on with the run that run.id names, if there is one; never: refuses then."
+        "--resume", help="auto: continues the run that run.id names, if it exists; never: refuses in that case."
     ),
 ]
 Address = Annotated[str | None, typer.Option("--ray-address", help="Ray cluster; default: RAY_ADDRESS, else local.")]

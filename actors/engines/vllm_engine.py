@@ -182,7 +182,7 @@ def start_llm(folder: Path, context: EngineContext, transfer_backend: str, *, sk
         kv_cache_memory_bytes=int(rollout.kv_cache_gib * _GIB) if on_cpu else None,
         enforce_eager=on_cpu,
         # vLLM 0.32 takes the token that it samples for half a prompt back by rewinding the request's generator, and
-        # torch's CPU generators can't: "CPU Generator does not use offset". Whole prompts until that is mended.
+        # torch's CPU generators can't: "CPU Generator does not use offset". Whole prompts until that is fixed.
         enable_chunked_prefill=not on_cpu,
         max_num_batched_tokens=max(_CPU_BATCH_TOKENS, model.max_length) if on_cpu else None,
         # Hits would depend on earlier calls, and with them the batches and the last bits.

@@ -208,7 +208,7 @@ class Learner:
         if wrong:
             raise StorageError(
                 f"{folder} was saved with {', '.join(wrong)}. Optimizer shards fit only the shape they were saved "
-                "with: go on with that shape, or start a new run from the exported weights."
+                "with: continue with that shape, or start a new run from the exported weights."
             )
         loaded, client_state = self._engine.load_checkpoint(str(folder), tag=_TAG)
         if loaded is None:

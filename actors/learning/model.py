@@ -66,7 +66,7 @@ def resolve_model(name_or_path: str, cache_dir: Path) -> Path:
         return convert_embedded(at_home(cache_dir, "run.cache", DataError) / EMBEDDED)
     folder = at_home(name_or_path, "model", DataError)
     if folder.is_symlink() and not folder.exists():
-        raise DataError(f"{folder} is a link to {os.readlink(folder)}, which does not exist: mend the link.")
+        raise DataError(f"{folder} is a link to {os.readlink(folder)}, which does not exist: correct the link.")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise DataError(f"{folder} holds no config.json, so it is no model; give a folder made by save_pretrained.")

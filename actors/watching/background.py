@@ -132,8 +132,8 @@ class BackgroundTracker:
             return
         self._is_told = True
         self._tell(
-            f"{self._name}: {what}. The run goes on; metrics.jsonl holds all metrics, and what {self._name} misses is "
-            "sent when it answers."
+            f"{self._name}: {what}. The run continues; metrics.jsonl holds all metrics, and those that {self._name} "
+            "misses are sent when it answers."
         )
 
     def _tell_caught_up(self) -> None:

@@ -144,7 +144,7 @@ def _now(facts: Facts, state: State, failure: FirstFailure | None) -> Iterator[s
         yield f"attempt {facts.last_attempt} began {began} ago; it checks its input, or waits for Ray: no heartbeat yet"
     elif state == "finished":
         if _stages(facts)[facts.stages[-1]] == "finished" or not events:
-            yield "finished; there is nothing to go on with"
+            yield "finished; there is nothing left to do"
         else:
             yield f"finished what its command was to do; the config has more stages, up to {facts.stages[-1]}"
             yield from _way_on(facts)
@@ -158,7 +158,7 @@ def _now(facts: Facts, state: State, failure: FirstFailure | None) -> Iterator[s
     else:
         yield from _dead(facts, state, beat, end_of(events))
         if failure is not None and failure.category in _LASTING:
-            yield f"a {failure.category} error comes again: mend its cause first"
+            yield f"a {failure.category} error will recur: correct its cause first"
         yield from _way_on(facts)
 
 
@@ -211,11 +211,11 @@ def _way_on(facts: Facts) -> Iterator[str]:
     if facts.paused is not None:
         yield f"it was paused ({brief(facts.paused)}); first: rm {_path(facts, PAUSED_FILE)}"
     if facts.stages == ["replay"]:
-        yield "to go on: give the same `rlhf replay` command again; it learns from the first step"
+        yield "to continue: give the same `rlhf replay` command again; it learns from the first step"
         return
     folder = facts.folder.resolve()
     overrides = [f"run.id={folder.name}", *([] if facts.is_at_root else [f"run.root={folder.parent}"])]
-    yield f"to go on: rlhf run --config {_path(facts, CONFIG_FILE)} {shlex.join(overrides)}"
+    yield f"to continue: rlhf run --config {_path(facts, CONFIG_FILE)} {shlex.join(overrides)}"
     if facts.logged is None:
         return
     first = facts.last_checkpoint or 0

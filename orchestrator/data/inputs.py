@@ -43,7 +43,7 @@ def size_of_file(path: str | Path, what: str, error: type[RlhfError]) -> int:
         found = os.stat(path)
     except FileNotFoundError:
         if os.path.islink(path):
-            raise error(f"{what} is a link to {os.readlink(path)}, which does not exist: mend the link.") from None
+            raise error(f"{what} is a link to {os.readlink(path)}, which does not exist: correct the link.") from None
         raise error(f"{what} does not exist: check the path (relative paths start at the working folder).") from None
     except (OSError, ValueError) as problem:
         reason = problem.strerror if isinstance(problem, OSError) else str(problem)

@@ -192,7 +192,7 @@ class Checkpoints:
                 self._damaged.add(folder)
                 continue
             for problem in problems:
-                _log.warning("%s Until then the run goes on from the older %s and its log.", problem, folder)
+                _log.warning("%s Until then the run continues from the older %s and its log.", problem, folder)
             await self._load(folder)
             return state
         if problems:

@@ -151,7 +151,7 @@ class ExperienceLog:
             raise RewardError(
                 f"step {step}: the reward of {dropped} of {total} samples failed, more than "
                 f"reward.max_failed_fraction={self._max_failed_fraction:g}. The column reward_error in "
-                f"{self._step_folder(step)}/failed-*.jsonl says why; mend the reward source, then resume."
+                f"{self._step_folder(step)}/failed-*.jsonl says why; correct the reward source, then resume."
             )
 
     def _shard_name(self, index: int) -> str:

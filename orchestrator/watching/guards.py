@@ -194,7 +194,7 @@ class Guards:
                 self._tell(trip)
         if not self._is_paused():
             return
-        self._console(f"paused: {reasons}. Delete {self._paused} to go on.")
+        self._console(f"paused: {reasons}. Delete {self._paused} to continue.")
         while self._is_paused():  # noqa: ASYNC110  a file is all that a person on any machine can reach
             await asyncio.sleep(self._poll_s)
         self._console("going on: the pause is over")
@@ -236,6 +236,6 @@ def _why_paused(reasons: str) -> str:
     return (
         f"The run waits here: {reasons}.\n"
         "The step is learned; nothing of it is published or saved yet.\n"
-        "Delete this file to let the run go on. A run that is stopped meanwhile waits here again when it is resumed, "
+        "Delete this file to continue the run. A run that is stopped meanwhile waits here again when it is resumed, "
         "while this file is there.\n"
     )

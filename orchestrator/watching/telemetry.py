@@ -254,7 +254,7 @@ class Telemetry:
         if self._console is not None:
             width = max(map(len, table))
             lines = [f"  {name:<{width}}  {whence}" for name, whence in table.items()]
-            self._console("\n".join(["goes on with", *lines]))
+            self._console("\n".join(["continues with", *lines]))
 
     def close(self) -> None:
         for tracker in self._trackers:

@@ -48,5 +48,5 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("make", [a_circle, a_broken_link])
 def test_a_model_behind_a_broken_link_is_named(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "model")
-    with pytest.raises(DataError, match="which does not exist: mend the link"):
+    with pytest.raises(DataError, match="which does not exist: correct the link"):
         resolve_model(str(tmp_path / "model"), tmp_path)

@@ -111,7 +111,7 @@ def test_one_that_blocks_is_told_and_never_waited_for() -> None:
     time.sleep(0.2)
     tracker.log(1000, {})
     assert len(told) == 1
-    assert told[0].startswith("MLflow: has not answered for 0 s. The run goes on")
+    assert told[0].startswith("MLflow: has not answered for 0 s. The run continues")
     started = time.monotonic()
     tracker.close()
     assert time.monotonic() - started < scaled(4.0)

@@ -139,11 +139,11 @@ def test_a_stage_run_alone_is_finished_although_the_config_has_more(
     explained = why(run.path)
     assert explained.state == "finished"
     assert explained.standing.stages == {"reward_model": "finished", "rl": "not begun"}
-    assert "to go on: rlhf run --config" in "\n".join(explained.now)
+    assert "to continue: rlhf run --config" in "\n".join(explained.now)
     assert left(config) == ["rl"]
     run_once(monkeypatch, config)
     explained = why(run.path)
-    assert explained.state == "finished" and explained.now == ["finished; there is nothing to go on with"]
+    assert explained.state == "finished" and explained.now == ["finished; there is nothing left to do"]
     assert [line.partition(": ")[2] for line in explained.earlier] == ["finished"]
 
 

@@ -202,7 +202,7 @@ def test_an_error_of_the_program_is_to_be_mended_before_going_on(run):
     run.begin()
     run.event("failure", **{**POLICY_DIED, "error": "RoleError", "category": "programming"})
     run.event("stage_failed", error="RoleError: policy rank 0 failed in 'learn': KeyError")
-    assert "a programming error comes again: mend its cause first" in run.explain().now
+    assert "a programming error will recur: correct its cause first" in run.explain().now
 
 
 def test_a_failure_that_only_the_end_of_a_stage_tells_of_is_taken_apart(run):
