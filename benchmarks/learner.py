@@ -22,7 +22,7 @@ import torch
 from actors.groups.cluster import environment
 from actors.learning.distributed import Group
 from actors.learning.objectives.objective import LearnJob
-from actors.learning.size import model_size
+from actors.models.size import model_size
 from actors.roles.critic import CriticWorker
 from actors.roles.policy import PolicyWorker
 from benchmarks.harness import Figure, Pairs, measure_turns, ratio_figure

@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from actors.learning.model import load_causal, load_scorer
+from actors.models.model import load_causal, load_scorer
 from benchmarks.work import Work
 
 CLIP = 0.2

@@ -20,7 +20,7 @@ import torch
 
 from actors.groups.cluster import environment
 from actors.learning.distributed import Group
-from actors.learning.model import load_causal, load_scorer
+from actors.models.model import load_causal, load_scorer
 from actors.rewards.model import RewardModel
 from actors.roles.critic import CriticWorker
 from actors.roles.reference import ReferenceWorker

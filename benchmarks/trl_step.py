@@ -21,7 +21,7 @@ from typing import Annotated
 import typer
 
 from actors.groups.cluster import environment
-from actors.learning.model import resolve_model
+from actors.models.model import resolve_model
 from actors.text.tokenizing import load_tokenizer
 from benchmarks.harness import Figure, Pairs, measure_turns, ratio_figure
 from benchmarks.table import report

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from actors.learning.model import resolve_model
+from actors.models.model import resolve_model
 from actors.text.tokenizing import load_tokenizer
 from jobs.prepare import prepare
 from jobs.resolve import resolved

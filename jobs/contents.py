@@ -15,7 +15,7 @@ from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from actors.learning.model import EMBEDDED, resolve_model
+from actors.models.model import EMBEDDED, resolve_model
 from jobs.prepare import PACKAGE_ROOT, find_data
 from jobs.stages.table import stages_of
 from orchestrator.config.config import Config

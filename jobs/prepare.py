@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.learning.model import resolve_model
+from actors.models.model import resolve_model
 from actors.text.conversations import Chat, load_chat
 from actors.text.tokenizing import encode
 from jobs.stages.settings import chat_template

@@ -22,8 +22,8 @@ from actors.engines.contract import (
     rollout_table,
     summary,
 )
-from actors.learning.export import named_state
-from actors.learning.model import load_causal, torch_dtype
+from actors.models.export import named_state
+from actors.models.model import load_causal, torch_dtype
 from actors.text.conversations import load_chat
 from actors.weights.manifest import Bucket, Unpacker, WeightHeader, check_names, checksum, listed
 from orchestrator.errors import PublishError

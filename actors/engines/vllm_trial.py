@@ -28,7 +28,7 @@ from vllm.model_executor.models import registry
 from actors.engines import vllm_plugin
 from actors.engines.contract import EngineContext, ServedVersion
 from actors.engines.vllm_engine import VllmEngine, start_llm
-from actors.learning.export import named_state
+from actors.models.export import named_state
 from actors.weights.manifest import pack, plan
 from orchestrator.config.base import Dtype
 from orchestrator.config.sections import ModelConfig, RolloutConfig

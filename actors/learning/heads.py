@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from actors.learning import proofs
 from actors.learning.packing import MicroBatch, token_rows
-from actors.learning.steady import SteadyModel
+from actors.models import proofs
+from actors.models.steady import SteadyModel
 
 
 class _TokenLogProbs(torch.autograd.Function):

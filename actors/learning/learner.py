@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from actors.learning import distributed
 from actors.learning.distributed import deepspeed
-from actors.learning.export import export_model, named_state
 from actors.learning.heads import PolicyModel, ValueModel, probe, probed
 from actors.learning.objectives.losses import LossTerms
 from actors.learning.packing import MicroBatch
-from actors.learning.proofs import require_steady
-from actors.learning.safe_loading import SafeCheckpointEngine
+from actors.models.export import export_model, named_state
+from actors.models.proofs import require_steady
+from actors.models.safe_loading import SafeCheckpointEngine
 from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.config.base import Dtype
 from orchestrator.config.sections import LearnerConfig

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from actors.learning.attention import NAME
+from actors.models.attention import NAME
 from orchestrator.planning.balance import share_prompt
 
 _PROMPT, _NOBODY = 0, -1

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from actors.learning.files import window
 from actors.learning.heads import ValueModel
-from actors.learning.model import load_scorer, resolve_model, torch_dtype
 from actors.learning.packing import token_rows
+from actors.models.files import window
+from actors.models.model import load_scorer, resolve_model, torch_dtype
 from actors.rewards import RewardContext, Sample, Score, samples
 from actors.text.conversations import Chat, Transcript, load_chat, reward_chat
 from orchestrator.config.rewards import ModelRewardConfig

@@ -10,12 +10,12 @@ from torch import Tensor
 from actors.learning import distributed
 from actors.learning.distributed import Group
 from actors.learning.heads import ValueModel
-from actors.learning.model import load_scorer, resolve_model, torch_dtype
 from actors.learning.objectives.losses import LossTerms
 from actors.learning.objectives.objective import LearnJob
 from actors.learning.objectives.table import objective_of
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.worker import LearningWorker, RankContext, Share, answers, averaged, token_lists
+from actors.models.model import load_scorer, resolve_model, torch_dtype
 from orchestrator import schema
 from orchestrator.config.sections import CriticConfig
 

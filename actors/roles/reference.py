@@ -10,10 +10,10 @@ import torch
 from actors.learning import distributed
 from actors.learning.distributed import Group
 from actors.learning.heads import PolicyModel
-from actors.learning.model import load_causal, resolve_model, torch_dtype
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.sharing import can_share
 from actors.learning.worker import RankContext, Share, answers
+from actors.models.model import load_causal, resolve_model, torch_dtype
 from actors.roles.policy import logprobs_table
 from orchestrator.config.base import Dtype
 from orchestrator.config.sections import ReferenceConfig

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from actors.engines.contract import Engine, EngineContext, UpdateReport
-from actors.learning.model import resolve_model
+from actors.models.model import resolve_model
 from actors.weights.manifest import Bucket, WeightHeader
 from orchestrator.types import ShardRequest
 

@@ -14,10 +14,10 @@ import torch
 from actors.learning.distributed import Group, all_or_none, from_all, on_rank_0
 from actors.learning.heads import ValueModel
 from actors.learning.learner import Learner, Update
-from actors.learning.model import load_scorer, resolve_model, torch_dtype
 from actors.learning.objectives.losses import LossTerms, ranking_loss
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.worker import Share, answers
+from actors.models.model import load_scorer, resolve_model, torch_dtype
 from actors.rewards.model import RewardStats, write_stats
 from actors.text.conversations import Chat, base_chat
 from actors.training.ranked_rows import RankedRows, padding_token, ranked_rows

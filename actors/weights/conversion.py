@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
-from actors.learning.export import named_state
+from actors.models.export import named_state
 from actors.weights.manifest import listed
 from orchestrator.errors import PublishError
 

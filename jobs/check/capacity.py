@@ -11,8 +11,8 @@ import ray
 import torch
 
 from actors.groups.cluster import alive_nodes, connect, named_address
-from actors.learning.model import resolve_model
-from actors.learning.size import model_size
+from actors.models.model import resolve_model
+from actors.models.size import model_size
 from jobs.stages.settings import critic_base, reward_base
 from jobs.stages.table import stages_of
 from orchestrator.config.config import Config

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.learning.model import resolve_model
-from actors.learning.size import num_embeddings
+from actors.models.model import resolve_model
+from actors.models.size import num_embeddings
 from actors.text.conversations import Chat, base_chat, reward_chat
 from actors.text.tokenizing import has_tokenizer, load_tokenizer
 from jobs.prepare import find_data

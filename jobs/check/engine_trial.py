@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from actors.learning.model import resolve_model
+from actors.models.model import resolve_model
 from jobs.stages.table import samples_prompts
 from orchestrator.config.config import Config
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from actors.learning.files import read_config, read_headers, require_weights, window
-from actors.learning.miniature import prove_small
-from actors.learning.model import resolve_model
-from actors.learning.size import model_size
+from actors.models.files import read_config, read_headers, require_weights, window
+from actors.models.miniature import prove_small
+from actors.models.model import resolve_model
+from actors.models.size import model_size
 from actors.text.tokenizing import has_tokenizer, load_tokenizer
 from jobs.stages.stage import ModelUse
 from jobs.stages.table import stages_of

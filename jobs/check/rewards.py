@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 from safetensors import SafetensorError, safe_open
 
-from actors.learning.files import read_config, window
-from actors.learning.model import resolve_model
+from actors.models.files import read_config, window
+from actors.models.model import resolve_model
 from actors.rewards import RewardSource
 from actors.rewards.http import HttpReward
 from actors.rewards.model import read_stats

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from actors.learning.model import resolve_model
-from actors.learning.size import model_size
+from actors.models.model import resolve_model
+from actors.models.size import model_size
 from jobs.stages.settings import critic_base, reward_base, samples_per_shard
 from orchestrator.config.base import Dtype
 from orchestrator.config.config import Config

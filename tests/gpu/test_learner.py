@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from actors.learning.model import resolve_model
 from actors.learning.objectives.objective import LearnJob
-from actors.learning.size import model_size
+from actors.models.model import resolve_model
+from actors.models.size import model_size
 from actors.roles.policy import PolicyWorker
 from jobs.quickstart import CONFIG
 from orchestrator.algorithms.ppo import Ppo

@@ -24,7 +24,7 @@ from vllm.distributed import destroy_model_parallel
 import actors.weights.cpu
 from actors.engines.contract import Engine, EngineContext, UpdateReport
 from actors.engines.vllm_engine import VllmEngine
-from actors.learning.export import named_state
+from actors.models.export import named_state
 from actors.weights.manifest import Bucket, pack, plan
 from actors.weights.places import Places
 from actors.weights.readback import ignores_its_parameter

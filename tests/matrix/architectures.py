@@ -25,10 +25,10 @@ from actors.engines.hf_engine import HfEngine
 from actors.learning import distributed
 from actors.learning.heads import PolicyModel, probed
 from actors.learning.learner import Learner
-from actors.learning.model import load_causal
 from actors.learning.objectives.losses import LossTerms
 from actors.learning.packing import token_rows
-from actors.learning.proofs import require_steady
+from actors.models.model import load_causal
+from actors.models.proofs import require_steady
 from actors.text.tokenizing import load_tokenizer
 from actors.weights.manifest import pack, plan
 from orchestrator.config.sections import LearnerConfig, ModelConfig

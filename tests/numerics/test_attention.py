@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from actors.learning.attention import NAME, SHORT, ShortCausalAttention, attend
-from actors.learning.model import load_causal
+from actors.models.attention import NAME, SHORT, ShortCausalAttention, attend
+from actors.models.model import load_causal
 from tests.tiny import tiny_llama
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from actors.learning.depth import shallow
-from actors.learning.model import load_scorer
-from actors.learning.size import model_size
+from actors.models.depth import shallow
+from actors.models.model import load_scorer
+from actors.models.size import model_size
 from orchestrator.errors import ConfigError
 from tests.families import FAMILIES, tiny_folder
 

@@ -12,10 +12,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from actors.learning import distributed
 from actors.learning.heads import OwnLogProbs, PolicyModel, TokenLogProbs, probed
 from actors.learning.learner import Learner
-from actors.learning.model import load_causal, torch_dtype
 from actors.learning.objectives.losses import LossTerms
 from actors.learning.packing import token_rows
-from actors.learning.proofs import require_steady
+from actors.models.model import load_causal, torch_dtype
+from actors.models.proofs import require_steady
 from actors.text.tokenizing import load_tokenizer
 from orchestrator.config.sections import LearnerConfig
 from orchestrator.errors import DataError, StorageError

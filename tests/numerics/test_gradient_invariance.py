@@ -9,11 +9,11 @@ from deepspeed.utils import safe_get_full_grad
 from actors.learning import distributed
 from actors.learning.heads import PolicyModel, ValueModel
 from actors.learning.learner import Learner
-from actors.learning.model import load_causal, load_scorer
 from actors.learning.objectives.losses import value_loss
 from actors.learning.objectives.objective import LearnJob
 from actors.learning.objectives.table import objective_of
 from actors.learning.packing import TokenRows
+from actors.models.model import load_causal, load_scorer
 from orchestrator.algorithms.ppo import Ppo
 from orchestrator.config.sections import LearnerConfig
 from orchestrator.planning.balance import plan_minibatches

@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from actors.learning.heads import PolicyModel, TokenLogProbs, ValueModel
-from actors.learning.model import load_causal, load_scorer
 from actors.learning.packing import TokenRows, token_rows
+from actors.models.model import load_causal, load_scorer
 from orchestrator.errors import DataError
 from tests.tiny import tiny_llama, tiny_scorer
 

@@ -8,10 +8,10 @@ import torch
 from actors.learning import distributed
 from actors.learning.heads import PolicyModel, ValueModel
 from actors.learning.learner import LearnerSettings
-from actors.learning.model import load_causal, load_scorer
 from actors.learning.objectives.objective import LearnJob
 from actors.learning.objectives.table import objective_of
 from actors.learning.packing import TokenRows
+from actors.models.model import load_causal, load_scorer
 from actors.roles.critic import CriticSettings, CriticWorker
 from actors.roles.policy import PolicySettings, PolicyWorker
 from orchestrator import schema

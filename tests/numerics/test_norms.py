@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from actors.learning.model import load_causal
-from actors.learning.norms import use_quick_norms
+from actors.models.model import load_causal
+from actors.models.norms import use_quick_norms
 from tests.tiny import tiny_llama
 
 

@@ -10,10 +10,10 @@ from transformers import GenerationConfig
 from actors.learning import distributed
 from actors.learning.heads import PolicyModel
 from actors.learning.learner import Learner
-from actors.learning.model import load_causal, torch_dtype
 from actors.learning.objectives.objective import LearnJob
 from actors.learning.objectives.table import objective_of
 from actors.learning.packing import TokenRows
+from actors.models.model import load_causal, torch_dtype
 from actors.roles.critic import CriticWorker
 from actors.roles.policy import PolicyWorker
 from actors.text.conversations import load_chat

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig
 
-from actors.learning.attention import SHORT_MASKED, ShortCausalAttention
 from actors.learning.heads import PolicyModel
-from actors.learning.model import load_causal
 from actors.learning.packing import token_rows
 from actors.learning.sharing import bundles, can_share, owners, visible
+from actors.models.attention import SHORT_MASKED, ShortCausalAttention
+from actors.models.model import load_causal
 from tests.tiny import tiny_llama
 
 CPU = torch.device("cpu")

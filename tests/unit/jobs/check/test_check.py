@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from actors.learning.size import model_size
+from actors.models.size import model_size
 from jobs.check.batches import batch_rows
 from jobs.check.capacity import Cluster, capacity
 from jobs.check.preflight import preflight

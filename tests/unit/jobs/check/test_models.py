@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from actors.learning import miniature
-from actors.learning.miniature import prove_small
+from actors.models import miniature
+from actors.models.miniature import prove_small
 from jobs.check import models as preflight_models
 from jobs.check.models import check_models
 from orchestrator.config.loader import config_from_tree
@@ -188,7 +188,7 @@ def test_an_export_that_would_not_come_back_is_found_before_the_run(
     def forgets(pretrained: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor for name, tensor in state.items() if "layers.1.mlp" not in name}
 
-    monkeypatch.setattr("actors.learning.export.revert_weight_conversion", forgets)
+    monkeypatch.setattr("actors.models.export.revert_weight_conversion", forgets)
     with pytest.raises(DataError, match=r"could not be exported after learning.*layers\.1\.mlp"):
         check(llama, tmp_path)
 

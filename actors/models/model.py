@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
-from actors.learning.attention import use_short_attention
-from actors.learning.depth import shallow
-from actors.learning.norms import use_quick_norms
+from actors.models.attention import use_short_attention
+from actors.models.depth import shallow
+from actors.models.norms import use_quick_norms
 from orchestrator.config.base import Dtype
 from orchestrator.data.inputs import at_home
 from orchestrator.errors import DataError

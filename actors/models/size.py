@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from actors.learning.depth import shallow
-from actors.learning.model import LOADING_ERRORS
+from actors.models.depth import shallow
+from actors.models.model import LOADING_ERRORS
 from orchestrator.errors import DataError
 from orchestrator.planning.memory import ModelSize
 

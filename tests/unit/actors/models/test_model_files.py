@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from actors.learning.files import read_config, read_headers, require_weights, window
+from actors.models.files import read_config, read_headers, require_weights, window
 from orchestrator.errors import DataError
 from tests.families import FAMILIES, tiny_folder
 from tests.tiny import tiny_llama, tiny_scorer

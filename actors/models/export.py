@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from actors.learning.heads import PolicyModel, ValueModel, probed
-from actors.learning.model import load_causal, load_scorer
+from actors.models.model import load_causal, load_scorer
 from actors.text.tokenizing import load_tokenizer
 from orchestrator.errors import DataError, StorageError
 from orchestrator.run.storage import follow_umask, sync_tree, writing

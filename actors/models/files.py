@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from actors.learning.model import LOADING_ERRORS
+from actors.models.model import LOADING_ERRORS
 from orchestrator.errors import DataError
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from actors.learning.export import export_model, named_state
 from actors.learning.heads import PolicyModel, ValueModel, probed
-from actors.learning.model import LOADING_ERRORS, require_score_head
-from actors.learning.proofs import require_gradient, require_steady
+from actors.models.export import export_model, named_state
+from actors.models.model import LOADING_ERRORS, require_score_head
+from actors.models.proofs import require_gradient, require_steady
 from orchestrator.errors import DataError, StorageError
 
 VOCABULARY = 512

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import actors.learning.model
-from actors.learning.model import EMBEDDED, resolve_model
+import actors.models.model
+from actors.models.model import EMBEDDED, resolve_model
 from orchestrator.errors import DataError
 
 
@@ -40,7 +40,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     def fail(package: Path, folder: Path) -> None:
         raise OSError(number, os.strerror(number), str(folder))
 
-    monkeypatch.setattr(actors.learning.model, "_convert", fail)
+    monkeypatch.setattr(actors.models.model, "_convert", fail)
     with pytest.raises(DataError, match=rf"{os.strerror(number)}.*free space, or set run.cache"):
         resolve_model(EMBEDDED, tmp_path)
 
