@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.command import imported
 from jobs.stages.preferences import PREFERENCES
-from jobs.stages.stage import Artifact, Inputs, ModelUse, Stage, StageJob
+from jobs.stages.stage import Artifact, Costs, Inputs, ModelUse, Stage, StageJob
 from orchestrator.config.config import Config
 from orchestrator.planning.demands import REWARD_MODEL, plan_reward_model
 from orchestrator.planning.placement import Node, Plan
 from orchestrator.run.folder import RunFolder
 
 if TYPE_CHECKING:
-    from jobs.plan.estimate import Costs
     from jobs.prepare import Prepared
 
 RESULT_FILE = "reward_model.json"

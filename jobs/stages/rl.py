@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.command import imported
 from jobs.stages.sample import policy_use
-from jobs.stages.stage import Artifact, Inputs, ModelUse, Row, Stage, StageJob
+from jobs.stages.stage import Artifact, Costs, Inputs, ModelUse, Row, Stage, StageJob
 from orchestrator.config.config import Config
 from orchestrator.config.rewards import ModelRewardConfig, RulesRewardConfig
 from orchestrator.planning.demands import REWARD_MODEL, all_demands
@@ -18,7 +18,6 @@ from orchestrator.run.folder import RunFolder, has_finished
 from orchestrator.watching.telemetry import SHOWN
 
 if TYPE_CHECKING:
-    from jobs.plan.estimate import Costs
     from jobs.prepare import Prepared
 
 

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jobs.command import imported
-from jobs.stages.stage import Artifact, ModelUse, Stage, StageJob
+from jobs.stages.stage import Artifact, Costs, ModelUse, Stage, StageJob
 from orchestrator.config.config import Config
 from orchestrator.planning.demands import engine_demand
 from orchestrator.planning.placement import Node, Plan, place
 
 if TYPE_CHECKING:
-    from jobs.plan.estimate import Costs
     from jobs.prepare import Prepared
 
 SAMPLES = "samples"

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from orchestrator.config.changes import value_of
 from orchestrator.config.config import Config
 from orchestrator.planning.placement import Node, Plan
 from orchestrator.run.folder import RunFolder
+from orchestrator.types import Prompt
 from orchestrator.watching.telemetry import Shown, Telemetry
 
 if TYPE_CHECKING:  # heavy
@@ -23,7 +24,6 @@ if TYPE_CHECKING:  # heavy
 
     from actors.groups.group import ActorGroup
     from actors.text.conversations import Chat
-    from jobs.plan.estimate import Costs
     from jobs.prepare import Prepared
 
 Say = Callable[[str], None]
@@ -76,6 +76,19 @@ class Found:
     chat: Chat | None
     prepared: Prepared | None
     examples: pa.Table | None
+
+
+class Costs(Protocol):
+    """Seconds of work on this machine, in the units that stages are made of (jobs/plan/estimate.py)."""
+
+    @property
+    def config(self) -> Config: ...
+
+    def sampling(self, prompts: Sequence[Prompt], replies_per_prompt: int) -> float: ...
+
+    def reward_model(self, prompts: Sequence[Prompt]) -> float: ...
+
+    def rl(self, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> float: ...
 
 
 @dataclass(frozen=True, kw_only=True)

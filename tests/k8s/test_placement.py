@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.stages.settings import demands
 from orchestrator.config.config import Config
 from orchestrator.errors import CapacityError
+from orchestrator.planning.demands import all_demands, engine_demand
 from orchestrator.planning.placement import Node, place
 from tests.k8s.crds import Manifest
 from tests.k8s.house_rules import rayjob_of
@@ -28,7 +28,7 @@ def nodes_of(objects: list[Manifest], *, count: str) -> list[Node]:
 
 
 def groups_used(config: Config, nodes: list[Node], role: str) -> set[str]:
-    plan = place(demands(config, learning=True), nodes, mode=config.placement.mode)
+    plan = place(all_demands(config), nodes, mode=config.placement.mode)
     return {slot.address.rsplit("-", 1)[0] for slot in plan.of(role)}
 
 
@@ -36,7 +36,7 @@ def groups_used(config: Config, nodes: list[Node], role: str) -> set[str]:
 @pytest.mark.parametrize("learning", [True, False])
 def test_every_stage_finds_its_place(objects: list[Manifest], tmp_path: Path, count: str, learning: bool) -> None:
     config = run_config(objects, tmp_path)
-    needed = demands(config, learning=learning)
+    needed = all_demands(config) if learning else [engine_demand(config)]
     plan = place(needed, nodes_of(objects, count=count), mode=config.placement.mode)
     assert len(plan.slots) == sum(demand.count for demand in needed)
 
@@ -50,7 +50,7 @@ def test_gpu_engines_and_ranks_keep_to_their_groups(gpu_objects: list[Manifest],
 
 def test_gpu_overlay_offers_no_gpu_that_stays_unused(gpu_objects: list[Manifest], tmp_path: Path) -> None:
     config, nodes = run_config(gpu_objects, tmp_path), nodes_of(gpu_objects, count="replicas")
-    wanted = sum(demand.count * demand.gpus for demand in demands(config, learning=True))
+    wanted = sum(demand.count * demand.gpus for demand in all_demands(config))
     assert wanted == sum(node.gpus for node in nodes)
 
 
