@@ -159,6 +159,18 @@ class ScalarHead(nn.Module):
         return nn.functional.linear(hidden_ND.float(), self.weight.float(), bias).squeeze(-1)
 
 
+def states_at(hidden_LTD: Tensor, index_N: Tensor) -> Tensor:
+    """The states of some tokens of all lines, with a gradient that is the same in every run.
+
+    The last token of a prompt that samples share is taken once per sample. In fp32 on CPUs torch 2 adds the gradients
+    of `x[index]` with atomics, in any order, and those of `index_select` in the order of the index.
+    """
+    hidden_MD = hidden_LTD.flatten(0, 1)
+    if hidden_MD.dtype == torch.float32 and hidden_MD.device.type == "cpu":
+        return hidden_MD.index_select(0, index_N)
+    return hidden_MD[index_N]
+
+
 class PolicyModel(SteadyModel):
     """Log-probs and entropies of response tokens, at a temperature.
 
@@ -189,7 +201,7 @@ class PolicyModel(SteadyModel):
         """(logprobs_N, entropy_N) in fp32."""
         decoder = self.pretrained.get_decoder()
         hidden_LTD = decoder(input_ids=micro.input_ids_BT, use_cache=False, **micro.shared).last_hidden_state
-        logprobs_N, entropy_N = self.head(hidden_LTD.flatten(0, 1)[micro.state_index_N], micro.targets_N)
+        logprobs_N, entropy_N = self.head(states_at(hidden_LTD, micro.state_index_N), micro.targets_N)
         return logprobs_N, entropy_N
 
 
@@ -219,7 +231,7 @@ class ValueModel(SteadyModel):
         backbone = getattr(self.pretrained, self.pretrained.base_model_prefix)
         hidden_BTD = backbone(input_ids=micro.input_ids_BT, use_cache=False, **micro.shared).last_hidden_state
         wanted = torch.cat([micro.state_index_N, micro.last_index_B])
-        values = self.head(hidden_BTD.flatten(0, 1)[wanted])
+        values = self.head(states_at(hidden_BTD, wanted))
         values_N, last_B = values.split([len(micro.state_index_N), len(micro.last_index_B)])
         return values_N, last_B
 

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from actors.learning.heads import PolicyModel, TokenLogProbs, ValueModel
+from actors.learning.heads import PolicyModel, TokenLogProbs, ValueModel, states_at
 from actors.learning.packing import TokenRows, token_rows
 from actors.models.model import load_causal, load_scorer
 from orchestrator.errors import DataError
@@ -134,3 +134,28 @@ def test_missing_tensors_of_a_causal_model_are_named(causal, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(DataError, match=r"layers\.1\.mlp\.up_proj"):
         load_causal(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_that_are_taken_several_times_get_the_same_gradient_in_every_run(dtype):
+    """Samples of a prompt share its last state. `x[index]` gave six gradients in six runs, in fp32 on two threads."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1, 2000, 576, generator=generator)
+    index = torch.cat([torch.full((600,), 7), torch.randint(0, 2000, (1800,), generator=generator)])
+    weights = torch.randn(len(index), 576, generator=generator)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        gradients = []
+        for _ in range(6):
+            leaf = states.to(dtype).clone().requires_grad_()
+            taken = states_at(leaf, index)
+            assert torch.equal(taken, leaf.detach().flatten(0, 1)[index])
+            taken.backward(weights.to(dtype))
+            gradients.append(leaf.grad)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+    if dtype == torch.float32:  # bfloat16 rounds after every one of 600 sums
+        exact = torch.zeros(2000, 576, dtype=torch.float64).index_add_(0, index, weights.double())
+        torch.testing.assert_close(gradients[0][0].double(), exact, atol=1e-3, rtol=0.0)
