@@ -179,7 +179,7 @@ def _hf_engine_logprobs(folder: Path, learner: Learner) -> torch.Tensor:
 
 
 def _vllm_trial(folder: Path) -> Any:
-    """The verdict that `check` asks for; what `jobs.check.architecture` runs, with vLLM imported once for all."""
+    """The verdict that `check` asks for; what `jobs.check.engine` runs, with vLLM imported once for all."""
     from actors.engines.vllm_trial import trial  # noqa: PLC0415 (in a process of its own)
 
     return trial(folder, dtype="float32", max_length=MAX_LENGTH)

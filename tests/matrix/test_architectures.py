@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from jobs.check.architecture import check_architecture
 
+from jobs.check.engine import check_architecture
 from jobs.resolve import resolved
 from orchestrator.config.config import Config
 from orchestrator.errors import ConfigError

@@ -7,16 +7,16 @@ import torch
 
 from actors.learning import distributed
 from actors.learning.heads import PolicyModel, ValueModel
-from actors.learning.learner import LearnerSettings
 from actors.learning.objectives.objective import LearnJob
 from actors.learning.objectives.table import objective_of
 from actors.learning.packing import TokenRows
 from actors.models.model import load_causal, load_scorer
-from actors.roles.critic import CriticSettings, CriticWorker
-from actors.roles.policy import PolicySettings, PolicyWorker
+from actors.roles.critic import CriticWorker
+from actors.roles.policy import PolicyWorker
 from orchestrator import schema
 from orchestrator.algorithms.ppo import Ppo
-from tests.numerics.ranks import group
+from orchestrator.config.sections import CriticConfig, LearnerConfig
+from tests.numerics.ranks import context, group
 from tests.numerics.samples import LENGTHS, experience
 from tests.numerics.test_gradient_invariance import RecordingLearner
 from tests.tiny import tiny_llama, tiny_scorer
@@ -49,11 +49,13 @@ def marked(learn=LEARN, filler=None):
 
 def learned(folders, role, table):
     """(metrics, weights) after a worker's step of two epochs and two minibatches."""
-    learner = LearnerSettings(dtype="float32", learning_rate=3e-3)
     ppo = PPO.model_copy(update={"epochs": 2, "minibatches": 2})
-    folder = folders[role]
-    kind = (PolicySettings, PolicyWorker) if role == "policy" else (CriticSettings, CriticWorker)
-    worker = kind[1](kind[0](str(folder), folder, learner, ppo, micro_batch_tokens=60), group())
+    around = context(folders[role], ppo, dtype="float32", total_optimizer_steps=4)
+    keys = {"learning_rate": 3e-3, "micro_batch_tokens": 60}
+    if role == "policy":
+        worker = PolicyWorker(LearnerConfig(**keys), around, group())
+    else:
+        worker = CriticWorker(CriticConfig(path=str(folders[role]), **keys), around, group())
     metrics = worker.learn([table], JOB)
     return metrics, torch.cat([tensor.flatten() for _, tensor in worker.full_weights()])
 
@@ -73,7 +75,9 @@ def update_of(folders, role, rows, loss, *, count):
         "policy": lambda folder: PolicyModel(load_causal(folder, torch.float32), temperature=0.7),
         "critic": lambda folder: ValueModel(load_scorer(folder, torch.float32)),
     }
-    learner = RecordingLearner(learner_of[role](folders[role]), LearnerSettings(dtype="float32", learning_rate=1e-3))
+    learner = RecordingLearner(
+        learner_of[role](folders[role]), LearnerConfig(learning_rate=1e-3), dtype="float32", total_optimizer_steps=1
+    )
     micros = [rows.pack(part, CPU) for part in ((0, 1, 2), (3, 4, 5, 6, 7))]
     update = learner.update(micros, loss, count=count, what="test")
     return learner.gradient, update.means
