@@ -65,7 +65,7 @@ def test_all_processes_told_to_stop_at_once_end_quickly_and_the_run_goes_on(here
     """As Slurm and systemd do. The run has a private Ray, all of whose processes end too."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with started(here, "tree", environment) as run:
-        reach(run, "ppo 3/")
+        reach(run, "rl 3/")
         family = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
         assert len(family) > 10
         begun = time.monotonic()
@@ -94,7 +94,7 @@ def test_a_second_start_of_a_live_run_waits_and_is_refused_and_the_first_ends_as
 ) -> None:
     environment = {**os.environ, "RAY_ADDRESS": here.address}
     with started(here, "twice", environment) as first:
-        reach(first, "ppo: all roles are ready")
+        reach(first, "rl: all roles are ready")
         with started(here, "twice", environment, "placement.wait_s=3") as second:
             refused, _ = second.communicate(timeout=scaled(120))
         assert second.returncode == 2, refused
