@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -96,7 +96,7 @@ def capacity(config: Config, cluster: Cluster) -> Capacity:
     plan = max(plans, key=lambda plan: len(plan.slots))  # that of the stage with most actors is shown
     sizes = _Sizes(config)
     roles = {slot.role for each in plans for slot in each.slots}
-    memory_of = {role: memory for role, memory in memory_per_role(config, sizes).items() if role in roles}
+    memory_of = memory_per_role(config, sizes, roles)
     found = needs(plan, memory_of, cluster.offers)
     warnings = dict.fromkeys(line for each in plans for line in too_much(needs(each, memory_of, cluster.offers)))
     return Capacity(cluster, plan, memory_of, found, list(warnings), disk_bytes(config, sizes))
@@ -117,45 +117,42 @@ class _Sizes:
         return self._known[model]
 
 
-def memory_per_role(config: Config, sizes: _Sizes) -> dict[str, Memory]:
-    """Memory of one actor of each role."""
+def memory_per_role(config: Config, sizes: _Sizes, roles: Collection[str]) -> dict[str, Memory]:
+    """Memory of one actor of each of these roles. Models of other roles are not looked at."""
     dtype, reference, reward, rollout = config.model.compute_dtype, config.reference, config.reward, config.rollout
-    reward_memory = Memory(process=RULES_PROCESS)
-    if isinstance(reward, ModelRewardConfig):
-        reward_memory = scorer_memory(
+
+    def of_reward() -> Memory:
+        if not isinstance(reward, ModelRewardConfig):
+            return Memory(process=RULES_PROCESS)
+        return scorer_memory(
             sizes.of(*reward_base(config)),
             dtype=dtype,
             shards=1,
             micro_batch_tokens=reward.micro_batch_tokens,
             logits=False,
         )
-    return {
-        "policy": _learner(config, config.policy, sizes.of(None), logits=True),
-        **_critic_memory(config, sizes),
-        "reference": scorer_memory(
+
+    memory_of: Mapping[str, Callable[[], Memory]] = {
+        "policy": lambda: _learner(config, config.policy, sizes.of(None), logits=True),
+        "critic": lambda: _learner(config, config.critic, sizes.of(*critic_base(config)), logits=False),
+        "reference": lambda: scorer_memory(
             sizes.of(reference.path),
             dtype=dtype,
             shards=reference.ranks if reference.sharded else 1,
             micro_batch_tokens=reference.micro_batch_tokens,
             logits=True,
         ),
-        "reward": reward_memory,
-        "rollout": engine_memory(
+        "reward": of_reward,
+        "rollout": lambda: engine_memory(
             sizes.of(None),
             dtype=dtype,
             tensor_parallel_size=rollout.tensor_parallel_size,
             cache_bytes=0.0 if rollout.gpus_per_replica else rollout.kv_cache_gib * GIB,
         ),
-        "recorder": Memory(process=RECORDER_PROCESS),
-        REWARD_MODEL: _trainer(config, sizes),
+        "recorder": lambda: Memory(process=RECORDER_PROCESS),
+        REWARD_MODEL: lambda: _trainer(config, sizes),
     }
-
-
-def _critic_memory(config: Config, sizes: _Sizes) -> dict[str, Memory]:
-    if not config.algorithm.needs_critic:
-        return {}
-    size = sizes.of(*critic_base(config))
-    return {"critic": _learner(config, config.critic, size, logits=False)}
+    return {role: memory_of[role]() for role in memory_of if role in roles}
 
 
 def _trainer(config: Config, sizes: _Sizes) -> Memory:

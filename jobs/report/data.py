@@ -13,14 +13,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.stages.table import logged_name, named_kinds, num_steps_of
+from jobs.stages.table import logged_name, logged_place, named_kinds, num_steps_of
 from orchestrator.config.loader import translated
 from orchestrator.config.yaml_text import parse_yaml
 from orchestrator.errors import DataError
 from orchestrator.evaluation import EVALUATION, Comparison, EvaluationRow, compare
 from orchestrator.run.best import Best
 from orchestrator.run.checkpoints import read_best
-from orchestrator.run.folder import stage_place
 from orchestrator.watching.telemetry import EVENTS_FILE, METRICS_FILE, read_lines
 
 NUM_EXTREMES = 3
@@ -102,7 +101,7 @@ def read_run(folder: Path) -> RunData:
     config_text, config = _config(folder / "config.yaml", notes)
     kinds = named_kinds(config.get("stages")) or {"rl": "rl"}
     logged = logged_name(kinds)
-    place = stage_place(folder, "" if logged is None or logged == kinds[logged] else logged)
+    place = logged_place(folder, kinds)
     asked: dict[int, set[str]] = {}
     evaluations = dict(_evaluations(place, notes, asked))
     if not lines and not evaluations:

@@ -17,7 +17,7 @@ from orchestrator.config.config import Config
 from orchestrator.config.loader import changed
 from orchestrator.config.stages import OLD_KINDS, StageEntry
 from orchestrator.errors import ConfigError
-from orchestrator.run.folder import RunFolder
+from orchestrator.run.folder import RunFolder, stage_place
 
 STAGES: dict[str, Stage] = {stage.kind: stage for stage in (Sample(), Preferences(), RewardModel(), Rl())}
 
@@ -119,6 +119,12 @@ def logged_name(stages: Mapping[str, str]) -> str | None:
     """The name of the last stage that learns in steps from an experience log, of `named_kinds`."""
     names = [name for name, kind in stages.items() if kind in STAGES and STAGES[kind].has_log]
     return names[-1] if names else None
+
+
+def logged_place(run: Path, stages: Mapping[str, str]) -> Path:
+    """The folder with the log, checkpoints and evaluations of that stage; without one, the run's."""
+    name = logged_name(stages)
+    return stage_place(run, "" if name is None or name == stages[name] else name)
 
 
 def num_steps_of(kind: str, tree: Mapping[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from jobs.stages.table import logged_name, named_kinds, num_steps_of
+from jobs.stages.table import logged_name, logged_place, named_kinds, num_steps_of
 from jobs.why.facts import Beat, Call, Event, Facts, Process
 from orchestrator.config.loader import translated
 from orchestrator.config.stages import OLD_KINDS
@@ -22,7 +22,7 @@ from orchestrator.errors import StorageError
 from orchestrator.run.attempts import ATTEMPTS
 from orchestrator.run.checkpoints import MARKER, read_best
 from orchestrator.run.experience_log import num_committed
-from orchestrator.run.folder import CONFIG_FILE, stage_place, storage_root
+from orchestrator.run.folder import CONFIG_FILE, storage_root
 from orchestrator.watching.guards import PAUSED_FILE
 from orchestrator.watching.heartbeat import HEARTBEAT_FILE
 from orchestrator.watching.telemetry import EVENTS_FILE, METRICS_FILE
@@ -48,7 +48,7 @@ def read_facts(folder: Path, now: float) -> Facts | None:
     begun = next(filter(None, map(stages_of, reversed(events))), ["rl"])
     kinds = named_kinds(config.get("stages")) or {name: name for name in begun}
     logged = logged_name(kinds)
-    place = stage_place(folder, "" if logged is None or logged == kinds[logged] else logged)
+    place = logged_place(folder, kinds)
     return Facts(
         folder=folder,
         now=now,

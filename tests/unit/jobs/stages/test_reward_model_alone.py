@@ -180,3 +180,6 @@ def test_check_places_the_stages_workers(tree: dict[str, Any]) -> None:
     tree["stages"] = ["reward_model"]
     slots = capacity(config_of(tree, rollout={"cpus_per_replica": 64}), machine).plan.slots
     assert [(slot.role, slot.threads) for slot in slots] == [("reward_model", 2)]
+    tree |= {"stages": ["rl"], "reward": {"path": tree["model"]["path"]}}
+    unread = capacity(config_of(tree, reward_model={"base": "/no/such/model"}), machine)
+    assert "reward_model" not in unread.memory_of
