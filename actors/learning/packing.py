@@ -133,7 +133,9 @@ class TokenRows:
                 end = start + len(texts[row][1])
                 input_ids_LT[i, start:end] = texts[row][1]
                 before = np.arange(start - 1, end - 1)
-                before[:1] = len(prompt) - 1  # the first token is chosen where the prompt ends
+                # The first token is chosen where the prompt ends. Without a prompt nothing chooses it; only a scorer
+                # has such rows (of a transcript that lost its start), and it reads the last state alone.
+                before[:1] = max(len(prompt) - 1, 0)
                 states.append(i * width + before[self._chosen_of(row)])
                 last.append(i * width + (end if end > start else len(prompt)) - 1)
                 start = end
