@@ -1,1 +1,1 @@
-"""The configuration: one frozen tree, its defaults in one place."""
+"""The configuration: one frozen tree that also defines all defaults."""

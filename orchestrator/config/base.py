@@ -1,4 +1,4 @@
-"""What all sections of the configuration are made of."""
+"""Base class and types of all configuration sections."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Seconds = Annotated[float, Field(gt=0.0)]
 
 
 def one_of(table: Mapping[str, Any], *more: str) -> AfterValidator:
-    """Annotates a text that is a key of a table, or one of some words more."""
+    """Annotates a string that must be a key of the table or one of the extra words."""
 
     def check(value: str) -> str:
         if value not in table and value not in more:
@@ -48,24 +48,24 @@ class Section(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class ByName:
-    """Annotates a field that holds one of several sections, chosen by the section's key `name`.
+    """Annotates a field that holds one of several sections. The key `name` of the section selects which.
 
-    Only the keys of the chosen section are legal. Write `Annotated[SerializeAsAny[Base], ByName(TABLE, "default")]`,
-    where the sections of TABLE derive from Base.
+    Only the keys of the selected section are legal. Usage: `Annotated[SerializeAsAny[Base], ByName(TABLE, "default")]`,
+    where the sections in TABLE are subclasses of Base.
     """
 
     table: Mapping[str, type[Section]]
     default: str
 
     def section(self, value: Any) -> type[Section] | None:
-        """The section that a value of the field has or chooses. None: there is no section of that name."""
+        """The section class of a value. None: the name is unknown."""
         if isinstance(value, Section):
             return type(value)
         name = value.get("name", self.default) if isinstance(value, Mapping) else self.default
         return self.table.get(name) if isinstance(name, str) else None
 
     def owners(self, key: str) -> list[str]:
-        """Names of the sections that have this key."""
+        """Names of the sections with this key."""
         return [name for name, section in self.table.items() if key in section.model_fields]
 
     def _chosen(self, value: Any) -> Any:
@@ -83,5 +83,5 @@ class ByName:
 
 
 def by_name(field: FieldInfo) -> ByName | None:
-    """The choice of sections that a field holds, if it holds one."""
+    """The ByName annotation of a field, if it has one."""
     return next((item for item in field.metadata if isinstance(item, ByName)), None)

@@ -1,4 +1,4 @@
-"""What a run may change when it is resumed: every key that differs, and whether it changes what the run computes."""
+"""Compares the configs of a resumed run: which keys differ, and which of them change the results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from orchestrator.config.config import Config
 
-# What waits, watches, names or keeps, and computes nothing. All else matters, also keys that are new.
+# Sections and keys that do not affect results. All others matter, including new ones.
 _SECTIONS = frozenset({"deadlines", "failures", "guards", "rule_limits", "telemetry"})
 _KEYS = frozenset(
     {
@@ -34,20 +34,20 @@ _KEYS = frozenset(
 )
 
 CONTENTS = "run.contents."
-"""Before the name of a file's digest."""
+"""Prefix of the keys that hold digests of files."""
 
 _START_WEIGHTS = tuple(f"{CONTENTS}{name}.path" for name in ("model", "critic", "reward"))
 
-# Keys that are resolved once, when a run starts (jobs/resolve.py). Until then they have one of the values OPEN.
+# Keys that are resolved once, when a run starts (jobs/resolve.py). Before that, their value is one of OPEN.
 RESOLVED_ONCE = frozenset({"model.dtype", "model.today", "rollout.engine"})
 OPEN = ("auto", None)
 
 
 @dataclass(frozen=True)
 class Change:
-    """One key whose value differs, null where a section is absent.
+    """One key whose value differs; null where a section is absent.
 
-    `matters`: the run would compute something else from here on.
+    `matters`: the change would affect the results of the steps that follow.
     """
 
     key: str
@@ -63,17 +63,17 @@ class Change:
 
     @property
     def is_of_contents(self) -> bool:
-        """Whether a file changed, and not a key."""
+        """Whether the content of a file changed rather than a key."""
         return self.key.startswith(CONTENTS)
 
     @property
     def is_model(self) -> bool:
-        """Whether the weights that learning starts from changed."""
+        """Whether the initial weights changed."""
         return self.key in _START_WEIGHTS
 
 
 def changed_keys(old: Config, new: Config) -> tuple[Change, ...]:
-    """The keys that differ, in the order of the config; values as JSON has them."""
+    """The keys that differ, in the order of the config, with values as in JSON."""
     before, after = (dict(_leaves("", config.model_dump(mode="json"))) for config in (old, new))
     keys = [key for key in {**after, **before} if before.get(key) != after.get(key)]
     return tuple(Change(key, before.get(key), after.get(key), _matters(key, old, new)) for key in keys)
@@ -89,15 +89,15 @@ def _matters(key: str, old: Config, new: Config) -> bool:
         by_total_steps = any(learner.schedule != "constant" for learner in (new.policy, new.critic))
         return new.rl.steps < old.rl.steps or by_total_steps
     if key == "stages":
-        return new.stages[: len(old.stages)] != old.stages  # more stages may follow those of the run
+        return new.stages[: len(old.stages)] != old.stages  # appended stages do not matter
     if key in RESOLVED_ONCE and value_of(old, key) in OPEN:
-        return False  # a run from before this key was kept
+        return False  # the run is older than this key
     before, after = old.run.contents, new.run.contents
     if key.startswith(CONTENTS):
         name = key.removeprefix(CONTENTS)
         return name in before and name in after and not new.run.accept_changed_files
     if key in before and before[key] == after.get(key):
-        return False  # the same file under another path
+        return False  # the same content under another path
     if key == "rollout.replicas":
         return not new.rollout.reproducible
     return key not in _KEYS and key.partition(".")[0] not in _SECTIONS

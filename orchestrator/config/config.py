@@ -38,7 +38,7 @@ from orchestrator.config.stages import StageEntry
 
 class Config(Section):
     stages: Annotated[tuple[StageEntry, ...], Field(min_length=1)] = (StageEntry(kind="rl", name="rl"),)
-    """Stages of the run, in order: sample, preferences, reward_model, rl. One that occurs twice has a name of its own:
+    """Stages of the run, in order: sample, preferences, reward_model, rl. A repeated stage needs a unique name:
     {name: again, kind: rl, set: {rl.steps: 5}}."""
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
@@ -75,8 +75,8 @@ class Config(Section):
 
 
 def _contradictions(config: Config) -> Iterable[str]:
-    """What contradicts between sections; each rule stands with the section whose key it is about. What the stages need
-    of each other is theirs to say (jobs/stages)."""
+    """Contradictions between sections. Each rule is in the section whose key it checks. Dependencies between stages
+    are checked in jobs/stages."""
     yield from config.algorithm.contradictions(config.rl, config.rollout)
     yield from config.rollout.contradictions(config.model)
     yield from config.placement.contradictions(config.rl)

@@ -1,4 +1,4 @@
-"""Limits on metrics, and what happens when a step is outside them."""
+"""Limits on metrics, and the actions taken when a step exceeds them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GuardAction = Literal["warn", "pause", "stop"]
 
 class GuardConfig(Section):
     action: GuardAction = "stop"
-    """warn: an event and a line; pause: wait until the file PAUSED in the run folder is deleted; stop: exit code 3."""
+    """warn: write an event and a line; pause: wait until the file PAUSED in the run folder is deleted; stop: exit 3."""
 
 
 class KlGuardConfig(GuardConfig):
@@ -26,7 +26,7 @@ class KlGuardConfig(GuardConfig):
 
 class EntropyGuardConfig(GuardConfig):
     min: PositiveNumber | None = None
-    """Lowest entropy of the policy (policy/entropy, nats), in steps in which it learns. Null: off."""
+    """Lowest entropy of the policy (policy/entropy, nats) in steps in which it learns. Null: off."""
 
 
 class LengthGuardConfig(GuardConfig):
@@ -38,10 +38,10 @@ class LengthGuardConfig(GuardConfig):
 
 class RewardJumpGuardConfig(GuardConfig):
     max: PositiveNumber | None = None
-    """Largest distance of reward/mean from its median over the last `window` steps, in their standard deviations. Null:
-    off."""
+    """Largest distance of reward/mean from its median over the last `window` steps, in standard deviations of those
+    steps. Null: off."""
     window: Annotated[int, Field(ge=3)] = 10
-    """Steps to compare with; a step with fewer before it passes."""
+    """Number of earlier steps to compare with. The guard is inactive until there are so many."""
 
 
 class MismatchGuardConfig(GuardConfig):
@@ -51,7 +51,7 @@ class MismatchGuardConfig(GuardConfig):
 
 class FailedRewardsGuardConfig(Section):
     action: Literal["warn", "pause"] = "warn"
-    """As above. Above reward.max_failed_fraction the run stops in any case, before the step is committed."""
+    """As above. The run always stops above reward.max_failed_fraction, before the step is committed."""
     max: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Highest share of failed rewards (reward/failed_fraction); below reward.max_failed_fraction. Null: off."""
 
@@ -65,26 +65,26 @@ class GuardsConfig(Section):
     failed_rewards: FailedRewardsGuardConfig = FailedRewardsGuardConfig()
 
     def contradictions(self, rl: RlConfig, rollout: RolloutConfig, reward: RewardConfig) -> Iterator[str]:
-        """Bounds that no step passes, or that no step could ever be outside of."""
+        """Bounds that every step violates, or that no step can violate."""
         length, longest = self.length, rollout.max_new_tokens
         if length.min is not None and length.min > (length.max or longest):
             key = "guards.length.max" if length.max else "rollout.max_new_tokens"
             above = f"{key}={length.max or longest:g}"
-            yield f"guards.length.min={length.min:g} is above {above}: no step passes. Lower it."
+            yield f"guards.length.min={length.min:g} is above {above}: every step would violate it. Lower it."
         if length.max is not None and length.max >= longest:
             yield (
-                f"guards.length.max={length.max:g} could never act: no response is longer than "
-                f"rollout.max_new_tokens={longest}. Lower it, or leave it out."
+                f"guards.length.max={length.max:g} can never trip: no response is longer than "
+                f"rollout.max_new_tokens={longest}. Lower it or remove it."
             )
         jump = self.reward_jump
         if jump.max is not None and jump.window >= rl.steps:
             yield (
-                f"guards.reward_jump.window={jump.window} could never be full in rl.steps={rl.steps}. Set a "
-                "smaller window, or leave guards.reward_jump.max out."
+                f"guards.reward_jump.window={jump.window} is never full with rl.steps={rl.steps}. Set a smaller "
+                "window or remove guards.reward_jump.max."
             )
         failed = self.failed_rewards.max
         if failed is not None and failed >= reward.max_failed_fraction:
             yield (
-                f"guards.failed_rewards.max={failed:g} could never act: the run stops above "
+                f"guards.failed_rewards.max={failed:g} can never trip: the run stops above "
                 f"reward.max_failed_fraction={reward.max_failed_fraction:g}. Lower the first or raise the second."
             )

@@ -1,4 +1,4 @@
-"""Reads a configuration: unknown keys are refused, every error names the key and the way out.
+"""Reads a configuration. Rejects unknown keys; every error names the key and a remedy.
 
 A YAML file and dotted overrides (`rl.steps=10 model.path=/models/llama`) become a `Config`, or a ConfigError.
 """
@@ -66,15 +66,15 @@ RENAMED: Mapping[str, str] = {
     "rollout.cpus_per_engine": "rollout.cpus_per_replica",
     "rollout.gpus_per_engine": "rollout.gpus_per_replica",
 }
-"""Keys by their old names. A person's old key is an error that names the new one; a kept config is translated."""
+"""New key by old key. An old key in a user's config is an error that names the new key; a kept config is translated."""
 
 RENAMED_VALUES: Mapping[str, Mapping[str, str]] = {"algorithm.name": {"gae": "ppo"}}
-"""Old values by the new name of their key."""
+"""New value by old value, for each new key."""
 
 _SHOWN_ERRORS = 20
 
 
-_DEEPEST_KEY = 20  # sections before a key of an override; real keys have up to three
+_DEEPEST_KEY = 20  # maximum nesting of an override's key; real keys have up to three sections
 
 
 _CREDENTIAL_PLACES = {
@@ -89,8 +89,8 @@ def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
     """Reads a YAML file and applies dotted overrides `section.key=value` (value in YAML).
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown key (with the nearest known one), a wrong type, or keys
-            that contradict each other.
+        ConfigError: missing file, invalid YAML, an unknown key (names the nearest known key), a wrong type, or
+            contradicting keys.
     """
     tree = _read_yaml(path) if path else {}
     for override in overrides:
@@ -99,7 +99,7 @@ def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
 
 
 def load_kept_config(path: Path) -> Config:
-    """The config.yaml that a run keeps in its folder, which an older version of the program may have written.
+    """Reads the config.yaml of a run folder, which an older version of the program may have written.
 
     Raises:
         ConfigError: as `load_config`.
@@ -110,8 +110,8 @@ def load_kept_config(path: Path) -> Config:
 def config_from_tree(tree: Mapping[str, Any], *, source: str) -> Config:
     for key in _credentials("", tree):
         raise ConfigError(
-            f"{source}: {key} holds a credential, which would reach the process list, logs, config.yaml and reports. "
-            f"Take it out of the URL; {_CREDENTIAL_PLACES.get(key, 'give it by the environment')}."
+            f"{source}: {key} holds a credential, which would leak to the process list, logs, config.yaml and reports. "
+            f"Remove it from the URL; {_CREDENTIAL_PLACES.get(key, 'pass it through the environment')}."
         )
     if old := list(_old_keys(tree)):
         raise ConfigError(f"{source}: " + "\n  ".join(old))
@@ -125,8 +125,8 @@ def config_from_tree(tree: Mapping[str, Any], *, source: str) -> Config:
 
 
 def translated(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree of a kept config under today's names. Keys of sections that `name` did not choose fall away: an older
-    version of the program kept them too, and read none of them."""
+    """Translates the tree of a kept config to the current names. Drops keys of sections that `name` does not select:
+    older versions wrote them but never read them."""
     found: dict[str, Any] = copy.deepcopy(dict(tree))
     for old, new in RENAMED.items():
         holder, leaf = _holder(found, old)
@@ -136,7 +136,7 @@ def translated(tree: Mapping[str, Any]) -> dict[str, Any]:
         holder, leaf = _holder(found, section)
         is_absent = holder is not found and holder.get(leaf, section) is None
         if is_absent or holder.get(leaf) == {}:
-            del holder[leaf]  # an optional section that was null, or one of which nothing is left
+            del holder[leaf]  # an optional section that is null or now empty
     if "stages" in found:
         found["stages"] = translated_stages(found["stages"])
     for key, values in RENAMED_VALUES.items():
@@ -168,7 +168,7 @@ def _renamed_value(value: Any, values: Mapping[str, str]) -> Any:
 
 
 def _holder(tree: Mapping[str, Any], key: str) -> tuple[dict[str, Any], str]:
-    """The section that a dotted key is in, empty where there is none, and the key's name there."""
+    """The section that contains a dotted key (empty if missing), and the last part of the key."""
     *sections, leaf = key.split(".")
     holder: Any = tree
     for section in sections:
@@ -182,12 +182,12 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     for section in sections:
         holder = holder.setdefault(section, {})
         if not isinstance(holder, dict):
-            return  # a damaged config: there is no section to put it in
+            return  # a damaged config: the parent is not a section
     holder[leaf] = value
 
 
 def _credentials(prefix: str, value: Any) -> Iterator[str]:
-    """Names of the keys whose values are URLs with a credential."""
+    """Keys whose values are URLs with a credential."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _credentials(f"{prefix}.{name}" if prefix else str(name), inner)
@@ -199,7 +199,7 @@ def _credentials(prefix: str, value: Any) -> Iterator[str]:
 
 
 def changed(config: Config, keys: Mapping[str, Any], *, source: str) -> Config:
-    """The config with other values at some dotted keys. Raises ConfigError as `load_config`."""
+    """A copy of the config with new values for dotted keys. Raises ConfigError as `load_config`."""
     tree = config.model_dump(mode="json")
     for key, value in keys.items():
         *sections, leaf = key.split(".")
@@ -237,11 +237,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     shown = f"override {_shortened(override)!r}"
     if not separator or not key:
-        raise ConfigError(f"{shown} is not of the form section.key=value, e.g. rl.steps=10.")
+        raise ConfigError(f"{shown} does not have the form section.key=value, e.g. rl.steps=10.")
     value = _parsed(text, f"value of {shown}")
     *sections, leaf = key.strip().split(".")
     if len(sections) > _DEEPEST_KEY:
-        raise ConfigError(f"{shown}: no key has {len(sections)} sections before it.")
+        raise ConfigError(f"{shown}: no key is nested in {len(sections)} sections.")
     for section in sections:
         child = tree.get(section)
         if child is None:
@@ -265,7 +265,7 @@ def _explain(error: Any, tree: Mapping[str, Any]) -> str:
     if error["type"] == "missing":
         *parents, key = (part for part in error["loc"] if isinstance(part, str))
         field = _section_at(parents, tree)[0].model_fields[key]
-        return f"{location} must be given: {field.description}"
+        return f"{location} is required: {field.description}"
     return f"{location}: {error['msg'].lower()}, got {reprlib.repr(error['input'])}."
 
 
@@ -277,8 +277,8 @@ def _suggestion(location: tuple[int | str, ...], tree: Mapping[str, Any]) -> str
     if owners:
         whole = f"{'.'.join(parents)}={{name: ...}}"
         return (
-            f": it is a key of {prefix}name={' and '.join(owners)} only. Leave it out; on the command line {whole} "
-            "replaces all that the file says about the section."
+            f": it is legal only with {prefix}name={' or '.join(owners)}. Remove it; on the command line, {whole} "
+            "replaces the file's whole section."
         )
     near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
     if near:
@@ -292,11 +292,11 @@ def _suggestion(location: tuple[int | str, ...], tree: Mapping[str, Any]) -> str
     ]
     if elsewhere:
         return f"; did you mean {elsewhere[0]!r}?"
-    return f"; known here: {', '.join(section.model_fields)}."
+    return f"; known keys: {', '.join(section.model_fields)}."
 
 
 def _section_at(parents: Iterable[str], tree: Mapping[str, Any]) -> tuple[type[BaseModel], ByName | None]:
-    """The section below these keys, and the choice that it was chosen from, if it was."""
+    """The section at this path, and the choice that it was selected from, if any."""
     section: type[BaseModel] = Config
     choice: ByName | None = None
     value: Any = tree

@@ -1,4 +1,4 @@
-"""Where rewards come from: models, rules, endpoints."""
+"""Sources of rewards: models, rules, endpoints."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from orchestrator.config.base import (
 
 class RuleConfig(Section):
     function: str
-    """Dotted name `package.module:function` of (prompt, response, meta) -> float or mapping of parts."""
+    """Dotted name `package.module:function` of a function (prompt, response, meta) -> float or mapping of parts."""
     weight: float = 1.0
-    """Factor of this rule in the sum."""
+    """Weight of this rule in the sum."""
 
 
 class RuleLimits(Section):
-    """Limits of the process in which rules run: rewards, the labeller's and the evaluation's gold rules."""
+    """Limits of the process that runs rules: rewards, and the gold rules of labeller and evaluation."""
 
     call_s: Seconds = 30.0
-    """Time for one call of a rule. It is ended then, and its sample fails."""
+    """Time limit of one rule call. A call that exceeds it is killed and its sample fails."""
     import_s: Seconds = 60.0
-    """Time to import the rules' modules."""
+    """Time limit to import the rules' modules."""
     memory_gib: PositiveNumber | None = 4.0
-    """Memory of the process and all that it starts. Null: no limit."""
+    """Memory limit of the process and its descendants. Null: no limit."""
     processes: Positive = 64
-    """Processes that it may have at one time. Whatever it has started ends with it; where this program may make a PID
-    namespace (as root with CAP_SYS_ADMIN) also what forks faster than it could be killed."""
+    """Maximum number of concurrent processes. All descendants end with the rule process. Killing processes that fork
+    continuously needs a PID namespace (root with CAP_SYS_ADMIN)."""
 
 
 class RewardConfig(Section):
     """The keys of every kind of reward."""
 
     name: str
-    """Where rewards come from."""
+    """Source of rewards."""
     replicas: Positive = 1
-    """Actors that score."""
+    """Number of scoring actors."""
     clip: PositiveNumber | None = None
-    """Clip the sequence reward to ±clip."""
+    """Clip the sequence reward to ±clip. Null: off."""
     max_failed_fraction: Fraction = 0.1
-    """Share of samples of one step whose reward may fail; they are dropped and counted."""
+    """Maximum share of one step's samples whose reward may fail; these are dropped and counted."""
     cpus_per_replica: PositiveNumber = 1.0
     """CPU threads of one replica."""
     gpus_per_replica: NonNegativeNumber = 0.0
@@ -61,12 +61,12 @@ class ModelRewardConfig(RewardConfig):
 
     name: Literal["model"] = "model"
     path: str | None = None
-    """Reward model folder or name. Null: the one that the reward_model stage trained."""
+    """Folder or name of the reward model. Null: the one that the reward_model stage trained."""
     micro_batch_tokens: Positive = 4096
     """Largest padded forward batch, in tokens."""
     max_length: Positive | None = None
-    """Longer transcripts lose tokens at their start, counted in reward/cut. Null: reward_model.max_length for the model
-    that the reward_model stage trains, else what the model can take."""
+    """Longer transcripts are cut at the start and counted in reward/cut. Null: reward_model.max_length for the model
+    that the reward_model stage trained, else the model's maximum."""
     normalise: bool = True
     """Subtract the mean and divide by the standard deviation recorded with the reward model."""
 
@@ -80,18 +80,18 @@ class RulesRewardConfig(RewardConfig):
 
 
 class HttpRewardConfig(RewardConfig):
-    """An endpoint of yours."""
+    """An HTTP endpoint of the user."""
 
     name: Literal["http"] = "http"
     url: str
-    """Endpoint: POST {"samples": [{"prompt","response","meta"}]} answers {"rewards": [number or null]}."""
+    """Endpoint: POST {"samples": [{"prompt","response","meta"}]} returns {"rewards": [number or null]}."""
     timeout_s: Seconds = 30.0
-    """Time for one request, from connecting to the last byte of the answer."""
+    """Time limit of one request, from connecting to the last byte of the response."""
     retries: NonNegative = 3
-    """Further tries after a failure, with growing pauses."""
+    """Retries after a failure, with exponential backoff."""
     token_from: str | None = Field(None, pattern=r"^(env:[A-Za-z_][A-Za-z0-9_]*|file:/.+)$")
-    """Where the reward replicas find a token that is sent as `Authorization: Bearer`: env:NAME or file:/PATH. The token
-    itself is never written in the config. Null: none is sent."""
+    """Source of the token that reward replicas send as `Authorization: Bearer`: env:NAME or file:/PATH. The token
+    itself is never in the config. Null: no token."""
 
 
 REWARDS: Mapping[str, type[RewardConfig]] = {

@@ -1,4 +1,4 @@
-"""Sections of the configuration that stages share, and their defaults."""
+"""Configuration sections that stages share, with their defaults."""
 
 from __future__ import annotations
 
@@ -27,94 +27,95 @@ from orchestrator.errors import ConfigError
 
 class RunConfig(Section):
     name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")
-    """Name of the run; its id is this name and the start time."""
+    """Name of the run."""
     id: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9-]{0,60}$")
-    """Run id. Given: the run with this id is continued, or started under it."""
+    """Run id. If a run with this id exists, it is continued; else it is started. Null: run.name and the start time."""
     root: Path = Path("runs")
-    """Folder that holds run folders; on a cluster it must be the same storage on every node."""
+    """Folder that contains run folders. On a cluster it must be storage that all nodes share."""
     mirror: str | None = None
-    """Other storage that keeps a copy of the run, such as s3://bucket/prefix or an absolute path. When the run folder
-    is lost, `run.id` and this make it again."""
+    """Other storage for a copy of the run, such as s3://bucket/prefix or an absolute path. With `run.id` set, a lost
+    run folder is restored from it."""
     mirror_every_s: Seconds = 60.0
-    """Time between copies; what is newer is lost with the folder."""
+    """Time between copies. Changes after the last copy are lost with the folder."""
     cache: Path = Path("~/.cache/rlhf-orchestrator")
     """Folder for converted models; safe to delete."""
     grace_s: Seconds = 30.0
-    """Time to save where a run stands when it is stopped. Less than what Kubernetes or Ray give before they kill."""
+    """Time to save the state when a run is stopped. Must be shorter than the grace period of Kubernetes or Ray."""
     seed: int = 1
     """Seed of the run; all randomness derives from it."""
     contents: Mapping[str, str] = {}
-    """Digests of the files that the run reads: prompts, preferences, models, chat template, rules. Written when a run
-    starts; what is given here is not read."""
+    """Digests of the run's input files: prompts, preferences, models, chat template, rules. Written when a run starts;
+    values given here are ignored."""
     accept_changed_files: bool = False
-    """Whether to continue a run although files changed under their paths since its last attempt."""
+    """Continue a run even if its input files changed since the last attempt."""
 
 
 class ModelConfig(Section):
     path: str = "smollm2-135m-instruct"
-    """Policy to start from: a folder, a Hugging Face name, or the embedded smollm2-135m-instruct."""
+    """Initial policy: a folder, a Hugging Face name, or the embedded smollm2-135m-instruct."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute type of all models and engines. Learners keep fp32 master weights. auto: bfloat16 on GPUs; on CPUs the
-    type that is measured to be faster, chosen when a run starts and kept for it."""
+    faster type, measured when a run starts and then fixed."""
     max_length: Positive = 512
-    """Window in tokens: prompt and response together."""
+    """Context length: maximum number of prompt and response tokens."""
     chat_template: Path | None = None
-    """File with a Jinja chat template for the policy, instead of its tokenizer's own. Exported with the policy."""
+    """File with a Jinja chat template that replaces the policy's. Exported with the policy."""
     today: date | None = None
-    """Date that chat templates tell which write one. Null: the day on which the run starts."""
+    """Date for chat templates that print the current date. Null: the day on which the run starts."""
     system_prompt: str | None = None
-    """System message set before every conversation that has none, for the policy and, unless its folder says how it
-    was trained, for the reward model. Null: the chat template's own default."""
+    """System message for conversations without one. Applies to the policy, and to a reward model whose folder does not
+    record its own. Null: the chat template's default."""
     trust_remote_code: bool = False
-    """Whether to run Python code that comes with a model."""
+    """Run Python code from model folders."""
 
     @property
     def compute_dtype(self) -> Dtype:
         """The resolved `dtype`. Raises ConfigError while it is auto."""
         if self.dtype == "auto":
-            raise ConfigError("model.dtype is still auto here; give bfloat16 or float32 (jobs.resolve chooses one).")
+            raise ConfigError("model.dtype is still auto here; set bfloat16 or float32 (jobs.resolve selects one).")
         return self.dtype
 
 
 class PromptsConfig(Section):
     path: Path = Path("jobs/data/quickstart_prompts.jsonl")
-    """Prompts: JSONL, JSON or Parquet, plain or gzip/zstd."""
+    """Prompt file: JSONL, JSON or Parquet, plain or gzip/zstd."""
     format: Annotated[str, one_of(PROMPT_FORMATS, "auto")] = "auto"
-    """Record format: prompt, messages, hh-rlhf, alpaca, question; auto decides by the first record's fields."""
+    """Record format: prompt, messages, hh-rlhf, alpaca, question. auto: detected from the first record's fields."""
     limit: Positive | None = None
     """Read at most this many records."""
     max_prompt_tokens: Positive = 256
-    """Longer prompts are left out, counted and listed."""
+    """Longer prompts are skipped, counted and listed."""
     held_out_fraction: Fraction = 0.2
-    """Share of prompts kept for evaluation, chosen by a hash of the prompt."""
+    """Share of prompts reserved for evaluation, selected by a hash of the prompt."""
     reward_model_fraction: Fraction = 0.4
-    """Share of prompts used to train the reward model, chosen by the same hash."""
+    """Share of prompts used to train the reward model, selected by the same hash."""
 
 
 class LabellerConfig(Section):
     gold: str = "actors.rewards.gold:vader_positivity"
-    """Rule function (dotted name) that stands in for a person; no model ever sees its score."""
+    """Rule function (dotted name) that simulates a human labeller. Models never see its score."""
     noise_std: NonNegativeNumber = 0.1
-    """Standard deviation of the noise added to a score before replies are ranked."""
+    """Standard deviation of the noise added to scores before ranking."""
     prompts: Positive = 256
-    """Prompts to sample replies for."""
+    """Number of prompts to sample replies for."""
     replies_per_prompt: Annotated[int, Field(ge=2)] = 4
-    """K of InstructGPT: replies ranked per prompt."""
+    """Replies ranked per prompt (K of InstructGPT)."""
 
 
 class PreferencesConfig(Section):
     path: Path | None = None
-    """Preference file of people. Null: the labeller ranks replies of the start policy."""
+    """Preference file. Null: the labeller ranks replies of the initial policy."""
     format: Annotated[str, one_of(RANKING_FORMATS, "auto")] = "auto"
-    """Record format: ranking, pairwise, hh-rlhf; auto decides by the first record's fields."""
+    """Record format: ranking, pairwise, hh-rlhf. auto: detected from the first record's fields."""
     limit: Positive | None = None
     """Read at most this many records."""
     held_out: NonNegative | None = None
-    """Records kept for measuring accuracy, the last of the file. Null: a tenth, chosen by a hash of the prompt."""
+    """Number of records at the end of the file reserved to measure accuracy. Null: a tenth of all records, selected by
+    a hash of the prompt."""
 
 
 class TrainingConfig(Section):
-    """The keys of everything that learns."""
+    """The keys of all training."""
 
     ranks: Positive = 1
     """Data-parallel ranks."""
@@ -123,7 +124,7 @@ class TrainingConfig(Section):
     learning_rate: PositiveNumber
     """Peak learning rate."""
     max_grad_norm: PositiveNumber = 1.0
-    """Gradient clipping."""
+    """Gradient norm above which gradients are clipped."""
     micro_batch_tokens: Positive = 2048
     """Largest padded micro-batch, in tokens."""
     gpus_per_rank: NonNegativeNumber = 0.0
@@ -142,52 +143,52 @@ class LearnerConfig(TrainingConfig):
     adam_betas: tuple[float, float] = (0.9, 0.95)
     """AdamW betas."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    """Recompute activations in the backward pass: saves memory, takes a third more time."""
     cpus_per_rank: PositiveNumber = 1.0
     """CPU threads of one rank."""
 
 
 class RewardModelConfig(TrainingConfig):
     base: str | None = None
-    """Model that the reward model starts from. Null: model.path."""
+    """Initial model of the reward model. Null: model.path."""
     layers: Positive | None = None
-    """How many of the base's layers are kept, from the first on. Null: all. A shallow reward model costs less to train
-    and to score with, and few layers are enough for what can be read off the words, such as tone."""
+    """Number of layers to keep, counted from the input. Null: all. A shallow reward model trains and scores faster; few
+    layers suffice for surface properties such as tone."""
     epochs: Positive = 1
     """Passes over the preferences."""
     prompts_per_batch: Positive = 8
     """Prompts (with all their replies) per optimizer step."""
     learning_rate: PositiveNumber = 1e-5
-    """Peak learning rate; linear warm-up over a tenth, then linear decay."""
+    """Peak learning rate. Linear warm-up over a tenth of the steps, then linear decay."""
     max_length: Positive = 512
-    """Longer transcripts lose tokens at their start; counted."""
+    """Longer transcripts are cut at the start and counted."""
     cpus_per_rank: Positive | None = None
-    """CPU threads of one rank. Null: all cores of a node, shared by its ranks."""
+    """CPU threads of one rank. Null: the node's cores divided among its ranks."""
     checkpoint_every_steps: NonNegative = 25
-    """Optimizer steps between two checkpoints of the training, from which it continues after a failure. A checkpoint
-    takes up to 16 bytes per parameter; only the newest is kept, until the training ends. 0: none."""
+    """Optimizer steps between checkpoints, from which training continues after a failure. A checkpoint takes up to 16
+    bytes per parameter. Only the newest is kept, and it is deleted when training ends. 0: none."""
 
     def learner(self, optimizer_steps: int) -> LearnerConfig:
-        """How a training of so many steps learns: a tenth of them is warm-up, then the rate falls linearly."""
+        """The learner's config for training of this length: linear warm-up over a tenth, then linear decay."""
         shared = {key: getattr(self, key) for key in TrainingConfig.model_fields}
         return LearnerConfig(**shared, schedule="linear", warmup_optimizer_steps=optimizer_steps // 10)
 
 
 class CriticConfig(LearnerConfig):
     path: str | None = None
-    """Model that the critic starts from, with the policy's vocabulary; the same as model.path: the policy with a new
-    head. Null: the reward model, else the policy with a new head."""
+    """Initial model of the critic; must have the policy's vocabulary. Equal to model.path: the policy with a new head.
+    Null: the reward model if there is one, else the policy with a new head."""
     warmup_steps: NonNegative = 0
-    """First steps in which only the critic learns."""
+    """Number of initial steps in which only the critic learns."""
 
 
 class ReferenceConfig(Section):
     path: str | None = None
     """Reference model. Null: model.path."""
     ranks: Positive = 1
-    """Ranks that hold it."""
+    """Data-parallel ranks."""
     sharded: bool = False
-    """One model sharded over the ranks (ZeRO-3) instead of a copy each."""
+    """Shard one model over the ranks (ZeRO-3) instead of one copy per rank."""
     micro_batch_tokens: Positive = 4096
     """Largest padded forward batch, in tokens."""
     cpus_per_rank: PositiveNumber = 1.0
@@ -198,29 +199,29 @@ class ReferenceConfig(Section):
 
 class RolloutConfig(Section):
     engine: Literal["auto", "vllm", "hf"] = "auto"
-    """vllm, or hf (generate of transformers) for architectures that vLLM does not serve. auto: vllm where it is
-    installed and, tried on a small random model, serves the architecture of model.path rightly; else hf."""
+    """vllm, or hf (generate of transformers) for architectures that vLLM does not support. auto: vllm if it is
+    installed and passes a trial on a small random model of model.path's architecture; else hf."""
     replicas: Positive = 1
     """Number of engines."""
     tensor_parallel_size: Positive = 1
-    """GPUs that one engine is split over."""
+    """Number of GPUs per engine (tensor parallelism)."""
     temperature: PositiveNumber = 1.0
     """Sampling temperature; the learner's log-probs use it too."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling. Below 1 the samples are not from the policy that learns."""
+    """Nucleus sampling. Below 1, samples do not follow the learning policy's distribution."""
     top_k: int = -1
-    """Top-k sampling; -1: off. Otherwise as for top_p."""
+    """Top-k sampling. -1: off; other values have the same effect as top_p below 1."""
     max_new_tokens: Positive = 64
-    """Longest response."""
+    """Maximum response length, in tokens."""
     samples_per_shard: Positive = 64
-    """Requests that one engine gets together. Part of what makes samples reproducible."""
+    """Requests sent to one engine together. Changing it changes the samples."""
     reproducible: bool = True
-    """Shards of a fixed size: the same seeds give the same bits on any number of engines. Off: throughput first, a
-    step's samples are split over the engines at once."""
+    """Shards have a fixed size: the same seeds give the same bits on any number of engines. false: split a step's
+    samples evenly over the engines for throughput."""
     kv_cache_gib: PositiveNumber = 1.0
-    """KV cache of one engine on the CPU."""
+    """KV cache of one engine on a CPU."""
     gpu_memory_utilization: Fraction = 0.85
-    """Share of a GPU's memory that one engine takes."""
+    """Share of a GPU's memory used by one engine."""
     cpus_per_replica: PositiveNumber = 2.0
     """CPU threads of one engine."""
     gpus_per_replica: NonNegativeNumber = 0.0
@@ -237,15 +238,15 @@ class RolloutConfig(Section):
     def engine_kind(self) -> Literal["vllm", "hf"]:
         """The resolved `engine`. Raises ConfigError while it is auto."""
         if self.engine == "auto":
-            raise ConfigError("rollout.engine is still auto here; give vllm or hf (jobs.resolve chooses one).")
+            raise ConfigError("rollout.engine is still auto here; set vllm or hf (jobs.resolve selects one).")
         return self.engine
 
 
 class PublishConfig(Section):
     bucket_mib: Positive = 32
-    """Weights travel in flat buckets of this size."""
+    """Size of the flat buckets in which weights are sent."""
     verify: Literal["full", "sampled", "checksums"] = "full"
-    """Proof after publishing: read back all weights that layers compute with, a random part, or checksums only."""
+    """Verification after publishing: read back all weights that the layers use, a random part of them, or checksums."""
 
 
 class RlConfig(Section):
@@ -256,7 +257,7 @@ class RlConfig(Section):
     samples_per_prompt: Positive = 2
     """Responses per prompt."""
     max_staleness: NonNegative = 0
-    """Versions that sampling may run ahead of learning; 0: on-policy."""
+    """Maximum number of versions that sampling may run ahead of learning. 0: on-policy."""
 
     @property
     def samples_per_step(self) -> int:
@@ -265,9 +266,9 @@ class RlConfig(Section):
 
 class PlacementConfig(Section):
     mode: Literal["colocated", "separate"] = "colocated"
-    """colocated: roles share cores or GPUs and take turns; separate: each role has its own."""
+    """colocated: roles share cores or GPUs and take turns. separate: each role has its own."""
     wait_s: Seconds = 20.0
-    """How long to wait for the cluster to answer and to have the nodes that the plan needs."""
+    """Time limit for the cluster to answer and to have the nodes that the placement needs."""
 
     def contradictions(self, rl: RlConfig) -> Iterator[str]:
         if rl.max_staleness and self.mode == "colocated":
@@ -279,42 +280,42 @@ class PlacementConfig(Section):
 
 class CheckpointConfig(Section):
     every_steps: NonNegative = 0
-    """Save after every so many steps; 0: only at the end."""
+    """Steps between checkpoints. 0: save only at the end."""
     keep: Positive = 2
-    """Newest checkpoints kept; the best by evaluation is kept besides."""
+    """Number of newest checkpoints to keep, in addition to the best one."""
     best_metric: Literal["evaluation/gold_mean", "evaluation/reward_mean"] | None = "evaluation/gold_mean"
-    """Metric of evaluation by which a checkpoint is the best, higher is better. Those checkpoints compete whose step
-    is on the schedules of saving and of evaluation; checkpoints/best.json names the best. Null: none is kept."""
+    """Evaluation metric that selects the best checkpoint (higher is better) among the steps that the schedules of
+    saving and evaluation share. checkpoints/best.json names it. Null: none is selected."""
     best_max_kl: PositiveNumber | None = None
     """Highest KL per held-out response (evaluation/kl_per_response, nats) of the best checkpoint. Null: no bound."""
     export: bool = True
-    """Write the final policy as a plain Hugging Face folder, export/; where an earlier checkpoint is the best, its
-    policy too, export-best/."""
+    """Write the final policy to export/ as a Hugging Face folder. If an earlier checkpoint is the best, also write its
+    policy to export-best/."""
 
     @model_validator(mode="after")
     def _keys_fit_together(self) -> CheckpointConfig:
         if self.best_max_kl is not None and self.best_metric is None:
-            raise ValueError("checkpoints.best_max_kl needs checkpoints.best_metric: set it, or leave both out.")
+            raise ValueError("checkpoints.best_max_kl needs checkpoints.best_metric: set it, or remove both.")
         return self
 
 
 class EvaluationConfig(Section):
     every_steps: NonNegative = 0
-    """Evaluate on held-out prompts after every so many steps; 0: before the first and after the last."""
+    """Steps between evaluations on held-out prompts. 0: only before the first and after the last step."""
     prompts: NonNegative = 128
-    """Held-out prompts; 0: no evaluation."""
+    """Number of held-out prompts. 0: no evaluation."""
     gold: str | None = "actors.rewards.gold:vader_positivity"
-    """Rule function that scores held-out responses. Null: the training reward. A response that it fails on is left out
-    before and after; where it fails on all, the run ends."""
+    """Rule function that scores held-out responses. Null: the training reward. Prompts on which it fails are excluded
+    from both sides of a comparison; if it fails on all of them, the run ends."""
 
 
 class TelemetryConfig(Section):
     prometheus_port: NonNegative | None = 0
-    """Port of the coordinator's Prometheus endpoint; 0: a free one; null: none."""
+    """Port of the coordinator's Prometheus endpoint. 0: any free port; null: no endpoint."""
     prometheus_host: str = "127.0.0.1"
     """Address that the endpoint listens on; in a pod, 0.0.0.0."""
     tensorboard: bool = True
-    """Write TensorBoard events into the run folder."""
+    """Write TensorBoard events to the run folder."""
     wandb_project: str | None = None
     """Weights & Biases project. Null: off. Needs the package wandb."""
     mlflow_uri: str | None = None
@@ -323,22 +324,22 @@ class TelemetryConfig(Section):
 
 class FailuresConfig(Section):
     infrastructure: NonNegative = 10
-    """Failures answered by a restart, within any window_steps steps: a process or node died, or was silent too long."""
+    """Maximum restarts within window_steps steps after a process or node died or missed a deadline."""
     programming: NonNegative = 1
-    """The same for errors of an actor that nobody expected."""
+    """The same for unexpected errors of an actor."""
     data: NonNegative = 0
-    """The same for bad data, failed rewards and non-finite numbers, which would come again."""
+    """The same for bad data, failed rewards and non-finite numbers, which would recur."""
     window_steps: Positive = 20
-    """Steps after which a failure no longer counts against its budget."""
+    """Number of steps for which a failure counts against its budget."""
 
 
 class DeadlinesConfig(Section):
     start_s: Seconds = 300.0
-    """An actor's start, model included."""
+    """Start of an actor, including loading its model."""
     generate_s: Seconds = 600.0
     """Sampling one shard."""
     score_s: Seconds = 600.0
-    """Scoring one shard by one role."""
+    """Scoring one shard in one role."""
     record_s: Seconds = 300.0
     """Writing one shard of experience."""
     learn_s: Seconds = 3600.0
@@ -346,4 +347,4 @@ class DeadlinesConfig(Section):
     publish_s: Seconds = 300.0
     """Publishing one version."""
     save_s: Seconds = 600.0
-    """Saving or loading one role's checkpoint, exporting."""
+    """Saving or loading one role's checkpoint, or exporting it."""

@@ -1,4 +1,4 @@
-"""The stages of a run, as a config names them: by kind, or with a name and keys of their own."""
+"""The stages of a run in a config: a kind, or a kind with a unique name and overridden keys."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _NAME = r"^[a-z0-9][a-z0-9_-]{0,40}$"
 
 
 OLD_KINDS: Mapping[str, str] = MappingProxyType({"ppo": "rl"})
-"""Kinds that had another name: in kept configs, metrics and events they are read as the new one."""
+"""New kind by old kind. Kept configs, metrics and events may contain old kinds."""
 
 
 def translated_stages(stages: Any) -> Any:
-    """`stages` of a kept config under today's names. `preferences` sampled, too, before it was parted in two."""
+    """Translates `stages` of a kept config to the current names. `preferences` used to include the stage `sample`."""
     if not isinstance(stages, list):
         return stages
     found = [OLD_KINDS.get(entry, entry) if isinstance(entry, str) else entry for entry in stages]
@@ -31,11 +31,11 @@ class StageEntry(Section):
     """`rl`, or `{name: rl-again, kind: rl, set: {rl.steps: 5}}`."""
 
     kind: str = Field(pattern=_NAME)
-    """Which stage it is."""
+    """Kind of the stage."""
     name: str = Field("", pattern=_NAME, validate_default=False)
-    """Names its events, metrics and files, so that a stage may occur twice. Left out: its kind."""
+    """Unique name in events, metrics and files, so that a kind may occur twice. Default: the kind."""
     set: Mapping[str, Any] = Field(default_factory=dict)
-    """Dotted keys that have other values in this stage."""
+    """Dotted keys to override in this stage."""
 
     @model_validator(mode="before")
     @classmethod

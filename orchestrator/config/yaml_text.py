@@ -1,7 +1,7 @@
-"""YAML from outside, within limits: a few hundred bytes of aliases and merges can stand for more than any memory.
+"""Parses untrusted YAML within limits: a few hundred bytes of aliases and merges can expand beyond any memory.
 
-Refused besides: a key that comes twice (one of its values would be lost), and what Python can't always print again:
-whole numbers of more than 64 bits, halves of characters.
+Also rejects duplicate keys (one value would be lost) and values that Python can't always print: integers of more than
+64 bits and lone surrogates.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any
 import yaml
 
 MAX_YAML_BYTES = 128 * 2**10
-MAX_VALUES = 10_000  # keys and values, aliases written out; all of a config's keys are a few hundred
-_MAX_DIGITS = 80  # of a whole number: 64 binary digits with their separators
+MAX_VALUES = 10_000  # keys and values with aliases expanded; a full config has a few hundred
+_MAX_DIGITS = 80  # characters of an integer: 64 binary digits with separators
 _MERGE = "tag:yaml.org,2002:merge"
-# What PyYAML raises besides its own errors, for dates, numbers and tags that mean nothing and for deep nesting.
+# PyYAML also raises these, for invalid dates, numbers and tags and for deep nesting.
 _MISHAPS = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text. Raises ValueError where it is none or is beyond the limits."""
+    """Parses a YAML text. Raises ValueError if it is invalid or exceeds the limits."""
     if len(text) > MAX_YAML_BYTES:
         raise ValueError(f"it is longer than {MAX_YAML_BYTES >> 10} KiB")
     try:
@@ -39,12 +39,12 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.num_values += 1
         if self.num_values > MAX_VALUES:
-            raise ValueError(f"it holds more than {MAX_VALUES:,} values")
+            raise ValueError(f"it contains more than {MAX_VALUES:,} values")
         return super().compose_node(parent, index)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         if len(node.value) > _MAX_DIGITS or (value := super().construct_yaml_int(node)).bit_length() > 64:
-            raise ValueError("a whole number has more than 64 bits")
+            raise ValueError("an integer has more than 64 bits")
         return int(value)
 
     def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
@@ -58,8 +58,8 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
 
 
 def _require_size(root: yaml.Node) -> None:
-    """Raises ValueError for more than MAX_VALUES values, counting what an alias names as often as it is named."""
-    sizes: dict[int, int] = {}  # of finished nodes; an alias is the very node that it names
+    """Raises ValueError for more than MAX_VALUES values with aliases expanded."""
+    sizes: dict[int, int] = {}  # of finished nodes; an alias is the same object as its anchor
     open_nodes: set[int] = set()
     stack: list[tuple[yaml.Node, bool]] = [(root, False)]
     while stack:
@@ -68,9 +68,9 @@ def _require_size(root: yaml.Node) -> None:
             sizes[id(node)] = 1 + sum(sizes[id(child)] for child in _children(node))
             open_nodes.discard(id(node))
             if sizes[id(node)] > MAX_VALUES:
-                raise ValueError(f"it stands for more than {MAX_VALUES:,} values, aliases written out")
+                raise ValueError(f"it expands to more than {MAX_VALUES:,} values")
         elif id(node) in open_nodes:
-            raise ValueError("an alias names what it is part of")
+            raise ValueError("an alias refers to its own parent")
         elif id(node) not in sizes:
             open_nodes.add(id(node))
             _require_distinct_keys(node)
@@ -90,5 +90,5 @@ def _require_distinct_keys(node: yaml.Node) -> None:
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
                 if (key.tag, key.value) in seen:
-                    raise ValueError(f"key {key.value[:60]!r} comes twice{key.start_mark}")
+                    raise ValueError(f"duplicate key {key.value[:60]!r}{key.start_mark}")
                 seen.add((key.tag, key.value))

@@ -51,7 +51,7 @@ def test_a_reward_that_does_nothing_is_chosen_checked_and_served(tmp_path: Path)
     assert RewardWorker(config.reward, context).score(rollout_table(["a", "b"]))["reward"].to_pylist() == [3.0, 3.0]
     with pytest.raises(ConfigError, match=r"'reward\.valu'; did you mean 'reward\.value'"):
         load_config(None, ["reward.name=idle", "reward.valu=3"])
-    with pytest.raises(ConfigError, match=r"'reward\.value': it is a key of reward\.name=idle only"):
+    with pytest.raises(ConfigError, match=r"'reward\.value': it is legal only with reward\.name=idle"):
         load_config(None, ["reward.path=/m", "reward.value=3"])
     assert "### `reward`, name: `idle`" in configuration_markdown()
 

@@ -43,7 +43,7 @@ def test_the_name_chooses_the_algorithm_and_its_keys() -> None:
 @pytest.mark.parametrize("name", ["grpo", "rloo"])
 def test_a_key_of_another_algorithm_is_refused_and_says_whose_it_is(name: str) -> None:
     message = refused(f"algorithm.name={name}", "algorithm.gamma=0.9")
-    assert "unknown key 'algorithm.gamma': it is a key of algorithm.name=ppo only. Leave it out;" in message
+    assert "unknown key 'algorithm.gamma': it is legal only with algorithm.name=ppo. Remove it;" in message
     assert "algorithm={name: ...} replaces" in message
 
 

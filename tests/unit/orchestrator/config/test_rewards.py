@@ -56,12 +56,12 @@ def test_every_section_bears_the_name_that_it_is_chosen_by() -> None:
 @pytest.mark.parametrize(
     ("reward", "problem"),
     [
-        ({"name": "rules", "rules": RULES, "url": "http://h"}, r"'reward.url': it is a key of reward.name=http only"),
+        ({"name": "rules", "rules": RULES, "url": "http://h"}, r"'reward.url': it is legal only with reward.name=http"),
         ({"name": "rules", "rules": RULES, "rule": []}, r"did you mean 'reward.rules'"),
-        ({"name": "rules"}, r"reward\.rules must be given: Rule functions, such as \[{function: "),
+        ({"name": "rules"}, r"reward\.rules is required: Rule functions, such as \[{function: "),
         ({"name": "rules", "rules": []}, r"reward.rules"),
-        ({"name": "http"}, r"reward\.url must be given: Endpoint: POST"),
-        ({"name": "rules", "rules": [{}]}, r"reward\.rules\.0\.function must be given: Dotted name"),
+        ({"name": "http"}, r"reward\.url is required: Endpoint: POST"),
+        ({"name": "rules", "rules": [{}]}, r"reward\.rules\.0\.function is required: Dotted name"),
         ({"name": "rulez", "rules": RULES}, r"reward.name: must be one of model, rules, http, got 'rulez'"),
         ({"name": ["rules"]}, r"reward.name"),
         ("rules", r"reward: "),

@@ -239,9 +239,9 @@ def test_every_guard_watches_a_metric_of_the_catalogue() -> None:
     [
         ({"length": {"min": 20, "max": 10}}, r"guards\.length\.min=20 is above guards\.length\.max=10"),
         ({"length": {"min": 65}}, r"guards\.length\.min=65 is above rollout\.max_new_tokens=64"),
-        ({"length": {"max": 64}}, r"guards\.length\.max=64 could never act"),
-        ({"reward_jump": {"max": 4, "window": 20}}, r"guards\.reward_jump\.window=20 could never be full"),
-        ({"failed_rewards": {"max": 0.1}}, r"guards\.failed_rewards\.max=0\.1 could never act"),
+        ({"length": {"max": 64}}, r"guards\.length\.max=64 can never trip"),
+        ({"reward_jump": {"max": 4, "window": 20}}, r"guards\.reward_jump\.window=20 is never full"),
+        ({"failed_rewards": {"max": 0.1}}, r"guards\.failed_rewards\.max=0\.1 can never trip"),
         ({"failed_rewards": {"max": 0.05, "action": "stop"}}, r"guards\.failed_rewards\.action"),
         ({"kl": {"max": 0}}, r"guards\.kl\.max"),
         ({"kl": {"max": 5, "action": "halt"}}, r"guards\.kl\.action"),
