@@ -13,7 +13,7 @@ import torch
 
 from actors.learning.distributed import Group, all_or_none, from_all, on_rank_0
 from actors.learning.heads import ValueModel
-from actors.learning.learner import Learner, Update
+from actors.learning.learner import Learner, Loss, Update
 from actors.learning.objectives.losses import LossTerms, ranking_loss
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.worker import Share, answers
@@ -98,8 +98,8 @@ class RewardModelTask:
         steps = settings.total_optimizer_steps
         self.learner = Learner(ValueModel(scorer), stage.learner(steps), dtype=dtype, total_optimizer_steps=steps)
 
-    def objective(self, output: tuple[torch.Tensor, torch.Tensor], micro: MicroBatch) -> LossTerms:
-        return ranking_loss(output[1], micro.columns["quality"], micro.columns["group"])
+    def objective(self, records: Sequence[int]) -> Loss:  # noqa: ARG002 (every batch has the same)
+        return _loss
 
     def count(self, records: Sequence[int]) -> float:
         return float(len(records))
@@ -153,6 +153,10 @@ class RewardModelTask:
             return stats
 
         return on_rank_0(publish, self.group)
+
+
+def _loss(output: tuple[torch.Tensor, torch.Tensor], micro: MicroBatch) -> LossTerms:
+    return ranking_loss(output[1], micro.columns["quality"], micro.columns["group"])
 
 
 def _replace_folder(source: Path, target: Path) -> None:

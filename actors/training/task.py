@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
-import torch
-
 from actors.learning.distributed import Group
-from actors.learning.learner import Learner, Update
-from actors.learning.objectives.losses import LossTerms
-from actors.learning.packing import MicroBatch, TokenRows
+from actors.learning.learner import Learner, Loss, Update
+from actors.learning.packing import TokenRows
 
 Made_co = TypeVar("Made_co", covariant=True)
 
@@ -42,8 +39,8 @@ class Task(Protocol[Made_co]):
     @property
     def data(self) -> Dataset: ...
 
-    def objective(self, output: tuple[torch.Tensor, torch.Tensor], micro: MicroBatch) -> LossTerms:
-        """Sums over one micro-batch; the loss to minimise and what is reported."""
+    def objective(self, records: Sequence[int]) -> Loss:
+        """Collective. The loss of one batch: sums over each of its micro-batches, and what is reported."""
         ...
 
     def count(self, records: Sequence[int]) -> float:

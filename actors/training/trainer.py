@@ -112,7 +112,7 @@ class Trainer(Generic[Made]):
         micros = data.micro_batches(records, self._group, self._training.passes.micro_batch_tokens)
         update = task.learner.update(
             [data.rows.pack(rows, task.learner.device) for rows in micros],
-            task.objective,
+            task.objective(records),
             count=task.count(records),
             what=f"{self._training.role}, {what}",
         )
