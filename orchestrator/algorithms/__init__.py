@@ -1,1 +1,1 @@
-"""Algorithms, and the mathematics around them: arrays in, arrays out."""
+"""Algorithms and their mathematics: pure functions of arrays."""

@@ -1,7 +1,7 @@
-"""What algorithms make advantages from, and what they give back.
+"""Input and output of an algorithm's advantage computation.
 
-Shapes: R rows, N = learned tokens of all rows laid end to end, R1 = R + 1 offsets (row i is [o[i], o[i+1])), G groups:
-the rows of one prompt.
+Shapes: R rows; N = learned tokens of all rows, concatenated; R1 = R + 1 offsets (row i is [o[i], o[i+1])); G groups,
+where a group is the rows of one prompt.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Groups = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Responses:
-    """The learned tokens of responses. Tokens that an environment wrote are not among them.
+    """The learned tokens of responses, without tokens from an environment.
 
     Args:
-        token_rewards_N: reward for choosing each token, with the KL penalty where it is in the reward; the reward of
-            the whole response is on its last token.
-        group_R: number of the prompt that each row answers; any numbers.
-        values_N: V(s_t) of the critic in the state in which token t is chosen; empty without a critic.
-        last_values_R: V after the last token: 0 where the response ended by itself; empty without a critic.
+        token_rewards_N: reward of each token, including the KL penalty if it is part of the reward. The sequence reward
+            is added to the last token.
+        group_R: arbitrary id of each row's prompt.
+        values_N: the critic's V(s_t) in the state in which token t is chosen; empty without a critic.
+        last_values_R: V after the last token, 0 if the response is complete; empty without a critic.
     """
 
     token_rewards_N: Floats
@@ -41,8 +41,8 @@ class Responses:
 class Advantages:
     """Args:
     advantages_N: before whitening.
-    values_N: what a return is compared with: the critic's value, or another baseline.
-    returns_N: what the critic learns.
+    values_N: baselines of the returns: the critic's values, or others.
+    returns_N: targets of the critic.
     """
 
     advantages_N: Floats
@@ -51,7 +51,7 @@ class Advantages:
 
 
 def per_response(responses: Responses, compare: Callable[[Doubles, Groups], tuple[Doubles, Doubles]]) -> Advantages:
-    """One advantage for all tokens of a response, whose return is undiscounted.
+    """Computes one advantage for all tokens of a response, from undiscounted returns.
 
     Args:
         compare: (returns_R, group_R) -> (advantages_R, baselines_R)
@@ -64,7 +64,7 @@ def per_response(responses: Responses, compare: Callable[[Doubles, Groups], tupl
 
 
 def group_means(returns_R: Doubles, group_R: Groups) -> tuple[Doubles, Doubles, Groups]:
-    """Of each row: its group's size, its group's mean, and its group's number among G."""
+    """Size, mean return and index (below G) of each row's group."""
     _, index_R = np.unique(group_R, return_inverse=True)
     sizes_G = np.bincount(index_R).astype(np.float64)
     means_G = np.bincount(index_R, weights=returns_R) / sizes_G

@@ -1,7 +1,7 @@
-"""From a shard's scores to experience: join, token rewards, advantages, and the sums that step metrics are made of.
+"""Turns a shard's scores into experience: join, token rewards, advantages, and the sums behind the step metrics.
 
-Shapes: R rows, N = all response tokens of all rows laid end to end, L = those that are learned from (column `learn`),
-R1 = R + 1 offsets.
+Shapes: R rows; N = response tokens of all rows, concatenated; L = learned tokens among them (column `learn`); R1 =
+R + 1 offsets.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ TRUNCATED = "length"  # finish_reason of a response without EOS
 @dataclass(frozen=True)
 class ExperienceSettings:
     """Args:
-    reward_clip: the sequence reward is clipped to ± this before it enters the token rewards.
-    samples_per_prompt: so many rows of a step, one after the other, are of one prompt.
+    reward_clip: clips the sequence reward to ± this before token rewards are computed.
+    samples_per_prompt: number of consecutive rows of a step that share a prompt.
     """
 
     algorithm: Algorithm
@@ -40,7 +40,7 @@ class ExperienceSettings:
 
 
 def token_rewards(reward: float, old_logprobs: Floats, ref_logprobs: Floats, kl_coefficient: float) -> Floats:
-    """Token rewards of one response: -kl_coefficient · k1 on every token, the sequence reward on the last one."""
+    """Token rewards of one response: -kl_coefficient · k1 for each token, plus the sequence reward for the last."""
     offsets_R1 = np.array([0, len(old_logprobs)], dtype=np.int64)
     return _token_rewards_rows(np.array([reward]), old_logprobs, ref_logprobs, offsets_R1, kl_coefficient)
 
@@ -59,15 +59,15 @@ def assemble(
 
     Args:
         rollout: table of schema.ROLLOUT.
-        logprobs, ref_logprobs, values, rewards: parts (in any order) that together hold every row once; there are no
-            values without a critic. Then `values` become the baseline of the row's group, `returns` its whole return.
+        logprobs, ref_logprobs, values, rewards: parts (in any order) that together contain each row once. Without a
+            critic `values` is empty; the output's `values` are then group baselines and `returns` whole returns.
 
     Returns:
-        (table of schema.EXPERIENCE in the rollout's row order, number of rows left out because scoring failed or none
-        of their tokens is learned from). What is computed is 0 at tokens that are not learned from.
+        (table of schema.EXPERIENCE in the rollout's row order, number of rows dropped because scoring failed or they
+        have no learned tokens). Computed columns are 0 at tokens that are not learned.
 
     Raises:
-        DataError: a row is missing, double, or has a list of another length than its response.
+        DataError: a row is missing or duplicated, or the length of a list differs from its response.
         NonFiniteError: a reward, log-prob or value is NaN or infinite; names the rows.
     """
     rows = rollout["row"].to_numpy()
@@ -118,11 +118,11 @@ def assemble(
 
 
 def summarise(table: pa.Table) -> tuple[Moments, Mapping[str, float], Mapping[str, float]]:
-    """Moments of a shard's advantages, and named sums and extremes; sums add and extremes combine over shards.
+    """Moments of a shard's advantages, and named sums and extremes, which can be merged over shards.
 
-    Keys ending in `_sum` are sums over samples, in `_token_sum` over learned tokens, of which there are
-    `response_tokens`; divide by `samples` or `response_tokens`. `reward_part_<name>_sum` is a sum over the samples that
-    have the part, `_count` says how many.
+    Keys that end in `_token_sum` are sums over learned tokens; divide by `response_tokens`. Other keys that end in
+    `_sum` are sums over samples; divide by `samples`. `reward_part_<name>_sum` is a sum over the samples that have the
+    part; `_count` is their number.
     """
     learn_N, learned_R1 = _learned(table)
     flat = {
@@ -171,7 +171,7 @@ def summarise(table: pa.Table) -> tuple[Moments, Mapping[str, float], Mapping[st
 
 
 def explained_variance(sums: Mapping[str, float]) -> float:
-    """1 - Var(returns - values) / Var(returns) over response tokens, from merged sums; 0 where returns are constant."""
+    """1 - Var(returns - values) / Var(returns) over response tokens, from merged sums; 0 if returns are constant."""
     count = sums["response_tokens"]
     if not count:
         return 0.0
@@ -190,7 +190,7 @@ def _final_rewards(reward_R: Floats, truncated_R: Mask, settings: ExperienceSett
 
 
 def _last_values(bootstrap_R: Floats, bootstrapped_R: Mask, rows: pa.ChunkedArray) -> Floats:
-    """The critic's values after the last tokens of the responses that are bootstrapped, 0 after the others'."""
+    """The critic's value after the last token of each bootstrapped response; 0 for other responses."""
     _check_rows_finite("bootstrap_value", bootstrap_R, rows)
     last_values_R: Floats = np.where(bootstrapped_R, bootstrap_R, 0.0).astype(np.float32)
     return last_values_R
@@ -211,8 +211,8 @@ def _aligned(what: str, parts: Sequence[pa.Table], rows: npt.NDArray[np.int32]) 
     if len(found) != len(rows) or not np.array_equal(np.sort(found), np.sort(rows)):
         missing = sorted(set(rows.tolist()) - set(found.tolist()))
         raise DataError(
-            f"{what}: {len(found)} rows came for {len(rows)} samples (missing rows {missing[:8]}); "
-            "a scorer must answer once for every row it is given."
+            f"{what}: got {len(found)} rows for {len(rows)} samples (missing rows {missing[:8]}); "
+            "a scorer must return each row exactly once."
         )
     position_of_row = np.empty(len(rows), dtype=np.int64)
     position_of_row[np.argsort(rows, kind="stable")] = np.argsort(found, kind="stable")
@@ -236,14 +236,14 @@ def _learned(table: pa.Table) -> tuple[Mask, Offsets]:
 
 
 def _placed(values_L: Floats, learn_N: Mask) -> Floats:
-    """Values of learned tokens among all of them; the others have 0."""
+    """Expands values of learned tokens to all tokens; the others get 0."""
     values_N = np.zeros(len(learn_N), np.float32)
     values_N[learn_N] = values_L
     return values_N
 
 
 def _flat(name: str, lists: pa.ChunkedArray, rows: pa.ChunkedArray, offsets_R1: Offsets, learn_N: Mask) -> Floats:
-    """The lists laid end to end, which must be as long as their responses and finite where they are learned from."""
+    """Concatenates the lists. Each must be as long as its response and finite at learned tokens."""
     _check_lengths(name, lists, rows, offsets_R1)
     flat_N: Floats = lists.combine_chunks().flatten().to_numpy()
     wrong_N = np.flatnonzero(learn_N & ~np.isfinite(flat_N))

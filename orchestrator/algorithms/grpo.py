@@ -1,4 +1,4 @@
-"""GRPO (Shao 2024, DeepSeekMath): the samples of a prompt are compared with each other; no critic."""
+"""GRPO (Shao 2024, DeepSeekMath): compares the samples of a prompt; no critic."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from orchestrator.algorithms.algorithm import Algorithm
 
 
 class Grpo(Algorithm):
-    """No critic: a response's return minus the mean of its prompt's responses, over their standard deviation."""
+    """No critic. The advantage is the return minus the mean return of the prompt's responses, divided by their standard
+    deviation."""
 
     compares_samples: ClassVar[bool] = True
 
@@ -22,14 +23,14 @@ class Grpo(Algorithm):
 
 
 def grpo(returns_R: Doubles, group_R: Groups) -> tuple[Doubles, Doubles]:
-    """Group-relative advantages (Shao 2024, DeepSeekMath, section 4.1.2): (R - mean) / (std + 1e-4), the standard
-    deviation with n - 1. A group of one has advantage 0.
+    """Group-relative advantages (Shao 2024, DeepSeekMath, section 4.1.2): (R - mean) / (std + 1e-4), with the sample
+    standard deviation (n - 1). A group of one has advantage 0.
 
     Args:
-        group_R: which group each row is of; any numbers.
+        group_R: arbitrary group id of each row.
 
     Returns:
-        (advantage, baseline) of every row; the baseline is the group's mean.
+        (advantage, baseline) of each row; the baseline is the group's mean.
     """
     sizes_R, means_R, index_R = group_means(returns_R, group_R)
     deviations_R = returns_R - means_R

@@ -1,5 +1,5 @@
 """Estimators of KL(policy || other) from tokens sampled by the policy (Schulman, "Approximating KL divergence", 2020),
-and the controller of its coefficient (Ziegler 2019, section 2.2)."""
+and the adaptive controller of the KL coefficient (Ziegler 2019, section 2.2)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def k1(logprobs: Floats, other_logprobs: Floats) -> Floats:
-    """log p - log q: unbiased, of either sign."""
+    """log p - log q: unbiased, can be negative."""
     return logprobs - other_logprobs
 
 
@@ -31,7 +31,7 @@ def k3(logprobs: Floats, other_logprobs: Floats) -> Floats:
 def adapted_coefficient(
     coefficient: float, observed_kl: float, *, target: float, horizon_samples: int, num_samples: int
 ) -> float:
-    """The KL coefficient for the next step (Ziegler 2019): up when KL per response is above target, down when below.
+    """The KL coefficient of the next step (Ziegler 2019): increased if KL per response is above target, else decreased.
 
     error = clip(KL / target - 1, ±0.2);  coefficient · (1 + error · num_samples / horizon_samples)
     """

@@ -1,4 +1,4 @@
-"""PPO (Schulman 2017): generalised advantage estimation with a critic.
+"""PPO (Schulman 2017) with a critic and generalised advantage estimation.
 
 Shapes: as in advantages.py; T tokens of one row.
 """
@@ -47,9 +47,9 @@ def gae(
     """Generalised advantage estimation (Schulman 2016, eq. 16) of one response.
 
     Args:
-        token_rewards_T: reward for choosing each response token, KL penalty included.
+        token_rewards_T: reward of each response token, including the KL penalty.
         values_T: V(s_t) in the state in which token t is chosen.
-        bootstrap_value: V after the last token: 0 when the response ended by EOS, the critic's value when it was cut.
+        bootstrap_value: V after the last token: 0 after EOS, the critic's value if the response was truncated.
 
     Returns:
         (advantages_T, returns_T) with returns = advantages + values; computed in float64, returned as float32.
@@ -62,7 +62,7 @@ def gae(
 def gae_rows(
     token_rewards_N: Floats, values_N: Floats, offsets_R1: Offsets, bootstrap_values_R: Floats, gamma: float, lam: float
 ) -> tuple[Floats, Floats]:
-    """`gae` of many rows at once: the recursion runs over the distance from the end, all rows that long together."""
+    """`gae` of many rows, vectorised: the recursion runs over the distance from each row's end."""
     rewards_N = np.asarray(token_rewards_N, dtype=np.float64)
     values64_N = np.asarray(values_N, dtype=np.float64)
     lengths_R = np.diff(offsets_R1)

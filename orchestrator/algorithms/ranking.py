@@ -1,4 +1,4 @@
-"""How well scores order ranked replies, and in which order preferences are learned from."""
+"""Measures how well scores agree with rankings, and shuffles preferences into batches."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Item = TypeVar("Item")
 
 
 def epoch_batches(num_records: int, *, records_per_batch: int, seed: int, epoch: int) -> list[list[int]]:
-    """Record numbers of every batch of one epoch: a permutation that follows from (seed, epoch) alone.
+    """Record indices of each batch of an epoch: a permutation determined by (seed, epoch).
 
-    Every record is in exactly one batch; the last batch may be smaller.
+    Each record is in exactly one batch; the last batch may be smaller.
     """
     order = np.random.default_rng((seed, epoch)).permutation(num_records).tolist()
     return [order[start : start + records_per_batch] for start in range(0, num_records, records_per_batch)]
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:
-    """At most `count` items, evenly spaced over the sequence, its first one included."""
+    """At most `count` items, evenly spaced over the sequence and including the first."""
     if len(items) <= count:
         return list(items)
     return [items[index * len(items) // count] for index in range(count)]
@@ -34,7 +34,7 @@ def num_pairs(num_replies: int) -> int:
 
 
 def concordant_pairs(scores: Sequence[float]) -> float:
-    """Pairs that scores of replies, given best first, put in the right order. Equal scores count half."""
+    """Number of pairs that the scores order correctly. Replies are given best first; equal scores count as half."""
     return sum(_order(better, worse) for better, worse in itertools.combinations(scores, 2))
 
 
@@ -43,21 +43,21 @@ def _order(better: float, worse: float) -> float:
 
 
 def wilson_interval(successes: float, trials: int, *, z: float = 1.959964) -> tuple[float, float]:
-    """Score interval of a binomial share (Wilson 1927); 95 % with the default z. No trials: (0, 1)."""
+    """Score interval of a binomial proportion (Wilson 1927); 95 % with the default z. No trials: (0, 1)."""
     if trials == 0:
         return 0.0, 1.0
     share = successes / trials
     centre = share + z * z / (2 * trials)
     half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    # At a share of 0 or 1 the bound is exact; rounding would put it a hair outside.
+    # At a proportion of 0 or 1 the bound is exact, but rounding could exceed it.
     return max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
 
 
 def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Kendall's tau-b of two lists of scores (Kendall 1945), which corrects for ties.
 
-    Returns None when one list is all ties: there is nothing to correlate.
+    Returns None if all scores of a list are equal.
     """
     concordance = first_differs = second_differs = 0
     for i, j in itertools.combinations(range(len(first)), 2):

@@ -11,7 +11,7 @@ from orchestrator.algorithms.algorithm import Algorithm
 
 
 class Rloo(Algorithm):
-    """No critic: a response's return minus the mean return of its prompt's other responses."""
+    """No critic. The advantage is the return minus the mean return of the prompt's other responses."""
 
     compares_samples: ClassVar[bool] = True
 
@@ -22,8 +22,8 @@ class Rloo(Algorithm):
 
 
 def rloo(returns_R: Doubles, group_R: Groups) -> tuple[Doubles, Doubles]:
-    """REINFORCE leave-one-out (Ahmadian 2024, eq. 8): the return minus the mean of the group's others. As in
-    grpo.py; the baseline of a group of one is its own return."""
+    """REINFORCE leave-one-out (Ahmadian 2024, eq. 8): the return minus the mean return of the group's other rows.
+    Arguments and results as `grpo`; the baseline of a group of one is its own return."""
     sizes_R, means_R, _ = group_means(returns_R, group_R)
     others_R = (means_R * sizes_R - returns_R) / np.maximum(sizes_R - 1.0, 1.0)
     baselines_R = np.where(sizes_R > 1, others_R, returns_R)

@@ -1,4 +1,4 @@
-"""Learning-rate curves, counted in optimizer steps."""
+"""Learning-rate schedules over optimizer steps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ def learning_rate(
 ) -> float:
     """Learning rate of optimizer step `optimizer_step` (from 0).
 
-    Warm-up rises linearly and reaches `peak` at step `warmup_optimizer_steps`; "linear" and "cosine" then fall so
-    that the step after the last one would be at 0. Steps beyond the total stay at the end point.
+    Linear warm-up reaches `peak` at step `warmup_optimizer_steps`. "linear" and "cosine" then decay to 0 at step
+    `total_optimizer_steps` and stay there.
     """
     if optimizer_step < warmup_optimizer_steps:
         return peak * (optimizer_step + 1) / (warmup_optimizer_steps + 1)

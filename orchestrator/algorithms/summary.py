@@ -1,4 +1,4 @@
-"""The step's metrics out of what its shards recorded: sums add, extremes combine, nothing else is needed."""
+"""Merges the sums and extremes of a step's shards into the step's metrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from orchestrator.types import Metrics, Moments, ShardRecord
 
 
 def merge_metrics(records: Sequence[ShardRecord]) -> Metrics:
-    """Metrics of one step's experience (names: metrics.py). Independent of how samples were cut into shards."""
+    """Metrics of one step's experience (names: metrics.py). Independent of the division into shards."""
     sums = merge_sums([record.sums for record in records])
     extremes = _merge_extremes([record.extremes for record in records])
     advantages = Moments.merge([record.advantage_moments for record in records])

@@ -1,4 +1,4 @@
-"""The table of algorithms. The torch half of each is in actors/learning/objectives/table.py, under the same name."""
+"""The table of algorithms. The torch half of each has the same name in actors/learning/objectives/table.py."""
 
 from __future__ import annotations
 

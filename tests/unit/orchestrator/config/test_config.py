@@ -30,15 +30,15 @@ def config(**sections: Any) -> Config:
             {"rl": {"max_staleness": 1}, "placement": {"mode": "separate"}},
             r"rl\.max_staleness=1 needs algorithm\.importance_cap",
         ),
-        ({"rl": {"prompts_per_step": 5}, "algorithm": {"minibatches": 4}}, r"10 samples .* do: 8 and 12 samples"),
+        ({"rl": {"prompts_per_step": 5}, "algorithm": {"minibatches": 4}}, r"10 samples .* sizes: 8 and 12 samples"),
         ({"rl": {"samples_per_prompt": 1}, "algorithm": GROUPS}, r"at least two, got rl\.samples_per_prompt=1"),
         (
             {"rl": {"samples_per_prompt": 3}, "rollout": {"samples_per_shard": 64}, "algorithm": GROUPS},
-            r"needs all 3 together\. Set it to 63\.",
+            r"the 3 samples .* compares\. Set it to 63\.",
         ),
         (
             {"rl": {"prompts_per_step": 6, "samples_per_prompt": 4}, "algorithm": {**GROUPS, "minibatches": 4}},
-            r"6 prompts do not divide into algorithm\.minibatches=4",
+            r"6 is not divisible by algorithm\.minibatches=4",
         ),
         ({"rollout": {"max_new_tokens": 512}}, r"leaves no room for a prompt in model\.max_length=512"),
         ({"checkpoints": {"best_metric": None, "best_max_kl": 1.0}}, r"needs checkpoints\.best_metric"),
