@@ -1,9 +1,9 @@
-"""Where rewards come from. A source says of every sample a score or a failure; a failure is never a score of zero.
+"""Sources of rewards. A source returns a score or a failure for each sample; a failure never becomes a score of 0.
 
-model   a reward model, text in or tokens in
+model   a reward model that takes text or tokens
 rules   functions of (prompt, response, meta)
 http    an endpoint
-gold    the rule that stands in for a person
+gold    the rule that simulates a human labeller
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from orchestrator.config.sections import ModelConfig
 
 @dataclass(frozen=True)
 class Score:
-    """What a source says of one sample: `value` None is a failure, and `error` says why.
+    """The result for one sample. `value` None is a failure, and `error` is the reason.
 
-    `parts` are raw: before weights, normalising and clipping. `tokens_cut` of the transcript's start were not read.
+    `parts` are before weighting, normalisation and clipping. `tokens_cut`: number of tokens cut at the start.
     """
 
     value: float | None
@@ -35,17 +35,18 @@ class Score:
 
 class RewardSource(Protocol):
     def scores(self, table: pa.Table) -> Sequence[Score]:
-        """One Score per row of a schema.ROLLOUT table. Raises RewardError when the source as a whole is down."""
+        """One Score per row of a schema.ROLLOUT table. Raises RewardError if the whole source fails."""
 
 
 @dataclass(frozen=True)
 class RewardContext:
-    """What a source is built from besides its own section of the config.
+    """Inputs of a source in addition to its config section.
 
     Args:
-        policy: the model whose samples are scored, and `template`, the text of its chat template if it is not its own.
+        policy: the model whose samples are scored.
+        template: text of the policy's chat template, if it replaces the model's own.
         cache: folder of converted models.
-        total_s: time for one shard, for rules and endpoints.
+        total_s: time limit of rules and endpoints for one shard.
         threads: CPU threads of the replica.
     """
 
@@ -59,7 +60,7 @@ class RewardContext:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as people and rules see it."""
+    """One sample as text, the input of rules."""
 
     prompt: str
     response: str

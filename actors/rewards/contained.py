@@ -1,4 +1,4 @@
-"""Rules in a process of their own: a rule that exits, hangs, crashes or takes too much fails its own sample only."""
+"""Runs rules in a separate process: a rule that exits, hangs, crashes or exceeds limits fails only its own sample."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _CHUNK = 1 << 16
 _LONGEST_ANSWER = 1 << 20
 _STOP_S = rule_process.END_S + 15.0
 _NOTICE_S = 1.0
-_GREETING = 1  # answers before the first sample's
+_GREETING = 1  # number of answers before the first sample's
 
 
 class ProcessEndedError(Exception):
-    """The process is gone; the text says which rule was under way and why.
+    """The process ended. The text names the rule that was running and the reason.
 
     Args:
-        is_certain: the sample under way is the reason. Otherwise an earlier one may have left what ended the process.
+        is_certain: the current sample is the cause. Otherwise the cause may be left over from an earlier sample.
     """
 
     def __init__(self, text: str, *, is_certain: bool) -> None:
@@ -46,10 +46,10 @@ class ProcessEndedError(Exception):
 class RuleProcess:
     """Args:
         rules: imported by the process.
-        limits: a call that takes longer ends the process, and so does more memory or more processes.
+        limits: the process is ended when it exceeds a limit of call time, memory or processes.
 
     Raises:
-        ConfigError: a rule can't be imported within limits.import_s, or is no function.
+        ConfigError: a rule is not a function, or can't be imported within limits.import_s.
     """
 
     def __init__(self, rules: Sequence[NamedRule], limits: RuleLimits) -> None:
@@ -60,7 +60,7 @@ class RuleProcess:
             memory = int((limits.memory_gib or 0) * (1 << 30))
             numbers = (requests.fileno(), answers.fileno(), memory, limits.processes)
             keeper = subprocess.Popen(
-                # -P: the program's own folder holds modules named as those of the standard library.
+                # -P: modules in the program's folder would shadow the standard library.
                 [sys.executable, "-P", str(Path(rule_process.__file__)), *map(str, numbers)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -76,13 +76,13 @@ class RuleProcess:
         self._greet()
 
     def ask(self, rows: Sequence[Row], until: float) -> Iterator[Any]:
-        """Answers of rule_process, one per row, in order, as they come.
+        """Yields the answers of rule_process in order, one per row, as they arrive.
 
         Args:
-            until: of the monotonic clock; the process is ended then.
+            until: deadline on the monotonic clock, at which the process is ended.
 
         Raises:
-            ProcessEndedError: before all were answered.
+            ProcessEndedError: the process ended before all rows were answered.
         """
         answered = 0
         try:
@@ -95,11 +95,11 @@ class RuleProcess:
                 self.close()
 
     def is_alive(self) -> bool:
-        """Whether it can be asked: a rule may end its process after its answer, in a thread of its own."""
+        """Whether the process accepts requests. A thread of a rule may end it after the last answer."""
         return self._end.alive and not select.select([self._report], [], [], 0)[0]
 
     def close(self) -> None:
-        """Ends the process and everything that it started."""
+        """Ends the process and all its descendants."""
         self._end()
 
     def _call_limit(self, until: float) -> tuple[float, str]:
@@ -122,7 +122,7 @@ class RuleProcess:
     def _send(self, message: Any) -> None:
         data = pickle.dumps(message)
         self._requests.settimeout(self._limits.import_s)
-        with contextlib.suppress(OSError):  # its end is found out by the answers
+        with contextlib.suppress(OSError):  # reading the answers detects that the process ended
             self._requests.sendall(rule_process.LENGTH.pack(len(data)) + data)
 
     def _answer(self, until: float, limit: str) -> Any:
@@ -145,8 +145,8 @@ class RuleProcess:
         return answer
 
     def _ended(self, reason: str | None) -> ProcessEndedError:
-        """Ends the process; says which rule was under way and, where no reason is known, the keeper's."""
-        if reason is None:  # the keeper finds out by itself
+        """Ends the process. Returns an error that names the running rule and the reason, by default the keeper's."""
+        if reason is None:  # the keeper detects it
             select.select([self._report], [], [], _NOTICE_S)
         self._control.close()
         said = self._report.read() if select.select([self._report], [], [], _STOP_S)[0] else b""
@@ -161,7 +161,7 @@ class RuleProcess:
 
 
 def _end(keeper: subprocess.Popen[bytes], *sockets: socket.socket) -> None:
-    """The keeper ends all other processes when its standard input is closed; killed, it would leave some."""
+    """The keeper ends all other processes when its standard input is closed; a killed keeper would leave some."""
     for stream in (keeper.stdin, *sockets):
         if stream is not None:
             with contextlib.suppress(OSError):

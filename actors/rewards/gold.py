@@ -1,5 +1,5 @@
-"""The gold rule: stands in for the person whose preferences are learned. Labels replies and measures the result; no
-model ever sees its score."""
+"""The gold rule: simulates the human whose preferences are learned. It labels replies and measures the result; models
+never see its score."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 SHORTEST_WORDS = 5
-_VARIED_ENOUGH = 0.7  # share of distinct word pairs; ordinary prose of any length stays above it
+_VARIED_ENOUGH = 0.7  # share of distinct word pairs; ordinary prose of any length exceeds it
 _WORD = re.compile(r"[\w']+")
 
 
 def vader_positivity(prompt: str, response: str, meta: Mapping[str, Any]) -> float:
-    """How positive a response sounds, in [-1, 1]: the compound score of VADER (Hutto and Gilbert 2014), lowered by up
-    to 2 for a response of fewer than SHORTEST_WORDS words or one that says the same over and over.
+    """Positivity of a response, in [-1, 1]: the compound score of VADER (Hutto and Gilbert 2014), reduced by up to 2
+    for responses that have fewer than SHORTEST_WORDS words or are repetitive.
 
-    Without the second, "Great! Great! Great!" would beat every sentence: VADER adds up words, however often they come.
+    Without the penalty for repetition "Great! Great! Great!" would beat every sentence, because VADER sums over words.
     An empty response scores -1.
     """
     words = [word.lower() for word in _WORD.findall(response)]

@@ -1,9 +1,9 @@
-"""Rewards from an endpoint.
+"""Rewards from an HTTP endpoint.
 
 POST {"samples": [{"prompt": text, "response": text, "meta": object}, ...]}
-->   {"rewards": [number or null, ...]}     as many, in order; null: this sample could not be scored
+->   {"rewards": [number or null, ...]}     one per sample, in order; null: the sample could not be scored
 
-An answer is bounded in time and in size, also after it is unpacked.
+Responses are limited in time and in size, before and after decompression.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ _ANY_ZLIB = 47  # zlib's wbits: gzip or zlib, by its header
 
 
 class HttpReward:
-    """A proxy of the environment is used, but not for this machine's own addresses. The token is read again for every
-    request, so that it may change. Retried are a refused or lost connection, a time-out, a 5xx and a 429.
+    """Uses the proxy of the environment except for loopback addresses. Reads the token for each request, so it may
+    change. Retries after a refused or lost connection, a time-out, a 5xx or a 429.
 
     Args:
-        total_s: time for all tries and pauses.
-        first_pause_s: pause before the second try; doubles up to half a minute.
+        total_s: time limit of all tries and pauses.
+        first_pause_s: pause before the second try; doubles up to 30 s.
 
     Raises:
-        ConfigError: not an http address, or no token where `token_from` points.
+        ConfigError: the URL is not an http address, or `token_from` yields no token.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class HttpReward:
         try:
             address = httpx.URL(url)
         except httpx.InvalidURL as error:
-            raise ConfigError(f"reward.url={url!r} is no address: {error}.") from None
+            raise ConfigError(f"reward.url={url!r} is not a URL: {error}.") from None
         if address.scheme not in ("http", "https") or not address.host:
             raise ConfigError(f"reward.url={url!r} must start with http:// or https:// and a host.")
         self._url, self._retries, self._first_pause_s = url, reward.retries, first_pause_s
@@ -66,8 +66,8 @@ class HttpReward:
         self._uses_proxies = not _is_loopback(address.host)
 
     def scores(self, table: pa.Table) -> list[Score]:
-        """Raises RewardError naming the address and the cause when the endpoint gives no usable answer."""
-        # Not by httpx: it refuses NaN and lone surrogates, which metadata may hold.
+        """Raises RewardError, which names the address and the cause, if the endpoint returns no usable answer."""
+        # Not serialised by httpx, which rejects NaN and lone surrogates in metadata.
         body = json.dumps({"samples": [asdict(sample) for sample in samples(table)]}).encode()
         answer = asyncio.run(self._post(body, _ANSWER_BYTES + _SAMPLE_BYTES * table.num_rows))
         return [_score(reward) for reward in self._rewards(answer, table.num_rows)]
@@ -85,7 +85,7 @@ class HttpReward:
                 async with asyncio.timeout(min(self._timeout_s, until - monotonic())):
                     status, answer = await self._once(body, most_bytes)
             except TimeoutError:
-                cause = f"ReadTimeout: no whole answer within {self._timeout_s:g} s"
+                cause = f"ReadTimeout: no complete answer within {self._timeout_s:g} s"
                 continue
             except httpx.RequestError as error:
                 cause = f"{type(error).__name__}: {error}"
@@ -94,12 +94,12 @@ class HttpReward:
                 return answer
             cause = f"HTTP {status.status_code} {status.reason_phrase}: {_shown(answer)}"
             if status.has_redirect_location:
-                cause = f"HTTP {status.status_code}, elsewhere: {status.headers['location'][:200]!r}"
+                cause = f"HTTP {status.status_code}, redirect to {status.headers['location'][:200]!r}"
             if not status.is_server_error and status.status_code != _TOO_MANY_REQUESTS:
                 raise RewardError(f"reward endpoint {self._url} refused the request ({cause}). Check the address.")
         raise RewardError(
-            f"reward endpoint {self._url} gave no answer in {tries} tries; the last one: {cause}. Check "
-            "that it runs and can be reached from the reward replicas, or raise reward.retries or timeout_s."
+            f"reward endpoint {self._url} gave no answer in {tries} tries; the last one: {cause}. Check that "
+            "it runs and is reachable from the reward replicas, or raise reward.retries or timeout_s."
         )
 
     async def _once(self, body: bytes, most_bytes: int) -> tuple[httpx.Response, bytes]:
@@ -110,8 +110,8 @@ class HttpReward:
             encoding = response.headers.get("content-encoding", "identity").strip().lower()
             if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
                 raise RewardError(
-                    f"reward endpoint {self._url} packs its answer as {encoding[:40]!r} though it was asked for a "
-                    "plain one. Let it answer plainly, or with gzip."
+                    f"reward endpoint {self._url} compresses its answer with {encoding[:40]!r}, but the request asked "
+                    "for none. Turn compression off, or use gzip."
                 )
             unpacker = None if encoding == "identity" else zlib.decompressobj(_ANY_ZLIB)
             answer = b""
@@ -123,7 +123,7 @@ class HttpReward:
                 if len(answer) > most_bytes:
                     raise RewardError(
                         f"reward endpoint {self._url} answered more than {most_bytes} bytes, HTTP "
-                        f"{response.status_code}: {_shown(answer)}. One number per sample is wanted."
+                        f"{response.status_code}: {_shown(answer)}. Expected one number per sample."
                     )
             return response, answer
 
@@ -133,17 +133,17 @@ class HttpReward:
 
     def _rewards(self, text: bytes, count: int) -> list[Any]:
         try:
-            # parse_int: Python refuses integers of more than 4300 digits, and with them the whole answer.
+            # parse_int: json.loads would fail on integers of more than 4300 digits.
             answer = json.loads(text, parse_int=float, object_pairs_hook=_unambiguous)
         except (ValueError, RecursionError) as error:
             fault = f" ({error})" if isinstance(error, _TwiceError) else ""
-            raise RewardError(f"reward endpoint {self._url} answered no JSON{fault}: {_shown(text)}.") from None
+            raise RewardError(f"reward endpoint {self._url} did not answer JSON{fault}: {_shown(text)}.") from None
         rewards = answer.get("rewards") if isinstance(answer, dict) else None
         if not isinstance(rewards, list) or len(rewards) != count:
             found = f"{len(rewards)} rewards" if isinstance(rewards, list) else repr(answer)[:200]
             raise RewardError(
-                f"reward endpoint {self._url} must answer {{'rewards': [...]}} with {count} items, one per sample; it "
-                f"answered {found}."
+                f"reward endpoint {self._url} must answer {{'rewards': [...]}} with {count} items, one per sample; "
+                f"got {found}."
             )
         return rewards
 
@@ -160,8 +160,8 @@ def _token(source: str) -> str:
         token = read_text(Path(name), f"reward.token_from={source}", ConfigError)
     if not _TOKEN.fullmatch(token.strip()):
         raise ConfigError(
-            f"reward.token_from={source} gives no token (one line of printable characters) on this node. Set the "
-            "variable, or write the file, where the reward replicas run."
+            f"reward.token_from={source} yields no token (one line of printable characters) on this node. Set the "
+            "variable, or write the file, on the nodes of the reward replicas."
         )
     return token.strip()
 
@@ -173,7 +173,7 @@ class _TwiceError(ValueError):
 def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise _TwiceError("an object with one key twice")
+        raise _TwiceError("an object with a duplicate key")
     return found
 
 

@@ -1,4 +1,4 @@
-"""A reward model: a sequence classifier with one label; the score of a transcript stands at its last token."""
+"""A reward model: a sequence classifier with one label that scores a transcript at its last token."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STATS_FILE = "reward_stats.json"
 
 @dataclass(frozen=True)
 class RewardStats:
-    """Mean and standard deviation of a reward model's scores on the replies that it was measured with."""
+    """Mean and standard deviation of a reward model's scores on a set of replies."""
 
     mean: float
     std: float
@@ -40,10 +40,10 @@ class RewardStats:
 
 
 def write_stats(folder: Path, scores: Sequence[float]) -> RewardStats:
-    """Records the moments of scores with a reward model.
+    """Writes the moments of scores to a reward model's folder.
 
     Raises:
-        DataError: fewer than two scores, or all are equal: nothing could be normalised with them.
+        DataError: fewer than two scores, or all are equal.
     """
     values = np.asarray(scores, dtype=np.float64)
     std = float(values.std(ddof=1)) if len(values) > 1 else 0.0
@@ -54,7 +54,7 @@ def write_stats(folder: Path, scores: Sequence[float]) -> RewardStats:
 
 
 def read_stats(folder: Path) -> RewardStats:
-    """Raises DataError when there are no statistics, or none that a score could be divided by."""
+    """Raises DataError if there are no usable statistics."""
     file = folder / STATS_FILE
     way_out = "Train it with the reward_model stage, which records them, or set reward.normalise=false."
     try:
@@ -71,18 +71,18 @@ def read_stats(folder: Path) -> RewardStats:
 def _check(stats: RewardStats, file: Path, way_out: str) -> None:
     if stats.count < 2 or not math.isfinite(stats.mean) or not math.isfinite(stats.std) or stats.std <= 0:
         raise DataError(
-            f"statistics of rewards for {file} are useless (mean {stats.mean}, std {stats.std}, count {stats.count}): "
-            f"at least two differing, finite scores are needed. {way_out}"
+            f"reward statistics for {file} are unusable (mean {stats.mean}, std {stats.std}, count {stats.count}): "
+            f"at least two different, finite scores are needed. {way_out}"
         )
 
 
 class RewardModel:
     """Args:
         folder: a sequence classifier with its tokenizer and, for `normalise`, its statistics.
-        policy: how conversations are written for the policy. Where they are written alike for the reward model, sampled
-            tokens go in as they are; otherwise text goes in, written as in the reward model's training.
+        policy: the policy's chat format. If the reward model's is equal, it reads the sampled tokens; otherwise it
+            reads text, formatted as in its training.
         micro_batch_tokens: largest padded forward batch.
-        max_length: longer transcripts lose their start, counted. Null: what the model can take.
+        max_length: longer transcripts are cut at the start and counted. None: the model's maximum.
 
     Raises:
         DataError: no scalar head, tokenizer, chat template or statistics.
@@ -110,7 +110,7 @@ class RewardModel:
         self._device, self._micro_batch_tokens = device, micro_batch_tokens
 
     def scores(self, table: pa.Table) -> list[Score]:
-        """A non-finite score is a failure of its sample, as is a conversation that the model's template refuses."""
+        """A sample fails if its score is not finite or the model's chat template rejects its conversation."""
         transcripts = self._transcripts(table)
         raw = iter(self.raw_scores([found for found in transcripts if isinstance(found, Transcript)]))
         return [
@@ -119,7 +119,7 @@ class RewardModel:
         ]
 
     def raw_scores(self, transcripts: Sequence[Transcript]) -> list[float]:
-        """Scores before normalising, in order."""
+        """Scores before normalisation, in order."""
         if self._max_length is not None:
             transcripts = [transcript.last(self._max_length) for transcript in transcripts]
         rows = token_rows(
@@ -139,7 +139,7 @@ class RewardModel:
         found: list[Transcript | DataError] = []
         for sample, prompt, response in zip(samples(table), *columns, strict=True):
             whole = Transcript(np.array(prompt, np.int32), self.chat.closed(np.array(response, np.int32)))
-            # A policy can sample ids that no tokenizer knows, where its embeddings are padded and this model's are not.
+            # A policy with padded embeddings can sample ids beyond this model's vocabulary.
             found.append(whole if whole.tokens.max() < self._num_embeddings else self._from_text(sample))
         return found
 
@@ -158,7 +158,7 @@ class RewardModel:
 
 
 def build(reward: ModelRewardConfig, context: RewardContext) -> RewardModel:
-    """The reward model of a replica. Raises ConfigError when the section names none."""
+    """Builds the reward model of a replica. Raises ConfigError if the section names none."""
     if reward.path is None:
         raise ConfigError("reward.name='model' needs reward.path: give the folder of a reward model.")
     torch.set_num_threads(context.threads)

@@ -1,11 +1,11 @@
-"""The process in which rules run. Run by path, needs only the standard library: it starts in milliseconds.
+"""The process that runs rules. It is run by path and needs only the standard library, so it starts in milliseconds.
 
-Two processes from one interpreter. The keeper watches: it ends the other one, and everything that was started from it,
-when the caller closes the keeper's standard input, when the caller is gone, or when a limit is exceeded; then it says
-why on its standard output. The other one imports the rules and calls them. What a rule prints goes to standard error.
+It forks into two processes. The worker imports and calls the rules. The keeper kills the worker and all its descendants
+when the caller closes the keeper's standard input or ends, or when a limit is exceeded; it then prints the reason to
+standard output. Output of rules goes to standard error.
 
-Arguments: file descriptors of requests and answers, limit of memory in bytes (0: none), limit of processes.
-Requests are pickles behind an 8-byte length, answers are lines of JSON.
+Arguments: file descriptors of requests and answers, memory limit in bytes (0: none), limit of processes.
+Requests are pickles with an 8-byte length prefix; answers are lines of JSON.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from pathlib import Path
 from typing import Any
 
 LENGTH = struct.Struct("<Q")
-_POSITION = struct.Struct("<qq")  # sample and rule under way, in memory that both processes share
+_POSITION = struct.Struct("<qq")  # current sample and rule, in memory that both processes share
 _TICK_MS = 25
-_NICER = 10  # so that the keeper gets a core at once, however many processes a rule has started
-END_S = 60.0  # without a namespace of their own, thousands of processes are killed one by one
+_NICER = 10  # lets the keeper run even if a rule has started many processes
+END_S = 60.0  # without a PID namespace, thousands of processes are killed one by one
 _LONGEST_TEXT = 300
 _MOST_PARTS = 100
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -49,7 +49,7 @@ Rule = Callable[[str, str, Mapping[str, Any]], Any]
 
 
 def finite_number(value: object) -> float | None:
-    """`value` as a float. None: it is no number (true and false are none), or not finite as a 64-bit float."""
+    """`value` as a float. None: it is not a number (nor are booleans), or not finite as a 64-bit float."""
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, Decimal)):
         return None
     try:
@@ -69,7 +69,7 @@ def main() -> None:
         try:
             _become_worker(memory_bytes, shows_processes=init is not None)
             _serve(requests, answers, position)
-        except BaseException:  # noqa: BLE001  nothing may come back from here: there are two of this program
+        except BaseException:  # noqa: BLE001  the forked child must not return to the caller
             traceback.print_exc()
         finally:
             os._exit(1)
@@ -85,10 +85,10 @@ def main() -> None:
 
 
 def _begin_namespace() -> int | None:
-    """Has all that is started from here live in a PID namespace of its own: the process to kill, with which the kernel
-    ends them all, and none can fork meanwhile. None: no right to (CAP_SYS_ADMIN), or no such thing.
+    """Puts all later children into a new PID namespace and returns its init process. Killing init makes the kernel end
+    all of them at once. None: CAP_SYS_ADMIN is missing, or the system has no PID namespaces.
 
-    As a rule's processes don't see others, they can't signal them either.
+    Rules can't signal processes outside the namespace.
     """
     if sys.platform != "linux" or ctypes.CDLL(None).unshare(_CLONE_NEWPID):
         return None
@@ -97,13 +97,13 @@ def _begin_namespace() -> int | None:
         return init
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.closerange(0, os.sysconf("SC_OPEN_MAX"))
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # orphans come to this process, and are reaped like this
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # reaps orphans, which become children of this process
     while True:
         signal.pause()
 
 
 def _watch(child: int, init: int | None, memory_bytes: int, processes: int) -> str:
-    """Waits for a reason to end everything, and returns it."""
+    """Waits for a reason to end the worker, and returns it."""
     poller = select.poll()
     poller.register(0, select.POLLIN)
     if hasattr(os, "pidfd_open"):
@@ -125,7 +125,7 @@ def _watch(child: int, init: int | None, memory_bytes: int, processes: int) -> s
 
 
 def _reap(child: int) -> int | None:
-    """Takes note of processes that ended; the wait status of `child` when it is among them."""
+    """Reaps processes that ended. Returns the wait status of `child` if it is among them."""
     found = None
     with contextlib.suppress(ChildProcessError):
         while True:
@@ -137,10 +137,10 @@ def _reap(child: int) -> int | None:
 
 
 def _end_all(worker: int, init: int | None) -> None:
-    """Kills all that was started from here. Orphans come to this process or to `init`, so that none is missed.
+    """Kills all descendants. Orphans become children of this process or of `init`, so none is missed.
 
-    A whole process group is killed in one call, during which none of it can fork: one by one, processes that fork
-    without end may grow faster than they can be killed.
+    Whole process groups are killed in one call, during which their members can't fork: processes that fork
+    continuously may multiply faster than they can be killed one by one.
     """
     until = time.monotonic() + END_S
     if init is not None:
@@ -170,11 +170,11 @@ def _group_of(pid: int) -> int:
 
 
 def _family() -> list[int]:
-    """Processes that descend from this one."""
+    """Descendants of this process."""
     if sys.platform != "linux":
         return _family_by_ps()
     found = list(_children(os.getpid()))
-    for pid in found:  # grows while it is walked through
+    for pid in found:  # grows during the iteration
         found.extend(_children(pid))
     return found
 
@@ -196,7 +196,7 @@ def _family_by_ps() -> list[int]:
 
 
 def _held_bytes(family: Sequence[int], limit: int) -> int:
-    """Memory of these processes in RAM. Pages that forked processes share count once."""
+    """Resident memory of these processes. Pages that forked processes share count once."""
     held = sum(_resident_bytes(pid) for pid in family)
     return held if held <= limit or len(family) < 2 else sum(_proportional_bytes(pid) for pid in family)
 
@@ -220,16 +220,16 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-# The process that calls rules.
+# The worker.
 
 
 def _become_worker(memory_bytes: int, *, shows_processes: bool) -> None:
     """Args:
-    shows_processes: /proc becomes that of the namespace, in which process ids are other ones.
+    shows_processes: mount the PID namespace's /proc, which has different process ids.
     """
     libc = ctypes.CDLL(None)
     is_apart = shows_processes and not libc.unshare(_CLONE_NEWNS)
-    if is_apart and not libc.mount(None, b"/", None, _MS_REC | _MS_SLAVE, None):  # else others would see it mounted
+    if is_apart and not libc.mount(None, b"/", None, _MS_REC | _MS_SLAVE, None):  # hides the mount from other processes
         libc.mount(b"proc", b"/proc", b"proc", 0, None)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
@@ -242,12 +242,12 @@ def _become_worker(memory_bytes: int, *, shows_processes: bool) -> None:
 
 
 def _serve(requests: int, answers: int, position: mmap.mmap) -> None:
-    """Answers requests until there are none: first the rules' names, then batches of samples."""
+    """Answers requests until the input ends: first the rules' names, then batches of samples."""
     own = os.getpid()
 
     def answer(line: Any) -> None:
         if os.getpid() != own:
-            os._exit(0)  # a rule forked, and the copy came back from it
+            os._exit(0)  # a rule forked, and its child returned here
         data = json.dumps(line).encode() + b"\n"
         while data:
             data = data[os.write(answers, data) :]
@@ -271,15 +271,15 @@ def _serve(requests: int, answers: int, position: mmap.mmap) -> None:
 
 
 def _read(stream: Any) -> Any:
-    """The next request. At the end of them the process ends: its caller is gone."""
+    """Reads the next request. Exits at the end of input: the caller has ended."""
     head = stream.read(LENGTH.size)
     if len(head) < LENGTH.size:
         os._exit(0)
-    return pickle.loads(stream.read(*LENGTH.unpack(head)))  # from the caller, who wrote it
+    return pickle.loads(stream.read(*LENGTH.unpack(head)))  # trusted: written by the caller
 
 
 def _loaded(name: str) -> Rule | str:
-    """The function at `package.module:function`, or what is wrong with it."""
+    """The function named `package.module:function`, or an error text."""
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -293,13 +293,13 @@ def _loaded(name: str) -> Rule | str:
         known = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         return f"{module_name!r} has no {attribute!r}; it has: {known[:_LONGEST_TEXT] or 'no functions'}."
     if not callable(rule):
-        return f"it is a {type(rule).__name__}; name a function of (prompt, response, meta)."
+        return f"it is a {type(rule).__name__}, not a function of (prompt, response, meta)."
     known_rule: Rule = rule
     return known_rule
 
 
 def _scored(rules: Sequence[tuple[str, Rule, float]], sample: Sequence[str], at: Callable[[int], None]) -> Any:
-    """[weighted sum, raw parts], or text that says which rule failed and why."""
+    """[weighted sum, raw parts], or an error text that names the failed rule."""
     prompt, response, meta_text = sample
     meta = json.loads(meta_text)
     total, parts = 0.0, dict[str, float]()
@@ -319,23 +319,23 @@ def _scored(rules: Sequence[tuple[str, Rule, float]], sample: Sequence[str], at:
 
 
 def _named_numbers(name: str, result: Any) -> tuple[dict[str, float], str]:
-    """What a rule gave, by part, or what is wrong with it."""
+    """(the numbers that a rule returned, by part, or an error text)"""
     named = {name: result}
     if isinstance(result, Mapping):
         if len(result) > _MOST_PARTS:
-            return {}, f"gave {len(result)} parts; {_MOST_PARTS} can be kept"
+            return {}, f"returned {len(result)} parts; the limit is {_MOST_PARTS}"
         named = {f"{name}.{part}": value for part, value in result.items()}
         if len(named) != len(result) or any(len(part) > _LONGEST_TEXT for part in named):
-            return {}, f"gave parts whose names are equal or longer than {_LONGEST_TEXT}: {_shown(result)}"
+            return {}, f"returned parts whose names are equal or longer than {_LONGEST_TEXT}: {_shown(result)}"
     converted = {part: finite_number(value) for part, value in named.items()}
     if not named or None in converted.values():
-        return {}, f"gave {_shown(result)}, not a finite number or named ones"
+        return {}, f"returned {_shown(result)}, not a finite number or a mapping of finite numbers"
     return {part: value for part, value in converted.items() if value is not None}, ""
 
 
 def _described(error: BaseException) -> str:
     if isinstance(error, MemoryError):
-        return f"MemoryError: no more memory within rule_limits.memory_gib {_text(str, error)}".rstrip()
+        return f"MemoryError: rule_limits.memory_gib is exhausted {_text(str, error)}".rstrip()
     return f"{type(error).__name__}: {_text(str, error)}"
 
 
@@ -346,7 +346,7 @@ def _shown(value: object) -> str:
 def _text(show: Callable[[Any], str], value: object) -> str:
     try:
         return show(value)[:_LONGEST_TEXT]
-    except BaseException:  # noqa: BLE001  the user's class shows itself, and may raise anything
+    except BaseException:  # noqa: BLE001  str() or repr() of the user's class may raise anything
         return f"a {type(value).__name__}"
 
 

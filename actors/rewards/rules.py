@@ -1,6 +1,6 @@
-"""Rule rewards: functions of (prompt, response, meta) that give a number, or named parts that are added up.
+"""Rule rewards: functions of (prompt, response, meta) that return a number, or named parts to be summed.
 
-A rule that raises, exits, hangs, or gives something else than finite numbers, fails that one sample and no other.
+A rule that raises, exits, hangs or does not return finite numbers fails only the current sample.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ DEFAULT_TARGET_WORDS = 50
 
 
 def exact_answer(prompt: str, response: str, meta: Mapping[str, Any]) -> float:
-    """1 when the response's final number equals that of meta["answer"], else 0 (GSM8K, Cobbe 2021).
+    """1 if the response's final number equals that of meta["answer"], else 0 (GSM8K, Cobbe 2021).
 
-    The final number is the one behind the last `####`, or the last number where there is no `####`.
+    The final number is the one after the last `####`, or the last number if there is no `####`.
     """
     expected = _final_number(str(meta["answer"]))
     if expected is None:
-        raise ValueError(f"meta['answer'] holds no number: {str(meta['answer'])[-40:]!r}")
+        raise ValueError(f"meta['answer'] contains no number: {str(meta['answer'])[-40:]!r}")
     return float(_final_number(response) == expected)
 
 
 def length_target(prompt: str, response: str, meta: Mapping[str, Any]) -> float:
-    """0 at meta["target_words"] words (default 50), falling evenly to -1 at none and at twice as many."""
+    """0 at meta["target_words"] words (default 50), decreasing linearly to -1 at no words and at twice the target."""
     target = float(meta.get("target_words", DEFAULT_TARGET_WORDS))
     return -min(abs(len(response.split()) - target) / target, 1.0)
 
@@ -49,24 +49,24 @@ def _final_number(text: str) -> float | None:
 
 
 class RuleReward:
-    """The weighted sum of rules, which run in a process of their own (contained.py).
+    """The weighted sum of rules, which run in a separate process (contained.py).
 
     Args:
-        total_s: time for one table. What is not scored by then is a failure.
+        total_s: time limit for one table. Samples that are not scored in time fail.
 
     Raises:
-        ConfigError: a rule can't be found or imported, or one is named twice.
+        ConfigError: a rule is duplicated or can't be imported.
     """
 
     def __init__(self, rules: Sequence[RuleConfig], limits: RuleLimits, *, total_s: float) -> None:
         functions = [rule.function for rule in rules]
         twice = sorted({function for function in functions if functions.count(function) > 1})
         if twice:
-            raise ConfigError(f"reward.rules names {twice[0]!r} twice; name it once, with the sum of the weights.")
+            raise ConfigError(f"reward.rules names {twice[0]!r} twice; name it once with the sum of the weights.")
         for function in functions:
             module, _, attribute = function.partition(":")
             if not module or not attribute:
-                raise ConfigError(f"rule {function!r} is not of the form package.module:function.")
+                raise ConfigError(f"rule {function!r} does not have the form package.module:function.")
         short = [function.rpartition(":")[2] for function in functions]
         names = [name if short.count(name) == 1 else function for name, function in zip(short, functions, strict=True)]
         self._rules = [(name, rule.function, rule.weight) for name, rule in zip(names, rules, strict=True)]
@@ -74,10 +74,10 @@ class RuleReward:
         self._process = RuleProcess(self._rules, limits)
 
     def scores(self, table: pa.Table) -> list[Score]:
-        """A rule that ends, hangs or bursts its process fails the sample it was given; the others are scored.
+        """A rule that ends its process, hangs or exceeds a limit fails its sample; the others are scored.
 
         Raises:
-            RewardError: the rules can't be imported any more.
+            RewardError: the process can't be restarted.
         """
         columns = (table[name].to_pylist() for name in ("prompt_text", "response_text", "meta"))
         rows = list(zip(*columns, strict=True))
@@ -86,15 +86,15 @@ class RuleReward:
         while len(scores) < len(rows) and monotonic() < until:
             try:
                 for answer in self._running().ask(rows[len(scores) :], until):
-                    scores.append(_score(answer))  # noqa: PERF401  those before an end are kept
+                    scores.append(_score(answer))  # noqa: PERF401  keeps the scores before an error
             except ProcessEndedError as error:
-                if error.is_certain:  # else it is asked again, as the first one of a new process
+                if error.is_certain:  # else the sample is retried first in a new process
                     scores.append(Score(None, error=str(error)))
         late = Score(None, error=f"not scored: the rules took more than {self._total_s:.0f} s for one shard")
         return scores + [late] * (len(rows) - len(scores))
 
     def close(self) -> None:
-        """Ends the process of the rules."""
+        """Ends the rules' process."""
         self._process.close()
 
     def __enter__(self) -> RuleReward:
@@ -109,7 +109,7 @@ class RuleReward:
             try:
                 self._process = RuleProcess(self._rules, self._limits)
             except ConfigError as error:
-                raise RewardError(f"the process of the rules can't be started again: {error}") from None
+                raise RewardError(f"the rules' process can't be restarted: {error}") from None
         return self._process
 
 

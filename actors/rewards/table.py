@@ -1,4 +1,4 @@
-"""The kinds of reward, by the name that the config gives them, and who builds each."""
+"""The kinds of reward by their config name, and the function that builds each."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from actors.rewards import RewardContext, RewardSource
 from orchestrator.config.rewards import RewardConfig
 
-# Names, not functions: a reward model's module imports torch, which takes seconds; rules and endpoints do without.
-# Each is called as build(section, context); the sections are those of orchestrator.config.rewards.REWARDS.
+# Names, not functions: the reward model's module imports torch, which takes seconds and which rules do not need.
+# Called as build(section, context), with the sections of orchestrator.config.rewards.REWARDS.
 SOURCES: Mapping[str, str] = {
     "model": "actors.rewards.model:build",
     "rules": "actors.rewards.rules:build",
@@ -18,7 +18,7 @@ SOURCES: Mapping[str, str] = {
 
 
 def build_source(reward: RewardConfig, context: RewardContext) -> RewardSource:
-    """The source that a section of the config describes.
+    """Builds the source that a config section describes.
 
     Raises:
         ConfigError, DataError: it can't be built; see RewardModel, RuleReward, HttpReward.

@@ -1,4 +1,4 @@
-"""The critic: values of the states in which response tokens are chosen, and learning them."""
+"""The critic: predicts and learns the values of the states in which response tokens are chosen."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from orchestrator.config.sections import CriticConfig
 
 
 class CriticWorker(LearningWorker):
-    """One rank of the critic. Where its section names no model, it is the policy with a new head."""
+    """One rank of the critic. Without critic.path it is the policy with a new head."""
 
     def __init__(self, critic: CriticConfig, context: RankContext, group: Group) -> None:
         distributed.join(group)
@@ -54,10 +54,10 @@ class CriticWorker(LearningWorker):
         return pa.table(columns, schema=schema.VALUES)
 
     def learn(self, tables: list[pa.Table], job: LearnJob) -> dict[str, float]:
-        """All epochs and minibatches of one step; `explained_variance` is of the values before it.
+        """All epochs and minibatches of one step. `explained_variance` refers to the values before the step.
 
         Raises:
-            NonFiniteError: before anything non-finite is applied.
+            NonFiniteError: before a non-finite update is applied.
         """
         algorithm = self.algorithm
         objective = objective_of(algorithm)

@@ -1,4 +1,4 @@
-"""The policy: log-probs of what was sampled, and learning by the algorithm's objective."""
+"""The policy: computes log-probs of samples and learns with the algorithm's objective."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class PolicyWorker(LearningWorker):
             self._chat.save_stops(folder)
 
     def logprobs(self, table: pa.Table, share: Share | None = None) -> pa.Table:
-        """Table of schema.LOGPROBS for a share of a rollout or experience table. Null: this rank's of its group, which
-        is what ZeRO-3 needs of all ranks together."""
+        """Table of schema.LOGPROBS for a share of a rollout or experience table. None: this rank's share in its group;
+        with ZeRO-3 all ranks must compute together."""
         return logprobs_table(
             table,
             [
@@ -69,11 +69,11 @@ class PolicyWorker(LearningWorker):
         """All epochs and minibatches of one step on the experience tables of all its shards.
 
         Returns:
-            Metrics, equal on all ranks. `first_ratio_*` are of the first minibatch, before anything was learned: on
-            policy they are 1 within the compute type's error.
+            Metrics, equal on all ranks. `first_ratio_*` are from the first minibatch, before the first update: on
+            policy they are 1 up to the rounding error of the compute type.
 
         Raises:
-            NonFiniteError: before anything non-finite is applied.
+            NonFiniteError: before a non-finite update is applied.
         """
         algorithm = self.algorithm
         objective = objective_of(algorithm)

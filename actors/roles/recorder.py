@@ -1,4 +1,4 @@
-"""Assembles experience next to the data and writes it: samples never pass through the coordinator."""
+"""Assembles and writes experience on the nodes that hold the data; samples never pass through the coordinator."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ _WAY_OUT = "restore it from a copy, or delete its folder."
 
 
 class RecorderWorker:
-    """One process that joins, computes and writes.
+    """One recorder process.
 
     Args:
-        settings: how token rewards and advantages are made.
-        run_id: written into every file's metadata.
-        gold: dotted name of the rule that scores held-out samples; null: the training reward does.
-        limits, gold_s: of the gold rule's process, and its time for all held-out samples.
+        settings: settings of token rewards and advantages.
+        run_id: written to the metadata of each file.
+        gold: dotted name of the rule that scores held-out samples. None: the training reward scores them.
+        limits: limits of the gold rule's process.
+        gold_s: time limit of the gold rule for all held-out samples.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class RecorderWorker:
     def record(
         self, rollout: pa.Table, scores: dict[str, list[Any]], *, kl_coefficient: float, file: str
     ) -> tuple[pa.Table, ShardRecord]:
-        """Writes one shard of experience. `scores` maps assemble()'s parameters to references of its parts."""
+        """Writes one shard of experience. `scores` maps parameter names of assemble() to object references."""
         parts = {name: _fetch(handles) for name, handles in scores.items()}
         table, num_dropped = assemble(rollout, **parts, settings=self._settings, kl_coefficient=kl_coefficient)
         path = Path(file)
@@ -78,7 +79,7 @@ class RecorderWorker:
         return table, record
 
     def load(self, record: ShardRecord, *, file: str) -> tuple[pa.Table, int]:
-        """Reads a shard back. Raises StorageError when the file is missing or not the one that was committed."""
+        """Reads a shard. Raises StorageError if the file is missing or differs from the committed one."""
         path = Path(file)
         with reading(path):
             if not path.is_file():
@@ -95,15 +96,15 @@ class RecorderWorker:
     def evaluate(self, shards: list[dict[str, list[Any]]], *, file: str) -> Metrics:
         """Joins held-out samples with their scores, writes one Parquet file, returns `evaluation/*` metrics.
 
-        A sample whose score failed has a null gold score and is listed beside the file with the reason.
+        A sample whose score failed has a null gold score; a second file lists it with the reason.
 
         Raises:
-            RewardError: every score failed.
+            RewardError: all scores failed.
         """
         joined = pa.concat_tables([_joined(shard) for shard in shards])
         errors = joined["reward_error"]
         if self._gold is not None:
-            scores = self._gold.scores(joined)  # all at once: they share the rule's time
+            scores = self._gold.scores(joined)  # one call: the time limit is for all samples
             gold = pa.array([score.value for score in scores], pa.float64())
             errors = pa.array([score.error for score in scores], pa.string())
             joined = joined.set_column(joined.schema.get_field_index("gold"), "gold", gold)
@@ -121,7 +122,7 @@ class RecorderWorker:
 
 
 def _num_cut(rewards: pa.Table) -> int:
-    """Samples of which the reward model did not read the start."""
+    """Number of samples that the reward model did not read in full."""
     return int(np.count_nonzero(rewards["tokens_cut"].to_numpy()))
 
 
@@ -144,7 +145,7 @@ def _write_lines(path: Path, failed: pa.Table) -> None:
 
 
 def _joined(shard: dict[str, list[Any]]) -> pa.Table:
-    """Columns of EVALUATION, scored by the training reward, and what else a gold rule reads."""
+    """Columns of EVALUATION, scored by the training reward, plus the columns that a gold rule reads."""
     parts = {name: pa.concat_tables(_fetch(handles)).sort_by("row") for name, handles in shard.items()}
     rollout = parts["rollout"]
     policy, reference = (pc.list_flatten(parts[name]["logprobs"]).to_numpy() for name in ("policy", "reference"))
@@ -170,8 +171,8 @@ def _sum_rows(flat: Any, lengths: Any) -> Any:
 
 def _all_failed(gold: str | None, num_rows: int, first: str) -> str:
     if gold is None:
-        return f"the reward failed on all {num_rows} held-out responses: {first}. Correct what `reward` names."
+        return f"the reward failed on all {num_rows} held-out responses: {first}. Correct the section `reward`."
     return (
         f"the gold rule {gold} failed on all {num_rows} held-out responses: {first}. Correct evaluation.gold, or set "
-        "evaluation.gold=null to score by the training reward, or evaluation.prompts=0."
+        "evaluation.gold=null to score with the training reward, or evaluation.prompts=0."
     )

@@ -1,4 +1,4 @@
-"""The reference: the frozen policy whose log-probs the KL penalty compares with."""
+"""The reference: the frozen policy from which the KL penalty measures the distance."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orchestrator.config.sections import ReferenceConfig
 
 
 class ReferenceWorker:
-    """One rank of the reference. Without sharding the ranks know nothing of each other."""
+    """One rank of the reference. Without sharding, ranks are independent."""
 
     def __init__(self, reference: ReferenceConfig, context: RankContext, group: Group) -> None:
         self.group, self._micro_batch_tokens = group, reference.micro_batch_tokens

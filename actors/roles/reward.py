@@ -1,4 +1,4 @@
-"""The reward role: one replica scores whole shards, from a model, from rules or from an endpoint."""
+"""The reward role: each replica scores whole shards with a model, rules or an endpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.config.rewards import RewardConfig
 
 
 class RewardWorker:
-    """One replica. Complete when constructed: models are loaded, rules found.
+    """One replica. The constructor loads the model or rules.
 
     Raises:
         ConfigError, DataError: the source can't be built; see build_source.
@@ -27,13 +27,13 @@ class RewardWorker:
         """Table of schema.REWARDS for a table of schema.ROLLOUT, row by row.
 
         Raises:
-            RewardError: the source as a whole is down; a single failed sample has a null reward instead.
+            RewardError: the whole source failed. If a single sample fails, its reward is null instead.
         """
         return rewards_table(table["row"], self._source.scores(table))
 
 
 def rewards_table(rows: pa.ChunkedArray, scores: Sequence[Score]) -> pa.Table:
-    """Scores as schema.REWARDS. A score that float32 can't hold is a failure."""
+    """Converts scores to schema.REWARDS. A score outside the range of float32 becomes a failure."""
     stored = [_storable(score) for score in scores]
     columns = [
         rows,

@@ -1,4 +1,4 @@
-"""The rollout role: an actor that builds one engine, of the kind that the config names, and hands every call on."""
+"""The rollout role: an actor that builds one engine of the configured kind and forwards all calls to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from actors.models.model import resolve_model
 from actors.weights.manifest import Bucket, WeightHeader
 from orchestrator.types import ShardRequest
 
-# Names, not classes: an engine's module imports its library, which only the process that runs it needs.
+# Names, not classes: an engine's module imports its library, which only the engine's process needs.
 ENGINES: Mapping[str, str] = {
     "vllm": "actors.engines.vllm_engine:VllmEngine",
     "hf": "actors.engines.hf_engine:HfEngine",

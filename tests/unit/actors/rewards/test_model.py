@@ -158,9 +158,9 @@ def test_a_non_finite_score_fails_its_sample(tmp_path: Path) -> None:
         (None, "has no reward_stats.json"),
         ("", "must hold mean, std and count"),
         ("{}", "must hold mean, std and count"),
-        (json.dumps({"mean": 0, "std": 0, "count": 0}), "useless .*count 0"),
-        (json.dumps({"mean": 0, "std": 0.0, "count": 9}), "useless"),
-        ('{"mean": NaN, "std": 1, "count": 9}', "useless"),
+        (json.dumps({"mean": 0, "std": 0, "count": 0}), "unusable .*count 0"),
+        (json.dumps({"mean": 0, "std": 0.0, "count": 9}), "unusable"),
+        ('{"mean": NaN, "std": 1, "count": 9}', "unusable"),
     ],
 )
 def test_missing_or_empty_statistics_are_data_errors(tmp_path: Path, content: str | None, fault: str) -> None:
@@ -172,7 +172,7 @@ def test_missing_or_empty_statistics_are_data_errors(tmp_path: Path, content: st
 
 @pytest.mark.parametrize("scores", [[], [1.0], [2.0, 2.0], [1.0, math.nan]])
 def test_useless_scores_are_not_recorded(tmp_path: Path, scores: list[float]) -> None:
-    with pytest.raises(DataError, match="useless"):
+    with pytest.raises(DataError, match="unusable"):
         write_stats(tmp_path, scores)
     assert not (tmp_path / STATS_FILE).exists()
 

@@ -88,9 +88,9 @@ def test_rules_see_prompt_response_and_meta() -> None:
     [
         ("nowhere_at_all:f", "can't be imported"),
         (f"{HERE}:missing", "has no 'missing'; it has: .*words"),
-        (f"{HERE}:NOT_A_FUNCTION", "is a int; name a function"),
-        ("no_colon", "is not of the form package.module:function"),
-        (":f", "is not of the form"),
+        (f"{HERE}:NOT_A_FUNCTION", "is a int, not a function"),
+        ("no_colon", "does not have the form package.module:function"),
+        (":f", "does not have the form"),
     ],
 )
 def test_names_that_lead_nowhere_are_config_errors(name: str, fault: str) -> None:

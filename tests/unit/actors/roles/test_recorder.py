@@ -274,7 +274,7 @@ def test_nothing_is_listed_where_nothing_failed(recorder: RecorderWorker, tmp_pa
             HOSTILE,
             r"the gold rule .*:act failed on all 3 held-out responses: rule act: .*'a'\. Correct evaluation.gold",
         ),
-        (None, r"the reward failed on all 3 held-out responses: grader died. Correct what `reward` names"),
+        (None, r"the reward failed on all 3 held-out responses: grader died. Correct the section `reward`"),
     ],
 )
 def test_scores_that_all_fail_stop_the_evaluation(cluster: None, tmp_path: Path, gold: str | None, match: str) -> None:
