@@ -80,7 +80,7 @@ class PromptsConfig(Section):
     path: Path = Path("jobs/data/quickstart_prompts.jsonl")
     """Prompt file: JSONL, JSON or Parquet, plain or gzip/zstd."""
     format: Annotated[str, one_of(PROMPT_FORMATS, "auto")] = "auto"
-    """Record format: prompt, messages, hh-rlhf, alpaca, question. auto: detected from the first record's fields."""
+    """Record format (docs/data.md). auto: detected from the first record's fields."""
     limit: Positive | None = None
     """Read at most this many records."""
     max_prompt_tokens: Positive = 256

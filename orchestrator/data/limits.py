@@ -66,13 +66,14 @@ class Kept:
             f"{self._section}.limit."
         )
 
-    def check_share(self, num_rows: int) -> None:
-        """Raises DataError when nearly all rows of a long file repeat earlier ones."""
-        if num_rows % _SHARE_ROWS == 0 and self._num_records < num_rows * _MIN_SHARE:
-            raise DataError(
-                f"{self._path}: of its first {num_rows:,} rows only {self._num_records:,} give a new record, the "
-                f"others repeat them. Remove the repeated rows, or set {self._section}.limit."
-            )
+
+def check_share(path: str, section: str, num_rows: int, num_records: int) -> None:
+    """Raises DataError when nearly all rows of a long file repeat earlier ones."""
+    if num_rows % _SHARE_ROWS == 0 and num_records < num_rows * _MIN_SHARE:
+        raise DataError(
+            f"{path}: of its first {num_rows:,} rows only {num_records:,} give a new record, the others repeat them. "
+            f"Remove the repeated rows, or set {section}.limit."
+        )
 
 
 def size_of(value: Any) -> int:

@@ -79,6 +79,49 @@ class RankingRecord:
     tools: Tools = ()
 
 
+@dataclass(frozen=True, slots=True)
+class DemonstrationRecord:
+    """A whole conversation that ends with a reply of the assistant. All turns of the assistant are learned.
+
+    Several records may share an id (paths of one tree, instances of one instruction): they belong to the same side of a
+    split.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    tools: Tools = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentRecord:
+    """A text to learn as a whole."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledRecord:
+    """A reply that was found good (`label`) or bad. If the last message is the assistant's, the reply continues it."""
+
+    id: str
+    messages: tuple[Message, ...]
+    reply: Reply
+    label: bool
+    tools: Tools = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRecord:
+    """A reply and its score; 0 is a score. If the last message is the assistant's, the reply continues it."""
+
+    id: str
+    messages: tuple[Message, ...]
+    reply: Reply
+    score: float
+    tools: Tools = ()
+
+
 @dataclass(frozen=True)
 class ReadReport:
     """A reader's report: rows read, records kept, and why rows (or replies) were left out, with counts."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from orchestrator.data.formats.format import Format, field_sets
 from orchestrator.data.formats.transcripts import (
-    FieldSets,
     Ranked,
     after_begun,
     as_ranked,
@@ -68,17 +67,9 @@ def _listed(value: Any, key: str) -> Sequence[Any]:
     return replies
 
 
-@dataclass(frozen=True)
-class RankingFormat:
-    """`parse` gives the rankings of a row."""
-
-    fields: FieldSets
-    parse: Callable[[Fields], Iterable[Ranked]]
-
-
 # In this order: `auto` takes the first that fits.
-RANKING_FORMATS: dict[str, RankingFormat] = {
-    "ranking": RankingFormat([frozenset({"replies"})], _ranking),
-    "pairwise": RankingFormat([frozenset({key, "chosen", "rejected"}) for key in ("prompt", "context")], _pairwise),
-    "hh-rlhf": RankingFormat([frozenset({"chosen", "rejected"})], _hh_pair),
+RANKING_FORMATS: dict[str, Format[Ranked]] = {
+    "ranking": Format(field_sets("replies"), _ranking),
+    "pairwise": Format(field_sets("prompt chosen rejected", "context chosen rejected"), _pairwise),
+    "hh-rlhf": Format(field_sets("chosen rejected"), _hh_pair),
 }

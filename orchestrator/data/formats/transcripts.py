@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from orchestrator.data.formats.format import LeftOut
 from orchestrator.data.messages import (
     BadRow,
     Fields,
@@ -19,8 +20,6 @@ from orchestrator.data.messages import (
 from orchestrator.data.records import Message, Reply
 from orchestrator.data.values import describe
 
-FieldSets = Sequence[frozenset[str]]
-"""A row with all fields of one of these sets is of the format."""
 Ranked = tuple[Messages, tuple[Reply, ...]]
 
 
@@ -31,10 +30,6 @@ NOT_COMPARABLE = "whose transcripts differ in more than the last reply"
 
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-
-
-class LeftOut(Exception):
-    """The row is well formed but carries nothing to learn from; the message is the reason that is counted."""
 
 
 def conversations(fields: Fields, key: str) -> tuple[Messages, Messages]:
@@ -134,13 +129,23 @@ def _trimmed(message: Message) -> Message:
 
 
 def hh_transcripts(fields: Fields) -> tuple[Messages, Messages]:
-    return _transcript(fields, "chosen"), _transcript(fields, "rejected")
+    return whole_transcript(fields, "chosen"), whole_transcript(fields, "rejected")
 
 
-def _transcript(fields: Fields, key: str) -> Messages:
+def whole_transcript(fields: Fields, key: str) -> Messages:
     """A text `\\n\\nHuman: ...\\n\\nAssistant: ...`, or a whole conversation as a list of messages."""
     value = fields.get(key)
     return conversation(value, key) if is_messages(value) else transcript(text_of(fields, key), key)
+
+
+def with_reply(messages: Messages, value: Any, key: str) -> Messages:
+    """The conversation with its reply: text, a message, the turns after the prompt, or the whole conversation."""
+    whole = _continued(messages, value, key)
+    if not messages or messages[-1].role != "assistant" or len(whole) != len(messages) + 1:
+        return whole
+    (reply,) = after_begun(messages, [as_reply(value, key)])
+    rest = _as_message(reply)
+    return (*messages[:-1], replace(rest, content=messages[-1].content + rest.content))
 
 
 def without_last_reply(messages: Messages) -> Messages:

@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 
 from orchestrator.config.loader import load_config
-from orchestrator.data.formats.prompts import PROMPT_FORMATS, PromptFormat
+from orchestrator.data.formats.format import Format
+from orchestrator.data.formats.prompts import PROMPT_FORMATS
 from orchestrator.data.messages import Fields, Messages, text_of
 from orchestrator.data.readers import read_prompts
 from orchestrator.data.records import Message
 from orchestrator.errors import ConfigError
 
 
-def riddle(fields: Fields) -> Messages:
-    return (Message("user", text_of(fields, "riddle")),)
+def riddle(fields: Fields) -> list[Messages]:
+    return [(Message("user", text_of(fields, "riddle")),)]
 
 
-RIDDLE = PromptFormat([frozenset({"riddle"})], riddle, frozenset({"riddle"}))
+RIDDLE = Format([frozenset({"riddle"})], riddle, frozenset({"riddle"}))
 
 
 def test_a_format_takes_fewer_than_fifteen_lines_and_is_read_checked_and_guessed(

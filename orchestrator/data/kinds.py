@@ -1,0 +1,150 @@
+"""Kinds of data. Each has its formats, and a function that makes records of a row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+from orchestrator.data.formats.demonstrations import DEMONSTRATION_FORMATS
+from orchestrator.data.formats.format import Format, LeftOut
+from orchestrator.data.formats.prompts import EVERYWHERE, PROMPT_FORMATS
+from orchestrator.data.formats.rankings import RANKING_FORMATS
+from orchestrator.data.messages import BadRow, Fields, refuse_media, tools_of
+from orchestrator.data.records import (
+    DemonstrationRecord,
+    Message,
+    PromptRecord,
+    RankingRecord,
+    Tools,
+    content_digest,
+    content_id,
+    id_of,
+    identity_of,
+    last_user_text,
+    message_dicts,
+    reply_json,
+)
+from orchestrator.data.values import describe
+
+Record = TypeVar("Record")
+New = tuple[Record, bytes]
+"""A record, and a digest that is equal for equal records."""
+
+
+@dataclass(frozen=True)
+class Kind(Generic[Record]):
+    """Args:
+    section: of the config, for messages.
+    formats: by name; `auto` takes the first that fits.
+    records: what a row gives. Raises BadRow or LeftOut.
+    parts: the messages of a record, and whatever else of it takes memory.
+    has_distinct_ids: whether an id may name one record only.
+    """
+
+    section: str
+    formats: Mapping[str, Format[Any]]
+    records: Callable[[Fields, Format[Any]], Iterable[New[Record] | LeftOut]]
+    parts: Callable[[Record], tuple[Any, ...]]
+    has_distinct_ids: bool = False
+
+
+def _prompts(fields: Fields, form: Format[Any]) -> Iterator[New[PromptRecord] | LeftOut]:
+    given, tools = _common(fields, form)
+    meta = {key: value for key, value in fields.items() if key not in EVERYWHERE | form.consumed}
+    for messages in form.parse(fields):
+        if isinstance(messages, LeftOut):
+            yield messages
+            continue
+        _check_messages(messages, tools)
+        digest = content_digest(identity_of(messages, tools))
+        record = PromptRecord(given or id_of(digest), messages, last_user_text(messages), tools=tools)
+        yield replace(record, meta=_json_values(meta)) if meta else record, digest
+
+
+def _demonstrations(fields: Fields, form: Format[Any]) -> Iterator[New[DemonstrationRecord] | LeftOut]:
+    given, tools = _common(fields, form)
+    for messages in form.parse(fields):
+        if isinstance(messages, LeftOut):
+            yield messages
+            continue
+        replies = [index for index, turn in enumerate(messages) if turn.role == "assistant"]
+        if not replies:
+            yield LeftOut("conversations without a reply of the assistant")
+            continue
+        if any(not messages[index].content.strip() and not messages[index].tool_calls for index in replies):
+            yield LeftOut("conversations with an empty reply")
+            continue
+        learned = messages[: replies[-1] + 1]
+        yield from [LeftOut("turns after the last reply")] * (len(messages) - len(learned))
+        _check_messages(learned, tools)
+        digest = content_digest(identity_of(learned, tools))
+        yield DemonstrationRecord(given or id_of(digest), learned, tools), digest
+
+
+def _rankings(fields: Fields, form: Format[Any]) -> Iterator[New[RankingRecord] | LeftOut]:
+    given, tools = _common(fields, form)
+    for found in form.parse(fields):
+        if isinstance(found, LeftOut):
+            yield found
+            continue
+        messages, replies = found
+        _check_messages((*messages, *(reply for reply in replies if isinstance(reply, Message))), tools)
+        _check_text(reply for reply in replies if isinstance(reply, str))
+        digest = content_digest(identity_of(messages, tools), [reply_json(reply) for reply in replies])
+        yield RankingRecord(given or content_id(messages, tools), messages, replies, tools), digest
+
+
+PROMPTS = Kind[PromptRecord](
+    "prompts", PROMPT_FORMATS, _prompts, lambda record: (record.messages, record.meta, record.tools), True
+)
+DEMONSTRATIONS = Kind[DemonstrationRecord](
+    "demonstrations", DEMONSTRATION_FORMATS, _demonstrations, lambda record: (record.messages, record.tools)
+)
+RANKINGS = Kind[RankingRecord](
+    "preferences", RANKING_FORMATS, _rankings, lambda record: (record.messages, record.replies, record.tools)
+)
+
+
+def _common(fields: Fields, form: Format[Any]) -> tuple[str | None, Tools]:
+    """The id that the row gives, and its tools."""
+    refuse_media(fields, "the row")
+    return given_id(fields, form.id_key), tools_of(fields)
+
+
+def _check_messages(messages: Iterable[Message], tools: Tools) -> None:
+    for message in messages:
+        plain = (message.tool_calls, message.name, message.tool_call_id, message.extra) == ((), None, None, None)
+        _check_text([message.content if plain else json.dumps(message_dicts([message]), ensure_ascii=False)])
+    if tools:
+        _check_text([json.dumps(tools, ensure_ascii=False)])
+
+
+def _check_text(texts: Iterable[str]) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = f"{ord(text[error.start]):04x}"
+            raise BadRow(f"holds \\u{code}, half of a surrogate pair, which is no text; remove it") from None
+
+
+def given_id(fields: Fields, key: str) -> str | None:
+    given = fields.get(key)
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
+        raise BadRow(f"{key!r} must be text or a whole number, found {describe(given)}")
+    _check_text([str(given)])
+    return str(given)
+
+
+def _json_values(meta: dict[str, Any]) -> dict[str, Any]:
+    """Meta is JSON: values that only Parquet has (dates, bytes, decimals) become text, NaN becomes null."""
+    try:
+        text = json.dumps(meta, ensure_ascii=False, default=str)
+        _check_text([text])
+        return dict(json.loads(text, parse_constant=lambda name: None))
+    except (RecursionError, ValueError):
+        raise BadRow("nested too deeply, or a number with thousands of digits") from None

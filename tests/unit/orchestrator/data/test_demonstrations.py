@@ -1,0 +1,290 @@
+"""Demonstrations: every format gives whole conversations, and every bad row is named with its fault."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.data.formats.demonstrations import DEMONSTRATION_FORMATS
+from orchestrator.data.readers import read_demonstrations, read_prompts
+from orchestrator.data.records import Message, ToolCall, content_id
+from orchestrator.errors import DataError
+
+SYSTEM, ASKED, REPLY = Message("system", "s"), Message("user", "q"), Message("assistant", "a")
+TURNS = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+HH = "\n\nHuman: q\n\nAssistant: {}"
+
+
+def node(name: str, role: str, text: str, *replies: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"message_id": name, "role": role, "text": text, "replies": list(replies), **more}
+
+
+TREE = {
+    "message_tree_id": "t",
+    "prompt": node(
+        "t",
+        "prompter",
+        "q",
+        node("1", "assistant", "a", node("2", "prompter", "more?", node("3", "assistant", "b"))),
+        node("4", "assistant", "c", node("5", "prompter", "why?")),
+        node("6", "assistant", "d", deleted=True),
+    ),
+}
+
+
+def flat(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a flat table, as OASST's are published in Parquet."""
+    rows: list[dict[str, Any]] = []
+
+    def visit(found: dict[str, Any], parent: str | None) -> None:
+        others = {key: value for key, value in found.items() if key != "replies"}
+        rows.append({**others, "parent_id": parent, "message_tree_id": tree["message_tree_id"]})
+        for reply in found["replies"]:
+            visit(reply, found["message_id"])
+
+    visit(tree["prompt"], None)
+    return rows
+
+
+def write(folder: Path, *rows: Any) -> Path:
+    path = folder / "file.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+GOOD: list[tuple[str, dict[str, Any], list[Message]]] = [
+    ("messages", {"messages": TURNS}, [SYSTEM, ASKED, REPLY]),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [ASKED, REPLY]),
+    ("sharegpt", {"system": "s", "conversations": TURNS[1:]}, [SYSTEM, ASKED, REPLY]),
+    ("alpaca", {"instruction": "q", "input": "", "output": "a"}, [ASKED, REPLY]),
+    ("alpaca", {"instruction": "q", "input": "i", "output": "a"}, [Message("user", "q\n\ni"), REPLY]),
+    ("alpaca", {"instruction": "q", "context": "i", "response": "a"}, [Message("user", "q\n\ni"), REPLY]),
+    ("seeds", {"instruction": "q", "instances": [{"input": "", "output": "a"}]}, [ASKED, REPLY]),
+    (
+        "history",
+        {"prompt": "q", "response": "a", "history": [["q0", "a0"]]},
+        [Message("user", "q0"), Message("assistant", "a0"), ASKED, REPLY],
+    ),
+    ("prompt", {"prompt": "q", "completion": "a"}, [ASKED, REPLY]),
+    ("prompt", {"prompt": TURNS[:2], "completion": TURNS[2:]}, [SYSTEM, ASKED, REPLY]),
+    ("prompt", {"prompt": TURNS[:2], "response": "a"}, [SYSTEM, ASKED, REPLY]),
+    (
+        "prompt",
+        {"prompt": [TURNS[1], {"role": "assistant", "content": "Well, "}], "response": "a"},
+        [ASKED, Message("assistant", "Well, a")],
+    ),
+    ("question", {"question": "q", "answer": "a"}, [ASKED, REPLY]),
+    ("question", {"system_prompt": "s", "question": "q", "response": "a"}, [SYSTEM, ASKED, REPLY]),
+    ("chosen", {"chosen": HH.format("a"), "rejected": HH.format("b")}, [ASKED, REPLY]),
+    ("chosen", {"prompt": "q", "chosen": "a", "rejected": "b"}, [ASKED, REPLY]),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "expected"), GOOD)
+def test_each_format_is_detected_and_gives_whole_conversations(
+    tmp_path: Path, name: str, row: dict[str, Any], expected: list[Message]
+) -> None:
+    for format in ("auto", name):
+        (record,), report = read_demonstrations(write(tmp_path, row), format)
+        assert (report.format, record.messages) == (name, tuple(expected))
+        assert record.id == content_id(expected) and not report.left_out
+
+
+def test_a_row_of_every_format_is_tried() -> None:
+    assert {name for name, _, _ in GOOD} | {"oasst", "alpaca-template"} == set(DEMONSTRATION_FORMATS)
+
+
+def test_the_templates_of_stanford_alpaca_are_word_for_word_and_the_same_for_prompts(tmp_path: Path) -> None:
+    rows = [{"instruction": "Add {x}.", "input": "1 2", "output": "3"}, {"instruction": "Sing.", "output": "La"}]
+    path = write(tmp_path, *rows)
+    with_input = (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd {x}.\n\n### Input:\n1 2\n\n"
+        "### Response:"
+    )
+    without = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nSing.\n\n### Response:"
+    )
+    records, _ = read_demonstrations(path, "alpaca-template")
+    assert [record.messages for record in records] == [
+        (Message("user", with_input), Message("assistant", "3")),
+        (Message("user", without), Message("assistant", "La")),
+    ]
+    for format in ("alpaca", "alpaca-template"):
+        prompts, conversations = read_prompts(path, format)[0], read_demonstrations(path, format)[0]
+        assert [prompt.messages for prompt in prompts] == [record.messages[:-1] for record in conversations]
+
+
+def test_tools_calls_and_results_stay_turns(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    call = {"name": "add", "arguments": {"x": 1}}
+    row = {
+        "conversations": [
+            {"from": "human", "value": "1+1?"},
+            {"from": "function_call", "value": json.dumps(call)},
+            {"from": "observation", "value": "2"},
+            {"from": "gpt", "value": "two"},
+        ],
+        "tools": json.dumps(tools),
+    }
+    (record,), _ = read_demonstrations(write(tmp_path, row))
+    assert record.tools == tuple(tools)
+    assert record.messages == (
+        Message("user", "1+1?"),
+        Message("assistant", "", (ToolCall("add", '{"x": 1}'),)),
+        Message("tool", "2"),
+        Message("assistant", "two"),
+    )
+
+
+def test_a_tree_gives_the_path_to_every_leaf_and_counts_the_rest(tmp_path: Path) -> None:
+    expected = [["q", "a", "more?", "b"], ["q", "c"]]
+    left_out = {"turns after the last reply": 1, "messages that were deleted": 1}
+    for rows in ([TREE], flat(TREE)):
+        records, report = read_demonstrations(write(tmp_path, *rows))
+        assert [[turn.content for turn in record.messages] for record in records] == expected
+        assert {record.id for record in records} == {"t"}
+        assert (report.format, report.num_rows, report.left_out) == ("oasst", len(rows), left_out)
+
+
+def test_trees_of_a_flat_table_are_kept_apart(tmp_path: Path) -> None:
+    other = {"message_tree_id": "u", "prompt": node("u", "prompter", "x", node("v", "assistant", "y"))}
+    records, _ = read_demonstrations(write(tmp_path, *flat(TREE), *flat(other)))
+    assert [record.id for record in records] == ["t", "t", "u"]
+
+
+def test_prompts_of_a_tree_end_with_the_prompter(tmp_path: Path) -> None:
+    for rows in ([TREE], flat(TREE)):
+        records, report = read_prompts(write(tmp_path, *rows))
+        found = [[turn.content for turn in record.messages] for record in records]
+        assert found == [["q"], ["q", "a", "more?"], ["q", "c", "why?"]]
+        assert len({record.id for record in records}) == 3 and report.format == "oasst"
+
+
+def test_what_teaches_nothing_is_left_out_and_counted(tmp_path: Path) -> None:
+    answered = {"messages": TURNS}
+    rows = [
+        answered,
+        answered,
+        {"messages": TURNS[:2]},
+        {"messages": [*TURNS[:2], {"role": "assistant", "content": " "}]},
+        {"messages": [TURNS[1], TURNS[2], TURNS[1]]},
+    ]
+    records, report = read_demonstrations(write(tmp_path, *rows))
+    assert [record.messages for record in records] == [(SYSTEM, ASKED, REPLY), (ASKED, REPLY)]
+    assert report.left_out == {
+        "already read": 1,
+        "conversations without a reply of the assistant": 1,
+        "conversations with an empty reply": 1,
+        "turns after the last reply": 1,
+    }
+
+
+def test_a_conversation_may_begin_with_the_assistant(tmp_path: Path) -> None:
+    turns = [{"from": "gpt", "value": "a"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    (record,), _ = read_demonstrations(write(tmp_path, {"conversations": turns}))
+    assert record.messages == (REPLY, ASKED, REPLY)
+
+
+MEDIA = [{"type": "image_url", "image_url": {"url": "x"}}]
+BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
+    "messages": [
+        ({"text": "x"}, "field 'messages' is missing; the fields are: text"),
+        ({"messages": "q"}, "'messages' must be a list of {role, content}, found text"),
+        ({"messages": []}, "'messages' must be a list of {role, content}, found a list"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0]: role must be one of"),
+        ({"messages": [{"role": "user", "content": MEDIA}]}, "holds 'image_url', which a text model can't be shown"),
+        ({"messages": TURNS, "tools": "x"}, "tools is text but not JSON"),
+        ({"messages": TURNS, "id": 1.5}, "'id' must be text or a whole number"),
+    ],
+    "sharegpt": [
+        ({"conversation": []}, "field 'conversations' is missing; the fields are: conversation"),
+        ({"conversations": {"from": "human"}}, "'conversations' must be a list of {from, value}, found an object"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "conversations[0]: 'from' must be one of human, user"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "conversations[0]: content must be text, found a number"),
+        ({"conversations": [{"from": "human", "value": ""}]}, "conversations[0]: the user's content is empty"),
+        (
+            {"conversations": [{"from": "function_call", "value": "add(1)"}]},
+            "conversations[0].tool_calls is text but not JSON",
+        ),
+    ],
+    "oasst": [
+        ({"message_tree_id": "t"}, "field 'prompt' is missing"),
+        ({"message_tree_id": "t", "prompt": "q"}, "'prompt' must be the first message of a tree, found text"),
+        ({"message_tree_id": "t", "prompt": node("t", "human", "q")}, "prompt: role must be prompter or assistant"),
+        ({"message_tree_id": "t", "prompt": node("t", "prompter", "")}, "prompt: text must be text that is not empty"),
+        (
+            {"message_tree_id": "t", "prompt": {**node("t", "prompter", "q"), "replies": ["a"]}},
+            "prompt.replies must be a list of messages, found a list",
+        ),
+        ({**flat(TREE)[1], "parent_id": "x"}, "parent_id is no earlier message of its tree; sort the rows by tree"),
+    ],
+    "alpaca": [
+        ({"output": "a"}, "field 'instruction' is missing; the fields are: output"),
+        ({"instruction": "q"}, "field 'output' is missing; the fields are: instruction"),
+        ({"instruction": "", "output": "a"}, "'instruction' is empty"),
+        ({"instruction": "q", "input": 3, "output": "a"}, "'input' must be text, found a number"),
+        ({"instruction": "q", "output": ["a"]}, "'output' must be text, found a list"),
+    ],
+    "seeds": [
+        ({"instruction": "q"}, "field 'instances' is missing"),
+        ({"instruction": "q", "instances": []}, "'instances' must be a list of {input, output}, found a list"),
+        ({"instruction": "q", "instances": ["a"]}, "'instances' must be a list of {input, output}, found a list"),
+        ({"instruction": "q", "instances": [{"input": ""}]}, "field 'output' is missing"),
+        ({"instances": [{"input": "", "output": "a"}]}, "field 'instruction' is missing"),
+    ],
+    "history": [
+        ({"response": "a", "history": []}, "field 'prompt' is missing"),
+        ({"prompt": "q", "history": []}, "field 'response' is missing"),
+        ({"prompt": "q", "response": 1, "history": []}, "'response' must be text, found a number"),
+        (
+            {"prompt": "q", "response": "a", "history": "x"},
+            "'history' must be a list of [question, answer], found text",
+        ),
+        ({"prompt": "q", "response": "a", "history": [["q0"]]}, "history[0] must be [question, answer], two texts"),
+        ({"prompt": "q", "response": "a", "history": [["", "a0"]]}, "history[0]: the question is empty"),
+    ],
+    "prompt": [
+        ({"completion": "a"}, "field 'prompt' is missing"),
+        ({"prompt": "q"}, "field 'response' is missing"),
+        ({"prompt": " ", "response": "a"}, "'prompt' is empty"),
+        ({"prompt": "q", "response": None}, "'response' must be text or a list of texts, found null"),
+        ({"prompt": "q", "response": {"role": "user", "content": "a"}}, "'response' must be the assistant's"),
+    ],
+    "question": [
+        ({"answer": "a"}, "field 'question' is missing"),
+        ({"question": "q"}, "field 'answer' is missing"),
+        ({"question": ["q"], "answer": "a"}, "'question' must be text, found a list"),
+        ({"question": "", "answer": "a"}, "'question' is empty"),
+        ({"question": "q", "answer": 72}, "'answer' must be text, found a number"),
+    ],
+    "chosen": [
+        ({"rejected": "b"}, "field 'chosen' is missing"),
+        ({"chosen": "no turns", "rejected": "b"}, "'chosen' must be a transcript that starts with 'Human:'"),
+        ({"chosen": 3, "rejected": "b"}, "'chosen' must be text, found a number"),
+        ({"chosen": "", "rejected": "b"}, "'chosen' is empty"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "'prompt' must be text or a list of {role, content}"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "row", "fault"), [(name, *case) for name, cases in BAD.items() for case in cases])
+def test_a_bad_row_is_named_with_file_row_and_reason(
+    tmp_path: Path, name: str, row: dict[str, Any], fault: str
+) -> None:
+    good = TREE if name == "oasst" else next(found for known, found, _ in GOOD if known == name)
+    path = write(tmp_path, good, row)
+    with pytest.raises(DataError) as caught:
+        read_demonstrations(path, name)
+    message = str(caught.value)
+    assert str(path) in message and f"row 2: {fault}" in message.replace("messages[0].content[0] ", "")
+    assert f"demonstrations.format={name!r}" in message
+
+
+def test_five_kinds_of_bad_rows_are_tried_for_every_format() -> None:
+    assert set(BAD) | {"alpaca-template"} == set(DEMONSTRATION_FORMATS)
+    assert all(len(cases) >= 5 for cases in BAD.values())
