@@ -1,5 +1,5 @@
-"""A model and its optimizer, sharded over the ranks of a process group by DeepSpeed ZeRO. Every method is collective:
-all ranks call it, in the same order."""
+"""A model and its optimizer, sharded over the ranks of a process group by DeepSpeed ZeRO. All methods are collective:
+all ranks call them in the same order."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _BUCKET_ELEMENTS = 50_000_000
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimizer step says: sums over all ranks divided by the count, maxima, and the step's own numbers."""
+    """Metrics of one optimizer step. `means` are sums over all ranks, divided by the count."""
 
     means: Mapping[str, float]
     maxima: Mapping[str, float]
@@ -50,16 +50,15 @@ class Update:
 
 
 class Learner:
-    """A sharded model that learns.
+    """A sharded model with its optimizer.
 
-    Masters and Adam's moments are fp32. With bfloat16, gradients of micro-batches add up in fp32 in stages 1 to 3, and
-    in bf16 in stage 0, where DeepSpeed has no fp32 accumulation.
+    Master weights and Adam's moments are fp32. With bfloat16, gradients are accumulated in fp32 in stages 1 to 3. Stage
+    0 accumulates in bf16, because DeepSpeed has no fp32 accumulation there.
 
     Args:
-        model: PolicyModel or ValueModel; its `pretrained` is what is saved, exported and published.
-        config: how it learns.
-        dtype: what it computes in.
-        total_optimizer_steps: of the whole run or training; the learning-rate schedule ends with them.
+        model: PolicyModel or ValueModel; its `pretrained` is saved, exported and published.
+        dtype: compute type.
+        total_optimizer_steps: length of the learning-rate schedule, in optimizer steps of the whole run or training.
     """
 
     def __init__(
@@ -81,24 +80,24 @@ class Learner:
             _parameter_groups(model, config.weight_decay),
             lr=config.learning_rate,
             betas=config.adam_betas,
-            fused=True,  # on the CPU too: otherwise each step makes three temporaries as large as the masters
+            fused=True,  # on CPUs too: otherwise each step allocates three temporaries as large as the master weights
         )
         self._engine = distributed.initialize(model=model, optimizer=optimizer, config=_engine_config(config, dtype))
         self._engine.checkpoint_engine = SafeCheckpointEngine(self._engine._config)
         if config.zero_stage == 1 and dtype == "bfloat16":
-            # This wrapper's step clears its fp32 gradients, a pass over as many bytes as the masters; the engine then
-            # asks for it once more. And before each backward it fills the bf16 ones with zeros, to which autograd adds.
-            # Can go when DeepSpeed's BF16_Optimizer leaves cleared gradients alone, and drops those it has added up.
+            # This wrapper's step clears its fp32 gradients, and the engine then clears them a second time. Before each
+            # backward it fills the bf16 gradients with zeros, which autograd then reads. Both cost a pass over memory.
+            # Remove this when DeepSpeed's BF16_Optimizer skips cleared gradients and frees accumulated ones.
             wrapper = self._engine.optimizer
             wrapper.zero_grad = partial(wrapper.clear_lp_grads, set_to_none=True)
             wrapper.backward_prologue = wrapper.zero_grad
         if config.zero_stage == 0 and dtype == "bfloat16":
-            # This wrapper allocates Adam's state by a step with zero gradients, which counts in the bias correction.
+            # This wrapper allocates Adam's state with a zero-gradient step, which the bias correction would count.
             self._engine.optimizer.optimizer.state.clear()
         self.device: torch.device = self._engine.device
 
     def pass_through(self, micro: MicroBatch) -> Any:
-        """The model's output without gradient. With ZeRO-3, all ranks must make as many calls."""
+        """The model's output without gradient. With ZeRO-3, all ranks must make the same number of calls."""
         self._engine.eval()
         with torch.no_grad():
             return self._engine(micro)
@@ -107,14 +106,14 @@ class Learner:
         """One optimizer step on this rank's micro-batches of a minibatch.
 
         Args:
-            micros: at least one, as many on every rank.
+            micros: at least one; all ranks have the same number.
             objective: (model output, micro-batch) -> sums over the micro-batch.
-            count: tokens (or prompts) of the whole minibatch over all ranks; what the sums are divided by.
-            what: names the minibatch in errors.
+            count: divisor of the sums: tokens (or prompts) of the whole minibatch over all ranks.
+            what: name of the minibatch in errors.
 
         Raises:
-            NonFiniteError: a loss, or the global gradient norm, is NaN or infinite. Raised on all ranks before
-                anything is applied; this learner must not be used further.
+            NonFiniteError: a loss or the global gradient norm is NaN or infinite. Raised on all ranks before the
+                update is applied; this learner can't be used afterwards.
         """
         self._engine.train()
         sums: dict[str, float] = {}
@@ -123,7 +122,7 @@ class Learner:
         for index, micro in enumerate(micros):
             self._engine.set_gradient_accumulation_boundary(index == len(micros) - 1)
             terms = objective(self._engine(micro), micro)
-            # DeepSpeed averages gradients over ranks; the factor undoes that.
+            # DeepSpeed averages gradients over ranks; the factor world_size undoes it.
             loss = terms.loss * (micro.weight * self.world_size / count)
             if not torch.isfinite(loss):
                 bad_rows.extend(micro.rows)
@@ -151,15 +150,15 @@ class Learner:
         applied = self._engine.was_step_applied() if plain_norm is None else math.isfinite(plain_norm)
         if not applied:
             raise NonFiniteError(
-                f"{what}: the global gradient norm is NaN or infinite; the update was not applied. Look at the "
-                "samples of this step in the experience log; lower the learning rate or max_grad_norm."
+                f"{what}: the global gradient norm is NaN or infinite; the update was not applied. Inspect the "
+                "step's samples in the experience log; lower the learning rate or max_grad_norm."
             )
         self.optimizer_steps += 1
         return float(plain_norm if plain_norm is not None else self._engine.get_global_grad_norm()), lr
 
     @property
     def _is_plain_optimizer(self) -> bool:
-        """Stage 0 in fp32 runs torch's optimizer bare, without DeepSpeed's check for overflow."""
+        """Whether DeepSpeed runs torch's optimizer directly, without a check for overflow (stage 0 in fp32)."""
         return self.config.zero_stage == 0 and self.dtype == "float32"
 
     def _plain_norm(self) -> float:
@@ -174,14 +173,14 @@ class Learner:
         dist.all_gather_object(everyones, bad_rows)
         rows = sorted(row for part in everyones for row in part)
         raise NonFiniteError(
-            f"{what}: the loss is NaN or infinite in the micro-batches of rows {rows[:16]}; nothing was applied."
+            f"{what}: the loss is NaN or infinite in the micro-batches of rows {rows[:16]}; no update was applied."
         )
 
     def save(self, folder: Path) -> None:
-        """Writes weights, masters, optimizer and step count into `folder`: one file set per rank.
+        """Writes weights, master weights, optimizer and step count to `folder`, one file set per rank.
 
         Raises:
-            StorageError: a full disk, a missing permission.
+            StorageError: full disk or missing permission.
         """
         with writing(folder), _full_disks(folder):
             self._engine.save_checkpoint(
@@ -192,10 +191,10 @@ class Learner:
         dist.barrier()
 
     def load(self, folder: Path) -> None:
-        """Restores what `save` wrote, exactly: the next updates equal those of the saved learner bit for bit.
+        """Restores a saved state exactly: the next updates are bit-identical to those of the saved learner.
 
         Raises:
-            StorageError: it was not written by a learner of this shape, or is incomplete.
+            StorageError: the checkpoint is incomplete or comes from a learner of another shape.
         """
         try:
             saved = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
@@ -207,12 +206,12 @@ class Learner:
         wrong = [f"{key}={saved.get(key)} (now {mine[key]})" for key in mine if saved.get(key) != mine[key]]
         if wrong:
             raise StorageError(
-                f"{folder} was saved with {', '.join(wrong)}. Optimizer shards fit only the shape they were saved "
-                "with: continue with that shape, or start a new run from the exported weights."
+                f"{folder} was saved with {', '.join(wrong)}. Optimizer shards fit only the saved shape: "
+                "continue with that shape, or start a new run from the exported weights."
             )
         loaded, client_state = self._engine.load_checkpoint(str(folder), tag=_TAG)
         if loaded is None:
-            raise StorageError(f"{folder / _TAG} holds no DeepSpeed checkpoint of rank {self.rank}.")
+            raise StorageError(f"{folder / _TAG} contains no DeepSpeed checkpoint of rank {self.rank}.")
         self.optimizer_steps = int(client_state["optimizer_steps"])
 
     def _shape(self) -> dict[str, Any]:
@@ -224,12 +223,11 @@ class Learner:
         }
 
     def full_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(name, full tensor on the CPU) of the model's state: every parameter, tied ones once, and every buffer that
-        is saved, under transformers' names. With ZeRO-3 the ranks gather each tensor together, so all of them must run
-        the iterator to its end.
+        """(name, full tensor on the CPU) of the model's state under transformers' names: all parameters (tied once)
+        and all saved buffers. With ZeRO-3 all ranks gather each tensor together, so all must exhaust the iterator.
 
         Args:
-            dtype: of floating-point tensors; None: that which the model computes with.
+            dtype: of floating-point tensors; None: the model's compute type.
         """
         for name, tensor in named_state(self._pretrained):
             with self._gathered(tensor):
@@ -238,9 +236,9 @@ class Learner:
             yield name, copy
 
     def weight_specs(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """(name, dtype, shape) of what `full_weights` yields, in its order; nothing is gathered."""
+        """(name, dtype, shape) of the tensors of `full_weights`, in its order, without gathering them."""
         for name, tensor in named_state(self._pretrained):
-            # With ZeRO-3 a parameter is empty between uses and keeps its shape here.
+            # With ZeRO-3 a parameter is empty between uses; ds_shape is its full shape.
             yield name, tensor.dtype, tuple(getattr(tensor, "ds_shape", tensor.shape))
 
     def _gathered(self, tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -250,10 +248,10 @@ class Learner:
         return contextlib.nullcontext()
 
     def export(self, folder: Path, tokenizer: Any) -> None:
-        """Writes a plain Hugging Face folder: safetensors, config, generation config, tokenizer.
+        """Writes a Hugging Face folder: safetensors, config, generation config, tokenizer.
 
         Raises:
-            StorageError: on all ranks, see export_model.
+            StorageError: see export_model; raised on all ranks.
         """
         expected = self.pass_through(probe(self._model, self.device))[0]
         state = {name: tensor for name, tensor in self.full_weights() if self.rank == 0}
@@ -271,14 +269,14 @@ class Learner:
 
 @contextlib.contextmanager
 def _full_disks(folder: Path) -> Iterator[None]:
-    """Of a full disk torch's archive writer only says, in a RuntimeError, that its position is not what it expected."""
+    """Converts the RuntimeError that torch's archive writer raises on a full disk, which does not mention the disk."""
     try:
         yield
     except RuntimeError as error:
         if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
             raise
         free = shutil.disk_usage(folder).free
-        raise OSError(errno.ENOSPC, f"torch broke off writing, {free >> 20} MiB are free there", str(folder)) from error
+        raise OSError(errno.ENOSPC, f"torch stopped writing, {free >> 20} MiB are free there", str(folder)) from error
 
 
 def _engine_config(config: LearnerConfig, dtype: Dtype) -> dict[str, Any]:
@@ -300,13 +298,13 @@ def _engine_config(config: LearnerConfig, dtype: Dtype) -> dict[str, Any]:
     if config.zero_stage:
         engine["data_types"] = {"grad_accum_dtype": "fp32"}
     if config.zero_stage == 1:
-        # Otherwise what was added up in fp32 is rounded to bf16 and back, also where one rank has nothing to add.
+        # Otherwise gradients accumulated in fp32 are rounded to bf16 for communication, even on a single rank.
         engine["communication_data_type"] = "fp32"
     return engine
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Norms and biases do not decay."""
+    """Excludes norms and biases from weight decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not weight_decay:
         return [{"params": parameters, "weight_decay": 0.0}]

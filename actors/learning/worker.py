@@ -1,6 +1,6 @@
-"""What policy and critic workers share: a learner, answers to a shard by micro-batches, and the loop over minibatches.
+"""Base of policy and critic workers: a learner, forwards over a shard in micro-batches, and the loop over minibatches.
 
-In a group of N ranks every rank gets the same tables to learn from, and makes as many forwards as the others."""
+All ranks of a group get the same tables to learn from and make the same number of forwards."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Forward = Callable[[MicroBatch], Any]
 
 @dataclass(frozen=True)
 class Share:
-    """The rows i of a table with i % count == index; of rows that share their prompt, its groups."""
+    """The rows i of a table with i % count == index, or its groups i if rows share their prompt."""
 
     index: int = 0
     count: int = 1
@@ -38,15 +38,15 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class RankContext:
-    """What a rank of policy, critic or reference is built from besides its own section of the config.
+    """Inputs of a rank of policy, critic or reference in addition to its config section.
 
     Args:
         model: the policy.
         cache: folder of converted models.
-        template: text of model.chat_template, which goes with the exported policy; None: the tokenizer's own.
-        temperature: at which responses were sampled; all log-probs are at it.
-        seed: of a new head.
-        total_optimizer_steps: of the whole run.
+        template: text of model.chat_template, exported with the policy; None: the tokenizer's own.
+        temperature: sampling temperature, also used for all log-probs.
+        seed: seed of a new head.
+        total_optimizer_steps: optimizer steps of the whole run.
     """
 
     model: ModelConfig
@@ -59,12 +59,12 @@ class RankContext:
 
 
 class LearningWorker:
-    """One rank of a group that learns. Complete when constructed; see Learner for what is collective.
+    """One rank of a learning group. Its methods are collective, see Learner.
 
     Args:
-        tokenizer: goes with an exported model; None: nothing is exported.
-        compares: samples of one prompt are compared with each other: they stay in one minibatch, and their prompt is
-            computed once where the model can.
+        tokenizer: exported with the model; None: the model is never exported.
+        compares: the algorithm compares the samples of a prompt: they stay in one minibatch, and their prompt is
+            computed once if the model supports it.
     """
 
     def __init__(
@@ -113,10 +113,10 @@ class LearningWorker:
         num_minibatches: int,
         enough: Callable[[Update], bool] = lambda update: False,
     ) -> list[tuple[float, int, Update]]:
-        """All optimizer steps of one step; ends after the first one that is `enough`.
+        """Runs the optimizer steps of one step. Stops after the first update for which `enough` is true.
 
         Returns:
-            (learned tokens, epoch, update) of every optimizer step.
+            (learned tokens, epoch, update) of each optimizer step.
         """
         lines = rows.bundles(longest=self.micro_batch_tokens, shared=self.shares_prompts)
         updates: list[tuple[float, int, Update]] = []
@@ -156,10 +156,10 @@ def answers(
     device: torch.device,
     shares_prompts: bool = False,
 ) -> Iterator[tuple[MicroBatch, Any]]:
-    """(micro-batch, output) for this share of the rows, dummies run but left out.
+    """Yields (micro-batch, output) for this share of the rows. Dummies are run but not yielded.
 
     Args:
-        shares_prompts: neighbours with the same prompt are one of what is dealt, and their prompt is computed once.
+        shares_prompts: adjacent rows with the same prompt stay together, and their prompt is computed once.
     """
     lines = rows.bundles(longest=micro_batch_tokens, shared=shares_prompts)
     lengths = [rows.line_length(line) for line in lines]
@@ -172,7 +172,7 @@ def answers(
 
 
 def token_lists(parts: Sequence[tuple[MicroBatch, Tensor]]) -> tuple[npt.NDArray[np.int64], pa.ListArray]:
-    """(table positions of the rows, their per-token numbers as lists), rows in ascending order."""
+    """(table positions of the rows in ascending order, their per-token values as lists)"""
     pieces = {
         row: piece
         for micro, values_N in parts
@@ -186,7 +186,7 @@ def token_lists(parts: Sequence[tuple[MicroBatch, Tensor]]) -> tuple[npt.NDArray
 
 
 def averaged(updates: Sequence[tuple[float, int, Update]]) -> dict[str, float]:
-    """Metrics of a step: token-weighted means, largest maxima, mean and largest grad norm, last learning rate."""
+    """Metrics of a step: token-weighted means, maxima, mean and largest gradient norm, last learning rate."""
     total = sum(count for count, _, _ in updates)
     names = updates[0][2].means
     metrics = {name: sum(count * update.means[name] for count, _, update in updates) / total for name in names}

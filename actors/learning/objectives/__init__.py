@@ -1,1 +1,1 @@
-"""Loss functions, and the objectives of algorithms that are made of them."""
+"""Loss functions, and the objectives of algorithms that combine them."""

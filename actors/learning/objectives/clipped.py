@@ -1,4 +1,4 @@
-"""The clipped surrogate of PPO, as it is where there is no critic (GRPO, RLOO)."""
+"""The clipped surrogate objective of PPO without a critic (GRPO, RLOO)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from orchestrator.algorithms.algorithm import Algorithm
 
 
 class ClippedObjective(Objective):
-    """Clipped surrogate, entropy bonus, and KL to the reference where it is in the loss."""
+    """Clipped surrogate, entropy bonus, and KL to the reference if it is part of the loss."""
 
     policy_columns = ("old_logprobs", "ref_logprobs", "engine_logprobs", "advantages")
 

@@ -1,7 +1,7 @@
-"""Losses. Each returns sums over its tokens (or prompts); who calls divides by the count of the whole minibatch, over
-all ranks, so that the gradient does not depend on micro-batches, packing or ranks.
+"""Losses. Each returns sums over its tokens (or prompts). The caller divides by the count of the whole minibatch over
+all ranks, so the gradient does not depend on micro-batches, packing or ranks.
 
-Shapes: N response tokens laid end to end, B sequences.
+Shapes: N response tokens, concatenated; B sequences.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.nn import functional
 class LossTerms:
     """Args:
     loss: the sum to differentiate.
-    sums: metric sums, detached; divided by the same count as the loss, unless their name says otherwise.
-    maxima: metrics that combine by maximum.
+    sums: detached sums of metrics; divided by the same count as the loss unless stated otherwise.
+    maxima: metrics that are merged by maximum.
     """
 
     loss: Tensor
@@ -57,12 +57,12 @@ def policy_loss(
 
 
 def whiten(advantages_N: Tensor, mean: float, std: float) -> Tensor:
-    """(a - mean) / (std + 1e-8) with moments of the whole batch, so that it does not depend on sharding."""
+    """(a - mean) / (std + 1e-8) with moments of the whole batch, so the result does not depend on sharding."""
     return (advantages_N - mean) / (std + 1e-8)
 
 
 def importance_weights(old_logprobs_N: Tensor, engine_logprobs_N: Tensor, cap: float) -> Tensor:
-    """Truncated importance weights of learner over engine: min(exp(old - engine), cap), without gradient."""
+    """Truncated importance weights between learner and engine: min(exp(old - engine), cap), without gradient."""
     return (old_logprobs_N - engine_logprobs_N).exp().clamp(max=cap).detach()
 
 
@@ -73,7 +73,7 @@ def kl_loss(logprobs_N: Tensor, ref_logprobs_N: Tensor) -> Tensor:
 
 
 def value_loss(values_N: Tensor, old_values_N: Tensor, returns_N: Tensor, *, clip_value: float | None) -> LossTerms:
-    """½ max((V - R)², (clip(V, V_old ± c) - R)²), summed; without clipping when `clip_value` is None."""
+    """½ max((V - R)², (clip(V, V_old ± c) - R)²), summed; not clipped if `clip_value` is None."""
     squares_N = (values_N - returns_N) ** 2
     clipped = torch.zeros((), device=values_N.device)
     if clip_value is not None:
@@ -89,15 +89,15 @@ def value_loss(values_N: Tensor, old_values_N: Tensor, returns_N: Tensor, *, cli
 def ranking_loss(scores_B: Tensor, quality_B: Tensor, group_B: Tensor) -> LossTerms:
     """Reward-model loss of InstructGPT (Ouyang 2022, eq. 1), summed over prompts.
 
-    All pairs of one prompt are in one term: the mean of -log σ(s_better - s_worse) over its pairs. Divide by the
-    number of prompts. Ties make no pair.
+    The term of a prompt is the mean of -log σ(s_better - s_worse) over its pairs. Divide by the number of prompts. Ties
+    form no pair.
 
     Args:
-        quality_B: a number that is higher for a better reply.
-        group_B: number of the prompt that each reply answers.
+        quality_B: higher for a better reply.
+        group_B: id of the prompt of each reply.
 
     Returns:
-        Sums `ranking_loss` (over prompts), and over pairs `pairs`, `correct_pairs`, `margin_pairs`.
+        Sums `ranking_loss` over prompts, and `pairs`, `correct_pairs`, `margin_pairs` over pairs.
     """
     same_BB = group_B[:, None] == group_B[None, :]
     better_BB = same_BB & (quality_B[:, None] > quality_B[None, :])
@@ -116,11 +116,11 @@ def ranking_loss(scores_B: Tensor, quality_B: Tensor, group_B: Tensor) -> LossTe
 
 
 def _pairs_per_group(better_BB: Tensor, same_BB: Tensor) -> Tensor:
-    """For every reply, the number of pairs of its prompt."""
+    """For each reply, the number of pairs of its prompt."""
     return same_BB.float() @ better_BB.sum(1).float()
 
 
 def sft_loss(logprobs_N: Tensor, mask_N: Tensor) -> LossTerms:
-    """Cross entropy over the tokens whose mask is 1, summed; divide by their number."""
+    """Cross entropy, summed over the tokens whose mask is 1. Divide by their number."""
     loss = -(logprobs_N * mask_N).sum()
     return LossTerms(loss, {"sft_loss": loss.detach(), "tokens": mask_N.sum()})

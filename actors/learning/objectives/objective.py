@@ -1,4 +1,4 @@
-"""What every objective is made of: the torch half of an algorithm."""
+"""Base class of objectives, the torch half of an algorithm."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Columns = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class LearnJob:
-    """What a step's learning needs beside its experience.
+    """Inputs of a step's learning in addition to its experience.
 
     Args:
-        step: of the coordinator; names the step in errors and seeds the minibatches together with `seed`.
+        step: step of the coordinator; names the step in errors and, with `seed`, seeds the minibatches.
         advantage_mean, advantage_std: moments over the whole step, for whitening.
-        kl_coefficient: weight of the KL to the reference where it is in the loss.
-        seed: of the run.
+        kl_coefficient: weight of the KL to the reference if it is part of the loss.
+        seed: seed of the run.
     """
 
     step: int
@@ -32,11 +32,11 @@ class LearnJob:
 
 
 class Objective(ABC):
-    """What the policy, and the critic if there is one, minimise. Built from the section `algorithm`.
+    """The losses of the policy and of the critic, if there is one. Built from the section `algorithm`.
 
-    Shapes: N learned tokens of a micro-batch laid end to end.
+    Shapes: N learned tokens of a micro-batch, concatenated.
 
-    `policy_columns`, `critic_columns`: columns of schema.EXPERIENCE that the losses read; the critic's are at least
+    `policy_columns`, `critic_columns`: columns of schema.EXPERIENCE that the losses read; the critic's always include
     `values` and `returns`.
     """
 
@@ -48,5 +48,5 @@ class Objective(ABC):
         """The policy's loss of one micro-batch."""
 
     def critic_terms(self, values_N: Tensor, columns: Columns) -> LossTerms:
-        """The critic's loss of one micro-batch, where the algorithm needs a critic."""
+        """The critic's loss of one micro-batch, if the algorithm needs a critic."""
         raise NotImplementedError(f"{type(self).__name__} has no critic")

@@ -1,4 +1,4 @@
-"""The table of objectives: the torch halves of orchestrator/algorithms/table.py, by the same names."""
+"""The table of objectives: the torch halves of the algorithms in orchestrator/algorithms/table.py, by name."""
 
 from __future__ import annotations
 
