@@ -223,7 +223,7 @@ class Learner:
         }
 
     def full_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(name, full tensor on the CPU) of the model's state under transformers' names: all parameters (tied once)
+        """(name, full tensor on the CPU) of the state under transformers' names: all parameters (tied ones once)
         and all saved buffers. With ZeRO-3 all ranks gather each tensor together, so all must exhaust the iterator.
 
         Args:
