@@ -1,4 +1,4 @@
-"""Waiting for several things at once."""
+"""Runs several awaitables concurrently."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 async def together(work: Iterable[Awaitable[T]]) -> list[T]:
-    """Awaits all; on the first failure cancels the rest, waits for them to end, and raises that failure itself.
+    """Awaits all. On the first failure it cancels the rest, waits for them to end, and raises that failure.
 
-    Unlike `asyncio.gather` it leaves nothing running, unlike `TaskGroup` it raises no ExceptionGroup.
+    Unlike `asyncio.gather` it leaves nothing running; unlike `TaskGroup` it raises no ExceptionGroup.
     """
     tasks = [asyncio.ensure_future(item) for item in work]
     if not tasks:
@@ -30,7 +30,7 @@ def _failed_first(tasks: Sequence[asyncio.Future[T]]) -> Sequence[asyncio.Future
 
 
 async def cancel(tasks: Iterable[asyncio.Future[Any]]) -> None:
-    """Cancels what still runs and waits for its end; failures of cancelled work are ignored."""
+    """Cancels unfinished tasks and waits for them to end. Ignores their failures."""
     pending = [task for task in tasks if not task.done()]
     for task in pending:
         task.cancel()
@@ -38,6 +38,6 @@ async def cancel(tasks: Iterable[asyncio.Future[Any]]) -> None:
 
 
 async def both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, T]) -> tuple[T, T]:
-    """Two of the same type, at the same time."""
+    """Awaits two coroutines of the same type concurrently."""
     one, two = await together([first, second])
     return one, two

@@ -1,13 +1,13 @@
-"""The coordinator: the one loop that drives the roles. It knows no Ray and no torch, and holds no tensors.
+"""The coordinator: the loop that drives the roles. It does not depend on Ray or torch and holds no tensors.
 
-One step, and who waits for whom (roles.py has the calls):
+One step, and which call waits for which (roles.py has the calls):
 
-    sample   engines            →  rollouts, stamped with the version of the weights that sampled them
-    score    reference, reward, critic, policy, in parallel, each shard as soon as it is there
-    commit   recorders          →  experience, durable before anything is learned from it
+    sample   engines            →  rollouts, labelled with the version of the weights that sampled them
+    score    reference, reward, critic, policy, in parallel, each shard as soon as it is sampled
+    commit   recorders          →  experience, durable before learning starts
     learn    policy and critic, in parallel, sharded over their ranks
-    publish  policy → engines   →  every engine at version step + 1, proved
-    save     policy, critic     →  a checkpoint when due, beside the next sample; learning waits for it
+    publish  policy → engines   →  all engines at version step + 1, verified
+    save     policy, critic     →  a checkpoint when due, during the next sampling; learning waits for it
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from orchestrator.watching.telemetry import Telemetry
 
 @dataclass(frozen=True, kw_only=True)
 class Relearning:
-    """A run is a fold over its log, state[k + 1] = learn(state[k], experience[k]): the part that needs no engines.
+    """The part of a run that needs no engines: a fold over its log, state[k + 1] = learn(state[k], experience[k]).
 
     Args:
-        steps: the step to end before.
-        critic_warmup_steps: first steps in which only the critic learns.
-        next_kl_coefficient: from this step's coefficient, its KL per response, and its samples.
+        steps: number of steps; the step at which to stop.
+        critic_warmup_steps: number of initial steps in which only the critic learns.
+        next_kl_coefficient: (coefficient, KL per response, number of samples) of a step -> the next coefficient.
     """
 
     steps: int
@@ -46,7 +46,7 @@ class Relearning:
     telemetry: Telemetry
 
     async def relearn(self, state: State) -> State:
-        """Learns from what the log holds, from `state` on and up to `steps`."""
+        """Learns from the logged steps, starting at `state`, up to `steps`."""
         while state.step < self.steps and self.log.holds(state.step):
             with self.telemetry.step(state.step) as record:
                 experience = await self.log.load(state.step)
@@ -72,7 +72,7 @@ class Relearning:
 
 @dataclass(frozen=True, kw_only=True)
 class Coordinator(Relearning):
-    """All parts are handed in, complete; none of them holds the coordinator."""
+    """Runs all steps. No part holds a reference to the coordinator."""
 
     roles: Roles
     sampler: Sampler
@@ -82,7 +82,7 @@ class Coordinator(Relearning):
     supervisor: Supervisor
 
     async def run(self, initial: State) -> State:
-        """All steps. After a failure that the supervisor answers it begins again where every attempt begins."""
+        """Runs all steps. After each failure that the supervisor handles, it restarts from the last checkpoint."""
         return await self.supervisor.until_done(lambda: self._run_on(initial))
 
     async def _run_on(self, initial: State) -> State:
@@ -118,7 +118,7 @@ class Coordinator(Relearning):
         return state
 
     async def restore(self, initial: State) -> State:
-        """The last checkpoint, then learned again from what the log holds beyond it."""
+        """Restores the last checkpoint, then learns the logged steps after it again."""
         saved = await self.checkpoints.restore() or initial
         self.telemetry.rewind(saved.step)
         state = await self.relearn(saved)
@@ -153,7 +153,7 @@ class Coordinator(Relearning):
 
 
 def _whence(saved: State, state: State) -> Mapping[str, str]:
-    """What a run goes on with, and where it comes from."""
+    """The parts of a resumed run's state, and the source of each."""
     again = f"steps {saved.step} to {state.step - 1}" if state.step > saved.step else "nothing"
     return {
         "weights, fp32 masters, optimizers, learning rates": f"checkpoint of step {saved.step}"

@@ -1,20 +1,20 @@
-"""All errors, as a tree. The exit code of every job follows from the class.
+"""The tree of errors. The class determines the exit code of a job.
 
-RlhfError                     exit  the message says what, where and the way out
+RlhfError                     exit  the message says what, where and the remedy
 ├── ConfigError                 2   a key, a value or a combination of values
 ├── DataError                   2   a file, a row, a tokenizer or a model folder
 ├── CapacityError               2   the cluster is too small, or does not answer
 ├── RoleError                   1   an actor failed; carries role, rank and operation
-│   └── RoleLost                1   it can't answer, through no fault of its program
+│   └── RoleLost                1   it can't answer, but not because of an error in its code
 │       ├── RoleDied            1   its process is gone
 │       ├── DeadlineExceeded    1   it did not answer in time
 │       ├── PeerLost            1   another rank of its process group is gone
 │       └── ObjectGone          1   an object that it needs was lost with a node
-├── PublishError                1   an engine does not hold the announced weights
+├── PublishError                1   an engine does not hold the published weights
 ├── StorageError                1   the log or a checkpoint can't be written or trusted
-├── RewardError                 1   more rewards failed than the budget allows
+├── RewardError                 1   more rewards failed than are allowed
 ├── NonFiniteError              1   loss, gradient or reward is NaN or infinite
-├── Superseded                  1   a newer attempt writes this run
+├── Superseded                  1   a newer attempt is writing this run
 └── GuardTripped                3   a guard stopped the run
 """
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 
 class RlhfError(Exception):
-    """Base of every error that this program raises on purpose."""
+    """Base of all errors that this program raises deliberately."""
 
     exit_code = 1
 
@@ -43,10 +43,10 @@ class RoleError(RlhfError):
     """An actor failed.
 
     Args:
-        role: the role whose actor failed, e.g. "critic".
-        rank: rank or replica number inside the role's group.
-        operation: what it was asked to do.
-        cause: one line that says why.
+        role: role of the actor, e.g. "critic".
+        rank: rank or replica number in the role's group.
+        operation: the operation that failed.
+        cause: the reason, in one line.
     """
 
     def __init__(self, role: str, rank: int, operation: str, cause: str) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation files, and the gain of a policy over the one it started from, on the same held-out prompts."""
+"""Evaluation files, and the gain of a policy over the initial policy on the same held-out prompts."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ EVALUATION = pa.schema(
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("prompt_text", pa.string(), nullable=False),
         pa.field("response_text", pa.string(), nullable=False),
-        pa.field("gold", pa.float64()),  # null where it failed
+        pa.field("gold", pa.float64()),  # null: it failed
         pa.field("kl", pa.float64(), nullable=False),  # to the reference, summed over the response (k1)
-        pa.field("length", pa.int32(), nullable=False),  # tokens, EOS included
-        pa.field("reward", pa.float64()),  # of the training reward; null where it failed or was not asked
+        pa.field("length", pa.int32(), nullable=False),  # tokens, including EOS
+        pa.field("reward", pa.float64()),  # the training reward; null: it failed or was not computed
     ]
 )
 
@@ -46,7 +46,7 @@ class EvaluationRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Gold scores of a last policy against a first one, prompt by prompt.
+    """Paired comparison of gold scores of a last policy with those of a first policy.
 
     `low` and `high` bound the 95 % percentile interval of `delta_in_sd`. All three are NaN if the first policy's
     scores are all equal, because their SD is zero. `delta_low` and `delta_high` are in gold units.
@@ -70,18 +70,18 @@ def evaluation_file(folder: Path, version: int) -> Path:
 
 
 def read_evaluation(path: Path) -> pa.Table:
-    """A table of EVALUATION. Raises StorageError when the file can't be read or has other columns."""
+    """Reads a table of EVALUATION. Raises StorageError if the file can't be read or has other columns."""
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise StorageError(f"evaluation {path} can't be read ({type(error).__name__}). Restore or delete it.") from None
     if table.schema.names != EVALUATION.names:
-        raise StorageError(f"evaluation {path} has other columns than this version of the program writes.")
+        raise StorageError(f"evaluation {path} has columns of another version of this program.")
     return table
 
 
 def evaluation_metrics(table: pa.Table) -> Metrics:
-    """The `evaluation/*` metrics of a table of EVALUATION; one without a value is left out."""
+    """The `evaluation/*` metrics of a table of EVALUATION, without those that have no value."""
     metrics = {
         "evaluation/gold_mean": pc.mean(table["gold"]).as_py(),
         "evaluation/gold_std": pc.stddev(table["gold"], ddof=1).as_py(),
@@ -98,8 +98,8 @@ def compare(
 ) -> Comparison:
     """Paired bootstrap over prompts (Efron & Tibshirani 1993, percentile interval).
 
-    Prompts that only one side has are left out; several responses to a prompt count as their mean. The standard
-    deviation is that of the first policy's single scores (n - 1).
+    Prompts that only one side has are excluded. Several responses to a prompt are averaged. The standard deviation is
+    that of the first policy's individual scores (n - 1).
 
     Raises:
         DataError: the two sides have no prompt in common, or a score is not finite.
@@ -108,8 +108,8 @@ def compare(
     common = [prompt_id for prompt_id in first_of if prompt_id in last_of]
     if not common:
         raise DataError(
-            "the two evaluations have no prompt in common that was scored in both; compare evaluations of one run, and "
-            "see the failed-*.jsonl beside them for scores that failed."
+            "no prompt was scored in both evaluations; compare evaluations of one run, and see the failed-*.jsonl next "
+            "to them for failed scores."
         )
     first_P = np.array([first_of[prompt_id] for prompt_id in common])
     last_P = np.array([last_of[prompt_id] for prompt_id in common])

@@ -83,7 +83,7 @@ def category_of(error: RlhfError) -> Category:
 
 
 class Supervisor(Protocol):
-    """Carries decisions out."""
+    """Executes decisions."""
 
     async def until_done(self, work: Callable[[], Awaitable[T]]) -> T:
         """Awaits `work`, and again after each failure from which the run can recover. Raises all other failures."""

@@ -27,9 +27,9 @@ class Evaluation:
     to it lists failed scores.
 
     Args:
-        folder: where the files go.
-        requests: what to sample; empty: never evaluate.
-        every_steps: number of steps between evaluations; 0: before the first and after the last only.
+        folder: folder of the evaluation files.
+        requests: samples to draw; empty: no evaluation.
+        every_steps: steps between evaluations; 0: only before the first and after the last step.
     """
 
     def __init__(
@@ -108,6 +108,6 @@ class Evaluation:
 
 
 def _version(path: Path) -> int:
-    """-1 for a file that is not ours."""
+    """-1: the file is not from this program."""
     found = re.fullmatch(r"step-(\d{6,})", path.stem)
     return int(found[1]) if found else -1

@@ -1,6 +1,6 @@
-"""Which prompts are sampled in which step, and with which seeds: pure functions of the run seed.
+"""Selects the prompts and seeds of each step: pure functions of the run seed.
 
-Nothing here keeps a position: step k of a resumed run makes the same requests as step k of an uninterrupted one.
+There is no stored position: step k of a resumed run makes the same requests as in an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def split(
     """Splits by a hash of the prompt id: a prompt keeps its part when others are added, removed or reordered.
 
     Args:
-        salt: part of the hash. To split one part of a split again, use another salt: under the same one its prompts
-            would all fall on one side.
+        salt: part of the hash. To split a part again, use another salt: with the same salt all its prompts would fall
+            on one side.
 
     Raises:
         ConfigError: the fractions leave no room for training.
@@ -67,7 +67,7 @@ def split(
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A number in [0, 2**63) that depends on every part, the same on every machine and in every process."""
+    """A number in [0, 2**63) that depends only on the parts and is equal on all machines and in all processes."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8], "big") >> (64 - _SEED_BITS)

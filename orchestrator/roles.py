@@ -1,13 +1,13 @@
 """The calls that the coordinator makes to the roles. All calls are awaited, have deadlines, and fail with an RlhfError,
 mostly errors.RoleError. actors/ implements these Protocols on Ray; tests implement them in memory.
 
-    who waits for whom, in one step
+    waits in one step
 
     sampler      waits for  Rollouts.generate        one call per shard, in parallel over the engines
     coordinator  waits for  Scorer.score             four scorers, each shard as soon as it is sampled
     coordinator  waits for  Recorder.record          one call per shard: join, advantages, write Parquet
     coordinator  waits for  Learner.learn            policy and critic at the same time
-    coordinator  waits for  Publisher.publish        the policy's weights, to every engine, verified
+    coordinator  waits for  Publisher.publish        the policy's weights, to all engines, verified
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Rollouts(Protocol):
     def num_engines(self) -> int: ...
 
     async def generate(self, request: ShardRequest) -> RolloutShard:
-        """Samples one shard on the next free engine. Raises RoleError when the engine fails."""
+        """Samples one shard on the next free engine. Raises RoleError if the engine fails."""
 
     async def wake(self) -> None:
         """Makes engines ready to sample (no-op if they share no GPU with a learner)."""
@@ -57,20 +57,20 @@ class Learner(Scorer, Protocol):
     """A model that learns: the policy or the critic."""
 
     async def learn(self, experience: Experience) -> Metrics:
-        """Runs all epochs and minibatches of one step. Raises NonFiniteError before anything non-finite is applied."""
+        """Runs all epochs and minibatches of one step. Raises NonFiniteError before a non-finite update is applied."""
 
     async def save(self, folder: Path) -> None:
-        """Writes weights, masters, optimizer and schedule, one file set per rank, into an existing folder."""
+        """Writes weights, master weights, optimizer and schedule to an existing folder, one file set per rank."""
 
     async def load(self, folder: Path) -> None:
-        """Restores what `save` wrote. Raises StorageError when it does not fit."""
+        """Restores a saved state. Raises StorageError if it does not fit this learner."""
 
     async def export(self, folder: Path) -> None:
-        """Writes a plain Hugging Face folder: safetensors, tokenizer, generation config."""
+        """Writes a Hugging Face folder: safetensors, tokenizer, generation config."""
 
 
 class NoCritic:
-    """Takes the critic's place in runs whose algorithm needs none."""
+    """Replaces the critic in runs whose algorithm needs none."""
 
     async def score(self, shard: RolloutShard) -> Sequence[Handle]:  # noqa: ARG002  Protocol
         return ()
@@ -90,20 +90,20 @@ class NoCritic:
 
 class Publisher(Protocol):
     async def publish(self, version: int) -> PublishReport:
-        """Brings every engine to the policy's current weights, announced as `version`, and proves it.
+        """Sends the policy's current weights to all engines as `version`, and verifies them.
 
-        Raises PublishError naming the tensors on which an engine and the trainer disagree.
+        Raises PublishError, which names the tensors that differ between an engine and the learner.
         """
 
 
 class Recorder(Protocol):
-    """Assembles experience near the data and writes it; the experience log keeps the manifest."""
+    """Assembles and writes experience on the nodes that hold the data; the experience log writes the manifest."""
 
     async def record(self, shard: ScoredShard, *, kl_coefficient: float, file: str) -> tuple[Handle, ShardRecord]:
         """Joins a shard's scores, computes token rewards and advantages, writes `file` durably; (table, record)."""
 
     async def load(self, record: ShardRecord, *, file: str) -> Handle:
-        """Reads a committed file back, its checksum verified. Raises StorageError naming the file."""
+        """Reads a committed file and verifies its checksum. Raises StorageError, which names the file."""
 
     async def evaluate(self, shards: Sequence[EvaluatedShard], *, file: str) -> Metrics:
         """Joins held-out samples with their scores and gold scores, writes `file`, returns `evaluation/*` metrics."""
@@ -111,14 +111,14 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Learners:
-    """What learns."""
+    """The roles that learn."""
 
     policy: Learner
     critic: Learner = NoCritic()  # noqa: RUF009  it has no state
 
     @property
     def by_role(self) -> Mapping[str, Learner]:
-        """Those that there are, by the name of their role."""
+        """The existing learners by role name."""
         return {
             role: learner
             for role, learner in (("policy", self.policy), ("critic", self.critic))
@@ -128,7 +128,7 @@ class Learners:
 
 @dataclass(frozen=True, kw_only=True)
 class Roles(Learners):
-    """All roles of reinforcement learning: the one value that the coordinator and evaluation are handed."""
+    """All roles of reinforcement learning, as the coordinator and evaluation use them."""
 
     rollouts: Rollouts
     reference: Scorer
@@ -138,7 +138,7 @@ class Roles(Learners):
 
 
 class Trackers(Protocol):
-    """A destination of metrics besides the run's JSONL file."""
+    """A destination of metrics in addition to the run's JSONL file."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 

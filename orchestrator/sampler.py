@@ -14,7 +14,7 @@ from orchestrator.types import RolloutShard, SampleRequest, Sampling, ShardReque
 
 
 class Schedule(Protocol):
-    """What to sample in which step: a pure function of the step."""
+    """The samples of each step: a pure function of the step."""
 
     def requests(self, step: int) -> Sequence[SampleRequest]: ...
 
@@ -30,7 +30,7 @@ class StepRollouts:
 def cut_into_shards(
     step: int, requests: Sequence[SampleRequest], *, samples_per_shard: int, sampling: Sampling
 ) -> list[ShardRequest]:
-    """Cuts in order; the cut depends only on the size, not on the number of engines."""
+    """Splits requests in order. The split does not depend on the number of engines."""
     starts = range(0, len(requests), samples_per_shard)
     return [
         ShardRequest(step, index, requests[start : start + samples_per_shard], sampling)
@@ -39,11 +39,11 @@ def cut_into_shards(
 
 
 class Sampler:
-    """Keeps the engines busy.
+    """Samples steps ahead of learning.
 
-    Step k is sampled once version k - max_staleness is published. With `takes_turns` the engines share their device
-    with the other roles: a step is sampled when `next` is called; the engines wake up, finish it, and sleep before
-    other roles compute.
+    Step k is sampled after version k - max_staleness is published. With `takes_turns` the engines share devices with
+    other roles: `next` starts the sampling of a step, and the engines wake up, finish it and sleep before other roles
+    compute.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Sampler:
             await cancel([producer, *self._shards])
 
     async def next(self) -> StepRollouts:
-        """The next step's shards, in the order of steps. Raises what sampling them raised."""
+        """The shards of the next step. Raises errors of their sampling."""
         self._asked_for.release()
         ready = await self._ready.get()
         if isinstance(ready, BaseException):
@@ -90,7 +90,7 @@ class Sampler:
         return ready
 
     async def announce(self, version: int) -> None:
-        """Says that every engine now holds `version`."""
+        """Records that all engines now hold `version`."""
         async with self._published:
             self._version = version
             self._published.notify_all()

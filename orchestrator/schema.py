@@ -1,15 +1,14 @@
-"""Arrow schemas of everything that travels between roles, and of the experience log.
+"""Arrow schemas of the tables that roles exchange, and of the experience log.
 
-A shard is one Arrow table, one row per sample. Its life adds columns:
+A shard is one Arrow table with one row per sample. Each stage adds columns:
 
-    rollout engine   ROLLOUT      tokens, text, the engine's own log-probs, version
+    rollout engine   ROLLOUT      tokens, text, the engine's log-probs, version
     scorers          LOGPROBS, VALUES, REWARDS   joined to the rollout on `row`
     recorder         EXPERIENCE   all of the above plus token rewards, advantages, returns
 
-Per-token lists run over the *response* tokens only (EOS included when it was sampled): every list of a row
-has `len(response_tokens)` items, so a mask is a length and never a pad id. `learn` marks the tokens that are learned
-from; those that an environment or a tool wrote into the response are not, and no loss, advantage, length or statistic
-reads them.
+Per-token lists cover only the *response* tokens, including EOS if it was sampled. All lists of a row have
+`len(response_tokens)` items, so lengths locate tokens and pad ids have no meaning. `learn` marks the tokens to learn
+from. Tokens that an environment or a tool wrote are not marked; losses, advantages, lengths and statistics ignore them.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ _FLOATS = pa.list_(pa.float32())
 
 ROLLOUT = pa.schema(
     [
-        pa.field("row", pa.int32(), nullable=False),  # number of the sample inside its step
+        pa.field("row", pa.int32(), nullable=False),  # number of the sample in its step
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("sample_index", pa.int32(), nullable=False),  # 0 .. samples_per_prompt - 1
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("prompt_text", pa.string(), nullable=False),  # as the user wrote it, before the chat template
-        pa.field("response_text", pa.string(), nullable=False),  # as written, without what ends it
+        pa.field("response_text", pa.string(), nullable=False),  # without the tokens that end it
         pa.field("prompt_tokens", _TOKENS, nullable=False),  # after the chat template
         pa.field("response_tokens", _TOKENS, nullable=False),
-        pa.field("learn", pa.list_(pa.bool_()), nullable=False),  # whether it is learned from
+        pa.field("learn", pa.list_(pa.bool_()), nullable=False),  # whether to learn from the token
         pa.field("engine_logprobs", _FLOATS, nullable=False),  # at the sampling temperature
         pa.field("finish_reason", pa.string(), nullable=False),  # "stop" (EOS sampled) or "length"
-        pa.field("version", pa.int32(), nullable=False),  # of the weights that sampled it
+        pa.field("version", pa.int32(), nullable=False),  # version of the weights that sampled it
         pa.field("meta", pa.string(), nullable=False),  # the prompt's other fields and raw_response, JSON
     ]
 )
@@ -52,16 +51,16 @@ REWARDS = pa.schema(
         pa.field("reward", pa.float32()),  # null: scoring failed, see reward_error
         pa.field("reward_parts", pa.map_(pa.string(), pa.float32()), nullable=False),
         pa.field("reward_error", pa.string()),
-        pa.field("tokens_cut", pa.int32(), nullable=False),  # of the transcript that was scored, at its start
+        pa.field("tokens_cut", pa.int32(), nullable=False),  # tokens cut from the start of the scored transcript
     ]
 )
 
 EXPERIENCE = pa.schema(
     [
         *ROLLOUT,
-        pa.field("old_logprobs", _FLOATS, nullable=False),  # the learner's, before it learns this step
+        pa.field("old_logprobs", _FLOATS, nullable=False),  # of the learner, before it learns this step
         pa.field("ref_logprobs", _FLOATS, nullable=False),
-        pa.field("values", _FLOATS, nullable=False),  # without a critic, the baseline of the prompt's samples
+        pa.field("values", _FLOATS, nullable=False),  # without a critic: the baseline of the prompt's samples
         pa.field("reward", pa.float32(), nullable=False),  # sequence reward, before the KL penalty
         pa.field("reward_parts", pa.map_(pa.string(), pa.float32()), nullable=False),
         pa.field("token_rewards", _FLOATS, nullable=False),  # with KL penalty, reward on the last token
@@ -72,7 +71,7 @@ EXPERIENCE = pa.schema(
 
 
 def with_learn(table: pa.Table) -> pa.Table:
-    """A table of EXPERIENCE as it was logged before the column `learn` was: all of its tokens are learned from."""
+    """Adds the column `learn` to an EXPERIENCE table from before that column existed: all tokens are learned."""
     if "learn" in table.column_names:
         return table
     tokens = table["response_tokens"].combine_chunks()

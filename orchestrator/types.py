@@ -1,7 +1,7 @@
-"""Values that travel between the coordinator and the roles: frozen, small, without tensors.
+"""Values that the coordinator and the roles exchange: frozen, small, without tensors.
 
-Bulk data (tokens, log-probs, weights) stays with the workers; what the coordinator holds is a `Handle` (with Ray:
-an object reference to an Arrow table, see schema.py) and a summary of a few numbers.
+Bulk data (tokens, log-probs, weights) stays with the workers. The coordinator holds a `Handle` (with Ray: an object
+reference to an Arrow table, see schema.py) and a summary of a few numbers.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Metrics = Mapping[str, float]
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One prompt, ready to sample from.
+    """One tokenized prompt.
 
     Args:
-        id: stable identity (given in the data, or derived from its text).
-        text: what the user wrote, for people to read.
-        tokens: int32 token ids under the policy's chat template, generation prompt included.
+        id: stable identity, given in the data or derived from the text.
+        text: readable text that the user wrote.
+        tokens: int32 token ids in the policy's chat template, including the generation prompt.
         meta: other fields of the record (`answer`, `tests`, ...), for rule rewards.
     """
 
@@ -37,7 +37,7 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class SampleRequest:
-    """One sample to draw: everything random about it follows from `seed`."""
+    """One sample to draw; all its randomness derives from `seed`."""
 
     row: int
     prompt: Prompt
@@ -47,7 +47,7 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. top_p = 1 and top_k = -1 sample from the model's own distribution."""
+    """Sampling parameters. top_p = 1 and top_k = -1 sample from the model's unchanged distribution."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -57,7 +57,7 @@ class Sampling:
 
 @dataclass(frozen=True, eq=False)
 class ShardRequest:
-    """The unit of sampling: requests that one engine gets together, whatever the number of engines."""
+    """The unit of sampling: requests sent to one engine together, independent of the number of engines."""
 
     step: int
     index: int
@@ -67,7 +67,7 @@ class ShardRequest:
 
 @dataclass(frozen=True, eq=False)
 class RolloutShard:
-    """Samples of one shard. `handle` leads to a table of schema.ROLLOUT; `num_response_tokens` are learned from."""
+    """Samples of one shard. `handle` refers to a table of schema.ROLLOUT. `num_response_tokens`: learned tokens."""
 
     step: int
     index: int
@@ -82,7 +82,7 @@ class RolloutShard:
 
 @dataclass(frozen=True, eq=False)
 class ScoredShard:
-    """A rollout shard with what the four models say about it. Each tuple: one handle per part (rank)."""
+    """A rollout shard with its scores. Each sequence has one handle per part (rank)."""
 
     rollout: RolloutShard
     old_logprobs: Sequence[Handle]
@@ -91,7 +91,7 @@ class ScoredShard:
     rewards: Sequence[Handle]
 
     def scores(self) -> dict[str, list[Handle]]:
-        """The handles by what they hold, as a recorder takes them."""
+        """The handles by content, the input of a recorder."""
         return {
             "logprobs": list(self.old_logprobs),
             "ref_logprobs": list(self.ref_logprobs),
@@ -112,7 +112,7 @@ class EvaluatedShard:
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, sum and sum of squares of masked tokens, merged exactly (math.fsum) in any grouping by shards."""
+    """Count, sum and sum of squares over tokens. `merge` is exact (math.fsum), so the grouping does not matter."""
 
     count: int = 0
     total: float = 0.0
@@ -140,7 +140,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One committed Parquet file of the experience log: what the manifest says of it."""
+    """A manifest's entry about one committed Parquet file of the experience log."""
 
     file: str
     sha256: str
@@ -155,7 +155,7 @@ class ShardRecord:
 
 @dataclass(frozen=True, eq=False)
 class Experience:
-    """All that learning step `step` reads. `handles[i]` leads to the EXPERIENCE table of `records[i]`."""
+    """The input of learning step `step`. `handles[i]` refers to the EXPERIENCE table of `records[i]`."""
 
     step: int
     records: Sequence[ShardRecord]
@@ -168,7 +168,7 @@ class Experience:
 
 @dataclass(frozen=True)
 class State:
-    """The coordinator's own state between steps; models keep theirs in their checkpoints.
+    """The coordinator's state between steps. The state of models is in their checkpoints.
 
     `step` counts finished learning steps; it is also the version of the policy's weights.
     """
@@ -186,11 +186,11 @@ class State:
 
 @dataclass(frozen=True)
 class PublishReport:
-    """Proof that every engine holds `version`: tensors compared on every engine, and what it cost.
+    """The result of a verified publish of `version` to all engines: number of tensors compared, and time.
 
     Args:
-        verify_s, apply_s: of `seconds`, what the slowest engine spent on checksums and on reading back, and what its
-            library needed to load and pack the weights.
+        verify_s: part of `seconds` that the slowest engine spent on checksums and reading back.
+        apply_s: part of `seconds` in which its library loaded and packed the weights.
     """
 
     version: int
