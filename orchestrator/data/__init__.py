@@ -1,7 +1,9 @@
-"""Reading prompts and preferences: one canonical record inside, readers for many formats outside.
+"""Reading data: canonical records inside, readers for many formats outside.
 
-records    PromptRecord, RankingRecord: what everything else works with
+records    PromptRecord, DemonstrationRecord, RankingRecord, ...: what everything else works with
 files      a file as a stream of rows: JSONL, JSON array, Parquet; plain, gzip or zstd; any pyarrow filesystem
 formats    one row of one format -> canonical records
-readers    read_prompts, read_rankings: bad rows gathered, duplicates counted
+kinds      which formats each kind of record is read from
+streams    the records of a file one by one: bad rows gathered, duplicates counted
+readers    read_prompts, read_demonstrations, read_rankings, ...: whole files
 """

@@ -21,6 +21,7 @@ from orchestrator.data.inputs import at_home, size_of_file
 from orchestrator.data.json_rows import BYTE_ORDER_MARK, CHUNK_BYTES, Row, line_rows, value_rows
 from orchestrator.data.limits import max_unpacked_bytes, mib
 from orchestrator.data.parquet import parquet_rows, unpacked
+from orchestrator.data.text_rows import text_rows
 from orchestrator.errors import DataError
 
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\x04\x22\x4d\x18": "lz4"}
@@ -33,6 +34,7 @@ _FOREIGN = {
 }
 _LFS_POINTER = b"version https://git-lfs"
 _PARQUET_MAGIC = b"PAR1"
+_RECORDS = re.compile(rb"PAR1|\{|\[\s*(?:[\[{\]]|$)")  # "[Chapter 1]" begins a text
 _URI = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])")
 
 
@@ -53,10 +55,36 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         DataError: the file is missing, unreadable, empty, truncated or beyond a limit, or a JSON array is incomplete.
             A single bad row raises nothing: it is yielded with its `problem`.
     """
-    name = str(path)
+    with _opened(str(path)) as source:
+        yield from _rows(source)
+
+
+def read_text(path: str | Path) -> Iterator[Row]:
+    """Yields the documents of a text file as rows {text}. Raises DataError like `read_rows`."""
+    with _opened(str(path)) as source:
+        _refuse_foreign(source.name, source.stream.peek(len(_LFS_POINTER)))
+        yield from text_rows(source.name, source.stream)
+
+
+def is_text(path: str | Path) -> bool:
+    """Whether a file holds neither JSON nor Parquet."""
+    with _opened(str(path)) as source:
+        head = _first_line(source.stream)
+        return bool(head) and not _RECORDS.match(head)
+
+
+def file_bytes(path: str | Path) -> int:
+    """Size of a file in its storage."""
+    filesystem, inner = _locate(str(path))
+    return int(filesystem.get_file_info(inner).size or 0)
+
+
+@contextmanager
+def _opened(name: str) -> Iterator[_Source]:
+    """The open file. Failures to read it become DataError."""
     try:
         with _open(name) as source:
-            yield from _rows(source)
+            yield source
     except FileNotFoundError:
         raise DataError(
             f"{name} does not exist: check the path (relative paths start at the working folder)."
@@ -65,12 +93,6 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         raise DataError(
             f"{name} can't be read: {error}. Check that it is complete and of the kind it claims to be."
         ) from None
-
-
-def file_bytes(path: str | Path) -> int:
-    """Size of a file in its storage."""
-    filesystem, inner = _locate(str(path))
-    return int(filesystem.get_file_info(inner).size or 0)
 
 
 def _rows(source: _Source) -> Iterator[Row]:

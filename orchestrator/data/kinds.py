@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from orchestrator.data.formats.demonstrations import DEMONSTRATION_FORMATS
+from orchestrator.data.formats.documents import DOCUMENT_FORMATS
+from orchestrator.data.formats.feedback import LABEL_FORMATS, SCORE_FORMATS
 from orchestrator.data.formats.format import Format, LeftOut
 from orchestrator.data.formats.prompts import EVERYWHERE, PROMPT_FORMATS
 from orchestrator.data.formats.rankings import RANKING_FORMATS
 from orchestrator.data.messages import BadRow, Fields, refuse_media, tools_of
 from orchestrator.data.records import (
     DemonstrationRecord,
+    DocumentRecord,
+    LabelledRecord,
     Message,
     PromptRecord,
     RankingRecord,
+    Reply,
+    ScoredRecord,
     Tools,
     content_digest,
     content_id,
@@ -90,10 +96,33 @@ def _rankings(fields: Fields, form: Format[Any]) -> Iterator[New[RankingRecord] 
             yield found
             continue
         messages, replies = found
-        _check_messages((*messages, *(reply for reply in replies if isinstance(reply, Message))), tools)
-        _check_text(reply for reply in replies if isinstance(reply, str))
+        _check_messages(messages, tools, replies)
         digest = content_digest(identity_of(messages, tools), [reply_json(reply) for reply in replies])
         yield RankingRecord(given or content_id(messages, tools), messages, replies, tools), digest
+
+
+def _judged(fields: Fields, form: Format[Any], make: Callable[..., Record]) -> Iterator[New[Record] | LeftOut]:
+    """Replies with a score or a label."""
+    given, tools = _common(fields, form)
+    for found in form.parse(fields):
+        if isinstance(found, LeftOut):
+            yield found
+            continue
+        messages, reply, verdict = found
+        _check_messages(messages, tools, [reply])
+        digest = content_digest(identity_of(messages, tools), reply_json(reply), verdict)
+        yield make(given or content_id(messages, tools), messages, reply, verdict, tools), digest
+
+
+def _documents(fields: Fields, form: Format[Any]) -> Iterator[New[DocumentRecord] | LeftOut]:
+    given = given_id(fields, form.id_key)
+    for text in form.parse(fields):
+        if isinstance(text, LeftOut):
+            yield text
+            continue
+        _check_text([text])
+        digest = content_digest(text)
+        yield DocumentRecord(given or id_of(digest), text), digest
 
 
 PROMPTS = Kind[PromptRecord](
@@ -107,14 +136,40 @@ RANKINGS = Kind[RankingRecord](
 )
 
 
+LABELS = Kind[LabelledRecord](
+    "preferences",
+    LABEL_FORMATS,
+    lambda fields, form: _judged(fields, form, LabelledRecord),
+    lambda record: (record.messages, [record.reply], record.tools),
+)
+SCORES = Kind[ScoredRecord](
+    "preferences",
+    SCORE_FORMATS,
+    lambda fields, form: _judged(fields, form, ScoredRecord),
+    lambda record: (record.messages, [record.reply], record.tools),
+)
+DOCUMENTS = Kind[DocumentRecord]("demonstrations", DOCUMENT_FORMATS, _documents, lambda record: ((), record.text))
+
+KINDS: Mapping[str, Kind[Any]] = {
+    "preferences": RANKINGS,
+    "labels": LABELS,
+    "scores": SCORES,
+    "demonstrations": DEMONSTRATIONS,
+    "documents": DOCUMENTS,
+    "prompts": PROMPTS,
+}
+"""By name, those first whose rows have more fields."""
+
+
 def _common(fields: Fields, form: Format[Any]) -> tuple[str | None, Tools]:
     """The id that the row gives, and its tools."""
     refuse_media(fields, "the row")
     return given_id(fields, form.id_key), tools_of(fields)
 
 
-def _check_messages(messages: Iterable[Message], tools: Tools) -> None:
-    for message in messages:
+def _check_messages(messages: Sequence[Message], tools: Tools, replies: Iterable[Reply] = ()) -> None:
+    _check_text(reply for reply in replies if isinstance(reply, str))
+    for message in (*messages, *(reply for reply in replies if isinstance(reply, Message))):
         plain = (message.tool_calls, message.name, message.tool_call_id, message.extra) == ((), None, None, None)
         _check_text([message.content if plain else json.dumps(message_dicts([message]), ensure_ascii=False)])
     if tools:

@@ -8,6 +8,7 @@ Accepted besides {role, content}: content as a list of text parts (joined by lin
 from __future__ import annotations
 
 import json
+import math
 import re
 import reprlib
 from collections.abc import Mapping
@@ -200,3 +201,19 @@ def text_of(fields: Fields, key: str) -> str:
     if not value.strip():
         raise BadRow(f"{key!r} is empty")
     return value
+
+
+def number_of(fields: Fields, key: str, where: str) -> float | None:
+    """A finite number; None if the field is null or missing."""
+    value = fields.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow(f"{where}: {key!r} must be a number or null, found {describe(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise BadRow(f"{where}: {key!r} must be finite, found {number}")
+    return number

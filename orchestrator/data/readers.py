@@ -5,9 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from orchestrator.data.files import file_bytes
-from orchestrator.data.kinds import DEMONSTRATIONS, PROMPTS, RANKINGS, Kind, Record
+from orchestrator.data.kinds import DEMONSTRATIONS, DOCUMENTS, LABELS, PROMPTS, RANKINGS, SCORES, Kind, Record
 from orchestrator.data.limits import Kept
-from orchestrator.data.records import DemonstrationRecord, PromptRecord, RankingRecord, ReadReport
+from orchestrator.data.records import (
+    DemonstrationRecord,
+    DocumentRecord,
+    LabelledRecord,
+    PromptRecord,
+    RankingRecord,
+    ReadReport,
+    ScoredRecord,
+)
 from orchestrator.data.streams import Stream
 
 
@@ -34,6 +42,27 @@ def read_rankings(
 ) -> tuple[tuple[RankingRecord, ...], ReadReport]:
     """Reads preferences; a row may give several records, and several records may be about one prompt."""
     return _read(RANKINGS, path, format, limit)
+
+
+def read_labels(
+    path: str | Path, format: str = "auto", limit: int | None = None
+) -> tuple[tuple[LabelledRecord, ...], ReadReport]:
+    """Reads replies that were found good or bad."""
+    return _read(LABELS, path, format, limit)
+
+
+def read_scores(
+    path: str | Path, format: str = "auto", limit: int | None = None
+) -> tuple[tuple[ScoredRecord, ...], ReadReport]:
+    """Reads scored replies. A score of 0 is a score; replies whose score is null are left out and counted."""
+    return _read(SCORES, path, format, limit)
+
+
+def read_documents(
+    path: str | Path, format: str = "auto", limit: int | None = None
+) -> tuple[tuple[DocumentRecord, ...], ReadReport]:
+    """Reads texts that are learned as a whole."""
+    return _read(DOCUMENTS, path, format, limit)
 
 
 def _read(

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Generic
 
 from orchestrator.data.digests import Digests
-from orchestrator.data.files import read_rows
+from orchestrator.data.files import is_text, read_rows, read_text
+from orchestrator.data.formats.documents import PLAIN
 from orchestrator.data.formats.format import LeftOut
 from orchestrator.data.json_rows import Row
 from orchestrator.data.kinds import Kind, New, Record, given_id
@@ -91,7 +92,9 @@ class Stream(Generic[Record]):
         yield from rows if gather is None else gather(rows)
 
     def _good_rows(self) -> Iterator[Row]:
-        for row in read_rows(self._path):
+        if self.format == "auto" and PLAIN in self._kind.formats and is_text(self._path):
+            self.format = PLAIN
+        for row in (read_text if self.format == PLAIN else read_rows)(self._path):
             self.num_rows += 1
             check_share(self._path, self._kind.section, self.num_rows, self.num_records)
             if row.problem is None:

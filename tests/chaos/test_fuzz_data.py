@@ -11,10 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
+from orchestrator.data.kinds import KINDS as KINDS_OF_DATA
 from orchestrator.data.readers import read_prompts, read_rankings
 from orchestrator.data.records import ROLES, Message, message_dicts, reply_json
+from orchestrator.data.streams import Stream
 from tests.chaos.fuzzing import Damages, example, fuzz
 from tests.chaos.mutations import PLACES, damage, damages, with_value
+from tests.unit.orchestrator.data.test_bad_rows import GOOD
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "?"}]
 HH = "\n\nHuman: Hi {}\n\nAssistant:"
@@ -104,6 +107,21 @@ def test_rows_with_other_values(
     text = with_value(chosen if array else chosen[1], *place)
     data = text.encode("utf-8") if array else _lines(chosen[:1]) + text.encode("utf-8") + b"\n" + _lines(chosen[2:])
     read_damaged("test_rows_with_other_values", folder, data, rows)
+
+
+@fuzz(
+    600,
+    place=st.tuples(st.sampled_from([(kind, name) for kind, rows in GOOD.items() for name in rows]), PLACES),
+)
+def test_rows_of_every_format_with_other_values(folder: Path, place: tuple[tuple[str, str], tuple[int, int]]) -> None:
+    (kind, name), (where, what) = place
+    path = folder / "data" / "file"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(with_value([GOOD[kind][name]] * 2, where, what), encoding="utf-8")
+    with example("test_rows_of_every_format_with_other_values", path.parent, names=path):
+        stream = Stream(KINDS_OF_DATA[kind], path, name)
+        records = list(stream)
+        assert stream.report().num_records == len(records) > 0
 
 
 COLUMNS = st.sampled_from(

@@ -8,7 +8,7 @@ from orchestrator.data.formats import instructions
 from orchestrator.data.formats.format import Format, field_sets
 from orchestrator.data.formats.oasst import OASST_FIELDS, oasst_paths, trees
 from orchestrator.data.formats.sharegpt import sharegpt_turns
-from orchestrator.data.formats.transcripts import conversations, whole_transcript
+from orchestrator.data.formats.transcripts import whole_transcript, with_reply
 from orchestrator.data.messages import BadRow, Fields, Messages, conversation, is_messages, required
 from orchestrator.data.values import describe
 
@@ -26,7 +26,9 @@ def _sharegpt(fields: Fields) -> Sequence[Messages]:
 
 def _chosen(fields: Fields) -> Sequence[Messages]:
     """The conversation that ends with the chosen reply of a pair."""
-    return [conversations(fields, "prompt")[0] if fields.get("prompt") else whole_transcript(fields, "chosen")]
+    if not fields.get("prompt"):
+        return [whole_transcript(fields, "chosen")]
+    return [with_reply(conversation(fields["prompt"], "prompt"), required(fields, "chosen"), "chosen")]
 
 
 # In this order: `auto` takes the first that fits.

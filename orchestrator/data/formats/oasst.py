@@ -8,9 +8,9 @@ from itertools import groupby
 from typing import Any
 
 from orchestrator.data.formats.format import LeftOut, field_sets
-from orchestrator.data.formats.transcripts import Ranked, as_ranked
+from orchestrator.data.formats.transcripts import TIE, Ranked, as_ranked
 from orchestrator.data.json_rows import Row
-from orchestrator.data.messages import BadRow, Fields, Messages, is_messages, required
+from orchestrator.data.messages import BadRow, Fields, Messages, is_messages, number_of, required
 from orchestrator.data.records import Message
 from orchestrator.data.values import describe
 
@@ -47,14 +47,15 @@ def oasst_rankings(fields: Fields) -> Iterator[Ranked | LeftOut]:
         path, replies = found
         ranked: dict[float, str] = {}
         for reply in replies if path[-1].role == "user" else ():
-            rank = _rank(reply)
+            rank = number_of(reply, "rank", "a reply")
             if rank is None or rank in ranked:
                 yield LeftOut("replies without a rank of their own")
             else:
                 ranked[rank] = _message(reply, "a reply").content
         if len(ranked) > 1:
             num_found += 1
-            yield as_ranked(path, [ranked[rank] for rank in sorted(ranked)])
+            texts = [ranked[rank] for rank in sorted(ranked)]
+            yield as_ranked(path, texts) if len(set(texts)) > 1 else LeftOut(TIE)
     if not num_found:
         yield LeftOut("trees without ranked replies")
 
@@ -119,15 +120,8 @@ def _walk(fields: Fields) -> Iterator[tuple[Messages, list[Fields]] | LeftOut]:
 
 def _message(node: Fields, where: str) -> Message:
     role, text = node.get("role"), node.get("text")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise BadRow(f"{where}: role must be prompter or assistant, found {reprlib.repr(role)}")
     if not isinstance(text, str) or not text.strip():
         raise BadRow(f"{where}: text must be text that is not empty, found {describe(text)}")
     return Message(_ROLES[role], text)
-
-
-def _rank(reply: Fields) -> float | None:
-    rank = reply.get("rank")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int | float)):
-        raise BadRow(f"rank must be a number, found {describe(rank)}")
-    return rank

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from orchestrator.data.formats.feedback import helpsteer_pair, ultrafeedback_ranking
 from orchestrator.data.formats.format import Format, field_sets
+from orchestrator.data.formats.oasst import OASST_FIELDS, oasst_rankings, trees
 from orchestrator.data.formats.transcripts import (
     Ranked,
     after_begun,
@@ -72,4 +74,12 @@ RANKING_FORMATS: dict[str, Format[Ranked]] = {
     "ranking": Format(field_sets("replies"), _ranking),
     "pairwise": Format(field_sets("prompt chosen rejected", "context chosen rejected"), _pairwise),
     "hh-rlhf": Format(field_sets("chosen rejected"), _hh_pair),
+    "oasst": Format(OASST_FIELDS, oasst_rankings, gather=trees),
+    "ultrafeedback": Format(field_sets("instruction completions"), ultrafeedback_ranking),
+    "helpsteer": Format(
+        field_sets(
+            "context response1 response2 overall_preference", "prompt response_1 response_2 preference_strength"
+        ),
+        helpsteer_pair,
+    ),
 }

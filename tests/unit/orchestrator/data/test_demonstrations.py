@@ -11,7 +11,6 @@ import pytest
 from orchestrator.data.formats.demonstrations import DEMONSTRATION_FORMATS
 from orchestrator.data.readers import read_demonstrations, read_prompts
 from orchestrator.data.records import Message, ToolCall, content_id
-from orchestrator.errors import DataError
 
 SYSTEM, ASKED, REPLY = Message("system", "s"), Message("user", "q"), Message("assistant", "a")
 TURNS = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -28,8 +27,8 @@ TREE = {
         "t",
         "prompter",
         "q",
-        node("1", "assistant", "a", node("2", "prompter", "more?", node("3", "assistant", "b"))),
-        node("4", "assistant", "c", node("5", "prompter", "why?")),
+        node("1", "assistant", "a", node("2", "prompter", "more?", node("3", "assistant", "b")), rank=1),
+        node("4", "assistant", "c", node("5", "prompter", "why?"), rank=0),
         node("6", "assistant", "d", deleted=True),
     ),
 }
@@ -188,103 +187,3 @@ def test_a_conversation_may_begin_with_the_assistant(tmp_path: Path) -> None:
     turns = [{"from": "gpt", "value": "a"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     (record,), _ = read_demonstrations(write(tmp_path, {"conversations": turns}))
     assert record.messages == (REPLY, ASKED, REPLY)
-
-
-MEDIA = [{"type": "image_url", "image_url": {"url": "x"}}]
-BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
-    "messages": [
-        ({"text": "x"}, "field 'messages' is missing; the fields are: text"),
-        ({"messages": "q"}, "'messages' must be a list of {role, content}, found text"),
-        ({"messages": []}, "'messages' must be a list of {role, content}, found a list"),
-        ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0]: role must be one of"),
-        ({"messages": [{"role": "user", "content": MEDIA}]}, "holds 'image_url', which a text model can't be shown"),
-        ({"messages": TURNS, "tools": "x"}, "tools is text but not JSON"),
-        ({"messages": TURNS, "id": 1.5}, "'id' must be text or a whole number"),
-    ],
-    "sharegpt": [
-        ({"conversation": []}, "field 'conversations' is missing; the fields are: conversation"),
-        ({"conversations": {"from": "human"}}, "'conversations' must be a list of {from, value}, found an object"),
-        ({"conversations": [{"from": "alien", "value": "x"}]}, "conversations[0]: 'from' must be one of human, user"),
-        ({"conversations": [{"from": "human", "value": 3}]}, "conversations[0]: content must be text, found a number"),
-        ({"conversations": [{"from": "human", "value": ""}]}, "conversations[0]: the user's content is empty"),
-        (
-            {"conversations": [{"from": "function_call", "value": "add(1)"}]},
-            "conversations[0].tool_calls is text but not JSON",
-        ),
-    ],
-    "oasst": [
-        ({"message_tree_id": "t"}, "field 'prompt' is missing"),
-        ({"message_tree_id": "t", "prompt": "q"}, "'prompt' must be the first message of a tree, found text"),
-        ({"message_tree_id": "t", "prompt": node("t", "human", "q")}, "prompt: role must be prompter or assistant"),
-        ({"message_tree_id": "t", "prompt": node("t", "prompter", "")}, "prompt: text must be text that is not empty"),
-        (
-            {"message_tree_id": "t", "prompt": {**node("t", "prompter", "q"), "replies": ["a"]}},
-            "prompt.replies must be a list of messages, found a list",
-        ),
-        ({**flat(TREE)[1], "parent_id": "x"}, "parent_id is no earlier message of its tree; sort the rows by tree"),
-    ],
-    "alpaca": [
-        ({"output": "a"}, "field 'instruction' is missing; the fields are: output"),
-        ({"instruction": "q"}, "field 'output' is missing; the fields are: instruction"),
-        ({"instruction": "", "output": "a"}, "'instruction' is empty"),
-        ({"instruction": "q", "input": 3, "output": "a"}, "'input' must be text, found a number"),
-        ({"instruction": "q", "output": ["a"]}, "'output' must be text, found a list"),
-    ],
-    "seeds": [
-        ({"instruction": "q"}, "field 'instances' is missing"),
-        ({"instruction": "q", "instances": []}, "'instances' must be a list of {input, output}, found a list"),
-        ({"instruction": "q", "instances": ["a"]}, "'instances' must be a list of {input, output}, found a list"),
-        ({"instruction": "q", "instances": [{"input": ""}]}, "field 'output' is missing"),
-        ({"instances": [{"input": "", "output": "a"}]}, "field 'instruction' is missing"),
-    ],
-    "history": [
-        ({"response": "a", "history": []}, "field 'prompt' is missing"),
-        ({"prompt": "q", "history": []}, "field 'response' is missing"),
-        ({"prompt": "q", "response": 1, "history": []}, "'response' must be text, found a number"),
-        (
-            {"prompt": "q", "response": "a", "history": "x"},
-            "'history' must be a list of [question, answer], found text",
-        ),
-        ({"prompt": "q", "response": "a", "history": [["q0"]]}, "history[0] must be [question, answer], two texts"),
-        ({"prompt": "q", "response": "a", "history": [["", "a0"]]}, "history[0]: the question is empty"),
-    ],
-    "prompt": [
-        ({"completion": "a"}, "field 'prompt' is missing"),
-        ({"prompt": "q"}, "field 'response' is missing"),
-        ({"prompt": " ", "response": "a"}, "'prompt' is empty"),
-        ({"prompt": "q", "response": None}, "'response' must be text or a list of texts, found null"),
-        ({"prompt": "q", "response": {"role": "user", "content": "a"}}, "'response' must be the assistant's"),
-    ],
-    "question": [
-        ({"answer": "a"}, "field 'question' is missing"),
-        ({"question": "q"}, "field 'answer' is missing"),
-        ({"question": ["q"], "answer": "a"}, "'question' must be text, found a list"),
-        ({"question": "", "answer": "a"}, "'question' is empty"),
-        ({"question": "q", "answer": 72}, "'answer' must be text, found a number"),
-    ],
-    "chosen": [
-        ({"rejected": "b"}, "field 'chosen' is missing"),
-        ({"chosen": "no turns", "rejected": "b"}, "'chosen' must be a transcript that starts with 'Human:'"),
-        ({"chosen": 3, "rejected": "b"}, "'chosen' must be text, found a number"),
-        ({"chosen": "", "rejected": "b"}, "'chosen' is empty"),
-        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "'prompt' must be text or a list of {role, content}"),
-    ],
-}
-
-
-@pytest.mark.parametrize(("name", "row", "fault"), [(name, *case) for name, cases in BAD.items() for case in cases])
-def test_a_bad_row_is_named_with_file_row_and_reason(
-    tmp_path: Path, name: str, row: dict[str, Any], fault: str
-) -> None:
-    good = TREE if name == "oasst" else next(found for known, found, _ in GOOD if known == name)
-    path = write(tmp_path, good, row)
-    with pytest.raises(DataError) as caught:
-        read_demonstrations(path, name)
-    message = str(caught.value)
-    assert str(path) in message and f"row 2: {fault}" in message.replace("messages[0].content[0] ", "")
-    assert f"demonstrations.format={name!r}" in message
-
-
-def test_five_kinds_of_bad_rows_are_tried_for_every_format() -> None:
-    assert set(BAD) | {"alpaca-template"} == set(DEMONSTRATION_FORMATS)
-    assert all(len(cases) >= 5 for cases in BAD.values())

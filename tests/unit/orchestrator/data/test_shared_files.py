@@ -71,4 +71,9 @@ def test_every_reply_of_the_oasst_trees_is_learned_and_every_prompt_asked() -> N
     assert leaves == report.num_records + report.left_out["already read"]
     prompts, prompt_report = read_prompts(path)
     assert {record.text for record in prompts} == texts["prompter"]
+    ranked, ranked_report = read_rankings(path)
+    assert {reply for record in ranked for reply in record.replies} == {
+        reply["text"] for node in nodes for reply in node["replies"] if reply.get("rank") is not None
+    }
+    assert ranked_report.num_records == 122 and ranked_report.left_out["replies without a rank of their own"] == 31
     assert prompt_report.num_records == sum(node["role"] == "prompter" for node in nodes) == 282
