@@ -1,5 +1,4 @@
-"""Assigns rows to ranks and micro-batches. The plan of every rank follows from the same numbers, so each rank computes
-it and all agree."""
+"""Assigns rows to ranks and micro-batches. Each rank computes the same plan from the same numbers."""
 
 from __future__ import annotations
 
@@ -7,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MicroBatch = tuple[int, ...]  # row indices; () keeps a rank in step with the others
+MicroBatch = tuple[int, ...]  # row indices; () is a dummy that keeps the number of forwards equal on all ranks
 RankPlan = list[MicroBatch]
 _OVERHEAD = 1 / 5
-# Cost of attention over a line, in tokens per squared token: its mask skips nothing. Measured on a CPU with a model of
-# hidden size 576. Larger models and GPUs spend relatively more on tokens, so this errs towards separate rows.
+# Cost of attention over a line, in tokens per squared token: masked pairs are computed too. Measured on a CPU with
+# hidden size 576. Larger models and GPUs spend relatively more on tokens, so this value favours separate rows.
 _TOKENS_PER_PAIR = 1 / 3000
 
 
@@ -26,14 +25,14 @@ def plan_minibatches(
 ) -> list[list[RankPlan]]:
     """Splits rows into minibatches, over ranks, and into micro-batches.
 
-    The rows of a minibatch depend on `seed` alone, not on the number of ranks. All ranks have the same number of
-    micro-batches in a minibatch (collectives of ZeRO-3 run in every forward). Minibatches without rows are left out.
+    The rows of a minibatch depend only on `seed`, not on the number of ranks. All ranks have the same number of
+    micro-batches in a minibatch (ZeRO-3 runs collectives in each forward). Minibatches without rows are left out.
 
     Args:
         lengths: tokens of each row, prompt and response together.
-        micro_batch_tokens: largest rows × longest row; a longer single row is a micro-batch of its own.
-        seed: of the permutation; the same seed gives the same plan.
-        groups: number of each row's group, whose rows stay in one minibatch. None: each row is its own group.
+        micro_batch_tokens: largest rows × longest row; a longer single row is a separate micro-batch.
+        seed: seed of the permutation.
+        groups: group id of each row; the rows of a group stay in one minibatch. None: each row is its own group.
 
     Returns:
         plan[minibatch][rank] = micro-batches, longest rows first.
@@ -55,17 +54,17 @@ def plan_minibatches(
 
 
 def plan_forwards(lengths: Sequence[int], *, num_ranks: int, micro_batch_tokens: int) -> list[RankPlan]:
-    """plan[rank] = micro-batches of the rows i with i % num_ranks == rank, as many on every rank."""
+    """plan[rank] = micro-batches of the rows i with i % num_ranks == rank, equally many on all ranks."""
     return _level(
         [micro_batches(range(rank, len(lengths), num_ranks), lengths, micro_batch_tokens) for rank in range(num_ranks)]
     )
 
 
 def micro_batches(rows: Sequence[int], lengths: Sequence[int], micro_batch_tokens: int) -> RankPlan:
-    """Packs rows, sorted by length, so that rows × longest row stays within the budget; padding counts.
+    """Packs rows, sorted by length, so that rows × longest row (with padding) stays within the budget.
 
-    Of all ways to cut the sorted rows it takes the one with the fewest tokens, padding included. Each micro-batch
-    counts _OVERHEAD of a full one in addition, because weights are read and gradients are added up.
+    Minimises the number of tokens, including padding, over all ways to cut the sorted rows. Each micro-batch costs
+    _OVERHEAD of a full one in addition, for reading weights and accumulating gradients.
     """
     ordered = sorted(rows, key=lambda row: (-lengths[row], row))
     overhead = micro_batch_tokens * _OVERHEAD
@@ -90,8 +89,8 @@ def share_prompt(prompt: int, responses: Sequence[int], *, longest: int) -> list
     """Splits the responses of one prompt into lines: halves them until a line is cheaper than separate rows.
 
     Args:
-        prompt, responses: tokens of each.
-        longest: most tokens of a line; a response that is longer with its prompt gets its own line.
+        prompt, responses: number of tokens of each.
+        longest: maximum tokens of a line; a response that exceeds it with its prompt gets its own line.
     """
     together = prompt + sum(responses)
     apart = sum(_line_cost(prompt + response) for response in responses)
@@ -107,8 +106,7 @@ def _line_cost(tokens: int) -> float:
 
 
 def _balance(rows: Sequence[int], lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Gives the longest row first to the rank with the fewest tokens so far (Graham's LPT rule; ties: the lower
-    rank)."""
+    """Assigns rows, longest first, to the rank with the fewest tokens (Graham's LPT rule; ties: the lower rank)."""
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):

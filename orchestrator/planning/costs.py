@@ -1,4 +1,4 @@
-"""Costs of the work of one role on given devices: pure functions of sizes and lengths, in seconds.
+"""Estimates how long one role's work takes on given devices: pure functions of sizes and lengths, in seconds.
 
 Compute follows Kaplan 2020 (arXiv 2001.08361, section 2.1): 2 FLOPs per parameter and token forward, twice that
 backward, plus attention. Decoding follows the roofline of Pope 2022 (arXiv 2211.05102, section 3): a step takes the
@@ -40,7 +40,7 @@ class Dimensions(ModelSize):
 
     @property
     def trunk(self) -> int:
-        """Parameters that every token is multiplied with; not the embedding, which is only looked up."""
+        """Parameters in matrix products of each token, without the embedding and the head."""
         return self.num_params - self.head * (1 if self.tied else 2)
 
     @property
@@ -60,8 +60,7 @@ def forward_flops(size: Dimensions, lengths: Lengths, *, head_tokens: float) -> 
 
 
 def line_lengths(prompts: Lengths, responses: Lengths, *, sharing: int, longest: int) -> Lengths:
-    """Tokens of each line if every `sharing` neighbours share a prompt that is computed once
-    (actors.learning.sharing)."""
+    """Tokens of each line if `sharing` adjacent rows share a prompt that is computed once (actors.learning.sharing)."""
     return np.asarray(
         [
             prompts[start] + sum(responses[start + row] for row in line)
@@ -74,7 +73,7 @@ def line_lengths(prompts: Lengths, responses: Lengths, *, sharing: int, longest:
 
 @dataclass(frozen=True)
 class LearnSettings:
-    """How a model learns or scores; see the configuration's keys of the same names."""
+    """Settings of learning or scoring; see the config keys of the same names."""
 
     zero_stage: int = 1
     epochs: int = 1
@@ -96,8 +95,8 @@ def score_seconds(
     """One forward pass over a shard. With ZeRO-3, gathers of weights overlap with compute as far as possible.
 
     Args:
-        evenly: assigning rows to ranks continues from shard to shard. Off: every shard starts at rank 0, whose time
-        counts.
+        evenly: the assignment of rows to ranks continues from shard to shard. Off: each shard starts at rank 0, which
+            takes longest.
     """
     if evenly:
         flops = forward_flops(size, lengths, head_tokens=head_tokens) / ranks
@@ -133,7 +132,7 @@ def learn_seconds(
 
 
 def optimizer_seconds(size: Dimensions, device: Device, settings: LearnSettings, *, ranks: int) -> float:
-    """Gradients reduced, this rank's part updated, weights gathered again (ZeRO-3 gathers them in the forward)."""
+    """Reducing gradients, updating this rank's shard, gathering weights (ZeRO-3 gathers them in the forward)."""
     shards = ranks if settings.zero_stage else 1
     update = _touch_seconds(size, device, device.efficiency.optimizer_bytes) / shards
     exchanges = 1 if settings.zero_stage == 3 else 2
@@ -151,7 +150,7 @@ def generate_seconds(
     """One shard on one engine of `width` devices: prefill, then decoding in one batch.
 
     Args:
-        cache_tokens: capacity of the engine's KV cache. Samples beyond it wait for a place.
+        cache_tokens: capacity of the engine's KV cache. Samples beyond it wait.
     """
     prefill = forward_flops(size, prompt_tokens, head_tokens=float(len(prompt_tokens)))
     prefill /= width * device.flops * device.efficiency.forward
@@ -173,18 +172,18 @@ def decode_step_seconds(
     batch: npt.NDArray[np.float64],
     context: npt.NDArray[np.float64],
 ) -> npt.NDArray[np.float64]:
-    """Each step of a decoding, on one engine.
+    """Time of each decoding step on one engine.
 
     Args:
-        batch: samples alive in each step.
-        context: tokens in the cache, all samples together, in each step.
+        batch: number of unfinished samples in each step.
+        context: tokens in the cache in each step, all samples together.
     """
     efficiency = device.efficiency
     read = size.weight_bytes + size.cache_bytes_per_token * context
     flops = 2.0 * (size.trunk + size.head) * batch + 4.0 * size.num_layers * size.hidden * context
     exchanged = (
         4.0 * size.num_layers * batch * size.bytes_per_weight * size.hidden * (width - 1) / width
-    )  # two all-reduces a layer
+    )  # two all-reduces per layer
     at_work = np.maximum(
         read / (width * device.bandwidth * efficiency.memory), flops / (width * device.flops * efficiency.decode)
     )
@@ -194,7 +193,7 @@ def decode_step_seconds(
 
 
 def alive_per_step(new_tokens: Lengths, *, places: int) -> npt.NDArray[np.float64]:
-    """The number of samples decoded in each step; those beyond `places` start, in order, when others end."""
+    """Number of samples decoded in each step. Samples beyond `places` start, in order, when others end."""
     ends = new_tokens
     if places < len(new_tokens):
         last = [0] * places
@@ -206,18 +205,18 @@ def alive_per_step(new_tokens: Lengths, *, places: int) -> npt.NDArray[np.float6
 
 
 def publish_seconds(size: Dimensions, device: Device, *, devices: int) -> float:
-    """Weights broadcast to all engines, then read once more to prove them."""
+    """Broadcasting weights to all engines, then reading them once for verification."""
     carried = size.weight_bytes / (_slowest_link(device, devices) * device.efficiency.links)
     return carried + size.weight_bytes / (device.bandwidth * device.efficiency.memory)
 
 
 def wake_seconds(size: Dimensions, device: Device, *, width: int) -> float:
-    """An engine's weights from the host's memory to its devices, or back."""
+    """Copying an engine's weights from host memory to its devices, or back."""
     return size.weight_bytes / width / device.host_link
 
 
 def _padded(plan: RankPlan, lengths: Lengths) -> Lengths:
-    """Lengths with their padding: every row of a micro-batch is as long as its longest."""
+    """Lengths including padding: all rows of a micro-batch have the length of its longest row."""
     return np.asarray([lengths[micro[0]] for micro in plan for _ in micro], dtype=np.int64)
 
 

@@ -1,4 +1,4 @@
-"""What the roles of a config ask of a cluster: a pure function."""
+"""The resource demands of a config's roles: a pure function."""
 
 from __future__ import annotations
 

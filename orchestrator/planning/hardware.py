@@ -1,4 +1,4 @@
-"""Devices: their public peaks, and the fractions of them that programs like this one reach.
+"""Devices: their published peaks, and the fractions of these that similar programs reach.
 
 Sources of the peaks (dense bf16, one device): NVIDIA's data sheets of H100 SXM, H200 SXM, A100 80GB SXM, A800 80GB SXM,
 H20 and L40S. Links are one direction: half of NVLink's total, PCIe 4.0 x16 on the L40S; the network is that of a DGX,
@@ -35,16 +35,16 @@ from orchestrator.errors import ConfigError
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Fractions of a device's peaks that are reached, and fixed costs in seconds.
+    """Achieved fractions of a device's peaks, and fixed costs in seconds.
 
     Args:
-        learn, forward, decode: of the peak FLOP rate, in learning, in scoring and prefill, in decoding.
-        memory: of the memory bandwidth.
-        links: of the links that weights are published over.
-        decode_step_s: of one decoding step, in addition to its work: scheduling, kernel launches, sampling.
+        learn, forward, decode: fraction of peak FLOP/s in learning, in scoring and prefill, and in decoding.
+        memory: fraction of memory bandwidth.
+        links: fraction of the bandwidth of the links that publish weights.
+        decode_step_s: fixed cost of one decoding step: scheduling, kernel launches, sampling.
         micro_batch_bytes, optimizer_bytes: memory traffic per parameter of one micro-batch and of one optimizer step.
-        call_s: of the coordinator, for one call of one actor.
-        step_s: of the coordinator, for one step.
+        call_s: coordinator's time for one call of one actor.
+        step_s: coordinator's time for one step.
     """
 
     learn: float
@@ -65,10 +65,10 @@ class Device:
 
     Args:
         flops: peak FLOP/s without sparsity, on GPUs in bf16.
-        bandwidth, link, network, host_link: bytes/s of its memory, to a neighbour in its node, to another node, to the
-            host's memory.
-        per_node: devices of one node.
-        price: US dollars per hour. None: not known.
+        bandwidth, link, network, host_link: bytes/s of its memory, to another device of its node, to another node, to
+            host memory.
+        per_node: devices per node.
+        price: US dollars per hour. None: unknown.
     """
 
     name: str
@@ -121,13 +121,13 @@ DEVICES: Mapping[str, Device] = {
 
 
 def cpu_core(dtype: Dtype, flops: float) -> Device:
-    """One core that reaches this number of FLOP/s in matrix products of this type."""
+    """A core with a measured FLOP/s in matrix products of this type."""
     return replace(CPU_CORES[dtype], flops=flops)
 
 
 def device_of(kind: str) -> Device:
-    """The device of this name. Raises ConfigError with the known ones."""
+    """The device of this name. Raises ConfigError, which lists the known names."""
     try:
         return DEVICES[kind.lower()]
     except KeyError:
-        raise ConfigError(f"--gpu-kind={kind!r} is not known here; choose one of {', '.join(DEVICES)}.") from None
+        raise ConfigError(f"--gpu-kind={kind!r} is unknown; choose one of {', '.join(DEVICES)}.") from None

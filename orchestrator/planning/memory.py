@@ -1,8 +1,8 @@
-"""The memory that a placement plan needs: an estimate from sizes, before anything is loaded.
+"""Estimates the memory that a placement plan needs from sizes, before any model is loaded.
 
-`state` follows from the settings: if it does not fit, the run can't start. Together with the process's own overhead it
-was within a fifth of the memory of real learners on the CPU between steps. `working` (activations of one micro-batch,
-logits of one chunk, temporaries of the optimizer) is needed in addition while a role computes; it was not measured.
+`state` follows from the settings: if it does not fit, the run can't start. Together with process overhead it was within
+a fifth of the measured memory of learners on CPUs between steps. `working` (activations of one micro-batch, logits of
+one chunk, temporaries of the optimizer) is needed in addition while a role computes; it was not measured.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from orchestrator.planning.placement import Plan, Slot
 MIB = 1 << 20
 GIB = 1 << 30
 
-# Resident memory of a process that has imported its libraries and holds almost nothing (measured on the CPU).
+# Resident memory of a process that has only imported its libraries (measured on a CPU).
 LEARNER_PROCESS = 620 * MIB
 SCORER_PROCESS = 560 * MIB
 RULES_PROCESS = 490 * MIB
 ENGINE_PROCESS = 820 * MIB
 RECORDER_PROCESS = 350 * MIB
 COORDINATOR_PROCESS = 590 * MIB
-RAY_PROCESSES = 700 * MIB  # of one node: raylet, agents, and on the head its servers
+RAY_PROCESSES = 700 * MIB  # of one node: raylet and agents, on the head also its servers
 
-LOGIT_CHUNK = 512  # positions whose logits a learner or the reference holds at one time
+LOGIT_CHUNK = 512  # positions whose logits a learner or the reference holds at a time
 
 BYTES_OF: Mapping[Dtype, int] = {"bfloat16": 2, "float32": 4}
-_MOMENTS, _MASTERS = 8, 4  # bytes per parameter, Adam's two and the weights', both fp32
-_ADAM_TEMPORARIES = 8  # bytes per parameter of a shard while it is updated
-_ALIVE_IN_BACKWARD = (10, 4)  # values per token and layer that a Llama keeps: × hidden size, × feed-forward size
+_MOMENTS, _MASTERS = 8, 4  # bytes per parameter of Adam's two moments and of master weights, in fp32
+_ADAM_TEMPORARIES = 8  # bytes per parameter of a shard during its update
+_ALIVE_IN_BACKWARD = (10, 4)  # values per token and layer that a Llama stores: × hidden size, × feed-forward size
 _LOGIT_COPIES = 4
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The part of a model's config that decides its memory. `feed_forward` is the inner width of its MLP."""
+    """The sizes that determine a model's memory. `feed_forward` is the inner width of its MLP."""
 
     num_params: int
     num_layers: int
@@ -49,7 +49,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process. `process` is on the host; all else is on the device, if there is one."""
+    """Bytes of one process. `process` is on the host; the rest is on the device, if there is one."""
 
     state: float = 0.0
     working: float = 0.0
@@ -62,7 +62,7 @@ class Memory:
 
     @property
     def on_cpu(self) -> float:
-        """All of it, for a process without a device."""
+        """Total of a process without a device."""
         return self.on_device + self.process
 
 
@@ -78,7 +78,7 @@ def learner_memory(
 ) -> Memory:
     """One rank of a policy or a critic (`logits` off) under ZeRO (Rajbhandari 2020, section 3).
 
-    Stage 1 shards moments and masters, stage 2 gradients too, stage 3 weights too.
+    Stage 1 shards moments and master weights, stage 2 also gradients, stage 3 also weights.
     """
     held = BYTES_OF[dtype]
     optimizer = _MOMENTS + (_MASTERS if dtype == "bfloat16" or zero_stage else 0)
@@ -100,16 +100,15 @@ def learner_memory(
 
 
 def scorer_memory(size: ModelSize, *, dtype: Dtype, shards: int, micro_batch_tokens: int, logits: bool) -> Memory:
-    """One rank of a reference or a reward model, which only runs forward: it holds one layer's activations at a
-    time."""
+    """One rank of a reference or a reward model. Without a backward it holds one layer's activations at a time."""
     working = _layer_bytes(size, dtype, micro_batch_tokens) + (_logit_bytes(size, micro_batch_tokens) if logits else 0)
     return Memory(BYTES_OF[dtype] * size.num_params / shards, working, process=SCORER_PROCESS)
 
 
 def engine_memory(size: ModelSize, *, dtype: Dtype, tensor_parallel_size: int, cache_bytes: float) -> Memory:
-    """One rollout engine (or its part on one GPU if it is split over several).
+    """One rollout engine, or its part on one GPU if it is split over several.
 
-    A publish is verified on a second copy of the weights.
+    Verification of a publish needs a second copy of the weights.
     """
     state = BYTES_OF[dtype] * size.num_params / tensor_parallel_size
     return Memory(state, state, cache_bytes, ENGINE_PROCESS)
@@ -126,7 +125,7 @@ def _logit_bytes(size: ModelSize, tokens: int) -> float:
 
 @dataclass(frozen=True)
 class NodeNeed:
-    """Bytes that a plan needs on one node, and those that the node has (None: unknown)."""
+    """Bytes that a plan needs on one node, and bytes that the node has (None: unknown)."""
 
     address: str
     kind: Literal["memory", "GPU memory"]
@@ -135,13 +134,13 @@ class NodeNeed:
     available: float | None
 
     def describe(self) -> str:
-        there = "not known" if self.available is None else gib(self.available)
-        return f"{self.address}: {self.kind} needed about {gib(self.needed)}, there {there}"
+        there = "unknown" if self.available is None else gib(self.available)
+        return f"{self.address}: {self.kind} needed about {gib(self.needed)}, available {there}"
 
 
 @dataclass(frozen=True)
 class NodeOffer:
-    """Memory of one node: the host's, and the sum of its GPUs'. None: unknown."""
+    """Memory of one node: host memory, and the sum over its GPUs. None: unknown."""
 
     memory: float | None
     gpu_memory: float | None = None
@@ -151,8 +150,8 @@ def needs(plan: Plan, memory_of: Mapping[str, Memory], offers: Mapping[str, Node
     """Sums a plan's processes per node. The coordinator, which may run on any node, is counted on the first.
 
     Args:
-        memory_of: role to the memory of one of its actors.
-        offers: node address to its memory.
+        memory_of: memory of one actor by role.
+        offers: memory of nodes by address.
     """
     found: list[NodeNeed] = []
     for index, (address, offer) in enumerate(offers.items()):
@@ -179,14 +178,14 @@ def _on(slots: Sequence[Slot], memory_of: Mapping[str, Memory], *, gpu: bool) ->
 
 
 def too_much(found: Sequence[NodeNeed]) -> list[str]:
-    """Warnings about nodes that probably have too little.
+    """Warnings about nodes that probably have too little memory.
 
     Raises:
-        CapacityError: weights, optimizer states and gradients alone exceed what a node has.
+        CapacityError: weights, optimizer states and gradients alone exceed a node's memory.
     """
     way_out = (
         "Add nodes or memory, choose a smaller model, a higher zero_stage with more ranks, or fewer actors; "
-        "gradient_checkpointing and a smaller micro_batch_tokens lower what a step takes."
+        "gradient_checkpointing and a smaller micro_batch_tokens reduce the memory of a step."
     )
     known = [(need, need.available) for need in found if need.available is not None]
     short = [

@@ -1,4 +1,4 @@
-"""Assigns actors to nodes: a pure function of demands and nodes, or an error that says what is missing."""
+"""Assigns actors to nodes: a pure function of demands and nodes. Its error says what is missing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Demand:
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of one actor. It computes with `threads`, and reserves the shares."""
+    """The place of one actor: it computes with `threads` threads and reserves the shares in Ray."""
 
     role: str
     rank: int
@@ -53,13 +53,13 @@ class Plan:
 
 
 def place(demands: Sequence[Demand], nodes: Sequence[Node], *, mode: Literal["colocated", "separate"]) -> Plan:
-    """Places the largest actors first, each on the node with the smallest load that can hold it.
+    """Places the largest actors first, each on the least loaded node with enough room.
 
-    colocated: roles take turns, so each role must fit by itself, and an actor reserves a part of a device that all
-    roles share. separate: all actors compute at once, so everything must fit together.
+    colocated: roles take turns, so each role must fit alone; an actor reserves a part of a shared device. separate: all
+    actors compute at the same time, so all must fit together.
 
     Raises:
-        CapacityError: which role does not fit, what it needs and what there is.
+        CapacityError: says which role does not fit, what it needs and what the cluster has.
     """
     order = sorted(demands, key=lambda demand: (-demand.gpus, -demand.cpus, demand.role))
     num_sharing = len(demands) if mode == "colocated" else 1
@@ -114,7 +114,7 @@ def _shortage(demand: Demand, demands: Sequence[Demand], nodes: Sequence[Node], 
     each = f"{demand.cpus:g} CPUs and {demand.gpus:g} GPUs"
     together = (
         f" All roles together need {sum(d.cpus * d.count for d in demands):g} CPUs and "
-        f"{sum(d.gpus * d.count for d in demands):g} GPUs; placement.mode=colocated lets them share."
+        f"{sum(d.gpus * d.count for d in demands):g} GPUs; with placement.mode=colocated they share."
         if mode == "separate"
         else ""
     )

@@ -1,6 +1,6 @@
-"""Attempts of a run: each is one process of the driver. A new one starts only when the previous one is dead.
+"""Attempts of a run. Each is one process of the driver; a new one starts only after the previous one has ended.
 
-attempts/001    its process: host, machine (one boot of one kernel, and its namespace of process ids), pid, start time
+attempts/001    its process: host, machine (boot id and PID namespace), pid, start time
 
 An attempt is alive while its process runs on this machine or, seen from another machine, while its heartbeat changes.
 """
@@ -41,11 +41,10 @@ class Owner:
     started: float | None = None
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}" if self.pid else "a process that left no name"
+        return f"process {self.pid} on {self.host}" if self.pid else "an unknown process"
 
     def is_alive(self) -> bool | None:
-        """None: unknown on this machine. This process itself counts as dead: it asks because it starts a new
-        attempt."""
+        """None: unknown on this machine. This process counts as dead, because it asks in order to start an attempt."""
         if self.machine is None or self.pid is None or self.machine != _machine():
             return None
         if self.pid == os.getpid():
@@ -84,13 +83,13 @@ def claim(run: Path, *, wait_s: float, tell: Callable[[str], None]) -> int:
 
 
 def _await_end(run: Path, attempt: int, wait_s: float, tell: Callable[[str], None]) -> None:
-    """Returns when the attempt is dead. Raises CapacityError when it is still alive after `wait_s`."""
+    """Waits until the attempt has ended. Raises CapacityError if it is still alive after `wait_s`."""
     begun = last_change = monotonic()
     sign = _sign(run, attempt)
     was_told = False
     while True:
         now, fresh = monotonic(), _sign(run, attempt)
-        owner = _owner(run / ATTEMPTS / f"{attempt:03d}")  # its process may not have written this yet
+        owner = _owner(run / ATTEMPTS / f"{attempt:03d}")  # read each time: its process may not have written it yet
         if fresh is not None and fresh.get("ended"):
             return
         is_alive = owner.is_alive()
@@ -104,18 +103,18 @@ def _await_end(run: Path, attempt: int, wait_s: float, tell: Callable[[str], Non
         if seen_alive and now - begun > wait_s:
             raise CapacityError(
                 f"run {run.name} is being written by attempt {attempt} ({owner}), which is alive, and two attempts "
-                f"can't write one run. Look at it with `rlhf why {run}`; stop it, and this command continues "
-                "the run; or give another run.id (a replay: another --to)."
+                f"can't write one run. Inspect it with `rlhf why {run}`. Stop it and repeat this command to continue "
+                "the run, or give another run.id (a replay: another --to)."
             )
         if not was_told:
-            what = "to end" if is_alive else "to show whether it is alive"
-            tell(f"attempt {attempt} of this run ({owner}) has not said that it ended; waiting for it {what} ...")
+            what = "to end" if is_alive else "for a sign of life"
+            tell(f"attempt {attempt} of this run ({owner}) has not reported its end; waiting {what} ...")
             was_told = True
         sleep(_POLL_S)
 
 
 def _sign(run: Path, attempt: int) -> dict[str, Any] | None:
-    """The heartbeat of an attempt; None: there is none, or it is damaged or of another attempt."""
+    """The heartbeat of an attempt. None: it is missing, damaged or from another attempt."""
     with suppress(OSError, ValueError, RecursionError):
         beat = json.loads((run / HEARTBEAT_FILE).read_text(encoding="utf-8"))
         if isinstance(beat, dict) and beat.get("attempt") == attempt:
@@ -124,7 +123,7 @@ def _sign(run: Path, attempt: int) -> dict[str, Any] | None:
 
 
 def _owner(path: Path) -> Owner:
-    """The process that started an attempt. Unknown if the file is damaged, or empty, as earlier versions left it."""
+    """The process of an attempt. Unknown if the file is damaged or empty (earlier versions wrote empty files)."""
     with suppress(OSError, ValueError, TypeError, RecursionError):
         owner = Owner(**json.loads(path.read_text(encoding="utf-8")))
         if isinstance(owner.pid, int) and isinstance(owner.started, (int, float)):
@@ -137,7 +136,7 @@ def _this_process() -> Owner:
 
 
 def _machine() -> str | None:
-    """None if the kernel provides no such names."""
+    """Boot id and PID namespace. None: the kernel does not provide them."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -1,6 +1,6 @@
-"""Chooses the best checkpoint by evaluation: a pure function of the evaluation files.
+"""Selects the best checkpoint by evaluation: a pure function of the evaluation files.
 
-So a run that was killed and continued chooses the same checkpoint as an undisturbed run.
+A run that was killed and continued therefore selects the same checkpoint as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Best:
-    """The content of checkpoints/best.json. `step` is the checkpoint's, and the version of the weights."""
+    """The content of checkpoints/best.json. `step` is the checkpoint's step and the version of the weights."""
 
     step: int
     metric: str
@@ -35,12 +35,12 @@ class Best:
 
 @dataclass(frozen=True)
 class BestByEvaluation:
-    """Chooses among evaluated versions.
+    """Selects among evaluated versions.
 
     Args:
-        folder: of the evaluation files.
-        metric: name of a metric of evaluation; higher is better.
-        max_kl: versions above this KL per held-out response are left out. None: no bound.
+        folder: folder of the evaluation files.
+        metric: name of an evaluation metric; higher is better.
+        max_kl: versions above this KL per held-out response are excluded. None: no bound.
     """
 
     folder: Path
@@ -48,7 +48,7 @@ class BestByEvaluation:
     max_kl: float | None = None
 
     def among(self, steps: Iterable[int]) -> Best | None:
-        """The best version, the earliest of equal ones. None: none was evaluated and within the bound."""
+        """The best version; on ties the earliest. None: no version was evaluated and is within the bound."""
         best: Best | None = None
         for step in sorted(steps):
             found = self._of(step)

@@ -1,11 +1,11 @@
-"""Checkpoints: everything that a run needs to continue, complete or absent.
+"""Checkpoints: the state that a run needs to continue. A checkpoint is complete or does not count.
 
-checkpoints/step-000010/policy/...     what the policy's ranks wrote
+checkpoints/step-000010/policy/...     files of the policy's ranks
 checkpoints/step-000010/critic/...
 checkpoints/step-000010/state.json     the coordinator's state
 checkpoints/step-000010/manifest.json  size and SHA-256 of every file, and of itself
-checkpoints/step-000010/COMPLETE       written last, after every file was verified; without it, there is no checkpoint
-checkpoints/best.json                  which of them is the best by evaluation
+checkpoints/step-000010/COMPLETE       written last, after all files are verified; without it there is no checkpoint
+checkpoints/best.json                  the best checkpoint by evaluation
 """
 
 from __future__ import annotations
@@ -56,20 +56,18 @@ class Checkpoints:
     """One run's checkpoints.
 
     Args:
-        folder: where checkpoint folders go; the same storage for every node.
-        learners: role name to learner; each writes into its own sub-folder.
-        every_steps: number of steps between checkpoints; 0: only after the last.
+        folder: folder of all checkpoints, on storage that all nodes share.
+        learners: learner by role; each writes to its own sub-folder.
+        every_steps: steps between checkpoints; 0: only after the last.
         last_step: number of steps of the run.
-        keep: number of newest checkpoints that are kept, besides the best. Older ones are removed only after the newest
-        was
-            verified on disk; one that can't be removed is reported once, and tried again after the next save.
-        best: chooses the best of some steps, among those of the schedule and the best so far. Checkpoints of a stop do
-        not
-            compete, so that a stopped run keeps the same one as an undisturbed run.
-        grace_s: time that a stopped run has to save its state.
-        fence: called before a checkpoint is put in place; raises when a newer attempt writes the run.
+        keep: number of newest checkpoints to keep, in addition to the best. Older ones are removed after the newest is
+            verified on disk. A failed removal is reported once and retried after the next save.
+        best: selects the best step among scheduled checkpoints and the best so far. Checkpoints of a stop are not
+            candidates, so a stopped run keeps the same checkpoint as an uninterrupted run.
+        grace_s: time limit for saving the state of a stopped run.
+        fence: called before a checkpoint becomes visible; raises if a newer attempt is writing the run.
 
-    Raises StorageError from every method that reads or writes, naming the file.
+    Methods that read or write raise StorageError, which names the file.
     """
 
     def __init__(
@@ -99,7 +97,7 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
 
     async def save_if_due(self, state: State) -> None:
-        """Saves on schedule, unless the step was saved already, possibly by an earlier attempt."""
+        """Saves on schedule, unless the step is already saved, possibly by an earlier attempt."""
         if not self._is_due(state.step):
             return
         if self._path(state.step) not in self.complete():
@@ -112,7 +110,7 @@ class Checkpoints:
         return step > 0 and (step == self._last_step or is_on_schedule)
 
     async def begin_if_due(self, state: State, phase: AbstractContextManager[None]) -> None:
-        """As `save_if_due`, in `phase` and in the background: returns at once. Learning must wait for `settled`."""
+        """Starts `save_if_due` in the background, in `phase`. Learning must wait for `settled`."""
 
         async def save() -> None:
             with phase:
@@ -130,7 +128,7 @@ class Checkpoints:
     async def save(self, state: State) -> None:
         """Writes a checkpoint under a temporary name, renames it, verifies it on disk, then removes old ones.
 
-        If something can't be written, the incomplete checkpoint is removed and the older ones stay.
+        If a write fails, the incomplete checkpoint is removed and older ones stay.
         """
         final = self._path(state.step)
         # An earlier save that was interrupted may still be writing under its name.
@@ -153,8 +151,8 @@ class Checkpoints:
 
     @asynccontextmanager
     async def saved_on_stop(self) -> AsyncIterator[Callable[[State | None], None]]:
-        """Yields a function that takes the learners' current state, None while they learn. When the body is stopped
-        (cancelled), that state is saved within the grace period; without the save, the log leads to the same state. No
+        """Yields a function that takes the learners' current state, None while they learn. If the body is cancelled,
+        that state is saved within the grace period; if this fails, learning again from the log gives the same state. No
         save continues after the context."""
         standing: list[State | None] = [None]
         try:
@@ -176,11 +174,11 @@ class Checkpoints:
     async def restore(self) -> State | None:
         """Loads the newest undamaged checkpoint into the learners. None: there is no checkpoint.
 
-        A damaged one is skipped with a warning, since the log leads forward from any older one. It then counts as
-        absent, and is removed after the next save.
+        A damaged checkpoint is skipped with a warning, because the log contains the steps after any older one. It is
+        removed after the next save.
 
         Raises:
-            StorageError: every checkpoint has a file that is missing, truncated or altered.
+            StorageError: all checkpoints have files that are missing, truncated or altered.
         """
         await asyncio.to_thread(self._remove_halves)
         problems: list[StorageError] = []
@@ -203,14 +201,14 @@ class Checkpoints:
         return None
 
     def complete(self) -> list[Path]:
-        """Folders of complete checkpoints, oldest first, without those that `restore` found damaged."""
+        """Folders of complete checkpoints, oldest first, except those that `restore` found damaged."""
         return [path for path in complete_checkpoints(self._folder) if path not in self._damaged]
 
     async def load_best(self) -> Best | None:
-        """Loads the best checkpoint into the learners. None: there is none, or its learners' state is the last one.
+        """Loads the best checkpoint into the learners. None: there is none, or it is the last step.
 
         Raises:
-            StorageError: it was altered.
+            StorageError: the checkpoint was altered.
         """
         best = read_best(self._folder)
         if best is None or best.step == self._last_step:
@@ -251,7 +249,7 @@ class Checkpoints:
         self._damaged = {path for path in self._damaged if path.exists()}
 
     def _remove_halves(self) -> None:
-        """Removes what a killed save left: as large as a checkpoint, and useless."""
+        """Removes incomplete checkpoints of killed saves."""
         for path in _folders(self._folder, _UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -260,17 +258,17 @@ class Checkpoints:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in `folder`, oldest first; none if there is no such folder. Raises StorageError."""
+    """Complete checkpoints in `folder`, oldest first; empty if the folder is missing. Raises StorageError."""
     return [path for path in _folders(folder, _CHECKPOINT) if (path / MARKER).exists()]
 
 
 def is_complete(folder: Path, step: int) -> bool:
-    """Whether the checkpoint of a step is in the folder, whole."""
+    """Whether the folder contains a complete checkpoint of the step."""
     return (folder / f"step-{step:06d}" / MARKER).exists()
 
 
 def read_best(folder: Path) -> Best | None:
-    """The content of best.json in the folder of checkpoints. None: there is none, or it is damaged or out of date."""
+    """Reads best.json in the folder of checkpoints. None: it is missing, damaged or out of date."""
     try:
         best = Best(**json.loads((folder / BEST_FILE).read_text(encoding="utf-8")))
         return best if (folder / f"step-{best.step:06d}" / MARKER).exists() else None
@@ -288,13 +286,13 @@ def _folders(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
 
 
 def verify(folder: Path) -> None:
-    """Compares every file of a checkpoint with its manifest. Raises StorageError naming the first that differs."""
+    """Compares all files of a checkpoint with its manifest. Raises StorageError, which names the first difference."""
     manifest = read_sealed(folder / MANIFEST)
     if STATE not in manifest:
         raise damaged(folder / MANIFEST, f"it does not list {STATE}")
     for name, entry in manifest.items():
         if not isinstance(entry, dict) or entry.keys() != {"num_bytes", "sha256"}:
-            raise damaged(folder / MANIFEST, f"its entry {name!r} is not that of a file")
+            raise damaged(folder / MANIFEST, f"its entry {name!r} does not describe a file")
         path = inside(folder, name)
         with reading(path):
             problem = _difference(path, entry["num_bytes"], entry["sha256"])
@@ -316,7 +314,7 @@ def _verified_state(folder: Path) -> State:
     try:
         return State(**read_json(folder / STATE))
     except TypeError:
-        raise damaged(folder / STATE, "it does not hold the state that this version of the program writes") from None
+        raise damaged(folder / STATE, "it does not contain the state of this version of the program") from None
 
 
 def _make_empty(temporary: Path, folders: Sequence[Path]) -> None:

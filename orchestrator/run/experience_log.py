@@ -1,11 +1,11 @@
-"""The append-only record of all experience: everything that the run learns from, committed before it learns.
+"""The append-only log of all experience, committed before the run learns from it.
 
     log/step-000007/shard-0000.parquet   one row per sample, schema.EXPERIENCE, zstd
-    log/step-000007/manifest.json        written last: a step without it was never committed
-    log/set-aside/attempt-002-.../       steps that came after one that was lost
+    log/step-000007/manifest.json        written last: a step without it is not committed
+    log/set-aside/attempt-002-.../       steps after a lost step
 
-Files are written near the data by recorders; this class keeps the manifest and holds no samples. docs/experience-log.md
-lists the columns and says how to open a log in pyarrow, pandas and DuckDB.
+Recorders write the shards; this class writes the manifest and holds no samples. docs/experience-log.md lists the
+columns and shows how to open a log in pyarrow, pandas and DuckDB.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class ExperienceLog:
     """One run's log.
 
     Args:
-        folder: where step folders go; the same storage for every node.
-        recorder: assembles, writes and reads shards near the data.
+        folder: folder of all steps, on storage that all nodes share.
+        recorder: assembles, writes and reads shards.
         max_failed_fraction: share of a step's samples whose reward may fail before the run stops.
-        attempt: of the run; two attempts never write the same file.
-        fence: called before a step is committed; raises when a newer attempt writes the run.
+        attempt: number of the run's attempt; two attempts never write the same file.
+        fence: called before a step is committed; raises if a newer attempt is writing the run.
     """
 
     def __init__(
@@ -62,15 +62,15 @@ class ExperienceLog:
             folder.mkdir(parents=True, exist_ok=True)
 
     def holds(self, step: int) -> bool:
-        """Whether step `step` was committed."""
+        """Whether step `step` is committed."""
         return _is_there(self._manifest(step))
 
     async def commit(self, state: State, scored: Sequence[ScoredShard]) -> Experience:
-        """Writes all shards of step `state.step`, then the manifest. After this the step is never sampled again.
+        """Writes all shards of step `state.step`, then the manifest. Afterwards the step is never sampled again.
 
         Raises:
-            RewardError: more rewards failed than the budget allows.
-            StorageError: something could not be written.
+            RewardError: more rewards failed than are allowed.
+            StorageError: a file could not be written.
         """
         step = state.step
         with writing(self._step_folder(step)):
@@ -96,7 +96,7 @@ class ExperienceLog:
         return _experience(step, records, [handle for handle, _ in written], state.kl_coefficient)
 
     async def load(self, step: int) -> Experience:
-        """Reads a committed step back, every file checked against its checksum. Raises StorageError."""
+        """Reads a committed step and verifies the checksums of its files. Raises StorageError."""
         kl_coefficient, records = self._read_manifest(step)
         files = [str(inside(self._step_folder(step), record.file)) for record in records]
         handles = await together(
@@ -107,7 +107,7 @@ class ExperienceLog:
     def set_aside_after(self, step: int) -> Sequence[int]:
         """If the log has lost `step`, moves the steps after it to set-aside/ and returns them.
 
-        The run samples `step` again, and the later steps do not follow from the new one.
+        The run samples `step` again, and the later steps do not follow from the new samples.
         """
         if self.holds(step):
             return ()
@@ -125,7 +125,7 @@ class ExperienceLog:
         return later
 
     def metrics(self, step: int) -> Metrics | None:
-        """Metrics of a committed step, from its manifest alone. None: it was not committed. Raises StorageError."""
+        """Metrics of a step, from its manifest. None: the step is not committed. Raises StorageError."""
         return merge_metrics(self._read_manifest(step)[1]) if self.holds(step) else None
 
     def _read_manifest(self, step: int) -> tuple[float, list[ShardRecord]]:
@@ -139,9 +139,9 @@ class ExperienceLog:
         try:
             committed_step, kl_coefficient, records = _parse(**manifest)
         except (AttributeError, KeyError, TypeError):
-            raise damaged(self._manifest(step), "its entries are not those of a manifest") from None
+            raise damaged(self._manifest(step), "its entries do not form a manifest") from None
         if committed_step != step:
-            raise damaged(self._manifest(step), f"it is that of step {committed_step}")
+            raise damaged(self._manifest(step), f"it belongs to step {committed_step}")
         return kl_coefficient, records
 
     def _check_failures(self, step: int, records: Sequence[ShardRecord]) -> None:
@@ -159,7 +159,7 @@ class ExperienceLog:
         return f"shard-{index:04d}{suffix}.parquet"
 
     def _remove_others(self, step: int, records: Sequence[ShardRecord]) -> None:
-        """Removes what an earlier attempt wrote for this step without committing it."""
+        """Removes uncommitted shards of earlier attempts."""
         names = {record.file for record in records}
         with writing(self._step_folder(step)):
             for path in self._step_folder(step).iterdir():
@@ -174,7 +174,7 @@ class ExperienceLog:
 
 
 def num_committed(folder: Path) -> int:
-    """Steps that the log in `folder` holds, from step 0 to the first gap."""
+    """Number of committed steps in `folder`, from step 0 to the first gap."""
     steps = itertools.count()
     return next(step for step in steps if not _is_there(_step_folder(folder, step) / MANIFEST))
 
@@ -191,7 +191,7 @@ def _step_folder(folder: Path, step: int) -> Path:
 def _parse(
     format: int, step: int, kl_coefficient: float, shards: Sequence[dict[str, Any]]
 ) -> tuple[int, float, list[ShardRecord]]:
-    """A manifest's entries; a missing or unknown one is a TypeError."""
+    """The entries of a manifest. Missing or unknown entries raise TypeError."""
     return step, kl_coefficient, [_record(item) for item in shards]
 
 

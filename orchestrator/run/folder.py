@@ -1,4 +1,4 @@
-"""The folder of one run: its id, its config, and which attempt this process is."""
+"""The folder of one run: its id, its config, and the number of this attempt."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class RunFolder:
 
     @property
     def place(self) -> Path:
-        """The folder of what a stage makes: the run's own, or that of the stage whose name this carries."""
+        """The folder of a stage's outputs: the run's folder, or that of the stage `stage`."""
         return stage_place(self.path, self.stage)
 
     def require_newest(self) -> None:
-        """Raises Superseded when a later attempt has opened this folder: two attempts must never write one run."""
+        """Raises Superseded if a later attempt has opened this folder: two attempts must never write one run."""
         with reading(self.path / ATTEMPTS):
             newest = max(numbers(self.path / ATTEMPTS), default=0)
         if newest > self.attempt:
-            raise Superseded(f"run {self.id}: attempt {newest} writes this run now, so attempt {self.attempt} stops.")
+            raise Superseded(f"run {self.id}: attempt {newest} now writes this run, so attempt {self.attempt} stops.")
 
     @property
     def log(self) -> Path:
@@ -68,27 +68,27 @@ class RunFolder:
 
 
 def stage_place(run: Path, stage: str) -> Path:
-    """Where a stage with a name of its own keeps what it makes; without one, the run's folder."""
+    """The folder of a stage's outputs. Without a stage name: the run's folder."""
     return run / "stages" / stage if stage else run
 
 
 def open_run(config: Config, tell: Callable[[str], None] = lambda line: None) -> RunFolder:
-    """Creates the run's folder, or opens it for a further attempt when run.id names one that exists.
+    """Creates the run's folder, or opens an existing one (run.id) for another attempt.
 
-    A config that differs in keys that do not matter (config_changes.py) takes the place of the one before, which is
-    kept as config.attempt-NNN.yaml, NNN being the last attempt that it was in force for.
+    If the config differs only in keys that do not matter (config/changes.py), it replaces the previous config, which is
+    kept as config.attempt-NNN.yaml, where NNN is the last attempt that used it.
 
     Args:
-        tell: gets a line for the console while it waits for an attempt that may be alive.
+        tell: gets a line for the console while this waits for an attempt that may be alive.
 
     Raises:
         CapacityError: another attempt of this run is alive.
-        ConfigError: the folder holds a run whose config differs in a key that matters, or can't be read.
-        StorageError: it can't be written.
+        ConfigError: the run's config can't be read or differs in a key that matters.
+        StorageError: the folder can't be written.
     """
     path = _make_folder(storage_root(config.run.root), config)
     attempt = claim(path, wait_s=config.placement.wait_s, tell=tell)
-    # Read only now: an attempt that started at the same time may have been the first to keep its config.
+    # Read after the claim: an attempt that started at the same time may have written its config first.
     try:
         changes = _harmless_changes(path / CONFIG_FILE, config)
     except BaseException:
@@ -101,10 +101,10 @@ def open_run(config: Config, tell: Callable[[str], None] = lambda line: None) ->
 
 
 def _make_folder(root: Path, config: Config) -> Path:
-    """The run's folder, which only this user can enter: it holds samples, and texts that errors quote. An existing
-    folder keeps its mode, so that a shared folder stays shared.
+    """Makes the run's folder, accessible only to this user because it contains samples and quoted texts. An existing
+    folder keeps its mode, so a shared folder stays shared.
 
-    A new run gets a folder of its own, also when two runs start in the same second.
+    Two runs that start in the same second get different folders.
     """
     path = root / (config.run.id or _new_id(config.run.name, os.getpid()))
     try:
@@ -120,7 +120,7 @@ def _make_folder(root: Path, config: Config) -> Path:
         (path / ATTEMPTS).mkdir(exist_ok=True)
     except OSError as error:
         raise StorageError(
-            f"run folder {path} can't be made ({error.strerror}); set run.root to a place that can."
+            f"run folder {path} can't be made ({error.strerror}); set run.root to a writable folder."
         ) from None
     return path
 
@@ -130,10 +130,10 @@ def _new_id(name: str, number: int) -> str:
 
 
 def restore_lost(config: Config) -> str | None:
-    """Restores the folder of the run that run.id names from its mirror, if it is gone; returns a line for the console.
+    """Restores the missing folder of run.id from its mirror. Returns a line for the console.
 
     Raises:
-        StorageError: the mirror does not answer, or no snapshot of it is whole.
+        StorageError: the mirror does not answer or has no undamaged snapshot.
     """
     if config.run.id is None or config.run.mirror is None:
         return None
@@ -147,15 +147,15 @@ def restore_lost(config: Config) -> str | None:
         return None
     with writing(path):
         path.chmod(0o700)
-    return f"run {path.name}: its folder was gone; {len(snapshot.files)} files are back from snapshot {snapshot.name}"
+    return f"run {path.name}: restored the lost folder, {len(snapshot.files)} files, from snapshot {snapshot.name}"
 
 
 def kept_config(config: Config) -> Config | None:
-    """The config kept in the folder of the run that run.id names; None when there is no such run.
+    """The config in the folder of run.id. None: there is no such run.
 
     Raises:
-        ConfigError: it can't be read as a config.
-        StorageError: it can't be read at all.
+        ConfigError: the file is not a valid config.
+        StorageError: the file can't be read.
     """
     if config.run.id is None:
         return None
@@ -165,7 +165,7 @@ def kept_config(config: Config) -> Config | None:
 
 
 def refuse_existing(config: Config) -> None:
-    """Raises ConfigError when run.id names a run that exists."""
+    """Raises ConfigError if run.id exists."""
     if config.run.id is not None and (storage_root(config.run.root) / config.run.id / CONFIG_FILE).exists():
         raise ConfigError(
             f"run {config.run.id!r} exists in {storage_root(config.run.root)}, and --resume is never. Give another "
@@ -174,7 +174,7 @@ def refuse_existing(config: Config) -> None:
 
 
 def existing_run(config: Config) -> RunFolder | None:
-    """The folder of the run that run.id names, opened without a new attempt; None when there is no such run."""
+    """The folder of run.id, without starting an attempt. None: there is no such run."""
     if config.run.id is None:
         return None
     path = storage_root(config.run.root) / config.run.id
@@ -182,17 +182,17 @@ def existing_run(config: Config) -> RunFolder | None:
 
 
 def has_finished(path: Path, stage: str) -> bool:
-    """Whether the last thing that a stage of the run in `path` told is that it finished. Raises StorageError."""
+    """Whether the last stage event of a stage of the run in `path` is its end. Raises StorageError."""
     events = read_lines(path / EVENTS_FILE)
     kinds = [line["kind"] for line in events if line["stage"] == stage and line["kind"].startswith("stage_")]
     return kinds[-1:] == ["stage_finished"]
 
 
 def check_run_folder(config: Config) -> str:
-    """What `open_run` would find, before anything is made but the root itself; says where runs go and the room there.
+    """Checks that `open_run` will succeed; creates only the root. Returns a line about the root and its free space.
 
     Raises:
-        ConfigError: the root can't be written, or run.id names a run that the config can't continue.
+        ConfigError: the root can't be written, or run.id names a run that this config can't continue.
     """
     root = storage_root(config.run.root)
     try:
@@ -201,7 +201,7 @@ def check_run_folder(config: Config) -> str:
             pass
     except OSError as error:
         raise ConfigError(
-            f"run.root={config.run.root}: {root} can't be written ({error.strerror}). Set run.root to a place that can."
+            f"run.root={config.run.root}: {root} can't be written ({error.strerror}). Set a writable folder."
         ) from None
     if config.run.id is not None:
         _harmless_changes(root / config.run.id / CONFIG_FILE, config)
@@ -209,8 +209,8 @@ def check_run_folder(config: Config) -> str:
 
 
 def storage_root(root: Path) -> Path:
-    """`root` as an absolute path. Inside a Ray job the working directory is a copy that Ray deletes, so a relative
-    root then means one below the home folder."""
+    """`root` as an absolute path. In a Ray job the working directory is a copy that Ray deletes, so a relative root is
+    then below the home folder."""
     root = root.expanduser()
     if root.is_absolute():
         return root
@@ -219,18 +219,18 @@ def storage_root(root: Path) -> Path:
 
 
 def _harmless_changes(path: Path, config: Config) -> tuple[Change, ...]:
-    """What differs from the config kept in `path`, if one is. Raises ConfigError when any of it matters."""
+    """Differences from the config in `path`, if it exists. Raises ConfigError if one matters."""
     with reading(path):
         if not path.exists():
             return ()
     changes = changed_keys(load_kept_config(path), config)
     if any(change.matters for change in changes):
         lines = (f"{change}  ({'matters' if change.matters else 'does not matter'})" for change in changes)
-        way_out = "Set the keys that matter back to continue it, or give another run.id to start a new run."
+        way_out = "To continue it, set the keys that matter back; or give another run.id to start a new run."
         if any(change.matters and change.is_of_contents for change in changes):
             way_out += (
-                " A file that changed under its path: put back the one that the run started with, or continue with the "
-                "new one by run.accept_changed_files=true."
+                " If a file changed, restore the one that the run started with, or continue with the new one by "
+                "run.accept_changed_files=true."
             )
         raise ConfigError(
             f"run {path.parent.name!r} was started with another config, kept in {path}:\n  " + "\n  ".join(lines) + "\n"

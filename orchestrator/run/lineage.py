@@ -1,7 +1,7 @@
-"""Where the artifacts of a run come from: lineage.json in the run's folder, one entry per artifact.
+"""The lineage of a run's artifacts: lineage.json in the run's folder, one entry per artifact.
 
-An entry says which stage made the artifact, from which artifacts of the run and which files from outside, under which
-config and commit of this program, and what it holds, as digests.
+An entry names the stage that made the artifact, the artifacts and outside files that it was made from, the config and
+the commit of this program, and the digest of the artifact.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ class Made:
     """One artifact.
 
     Args:
-        kind, path: what it is, and where, relative to the run's folder.
+        kind: kind of the artifact.
+        path: its path, relative to the run's folder.
         stage: the stage that made it, in attempt `attempt`.
-        sha256: of its contents, as the digests of inputs are taken.
-        config_sha256: of the config that the stage ran with, without where the run is kept and what only watches it.
-        commit: of this program's source. None: not known.
-        reads: artifacts of this run that it was made from: kind to path.
-        contents: digests of the files from outside that the run reads.
-        result: what the stage says of it.
+        sha256: digest of its contents, computed as for inputs.
+        config_sha256: digest of the stage's config, see `config_digest`.
+        commit: commit of this program's source. None: unknown.
+        reads: path by kind of the run's artifacts that it was made from.
+        contents: digests of the outside files that the run reads.
+        result: the stage's report about it.
     """
 
     kind: str
@@ -52,13 +53,13 @@ class Made:
 
 
 def record(run: Path, made: Made) -> None:
-    """Enters an artifact, in place of what its stage made under this path before. Raises StorageError."""
+    """Records an artifact; replaces an earlier entry with the same path. Raises StorageError."""
     kept = [entry for entry in read_lineage(run) if entry.path != made.path]
     write_json(run / LINEAGE_FILE, {"artifacts": [asdict(entry) for entry in (*kept, made)]})
 
 
 def read_lineage(run: Path) -> list[Made]:
-    """The artifacts of a run, in the order in which they were made. None for a run without the file.
+    """The artifacts of a run, oldest first; empty if the file is missing.
 
     Raises:
         StorageError: the file is damaged.
@@ -74,13 +75,13 @@ def read_lineage(run: Path) -> list[Made]:
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise StorageError(
-            f"{path} is damaged ({type(error).__name__}: {error}). Delete it; only the record of where artifacts come "
-            "from is lost."
+            f"{path} is damaged ({type(error).__name__}: {error}). Delete it; only the record of the artifacts' origin "
+            "is lost."
         ) from None
 
 
 def config_digest(config: Config) -> str:
-    """Two runs with one digest compute the same from the same files."""
+    """Digest of the parts of a config that affect results. Equal digests and files give equal results."""
     tree = config.model_dump(mode="json", exclude={"run", "telemetry", "deadlines", "failures", "guards", "stages"})
     tree["seed"] = config.run.seed
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
@@ -88,7 +89,7 @@ def config_digest(config: Config) -> str:
 
 @cache
 def source_commit() -> str | None:
-    """The commit of this program's source, with + where files differ from it. None where it is not a checkout."""
+    """The commit of this program's source, with + if files differ from it. None: the source is not a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

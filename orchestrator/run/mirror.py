@@ -1,9 +1,9 @@
-"""A copy of a run on other storage, such as S3, from which a lost run folder is restored.
+"""Copies a run to other storage, such as S3, and restores a lost run folder from there.
 
-    MIRROR/RUN-ID/objects/SHA-256              files by their content: written once and never changed
-    MIRROR/RUN-ID/snapshots/002-000017.json    attempt 2's 17th snapshot: every file's object; sealed, written last
+    MIRROR/RUN-ID/objects/SHA-256              files by content: written once and never changed
+    MIRROR/RUN-ID/snapshots/002-000017.json    attempt 2's 17th snapshot: each file's object; sealed, written last
 
-Object stores can neither rename nor append. So a snapshot is its manifest, which is written after all files it names.
+Object stores can't rename or append. So a snapshot is a manifest, which is written after all files that it names.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from orchestrator.watching.heartbeat import HEARTBEAT_FILE
 KEEP = 2
 LAST_PUSH_S, STOPPED_PUSH_S = 600.0, 20.0
 _BLOCK_BYTES = 8 << 20
-# Appended to during the run. They are read last, so that they cover everything else in the snapshot.
+# Files that grow during the run. They are read last, so they cover everything else in the snapshot.
 _GROWING = (".jsonl",)
 _NAME = re.compile(r"(\d{3,})-(\d{6,})\.json")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -51,10 +51,10 @@ class Mirror:
     """The copies of one run.
 
     Args:
-        uri: s3://bucket/prefix, gs://..., hdfs://..., or an absolute path. Credentials as pyarrow finds them;
-            `?endpoint_override=host:port&scheme=http` names another S3 server than Amazon's.
+        uri: s3://bucket/prefix, gs://..., hdfs://..., or an absolute path. pyarrow finds the credentials;
+            `?endpoint_override=host:port&scheme=http` selects an S3 server other than Amazon's.
 
-    Raises StorageError from every method when the storage does not answer.
+    All methods raise StorageError if the storage does not answer.
     """
 
     def __init__(self, uri: str, run_id: str) -> None:
@@ -62,26 +62,25 @@ class Mirror:
             self._storage, base = fs.FileSystem.from_uri(uri)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ConfigError(
-                f"run.mirror={uri!r} leads nowhere ({error}). Give a URI such as s3://bucket/prefix, or an absolute "
-                "path."
+                f"run.mirror={uri!r} is invalid ({error}). Give a URI such as s3://bucket/prefix, or an absolute path."
             ) from error
         self._uri = uri
         self._objects, self._snapshots = (f"{base.rstrip('/')}/{run_id}/{part}" for part in ("objects", "snapshots"))
         self._lock = threading.Lock()
-        # By path: its bytes and the time of its last change, and the digest that it had then.
+        # By path: (size, modification time) and the digest at that time.
         self._digests: dict[str, tuple[tuple[int, int], str]] = {}
 
     def check(self) -> int:
-        """Number of snapshots. Raises ConfigError when there is no such bucket."""
+        """Number of snapshots. Raises ConfigError if the bucket is missing."""
         bucket = self._snapshots.partition("/")[0]
         with self._answering():
             if bucket and self._storage.get_file_info(bucket).type == fs.FileType.NotFound:
-                raise ConfigError(f"run.mirror={self._uri}: there is no bucket {bucket!r}; make it, or name another.")
+                raise ConfigError(f"run.mirror={self._uri}: there is no bucket {bucket!r}; create it or set another.")
         return len(self.names())
 
     def push(self, folder: Path, attempt: int) -> Snapshot | None:
-        """Copies new files, then writes the manifest and retires older ones. None: nothing has changed, or a file was
-        removed meanwhile, for example a checkpoint that a newer one replaced."""
+        """Copies new files, then writes the manifest and deletes older snapshots. None: nothing has changed, or a file
+        was removed during the copy, for example an old checkpoint."""
         with self._lock, self._answering():
             return self._push(folder, attempt)
 
@@ -135,7 +134,7 @@ class Mirror:
             return sorted(names, key=_attempt_and_number)
 
     def _send(self, file: Path, path: str) -> str:
-        """Stores a file's content, unless it is stored already; returns its SHA-256."""
+        """Stores a file's content unless it is already stored. Returns its SHA-256."""
         stat = file.stat()
         known, digest = self._digests.get(path, (None, ""))
         if known == (stat.st_size, stat.st_mtime_ns):
@@ -181,7 +180,7 @@ class Mirror:
                 yield block
 
     def read(self, name: str) -> Snapshot:
-        """The snapshot of that name; its files may be damaged. Raises StorageError if its manifest is."""
+        """Reads a snapshot's manifest, without its files. Raises StorageError if the manifest is damaged."""
         with self._answering(), self._storage.open_input_stream(f"{self._snapshots}/{name}") as stream:
             content = stream.read(_MANIFEST_BYTES)
         files = unsealed(Path(name), content).get("files")
@@ -190,7 +189,7 @@ class Mirror:
         for path, digest in files.items():
             inside(Path(name), path)
             if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-                raise damaged(Path(name), f"what it names for {path!r} is no SHA-256")
+                raise damaged(Path(name), f"its entry for {path!r} is not a SHA-256")
         return Snapshot(name, files)
 
     def _write(self, path: str, content: bytes) -> None:
@@ -205,7 +204,7 @@ class Mirror:
         kept_files = [self._files(name) for name in kept]
         needed = {digest for files in kept_files for digest in (files or {}).values()}
         for name in old:
-            # A damaged manifest, old or kept, leaves objects behind that may still be needed.
+            # After a damaged manifest, old or kept, objects stay: some may still be needed.
             files = None if None in kept_files else self._files(name)
             self._storage.delete_file(f"{self._snapshots}/{name}")
             for digest in set((files or {}).values()) - needed:
@@ -229,13 +228,13 @@ class Mirror:
 
 
 class Mirroring:
-    """Pushes regularly while its body runs, and once more at its end.
+    """Pushes regularly while its body runs, and once at its end.
 
-    A mirror that does not answer loses copies, never the run; this is reported once, and the push is tried again.
+    If the mirror does not answer, only copies are lost, not the run. The problem is reported once and the push retried.
 
     Args:
-        grace_s: how long the last push may take when the body was stopped or failed.
-        fence: raises when a newer attempt owns the folder.
+        grace_s: time limit of the last push after the body was stopped or failed.
+        fence: raises if a newer attempt owns the folder.
         tell: gets lines for the console.
     """
 
@@ -266,7 +265,7 @@ class Mirroring:
         try:
             await asyncio.wait_for(self._push(), limit_s)
         except TimeoutError:
-            self._tell(f"mirror: the last copy was not done within {limit_s:g} s; the one before it stands")
+            self._tell(f"mirror: the last copy was not complete within {limit_s:g} s; the previous copy remains")
 
     async def _push_on(self) -> None:
         while True:
@@ -291,7 +290,7 @@ def _attempt_and_number(name: str) -> tuple[int, int]:
 
 
 async def _beside(work: Callable[[], object]) -> None:
-    """Awaits `work` on a daemon thread, for which the process does not wait at its end: a storage may never answer."""
+    """Awaits `work` on a daemon thread, so a storage that never answers does not block the end of the process."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
 
@@ -303,9 +302,9 @@ async def _beside(work: Callable[[], object]) -> None:
         error: BaseException | None = None
         try:
             work()
-        except Exception as raised:  # noqa: BLE001  it is raised where it is awaited
+        except Exception as raised:  # noqa: BLE001  raised in the awaiting task
             error = raised
-        with suppress(RuntimeError):  # the loop is closed: nothing waits for the result
+        with suppress(RuntimeError):  # the loop is closed: no task waits for the result
             loop.call_soon_threadsafe(finish, error)
 
     threading.Thread(target=run, name="mirror", daemon=True).start()
@@ -313,12 +312,12 @@ async def _beside(work: Callable[[], object]) -> None:
 
 
 def _settled(folder: Path) -> list[str]:
-    """Files that are complete; those that grow come last."""
+    """Complete files; growing files come last."""
     incomplete = [path for path in folder.glob("checkpoints/step-*") if not (path / MARKER).exists()]
     found = [
         path.relative_to(folder)
         for path in sorted(folder.rglob("*"))
-        # A link may lead out of the folder, to files that do not belong to the run.
+        # A link may refer to files outside the folder that do not belong to the run.
         if path.is_file() and not path.is_symlink() and not any(parent in incomplete for parent in path.parents)
     ]
     names = [str(path) for path in found if not any(part.startswith(".") for part in path.parts)]

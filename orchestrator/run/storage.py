@@ -35,7 +35,7 @@ _WAYS_OUT = {
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises an OSError of the body as a StorageError naming the file that failed, or `path` if it is unknown."""
+    """Converts an OSError of the body to a StorageError that names the failed file, or `path` if it is unknown."""
     try:
         yield
     except OSError as error:
@@ -44,7 +44,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raises an OSError of the body as a StorageError naming `path`."""
+    """Converts an OSError of the body to a StorageError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -53,9 +53,9 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on a clean exit it is synced and takes the place of `path`.
+    """Yields a temporary path next to `path`; on a clean exit it is synced and replaces `path`.
 
-    Raises StorageError naming the file when the disk is full, permission is missing or the folder is gone.
+    Raises StorageError, which names the file, if the disk is full or the folder is missing or not writable.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -85,16 +85,16 @@ def _parsed(path: Path, content: bytes) -> Any:
     try:
         return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError):
-        raise damaged(path, "it holds no valid JSON") from None
+        raise damaged(path, "it is not valid JSON") from None
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object with a checksum of itself."""
+    """Writes a JSON object that contains its own checksum."""
     write_json(path, _sealed(content))
 
 
 def create_sealed(path: Path, content: Mapping[str, Any]) -> bool:
-    """The same for a file that must not exist yet: of several writers one wins. False: another writer won."""
+    """As `write_sealed`, but the file must not exist: one of several writers succeeds. False: another writer did."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.write_bytes(sealed_bytes(content))
@@ -112,9 +112,9 @@ def create_sealed(path: Path, content: Mapping[str, Any]) -> bool:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Reads what `write_sealed` wrote. Accepts an object without a checksum, as earlier versions wrote them.
+    """Reads a file of `write_sealed`. Accepts an object without a checksum, from earlier versions.
 
-    Raises StorageError when the file can't be read or was altered.
+    Raises StorageError if the file can't be read or was altered.
     """
     with reading(path):
         content = path.read_bytes()
@@ -122,15 +122,15 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def sealed_bytes(content: Mapping[str, Any]) -> bytes:
-    """What `write_sealed` writes."""
+    """The bytes that `write_sealed` writes."""
     return _as_json(_sealed(content)).encode("utf-8")
 
 
 def unsealed(path: Path, written: bytes) -> dict[str, Any]:
-    """What `read_sealed` makes of a file's bytes; `path` is its name in errors."""
+    """As `read_sealed`, from bytes; `path` is the name in errors."""
     content = _parsed(path, written)
     if not isinstance(content, dict):
-        raise damaged(path, "it holds no JSON object")
+        raise damaged(path, "it is not a JSON object")
     seal = content.pop(_SEAL, None)
     if seal is not None and seal != _seal(content):
         raise damaged(path, "it does not match its own checksum")
@@ -142,9 +142,9 @@ def damaged(path: Path, problem: str) -> StorageError:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Appends a line to a file and syncs it. On a disk that fills up nothing is added.
+    """Appends a line to a file and syncs it. On a full disk the file is unchanged.
 
-    Raises StorageError naming the file.
+    Raises StorageError, which names the file.
     """
     is_new = not path.exists()
     with writing(path):
@@ -156,7 +156,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def _append_whole(stream: io.FileIO, data: bytes) -> None:
-    """Later lines would be lost with a half one."""
+    """Removes a partly written line, which would damage later lines too."""
     size = stream.tell()
     try:
         written = 0
@@ -168,7 +168,7 @@ def _append_whole(stream: io.FileIO, data: bytes) -> None:
 
 
 def drop_torn_tail(path: Path) -> None:
-    """Cuts off a last line that a killed writer left without its end."""
+    """Removes an incomplete last line, left by a killed writer."""
     with suppress(FileNotFoundError), path.open("rb+") as stream:
         content = stream.read()
         stream.truncate(content.rfind(b"\n") + 1)
@@ -180,9 +180,9 @@ def sha256(path: Path) -> str:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """`folder / name` for a name from a manifest, which must be relative and not lead out of the folder.
+    """`folder / name` for a name from a manifest, which must be relative and stay inside the folder.
 
-    Raises StorageError naming the entry.
+    Raises StorageError, which names the entry.
     """
     path = PurePosixPath(name)
     if not path.parts or "\0" in name or path.is_absolute() or ".." in path.parts or str(path) != name:
@@ -191,7 +191,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def make_empty(folder: Path) -> None:
-    """Makes the folder, without what was in it. Raises StorageError."""
+    """Creates an empty folder; deletes existing content. Raises StorageError."""
     with writing(folder):
         if folder.exists():
             shutil.rmtree(folder)
@@ -208,7 +208,7 @@ def follow_umask(folder: Path) -> None:
         probe.unlink(missing_ok=True)
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
-            with suppress(PermissionError, NotImplementedError):  # FUSE and SMB mounts may keep no modes
+            with suppress(PermissionError, NotImplementedError):  # FUSE and SMB mounts may not store modes
                 path.chmod(mode)
 
 
@@ -234,14 +234,14 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Syncs every file and folder below `folder`, itself included."""
+    """Syncs `folder` and all files and folders below it."""
     for path in folder.rglob("*"):
         sync_folder(path) if path.is_dir() else sync_file(path)
     sync_folder(folder)
 
 
 def _move_if_absent(source: Path, target: Path) -> None:
-    """Raises FileExistsError if `target` exists. On storage without hard links an exclusive claim decides."""
+    """Raises FileExistsError if `target` exists. Storage without hard links needs an exclusive claim."""
     try:
         os.link(source, target)
     except OSError as error:
@@ -255,9 +255,9 @@ def _move_if_absent(source: Path, target: Path) -> None:
 
 @contextmanager
 def _claimed(target: Path, fresh: Path) -> Iterator[None]:
-    """Holds a claim on `target`. `fresh`: a file written just now, for the storage's own clock.
+    """Holds a claim on `target`. `fresh`: a newly written file, which gives the storage's current time.
 
-    Raises FileExistsError while another writer holds it.
+    Raises FileExistsError while another writer holds the claim.
     """
     claim = target.with_name(f".{target.name}.claim")
     with suppress(FileNotFoundError):
@@ -276,7 +276,7 @@ def _as_json(content: Any) -> str:
 
 def _not_written(path: Path | str, error: OSError) -> StorageError:
     reason = error.strerror or error
-    way_out = _WAYS_OUT.get(error.errno or 0, "check the storage that it is on")
+    way_out = _WAYS_OUT.get(error.errno or 0, "check its storage")
     return StorageError(f"{path} can't be written ({reason}); {way_out}.")
 
 

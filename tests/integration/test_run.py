@@ -182,7 +182,7 @@ def test_a_run_whose_folder_is_lost_goes_on_from_its_mirror(launcher: Launcher, 
     killed.communicate()
     shutil.rmtree(folder)
     output = finish(launcher.start(*command))
-    assert "run lost: its folder was gone" in output
+    assert "run lost: restored the lost folder" in output
     assert steps_written(folder) == list(range(STEPS))
     assert_same_bits(whole, folder)
     assert f"checkpoints/step-{STEPS:06d}/COMPLETE" in newest_files(mirror)

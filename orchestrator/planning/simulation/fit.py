@@ -1,4 +1,4 @@
-"""Tests whether a layout fits into the memory of its devices, and computes the KV cache. Each rank has one GPU."""
+"""Checks whether a layout fits into the memory of its devices, and sizes the KV cache. Each rank has one GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from orchestrator.errors import CapacityError
 from orchestrator.planning.memory import Memory, engine_memory, gib, learner_memory, scorer_memory
 from orchestrator.planning.simulation.scenario import MODELS, Layout, Pool, Work
 
-USABLE = 0.85  # of a GPU, as rollout.gpu_memory_utilization
+USABLE = 0.85  # share of a GPU's memory, as rollout.gpu_memory_utilization
 HAS_LOGITS = frozenset({"policy", "reference"})
 
 
@@ -34,10 +34,10 @@ class DeviceMemory:
 
 
 def memory_per_device(work: Work, layout: Layout, *, dtype: Dtype) -> list[DeviceMemory]:
-    """Of each pool.
+    """Memory of a device of each pool.
 
     Raises:
-        CapacityError: a pool is too small; says what is missing, and the ways out.
+        CapacityError: a pool is too small; says what is missing and suggests remedies.
     """
     return [_of_pool(work, layout, pool, dtype) for pool in layout.pools]
 
@@ -108,5 +108,5 @@ def _shortage(
     cache = f", the cache of one sample {gib(least)}" if least else ""
     return (
         f"{', '.join(memory_of)} on one {layout.device.name}: weights and states {gib(state)}, work {gib(working)}"
-        f"{cache}; usable {gib(available)}. Way out: {way_out}, or larger GPUs."
+        f"{cache}; usable {gib(available)}. Use {way_out}, or larger GPUs."
     )

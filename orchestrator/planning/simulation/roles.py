@@ -1,5 +1,4 @@
-"""The roles of orchestrator/roles.py as waits: each call occupies devices of its pool for the time that costs.py
-says."""
+"""Simulated roles (orchestrator/roles.py): each call occupies devices of its pool for the time from costs.py."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ _SUMS = (
 
 
 class Devices:
-    """Interchangeable devices, lent in the order in which they were asked for."""
+    """Interchangeable devices, assigned in the order of requests."""
 
     def __init__(self, pool: Pool) -> None:
         self._free = pool.devices
@@ -47,7 +46,7 @@ class Devices:
         self.busy: defaultdict[str, float] = defaultdict(float)  # device seconds by role
 
     async def work(self, role: str, width: int, seconds: float, *, first: bool = False) -> None:
-        """Occupies `width` devices for `seconds`; with `first` it precedes all that wait."""
+        """Occupies `width` devices for `seconds`; with `first` it goes to the front of the queue."""
         turn = asyncio.get_running_loop().create_future()
         self._waiting.insert(0 if first else len(self._waiting), (width, turn))
         self._lend()
@@ -65,7 +64,7 @@ class Devices:
 
 
 class Cluster:
-    """A layout at work: devices, and a coordinator that makes one call at a time."""
+    """The devices of a layout, and a coordinator that makes one call at a time."""
 
     def __init__(self, work: Work, layout: Layout) -> None:
         self.work, self.layout = work, layout
@@ -79,25 +78,25 @@ class Cluster:
         self.lengths = functools.lru_cache(maxsize=layout.max_staleness + 2)(work.lengths)
 
     async def call(self, role: str, seconds: float, *, ranks: int) -> None:
-        """Work of some ranks of a model, once that many are free."""
+        """Occupies `ranks` ranks of a model as soon as that many are free."""
         async with self._turns[role]:
             await self.run(role, seconds, calls=1 if self.layout.deals_on else ranks, width=ranks)
 
     async def run(
         self, role: str, seconds: float, *, calls: int, width: int | None = None, first: bool = False
     ) -> None:
-        """One piece of a role's work.
+        """Runs one call of a role.
 
         Args:
-            calls: number of actors that the coordinator has to call for it.
-            width: devices that it occupies. None: those of one call of the role.
+            calls: number of actors that the coordinator calls.
+            width: number of devices to occupy. None: the role's default.
         """
         if calls_s := calls * self.layout.device.efficiency.call_s:
             await self._coordinator.work("coordinator", 1, calls_s)
         await self._devices[role].work(role, width or self.layout.width(role), seconds, first=first)
 
     async def meter(self, version: int) -> Metrics:  # noqa: ARG002  Protocol
-        """Seconds that each role's devices were busy since the last call, on average."""
+        """Mean busy seconds of each role's devices since the last call."""
         await asyncio.sleep(self.layout.device.efficiency.step_s)
         busy = {role: devices.busy.pop(role, 0.0) for role, devices in self._devices.items()}
         return {f"busy/{role}_s": seconds / self.layout.devices_of(role) for role, seconds in busy.items()}
@@ -111,15 +110,15 @@ class SimulatedSchedule:
     def _requests(self) -> Sequence[SampleRequest]:
         return [SampleRequest(row, _NO_PROMPT, 0, row) for row in range(self.samples)]
 
-    def requests(self, step: int) -> Sequence[SampleRequest]:  # noqa: ARG002  every step has as many
+    def requests(self, step: int) -> Sequence[SampleRequest]:  # noqa: ARG002  equal in all steps
         return self._requests
 
 
 class SimulatedRollouts:
-    """Engines that take shards in turn, one at a time each.
+    """Engines that each sample one shard at a time.
 
     Args:
-        cache_tokens: KV cache of one engine.
+        cache_tokens: capacity of one engine's KV cache.
     """
 
     def __init__(self, cluster: Cluster, cache_tokens: float) -> None:
@@ -166,7 +165,7 @@ class SimulatedRollouts:
 
 @dataclass(frozen=True)
 class SimulatedModel:
-    """Policy, critic, reference or reward: it scores, and learns when it is called to."""
+    """Policy, critic, reference or reward."""
 
     cluster: Cluster
     role: str
@@ -206,7 +205,7 @@ class SimulatedModel:
         return {"epochs": 1.0}
 
     def _lines(self, prompts: Lengths, responses: Lengths) -> Lengths:
-        """The lengths that are computed. A reward model and a critic compute every row separately."""
+        """Lengths of the computed lines. Reward model and critic compute each row separately."""
         sharing = self.cluster.work.sharing
         if sharing == 1 or not self.has_head:
             return prompts + responses
@@ -224,7 +223,7 @@ class SimulatedModel:
 
 @dataclass(frozen=True)
 class SimulatedPublisher:
-    """Waits for every engine, and occupies all of them."""
+    """Waits for all engines, then occupies them together."""
 
     cluster: Cluster
 
@@ -254,7 +253,7 @@ class SimulatedRecorder:
         return rollout.handle, record
 
     async def load(self, record: ShardRecord, *, file: str) -> Handle:
-        raise NotImplementedError("a simulation has no log to read back")
+        raise NotImplementedError("a simulation has no log to read")
 
     async def evaluate(self, shards: Sequence[EvaluatedShard], *, file: str) -> Metrics:
         raise NotImplementedError("a simulation has nothing to evaluate")

@@ -30,12 +30,12 @@ from orchestrator.watching.guards import Guards
 from orchestrator.watching.telemetry import METRICS_FILE, Telemetry, read_lines
 
 PHASES = ("generate", "score", "commit", "learn", "publish")
-_STEADY = 2  # measured steps, besides the first, which includes the first publish, and those at a pipeline's ends
+_STEADY = 2  # number of measured steps; excludes the first, with the first publish, and those at a pipeline's ends
 
 
 def simulate(work: Work, layout: Layout, *, cache_tokens: float) -> Prediction:
     """Args:
-    cache_tokens: KV cache of one engine.
+    cache_tokens: capacity of one engine's KV cache.
     """
     filled = 1 + layout.max_staleness
     measured = simulate_steps(work, layout, cache_tokens=cache_tokens, steps=filled + _STEADY + layout.max_staleness)
@@ -53,7 +53,7 @@ def simulate(work: Work, layout: Layout, *, cache_tokens: float) -> Prediction:
 
 
 def simulate_steps(work: Work, layout: Layout, *, cache_tokens: float, steps: int) -> Sequence[Mapping[str, float]]:
-    """The metrics of each step, as a run would write them."""
+    """The metrics of each step, as in a run's metrics.jsonl."""
     with tempfile.TemporaryDirectory(prefix="simulation-") as folder:
         loop = VirtualTimeLoop()
         try:

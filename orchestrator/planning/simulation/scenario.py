@@ -1,4 +1,4 @@
-"""The simulated scenario: the work of a step, and which devices do which part of it."""
+"""The simulated scenario: the work of a step, and its assignment to devices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROLES = ("rollout", *MODELS)
 
 @dataclass(frozen=True)
 class Spread:
-    """Lengths in tokens: log-normal around `mean` with a relative standard deviation, cut at `longest`."""
+    """Lengths in tokens: log-normal with `mean` and a relative standard deviation, cut at `longest`."""
 
     mean: float
     longest: int
@@ -32,12 +32,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class Work:
-    """The work of one step. A role whose model is None costs nothing: the reward with rules, the critic with GRPO.
+    """The work of one step. A role without a model costs nothing: the reward with rules, the critic with GRPO.
 
     Args:
-        models: of policy, critic, reference, reward.
-        samples: of a step; those of one prompt are neighbours.
-        sharing: samples whose prompt policy and reference compute once for all of them.
+        models: sizes of policy, critic, reference and reward.
+        samples: samples per step; those of one prompt are adjacent.
+        sharing: number of samples for which policy and reference compute a prompt once.
     """
 
     models: Mapping[str, Dimensions | None]
@@ -50,7 +50,7 @@ class Work:
     def policy(self) -> Dimensions:
         found = self.models["policy"]
         if found is None:
-            raise ValueError("a step without a policy is no step")
+            raise ValueError("the policy must have a model")
         return found
 
     def lengths(self, step: int) -> tuple[Lengths, Lengths]:
@@ -64,7 +64,7 @@ class Measured(Work):
     """Work with the lengths of a real run.
 
     Args:
-        of_step: lengths (prompts, responses), step by step; starts again after the last.
+        of_step: lengths (prompts, responses) of each step; repeats after the last.
     """
 
     of_step: tuple[tuple[Lengths, Lengths], ...] = ()
@@ -75,7 +75,7 @@ class Measured(Work):
 
 @dataclass(frozen=True)
 class Pool:
-    """Devices that some roles share, and the number of them that one call of each role occupies."""
+    """Devices that roles share, and the number of devices that one call of each role occupies."""
 
     devices: int
     widths: Mapping[str, int]
@@ -83,13 +83,13 @@ class Pool:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which devices do what. Engines that share a pool with other roles take turns with them.
+    """The assignment of roles to devices. Engines that share a pool with other roles take turns with them.
 
     Args:
-        reward_replicas: copies of the reward model that each score whole shards.
-        learning: of each role but the engines; for reference and reward zero_stage and micro_batch_tokens count.
-        deals_on: scoring as some peers do it: one call of all ranks, which stay equally full. Off, as this program
-            does it: see `scoring_ranks`.
+        reward_replicas: copies of the reward model; each scores whole shards.
+        learning: settings of each role except the engines; reference and reward use zero_stage and micro_batch_tokens.
+        deals_on: one scoring call goes to all ranks and fills them evenly, as in some other programs. Off: this
+            program's assignment, see `scoring_ranks`.
     """
 
     device: Device
@@ -116,29 +116,29 @@ class Layout:
         return len(self.pool_of("rollout").widths) > 1
 
     def copies(self, role: str) -> int:
-        """How many calls of a role may be at work at once."""
+        """Number of concurrent calls of a role."""
         return {"rollout": self.engines, "reward": self.reward_replicas}.get(role, 1)
 
     def scoring_ranks(self, role: str, samples: int) -> int:
-        """Ranks that one shard of a step of so many samples is dealt to (actors.remote.roles.ShardedScorer)."""
+        """Number of ranks that score one shard of a step of `samples` samples (actors.remote.roles.ShardedScorer)."""
         if self.deals_on or self.learning[role].zero_stage == 3:
             return self.width(role)
         return max(1, self.width(role) // math.ceil(samples / self.samples_per_shard))
 
     def devices_of(self, role: str) -> int:
-        """Devices that the role's actors sit on."""
+        """Number of devices of the role's actors."""
         return self.width(role) * self.copies(role)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a simulated run took, as means over its steady steps.
+    """Results of a simulated run, as means over its steady steps.
 
     Args:
         step_s: wall seconds of a step.
         phases_s: seconds of generate, score, commit, learn and publish; they may overlap.
-        idle: share of a step that a role's devices did nothing for it, by role.
-        idle_devices: share of all device seconds in which nothing was computed.
+        idle: by role, the share of a step in which its devices did not work for it.
+        idle_devices: share of all device seconds without computation.
         generated_per_s: response tokens per second.
     """
 
@@ -149,6 +149,6 @@ class Prediction:
     generated_per_s: float
 
     def money(self, layout: Layout, steps: int = 1) -> float | None:
-        """US dollars for so many steps; None: the device has no price."""
+        """US dollars for `steps` steps; None: the device has no price."""
         price = layout.device.price
         return None if price is None else price * layout.devices * steps * self.step_s / 3600

@@ -1,4 +1,4 @@
-"""Ways to lay work out over a number of GPUs, each simulated, the fastest first."""
+"""Searches the layouts of work over a number of GPUs: simulates each, and sorts them by speed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from orchestrator.planning.simulation.scenario import MODELS, Layout, Pool, Pred
 ENGINE_SHARES = (0.125, 0.25, 0.5, 0.75)
 MICRO_BATCH_TOKENS = (65536, 32768, 16384, 8192, 4096, 2048, 1024)
 ENGINE_WIDTHS = (1, 2, 4, 8)
-_SHARE_OF_WORKING = 0.25  # of a GPU's memory: beyond it a KV cache gains more than a micro-batch
+_SHARE_OF_WORKING = 0.25  # share of a GPU's memory beyond which KV cache is worth more than a larger micro-batch
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout that fits, and what a step of it takes."""
+    """A layout that fits, and its predicted time."""
 
     layout: Layout
     memory: Sequence[DeviceMemory]
@@ -31,7 +31,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Search:
-    """`best` first; `refused` says of each way that does not fit why, and the way out."""
+    """`candidates`: fastest first. `refused`: reason and remedy for each layout that does not fit."""
 
     candidates: Sequence[Candidate]
     refused: Mapping[str, str]
@@ -48,9 +48,9 @@ def search(
     widths: Sequence[int] = ENGINE_WIDTHS,
 ) -> Search:
     """Args:
-    learning: how each role learns; what does not fit that way is tried with ZeRO-3 and with checkpointing.
-    staleness: the largest that separate placements may use.
-    widths: devices of one engine to try.
+    learning: settings of each role. Layouts that do not fit are tried with ZeRO-3 and gradient checkpointing.
+    staleness: max_staleness to try in separate placements, in addition to 0.
+    widths: numbers of devices per engine to try.
     """
     candidates: list[Candidate] = []
     refused: dict[str, str] = {}
@@ -76,7 +76,7 @@ def describe(layout: Layout) -> str:
 def layouts(
     work: Work, device: Device, devices: int, *, learning: Mapping[str, LearnSettings], widths: Sequence[int]
 ) -> Iterator[Layout]:
-    """Colocated with every width of an engine; separate with every share of GPUs for the engines besides."""
+    """Colocated layouts for each engine width; separate layouts for each width and share of GPUs for engines."""
     roles = [role for role in MODELS if work.models[role] is not None]
     for width in (width for width in widths if width <= min(devices, device.per_node)):
         if devices % width == 0:
@@ -94,8 +94,8 @@ def layouts(
 
 
 def _dealt(work: Work, roles: Sequence[str], devices: int, learning: Mapping[str, LearnSettings]) -> list[Pool]:
-    """A pool for each role, by its FLOPs: a pass forward counts 1, learning 3 more per epoch. Roles without a model
-    sit with the last one, where they cost nothing."""
+    """One pool per role, sized by its FLOPs: a forward pass counts 1, learning 3 more per epoch. Roles without a model
+    share the last pool, where they cost nothing."""
     flops = {}
     for role in roles:
         size = work.models[role]
@@ -110,8 +110,8 @@ def _dealt(work: Work, roles: Sequence[str], devices: int, learning: Mapping[str
 
 
 def _fitting(work: Work, layout: Layout, dtype: Dtype) -> tuple[Layout, list[DeviceMemory]]:
-    """The first way of learning that leaves room for a whole shard in an engine's cache, else the first that fits; with
-    the largest micro-batch of which that is so. Raises CapacityError: none fits."""
+    """The first learning settings that leave room for a whole shard in an engine's cache, else the first that fit, with
+    the largest micro-batch that allows it. Raises CapacityError if none fit."""
     fits, error = None, None
     for tried in _ways_to_learn(layout):
         try:
@@ -125,12 +125,12 @@ def _fitting(work: Work, layout: Layout, dtype: Dtype) -> tuple[Layout, list[Dev
         if is_small and cache_tokens(work, tried, memory) >= shard_tokens:
             return tried, memory
     if fits is None:
-        raise error or CapacityError("there is no way to learn")
+        raise error or CapacityError("no learning settings fit")
     return fits
 
 
 def _ways_to_learn(layout: Layout) -> Iterator[Layout]:
-    """As it is set, with ZeRO-3, with checkpointing, with both; each with smaller and smaller micro-batches."""
+    """The given settings, then with ZeRO-3, with checkpointing, and with both; each with decreasing micro-batches."""
     for (zero, checkpointing), tokens in itertools.product(
         ((None, None), (3, None), (None, True), (3, True)), MICRO_BATCH_TOKENS
     ):

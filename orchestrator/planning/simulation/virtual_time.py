@@ -1,4 +1,4 @@
-"""An asyncio event loop whose clock jumps: every sleep ends at once, and exactly on time."""
+"""An asyncio event loop with virtual time: each sleep ends immediately, at exactly its due time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _REAL_WAIT_S = 10.0
 
 
 class _JumpingSelector(selectors.DefaultSelector):
-    """Waits in no time for what is due at a time; for anything else as any selector, but not for ever."""
+    """Advances the clock instead of waiting for timers. Waits for other events in real time, with a limit."""
 
     now = 0.0
 
@@ -19,12 +19,12 @@ class _JumpingSelector(selectors.DefaultSelector):
             return super().select(0)
         ready = super().select(_REAL_WAIT_S)
         if not ready:
-            raise RuntimeError("the simulation waits for something that nobody will do")
+            raise RuntimeError("the simulation waits for an event that never happens")
         return ready
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """Starts at 0 s. What is awaited must be timers and other tasks: threads and sockets know no virtual time."""
+    """Starts at 0 s. Await only timers and tasks: threads and sockets do not follow virtual time."""
 
     def __init__(self) -> None:
         self._clock = _JumpingSelector()

@@ -99,14 +99,14 @@ def test_processes_are_summed_where_they_are_placed() -> None:
     assert (host.kind, host.needed, host.certain) == ("memory", fixed + 5, fixed + 5)
     assert (device.kind, device.needed, device.certain) == ("GPU memory", 110, 100)
     assert other.needed == pytest.approx(memory.RAY_PROCESSES + 2 * (30 + 1))
-    assert "there not known" in other.describe()
+    assert "available unknown" in other.describe()
     assert too_much(found) == []
 
 
 def test_what_certainly_does_not_fit_is_an_error_and_what_may_not_a_warning() -> None:
     tight = NodeNeed("a", "memory", certain=3 * GIB, needed=5 * GIB, available=4 * GIB)
     (warning,) = too_much([tight])
-    assert "a: memory needed about 5.0 GiB, there 4.0 GiB" in warning and "zero_stage" in warning
+    assert "a: memory needed about 5.0 GiB, available 4.0 GiB" in warning and "zero_stage" in warning
     short = NodeNeed("b", "GPU memory", certain=9 * GIB, needed=9 * GIB, available=8 * GIB)
     with pytest.raises(CapacityError, match=r"b has 8.0 GiB of GPU memory, .* take 9.0 GiB.*smaller model"):
         too_much([tight, short])

@@ -94,7 +94,7 @@ async def test_a_manifest_with_other_numbers_or_of_another_step_is_refused(tmp_p
         await log.commit(State(step, 0.1), scored(step))
     first, second = (tmp_path / "log" / f"step-{step:06d}" / "manifest.json" for step in (0, 1))
     second.write_bytes(first.read_bytes())
-    with pytest.raises(StorageError, match=r"step-000001/manifest\.json is damaged: it is that of step 0"):
+    with pytest.raises(StorageError, match=r"step-000001/manifest\.json is damaged: it belongs to step 0"):
         await log.load(1)
     first.write_text(first.read_text().replace('"kl_coefficient": 0.1', '"kl_coefficient": 0.2'), encoding="utf-8")
     with pytest.raises(StorageError, match=r"step-000000/manifest\.json is damaged: .* its own checksum"):

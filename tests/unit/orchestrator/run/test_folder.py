@@ -69,7 +69,7 @@ def test_an_older_attempt_notices_that_a_newer_one_writes_the_run(tmp_path: Path
     older.require_newest()
     newer = open_run(config(tmp_path))
     newer.require_newest()
-    with pytest.raises(Superseded, match="attempt 2 writes this run now, so attempt 1 stops"):
+    with pytest.raises(Superseded, match="attempt 2 now writes this run, so attempt 1 stops"):
         older.require_newest()
 
 

@@ -170,7 +170,7 @@ def test_a_file_that_goes_meanwhile_puts_the_copy_off(
 
 @pytest.mark.parametrize("uri", ["relative/path", "s4://bucket", ""])
 def test_a_uri_that_leads_nowhere_is_refused(uri: str) -> None:
-    with pytest.raises(ConfigError, match=r"run\.mirror=.*leads nowhere"):
+    with pytest.raises(ConfigError, match=r"run\.mirror=.*is invalid"):
         Mirror(uri, "run-1")
 
 
@@ -225,7 +225,7 @@ async def test_a_mirror_that_hangs_does_not_hold_up_a_stop(run: Path) -> None:
     with pytest.raises(RuntimeError, match="the run's own"):
         async with mirroring(Hanging(), run, told, every_s=60.0, grace_s=0.1):
             raise RuntimeError("the run's own")
-    assert told == ["mirror: the last copy was not done within 0.1 s; the one before it stands"]
+    assert told == ["mirror: the last copy was not complete within 0.1 s; the previous copy remains"]
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/../../../x", ""])

@@ -134,7 +134,7 @@ def test_storage_that_cannot_sync_a_folder_is_used_all_the_same(
     write_json(tmp_path / "file", {"a": 1})
     assert read_json(tmp_path / "file") == {"a": 1}
     monkeypatch.setattr(os, "fsync", _answering(errno.EIO))
-    with pytest.raises(StorageError, match=r"file can't be written \(Input/output error\); check the storage"):
+    with pytest.raises(StorageError, match=r"file can't be written \(Input/output error\); check its storage"):
         write_json(tmp_path / "file", {"a": 2})
 
 

@@ -52,7 +52,7 @@ def test_too_large_a_model_is_refused_with_sizes_and_the_way_out() -> None:
     assert not found.candidates
     (reason,) = found.refused.values()
     assert "on one h100: weights and states" in reason and "usable 63.3 GiB" in reason
-    assert "Way out: more than 1 ranks of" in reason
+    assert "Use more than 1 ranks of" in reason
 
 
 def test_a_model_that_needs_it_gets_zero_3_by_itself() -> None:
