@@ -201,7 +201,7 @@ def check_run_folder(config: Config) -> str:
             pass
     except OSError as error:
         raise ConfigError(
-            f"run.root={config.run.root}: {root} can't be written ({error.strerror}). Set a writable folder."
+            f"run.root={config.run.root}: {root} can't be written ({error.strerror}). Set run.root to another folder."
         ) from None
     if config.run.id is not None:
         _harmless_changes(root / config.run.id / CONFIG_FILE, config)

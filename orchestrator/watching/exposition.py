@@ -20,7 +20,7 @@ _CLOSE_TIMEOUT_S = 5.0
 
 
 class _Latest(Collector):
-    """The newest value of every metric. The HTTP threads read a mapping that is never changed, only replaced."""
+    """The newest value of each metric. HTTP threads read an immutable mapping that updates replace."""
 
     def __init__(self, run_id: str, attempt: int) -> None:
         self._run_id, self._attempt = run_id, attempt
@@ -34,7 +34,7 @@ class _Latest(Collector):
         self._gauges = MappingProxyType({**self._gauges, **gauges})
 
     def collect(self) -> Iterable[Metric]:
-        info = InfoMetricFamily("rlhf_run", "The run that this process drives")
+        info = InfoMetricFamily("rlhf_run", "The run of this process")
         info.add_metric([], {"run_id": self._run_id, "attempt": str(self._attempt)})
         yield info
         counters = {
@@ -59,7 +59,7 @@ class PrometheusEndpoint:
     the endpoint is open.
 
     Args:
-        port: 0 for a free one.
+        port: 0: any free port.
 
     Raises:
         ConfigError: the address can't be bound.
@@ -74,7 +74,7 @@ class PrometheusEndpoint:
         except (OSError, OverflowError) as error:
             raise ConfigError(
                 f"telemetry.prometheus_host={host!r}, telemetry.prometheus_port={port}: can't listen there "
-                f"({error}). Set the port to 0 for a free one, to another number, or to null for no endpoint."
+                f"({error}). Set the port to 0 for any free port, to another number, or to null for no endpoint."
             ) from None
         self.host, self.port = host, int(self._server.server_port)
         self._file = folder / ADDRESS_FILE
@@ -82,11 +82,11 @@ class PrometheusEndpoint:
 
     @property
     def address(self) -> str:
-        """host:port, an IPv6 host in brackets."""
+        """host:port, with an IPv6 host in brackets."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def update(self, metrics: Mapping[str, float], *, steps: int, tokens: float) -> None:
-        """Serves these values from now on and adds to the counters. Counters of the catalogue are left out."""
+        """Serves these values and increments the counters. Ignores metrics of the catalogue that are counters."""
         gauges = {name: value for name, value in metrics.items() if not _is_counter(name)}
         self._latest.update(gauges, steps=steps, tokens=tokens)
 

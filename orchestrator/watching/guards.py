@@ -1,8 +1,8 @@
-"""Guards: bounds on a step's metrics, and what is done when a value lies outside them.
+"""Guards: bounds on a step's metrics, and the action taken when a value exceeds them.
 
-They are checked after a step is learned, before its weights are published or saved.
+They are checked after a step is learned and before its weights are published or saved.
 
-    warn    an event and a line on the console
+    warn    writes an event and a console line
     pause   the run waits until the file PAUSED in its folder is deleted
     stop    GuardTripped, exit code 3
 """
@@ -26,13 +26,13 @@ from orchestrator.watching.telemetry import EVENTS_FILE, Telemetry, read_lines
 
 PAUSED_FILE = "PAUSED"
 Act = tuple[str, int, str]  # guard, step, action
-SMALLEST_STD = 1e-6  # a reward that never changes still differs by rounding
+SMALLEST_STD = 1e-6  # even a constant reward varies by rounding
 REMEDIES: Mapping[str, str] = MappingProxyType(
     {
         "kl": "a higher algorithm.kl_coefficient or a lower policy.learning_rate",
         "entropy": "a higher algorithm.entropy_coefficient or a lower policy.learning_rate",
-        "length": "a reward that does not pay for length, or algorithm.truncated=penalise",
-        "reward_jump": "a reward that can't be gamed (the samples in the log show how it was)",
+        "length": "a reward that does not increase with length, or algorithm.truncated=penalise",
+        "reward_jump": "a reward that can't be hacked (see the samples in the log)",
         "mismatch": "model.dtype=float32, a lower rl.max_staleness or publish.verify=full",
     }
 )
@@ -44,10 +44,10 @@ class Guard:
 
     Args:
         name: its section under `guards` in the config.
-        metric: a name of metrics.METRICS. A step that did not measure it passes.
+        metric: a name in metrics.METRICS. Steps without the metric pass.
         minimum, maximum: bounds, in the metric's unit. None: no bound.
-        window: if given, `maximum` is a distance from the median of the last `window` steps, in their standard
-            deviations; a step with fewer before it passes.
+        window: if given, `maximum` is a distance from the median of the last `window` steps, in standard deviations of
+            those steps. Steps with fewer predecessors pass.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Guard:
 
 @dataclass(frozen=True)
 class Trip:
-    """A guard that a step's metrics tripped; `bound` is the one that `value` broke, the highest value or the lowest."""
+    """A violation of a guard. `bound` is the violated bound, the highest (`is_highest`) or lowest allowed value."""
 
     guard: Guard
     step: int
@@ -104,7 +104,7 @@ def guard_table(config: GuardsConfig) -> tuple[Guard, ...]:
 
 
 def why_paused(run_folder: Path) -> str | None:
-    """What the file PAUSED says; None unless paused."""
+    """The content of the file PAUSED. None: not paused."""
     try:
         return (run_folder / PAUSED_FILE).read_text(encoding="utf-8")
     except OSError:
@@ -116,21 +116,20 @@ def only_warning(table: Iterable[Guard]) -> tuple[Guard, ...]:
 
 
 def acted_before(run_folder: Path) -> set[Act]:
-    """What earlier attempts reported, from their events; it is not reported again when the step is learned again."""
+    """Reports of earlier attempts, from their events. They are not repeated when a step is learned again."""
     events = read_lines(run_folder / EVENTS_FILE)
     return {(event["guard"], event["step"], event["action"]) for event in events if event["kind"] == "guard"}
 
 
 class Guards:
-    """Checks every learned step, whether it was just sampled or is learned again from the log.
+    """Checks each learned step, whether newly sampled or learned again from the log.
 
     Args:
-        past: metrics of an earlier step's experience from the log, None if the log does not hold the step. Since a
-        guard
-            uses only the log, it decides the same after a restart.
+        past: metrics of an earlier step's experience from the log, None if the log does not contain the step. Guards
+            use only the log, so their decisions are the same after a restart.
         console: gets one line of text per warning and pause.
-        acted: what needs not be reported again, see `acted_before`.
-        poll_s: seconds between checks whether a pause is over.
+        acted: reports not to repeat, see `acted_before`.
+        poll_s: seconds between checks for the end of a pause.
     """
 
     def __init__(
@@ -153,7 +152,7 @@ class Guards:
         """Warns, then stops or pauses. Returns when the run may continue.
 
         Raises:
-            GuardTripped: a guard with action stop was tripped.
+            GuardTripped: a guard with action stop tripped.
             StorageError: an event or the file PAUSED can't be written.
         """
         trips = [trip for guard in self._table if (trip := self._trip(guard, step, metrics))]
@@ -184,8 +183,8 @@ class Guards:
         return [metrics[guard.metric] for earlier in steps if (metrics := self._past(earlier))]
 
     async def _pause(self, trips: Sequence[Trip]) -> None:
-        """Waits until a person ends the pause: the only wait without a deadline. A pause that an earlier attempt began
-        is over if its file is gone."""
+        """Waits until the user ends the pause; the only wait without a deadline. A pause that an earlier attempt began
+        is over if its file is missing."""
         reasons = "; ".join(map(str, trips))
         if news := [trip for trip in trips if self._is_news(trip)]:
             with replacing(self._paused) as temporary:
@@ -195,9 +194,9 @@ class Guards:
         if not self._is_paused():
             return
         self._console(f"paused: {reasons}. Delete {self._paused} to continue.")
-        while self._is_paused():  # noqa: ASYNC110  a file is all that a person on any machine can reach
+        while self._is_paused():  # noqa: ASYNC110  a file is the interface that works from any machine
             await asyncio.sleep(self._poll_s)
-        self._console("going on: the pause is over")
+        self._console("the pause is over; the run continues")
         self._telemetry.event("pause_ended", step=trips[0].step)
 
     def _is_paused(self) -> bool:
@@ -226,16 +225,16 @@ def _refusal(trips: Sequence[Trip]) -> str:
     remedies = ", or ".join(REMEDIES[guard.name] for guard in guards)
     gentler = " ".join(f"guards.{guard.name}.action=warn" for guard in guards)
     return (
-        f"{'; '.join(map(str, trips))}. Nothing of this step was published or saved; the log and earlier checkpoints "
-        "stay. A resume learns the same committed step again and stops here again, unless it is given a wider bound or "
-        f"{gentler}. Else start a new run with {remedies}."
+        f"{'; '.join(map(str, trips))}. This step's weights were not published or saved; the log and earlier "
+        "checkpoints remain. A resume learns the same committed step again and stops here again, unless it has a wider "
+        f"bound or {gentler}. Otherwise start a new run with {remedies}."
     )
 
 
 def _why_paused(reasons: str) -> str:
     return (
-        f"The run waits here: {reasons}.\n"
-        "The step is learned; nothing of it is published or saved yet.\n"
-        "Delete this file to continue the run. A run that is stopped meanwhile waits here again when it is resumed, "
-        "while this file is there.\n"
+        f"The run is paused: {reasons}.\n"
+        "The step is learned; its weights are not published or saved yet.\n"
+        "Delete this file to continue the run. If the run is stopped and resumed, it pauses at this step again while "
+        "this file exists.\n"
     )

@@ -1,6 +1,6 @@
 """A run's heartbeat: heartbeat.json, replaced every few seconds while the driver's event loop runs.
 
-It distinguishes a live run from a dead one, and shows what the dead one did last. Nothing is restored from it.
+It distinguishes a live run from a dead one and shows the last activity of a dead run. Nothing is restored from it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _NOTHING: Mapping[str, Any] = {"stage": None, "step": None, "phases": {}, "waiti
 
 
 class Heartbeat:
-    """Beats while its body runs, and once more at its end with the reason: finished, stopped, or the error.
+    """Writes heartbeats while its body runs, and a last one with the reason of its end: finished, stopped or the error.
 
-    A full disk or a missing folder loses heartbeats, never the run. An attempt does not replace the heartbeat of a
-    newer one.
+    A full disk or a missing folder loses heartbeats but does not stop the run. An attempt does not replace the
+    heartbeat of a newer one.
 
     Args:
         folder: the run's folder.
-        read: what is going on: any of stage, step, phases (seconds by name), paused, and waiting (role, rank,
-            operation, seconds, deadline_s of each call under way). Called on the event loop.
+        read: returns the current activity: any of stage, step, phases (seconds by name), paused, and waiting (role,
+            rank, operation, seconds, deadline_s of each pending call). Called on the event loop.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Heartbeat:
         with suppress(OSError):
             if self._is_superseded():
                 return
-            # Not synced: after a power cut it is not needed.
+            # Not synced: it is not needed after a power failure.
             self._temporary.write_text(redacted(text), encoding="utf-8")
             self._temporary.replace(self._path)
 

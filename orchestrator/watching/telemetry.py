@@ -1,6 +1,6 @@
-"""What a run says about itself while it runs: metrics.jsonl, events.jsonl, trackers, Prometheus, a line for people.
+"""Reports of a running stage: metrics.jsonl, events.jsonl, trackers, Prometheus, console lines.
 
-One line of metrics.jsonl is `{"stage", "kind", "step", "attempt", "time", "metrics"}`; kind is "step" or "evaluation".
+A line of metrics.jsonl is `{"stage", "kind", "step", "attempt", "time", "metrics"}`; kind is "step" or "evaluation".
 Only finished steps have lines; rewinding a run removes the lines of undone steps.
 """
 
@@ -28,7 +28,7 @@ from orchestrator.watching.exposition import PrometheusEndpoint
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
-_RECENT_STEPS = 10  # step times whose median gives the time left
+_RECENT_STEPS = 10  # number of step times whose median estimates the time left
 
 Record = Callable[[Mapping[str, float]], None]
 
@@ -63,7 +63,7 @@ class _Phases:
         return {f"time/{name}_s": value for name, value in seconds.items()}
 
     def open(self) -> dict[str, float]:
-        """Seconds since each open phase was entered; `drain` does not shorten them."""
+        """Seconds since each open phase was entered, independent of `drain`."""
         now = self._clock()
         return {name: now - self._opened[name] for name, num_open in self._num_open.items() if num_open}
 
@@ -73,13 +73,13 @@ class _Phases:
 
 @dataclass(frozen=True)
 class Shown:
-    """A metric in the line of a step for people.
+    """A metric in the console line of a step.
 
     Args:
-        metric: a step without it leaves it out.
+        metric: omitted if the step has no such metric.
         form: format string of its value.
-        change: format string of the difference from the stage's first step, shown from the second on.
-        unless_zero: leave it out where it is 0.
+        change: format string of the difference from the stage's first step, shown from the second step on.
+        unless_zero: omit it if it is 0.
     """
 
     metric: str
@@ -105,12 +105,12 @@ SHOWN = (
     SECONDS,
     Shown("reward/cut", "{:.0f} transcripts cut for the reward model", unless_zero=True),
 )
-"""Of a stage that samples and learns."""
+"""Metrics of a stage that samples and learns."""
 
 
 @dataclass(frozen=True)
 class _Progress:
-    """What the line for people is made of."""
+    """The content of a step's console line."""
 
     stage: str
     step: int
@@ -131,17 +131,17 @@ class Telemetry:
     """Writes the reports of one stage of a run. Later attempts continue its part of the files without repetition.
 
     Args:
-        folder: the run's folder; exists.
-        trackers: closed with this.
+        folder: the run's folder, which must exist.
+        trackers: closed together with this.
         console: gets one line of text per step.
-        stage: name of the stage; lines of other stages in the same file are left alone.
+        stage: name of the stage; lines of other stages in the same file are not changed.
         num_steps: steps of the stage, for progress and time left.
-        shown: metrics in the line of a step.
-        prometheus: endpoint to keep up to date; its owner closes it.
+        shown: metrics in the console line of a step.
+        prometheus: endpoint to update; its owner closes it.
         clock, wall_clock: monotonic seconds and seconds since the epoch.
-        fence: called before metrics are written; raises when a newer attempt writes the run.
+        fence: called before metrics are written; raises if a newer attempt is writing the run.
 
-    Raises StorageError from every method that writes, naming the file.
+    Methods that write raise StorageError, which names the file.
     """
 
     def __init__(  # noqa: PLR0913  parts are handed in
@@ -176,9 +176,9 @@ class Telemetry:
 
     @contextmanager
     def step(self, step: int) -> Iterator[Record]:
-        """Collects what is recorded inside and writes it on a clean exit; after an exception nothing is written.
+        """Collects the metrics recorded inside and writes them on a clean exit, but not after an exception.
 
-        Keys `busy/<role>_s` add up, others replace. Raises ValueError for a value that is not a number.
+        Values of `busy/<role>_s` add up, others replace. Raises ValueError for a value that is not a number.
         """
         collected: dict[str, float] = {}
         started = self._clock()
@@ -204,7 +204,7 @@ class Telemetry:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Counts wall time for time/<name>_s of the next line; phases may nest, overlap and lie between steps."""
+        """Counts wall time for time/<name>_s of the next line. Phases may nest, overlap and lie between steps."""
         self._phases.enter(name)
         try:
             yield
@@ -212,29 +212,29 @@ class Telemetry:
             self._phases.leave(name)
 
     def evaluation(self, version: int, metrics: Mapping[str, float]) -> None:
-        """Writes metrics that belong to a version of the weights rather than to a step; once per version."""
+        """Writes metrics of a version of the weights, rather than of a step; replaces earlier ones of the version."""
         self._rewrite(lambda line: not (line["kind"] == "evaluation" and line["step"] == version))
         collected = {name: float(value) for name, value in metrics.items()} | self._phases.drain()
         self._write("evaluation", version, collected, steps=0, tokens=0.0)
 
     def evaluated(self) -> set[int]:
-        """Versions whose evaluation is written."""
+        """Versions with written evaluations."""
         lines = read_lines(self._folder / METRICS_FILE)
         return {line["step"] for line in lines if line["stage"] == self._stage and line["kind"] == "evaluation"}
 
     def num_steps_written(self) -> int:
-        """Steps of this stage that are written, from the first one on."""
+        """Number of written steps of this stage."""
         lines = read_lines(self._folder / METRICS_FILE)
         steps = [line["step"] for line in lines if line["stage"] == self._stage and line["kind"] == "step"]
         return max(steps, default=-1) + 1
 
     def rewind(self, step: int) -> None:
-        """Removes the lines of steps from `step` on, and of evaluations of later versions than `step`."""
+        """Removes the lines of steps from `step` on, and of evaluations of versions after `step`."""
         self._rewrite(lambda line: line["step"] < step + (line["kind"] == "evaluation"))
         self._continue_from(read_lines(self._folder / METRICS_FILE))
 
     def now(self) -> dict[str, Any]:
-        """The current state: stage, step (the last one started, None before the first), seconds by open phase."""
+        """The current activity: stage, step (the last started, None before the first), seconds by open phase."""
         return {"stage": self._stage, "step": self._step, "phases": self._phases.open()}
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -243,13 +243,13 @@ class Telemetry:
         _append_line(self._folder / EVENTS_FILE, {**head, **fields})
 
     def tell(self, line: str, kind: str, **fields: Any) -> None:
-        """An event that users should see: appends it, and shows a line about it."""
+        """Appends an event and prints a line about it to the console."""
         self.event(kind, **fields)
         if self._console is not None:
             self._console(line)
 
     def restored(self, table: Mapping[str, str]) -> None:
-        """Tells what the run goes on with."""
+        """Reports the state from which the run continues."""
         self.event("restored", table=dict(table))
         if self._console is not None:
             width = max(map(len, table))
@@ -306,9 +306,9 @@ class Telemetry:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSONL file that may still be growing: an incomplete last line is left out. No file: no lines.
+    """Objects of a JSONL file that may still be growing, without an incomplete last line. No file: no lines.
 
-    Raises StorageError naming the first line that this module can't have written.
+    Raises StorageError, which names the first line that this module can't have written.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -321,12 +321,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             lines.append(_checked(json.loads(line)))
         except (OverflowError, RecursionError, TypeError, ValueError):
-            raise StorageError(f"{path}:{number} is damaged. Take the line out and start again.") from None
+            raise StorageError(f"{path}:{number} is damaged. Remove the line and start again.") from None
     return lines
 
 
 def _checked(line: Any) -> dict[str, Any]:
-    """`line`. Raises ValueError, or another error of json or math, when this module can't have written it."""
+    """Returns `line`. Raises ValueError, or another error of json or math, if this module can't have written it."""
     match line:
         case {"stage": str(), "kind": str() as kind, "attempt": int(), "time": int() | float()}:
             of_metrics = kind in ("step", "evaluation")
@@ -343,14 +343,14 @@ def _checked(line: Any) -> dict[str, Any]:
 
 
 def clock_text(seconds: float) -> str:
-    """61 becomes 1:01; from an hour on h:mm:ss."""
+    """61 becomes 1:01; an hour or more becomes h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM; 0 where the system has no /proc."""
+    """Resident memory of this process; 0 on systems without /proc."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:
@@ -359,7 +359,7 @@ def resident_bytes() -> int:
 
 
 def _derived(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Idle shares and token rates that follow from what was recorded."""
+    """Idle shares and token rates, derived from recorded metrics."""
     derived: dict[str, float] = {}
     step_seconds = metrics["time/step_s"]
     for name, busy in metrics.items():
@@ -382,7 +382,7 @@ def _append_line(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def _repair(path: Path) -> None:
-    """Cuts off a last line that a killed attempt left without its end."""
+    """Removes an incomplete last line, left by a killed attempt."""
     try:
         drop_torn_tail(path)
     except OSError as error:
