@@ -56,7 +56,7 @@ def encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
         run,
         limit_s,
         f"the tokenizer of {tokenizer.name_or_path} can't tokenise a text",
-        "Mend the patterns in its tokenizer.json, or use another model.",
+        "Correct the patterns in its tokenizer.json, or use another model.",
     )
 
 

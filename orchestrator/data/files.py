@@ -1,4 +1,4 @@
-"""A data file as a stream of numbered rows. Memory holds one row (JSON) or one batch (Parquet), never the file.
+"""Reads a data file as a stream of numbered rows. Memory holds one row (JSON) or one batch (Parquet), not the file.
 
 Compression and kind are detected from the first bytes, not from the name. Row numbers start at 1; for JSONL they are
 line numbers (blank lines count and are skipped). Limits: orchestrator/data/limits.py.

@@ -1,4 +1,4 @@
-"""Files from outside: only regular ones are opened, and small ones are read up to a limit.
+"""Opens untrusted files: only regular files, and small files only up to a limit.
 
 Reading a named pipe without a writer, a terminal or /dev/zero would never end.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from orchestrator.errors import RlhfError
 
-MAX_SETTINGS_BYTES = 2**20  # of a config, a template, a list of settings
+MAX_SETTINGS_BYTES = 2**20  # size of a config, a template, a list of settings
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -27,17 +27,17 @@ def at_home(path: str | Path, what: str, error: type[RlhfError]) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise error(
-            f"{what}={str(path)!r} is below the home folder, and this user has none. Set HOME to a folder that can be "
-            f"written, or {what} to an absolute path."
+            f"{what}={str(path)!r} is below the home folder, and this user has none. Set HOME to a writable folder, or "
+            f"{what} to an absolute path."
         ) from None
 
 
 def size_of_file(path: str | Path, what: str, error: type[RlhfError]) -> int:
-    """Bytes of a regular file, links followed.
+    """Size of a regular file in bytes; follows links.
 
     Args:
-        what: names the file in messages, such as "config file x.yaml".
-        error: raised if there is no such file or it is of another kind.
+        what: name of the file in messages, such as "config file x.yaml".
+        error: raised if the file is missing or not regular.
     """
     try:
         found = os.stat(path)
@@ -49,13 +49,13 @@ def size_of_file(path: str | Path, what: str, error: type[RlhfError]) -> int:
         reason = problem.strerror if isinstance(problem, OSError) else str(problem)
         raise error(f"{what} can't be read ({reason}): check the path.") from None
     if not stat.S_ISREG(found.st_mode):
-        kind = next((words for test, words in _KINDS if test(found.st_mode)), "no file")
+        kind = next((words for test, words in _KINDS if test(found.st_mode)), "not a file")
         raise error(f"{what} can't be read: it is {kind}. Give a regular file.")
     return found.st_size
 
 
 def read_text(path: Path, what: str, error: type[RlhfError], *, max_bytes: int = MAX_SETTINGS_BYTES) -> str:
-    """Text of a small regular file. Raises `error` if it is not regular, is longer, or is not UTF-8."""
+    """Reads a small regular file. Raises `error` if it is not regular, too long or not UTF-8."""
     size_of_file(path, what, error)
     try:
         with path.open("rb") as stream:

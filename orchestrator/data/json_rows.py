@@ -21,7 +21,7 @@ _WHITE_SPACE = re.compile(r"\s*")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row: its fields, or what is wrong with it."""
+    """One row: its fields, or its problem."""
 
     number: int
     fields: Mapping[str, Any]
@@ -33,7 +33,7 @@ class _RepeatedKey(Exception):
 
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are distinct: of two values of one key, one would be lost."""
+    """An object with distinct keys. Duplicate keys are an error, because one value would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
         counts = Counter(name for name, _ in pairs)
@@ -52,7 +52,7 @@ def line_rows(name: str, stream: BinaryIO) -> Iterator[Row]:
         if number == 1:
             line = line.removeprefix(BYTE_ORDER_MARK)
         if len(line) >= MAX_RECORD_BYTES - len(BYTE_ORDER_MARK):
-            yield Row(number, {}, f"longer than {mib(MAX_RECORD_BYTES)}; is this a text file with one record a line?")
+            yield Row(number, {}, f"longer than {mib(MAX_RECORD_BYTES)}; is this a text file with one record per line?")
             return
         num_blank = 0 if line.strip() else num_blank + 1
         if num_blank > MAX_BLANK_LINES:
@@ -67,9 +67,9 @@ def _row_of_line(number: int, line: bytes) -> Row:
     except UnicodeDecodeError as error:
         return Row(number, {}, f"not UTF-8 text (byte {error.start + 1} of the line); convert the file to UTF-8")
     except json.JSONDecodeError as error:
-        return Row(number, {}, f"not JSON: {error.msg} at column {error.colno}; write one JSON object a line")
+        return Row(number, {}, f"not JSON: {error.msg} at column {error.colno}; write one JSON object per line")
     except _RepeatedKey as key:
-        return Row(number, {}, f"holds the field {str(key)[:60]!r} twice; keep one of them")
+        return Row(number, {}, f"has a duplicate field {str(key)[:60]!r}; keep one of them")
     except RecursionError:
         return Row(number, {}, "not a record: JSON nested too deeply")
     except ValueError:
@@ -86,7 +86,7 @@ def _row_of_value(number: int, value: Any) -> Row:
 def value_rows(name: str, stream: BinaryIO) -> Iterator[Row]:
     """Rows of consecutive JSON values: an array gives its elements, an object is a row. The text is read in pieces.
 
-    So concatenated files (several arrays, lines after an array) are read completely.
+    Concatenated files (several arrays, lines after an array) are therefore read completely.
     """
     text = _Text(name, stream)
     number = 0
@@ -106,7 +106,7 @@ def value_rows(name: str, stream: BinaryIO) -> Iterator[Row]:
 
 
 def _elements(text: _Text, number: int) -> Iterator[Any]:
-    """Elements of the array that begins here."""
+    """Elements of the array that begins at the current position."""
     text.skip("[")
     while text.inside_array() != "]":
         number += 1
@@ -127,7 +127,7 @@ class _Text:
         self._text, self._position = "", 0
 
     def next_character(self) -> str:
-        """The next character that is no white space; empty at the end."""
+        """The next character that is not white space; empty at the end."""
         while True:
             found = _WHITE_SPACE.match(self._text, self._position)
             self._position = found.end() if found else self._position
@@ -139,7 +139,7 @@ class _Text:
     def inside_array(self) -> str:
         character = self.next_character()
         if not character:
-            raise DataError(f"{self.name}: the JSON array breaks off before its ']': is the file complete?")
+            raise DataError(f"{self.name}: the JSON array ends without ']': is the file complete?")
         return character
 
     def skip(self, character: str) -> None:
@@ -156,13 +156,13 @@ class _Text:
             except json.JSONDecodeError as error:
                 if not self._may_continue(error, number) or not self._read(max(CHUNK_BYTES, len(self._text))):
                     raise DataError(
-                        f"{self.name}: row {number} is not JSON: {error.msg}. Fix it; later rows can't be found."
+                        f"{self.name}: row {number} is not JSON: {error.msg}. Correct it; later rows can't be found."
                     ) from None
             except _RepeatedKey as key:
-                raise DataError(f"{self.name}: row {number} holds the field {str(key)[:60]!r} twice.") from None
+                raise DataError(f"{self.name}: row {number} has a duplicate field {str(key)[:60]!r}.") from None
             except (RecursionError, ValueError):
                 raise DataError(
-                    f"{self.name}: row {number} is nested too deeply or holds a number with thousands of digits."
+                    f"{self.name}: row {number} is nested too deeply or contains a number with thousands of digits."
                 ) from None
             else:
                 self._require_length(end, number)
@@ -170,7 +170,7 @@ class _Text:
                 return value
 
     def _may_continue(self, error: json.JSONDecodeError, number: int) -> bool:
-        """Whether more text could make the value complete: the parser stopped at the end of what has been read."""
+        """Whether more text could complete the value: the parser stopped at the end of the text read so far."""
         if error.pos < len(self._text) - 16 and not error.msg.startswith("Unterminated string"):
             return False
         self._require_length(len(self._text), number)

@@ -1,4 +1,4 @@
-"""Kinds of data. Each has its formats, and a function that makes records of a row."""
+"""Kinds of data. Each has formats, and a function that converts a row to records."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ New = tuple[Record, bytes]
 @dataclass(frozen=True)
 class Kind(Generic[Record]):
     """Args:
-    section: of the config, for messages.
-    formats: by name; `auto` takes the first that fits.
-    records: what a row gives. Raises BadRow or LeftOut.
-    parts: the messages of a record, and whatever else of it takes memory.
-    has_distinct_ids: whether an id may name one record only.
+    section: config section, for messages.
+    formats: by name; `auto` selects the first that fits.
+    records: converts a row to records. Raises BadRow or LeftOut.
+    parts: the messages of a record, and its other parts that take memory.
+    has_distinct_ids: whether ids must be unique.
     """
 
     section: str
@@ -158,11 +158,11 @@ KINDS: Mapping[str, Kind[Any]] = {
     "documents": DOCUMENTS,
     "prompts": PROMPTS,
 }
-"""By name, those first whose rows have more fields."""
+"""By name; kinds whose rows have more fields come first."""
 
 
 def _common(fields: Fields, form: Format[Any]) -> tuple[str | None, Tools]:
-    """The id that the row gives, and its tools."""
+    """The id in the row, if any, and its tools."""
     refuse_media(fields, "the row")
     return given_id(fields, form.id_key), tools_of(fields)
 
@@ -182,7 +182,7 @@ def _check_text(texts: Iterable[str]) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             code = f"{ord(text[error.start]):04x}"
-            raise BadRow(f"holds \\u{code}, half of a surrogate pair, which is no text; remove it") from None
+            raise BadRow(f"contains \\u{code}, half of a surrogate pair; remove it") from None
 
 
 def given_id(fields: Fields, key: str) -> str | None:
@@ -190,7 +190,7 @@ def given_id(fields: Fields, key: str) -> str | None:
     if given is None:
         return None
     if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
-        raise BadRow(f"{key!r} must be text or a whole number, found {describe(given)}")
+        raise BadRow(f"{key!r} must be text or an integer, found {describe(given)}")
     _check_text([str(given)])
     return str(given)
 

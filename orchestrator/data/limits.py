@@ -12,17 +12,17 @@ from typing import Any
 
 from orchestrator.errors import DataError
 
-MAX_RECORD_BYTES = 8 * 2**20  # of one row as JSON
-MAX_SPOOLED_BYTES = 512 * 2**20  # of a compressed Parquet file, which has to be unpacked into a temporary file
-MAX_DECODER_BYTES = 768 * 2**20  # of the process that decodes a Parquet file
-MAX_BLANK_LINES = 2**20  # one after the other
-SMALL_BYTES = 256 * 2**20  # that any file may unpack to
-MAX_EXPANSION = 1000  # times its own size, beyond SMALL_BYTES; gzip reaches 1032 on zeros
-SMALL_KEPT_BYTES = 512 * 2**20  # that the records of any file may take
-MAX_KEPT_EXPANSION = 200  # times the file's size, beyond SMALL_KEPT_BYTES; JSONL of tiny rows takes about 40
-_SHARE_ROWS = 2**18  # after so many rows,
-_MIN_SHARE = 1e-3  # at least this share of them has to be new
-_RECORD_BYTES = 420  # a record and what the reader notes of it, without its texts
+MAX_RECORD_BYTES = 8 * 2**20  # size of one row as JSON
+MAX_SPOOLED_BYTES = 512 * 2**20  # unpacked size of a compressed Parquet file, which needs a temporary file
+MAX_DECODER_BYTES = 768 * 2**20  # memory of the process that decodes a Parquet file
+MAX_BLANK_LINES = 2**20  # consecutive
+SMALL_BYTES = 256 * 2**20  # unpacked size that is allowed for any file
+MAX_EXPANSION = 1000  # unpacked size over file size, beyond SMALL_BYTES; gzip reaches 1032 on zeros
+SMALL_KEPT_BYTES = 512 * 2**20  # memory of records that is allowed for any file
+MAX_KEPT_EXPANSION = 200  # memory of records over file size, beyond SMALL_KEPT_BYTES; JSONL of tiny rows reaches 40
+_SHARE_ROWS = 2**18  # after each so many rows,
+_MIN_SHARE = 1e-3  # at least this share of rows must have given new records
+_RECORD_BYTES = 420  # a record and the reader's notes about it, without its texts
 _MESSAGE_BYTES = 100
 
 
@@ -39,8 +39,8 @@ class Kept:
 
     Args:
         path: the file, for messages.
-        section: of the config, whose `limit` is the way out.
-        file_bytes: gives the size of the file.
+        section: config section whose `limit` is the remedy.
+        file_bytes: returns the size of the file.
     """
 
     def __init__(self, path: str, section: str, file_bytes: Callable[[], int]) -> None:
@@ -68,10 +68,10 @@ class Kept:
 
 
 def check_share(path: str, section: str, num_rows: int, num_records: int) -> None:
-    """Raises DataError when nearly all rows of a long file repeat earlier ones."""
+    """Raises DataError if nearly all rows of a long file repeat earlier ones."""
     if num_rows % _SHARE_ROWS == 0 and num_records < num_rows * _MIN_SHARE:
         raise DataError(
-            f"{path}: of its first {num_rows:,} rows only {num_records:,} give a new record, the others repeat them. "
+            f"{path}: of its first {num_rows:,} rows only {num_records:,} give a new record, the others are repeated. "
             f"Remove the repeated rows, or set {section}.limit."
         )
 

@@ -1,6 +1,6 @@
-"""From the JSON of a row to messages, tool calls and tools. Content that is not text raises BadRow.
+"""Parses messages, tool calls and tools from the JSON of a row. Content that is not text raises BadRow.
 
-Accepted besides {role, content}: content as a list of text parts (joined by line ends, as vLLM's server does);
+Accepts, in addition to {role, content}: content as a list of text parts (joined by line breaks, as in vLLM's server);
 `tool_calls` with or without the outer {"type", "function"}, arguments as an object or as JSON text; OpenAI's older
 `function_call`, role "function" and `functions`. Other fields of a message are kept for the chat template.
 """
@@ -27,7 +27,7 @@ _KNOWN = frozenset({"role", "content", "tool_calls", "function_call", "name", "t
 
 
 class BadRow(Exception):
-    """The row does not fit its format; the message says why."""
+    """The row does not fit its format; the message gives the reason."""
 
 
 def conversation(value: Any, key: str) -> Messages:
@@ -71,7 +71,7 @@ def refuse_media(fields: Fields, where: str) -> None:
     """Raises BadRow if fields hold images, sound or video: only text is supported."""
     found = next((name for name in _MEDIA if fields.get(name)), None)
     if found is not None:
-        raise BadRow(f"{where} holds {found!r}, which a text model can't be shown; remove the row or the field")
+        raise BadRow(f"{where} contains {found!r}, which a text model can't read; remove the row or the field")
 
 
 def tools_of(fields: Fields) -> Tools:
@@ -88,8 +88,8 @@ def tools_of(fields: Fields) -> Tools:
 def transcript(text: str, key: str) -> Messages:
     """Parses `\\n\\nHuman: ...\\n\\nAssistant: ...`.
 
-    Neighbouring turns of one speaker become one message, because chat templates want speakers to alternate. An empty
-    last turn of the assistant is where it is to speak, and no message.
+    Adjacent turns of one speaker become one message, because chat templates require alternating speakers. An empty last
+    turn of the assistant is the start of the reply.
     """
     head, *parts = _TURN.split(text if text.startswith("\n\n") else "\n\n" + text.lstrip("\n"))
     if head.strip() or not parts or parts[0] != "Human":
@@ -105,7 +105,7 @@ def transcript(text: str, key: str) -> Messages:
 
 
 def is_transcript(text: str) -> bool:
-    """Whether a text is a whole transcript in the published form, which begins with a blank line."""
+    """Whether a text is a complete transcript in the published format, which begins with a blank line."""
     return text.startswith("\n\nHuman:") and "\n\nAssistant:" in text
 
 
@@ -130,7 +130,7 @@ def _part(part: Any, where: str) -> str:
         raise BadRow(f"{where}: a part must be text, found {describe(part)}")
     refuse_media(part, where)
     if part.get("type", "text") not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
-        raise BadRow(f"{where} is a part of type {part.get('type')!r}, which a text model can't be shown")
+        raise BadRow(f"{where} is a part of type {part.get('type')!r}, which a text model can't read")
     return str(part["text"])
 
 
@@ -139,7 +139,7 @@ def _tool_calls(item: Fields, where: str) -> tuple[ToolCall, ...]:
     if isinstance(calls, str):
         calls = _from_text(calls, f"{where}.tool_calls")
     if calls and old:
-        raise BadRow(f"{where} holds both tool_calls and function_call; leave one of them")
+        raise BadRow(f"{where} contains both tool_calls and function_call; keep one of them")
     found = calls or ([old] if old else [])
     if not isinstance(found, list):
         raise BadRow(f"{where}: tool_calls must be a list, found {describe(found)}")
@@ -185,7 +185,7 @@ def _json(value: Any, where: str) -> str:
     try:
         return json_text(value)
     except (ValueError, RecursionError, TypeError):
-        raise BadRow(f"{where} holds what is no JSON (NaN, infinity, too deep nesting)") from None
+        raise BadRow(f"{where} contains values that are not JSON (NaN, infinity, too deep nesting)") from None
 
 
 def required(fields: Fields, key: str) -> Any:

@@ -48,7 +48,7 @@ def parquet_rows(name: str, path: str | Path, file_size: int) -> Iterator[Row]:
             for row in line_rows(name, io.BufferedReader(lines, CHUNK_BYTES)):
                 number = row.number
                 yield row
-            if not lines.is_at_end:  # a row that is too long ends the reading; the decoder waits with the rest
+            if not lines.is_at_end:  # a row that is too long ended the reading; the decoder still has more output
                 return
             _raise_failure(name, decoder, errors)
             if not number:
@@ -91,14 +91,14 @@ class _Lines(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         if not select.select([self._descriptor], [], [], SILENCE_S)[0]:
-            raise DataError(f"{self._name}: decoding it gave nothing for {SILENCE_S:.0f} s; is the file damaged?")
+            raise DataError(f"{self._name}: no output from its decoder for {SILENCE_S:.0f} s; is the file damaged?")
         data = os.read(self._descriptor, len(buffer))
         self._left -= len(data)
         self.is_at_end = not data
         if self._left < 0:
             raise DataError(
                 f"{self._name} unpacks to more than {mib(self._limit)}: refused as a decompression bomb. If it is "
-                "none, write it as JSONL."
+                "not one, write it as JSONL."
             )
         buffer[: len(data)] = data
         return len(data)
@@ -118,4 +118,4 @@ def _raise_failure(name: str, decoder: subprocess.Popen[bytes], errors: io.Buffe
             "or row groups, or as JSONL."
         )
     cause = told[-1] if told else f"the decoder ended with code {code}"
-    raise DataError(f"{name} can't be read: {cause}. Check that it is complete and of the kind it claims to be.")
+    raise DataError(f"{name} can't be read: {cause}. Check that it is complete and a Parquet file.")

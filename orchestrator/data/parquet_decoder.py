@@ -41,7 +41,7 @@ def main(path: str, max_bytes: int) -> int:
 
 
 def _limit_memory(max_bytes: int) -> None:
-    """Limits the memory that this process may allocate in addition to what it has now."""
+    """Limits the memory that this process may allocate in addition to its current memory."""
     sizes = Path("/proc/self/statm")
     pages = int(sizes.read_text(encoding="ascii").split()[5]) if sizes.exists() else 0
     limit = pages * resource.getpagesize() + max_bytes
@@ -54,7 +54,7 @@ def _lines(path: str) -> Iterator[bytes]:
         file = pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER_BYTES)
         names = file.schema_arrow.names
         if len(set(names)) < len(names):
-            raise ValueError("two of its columns have one name")
+            raise ValueError("two of its columns have the same name")
         for batch in file.iter_batches(batch_size=_batch_rows(file.metadata), use_threads=False):
             for fields in batch.to_pylist():
                 yield json.dumps(_plain(fields), ensure_ascii=False).encode() + b"\n"

@@ -1,4 +1,4 @@
-"""The canonical records. Readers make them, stages and roles work with them."""
+"""The canonical records, which readers make and stages and roles use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NO_META: Mapping[str, Any] = {}  # shared: a file may hold millions of records
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call that the assistant makes. `arguments` is the JSON text of an object, `{}` where none are given."""
+    """A tool call of the assistant. `arguments` is the JSON text of an object, by default `{}`."""
 
     name: str
     arguments: str = "{}"
@@ -28,10 +28,10 @@ class Message:
     Args:
         role: one of ROLES.
         content: text; empty if the assistant only calls tools.
-        tool_calls: what the assistant calls, in order.
-        name: of the speaker, or of the tool whose result this is.
+        tool_calls: calls of the assistant, in order.
+        name: name of the speaker, or of the tool whose result this is.
         tool_call_id: the call that this tool message answers.
-        extra: JSON text of the message's other fields (`reasoning_content`, ...), which the chat template gets too.
+        extra: JSON text of the message's other fields (`reasoning_content`, ...), for the chat template.
     """
 
     role: str
@@ -42,8 +42,8 @@ class Message:
     extra: str | None = None
 
 
-Reply = str | Message  # text, or an assistant's message where the reply is more than text
-Tools = tuple[Mapping[str, Any], ...]  # JSON schemas of the tools that a conversation offers
+Reply = str | Message  # text, or an assistant's message if the reply has more than text
+Tools = tuple[Mapping[str, Any], ...]  # JSON schemas of a conversation's tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,11 @@ class PromptRecord:
 
     Args:
         id: given in the data, or `content_id(messages)`.
-        messages: at least one. If the last one is the assistant's, it is the beginning of the reply: the response
-            continues it.
-        text: the last user message, for people to read.
+        messages: at least one. If the last one is the assistant's, it is the beginning of the reply, which the response
+            continues.
+        text: the last user message, for display.
         meta: the record's other fields (JSON values), for rule rewards.
-        tools: the tools that the conversation offers.
+        tools: the conversation's tools.
     """
 
     id: str
@@ -124,7 +124,7 @@ class ScoredRecord:
 
 @dataclass(frozen=True)
 class ReadReport:
-    """A reader's report: rows read, records kept, and why rows (or replies) were left out, with counts."""
+    """A reader's report: rows read, records kept, and counts of rows (or replies) left out, by reason."""
 
     path: str
     format: str
@@ -139,12 +139,12 @@ class ReadReport:
 
 
 def is_begun(messages: Sequence[Message]) -> bool:
-    """Whether the conversation ends within the assistant's turn, which the reply then continues."""
+    """Whether the conversation ends in the assistant's turn, which the reply continues."""
     return messages[-1].role == "assistant"
 
 
 def message_dict(message: Message) -> dict[str, Any]:
-    """A message as chat templates and JSON files want it; arguments of calls are objects."""
+    """A message in the form of chat templates and JSON files; arguments of calls are objects."""
     found: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         found["tool_calls"] = [_call_dict(call) for call in message.tool_calls]
@@ -160,7 +160,7 @@ def message_dicts(messages: Iterable[Message]) -> list[dict[str, Any]]:
 
 
 def message_from_dict(found: Mapping[str, Any]) -> Message:
-    """The message that `message_dict` wrote."""
+    """The inverse of `message_dict`."""
     calls = tuple(
         ToolCall(call["function"]["name"], json_text(call["function"]["arguments"]), call.get("id"))
         for call in found.get("tool_calls", ())
@@ -182,12 +182,12 @@ def messages_from_dicts(found: Iterable[Mapping[str, Any]]) -> tuple[Message, ..
 
 
 def json_text(value: Any) -> str:
-    """JSON text of a value in the order of its keys. Raises ValueError for NaN and infinity, which JSON lacks."""
+    """JSON text of a value, with its order of keys. Raises ValueError for NaN and infinity."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def reply_json(reply: Reply) -> Any:
-    """A reply as JSON files hold it."""
+    """A reply as a JSON value."""
     return reply if isinstance(reply, str) else message_dict(reply)
 
 
@@ -205,7 +205,7 @@ def content_digest(*parts: Any) -> bytes:
 
 
 def identity_of(messages: Iterable[Message], tools: Tools = ()) -> list[Any]:
-    """JSON values that are equal if and only if two conversations are the same."""
+    """JSON values that are equal if and only if two conversations are equal."""
     turns = [_turn_identity(message) for message in messages]
     return [*turns, {"tools": list(tools)}] if tools else turns
 

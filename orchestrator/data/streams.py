@@ -1,8 +1,8 @@
 """Streams the records of a file. Memory holds one row, and 8 to 24 bytes per record for its digest.
 
-A bad row (not JSON, a missing field, a wrong type) is an error that names file, row, fault and way out; up to
-MAX_BAD_ROWS are collected in one message. A well-formed row that adds nothing (a repeated prompt, chosen equal to
-rejected: the published hh-rlhf files hold a few) is left out and counted in the report.
+A bad row (not JSON, a missing field, a wrong type) is an error that names file, row, fault and remedy; one message
+lists up to MAX_BAD_ROWS. A well-formed row that adds nothing (a repeated prompt, chosen equal to rejected: the
+published hh-rlhf files have a few) is left out and counted in the report.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Stream(Generic[Record]):
     """The distinct records of a file. Iterate once, then ask for the report.
 
     Args:
-        kind: what the file holds.
-        format: a name of `kind.formats`, or auto.
-        limit: of records.
-        max_bad_rows: that are collected before reading ends.
+        kind: kind of the records.
+        format: a name in `kind.formats`, or auto.
+        limit: maximum number of records.
+        max_bad_rows: number of bad rows after which reading stops.
 
     Raises:
-        DataError: while reading: the file can't be read, holds bad rows, or has no record.
+        DataError: during reading: the file can't be read, has bad rows or no records.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Stream(Generic[Record]):
     ) -> None:
         self._key = f"{kind.section}.format"
         if format != "auto" and format not in kind.formats:
-            raise DataError(f"{self._key}={format!r} is not known; choose one of auto, {', '.join(kind.formats)}.")
+            raise DataError(f"{self._key}={format!r} is unknown; choose one of auto, {', '.join(kind.formats)}.")
         self.format = format
         self.left_out: Counter[str] = Counter()
         self.bad_rows: list[str] = []
@@ -71,7 +71,7 @@ class Stream(Generic[Record]):
                     return
 
     def report(self) -> ReadReport:
-        """Raises the bad rows, if any; otherwise reports what was read."""
+        """The report after reading. Raises DataError if there were bad rows."""
         if self.bad_rows:
             self._raise(f"{len(self.bad_rows)} bad row{'s' if len(self.bad_rows) > 1 else ''}")
         report = ReadReport(self._path, self.format, self.num_rows, self.num_records, dict(self.left_out))
@@ -80,7 +80,7 @@ class Stream(Generic[Record]):
         return report
 
     def _rows(self) -> Iterator[Row]:
-        """The good rows, joined where several make one."""
+        """The good rows, joined if several form one."""
         rows = self._good_rows()
         first = next(rows, None)
         if first is None:
@@ -103,7 +103,7 @@ class Stream(Generic[Record]):
                 self._bad(row, row.problem)
 
     def _records(self, row: Row) -> Iterator[Record]:
-        """The new records of a row; all of it is checked before the first is given."""
+        """The new records of a row. All are checked before the first is yielded."""
         form = self._kind.formats[self.format]
         try:
             if row.problem is not None:
@@ -130,7 +130,7 @@ class Stream(Generic[Record]):
         return True
 
     def _check_id(self, row: Row) -> None:
-        """Raises BadRow if an earlier row has the row's id. Only then the file is searched for it."""
+        """Raises BadRow if an earlier row has the same id, and searches the file for that row."""
         key = self._kind.formats[self.format].id_key
         identity = given_id(row.fields, key)
         if identity is None or self._ids.add(hashlib.sha256(identity.encode()).digest()):
@@ -141,7 +141,7 @@ class Stream(Generic[Record]):
         )
         if first != row.number:
             raise BadRow(
-                f"id {identity!r} is already that of row {first}, another prompt; make ids distinct or leave them out"
+                f"id {identity!r} is already used by row {first} for another prompt; make ids distinct or remove them"
             )
 
     def _bad(self, row: Row, problem: str) -> None:
@@ -162,7 +162,7 @@ class Stream(Generic[Record]):
         lines = "\n  ".join(self.bad_rows)
         raise DataError(
             f"{self._path}: {heading} (read as {self._key}={self.format!r}):\n  {lines}\n"
-            f"Mend or remove these rows, or set {self._key} if the format is another: {self._catalogue()}."
+            f"Correct or remove these rows, or set {self._key} if they have another format: {self._catalogue()}."
         )
 
     def _catalogue(self) -> str:

@@ -1,4 +1,4 @@
-"""Describes values of rows for error messages."""
+"""Describes row values for error messages."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def field_names(fields: Mapping[str, Any]) -> str:
 
 
 def describe(value: Any) -> str:
-    """A value's kind, in JSON's terms."""
+    """The JSON type of a value."""
     kinds = {type(None): "null", bool: "true or false", str: "text", dict: "an object", list: "a list"}
     return kinds.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")

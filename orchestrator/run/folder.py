@@ -226,7 +226,7 @@ def _harmless_changes(path: Path, config: Config) -> tuple[Change, ...]:
     changes = changed_keys(load_kept_config(path), config)
     if any(change.matters for change in changes):
         lines = (f"{change}  ({'matters' if change.matters else 'does not matter'})" for change in changes)
-        way_out = "To continue it, set the keys that matter back; or give another run.id to start a new run."
+        way_out = "Set the keys that matter back to continue the run, or give another run.id to start a new one."
         if any(change.matters and change.is_of_contents for change in changes):
             way_out += (
                 " If a file changed, restore the one that the run started with, or continue with the new one by "

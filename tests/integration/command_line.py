@@ -126,7 +126,7 @@ def assert_refused(ended: Ended, *words: str, code: int = 2) -> None:
     """One message on standard error, which holds all words; no traceback, nothing else."""
     assert ended.code == code, ended.err
     assert "Traceback" not in ended.err + ended.out
-    heads = [line for line in ended.err.splitlines() if line and not line.startswith((" ", "-", "Mend", "Set "))]
+    heads = [line for line in ended.err.splitlines() if line and not line.startswith((" ", "-", "Correct", "Set "))]
     assert len(heads) == 1, ended.err
     for word in words:
         assert word in ended.err

@@ -106,7 +106,7 @@ BAD: Mapping[str, Bad] = {
     "no chat template": Bad(_no_template, ("chat template", "model.chat_template=FILE")),
     "no prompts file": Bad(lambda _: ["prompts.path=/nowhere/p.jsonl"], ("/nowhere/p.jsonl does not exist",)),
     "empty prompts file": Bad(_prompts(""), ("prompts.jsonl is empty", "at least one record")),
-    "bad row": Bad(_prompts(_BAD_ROW), ("prompts.jsonl", "row 2", "Mend or remove")),
+    "bad row": Bad(_prompts(_BAD_ROW), ("prompts.jsonl", "row 2", "Correct or remove")),
     "all rows too long": Bad(_prompts(_LONG), ("all 1 prompts are longer", "prompts.max_prompt_tokens=100")),
     "no such rule": Bad(
         lambda _: ["reward.rules=[{function: 'actors.rewards.gold:kindness'}]"], ("gold:kindness", "vader_positivity")

@@ -1,5 +1,5 @@
-"""One row of one format -> canonical messages and replies.
+"""Record formats: each converts a row to canonical messages and replies.
 
-A row that does not fit raises BadRow, which the readers gather; a row that fits but teaches nothing (chosen equals
+A row that does not fit raises BadRow, which readers collect. A well-formed row without information (chosen equals
 rejected) raises LeftOut, which they count.
 """

@@ -10,24 +10,24 @@ from orchestrator.data.json_rows import Row
 from orchestrator.data.messages import Fields
 
 FieldSets = Sequence[frozenset[str]]
-"""A row with all fields of one of these sets is of the format."""
+"""A row that has all fields of one of these sets has the format."""
 Found = TypeVar("Found")
 
 
 class LeftOut(Exception):
-    """The row, or a part of it, is well formed but teaches nothing; the message is the reason that is counted."""
+    """The row, or a part of it, is well formed but has no information. The message is the reason, which is counted."""
 
 
 @dataclass(frozen=True)
 class Format(Generic[Found]):
-    """How rows of one format are read.
+    """One record format.
 
     Args:
-        fields: tells rows of this format from others.
-        parse: what a row holds, and a LeftOut for each part that teaches nothing. Raises BadRow or LeftOut.
+        fields: identify rows of this format.
+        parse: yields the contents of a row, and a LeftOut for each part without information. Raises BadRow or LeftOut.
         consumed: fields that `parse` reads; a prompt's other fields become its meta.
-        id_key: field with the id of what the row holds.
-        gather: makes one row of several that belong together.
+        id_key: field with the record's id.
+        gather: joins rows that belong together into one.
     """
 
     fields: FieldSets
@@ -38,5 +38,5 @@ class Format(Generic[Found]):
 
 
 def field_sets(*names: str) -> FieldSets:
-    """Sets of fields, each written as one text: "prompt response", "prompt completion"."""
+    """Sets of fields, each as one string: "prompt response", "prompt completion"."""
     return [frozenset(text.split()) for text in names]

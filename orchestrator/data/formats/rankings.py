@@ -58,7 +58,7 @@ def _pairwise(fields: Fields) -> Iterable[Ranked]:
 def _hh_pair(fields: Fields) -> Iterable[Ranked]:
     messages, replies = pair(*hh_transcripts(fields))
     if messages[-1].role == "assistant":
-        raise BadRow("'chosen' and 'rejected' end with two turns of the assistant, one after the other")
+        raise BadRow("'chosen' and 'rejected' end with two consecutive turns of the assistant")
     return [(messages, replies)]
 
 

@@ -1,4 +1,4 @@
-"""What the formats share: transcripts compared, replies that continue a turn, prompts that wait for the assistant."""
+"""Helpers of the formats: comparing transcripts, continuing a begun reply, checking prompts."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def conversations(fields: Fields, key: str) -> tuple[Messages, Messages]:
-    """The whole conversations that end with the chosen and the rejected reply."""
+    """The complete conversations that end with the chosen and the rejected reply."""
     start = conversation(fields[key], key) if fields.get(key) else ()
     return _continued(start, fields["chosen"], "chosen"), _continued(start, fields["rejected"], "rejected")
 
 
 def pair(chosen: Messages, rejected: Messages) -> Ranked:
-    """Two transcripts that differ in their last reply, as a prompt and two replies."""
+    """Converts two transcripts that differ in their last reply to a prompt and two replies."""
     if chosen == rejected:
         raise LeftOut(TIE)
     common = num_before_reply(chosen, rejected)
@@ -62,10 +62,10 @@ def as_ranked(messages: Messages, replies: Sequence[Reply]) -> Ranked:
 
 
 def after_begun(messages: Messages, replies: Sequence[Reply]) -> Sequence[Reply]:
-    """Replies as continuations of a turn that the prompt begins: replies that repeat its beginning lose it.
+    """Replies as continuations of a turn that the prompt begins. Removes the beginning from replies that repeat it.
 
     Raises:
-        BadRow: only some of them repeat it, so it is unclear whether the others continue it.
+        BadRow: only some replies repeat it, so it is unclear whether the others continue it.
     """
     if messages[-1].role != "assistant":
         return replies
@@ -100,10 +100,10 @@ def _continued(start: Messages, value: Any, key: str) -> Messages:
     size = len(asked)
     if not (_same(asked, whole[:size]) or _same(asked, whole[:-1][-size:])):
         if start[-1].role == "user" or added[0].role != "user":
-            raise BadRow(f"{key!r} is a conversation that neither holds nor continues the prompt")
+            raise BadRow(f"{key!r} is a conversation that neither contains nor continues the prompt")
         return start + added
     if system and other_system and not _same(system, other_system):
-        raise BadRow(f"{key!r} has another system message than the prompt")
+        raise BadRow(f"{key!r} has a different system message than the prompt")
     return (other_system or system) + whole
 
 
@@ -157,15 +157,15 @@ def without_last_reply(messages: Messages) -> Messages:
 
 
 def waiting(messages: Messages, key: str) -> Messages:
-    """A prompt. It may end within the assistant's turn, but not with an empty one, nor with a tool call."""
+    """Checks a prompt. It may end in the assistant's turn, but not with a tool call. Removes empty last turns."""
     while messages and _is_silent(messages[-1]):
         messages = messages[:-1]
     if all(turn.role == "assistant" for turn in messages):
         raise BadRow("no user message before the assistant's reply")
     if messages[-1].tool_calls:
-        raise BadRow(f"{key!r} ends with a tool call; add the tool's result, or leave the call to the reply")
+        raise BadRow(f"{key!r} ends with a tool call; add the tool's result, or move the call to the reply")
     if messages[-1].role == messages[-2:][0].role == "assistant":
-        raise BadRow(f"{key!r} ends with two turns of the assistant, one after the other")
+        raise BadRow(f"{key!r} ends with two consecutive turns of the assistant")
     return messages
 
 
@@ -178,7 +178,7 @@ def is_conversation(value: Any) -> bool:
 
 
 def as_reply(value: Any, key: str) -> Reply:
-    """A reply. An empty text is a (bad) reply, a missing one is not. A list of one message is that message."""
+    """Parses a reply. Empty text is a (bad) reply; a missing one is an error. A list of one message is that message."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, str):
@@ -192,7 +192,7 @@ def as_reply(value: Any, key: str) -> Reply:
 
 
 def _as_reply(message: Message) -> Reply:
-    """The text of a message that holds nothing else, so that it equals the same reply written as text."""
+    """The text of a message that has nothing else, so that it equals the same reply given as text."""
     reasons = message.extra is not None and any(f'"{name}":' in message.extra for name in _REASONING)
     return message if message.tool_calls or reasons else message.content
 

@@ -122,7 +122,7 @@ def pattern(text: str) -> PreTrainedTokenizerFast:
 
 def test_a_pattern_that_searches_without_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizing, "_ENCODE_S", 0.2)
-    with pytest.raises(DataError, match=r"can't tokenise a text: it does not end within \d+ s. Mend the patterns"):
+    with pytest.raises(DataError, match=r"can't tokenise a text: it does not end within \d+ s. Correct the patterns"):
         encode([("a" * 19 + "!") * 30], pattern(r"(a+)+$"))
 
 

@@ -142,11 +142,11 @@ def test_the_conversation_of_a_pair_comes_once_and_whole(
     ("row", "fault"),
     [
         ({"prompt": POEM, "chosen": "Roses are red", "rejected": "No"}, "only some replies repeat that beginning"),
-        ({"prompt": [*POEM, assistant("x")], "chosen": "a", "rejected": "b"}, "two turns of the assistant"),
-        ({"chosen": [*POEM, assistant("a")], "rejected": [*POEM, assistant("b")]}, "two turns of the assistant"),
+        ({"prompt": [*POEM, assistant("x")], "chosen": "a", "rejected": "b"}, "two consecutive turns of the assistant"),
+        ({"chosen": [*POEM, assistant("a")], "rejected": [*POEM, assistant("b")]}, "two consecutive turns of the assistant"),
         (
             {"prompt": "q", "chosen": [user("other"), assistant("a")], "rejected": [user("other"), assistant("b")]},
-            "neither holds nor continues the prompt",
+            "neither contains nor continues the prompt",
         ),
         (
             {
@@ -154,10 +154,10 @@ def test_the_conversation_of_a_pair_comes_once_and_whole(
                 "chosen": [SYSTEM, user("q"), assistant("a")],
                 "rejected": [SYSTEM, user("q"), assistant("b")],
             },
-            "another system message",
+            "different system message",
         ),
         ({"prompt": [USER, CALL], "chosen": "a", "rejected": "b"}, "ends with a tool call"),
-        ({"prompt": "q", "chosen": [user("x")], "rejected": "b"}, "neither holds nor continues"),
+        ({"prompt": "q", "chosen": [user("x")], "rejected": "b"}, "neither contains nor continues"),
         ({"prompt": "q", "replies": [RESULT, "b"]}, "must be the assistant's"),
     ],
 )
@@ -170,7 +170,7 @@ def test_pairs_that_can_be_read_in_two_ways_are_bad_rows(tmp_path: Path, row: di
 def test_a_begun_turn_stays_at_the_end_of_a_prompt(tmp_path: Path) -> None:
     (record,), _ = read_prompts(write(tmp_path, {"prompt": POEM}))
     assert (turns(record.messages), record.text) == (plain(*POEM), "Write a poem")
-    with pytest.raises(DataError, match="two turns of the assistant"):
+    with pytest.raises(DataError, match="two consecutive turns of the assistant"):
         read_prompts(write(tmp_path, {"prompt": [*POEM, assistant("x")]}))
 
 
@@ -273,10 +273,10 @@ IMAGE = {"type": "image_url", "image_url": {"url": "http://x/y.png"}}
 @pytest.mark.parametrize(
     ("row", "fault"),
     [
-        ({"prompt": "q", "images": ["x.png"]}, "the row holds 'images'"),
-        ({"messages": [USER], "image": {"bytes": "x"}}, "the row holds 'image'"),
-        ({"messages": [{**USER, "images": ["x"]}]}, "messages[0] holds 'images'"),
-        ({"messages": [{**USER, "content": [{"type": "text", "text": "x"}, IMAGE]}]}, "content[1] holds 'image_url'"),
+        ({"prompt": "q", "images": ["x.png"]}, "the row contains 'images'"),
+        ({"messages": [USER], "image": {"bytes": "x"}}, "the row contains 'image'"),
+        ({"messages": [{**USER, "images": ["x"]}]}, "messages[0] contains 'images'"),
+        ({"messages": [{**USER, "content": [{"type": "text", "text": "x"}, IMAGE]}]}, "content[1] contains 'image_url'"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "part of type 'image'"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}, "'input_audio'"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "part of type 'text'"),

@@ -165,8 +165,8 @@ def test_bad_rows_are_named_together_with_file_and_row(tmp_path: Path) -> None:
         ([{"messages": [{"role": "assistant", "content": "x"}]}], "auto", "no user message"),
         ([{"chosen": "no turns", "rejected": HH}], "auto", "must be a transcript that starts with 'Human:'"),
         ([{"prompt": "\ud800"}], "auto", "half of a surrogate pair"),
-        ([{"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"}], "auto", "id 'a' is already that of row 1"),
-        ([{"id": 1.5, "prompt": "x"}], "auto", "'id' must be text or a whole number"),
+        ([{"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"}], "auto", "id 'a' is already used by row 1"),
+        ([{"id": 1.5, "prompt": "x"}], "auto", "'id' must be text or an integer"),
     ],
 )
 def test_faults_of_a_row(tmp_path: Path, rows: list[Any], format: str, fault: str) -> None:
@@ -181,7 +181,7 @@ def test_faults_of_a_row(tmp_path: Path, rows: list[Any], format: str, fault: st
         (b"", "is empty"),
         (b"\n \n", "0 records from 0 rows"),
         (b'{"question_text": "x"}\n', "fits no known format; its fields are: question_text"),
-        (b'[{"prompt": "x"}', "the JSON array breaks off before its ']'"),
+        (b'[{"prompt": "x"}', "the JSON array ends without ']'"),
         (b'[{"prompt": "x"} {"prompt": "y"}]', "row 1 is not followed by ',' or ']'"),
         (b'[{"prompt": "x"}, {"prompt" "y"}, {"prompt": "z"}, {"prompt": "z"}]', "row 2 is not JSON"),
         (b"[]", "0 records from 0 rows"),
