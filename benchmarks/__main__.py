@@ -1,7 +1,7 @@
-"""`python -m benchmarks [--gpu] [NAME ...]`: runs benchmarks one after the other, then shows all results in one table.
+"""`python -m benchmarks [--gpu] [NAME ...]`: runs benchmarks in sequence, then shows all results in one table.
 
-Each runs in a process of its own; one that fails is told, and the others run on. Exit codes: 0 all ran, 1 one failed, 2
-no GPU was found where --gpu asks for one.
+Each runs in a separate process; a failure is reported and the others continue. Exit codes: 0 all succeeded, 1 one
+failed, 2 --gpu was given but there is no GPU.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(BENCHMARKS):
-        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+        parser.error(f"unknown benchmarks {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}")
     chosen: Mapping[str, Sequence[str]] = BENCHMARKS
     if arguments.gpu:
         if not has_gpu():
-            sys.stderr.write("make bench-gpu needs a GPU that torch can use, and there is none here: use make bench.\n")
+            sys.stderr.write("make bench-gpu needs a GPU that torch can use, but there is none: use make bench.\n")
             sys.exit(NEEDS_GPU)
         chosen = gpu_benchmarks()
     names = arguments.names or list(chosen)
     failed = [name for name in names if run(name, chosen.get(name, ()))]
     table.main()
     if failed:
-        sys.stderr.write(f"failed: {', '.join(failed)}; each alone: python -m benchmarks.NAME\n")
+        sys.stderr.write(f"failed: {', '.join(failed)}; run one alone: python -m benchmarks.NAME\n")
     sys.exit(bool(failed))
 
 
@@ -63,7 +63,7 @@ def has_gpu() -> bool:
 
 
 def gpu_benchmarks() -> Mapping[str, Sequence[str]]:
-    """What computes on the GPU; rollouts by Hugging Face where vLLM's CUDA build is not installed."""
+    """Benchmarks that compute on the GPU; rollouts use Hugging Face if vLLM's CUDA build is not installed."""
     engine = "vllm" if version("vllm") else "hf"
     return {"rollout": ("--engine", engine), "learner": ("--role", "policy"), "scoring": ()}
 

@@ -1,4 +1,4 @@
-"""Fits the efficiencies of a device to measured runs, and says how well they predict others."""
+"""Fits the efficiencies of a device to measured runs, and measures how well they predict others."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from orchestrator.watching.telemetry import read_lines
 FITTED = ("generate", "score", "learn", "publish", "step")
 FREE = ("learn", "forward", "decode", "links", "decode_step_s", "micro_batch_bytes", "optimizer_bytes", "step_s")
 _NO_SPREAD = Spread(1, 1)
-_ENOUGH_CACHE = 1e9  # tokens: on the CPU a shard's samples are decoded all at once
+_ENOUGH_CACHE = 1e9  # tokens: on CPUs all samples of a shard are decoded together
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run measured: seconds of each phase, step by step, and the lengths that its log holds."""
+    """Measurements of a run: seconds of each phase by step, and the lengths in its log."""
 
     name: str
     work: Measured
@@ -42,8 +42,8 @@ class Run:
 
 
 def read_run(folder: Path, cores: int) -> Run:
-    """A run's steps in which policy and critic both learned, without the first of them, which pays for warming up. Its
-    device is a core of a machine like this one, in the run's type."""
+    """The steps in which policy and critic both learned, without the first, which includes warm-up. The device is a
+    core of a machine like this one, with the run's compute type."""
     config = load_kept_config(folder / "config.yaml")
     lines = [line for line in read_lines(folder / "metrics.jsonl") if line["stage"] == "rl" and line["kind"] == "step"]
     learned = [line for line in lines if "policy/loss" in line["metrics"]][1:]
@@ -67,14 +67,14 @@ def _lengths(folder: Path) -> tuple[Lengths, Lengths]:
 
 
 def predicted(run: Run, efficiency: Efficiency) -> Sequence[dict[str, float]]:
-    """Seconds of each phase, step by step, of the same work."""
+    """Predicted seconds of each phase by step, for the same work."""
     layout = replace(run.layout, device=replace(run.layout.device, efficiency=efficiency))
     steps = simulate_steps(run.work, layout, cache_tokens=_ENOUGH_CACHE, steps=len(run.seconds))
     return [{name: step[f"time/{name}_s"] for name in FITTED} for step in steps]
 
 
 def calibrate(runs: Sequence[Run], start: Efficiency) -> Efficiency:
-    """The efficiencies that fit all phases of all runs best: least squares of log ratios, large ones counting less."""
+    """The efficiencies that best fit all phases of all runs: robust least squares of log ratios."""
     begin = np.log([getattr(start, name) for name in FREE])
 
     def residuals(logs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -85,7 +85,7 @@ def calibrate(runs: Sequence[Run], start: Efficiency) -> Efficiency:
             for told, measured in zip(predicted(run, efficiency), run.seconds, strict=True)
             for name in FITTED
         ]
-        # Phases that only one figure bears on stay where they were: a weak pull towards the start.
+        # Weak regularisation towards the start keeps poorly determined values unchanged.
         return np.concatenate([np.log(ratios), 0.01 * (logs - begin)])
 
     found = least_squares(residuals, begin, loss="soft_l1", f_scale=0.05, ftol=1e-4)
@@ -100,6 +100,6 @@ def errors(run: Run, efficiency: Efficiency) -> dict[str, tuple[float, float, fl
 
 
 def as_arguments(efficiency: Efficiency) -> str:
-    """As it stands in the table of devices."""
+    """The arguments of Efficiency in the table of devices."""
     values = asdict(efficiency)
     return ", ".join(f"{field.name}={values[field.name]:.3g}" for field in fields(efficiency))

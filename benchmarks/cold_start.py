@@ -1,10 +1,10 @@
-"""`python -m benchmarks.cold_start [--imports] [--steps N] [key=value ...]`: from submitting to the first samples.
+"""`python -m benchmarks.cold_start [--imports] [--steps N] [key=value ...]`: time from submission to the first samples.
 
-Runs the PPO stage of jobs/configs/ppo.yaml alone, with a rule as its reward and without evaluation, through Ray's
-Jobs API on a Ray of its own, and reads from its output and its run folder when what had happened. Caches are warm: the
-model is there. Import times are those of fresh processes, beside the bare library.
+Runs the PPO stage of jobs/configs/ppo.yaml alone, with a rule reward and without evaluation, through Ray's Jobs API on
+a private Ray, and reads the times of events from its output and its run folder. Caches are warm: the model is already
+there. Import times are measured in fresh processes and compared with those of the bare library.
 
-The run folder is left in benchmarks/results/runs; `benchmarks.overhead` and `benchmarks.simulate` read its steps.
+The run folder stays in benchmarks/results/runs; `benchmarks.overhead` and `benchmarks.simulate` read its steps.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def main() -> None:
 
 
 def run_job(overrides: Sequence[str]) -> tuple[Mapping[str, float], Path]:
-    """Runs the job to its end; (seconds since the epoch of its command and of its submission, run folder).
+    """Runs the job. Returns (times of its command and its submission in seconds since the epoch, run folder).
 
     Raises:
-        RuntimeError: it failed; with its last lines.
+        RuntimeError: the job failed; contains its last lines.
     """
     times = {"command": time.time()}
     lines: list[str] = []
@@ -115,7 +115,7 @@ def imports() -> list[Figure]:
 
 
 def import_s(module: str) -> float:
-    """Seconds that a fresh process takes to import `module`, without the interpreter's own start."""
+    """Seconds to import `module` in a fresh process, without the interpreter's start."""
     code = f"import time; started = time.perf_counter(); import {module}; print(time.perf_counter() - started)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=DEADLINE_S

@@ -1,7 +1,7 @@
 """`python -m benchmarks.coordinator_memory`: the coordinator's peak memory at steps of 64 and of 8,192 samples.
 
-The loop, the experience log, the recorder and the object store are the real ones; the models are stand-ins that answer
-with tables of the real shape, 1,024 response tokens a sample. Every size runs in a process and a Ray of its own.
+The loop, the experience log, the recorder and the object store are real. The models are stand-ins that return tables of
+the real shape, with 1,024 response tokens per sample. Each size runs in a separate process and Ray.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def peak_bytes() -> int:
 
 @dataclass(frozen=True)
 class Requests:
-    """Small steps to warm up, then steps of `samples`, from one set of prompts."""
+    """Small warm-up steps, then steps of `samples` samples, from one set of prompts."""
 
     samples: int
     prompts: Sequence[Prompt]
@@ -142,7 +142,7 @@ class StandInPublisher:
 
 
 def groups() -> dict[str, ActorGroup]:
-    """One process for the engine, one for all models, one that records."""
+    """One process for the engine, one for all models, one for the recorder."""
     models = _group("models", StandInModel, {})
     arguments = {"settings": ExperienceSettings(Ppo(), samples_per_prompt=1), "run_id": "memory"}
     return {

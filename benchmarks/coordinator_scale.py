@@ -1,8 +1,8 @@
-"""`python -m benchmarks.coordinator_scale [--rounds N]`: coordinator CPU per sample, 10 to 1,000 actors.
+"""`python -m benchmarks.coordinator_scale [--rounds N]`: coordinator CPU per sample, with 10 to 1,000 actors.
 
-The loop, its remote calls, deadlines, log and publisher are the real ones; actors answer at once, in this process, with
-nothing. So what is measured is the coordinator's own work, without Ray's. The samples of a step grow with the engines,
-one shard for each. Of the actors 6 in 10 are engines, and policy, critic, reference and reward share the rest.
+The loop, its remote calls, deadlines, log and publisher are real. Actors return empty results immediately, in this
+process, so the benchmark measures the coordinator's work without Ray's. A step has one shard per engine. 6 of 10 actors
+are engines; policy, critic, reference and reward share the rest.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def cpu_per_sample(actors: int, ranks: int | None) -> float:
     """CPU seconds of this process per sample of a step, after WARM_UP_STEPS.
 
     Args:
-        ranks: of each group but the engines'; 0 stands for 1, None for its share of the actors.
+        ranks: ranks of each group except the engines; 0: one, None: its share of the actors.
     """
     engines = actors * ENGINES_IN_TEN // 10
     each = (actors - engines) // len(SCORERS) if ranks is None else max(ranks, 1)
@@ -101,7 +101,7 @@ async def _run(folder: Path, engines: int, ranks: int) -> float:
 
 @dataclass
 class _Requests:
-    """The same requests in every step; notes when the first step that counts began."""
+    """The same requests in every step; records the start of the first measured step."""
 
     samples: int
     started: float = 0.0
@@ -118,7 +118,7 @@ class _Requests:
 
 
 class SimulatedActor:
-    """Has of an actor's handle what ActorGroup uses; answers a turn of the event loop later."""
+    """The parts of an actor handle that ActorGroup uses. Answers in the next iteration of the event loop."""
 
     def __init__(self, answers: Mapping[str, Callable[..., Any]]) -> None:
         self._answers = answers
@@ -177,7 +177,7 @@ def _record(summary: tuple[Any, Any, Any], *args: Any, kl_coefficient: float, fi
 
 
 def _sums() -> tuple[Any, Any, Any]:
-    """What a recorder says of a shard."""
+    """A recorder's result for a shard."""
     floats = pa.array([[0.5, 0.25]], pa.list_(pa.float32()))
     names = ("old_logprobs", "ref_logprobs", "engine_logprobs", "values", "returns", "advantages")
     parts = pa.array([[("length", 1.0)]], pa.map_(pa.string(), pa.float32()))

@@ -1,7 +1,7 @@
-"""What every benchmark shares: pairs that take turns, figures with their spread, and result files.
+"""Shared parts of benchmarks: interleaved pairs, figures with their spread, and result files.
 
-Ours and the reference are measured in the same run, A B B A B A A B ..., so that what drifts on the machine (load,
-clock, memory) drifts for both; the ratio is taken in each pair, and a figure is the median of the ratios.
+Ours and the reference are measured alternately in the same run, A B B A A B ..., so drift of the machine (load, clock,
+memory) affects both. A figure is the median of the ratios of pairs.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Figure:
 
     Args:
         value: median over pairs of ours ÷ reference; without a reference, the median of ours.
-        low, high: smallest and largest of what `value` is the median of.
+        low, high: minimum and maximum of the values whose median is `value`.
         ours, reference: their medians, in `unit`.
-        pairs: how many were measured.
-        target: what `value` has to reach, or to stay below when `better` is "lower"; None: for information.
-        detail: what was measured, for people.
+        pairs: number of measured pairs.
+        target: bound that `value` must reach, or stay below if `better` is "lower"; None: no target.
+        detail: description of the measurement.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Figure:
 
     @property
     def met(self) -> bool | None:
-        """Whether the target is met; None without one."""
+        """Whether the target is met; None without a target."""
         if self.target is None:
             return None
         return self.value >= self.target if self.better == "higher" else self.value <= self.target
@@ -58,7 +58,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Result:
-    """What one benchmark wrote: its figures, and the machine on which it ran."""
+    """The result of one benchmark: its figures, and the machine on which it ran."""
 
     name: str
     machine: Mapping[str, Any]
@@ -67,7 +67,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Measurements that were taken side by side: `ours[i]` next to `reference[i]`."""
+    """Paired measurements: `ours[i]` was measured next to `reference[i]`."""
 
     ours: Sequence[float]
     reference: Sequence[float]
@@ -78,12 +78,12 @@ class Pairs:
 
 
 def measure_pairs(ours: Callable[[], float], reference: Callable[[], float], *, pairs: int) -> Pairs:
-    """Measures both in turns, A B, then B A, and so on. Each returns one measurement (tokens/s, or seconds)."""
+    """Measures both alternately, A B, B A, and so on. Each returns one measurement (tokens/s, or seconds)."""
     return Pairs(*(measurements for measurements in measure_turns((ours, reference), rounds=pairs)))
 
 
 def measure_turns(contenders: Sequence[Callable[[], float]], *, rounds: int) -> list[list[float]]:
-    """The same with any number of contenders: every second round in the opposite order.
+    """The same with any number of contenders; every second round has the opposite order.
 
     Returns:
         measurements[contender][round].
@@ -125,13 +125,13 @@ def plain_figure(
     target: float | None = None,
     detail: str = "",
 ) -> Figure:
-    """The figure of something that has no reference."""
+    """A figure without a reference."""
     median = statistics.median(measured)
     return Figure(name, median, min(measured), max(measured), median, None, unit, len(measured), better, target, detail)
 
 
 def machine() -> dict[str, Any]:
-    """Where a benchmark runs, and how loaded it is now."""
+    """The machine of a benchmark, and its current load."""
     cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     models = [line.partition(":")[2].strip() for line in cpu.splitlines() if line.startswith("model name")]
     gpus = Path("/proc/driver/nvidia/gpus")
@@ -148,7 +148,7 @@ def machine() -> dict[str, Any]:
 
 
 def version(package: str) -> str | None:
-    """Of an installed package; None where it is not."""
+    """The version of a package; None: not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -156,7 +156,7 @@ def version(package: str) -> str | None:
 
 
 def write_result(name: str, figures: Sequence[Figure], *, folder: Path = RESULTS) -> Result:
-    """Writes `<folder>/<name>.json`, in the place of an older one."""
+    """Writes `<folder>/<name>.json`; replaces an older one."""
     result = Result(name, machine(), list(figures))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")

@@ -1,8 +1,8 @@
 """`python -m benchmarks.learner [--role both|policy|critic] [--rounds N]`: learning against loops in plain PyTorch.
 
-Policy and critic learn as in the loop: at once, each on the cores that the config gives it; a plain loop has both in
-one process and takes one after the other. With `--role policy` one model learns alone, on all cores. Everyone has
-the same rows and as many optimizer steps. Counted are real tokens, prompt and response, without padding.
+Policy and critic learn as in the loop: concurrently, each on the cores from the config. A plain loop trains both
+sequentially in one process. With `--role policy` one model learns alone, on all cores. All contenders have the same
+rows and number of optimizer steps. Counts are real tokens of prompts and responses, without padding.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from jobs.stages.settings import rank_context
 from orchestrator.planning.memory import ModelSize
 
 ROLES = ("policy", "critic")
-# One minibatch: of the quickstart's 16 rows, and of longer ones about as many tokens.
+# One minibatch: 16 rows of the quickstart, or about as many tokens of longer rows.
 OVERRIDES = {
     "quickstart": ("rl.prompts_per_step=16", "algorithm.minibatches=1"),
     "gsm8k": ("rl.prompts_per_step=8", "algorithm.minibatches=1"),
@@ -47,7 +47,7 @@ Learn = Callable[[Work, pa.Table, int], None]
 
 @dataclass(frozen=True)
 class Team:
-    """Processes that compute at once."""
+    """Processes that compute concurrently."""
 
     contenders: Sequence[Contender]
 
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--role", choices=("both", *ROLES), default="both")
     parser.add_argument("--work", choices=available(), action="append")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, help="rows per forward in the plain loops, in the place of their best")
+    parser.add_argument("--rows", type=int, help="rows per forward in the plain loops, instead of the fastest")
     parser.add_argument("--serve")
     arguments = parser.parse_args()
     if arguments.serve:
@@ -136,8 +136,8 @@ def num_tokens(table: pa.Table) -> int:
 
 
 def model_flops(table: pa.Table, size: ModelSize, role: str) -> float:
-    """FLOPs of one epoch that the mathematics needs, forward and backward: 6 per weight and token in the layers, 6 per
-    weight and response token in the LM head, and causal attention; nothing for padding or for computing twice."""
+    """Necessary FLOPs of one epoch, forward and backward: 6 per weight and token in the layers, 6 per weight and
+    response token in the LM head, and causal attention, without padding and recomputation."""
     responses = np.array([len(row) for row in table["response_tokens"].to_pylist()])
     lengths = responses + np.array([len(row) for row in table["prompt_tokens"].to_pylist()])
     embedding = size.vocabulary * size.hidden
@@ -184,7 +184,7 @@ def _loop(style: Any, role: str, first: Work) -> Learn:
 
 
 def gemm_flops(dtype: torch.dtype) -> float:
-    """The best of a few matrix products, in FLOP/s."""
+    """The fastest of several matrix products, in FLOP/s."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     left = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype)
     seconds = []

@@ -1,13 +1,13 @@
-"""`python -m benchmarks.overhead [RUN_FOLDER ...]`: the share of a step that goes into orchestration and into safety.
+"""`python -m benchmarks.overhead [RUN_FOLDER ...]`: the share of orchestration and safety in a step's time.
 
-Read from the metrics of real runs, by default the newest one that `benchmarks.cold_start` left. Medians over steps:
+Reads the metrics of real runs, by default the newest run of `benchmarks.cold_start`. Medians over steps:
 
-    orchestration   the step's time less that of its phases
+    orchestration   the step's time minus that of its phases
     commit          assembling experience and writing it durably
     verification    checksums and reading back, on the slowest engine
-    fence           asking whether this attempt is still the newest; measured now, on the run's folder
+    fence           checking that this attempt is the newest; measured now, on the run's folder
 
-and, where something was recovered, how long that took, by kind.
+and the durations of recoveries, by kind.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from orchestrator.run.folder import RunFolder
 from orchestrator.watching.metrics import PHASES
 from orchestrator.watching.telemetry import read_lines
 
-FENCES_PER_STEP = 3  # before the manifest, before a checkpoint takes its place, before the line of metrics
+FENCES_PER_STEP = 3  # before the manifest, before a checkpoint becomes visible, before the line of metrics
 TARGET = 0.03
 PUBLISH_TARGET = 0.015
 BETWEEN_STEPS = ("save", "evaluate")
@@ -39,7 +39,7 @@ def main(folders: Sequence[str]) -> None:
 
 
 def newest_run() -> Path:
-    """Raises DataError where there is none."""
+    """Raises DataError if there is none."""
     found = sorted(RUNS.glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime)
     if not found:
         raise DataError(f"no run in {RUNS}: give a run folder, or run `python -m benchmarks.cold_start` first.")
@@ -47,9 +47,9 @@ def newest_run() -> Path:
 
 
 def shares(folder: Path) -> list[Figure]:
-    """Raises DataError where no step of the run tells all parts."""
+    """Raises DataError if no step of the run has all parts."""
     steps = [line["metrics"] for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "step"]
-    # Steps that were learned again have neither; the first one waits for what is loaded lazily.
+    # Steps that were learned again have neither; the first step includes lazy loading.
     steps = [step for step in steps if {"time/commit_s", "publish/verify_s"} <= step.keys()][1:]
     if not steps:
         raise DataError(f"{folder} has no step after its first that committed and published; let it run for longer.")
@@ -86,7 +86,7 @@ def _outside_phases(step: Mapping[str, float]) -> float:
 
 
 def fence_seconds(folder: Path) -> float:
-    """Seconds that the fence takes in one step, measured on this run's folder."""
+    """Seconds of the fence in one step, measured on this run's folder."""
     newest = max(int(entry.name) for entry in (folder / ATTEMPTS).iterdir())
     run = RunFolder(folder, folder.name, newest)
     started = perf_counter()

@@ -1,14 +1,14 @@
-"""What peers published, beside what the simulation says of the same setup. Nothing here is fitted to them.
+"""Compares published step times of other frameworks with simulated ones. Nothing is fitted to them.
 
 NeMo-RL 0.4, docs/about/performance-summary.md: GRPO on OpenMathInstruct-2, DGX-H100, bf16, Megatron. Batches,
 checkpointing and nodes from its recipes (examples/configs/recipes/llm/performance). Response lengths are its "G-Average
-Seq len"; prompts are what its tokens/s/GPU leave: 1,562 × 97.7 s × 16 / 2,048 - 1,060 = 132, and 110 for Qwen3-32B.
+Seq len"; prompt lengths follow from its tokens/s/GPU: 1,562 × 97.7 s × 16 / 2,048 - 1,060 = 132, 110 for Qwen3-32B.
 
 DeepSpeed-Chat, blogs/deepspeed-chat/README.md of microsoft/DeepSpeed, tables 1 and 2 with footnote 1: PPO of OPT with
 critic and reward OPT-350M; 131.9k queries of 256 tokens, answers of 256, batches of 1,024: 129 steps, on A100 80GB.
 
-Not published by either and assumed for both: responses spread by half their mean where they are not of one length,
-generation on engines that keep all of a GPU's memory but 40 % free of weights for the cache, evenly dealt scoring.
+Assumed for both, because not published: the standard deviation of response lengths is half their mean unless all are
+equal; engines use all GPU memory but 40 % that is free of weights for the cache; scoring is distributed evenly.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _OPT_13B = Dimensions(12_853_473_280, 40, 5120, 20480, 50_272, kv_width=5120, ti
 
 @dataclass(frozen=True)
 class Published:
-    """A setup and the seconds per step that its authors report."""
+    """A setup, and its published seconds per step."""
 
     name: str
     step_s: float
@@ -42,7 +42,7 @@ class Published:
 
 
 def predicted_s(published: Published) -> float:
-    """Seconds per step by the simulation."""
+    """Simulated seconds per step."""
     layout, size = published.layout, published.work.policy
     width = layout.width("rollout")
     free = ENGINE_MEMORY * width * layout.device.memory_bytes - size.weight_bytes
@@ -51,7 +51,7 @@ def predicted_s(published: Published) -> float:
 
 
 def mean_after_cut(mean: float, longest: int) -> Spread:
-    """The spread whose lengths, cut at `longest`, have this mean."""
+    """The spread whose lengths have this mean after the cut at `longest`."""
     low, high = mean, 50.0 * mean
     while high - low > 1.0:
         middle = (low + high) / 2
@@ -63,7 +63,7 @@ def mean_after_cut(mean: float, longest: int) -> Spread:
 def nemo(
     name: str, step_s: float, size: Dimensions, response: float, *, prompt: int, gpus: int, width: int
 ) -> Published:
-    """On policy: all roles on all GPUs. One step off: half of the GPUs sample."""
+    """On policy: all roles on all GPUs. One step off policy: half of the GPUs sample."""
     off = "off" in name
     work = Work(
         {"policy": size, "reference": size, "critic": None, "reward": None},

@@ -1,8 +1,8 @@
-"""The references of the learner's benchmark: PPO's updates as people write them in plain PyTorch.
+"""The references of the learner's benchmark: typical PPO updates in plain PyTorch.
 
-A Hugging Face model, AdamW, padded batches with an attention mask, logits of every position over the whole
-vocabulary. Tuned: rows sorted by length, AdamW fused, the fastest number of rows per forward. With masters: the same
-with fp32 masters, as ours has them (without them, updates smaller than bf16's steps are lost).
+A Hugging Face model, AdamW, padded batches with an attention mask, logits of all positions over the whole vocabulary.
+Tuned: rows sorted by length, fused AdamW, the fastest number of rows per forward. With masters: also fp32 master
+weights, as in ours (without them, updates smaller than bf16's precision are lost).
 
 Shapes: B rows, T tokens of the longest (right-padded), V vocabulary.
 """
@@ -27,10 +27,10 @@ LEARNING_RATE = 1e-6
 
 @dataclass(frozen=True)
 class Style:
-    """How the loop is written.
+    """Variant of the loop.
 
     Args:
-        rows_per_forward: by the name of the work.
+        rows_per_forward: by name of the work.
     """
 
     rows_per_forward: Mapping[str, int]
@@ -67,7 +67,7 @@ class PlainLoop:
         self._optimizer = torch.optim.AdamW(self._masters, lr=LEARNING_RATE, fused=style.fused or None)
 
     def learn(self, table: pa.Table, *, minibatches: int, rows_per_forward: int) -> None:
-        """One epoch: as many optimizer steps as minibatches."""
+        """One epoch, with one optimizer step per minibatch."""
         columns = {name: table[name].to_pylist() for name in table.column_names}
         permutation = np.random.default_rng(0).permutation(table.num_rows)
         for minibatch in np.array_split(permutation, minibatches):

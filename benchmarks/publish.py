@@ -1,7 +1,7 @@
 """`python -m benchmarks.publish [--engines N] [--rounds N]`: publishing against copying the same bytes once.
 
-The policy and 1 to N engines are actors of a local Ray, as in the loop, all of them on SmolLM2-135M. The reference is
-bytes ÷ copy bandwidth, measured beside every publish: a copy into memory that is there already, on all cores.
+The policy and 1 to N engines are actors of a local Ray, as in the loop, all with SmolLM2-135M. The reference is bytes ÷
+copy bandwidth, measured next to each publish: a copy into allocated memory, on all cores.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def copy_bandwidth(num_bytes: int) -> float:
 
 
 class AsIs:
-    """In the place of a supervisor: nothing is started again."""
+    """Replaces the supervisor; restarts nothing."""
 
     async def keep(self, group: ActorGroup, work: Callable[[], Awaitable[T]]) -> T:  # noqa: ARG002
         return await work()

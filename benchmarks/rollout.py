@@ -1,15 +1,15 @@
 """`python -m benchmarks.rollout [--engine vllm|hf] [--rounds N] [--compiled]`: sampling against bare vLLM.
 
-Ours: the engine of the rollout actor, in a process with the actor's environment: requests with seeds of their own,
-log-probs, prompts as tokens, a table out. References, with the same prompts, temperature, end tokens and lengths:
+Ours: the engine of the rollout actor, in a process with the actor's environment: a seed per request, log-probs, prompts
+as tokens, a table as output. References, with the same prompts, temperature, end tokens and lengths:
 
-    same engine            `LLM.generate` of the engine's own LLM with the same seeds; no log-probs
-    own process            an LLM with vLLM's defaults, in process, eager, jemalloc that keeps its pages; no seeds; a
-                           prompt's prefix is shared by its samples, and not from round to round
-    own process, seeds     the same with our seeds, so that it samples responses about as long as ours
-    compiled               the one without seeds, with torch.compile (with --compiled: its start takes a minute)
+    same engine            `LLM.generate` of the engine's LLM with the same seeds, without log-probs
+    own process            an LLM with vLLM's defaults, in process, eager, with a jemalloc that keeps its pages, without
+                           seeds; samples of a prompt share its prefix, rounds do not
+    own process, seeds     the same with our seeds, so that response lengths are about equal to ours
+    compiled               as `own process`, with torch.compile (with --compiled: its start takes a minute)
 
-With `--engine hf` ours is HfEngine and the reference the model's own `generate`.
+With `--engine hf` ours is HfEngine and the reference is the model's `generate`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Sample = Callable[[Work], int]
 
 @dataclass(frozen=True)
 class Rival:
-    """A reference: which process it is in, and how it is asked there."""
+    """A reference: its process, and its name there."""
 
     process: str
     how: str
@@ -166,7 +166,7 @@ def _ours(engine: Any) -> Sample:
 
 
 def _bare(llm: Any) -> Mapping[str, Sample]:
-    """`LLM.generate` without seeds and with them; what it is given is made once."""
+    """`LLM.generate` without and with seeds; its inputs are built once."""
     vllm = importlib.import_module("vllm")
 
     @cache

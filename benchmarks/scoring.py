@@ -1,8 +1,8 @@
 """`python -m benchmarks.scoring [--rounds N]`: reference, critic and reward against one Hugging Face forward.
 
-Both run in one process, with our allocator and on the same rows. The forward has padded batches sorted by length, of
-the fastest size; for the reference it makes log-probs out of its logits, for the others a value at every position.
-Counted are real tokens, prompt and response, without padding.
+Both run in one process, with our allocator and on the same rows. The forward uses padded batches sorted by length, of
+the fastest size. For the reference it computes log-probs from its logits, for the others a value at each position.
+Counts are real tokens of prompts and responses, without padding.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`python -m benchmarks.simulate [--sweep] [--peers] [--calibrate RUN_FOLDER ...] [--check [RUN_FOLDER ...]]`
 
-The simulation at scale, beside published step times, and beside runs measured here. Without an option: sweep and peers.
-What it predicted of runs goes to benchmarks/results/simulate.json.
+Runs the simulation at scale, and compares it with published step times and with measured runs. Without an option: sweep
+and peers. Predictions of runs are written to benchmarks/results/simulate.json.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
         "--check",
         type=Path,
         nargs="*",
-        help="predict these runs, as fitted or as it stands; without a folder the one that benchmarks.cold_start left",
+        help="predict these runs, with fitted or current values; by default the run of benchmarks.cold_start",
     )
     arguments = parser.parse_args()
     checked = [newest_run()] if arguments.check == [] else arguments.check or []
@@ -64,8 +64,8 @@ def main() -> None:
 
 
 def compare_with_runs(fitted: Sequence[Path], others: Sequence[Path]) -> None:
-    """Fits cpu-core to the first halves of runs (none: as its table stands), and predicts their second halves and other
-    runs from their lengths alone. All runs must have computed in one type."""
+    """Fits cpu-core to the first halves of runs (none: uses the table), and predicts their second halves and other runs
+    from their lengths alone. All runs must have the same compute type."""
     seen, unseen = [], []
     for folder in fitted:
         run = calibration.read_run(folder, CORES)
@@ -109,7 +109,7 @@ def compare_with_peers() -> None:
 
 
 def sweep(sizes: Sequence[int]) -> None:
-    """PPO with four models of 0.5 billion parameters, as many samples per GPU at every size."""
+    """PPO with four models of 0.5 billion parameters; the number of samples per GPU is constant."""
     headings = ("GPUs", "placement", "step s", "idle", "policy idle", "memory GiB", "US $/step", "real s")
     table = Table(*headings, title=f"H100, Qwen2.5-0.5B, {SAMPLES_PER_GPU} samples per GPU, responses of 512 tokens")
     for num_gpus in sizes:
@@ -132,7 +132,7 @@ def _learning() -> dict[str, LearnSettings]:
 
 
 def _best_of_each_kind(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Colocated, separate, and separate with a pipeline, the fastest of each."""
+    """The fastest colocated, separate, and pipelined separate layouts."""
     best: dict[tuple[bool, int], Candidate] = {}
     for candidate in candidates:
         best.setdefault((candidate.layout.takes_turns, candidate.layout.max_staleness), candidate)

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.staleness`: the loop at `rl.max_staleness` 0, 1 and 2, sampling and learning on cores of their
-own.
+"""`python -m benchmarks.staleness`: the loop at `rl.max_staleness` 0, 1 and 2, with sampling and learning on separate
+cores.
 
-Real runs of the quickstart's model. A step can't be shorter than the longer of its two sides; both are read from the
-same step: `sample` is what the engine was busy (taking weights included), `learn` the learning of policy and critic,
-`score` what policy, critic, reference and reward needed once the samples were there.
+Real runs of the quickstart's model. A step can't be shorter than the longer of its two sides, which are measured in the
+same step: `sample` is the engine's busy time (including weight updates), `learn` the learning of policy and critic,
+`score` the time of policy, critic, reference and reward after sampling.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STALENESS = (0, 1, 2)
 WARM_UP_STEPS = 1
 QUICKSTART_TOKENS = 28
 TARGET = 1.15
-PLACES = 16  # what Ray is told; the cores are shared out here
+PLACES = 16  # CPUs that Ray offers; cores are assigned below
 PIN_EVERY_S = 1.0
 SAMPLING_ROLES = ("RolloutWorker", "ReferenceWorker", "RewardWorker")
 LEARNING_ROLES = ("PublishingPolicy", "CriticWorker")
@@ -118,7 +118,7 @@ def describe(steps: Sequence[Step]) -> str:
 
 
 def run(staleness: int, steps: int, max_new_tokens: int) -> list[Step]:
-    """The measured steps of one run. Raises RlhfError where the job fails."""
+    """The measured steps of one run. Raises RlhfError if the job fails."""
     os.environ.update(ENVIRONMENT)
     lines: list[str] = []
     with (
@@ -164,7 +164,7 @@ def step_of(metrics: Mapping[str, float]) -> Step:
     return Step(
         step_s=metrics["time/step_s"],
         sample_s=metrics["busy/rollout_s"],
-        score_s=metrics["time/score_s"] - metrics["time/generate_s"],  # scoring waits for the one shard of a step
+        score_s=metrics["time/score_s"] - metrics["time/generate_s"],  # scoring waits for the step's only shard
         learn_s=metrics["time/learn_s"],
         publish_s=metrics["time/publish_s"],
     )
@@ -172,10 +172,10 @@ def step_of(metrics: Mapping[str, float]) -> Step:
 
 @contextmanager
 def pinned() -> Iterator[None]:
-    """Keeps the roles that sample and those that learn on the two halves of the cores while the context lasts."""
+    """Pins sampling roles and learning roles to separate halves of the cores during the context."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
-        raise CapacityError("sampling and learning need a core each, and this machine offers one; use a larger one.")
+        raise CapacityError("sampling and learning need one core each, but this machine has only one; use another.")
     sampling, learning = set(cores[: len(cores) // 2]), set(cores[len(cores) // 2 :])
     over = threading.Event()
 
@@ -195,7 +195,7 @@ def pinned() -> Iterator[None]:
 
 
 def _pin(process: psutil.Process, sampling: set[int], learning: set[int]) -> None:
-    """Every thread that is not yet where its role belongs: an affinity is a thread's, and is inherited."""
+    """Threads that are not yet on their role's cores: affinity is per thread and inherited."""
     title = " ".join(process.cmdline()[:1])
     role = title.removeprefix("ray::").partition(".")[0].strip()
     if role not in (*SAMPLING_ROLES, *LEARNING_ROLES):

@@ -1,6 +1,6 @@
-"""Stand-ins for engines and models, and the real coordinator over them: its loop, log, sampler and remote calls.
+"""Stand-ins for engines and models, driven by the real coordinator with its loop, log, sampler and remote calls.
 
-Stand-ins answer with tables of the real shape, RESPONSE_TOKENS a sample.
+Stand-ins return tables of the real shape, with RESPONSE_TOKENS tokens per sample.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DEADLINE_S = 120.0
 
 
 class StandInEngine:
-    """Answers a shard with random tokens."""
+    """Returns random tokens for a shard."""
 
     def generate(self, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
         requests = request.requests
@@ -70,7 +70,7 @@ class StandInEngine:
 
 
 class StandInModel:
-    """Answers for every scorer, and learns nothing from whole tables."""
+    """Implements all scorers, and a learner that reads whole tables but does nothing."""
 
     def logprobs(self, table: pa.Table, share: Share) -> pa.Table:
         table = _of(table, share)
@@ -133,8 +133,8 @@ def coordinator(
     publisher: Publisher,
     meter: Callable[[int], Awaitable[Metrics]],
 ) -> Coordinator:
-    """Over groups `rollout`, `policy`, `critic`, `reference`, `reward` and `recorder`; nothing is evaluated or saved
-    before the last step.
+    """A coordinator over groups `rollout`, `policy`, `critic`, `reference`, `reward` and `recorder`, without evaluation
+    and without saves before the last step.
     """
     recorder = RayRecorder(groups["recorder"], record_s=DEADLINE_S)
     rollouts = RayRollouts(groups["rollout"], generate_s=DEADLINE_S, sleeps=False)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.table`: all of benchmarks/results as one table, and as figures.svg in there."""
+"""`python -m benchmarks.table`: shows all of benchmarks/results as one table, and writes figures.svg there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main() -> None:
 
 
 def report(name: str, figures: Sequence[Figure]) -> None:
-    """What every benchmark does at its end: writes its result and shows it."""
+    """Writes and shows the result of a benchmark."""
     show([write_result(name, figures)])
 
 
@@ -58,7 +58,7 @@ def _cells(figure: Figure) -> list[str]:
 
 
 def draw(figures: Sequence[Figure]) -> str:
-    """An SVG of every figure with a target, as a share of it: right of 1 is better than asked for."""
+    """An SVG of all figures with a target, relative to it: values above 1 exceed the target."""
     shown = [figure for figure in figures if figure.target]
     drawing = Drawing(figsize=(9, 1 + 0.32 * len(shown)), layout="constrained")
     FigureCanvasSVG(drawing)
@@ -76,7 +76,7 @@ def draw(figures: Sequence[Figure]) -> str:
 
 
 def _reached(figure: Figure, value: float) -> float:
-    """How often the target fits into `value`, or, where less is better, `value` into the target."""
+    """value / target, or target / value if lower is better."""
     assert figure.target
     tiny = 1e-9
     return value / figure.target if figure.better == "higher" else figure.target / max(value, tiny)

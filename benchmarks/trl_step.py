@@ -1,7 +1,7 @@
-"""`python -m benchmarks.trl_step`: a whole GRPO step of ours against one of TRL, on the same work.
+"""`python -m benchmarks.trl_step`: a complete GRPO step of ours against one of TRL, on the same work.
 
 Both sides sample, score and learn with the same model, prompts, lengths, samples, minibatches and reward function, in
-bf16; they take turns, each in a process that warms up first. benchmarks/trl/README.md says what each side does.
+bf16. They alternate, each in a process that warms up first. benchmarks/trl/README.md describes each side.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def our_overrides(steps: int, max_new_tokens: int) -> list[str]:
 
 
 def work_of(config: Config) -> Work:
-    """The same work for TRL, the prompts as our engines get them."""
+    """The same work for TRL, with the prompts of our engines."""
     model = resolve_model(config.model.path, config.run.cache)
     tokenizer = load_tokenizer(model)
     rl, algorithm = config.rl, config.algorithm
@@ -129,11 +129,11 @@ def work_of(config: Config) -> Work:
 
 
 def ours(config: Config) -> Measured:
-    """One run of `rlhf quickstart`. Raises RlhfError where it fails."""
+    """One run of `rlhf quickstart`. Raises RlhfError if it fails."""
     with tempfile.TemporaryDirectory(prefix="step-", dir="/tmp") as folder:
         keys = our_overrides(config.rl.steps - WARM_UP_STEPS, config.rollout.max_new_tokens)
         command = [sys.executable, "-m", "jobs", "quickstart", "--config", str(CONFIG), *keys, f"run.root={folder}"]
-        _call(command, {"RAY_worker_niceness": "0"})  # Ray's is 15; beside other load the sides would not be equal
+        _call(command, {"RAY_worker_niceness": "0"})  # Ray's default, 15, is unfair under other load
         (file,) = Path(folder).glob(f"*/{METRICS_FILE}")
         steps = [line["metrics"] for line in read_lines(file) if line["kind"] == "step"]
 
@@ -150,11 +150,11 @@ def ours(config: Config) -> Measured:
 
 
 def theirs(work: Work, settings: TrlSettings) -> Measured:
-    """One run of TRL. Raises RlhfError where it fails."""
+    """One run of TRL. Raises RlhfError if it fails."""
     with tempfile.TemporaryDirectory(prefix="trl-", dir="/tmp") as folder:
         told, answered = Path(folder, "work.json"), Path(folder, "measured.json")
         told.write_text(json.dumps({"work": asdict(work), "settings": asdict(settings)}), encoding="utf-8")
-        # The allocator that our actors have, and all cores.
+        # The allocator of our actors, and all cores.
         variables = {**environment(len(os.sched_getaffinity(0)), on_gpu=False), "HF_HUB_OFFLINE": "1"}
         _call([str(TRL_PYTHON), "-m", "benchmarks.trl.grpo", str(told), str(answered)], variables)
         return Measured(**json.loads(answered.read_text(encoding="utf-8")))
@@ -165,7 +165,7 @@ def install_trl() -> None:
 
 
 def _told(contender: partial[Measured]) -> float:
-    """The median step of one turn; a line says what it was made of."""
+    """The median step of one turn. Prints a line with its parts."""
     measured = contender()
     columns = asdict(measured)
     columns |= {f"{name}_s": values for name, values in columns.pop("parts_s").items()}

@@ -1,5 +1,5 @@
-"""Processes that take turns: each contender has a process of its own, with its own environment (allocator, threads),
-and computes only while it is asked."""
+"""Alternating processes: each contender has a separate process and environment (allocator, threads), and computes only
+in its turn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from actors.machine.allocator import keep_large_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 300.0
-# What decides speed is what a contender is given, not what this shell happens to export.
+# Settings that affect speed come from the contender, not from this shell's environment.
 _NOT_INHERITED = ("LD_PRELOAD", "MALLOC_CONF", "OMP_NUM_THREADS")
 
 Answer = Mapping[str, Any]
@@ -28,8 +28,8 @@ class Contender:
     """A process that runs `python -m <module> --serve <options>` and answers questions, one at a time.
 
     Args:
-        options: what `serve` hands to the module.
-        environment: added to this process's own, less allocator and thread settings.
+        options: passed by `serve` to the module.
+        environment: added to this process's environment without its allocator and thread settings.
     """
 
     def __init__(self, module: str, options: Mapping[str, Any], environment: Mapping[str, str]) -> None:
@@ -47,12 +47,12 @@ class Contender:
         )
 
     def ask(self, **question: Any) -> Answer:
-        """Raises RuntimeError, with the end of its error output, when it died or did not answer in DEADLINE_S."""
+        """Raises RuntimeError with the end of the error output if the process died or did not answer in DEADLINE_S."""
         self.begin(**question)
         return self.answer()
 
     def begin(self, **question: Any) -> None:
-        """Asks, and leaves it to `answer` to wait: so that several compute at once."""
+        """Sends a request without waiting, so that several processes compute concurrently."""
         assert self._process.stdin
         try:
             self._process.stdin.write(json.dumps(question) + "\n")
@@ -85,9 +85,9 @@ class Contender:
 
 
 def serve(build: Callable[[Mapping[str, Any]], Callable[..., Answer]], options: str) -> None:
-    """The contender's side: builds what answers, then answers each line of stdin until it ends.
+    """The contender's side: builds the contender, then answers each line of stdin until it ends.
 
-    What libraries print goes to stderr: stdout carries answers only.
+    Output of libraries goes to stderr, because stdout carries answers only.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

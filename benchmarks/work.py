@@ -1,4 +1,4 @@
-"""What is worked on: SmolLM2-135M on the quickstart's prompts, and on GSM8K with its own answers as responses."""
+"""The work of benchmarks: SmolLM2-135M on the quickstart's prompts, and on GSM8K with its answers as responses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _GSM8K_SETTINGS = (
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """One step's worth of samples, and the config under which the loop would work on them."""
+    """The samples of one step, and the config that the loop would use for them."""
 
     name: str
     config: Config
@@ -47,7 +47,7 @@ class Work:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What ours and the references compute in: the faster type of this machine, unless one is given."""
+        """Compute type of ours and of the references: the machine's faster type unless given."""
         dtype: torch.dtype = getattr(torch, self.config.model.compute_dtype)
         return dtype
 
@@ -58,12 +58,12 @@ class Work:
 
 
 def available() -> list[str]:
-    """Names of the work whose data is here."""
+    """Names of the work whose data exists."""
     return [name for name in NAMES if name != "gsm8k" or GSM8K.exists()]
 
 
 def load_work(name: str, *overrides: str) -> Work:
-    """Raises DataError where its data is missing."""
+    """Raises DataError if its data is missing."""
     config = load_config(QUICKSTART, [*(_GSM8K_SETTINGS if name == "gsm8k" else ()), *overrides])
     config = resolved(config, tell=lambda line: None)
     prompts = prepare(config).prompts.train
@@ -71,10 +71,10 @@ def load_work(name: str, *overrides: str) -> Work:
 
 
 def experience(work: Work) -> pa.Table:
-    """A table with every column that scorers and learners read; its numbers are random, its lengths are not.
+    """A table with all columns that scorers and learners read, with random values but realistic lengths.
 
-    GSM8K's responses are its answers, cut at max_new_tokens. The quickstart's are random tokens of max_new_tokens, but
-    for ENDED_EARLY of them: its model hardly ever ends before.
+    GSM8K's responses are its answers, cut at max_new_tokens. The quickstart's are max_new_tokens random tokens, except
+    for a share ENDED_EARLY, because its model rarely ends earlier.
     """
     generator = np.random.default_rng(0)
     responses = _responses(work, generator)

@@ -21,7 +21,7 @@ from orchestrator.data.inputs import at_home, read_text
 from orchestrator.errors import DataError
 
 _ANSWER_S = 120.0  # the process ends itself after CPU_SECONDS; this is for a machine that gives it no CPU time
-_WAY_OUT = "Correct the template, or set model.chat_template=FILE (for a reward model: chat_template.jinja in its folder)."
+_WAY_OUT = "Correct the template, or set model.chat_template=FILE (reward model: chat_template.jinja in its folder)."
 
 
 def read_template(path: Path) -> str:

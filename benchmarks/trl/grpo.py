@@ -1,6 +1,6 @@
-"""`python -m benchmarks.trl.grpo WORK RESULT`, in TRL's environment: GRPO steps of TRL, and the seconds of each.
+"""`python -m benchmarks.trl.grpo WORK RESULT`, in TRL's environment: runs and times GRPO steps of TRL.
 
-WORK is a JSON file {"work": Work, "settings": TrlSettings}; RESULT becomes a JSON file of Measured.
+WORK is a JSON file {"work": Work, "settings": TrlSettings}; RESULT is the JSON file of Measured to write.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def trainer_config(work: Work, settings: TrlSettings, folder: str) -> GRPOConfig
 
 
 class Clock:
-    """When each generation began and ended; a step lasts from one to the next."""
+    """Records the start and end of each generation; a step lasts from one start to the next."""
 
     def __init__(self) -> None:
         self.began: list[float] = []

@@ -1,4 +1,4 @@
-"""The work of a run, as both sides are told it. Imports neither of them."""
+"""The work of a run, for both sides. Imports neither of them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Work:
-    """So many equal steps: sample, score under policy, reference and reward, learn.
+    """A number of equal steps: sample, score with policy, reference and reward, learn.
 
     Args:
-        model: folder of the start policy and of the reference.
-        prompts: texts under the chat template, up to where the assistant speaks.
+        model: folder of the initial policy and of the reference.
+        prompts: texts in the chat template, including the generation prompt.
         minibatches: optimizer steps per epoch.
-        steps: all steps of the run, those that warm it up included.
+        steps: steps of the run, including warm-up.
     """
 
     model: str
@@ -41,11 +41,11 @@ class Work:
 
 @dataclass(frozen=True)
 class TrlSettings:
-    """What TRL's user chooses beyond the work.
+    """Settings of TRL.
 
     Args:
-        masters: "bfloat16": weights and Adam's moments too; "float32": both in fp32.
-        autocast: with masters in fp32, compute in bf16; off on machines that multiply fp32 faster.
+        masters: type of weights and of Adam's moments, "bfloat16" or "float32".
+        autocast: with fp32 masters, compute in bf16; off on machines that are faster in fp32.
         micro_batch_samples: samples of one forward and backward pass.
     """
 
@@ -56,8 +56,8 @@ class TrlSettings:
 
 @dataclass(frozen=True)
 class Measured:
-    """One entry per step: its seconds, the part of them in which it sampled, mean response tokens, mean reward; and,
-    where they are known, the seconds of its other parts."""
+    """One entry per step: its seconds, its sampling seconds, mean response tokens, mean reward and, if known, the
+    seconds of its other parts."""
 
     step_s: Sequence[float]
     generate_s: Sequence[float]

@@ -211,7 +211,7 @@ BAD: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
             ({"chosen": "a", "rejected": "b"}, "field 'prompt' is missing"),
             ({"prompt": "q", "chosen": 3, "rejected": "b"}, "'chosen' must be text or a list of texts"),
             ({"prompt": "", "chosen": "a", "rejected": "b"}, "'prompt' is empty"),
-            ({"prompt": "else", "chosen": TURNS, "rejected": "b"}, "'chosen' is a conversation that neither contains nor"),
+            ({"prompt": "else", "chosen": TURNS, "rejected": "b"}, "'chosen' is a conversation that neither contains"),
         ],
         "hh-rlhf": [
             ({"chosen": HH["chosen"]}, "field 'rejected' is missing"),

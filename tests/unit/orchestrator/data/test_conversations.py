@@ -143,7 +143,7 @@ def test_the_conversation_of_a_pair_comes_once_and_whole(
     [
         ({"prompt": POEM, "chosen": "Roses are red", "rejected": "No"}, "only some replies repeat that beginning"),
         ({"prompt": [*POEM, assistant("x")], "chosen": "a", "rejected": "b"}, "two consecutive turns of the assistant"),
-        ({"chosen": [*POEM, assistant("a")], "rejected": [*POEM, assistant("b")]}, "two consecutive turns of the assistant"),
+        ({"chosen": [*POEM, assistant("a")], "rejected": [*POEM, assistant("b")]}, "two consecutive turns of the"),
         (
             {"prompt": "q", "chosen": [user("other"), assistant("a")], "rejected": [user("other"), assistant("b")]},
             "neither contains nor continues the prompt",
@@ -276,7 +276,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "http://x/y.png"}}
         ({"prompt": "q", "images": ["x.png"]}, "the row contains 'images'"),
         ({"messages": [USER], "image": {"bytes": "x"}}, "the row contains 'image'"),
         ({"messages": [{**USER, "images": ["x"]}]}, "messages[0] contains 'images'"),
-        ({"messages": [{**USER, "content": [{"type": "text", "text": "x"}, IMAGE]}]}, "content[1] contains 'image_url'"),
+        ({"messages": [{**USER, "content": [{"type": "text", "text": "x"}, IMAGE]}]}, "content[1] contains 'image_url"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "part of type 'image'"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}, "'input_audio'"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "part of type 'text'"),
