@@ -79,13 +79,14 @@ class _Pipeline:
             result = await entry.stage.run(
                 StageJob(
                     name=entry.name,
-                    config=entry.config,
+                    config=entry.config_in(self.run),
                     run=folder,
                     makes=entry.stage.makes(entry.config),
                     prepared=self.prepared,
                     telemetry=telemetry,
                     say=self.say,
                     inputs=inputs,
+                    start_policy=entry.config.model.path,
                     watch=self.now.watch,
                 )
             )

@@ -27,7 +27,7 @@ def main(
     """Learns again from a run's log. Exit code: 0 done, 1 failed, 2 no such run, or the log lacks the steps."""
 
     def work() -> None:
-        imported("jobs.stages.replaying:replay")(run_folder, until, to, ray_address, from_checkpoint=from_checkpoint)
+        imported("jobs.stages.work.replay:replay")(run_folder, until, to, ray_address, from_checkpoint=from_checkpoint)
 
     run_command(work)
 

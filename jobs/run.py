@@ -50,7 +50,7 @@ def reward_model(
 
     def work() -> None:
         settings = read_config(config, overrides or (), print_config=print_config)
-        imported("jobs.stages.reward_model_training:run_alone")(settings, ray_address)
+        imported("jobs.stages.work.reward_model:run_alone")(settings, ray_address)
 
     run_command(work)
 

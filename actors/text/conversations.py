@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from functools import cached_property
@@ -25,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actors.text.closings import find_closing, marks_of, named_ends, require_content
-from actors.text.templates import ChatTemplate
+from actors.text.templates import ChatTemplate, TemplateRefused
 from actors.text.tokenizing import Tokens, encode, load_tokenizer
 from actors.text.tool_turns import as_written
 from orchestrator.config.sections import ModelConfig
@@ -114,6 +115,28 @@ class Chat:
         text = reply if isinstance(reply, str) else self._answer(asked, messages, reply, tools)
         return Transcript(self._tokens(asked), self.closed(self._tokens(text)))
 
+    def answered(
+        self, messages: Sequence[Message], reply: Message, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[Tokens, Tokens]:
+        """(prompt, response) of one turn to learn: the prompt as an engine gets it, the reply as the template writes it
+        after that prompt (some put an empty thought before it), closed once.
+
+        A template that writes a prompt differently once it is answered does not say what follows the prompt: then the
+        response is the reply's own text.
+
+        Raises:
+            DataError: the template refuses the conversation, or leaves out a reply's tool calls.
+        """
+        asked = self.prompt_text(messages, tools)
+        body = None
+        with suppress(TemplateRefused):  # a template for prompts alone
+            body = self._written(asked, messages, reply, tools)
+        if body is None:
+            body = self._answer(asked, messages, reply, tools)
+        prompt, whole = self._tokens(asked), self._tokens(asked + body)
+        follows = np.array_equal(whole[: len(prompt)], prompt)
+        return prompt, self.closed(whole[len(prompt) :] if follows else self._tokens(body))
+
     def body(self, response: Tokens) -> Tokens:
         """A response without its end: the closing, or stop tokens."""
         size = len(self.closing)
@@ -188,19 +211,33 @@ class Chat:
     def _answer(
         self, asked: str, messages: Sequence[Message], reply: Message, tools: Sequence[Mapping[str, Any]]
     ) -> str:
-        turn = message_dict(reply)
-        if not turn.keys() - {"role", "content"}:
+        if not message_dict(reply).keys() - {"role", "content"}:
             return reply.content
-        if is_begun(messages):
-            messages, turn = messages[:-1], {**turn, "content": messages[-1].content + reply.content}
-        whole = self._render([*self._turns(messages), turn], tools, add_generation_prompt=False)
-        if not whole.startswith(asked):
+        body = self._written(asked, messages, reply, tools)
+        if body is None:
             raise DataError(
                 f"the chat template of {self.template.name} writes a conversation differently once it is answered, so "
                 "a reply with tool calls can't be told from its prompt. Set model.chat_template=FILE."
             )
+        return body
+
+    def _written(
+        self, asked: str, messages: Sequence[Message], reply: Message, tools: Sequence[Mapping[str, Any]]
+    ) -> str | None:
+        """What the template writes between a prompt and the closing of its reply. None: not behind this prompt."""
+        turn = message_dict(reply)
+        if is_begun(messages):
+            messages, turn = messages[:-1], {**turn, "content": messages[-1].content + reply.content}
+        whole = self._render([*self._turns(messages), turn], tools, add_generation_prompt=False)
+        if not whole.startswith(asked):
+            return None
         body, end, _ = whole[len(asked) :].rpartition(self.text(self.closing))
-        return body if end else whole[len(asked) :].rstrip()
+        if end or turn.keys() - {"role", "content"}:
+            return body if end else whole[len(asked) :].rstrip()
+        # No closing says where the reply ends: a mark behind it does.
+        turn["content"] += _BEGUN
+        whole = self._render([*self._turns(messages), turn], tools, add_generation_prompt=False)
+        return whole[len(asked) :].rpartition(_BEGUN)[0]
 
     def _tokens(self, text: str) -> Tokens:
         return np.array(encode([text], self.tokenizer)[0], dtype=np.int32)

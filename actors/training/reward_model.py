@@ -3,7 +3,6 @@ losses are those of PPO."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from actors.learning.distributed import Group, all_or_none, from_all, on_rank_0
+from actors.learning.distributed import Group, all_or_none, from_all
 from actors.learning.heads import ValueModel
 from actors.learning.learner import Learner, Loss, Update
 from actors.learning.objectives.losses import LossTerms, ranking_loss
@@ -20,11 +19,12 @@ from actors.learning.worker import Share, answers
 from actors.models.model import load_scorer, resolve_model, torch_dtype
 from actors.rewards.model import RewardStats, write_stats
 from actors.text.conversations import Chat, base_chat
+from actors.training.artifact import make_artifact
 from actors.training.ranked_rows import RankedRows, padding_token, ranked_rows
 from orchestrator.algorithms.ranking import spread
-from orchestrator.config.sections import ModelConfig, RewardModelConfig
+from orchestrator.config.sections import ModelConfig
+from orchestrator.config.trainings import RewardModelConfig
 from orchestrator.data.records import RankingRecord
-from orchestrator.run.storage import follow_umask, make_empty, sync_tree, writing
 
 CALIBRATION_REPLIES = 256  # the mean of that many scores is known to a sixteenth of their standard deviation
 
@@ -138,30 +138,14 @@ class RewardModelTask:
         return [scores[row] for row in range(rows.num_rows)]
 
     def _export(self, calibration: Sequence[float]) -> RewardStats:
-        """Writes the model beside its place and moves it there; rank 0 decides, all ranks take part."""
-        unfinished = self.settings.work / "model"
-        on_rank_0(lambda: make_empty(unfinished), self.group)
-        self.learner.export(unfinished, self.chat.tokenizer)
+        settings = self.settings
 
-        def publish() -> RewardStats:
-            with writing(unfinished):
-                self.chat.save(unfinished)
-                stats = write_stats(unfinished, calibration)
-                follow_umask(unfinished)
-                sync_tree(unfinished)
-                _replace_folder(unfinished, self.settings.folder)
-            return stats
+        def complete(unfinished: Path) -> RewardStats:
+            self.chat.save(unfinished)
+            return write_stats(unfinished, calibration)
 
-        return on_rank_0(publish, self.group)
+        return make_artifact(self.learner, self.chat, settings.folder, settings.work, self.group, complete)
 
 
 def _loss(output: tuple[torch.Tensor, torch.Tensor], micro: MicroBatch) -> LossTerms:
     return ranking_loss(output[1], micro.columns["quality"], micro.columns["group"])
-
-
-def _replace_folder(source: Path, target: Path) -> None:
-    replaced = source.with_name("replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        target.rename(replaced)
-    source.rename(target)

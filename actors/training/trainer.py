@@ -24,7 +24,7 @@ class Passes(Protocol):
     def epochs(self) -> int: ...
 
     @property
-    def prompts_per_batch(self) -> int: ...
+    def records_per_batch(self) -> int: ...
 
     @property
     def micro_batch_tokens(self) -> int: ...
@@ -99,7 +99,7 @@ class Trainer(Generic[Made]):
         for epoch in range(passes.epochs):
             batches = epoch_batches(
                 self._task.data.num_records,
-                records_per_batch=passes.prompts_per_batch,
+                records_per_batch=passes.records_per_batch,
                 seed=self._training.seed,
                 epoch=epoch,
             )

@@ -18,7 +18,8 @@ from jobs.stages.table import stages_of
 from orchestrator.config.config import Config
 from orchestrator.config.rewards import ModelRewardConfig
 from orchestrator.config.sections import LearnerConfig
-from orchestrator.planning.demands import REWARD_MODEL
+from orchestrator.config.trainings import OfflineConfig
+from orchestrator.planning.demands import REWARD_MODEL, SFT
 from orchestrator.planning.memory import (
     GIB,
     RECORDER_PROCESS,
@@ -150,25 +151,15 @@ def memory_per_role(config: Config, sizes: _Sizes, roles: Collection[str]) -> di
             cache_bytes=0.0 if rollout.gpus_per_replica else rollout.kv_cache_gib * GIB,
         ),
         "recorder": lambda: Memory(process=RECORDER_PROCESS),
-        REWARD_MODEL: lambda: _trainer(config, sizes),
+        REWARD_MODEL: lambda: _learner(
+            config, config.reward_model, sizes.of(config.reward_model.base, config.reward_model.layers), logits=False
+        ),
+        SFT: lambda: _learner(config, config.sft, sizes.of(None), logits=True),
     }
     return {role: memory_of[role]() for role in memory_of if role in roles}
 
 
-def _trainer(config: Config, sizes: _Sizes) -> Memory:
-    section = config.reward_model
-    return learner_memory(
-        sizes.of(section.base, section.layers),
-        dtype=config.model.compute_dtype,
-        zero_stage=section.zero_stage,
-        ranks=section.ranks,
-        micro_batch_tokens=section.micro_batch_tokens,
-        gradient_checkpointing=False,
-        logits=False,
-    )
-
-
-def _learner(config: Config, learner: LearnerConfig, size: ModelSize, *, logits: bool) -> Memory:
+def _learner(config: Config, learner: LearnerConfig | OfflineConfig, size: ModelSize, *, logits: bool) -> Memory:
     return learner_memory(
         size,
         dtype=config.model.compute_dtype,

@@ -84,6 +84,6 @@ def _require_window(use: ModelUse, folder: Path, settings: Any) -> None:
     there = window(settings)
     if use.window is not None and there is not None and use.window > there:
         raise ConfigError(
-            f"model.max_length={use.window} exceeds what {use.key} takes: {folder} has {there} positions. Set "
-            f"model.max_length={there} or less, or give a model with a longer window."
+            f"{use.window_key}={use.window} exceeds what {use.key} takes: {folder} has {there} positions. Set "
+            f"{use.window_key}={there} or less, or give a model with a longer window."
         )

@@ -15,9 +15,9 @@ from actors.rewards.http import HttpReward
 from actors.rewards.model import read_stats
 from actors.rewards.rules import RuleReward
 from jobs.prepare import find_data
-from jobs.stages.reward_model_training import split_held_out
 from jobs.stages.settings import reward_base, reward_max_length
 from jobs.stages.stage import Found
+from jobs.stages.work.reward_model import split_held_out
 from orchestrator.config.config import Config
 from orchestrator.config.rewards import HttpRewardConfig, ModelRewardConfig, RuleConfig, RulesRewardConfig
 from orchestrator.data.readers import read_rankings

@@ -32,6 +32,7 @@ from orchestrator.planning.costs import (
 from orchestrator.planning.hardware import Device, cpu_core
 from orchestrator.planning.simulation.run import simulate_steps
 from orchestrator.planning.simulation.scenario import Layout
+from orchestrator.prompts import Splits
 from orchestrator.types import Prompt
 from orchestrator.watching.telemetry import clock_text
 
@@ -98,16 +99,16 @@ class Costs:
 
     def reward_model(self, prompts: Sequence[Prompt]) -> float:
         """Training and scoring afterwards. Preferences of a file count as the labeller's."""
-        stage, labeller = self.config.reward_model, self.config.labeller
+        stage, sample = self.config.reward_model, self.config.sample
         size = self._size("reward")
-        replies = labeller.replies_per_prompt
-        chosen = _lengths(prompts[: labeller.prompts]) + self.config.rollout.max_new_tokens
+        replies = sample.samples_per_prompt
+        chosen = _lengths(prompts[: sample.prompts]) + self.config.rollout.max_new_tokens
         num_train = math.ceil(len(chosen) * (1.0 - _HELD_OUT))
         scored = len(chosen) - num_train + CALIBRATION_REPLIES // replies
         settings = LearnSettings(
             stage.zero_stage,
             stage.epochs,
-            math.ceil(num_train / stage.prompts_per_batch),
+            math.ceil(num_train / stage.records_per_batch),
             stage.micro_batch_tokens,
         )
         training = learn_seconds(
@@ -119,6 +120,28 @@ class Costs:
             head_tokens=0.0,
         )
         return training + self._score(size, np.repeat(chosen[:scored], replies), stage.micro_batch_tokens)
+
+    def sft(self, lengths: Sequence[int], learned: float, num_records: int) -> float:
+        """Training, and the loss of held-out rows. `lengths` stand for those of all rows, of which the share `learned`
+        is learned."""
+        stage = self.config.sft
+        whole = np.resize(np.asarray(lengths, dtype=np.int64), num_records)
+        batches = math.ceil(num_records / stage.records_per_batch)
+        settings = LearnSettings(stage.zero_stage, stage.epochs, batches, stage.micro_batch_tokens)
+        size = self._size("policy")
+        training = learn_seconds(
+            size, self._device, settings, ranks=self._cores, lengths=whole, head_tokens=learned * whole.sum()
+        )
+        held_out = whole[: math.ceil(num_records * _HELD_OUT)]
+        return training + self._score(size, held_out, stage.micro_batch_tokens, learned * held_out.sum())
+
+    def sft_on_samples(self, prompts: Splits[Prompt]) -> float:
+        """The same of selected samples, as many as may be selected."""
+        select, sample = self.config.select, self.config.sample
+        chosen = _lengths(getattr(prompts, sample.split)[: sample.prompts])
+        count = len(chosen) * (sample.samples_per_prompt * select.share if select.keep == "top" else 1)
+        lengths = chosen + self.config.rollout.max_new_tokens
+        return self.sft(lengths.tolist(), self.config.rollout.max_new_tokens / float(lengths.mean()), math.ceil(count))
 
     def rl(self, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> float:
         steps = self.config.rl.steps

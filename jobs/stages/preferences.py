@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from jobs.command import imported
 from jobs.stages.sample import SAMPLES
-from jobs.stages.stage import Artifact, Inputs, Stage, StageJob
+from jobs.stages.stage import Artifact, Inputs, Stage
 from orchestrator.config.config import Config
 
 PREFERENCES = "preferences"
@@ -24,8 +22,9 @@ class Preferences(Stage):
     def makes(self, config: Config) -> Sequence[Artifact]:
         return (Artifact(PREFERENCES, "preferences.jsonl"),)
 
+    def problems(self, config: Config) -> Iterable[str]:
+        if config.sample.samples_per_prompt < 2:
+            yield "stage 'preferences' ranks replies to one prompt, and sample.samples_per_prompt=1: raise it."
+
     def inputs(self, config: Config) -> Inputs:
         return Inputs(rules=frozenset({config.labeller.gold}))
-
-    async def run(self, job: StageJob) -> Mapping[str, Any]:
-        return await imported("jobs.stages.labelling:make_preferences")(job)  # type: ignore[no-any-return]

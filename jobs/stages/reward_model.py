@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jobs.command import imported
 from jobs.stages.preferences import PREFERENCES
-from jobs.stages.stage import Artifact, Costs, Inputs, ModelUse, Stage, StageJob
+from jobs.stages.stage import Artifact, Costs, Inputs, ModelUse, Stage
 from orchestrator.config.config import Config
-from orchestrator.planning.demands import REWARD_MODEL, plan_reward_model
+from orchestrator.planning.demands import REWARD_MODEL, plan_training
 from orchestrator.planning.placement import Node, Plan
 from orchestrator.run.folder import RunFolder
 
@@ -23,6 +22,7 @@ RESULT_FILE = "reward_model.json"
 class RewardModel(Stage):
     kind = "reward_model"
     start_s = 25.0
+    starts_from_policy = True
     checks = ("jobs.check.rewards:check_preferences", "jobs.check.conversations:check_training_conversations")
     instead = MappingProxyType({PREFERENCES: "give a preference file: preferences.path"})
 
@@ -43,13 +43,10 @@ class RewardModel(Stage):
         return (ModelUse("reward_model.base", base, scores=True, window=None, exports=True, layers=section.layers),)
 
     def plan(self, config: Config, nodes: Sequence[Node]) -> Plan:
-        return plan_reward_model(config, nodes)
+        return plan_training(REWARD_MODEL, config.reward_model, nodes)
 
     def seconds(self, costs: Costs, prepared: Prepared) -> float:
         return costs.reward_model(prepared.prompts.reward_model)
 
     def is_finished(self, config: Config, run: RunFolder) -> bool:
         return (run.place / RESULT_FILE).exists()
-
-    async def run(self, job: StageJob) -> Mapping[str, Any]:
-        return await imported("jobs.stages.reward_model_training:make_reward_model")(job)  # type: ignore[no-any-return]

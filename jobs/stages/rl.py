@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.command import imported
+from jobs.stages.rewarding import INSTEAD, model_reward, reward_inputs, reward_reads, reward_uses
 from jobs.stages.sample import policy_use
-from jobs.stages.stage import Artifact, Costs, Inputs, ModelUse, Row, Stage, StageJob
+from jobs.stages.stage import POLICY, Artifact, Costs, Inputs, ModelUse, Row, Stage
 from orchestrator.config.config import Config
-from orchestrator.config.rewards import ModelRewardConfig, RulesRewardConfig
-from orchestrator.planning.demands import REWARD_MODEL, all_demands
+from orchestrator.planning.demands import all_demands
 from orchestrator.planning.placement import Node, Plan, place
 from orchestrator.run.checkpoints import is_complete
 from orchestrator.run.folder import RunFolder, has_finished
@@ -25,6 +25,7 @@ class Rl(Stage):
     kind = "rl"
     start_s = 40.0
     samples = True
+    starts_from_policy = True
     has_log = True
     steps_key = "rl.steps"
     shown = SHOWN
@@ -37,36 +38,26 @@ class Rl(Stage):
         "jobs.check.rewards:check_reward_window",
         "jobs.check.trackers:check_trackers",
     )
-    instead = MappingProxyType({REWARD_MODEL: "give a reward model (reward.path), or choose reward.name=rules"})
+    instead = MappingProxyType(INSTEAD)
 
     def reads(self, config: Config) -> Sequence[str]:
-        reward = _model_reward(config)
-        return (REWARD_MODEL,) if reward is not None and reward.path is None else ()
+        return reward_reads(config)
 
     def makes(self, config: Config) -> Sequence[Artifact]:
-        return (Artifact("policy", "export"),) if config.checkpoints.export else ()
+        return (Artifact(POLICY, "export"),) if config.checkpoints.export else ()
 
     def inputs(self, config: Config) -> Inputs:
-        reward, evaluation = config.reward, config.evaluation
-        rules = {rule.function for rule in reward.rules} if isinstance(reward, RulesRewardConfig) else set()
-        rules |= {evaluation.gold} if evaluation.gold and evaluation.prompts else set()
-        return Inputs(
-            models={
-                "reward.path": reward.path if isinstance(reward, ModelRewardConfig) else None,
-                "critic.path": config.critic.path,
-                "reference.path": config.reference.path,
-            },
-            rules=frozenset(rules),
-        )
+        reward, evaluation = reward_inputs(config), config.evaluation
+        gold = {evaluation.gold} if evaluation.gold and evaluation.prompts else set()
+        own = {"critic.path": config.critic.path, "reference.path": config.reference.path}
+        return Inputs(models={**reward.models, **own}, rules=reward.rules | gold)
 
     def models(self, config: Config) -> Iterable[ModelUse]:
-        longest, reward = config.model.max_length, _model_reward(config)
+        longest = config.model.max_length
         yield policy_use(config, exports=True)
         if config.reference.path is not None:
             yield ModelUse("reference.path", config.reference.path, scores=False, window=longest)
-        if reward is not None and reward.path is not None:
-            # That it has a head is checked with its statistics.
-            yield ModelUse("reward.path", reward.path, scores=True, window=None)
+        yield from reward_uses(config)
         if config.algorithm.needs_critic:
             yield _critic_use(config)
 
@@ -85,16 +76,9 @@ class Rl(Stage):
         told = has_finished(run.path, run.stage or self.kind)
         return made and told and is_complete(run.checkpoints, config.rl.steps)
 
-    async def run(self, job: StageJob) -> Mapping[str, Any]:
-        return await imported("jobs.stages.rl_training:train_policy")(job)  # type: ignore[no-any-return]
-
-
-def _model_reward(config: Config) -> ModelRewardConfig | None:
-    return config.reward if isinstance(config.reward, ModelRewardConfig) else None
-
 
 def _critic_use(config: Config) -> ModelUse:
-    reward = _model_reward(config)
+    reward = model_reward(config)
     starts = (
         ("critic.path", config.critic.path),
         ("reward.path", reward.path if reward else None),

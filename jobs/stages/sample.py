@@ -1,18 +1,18 @@
-"""Stage `sample`: samples replies of the start policy to prompts that are set aside, for people or a rule to rank."""
+"""Stage `sample`: samples replies of the policy, to be ranked, scored or learned."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from jobs.command import imported
-from jobs.stages.stage import Artifact, Costs, ModelUse, Stage, StageJob
+from jobs.stages.stage import Artifact, Costs, ModelUse, Stage
 from orchestrator.config.config import Config
 from orchestrator.planning.demands import engine_demand
 from orchestrator.planning.placement import Node, Plan, place
 
 if TYPE_CHECKING:
     from jobs.prepare import Prepared
+    from orchestrator.types import Prompt
 
 SAMPLES = "samples"
 
@@ -21,7 +21,8 @@ class Sample(Stage):
     kind = "sample"
     start_s = 20.0
     samples = True
-    checks = ("jobs.check.prompts:enough_to_label",)
+    starts_from_policy = True
+    checks = ("jobs.check.prompts:enough_to_sample",)
 
     def makes(self, config: Config) -> Sequence[Artifact]:
         return (Artifact(SAMPLES, "samples.parquet"),)
@@ -33,11 +34,14 @@ class Sample(Stage):
         return place([engine_demand(config)], nodes, mode=config.placement.mode)
 
     def seconds(self, costs: Costs, prepared: Prepared) -> float:
-        labeller = costs.config.labeller
-        return costs.sampling(prepared.prompts.reward_model[: labeller.prompts], labeller.replies_per_prompt)
+        sample = costs.config.sample
+        return costs.sampling(prompts_of(costs.config, prepared)[: sample.prompts], sample.samples_per_prompt)
 
-    async def run(self, job: StageJob) -> Mapping[str, Any]:
-        return await imported("jobs.stages.sampling:make_samples")(job)  # type: ignore[no-any-return]
+
+def prompts_of(config: Config, prepared: Prepared) -> Sequence[Prompt]:
+    """The prompts of `sample.split`."""
+    found: Sequence[Prompt] = getattr(prepared.prompts, config.sample.split)
+    return found
 
 
 def policy_use(config: Config, *, exports: bool) -> ModelUse:

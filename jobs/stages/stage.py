@@ -12,9 +12,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from jobs.command import imported
 from orchestrator.config.changes import value_of
 from orchestrator.config.config import Config
 from orchestrator.planning.placement import Node, Plan
+from orchestrator.prompts import Splits
 from orchestrator.run.folder import RunFolder
 from orchestrator.types import Prompt
 from orchestrator.watching.telemetry import Shown, Telemetry
@@ -25,6 +27,9 @@ if TYPE_CHECKING:  # heavy
     from actors.groups.group import ActorGroup
     from actors.text.conversations import Chat
     from jobs.prepare import Prepared
+
+POLICY = "policy"
+"""The kind of artifact that is a policy: a folder as Hugging Face has it."""
 
 Say = Callable[[str], None]
 Row = tuple[str, str]
@@ -54,7 +59,7 @@ class ModelUse:
     Args:
         key: of the config; names the model in errors.
         scores: with a scalar head, which is created if there is none.
-        window: number of positions that it must support. None: longer input is cut.
+        window: number of positions that it must support, as `window_key` says. None: longer input is cut.
         layers: number of layers that are kept, from the first on. None: all.
     """
 
@@ -62,6 +67,7 @@ class ModelUse:
     model: str
     scores: bool
     window: int | None
+    window_key: str = "model.max_length"
     checkpointing: bool = False
     exports: bool = False
     layers: int | None = None
@@ -88,6 +94,10 @@ class Costs(Protocol):
 
     def reward_model(self, prompts: Sequence[Prompt]) -> float: ...
 
+    def sft(self, lengths: Sequence[int], learned: float, num_records: int) -> float: ...
+
+    def sft_on_samples(self, prompts: Splits[Prompt]) -> float: ...
+
     def rl(self, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> float: ...
 
 
@@ -100,6 +110,7 @@ class StageJob:
         config: the run's, with the stage's own settings.
         run: the run's folder, with the paths of this stage.
         inputs: artifacts that it reads, by kind.
+        start_policy: the model that the run starts from.
         watch: gets the groups of actors that it waits for, for the heartbeat.
     """
 
@@ -111,6 +122,7 @@ class StageJob:
     telemetry: Telemetry
     say: Say
     inputs: Mapping[str, Path]
+    start_policy: str
     watch: Callable[[Sequence[ActorGroup]], None]
 
     def output(self, kind: str) -> Path:
@@ -125,6 +137,9 @@ class Stage:
         kind: its name in `stages` of a config.
         start_s: seconds until its processes are ready, and those that end it, for estimates.
         samples: whether it starts rollout engines on the run's prompts.
+        uses: kinds of artifacts that it reads if an earlier stage makes them.
+        starts_from_policy: whether it starts from the policy: that of the last stage before it which makes one, or
+            model.path.
         has_log: whether it learns in steps from an experience log: it has checkpoints, evaluations, trackers, a report.
         steps_key: dotted key of the config that holds the number of its steps.
         shown: metrics in the lines on the console about its steps.
@@ -135,6 +150,8 @@ class Stage:
     kind: str = ""
     start_s: float = 10.0
     samples: bool = False
+    uses: Sequence[str] = ()
+    starts_from_policy: bool = False
     has_log: bool = False
     steps_key: str = ""
     shown: Sequence[Shown] = ()
@@ -180,5 +197,6 @@ class Stage:
 
     async def run(self, job: StageJob) -> Mapping[str, Any]:
         """Does the work, continuing where an earlier attempt stopped. Returns a description of the result, for
-        lineage."""
-        raise NotImplementedError
+        lineage. The work itself is in the module of this kind in jobs/stages/work."""
+        done: Mapping[str, Any] = await imported(f"jobs.stages.work.{self.kind}:run")(job)
+        return done

@@ -8,18 +8,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jobs.stages.evaluate import Evaluate
 from jobs.stages.preferences import Preferences
 from jobs.stages.reward_model import RewardModel
 from jobs.stages.rl import Rl
 from jobs.stages.sample import Sample
-from jobs.stages.stage import Stage
+from jobs.stages.score import ScoreSamples
+from jobs.stages.select import Select
+from jobs.stages.sft import Sft
+from jobs.stages.stage import POLICY, Stage
 from orchestrator.config.config import Config
 from orchestrator.config.loader import changed
 from orchestrator.config.stages import OLD_KINDS, StageEntry
 from orchestrator.errors import ConfigError
 from orchestrator.run.folder import RunFolder, stage_place
 
-STAGES: dict[str, Stage] = {stage.kind: stage for stage in (Sample(), Preferences(), RewardModel(), Rl())}
+_ALL = (Sft(), Sample(), ScoreSamples(), Select(), Preferences(), RewardModel(), Rl(), Evaluate())
+STAGES: dict[str, Stage] = {stage.kind: stage for stage in _ALL}
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,14 @@ class NamedStage:
     def inputs(self, run: RunFolder) -> dict[str, Path]:
         """Artifacts that it reads, by kind."""
         return {kind: source.artifact(kind, run) for kind, source in self.sources.items()}
+
+    def config_in(self, run: RunFolder) -> Config:
+        """Its config, in which `model.path` is the policy that an earlier stage makes."""
+        policy = self.inputs(run).get(POLICY)
+        if policy is None:
+            return self.config
+        keys = ["model.path", *(["critic.path"] if self.config.critic.path == self.config.model.path else [])]
+        return changed(self.config, dict.fromkeys(keys, str(policy)), source=f"stage {self.name!r}")
 
 
 def stages_of(config: Config) -> list[NamedStage]:
@@ -87,7 +100,9 @@ def _named(config: Config, entry: StageEntry, makers: Mapping[str, NamedStage]) 
         )
     for problem in stage.problems(mine):
         raise ConfigError(problem)
-    return NamedStage(entry.name, stage, mine, {kind: makers[kind] for kind in stage.reads(mine)})
+    optional = (*stage.uses, *((POLICY,) if stage.starts_from_policy else ()))
+    wanted = (*stage.reads(mine), *(kind for kind in optional if kind in makers))
+    return NamedStage(entry.name, stage, mine, {kind: makers[kind] for kind in wanted})
 
 
 def _without(stage: Stage, kind: str) -> str:

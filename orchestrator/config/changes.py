@@ -22,6 +22,7 @@ _KEYS = frozenset(
         "evaluation.every_steps",
         "placement.wait_s",
         "reward_model.checkpoint_every_steps",
+        "sft.checkpoint_every_steps",
         "run.accept_changed_files",
         "run.cache",
         "run.grace_s",

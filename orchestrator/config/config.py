@@ -17,33 +17,39 @@ from orchestrator.config.sections import (
     CheckpointConfig,
     CriticConfig,
     DeadlinesConfig,
+    EvaluateConfig,
     EvaluationConfig,
     FailuresConfig,
     LabellerConfig,
     LearnerConfig,
     ModelConfig,
     PlacementConfig,
-    PreferencesConfig,
     PromptsConfig,
     PublishConfig,
     ReferenceConfig,
-    RewardModelConfig,
     RlConfig,
     RolloutConfig,
     RunConfig,
+    SampleConfig,
+    SelectConfig,
     TelemetryConfig,
 )
 from orchestrator.config.stages import StageEntry
+from orchestrator.config.trainings import DemonstrationsConfig, PreferencesConfig, RewardModelConfig, SftConfig
 
 
 class Config(Section):
     stages: Annotated[tuple[StageEntry, ...], Field(min_length=1)] = (StageEntry(kind="rl", name="rl"),)
-    """Stages of the run, in order: sample, preferences, reward_model, rl. A repeated stage needs a unique name:
-    {name: again, kind: rl, set: {rl.steps: 5}}."""
+    """Stages of the run, in order: sft, sample, score, select, preferences, reward_model, rl, evaluate.
+    A repeated stage needs a unique name: {name: again, kind: rl, set: {rl.steps: 5}}."""
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
+    demonstrations: DemonstrationsConfig = DemonstrationsConfig()
+    sft: SftConfig = SftConfig()
+    sample: SampleConfig = SampleConfig()
     labeller: LabellerConfig = LabellerConfig()
+    select: SelectConfig = SelectConfig()
     preferences: PreferencesConfig = PreferencesConfig()
     reward_model: RewardModelConfig = RewardModelConfig()
     reward: Annotated[SerializeAsAny[RewardConfig], ByName(REWARDS, default="model")] = ModelRewardConfig()
@@ -58,6 +64,7 @@ class Config(Section):
     placement: PlacementConfig = PlacementConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     guards: GuardsConfig = GuardsConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     failures: FailuresConfig = FailuresConfig()

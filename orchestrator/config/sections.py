@@ -21,7 +21,6 @@ from orchestrator.config.base import (
     one_of,
 )
 from orchestrator.data.formats.prompts import PROMPT_FORMATS
-from orchestrator.data.formats.rankings import RANKING_FORMATS
 from orchestrator.errors import ConfigError
 
 
@@ -91,27 +90,31 @@ class PromptsConfig(Section):
     """Share of prompts used to train the reward model, selected by the same hash."""
 
 
+class SampleConfig(Section):
+    prompts: Positive = 256
+    """Number of prompts to sample replies for."""
+    samples_per_prompt: Positive = 4
+    """Replies per prompt (K of InstructGPT)."""
+    split: Literal["reward_model", "train", "held_out"] = "reward_model"
+    """Which of the prompts: those reserved for the reward model, those to train on, or those for evaluation."""
+
+
 class LabellerConfig(Section):
     gold: str = "actors.rewards.gold:vader_positivity"
     """Rule function (dotted name) that simulates a human labeller. Models never see its score."""
     noise_std: NonNegativeNumber = 0.1
     """Standard deviation of the noise added to scores before ranking."""
-    prompts: Positive = 256
-    """Number of prompts to sample replies for."""
-    replies_per_prompt: Annotated[int, Field(ge=2)] = 4
-    """Replies ranked per prompt (K of InstructGPT)."""
 
 
-class PreferencesConfig(Section):
-    path: Path | None = None
-    """Preference file. Null: the labeller ranks replies of the initial policy."""
-    format: Annotated[str, one_of(RANKING_FORMATS, "auto")] = "auto"
-    """Record format: ranking, pairwise, hh-rlhf. auto: detected from the first record's fields."""
-    limit: Positive | None = None
-    """Read at most this many records."""
-    held_out: NonNegative | None = None
-    """Number of records at the end of the file reserved to measure accuracy. Null: a tenth of all records, selected by
-    a hash of the prompt."""
+class SelectConfig(Section):
+    keep: Literal["best", "top", "pairs", "rankings"] = "best"
+    """What becomes of scored samples. best: the best reply to each prompt, to be learned; top: the best select.share of
+    all replies, to be learned; pairs: the best and the worst reply to each prompt, as preferences; rankings: all
+    distinct replies to a prompt in order, as preferences."""
+    share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Share of replies that select.keep=top keeps."""
+    min_margin: NonNegativeNumber = 0.0
+    """Pairs whose scores differ by less are skipped and counted."""
 
 
 class TrainingConfig(Section):
@@ -146,32 +149,6 @@ class LearnerConfig(TrainingConfig):
     """Recompute activations in the backward pass: saves memory, takes a third more time."""
     cpus_per_rank: PositiveNumber = 1.0
     """CPU threads of one rank."""
-
-
-class RewardModelConfig(TrainingConfig):
-    base: str | None = None
-    """Initial model of the reward model. Null: model.path."""
-    layers: Positive | None = None
-    """Number of layers to keep, counted from the input. Null: all. A shallow reward model trains and scores faster; few
-    layers suffice for surface properties such as tone."""
-    epochs: Positive = 1
-    """Passes over the preferences."""
-    prompts_per_batch: Positive = 8
-    """Prompts (with all their replies) per optimizer step."""
-    learning_rate: PositiveNumber = 1e-5
-    """Peak learning rate. Linear warm-up over a tenth of the steps, then linear decay."""
-    max_length: Positive = 512
-    """Longer transcripts are cut at the start and counted."""
-    cpus_per_rank: Positive | None = None
-    """CPU threads of one rank. Null: the node's cores divided among its ranks."""
-    checkpoint_every_steps: NonNegative = 25
-    """Optimizer steps between checkpoints, from which training continues after a failure. A checkpoint takes up to 16
-    bytes per parameter. Only the newest is kept, and it is deleted when training ends. 0: none."""
-
-    def learner(self, optimizer_steps: int) -> LearnerConfig:
-        """The learner's config for training of this length: linear warm-up over a tenth, then linear decay."""
-        shared = {key: getattr(self, key) for key in TrainingConfig.model_fields}
-        return LearnerConfig(**shared, schedule="linear", warmup_optimizer_steps=optimizer_steps // 10)
 
 
 class CriticConfig(LearnerConfig):
@@ -307,6 +284,17 @@ class EvaluationConfig(Section):
     gold: str | None = "actors.rewards.gold:vader_positivity"
     """Rule function that scores held-out responses. Null: the training reward. Prompts on which it fails are excluded
     from both sides of a comparison; if it fails on all of them, the run ends."""
+
+
+class EvaluateConfig(Section):
+    """The keys of stage evaluate. Prompts and gold rule are those of `evaluation`."""
+
+    against: str | None = None
+    """Model to compare the policy with: a folder, a Hugging Face name. Null: the run's initial policy, model.path."""
+    require: Mapping[str, Annotated[str, Field(pattern=r"^\s*(<=|>=|<|>)\s*-?\d+(\.\d+)?\s*$")]] = Field(
+        default_factory=dict
+    )
+    """Bounds of metrics, such as {gold_win_rate: "> 0.5"}. The run ends with exit code 3 where one is not met."""
 
 
 class TelemetryConfig(Section):

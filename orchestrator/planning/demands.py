@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 
 from orchestrator.config.config import Config
+from orchestrator.config.trainings import OfflineConfig
 from orchestrator.planning.placement import Demand, Node, Plan, place
 
 RECORDER_CPUS = 1.0
 REWARD_MODEL = "reward_model"
 """The name of the reward model among artifacts, and of what trains it in plans and messages."""
+SFT = "sft"
 
 
 def engine_demand(config: Config) -> Demand:
@@ -20,30 +22,39 @@ def engine_demand(config: Config) -> Demand:
     )
 
 
+def reward_demand(config: Config) -> Demand:
+    reward = config.reward
+    return Demand("reward", reward.replicas, reward.cpus_per_replica, reward.gpus_per_replica)
+
+
+def reference_demand(config: Config) -> Demand:
+    """One rank of the reference."""
+    return Demand("reference", 1, config.reference.cpus_per_rank, config.reference.gpus_per_rank)
+
+
 def all_demands(config: Config) -> list[Demand]:
     """All roles of reinforcement learning."""
-    policy, critic, reference, reward = config.policy, config.critic, config.reference, config.reward
+    policy, critic, reference = config.policy, config.critic, config.reference
     critics = [Demand("critic", critic.ranks, critic.cpus_per_rank, critic.gpus_per_rank)]
     return [
         engine_demand(config),
         Demand("policy", policy.ranks, policy.cpus_per_rank, policy.gpus_per_rank),
         *(critics if config.algorithm.needs_critic else []),
         Demand("reference", reference.ranks, reference.cpus_per_rank, reference.gpus_per_rank),
-        Demand("reward", reward.replicas, reward.cpus_per_replica, reward.gpus_per_replica),
+        reward_demand(config),
         Demand("recorder", 1, RECORDER_CPUS),
     ]
 
 
-def plan_reward_model(config: Config, nodes: Sequence[Node]) -> Plan:
-    """The workers that train the reward model; without threads of their own they share the cores of their node.
+def plan_training(role: str, section: OfflineConfig, nodes: Sequence[Node]) -> Plan:
+    """The workers of a training without rollouts; without threads of their own they share the cores of their node.
 
     Raises:
         CapacityError: the workers do not fit on the nodes.
     """
-    section = config.reward_model
     threads = section.cpus_per_rank
     if threads is None:
         per_node = math.ceil(section.ranks / max(len(nodes), 1))
         threads = max(int(min((node.cpus for node in nodes), default=1.0) / per_node), 1)
-    demand = Demand(REWARD_MODEL, section.ranks, threads, section.gpus_per_rank)
+    demand = Demand(role, section.ranks, threads, section.gpus_per_rank)
     return place([demand], nodes, mode="separate")

@@ -27,7 +27,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from jobs.stages.replaying import fingerprint
+from jobs.stages.work.replay import fingerprint
 from orchestrator.run.storage import sha256
 from orchestrator.watching.telemetry import read_lines
 from tests.chaos.sabotage import CLASSES
@@ -302,7 +302,7 @@ def training_rows(field: Field, report: Report) -> None:
     rows = [{"prompt": f"Say {n}.", "chosen": f"{n}, kind", "rejected": f"{n}, rude"} for n in range(TRAINING_STEPS)]
     file = field.folder / "preferences.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    stage = {"ranks": 2, "cpus_per_rank": 1, "prompts_per_batch": 1, "checkpoint_every_steps": 20}
+    stage = {"ranks": 2, "cpus_per_rank": 1, "records_per_batch": 1, "checkpoint_every_steps": 20}
     overrides = ["stages=[reward_model]", f"preferences.path={file}", "preferences.held_out=0"]
     overrides += [f"reward_model.{key}={value}" for key, value in stage.items()]
     blow = {"phase": "train", "role": "trainer", "signal": "KILL", "delay_s": 0.05}

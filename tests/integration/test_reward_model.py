@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from actors.rewards.model import RewardModel
 from actors.text.conversations import load_chat, reward_chat
-from jobs.stages.reward_model_training import RewardModelResult, train_reward_model
+from jobs.stages.work.reward_model import RewardModelResult, train_reward_model
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
 from orchestrator.data.records import Message, RankingRecord
@@ -71,7 +71,7 @@ def _records(count: int) -> list[RankingRecord]:
 
 
 def _config(base: Path, folder: Path, **stage: Any) -> Config:
-    settings = {"learning_rate": 3e-3, "prompts_per_batch": 4, "max_length": 64, "epochs": 2, "cpus_per_rank": 1}
+    settings = {"learning_rate": 3e-3, "records_per_batch": 4, "max_length": 64, "epochs": 2, "cpus_per_rank": 1}
     return config_from_tree(
         {
             "stages": ["reward_model"],
@@ -190,7 +190,7 @@ def test_two_workers_learn_what_one_learns(cluster: None, base: Path, tmp_path: 
     for workers in (1, 2):
         folder = tmp_path / str(workers)
         folder.mkdir()
-        config = _config(base, folder, ranks=workers, prompts_per_batch=3, epochs=1, micro_batch_tokens=200)
+        config = _config(base, folder, ranks=workers, records_per_batch=3, epochs=1, micro_batch_tokens=200)
         _, lines, _ = _train(config, folder, records, [])
         losses.append([line["metrics"]["reward_model/loss"] for line in lines])
     assert len(losses[0]) == 4
@@ -213,7 +213,7 @@ def test_killed_workers_are_replaced_and_change_no_bit(cluster: None, base: Path
     runs = []
     for name, on_line in (("whole", lambda text: None), ("killed", kill)):
         (tmp_path / name).mkdir()
-        config = _config(base, tmp_path, prompts_per_batch=1, ranks=workers, checkpoint_every_steps=10)
+        config = _config(base, tmp_path, records_per_batch=1, ranks=workers, checkpoint_every_steps=10)
         runs.append(_train(config, tmp_path / name, _records(80), _records(2), on_line))
     (whole, whole_lines, _), (killed, killed_lines, said) = runs
     losses = [[line["metrics"].get("reward_model/loss") for line in lines] for lines in (whole_lines, killed_lines)]
@@ -234,7 +234,7 @@ def test_a_driver_that_is_killed_and_started_again_continues_the_training(
     rows = [{"prompt": f"Say {n}.", "chosen": f"It is {n}, kind", "rejected": f"It is {n}, rude"} for n in range(160)]
     (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     keys = [f"preferences.path={tmp_path / 'preferences.jsonl'}", "preferences.held_out=10", "reward_model.epochs=2"]
-    keys += ["reward_model.prompts_per_batch=1", "reward_model.checkpoint_every_steps=20"]
+    keys += ["reward_model.records_per_batch=1", "reward_model.checkpoint_every_steps=20"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(_config(base, tmp_path).model_dump(mode="json")))
 
     def start(run_id: str) -> subprocess.Popen[str]:

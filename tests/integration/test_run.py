@@ -18,7 +18,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from jobs.stages.replaying import fingerprint
+from jobs.stages.work.replay import fingerprint
 from orchestrator.run.checkpoints import verify
 from orchestrator.run.mirror import Mirror
 from orchestrator.run.storage import read_json, sha256

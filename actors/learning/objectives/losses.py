@@ -56,6 +56,12 @@ def policy_loss(
         return LossTerms(loss, sums, {"ratio_max": ratio_N.max(), "ratio_deviation_max": log_ratio_N.abs().max().exp()})
 
 
+def likelihood_loss(logprobs_N: Tensor) -> LossTerms:
+    """Negative log-likelihood of the learned tokens, summed: cross entropy of their next-token distributions."""
+    loss = -logprobs_N.sum()
+    return LossTerms(loss, {"loss": loss.detach()})
+
+
 def whiten(advantages_N: Tensor, mean: float, std: float) -> Tensor:
     """(a - mean) / (std + 1e-8) with moments of the whole batch, so the result does not depend on sharding."""
     return (advantages_N - mean) / (std + 1e-8)

@@ -12,7 +12,7 @@ import pytest
 from jobs import contents as contents_module
 from jobs.contents import contents, file_digest
 from jobs.resolve import resolved
-from jobs.stages.replaying import read_run_folder
+from jobs.stages.work.replay import read_run_folder
 from orchestrator.config.config import Config
 from orchestrator.config.loader import load_config, to_yaml
 from orchestrator.errors import ConfigError

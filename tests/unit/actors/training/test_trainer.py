@@ -45,7 +45,7 @@ class Deaths:
 @dataclass(frozen=True)
 class Passes:
     epochs: int = EPOCHS
-    prompts_per_batch: int = BATCH
+    records_per_batch: int = BATCH
     micro_batch_tokens: int = 100
     checkpoint_every_steps: int = EVERY
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import jobs.stages.replaying
+import jobs.stages.work.replay
 from jobs.pipeline import run_stages
 from jobs.prepare import without_prompts
 from jobs.report.data import read_run
@@ -166,13 +166,13 @@ def test_a_replay_is_told_by_how_it_ended(tmp_path: Path, monkeypatch: pytest.Mo
             raise asyncio.CancelledError
         return State(3, 0.1), ("policy",)
 
-    monkeypatch.setattr(jobs.stages.replaying._Replay, "_learn", learn)
-    monkeypatch.setattr(jobs.stages.replaying, "_tell", lambda *arguments: None)
+    monkeypatch.setattr(jobs.stages.work.replay._Replay, "_learn", learn)
+    monkeypatch.setattr(jobs.stages.work.replay, "_tell", lambda *arguments: None)
     folder = tmp_path / "replay"
     (folder / "attempts").mkdir(parents=True)
     attempt = claim(folder, wait_s=1.0, tell=lambda line: None)
     config = config_of(tmp_path, "rl")
-    replay = jobs.stages.replaying._Replay(config, RunFolder(tmp_path, "demo-1", 0), folder, attempt, 3, False)
+    replay = jobs.stages.work.replay._Replay(config, RunFolder(tmp_path, "demo-1", 0), folder, attempt, 3, False)
     if ends == "killed":
         with Telemetry(folder, "demo-1", attempt, stage="replay") as telemetry:
             telemetry.event("stage_started", stages=["replay"])

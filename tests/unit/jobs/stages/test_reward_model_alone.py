@@ -14,8 +14,8 @@ from jobs.check import engine_trial
 from jobs.check.capacity import Cluster, capacity
 from jobs.check.preflight import preflight
 from jobs.resolve import WITHOUT_TRIAL, resolved
-from jobs.stages import reward_model_training as module
-from jobs.stages.reward_model_training import run_alone
+from jobs.stages.work import reward_model as module
+from jobs.stages.work.reward_model import run_alone
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
 from orchestrator.errors import CapacityError, ConfigError, DataError, RlhfError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.stages.labeller import ScoredReplies, _noise, label, rank, write_rankings
+from jobs.stages.work.labeller import ScoredReplies, _noise, label, rank, write_rankings
 from orchestrator.data.readers import read_rankings
 from orchestrator.data.records import Message, ToolCall
 from orchestrator.errors import DataError
@@ -64,7 +64,7 @@ def test_repeated_failed_and_lonely_replies_are_counted() -> None:
 
 
 def test_nothing_to_rank_is_a_data_error_with_a_way_out() -> None:
-    with pytest.raises(DataError, match=r"none of 1 prompts .* Raise labeller\.replies_per_prompt"):
+    with pytest.raises(DataError, match=r"none of 1 prompts .* Raise sample\.samples_per_prompt"):
         label([scored("q", "aaa", [0.5] * 3)], noise_std=0.1, seed=1)
 
 

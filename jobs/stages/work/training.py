@@ -7,14 +7,21 @@ import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 
+from actors.groups.cluster import alive_nodes
+from actors.learning.distributed import Group
+from actors.training.task import Task
 from actors.training.train_run import Progress, TrainRun, Workers
 from actors.training.trainer import Training
 from actors.training.work import open_work
+from orchestrator.config.config import Config
 from orchestrator.config.sections import DeadlinesConfig
+from orchestrator.config.trainings import OfflineConfig
+from orchestrator.planning.demands import plan_training
 from orchestrator.run.storage import writing
 from orchestrator.watching.telemetry import Telemetry
 
@@ -63,6 +70,46 @@ class Report:
     @property
     def _title(self) -> str:
         return self.role.replace("_", " ")
+
+
+def work_of(folder: Path) -> Path:
+    """The work folder of a training whose result is `folder`."""
+    return folder.with_name(f".{folder.name}.work")
+
+
+async def train_section(
+    config: Config,
+    section: OfflineConfig,
+    make: Callable[[Any, Group], Task[Any]],
+    data: Any,
+    work: Path,
+    report: Report,
+    *,
+    identity: object,
+) -> tuple[Sequence[Progress], Any]:
+    """Trains what a section of the config says, on workers of the connected cluster; see `train`."""
+    role, limits = report.role, config.deadlines
+    threads = plan_training(role, section, alive_nodes()).slots[0].threads
+    training = Training(
+        role=role,
+        make=make,
+        passes=section,
+        seed=config.run.seed,
+        work=work,
+        unexpected_errors=config.failures.programming,
+        threads=threads,
+        timeout_s=limits.learn_s,
+    )
+    workers = Workers(
+        role=role,
+        count=section.ranks,
+        threads=threads,
+        gpus=section.gpus_per_rank,
+        room_s=config.placement.wait_s,
+        collective_s=limits.learn_s,
+        restarts=config.failures.infrastructure,
+    )
+    return await train(training, data, workers, limits, report, identity=identity)
 
 
 async def train(

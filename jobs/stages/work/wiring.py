@@ -117,6 +117,13 @@ async def start_learners(config: Config, starter: Starter, reward_path: str | No
 async def start_scorers(config: Config, starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
     """Reference and reward, starting at once."""
     reference = {"reference": config.reference, "context": rank_context(config)}
+    return {
+        "reference": await starter.ranks("reference", ReferenceWorker, reference),
+        "reward": await start_reward(config, starter, reward_path),
+    }
+
+
+async def start_reward(config: Config, starter: Starter, reward_path: str | None) -> ActorGroup:
     reward = reward_section(config, reward_path)
     context = RewardContext(
         policy=config.model,
@@ -125,14 +132,9 @@ async def start_scorers(config: Config, starter: Starter, reward_path: str | Non
         limits=config.rule_limits,
         total_s=within(config.deadlines.score_s),
     )
-    return {
-        "reference": await starter.ranks("reference", ReferenceWorker, reference),
-        "reward": await starter.group(
-            "reward",
-            RewardWorker,
-            lambda slot: {"reward": reward, "context": replace(context, threads=slot.threads)},
-        ),
-    }
+    return await starter.group(
+        "reward", RewardWorker, lambda slot: {"reward": reward, "context": replace(context, threads=slot.threads)}
+    )
 
 
 async def start_recorders(config: Config, starter: Starter, run: RunFolder) -> ActorGroup:

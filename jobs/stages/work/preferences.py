@@ -15,18 +15,18 @@ import pyarrow.parquet as pq
 
 from actors.rewards import Score
 from actors.rewards.rules import RuleReward
-from jobs.stages.labeller import ScoredReplies, label, write_rankings
 from jobs.stages.preferences import PREFERENCES
 from jobs.stages.sample import SAMPLES
 from jobs.stages.settings import samples_per_shard
 from jobs.stages.stage import StageJob
+from jobs.stages.work.labeller import ScoredReplies, label, write_rankings
 from orchestrator.config.config import Config
 from orchestrator.config.rewards import RuleConfig
 from orchestrator.data.records import messages_from_dicts
 from orchestrator.errors import DataError, StorageError
 
 
-async def make_preferences(job: StageJob) -> Mapping[str, Any]:
+async def run(job: StageJob) -> Mapping[str, Any]:
     """Raises:
     DataError: nothing could be scored or ranked.
     StorageError: the samples can't be read.
@@ -40,7 +40,7 @@ async def make_preferences(job: StageJob) -> Mapping[str, Any]:
             f"samples {path} can't be read ({type(error).__name__}). Delete it, and they are made again."
         ) from None
     # In a thread, so that the event loop can write the heartbeat.
-    scores = await asyncio.to_thread(_gold_scores, config, table)
+    scores = await asyncio.to_thread(rule_scores, config, config.labeller.gold, table)
     failures = require_some(scores, config.labeller.gold)
     if failures:
         job.say(f"WARNING {job.name}: {failures}")
@@ -72,8 +72,9 @@ def require_some(scores: Sequence[Score], gold: str) -> str:
     return f"the gold rule {gold} failed on {len(errors)} of {len(scores)} replies, which are left out: {errors[0]}"
 
 
-def _gold_scores(config: Config, table: pa.Table) -> list[Score]:
-    rules = [RuleConfig(function=config.labeller.gold)]
+def rule_scores(config: Config, function: str, table: pa.Table) -> list[Score]:
+    """Scores of one rule."""
+    rules = [RuleConfig(function=function)]
     total_s = config.deadlines.score_s * math.ceil(table.num_rows / samples_per_shard(config))
     with RuleReward(rules, config.rule_limits, total_s=total_s) as gold:
         return gold.scores(table)

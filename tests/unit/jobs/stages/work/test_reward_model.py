@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs.stages.reward_model_training import RewardModelResult, measure, split_held_out
+from jobs.stages.work.reward_model import RewardModelResult, measure, split_held_out
 from orchestrator.config.loader import config_from_tree
 from orchestrator.data.records import Message, RankingRecord
 from orchestrator.errors import CapacityError, DataError
-from orchestrator.planning.demands import plan_reward_model
+from orchestrator.planning.demands import REWARD_MODEL, plan_training
 from orchestrator.planning.placement import Node
 from tests.deadlines import scaled
 
@@ -58,14 +58,17 @@ def test_quality_by_hand() -> None:
 )
 def test_threads_of_a_rank(ranks: int, threads: int | None, cpus: list[float], expected: int) -> None:
     nodes = [Node(f"10.0.0.{n}", count) for n, count in enumerate(cpus)]
-    assert plan_reward_model(_config(ranks=ranks, cpus_per_rank=threads), nodes).slots[0].threads == expected
+    assert (
+        plan_training(REWARD_MODEL, _config(ranks=ranks, cpus_per_rank=threads).reward_model, nodes).slots[0].threads
+        == expected
+    )
 
 
 def test_too_many_workers_are_refused_before_anything_starts() -> None:
     with pytest.raises(CapacityError, match="reward_model wants 3"):
-        plan_reward_model(_config(ranks=3), [Node("10.0.0.1", 2)])
+        plan_training(REWARD_MODEL, _config(ranks=3).reward_model, [Node("10.0.0.1", 2)])
     with pytest.raises(CapacityError, match="too few GPUs"):
-        plan_reward_model(_config(gpus_per_rank=1), [Node("10.0.0.1", 2)])
+        plan_training(REWARD_MODEL, _config(gpus_per_rank=1).reward_model, [Node("10.0.0.1", 2)])
 
 
 def test_the_result_says_what_was_measured() -> None:

@@ -10,9 +10,10 @@ import pytest
 
 from actors.training.train_run import Progress, Workers
 from actors.training.trainer import Training
-from jobs.stages import training as module
-from jobs.stages.training import Report, train
-from orchestrator.config.sections import DeadlinesConfig, RewardModelConfig
+from jobs.stages.work import training as module
+from jobs.stages.work.training import Report, train
+from orchestrator.config.sections import DeadlinesConfig
+from orchestrator.config.trainings import RewardModelConfig
 from orchestrator.watching.telemetry import Telemetry, read_lines
 
 STEPS = 40

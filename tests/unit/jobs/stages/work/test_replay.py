@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from jobs.replay import main
-from jobs.stages.replaying import fingerprint, read_run_folder, steps_to_learn
+from jobs.stages.work.replay import fingerprint, read_run_folder, steps_to_learn
 from orchestrator.config.config import Config
 from orchestrator.config.loader import to_yaml
 from orchestrator.errors import ConfigError

@@ -14,25 +14,24 @@ from typing import Any
 
 from actors.groups.cluster import alive_nodes, named_address
 from actors.training.reward_model import RewardModelTask, RewardTraining, Trained
-from actors.training.train_run import Progress, Workers
-from actors.training.trainer import Training
+from actors.training.train_run import Progress
 from jobs.check.capacity import find_cluster
 from jobs.cluster.connection import cluster
 from jobs.command import imported, run_async, say
 from jobs.prepare import find_data
 from jobs.resolve import WITHOUT_TRIAL, resolved
-from jobs.stages.labeller import read_gold
 from jobs.stages.preferences import PREFERENCES
 from jobs.stages.reward_model import RESULT_FILE
 from jobs.stages.settings import alone, chat_template
 from jobs.stages.stage import StageJob
-from jobs.stages.training import Report, train
+from jobs.stages.work.labeller import read_gold
+from jobs.stages.work.training import Report, train_section, work_of
 from orchestrator.algorithms.ranking import concordant_pairs, kendall_tau, num_pairs, wilson_interval
 from orchestrator.config.config import Config
 from orchestrator.data.readers import read_rankings
 from orchestrator.data.records import RankingRecord
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.planning.demands import REWARD_MODEL, plan_reward_model
+from orchestrator.planning.demands import REWARD_MODEL, plan_training
 from orchestrator.prompts import split
 from orchestrator.run.folder import open_run
 from orchestrator.run.storage import write_json
@@ -88,7 +87,7 @@ class RewardModelResult:
         return ", ".join([*parts, f"{self.seconds:.0f} s"])
 
 
-async def make_reward_model(job: StageJob) -> Mapping[str, Any]:
+async def run(job: StageJob) -> Mapping[str, Any]:
     """Reads the preferences, trains, and writes the result next to the model."""
     config = job.config
     preferences = config.preferences
@@ -158,27 +157,15 @@ async def train_reward_model(
     """
     started = monotonic()
     folder = folder.absolute()
-    stage, limits = config.reward_model, config.deadlines
-    threads = plan_reward_model(config, alive_nodes()).slots[0].threads
     settings = _settings(config, folder, num_records=len(records))
-    training = Training(
-        role=REWARD_MODEL,
-        make=partial(RewardModelTask, settings),
-        passes=stage,
-        seed=config.run.seed,
-        work=settings.work,
-        unexpected_errors=config.failures.programming,
-        threads=threads,
-        timeout_s=limits.learn_s,
-    )
-    num_steps = settings.total_optimizer_steps
     trained: Trained
-    steps, trained = await train(
-        training,
+    steps, trained = await train_section(
+        config,
+        config.reward_model,
+        partial(RewardModelTask, settings),
         (tuple(records), tuple(held_out)),
-        _workers(config, threads),
-        limits,
-        Report(telemetry, say, REWARD_MODEL, num_steps, _RECORDED, _words),
+        settings.work,
+        Report(telemetry, say, REWARD_MODEL, settings.total_optimizer_steps, _RECORDED, _words),
         identity=_identity(settings, records, held_out),
     )
     quality = measure(trained.held_out_scores, gold)
@@ -234,30 +221,15 @@ def measure(scores: Sequence[Sequence[float]], gold: Sequence[Sequence[float]] |
 
 
 def _settings(config: Config, folder: Path, *, num_records: int) -> RewardTraining:
-    stage = config.reward_model
-    num_steps = stage.epochs * math.ceil(num_records / stage.prompts_per_batch)
     return RewardTraining(
-        stage=stage,
+        stage=config.reward_model,
         policy=config.model,
         template=chat_template(config),
         cache=config.run.cache,
         folder=folder,
-        work=folder.with_name(f".{folder.name}.work"),
-        total_optimizer_steps=num_steps,
+        work=work_of(folder),
+        total_optimizer_steps=config.reward_model.num_steps(num_records),
         seed=config.run.seed,
-    )
-
-
-def _workers(config: Config, threads: int) -> Workers:
-    stage = config.reward_model
-    return Workers(
-        role=REWARD_MODEL,
-        count=stage.ranks,
-        threads=threads,
-        gpus=stage.gpus_per_rank,
-        room_s=config.placement.wait_s,
-        collective_s=config.deadlines.learn_s,
-        restarts=config.failures.infrastructure,
     )
 
 
@@ -297,9 +269,9 @@ def run_alone(config: Config, ray_address: str | None) -> None:
     say("checking data and models ...")
     prepared = imported("jobs.check.preflight:check_alone")(config, REWARD_MODEL)
     if named_address(ray_address) is None:
-        plan_reward_model(config, find_cluster(None, wait_s=0.0).nodes)
+        plan_training(REWARD_MODEL, config.reward_model, find_cluster(None, wait_s=0.0).nodes)
     with cluster(ray_address, wait_s=config.placement.wait_s, tell=say):
-        plan_reward_model(config, alive_nodes())
+        plan_training(REWARD_MODEL, config.reward_model, alive_nodes())
         run = open_run(config, say)
         say(f"run {run.id}, attempt {run.attempt}: {run.path}")
         if (run.path / RESULT_FILE).exists():

@@ -15,7 +15,9 @@ from jobs.cluster.connection import cluster
 from jobs.command import run_async, say
 from jobs.resolve import WITHOUT_TRIAL, resolved
 from jobs.stages.events import stage_events
-from jobs.stages.rl_wiring import (
+from jobs.stages.settings import critic_warmup_steps, initial_state, reward_path
+from jobs.stages.table import logged_stage
+from jobs.stages.work.wiring import (
     all_ready,
     experience_log,
     learners_of,
@@ -24,8 +26,6 @@ from jobs.stages.rl_wiring import (
     start_recorders,
     starting,
 )
-from jobs.stages.settings import critic_warmup_steps, initial_state, reward_path
-from jobs.stages.table import logged_stage
 from orchestrator.config.changes import changed_keys
 from orchestrator.config.config import Config
 from orchestrator.config.loader import load_kept_config
@@ -57,7 +57,7 @@ def replay(path: Path, until: int | None, to: Path | None, ray_address: str | No
     stage = logged_stage(config)
     if stage is None:
         raise ConfigError(f"run {path.name} has no stage that learns from a log, so there is nothing to learn again.")
-    config, run = stage.config, stage.of(opened)
+    config, run = stage.config_in(opened), stage.of(opened)
     last_step = steps_to_learn(run, until, from_checkpoint=from_checkpoint)
     folder = (to or run.place / "replay").absolute()
     if folder == opened.path:

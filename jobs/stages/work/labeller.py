@@ -80,7 +80,7 @@ def label(scored: Iterable[ScoredReplies], *, noise_std: float, seed: int) -> tu
     if not rankings:
         raise DataError(
             f"none of {left_out} prompts has two distinct replies to rank ({failed} replies without a score, "
-            f"{repeated} repeated). Raise labeller.replies_per_prompt or rollout.temperature, or check labeller.gold."
+            f"{repeated} repeated). Raise sample.samples_per_prompt or rollout.temperature, or check labeller.gold."
         )
     return rankings, LabelReport(len(rankings), left_out, repeated, failed, _pair_agreement(rankings))
 

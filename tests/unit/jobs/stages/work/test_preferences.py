@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from actors.rewards import Score
-from jobs.stages.labelling import require_some
+from jobs.stages.work.preferences import require_some
 from orchestrator.errors import DataError
 
 GOLD = "package.rules:kindness"

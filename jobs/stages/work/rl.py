@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from actors.groups.starter import Starter
-from jobs.stages.rl_wiring import coordinating
 from jobs.stages.settings import initial_state, reward_path
 from jobs.stages.stage import StageJob
+from jobs.stages.work.wiring import coordinating
 from orchestrator.coordinator import Coordinator
 from orchestrator.errors import StorageError
 from orchestrator.run.storage import writing
 
 
-async def train_policy(job: StageJob) -> Mapping[str, Any]:
+async def run(job: StageJob) -> Mapping[str, Any]:
     """Raises the error of a role after which the supervisor gives up."""
 
     def on_placed(starter: Starter) -> None:

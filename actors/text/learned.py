@@ -1,0 +1,130 @@
+"""Conversations as rows of tokens in which the replies are marked: what supervised fine-tuning learns.
+
+Every reply is learned once, after exactly the tokens that an engine would get as its prompt. The marks come from the
+template itself, which writes each prompt and each answered prompt; no text is searched for markers:
+
+    prompt 1 | reply 1 | rest of prompt 2 | reply 2      one row, while each prompt continues the row
+    prompt 1' | reply 1 ... | reply 3                    a row of its own, where the template writes earlier turns
+                                                         differently (it drops their thoughts, say)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from actors.text.conversations import Chat
+from actors.text.tokenizing import Tokens
+from orchestrator.data.records import Message, Tools
+
+_TOKENS, _MARKS = pa.list_(pa.int32()), pa.list_(pa.bool_())
+
+
+@dataclass(eq=False)
+class Row:
+    """Tokens of one row; `learn` marks replies with their closings. The first token is never marked."""
+
+    tokens: Tokens
+    learn: npt.NDArray[np.bool_]
+
+    def continues_to(self, prompt: Tokens) -> bool:
+        return np.array_equal(prompt[: len(self.tokens)], self.tokens)
+
+    def first(self, max_length: int) -> Row:
+        return Row(self.tokens[:max_length], self.learn[:max_length])
+
+
+@dataclass
+class Rows:
+    """Rows of conversations.
+
+    Attributes:
+        num_split: conversations that were split because they are longer than a row may be.
+        num_cut: rows that lost tokens at their end.
+        num_lost: replies of which nothing is left.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    num_split: int = 0
+    num_cut: int = 0
+    num_lost: int = 0
+
+    def add(self, chat: Chat, messages: Sequence[Message], tools: Tools = (), *, max_length: int) -> None:
+        """Adds a conversation. One that is longer than `max_length` is split where a user speaks, and its parts keep
+        the system message; a single exchange that is longer loses tokens at its end.
+
+        Raises:
+            DataError: the chat template refuses it.
+        """
+        found, was_split = rows_of(chat, messages, tools, max_length=max_length)
+        self.num_split += was_split
+        for row in found:
+            kept = row.first(max_length)
+            self.num_cut += len(kept.tokens) < len(row.tokens)
+            if kept.learn.any():
+                self.rows.append(kept)
+            else:
+                self.num_lost += 1
+
+    def table(self) -> pa.Table:
+        """In the columns of TokenRows: a row's prompt ends where its first reply begins."""
+        starts = [int(np.argmax(row.learn)) for row in self.rows]
+        parts = list(zip(self.rows, starts, strict=True))
+        return pa.table(
+            {
+                "prompt_tokens": pa.array([row.tokens[:start] for row, start in parts], _TOKENS),
+                "response_tokens": pa.array([row.tokens[start:] for row, start in parts], _TOKENS),
+                "learn": pa.array([row.learn[start:] for row, start in parts], _MARKS),
+            }
+        )
+
+    def describe(self, key: str) -> str:
+        """Words about what did not fit; empty if all did. `key` names the limit."""
+        counts = {
+            "conversations are longer than {key} and were split": self.num_split,
+            "exchanges are longer than {key} and were cut at their end": self.num_cut,
+            "replies lie behind that cut and are lost": self.num_lost,
+        }
+        return ", ".join(f"{count} {words.format(key=key)}" for words, count in counts.items() if count)
+
+
+def rows_of(
+    chat: Chat, messages: Sequence[Message], tools: Tools = (), *, max_length: int | None = None
+) -> tuple[list[Row], bool]:
+    """The rows of one conversation, and whether it was split. Rows of single exchanges may be longer than `max_length`.
+
+    Raises:
+        DataError: the chat template refuses it.
+    """
+    num_system = next((place for place, turn in enumerate(messages) if turn.role != "system"), len(messages))
+    system, turns = tuple(messages[:num_system]), tuple(messages[num_system:])
+    rows: list[Row] = []
+    start, was_split = 0, False
+    for place, turn in enumerate(turns):
+        if turn.role != "assistant":
+            continue
+        prompt, reply = chat.answered((*system, *turns[start:place]), turn, tools)
+        begin = _exchange(turns, place)
+        if max_length is not None and len(prompt) + len(reply) > max_length and begin > start:
+            start, was_split = begin, True
+            prompt, reply = chat.answered((*system, *turns[start:place]), turn, tools)
+        row = Row(np.concatenate([prompt, reply]), np.arange(len(prompt) + len(reply)) >= len(prompt))
+        if rows and rows[-1].continues_to(prompt):
+            earlier = rows.pop().learn
+            row.learn[: len(earlier)] = earlier
+        rows.append(row)
+    return rows, was_split
+
+
+def _exchange(turns: Sequence[Message], place: int) -> int:
+    """Where the exchange begins that holds this reply: at the user's turns before it."""
+    begin = place
+    while begin and turns[begin].role != "user":
+        begin -= 1
+    while begin and turns[begin - 1].role == "user":
+        begin -= 1
+    return begin

@@ -1,0 +1,85 @@
+"""What trainings of a language model share: rows of learned tokens as a dataset, and loading the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow as pa
+
+from actors.learning.distributed import Group
+from actors.learning.heads import PolicyModel
+from actors.learning.packing import TokenRows
+from actors.models.model import load_causal, resolve_model, torch_dtype
+from actors.text.conversations import Chat, load_chat
+from orchestrator.config.sections import ModelConfig
+from orchestrator.config.trainings import OfflineConfig
+from orchestrator.planning.balance import plan_minibatches
+
+
+@dataclass(frozen=True)
+class PolicyTraining:
+    """What the task of a training of the policy needs beside its data.
+
+    Args:
+        stage: config section.
+        policy, template: the model to start from, and the text of its chat template.
+        cache: folder of converted models.
+        folder: the finished policy; replaced as a whole.
+        work: folder for the unfinished policy, on the file system of `folder`.
+        total_optimizer_steps: of all epochs.
+    """
+
+    stage: OfflineConfig
+    policy: ModelConfig
+    template: str | None
+    cache: Path
+    folder: Path
+    work: Path
+    total_optimizer_steps: int
+
+    def load(self) -> tuple[Chat, PolicyModel]:
+        """Raises DataError: the model, its tokenizer or its template."""
+        model = self.policy
+        folder = resolve_model(model.path, self.cache)
+        language_model = load_causal(
+            folder, torch_dtype(model.compute_dtype), trust_remote_code=model.trust_remote_code
+        )
+        return load_chat(folder, model, self.template), PolicyModel(language_model, temperature=1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedRows:
+    """A Dataset (task.py) of rows with marked tokens (actors.text.learned); each row is a record."""
+
+    table: pa.Table
+
+    @cached_property
+    def rows(self) -> TokenRows:
+        return TokenRows(self.table, learned_only=True)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return self.rows.lengths
+
+    @property
+    def num_records(self) -> int:
+        return int(self.table.num_rows)
+
+    def num_tokens(self, records: Sequence[int]) -> int:
+        return sum(self.lengths[record] for record in records)
+
+    def num_learned(self, records: Sequence[int]) -> float:
+        return float(self.rows.learned_lengths[list(records)].sum())
+
+    def micro_batches(self, records: Sequence[int], group: Group, micro_batch_tokens: int) -> list[tuple[int, ...]]:
+        (ranks,) = plan_minibatches(
+            [self.lengths[record] for record in records],
+            num_minibatches=1,
+            num_ranks=group.world_size,
+            micro_batch_tokens=micro_batch_tokens,
+            seed=0,
+        )
+        return [tuple(records[number] for number in micro) for micro in ranks[group.rank]]

@@ -1,0 +1,89 @@
+"""Supervised fine-tuning: the negative log-likelihood of marked tokens (Ouyang 2022, section 3.5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
+
+from actors.learning.distributed import Group, all_or_none, from_all
+from actors.learning.learner import Learner, Loss, Update
+from actors.learning.objectives.losses import LossTerms, likelihood_loss
+from actors.learning.packing import MicroBatch
+from actors.learning.worker import Share, answers
+from actors.training.artifact import make_artifact
+from actors.training.language_model import LearnedRows, PolicyTraining
+
+SftData = tuple[pa.Table, pa.Table]
+"""Rows to train on, and held-out ones; columns as actors.text.learned writes them."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What training found: the mean negative log-likelihood of a held-out token, in nats. None: nothing is held out."""
+
+    held_out_loss: float | None
+
+
+class SftTask:
+    """One rank of supervised fine-tuning; a Task (task.py). Complete when constructed.
+
+    Raises:
+        DataError: on all ranks, when one of them can't load the model.
+    """
+
+    def __init__(self, settings: PolicyTraining, data: SftData, group: Group) -> None:
+        self.settings, self.group = settings, group
+        self.chat, model = all_or_none(settings.load, group)
+        self.data, self._held_out = (LearnedRows(table) for table in data)
+        steps = settings.total_optimizer_steps
+        self.learner = Learner(
+            model, settings.stage.learner(steps), dtype=settings.policy.compute_dtype, total_optimizer_steps=steps
+        )
+
+    def objective(self, records: Sequence[int]) -> Loss:  # noqa: ARG002 (every batch has the same)
+        return _loss
+
+    def count(self, records: Sequence[int]) -> float:
+        return self.data.num_learned(records)
+
+    def metrics(self, update: Update) -> Mapping[str, float]:
+        loss = update.means["loss"]
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "grad_norm": update.grad_norm,
+            "learning_rate": update.learning_rate,
+        }
+
+    def finish(self) -> Fitted:
+        """Measures the loss on held-out rows, and writes the finished policy."""
+        found = Fitted(self._held_out_loss())
+        settings = self.settings
+        make_artifact(self.learner, self.chat, settings.folder, settings.work, self.group, self.chat.save_stops)
+        return found
+
+    def _held_out_loss(self) -> float | None:
+        held_out = self._held_out
+        if not held_out.num_records:
+            return None
+        mine: dict[int, float] = {}
+        for micro, (logprobs_N, _) in answers(
+            held_out.rows,
+            self.learner.pass_through,
+            Share(self.group.rank, self.group.world_size),
+            micro_batch_tokens=self.settings.stage.micro_batch_tokens,
+            device=self.learner.device,
+        ):
+            sums = [float(part.double().sum()) for part in logprobs_N.split(micro.lengths_B.tolist())]
+            mine |= dict(zip(micro.rows, sums, strict=True))
+        logprobs = {row: value for part in from_all(mine, self.group) for row, value in part.items()}
+        total = sum(logprobs[row] for row in range(held_out.num_records))
+        return -total / held_out.num_learned(range(held_out.num_records))
+
+
+def _loss(output: tuple[torch.Tensor, torch.Tensor], micro: MicroBatch) -> LossTerms:
+    return likelihood_loss(output[0])

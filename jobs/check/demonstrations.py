@@ -1,0 +1,29 @@
+"""Check of stage `sft`: reads the demonstrations and writes some of them as training will."""
+
+from __future__ import annotations
+
+from actors.text.learned import Rows
+from jobs.stages.stage import Found
+from jobs.stages.work.sft import MEASURED, parts_of, read
+from orchestrator.algorithms.ranking import spread
+from orchestrator.config.config import Config
+from orchestrator.errors import DataError
+
+
+def check_demonstrations(config: Config, found: Found) -> str | None:
+    """Raises DataError: naming the row, or the conversation that the chat template refuses."""
+    if config.demonstrations.path is None:
+        return None  # a stage of this run makes them
+    records, report = read(config)
+    train, _ = parts_of(config, records)
+    if found.chat is None:
+        return f"demonstrations: {report.summary()}"
+    rows = Rows()
+    for record in spread(train, MEASURED):
+        try:
+            rows.add(found.chat, record.messages, record.tools, max_length=config.sft.max_length)
+        except DataError as error:
+            raise DataError(f"demonstration {record.id!r}: {error}") from error
+    learned, total = sum(int(row.learn.sum()) for row in rows.rows), sum(len(row.tokens) for row in rows.rows)
+    parts = [f"demonstrations: {report.summary()}", f"{learned} of {total} tokens are learned in a sample of them"]
+    return ", ".join([*parts, *filter(None, [rows.describe(f"sft.max_length={config.sft.max_length}")])])

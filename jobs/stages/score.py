@@ -1,0 +1,38 @@
+"""Stage `score`: scores samples by the run's reward: a model, rules or an endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import MappingProxyType
+
+from jobs.stages.rewarding import INSTEAD, reward_inputs, reward_reads, reward_uses
+from jobs.stages.sample import SAMPLES
+from jobs.stages.stage import Artifact, Inputs, ModelUse, Stage
+from orchestrator.config.config import Config
+from orchestrator.planning.demands import reward_demand
+from orchestrator.planning.placement import Node, Plan, place
+
+SCORES = "scores"
+
+
+class ScoreSamples(Stage):
+    kind = "score"
+    starts_from_policy = True
+    start_s = 10.0
+    checks = ("jobs.check.rewards:check_reward", "jobs.check.conversations:check_scoring_conversations")
+    instead = MappingProxyType(INSTEAD)
+
+    def reads(self, config: Config) -> Sequence[str]:
+        return (SAMPLES, *reward_reads(config))
+
+    def makes(self, config: Config) -> Sequence[Artifact]:
+        return (Artifact(SCORES, "scores.parquet"),)
+
+    def inputs(self, config: Config) -> Inputs:
+        return reward_inputs(config)
+
+    def models(self, config: Config) -> Iterable[ModelUse]:
+        return reward_uses(config)
+
+    def plan(self, config: Config, nodes: Sequence[Node]) -> Plan:
+        return place([reward_demand(config)], nodes, mode=config.placement.mode)

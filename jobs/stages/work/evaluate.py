@@ -1,0 +1,175 @@
+"""The work of stage `evaluate`: samples of two models on the same held-out prompts, scored and compared."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from actors.roles.reference import ReferenceWorker
+from jobs.prepare import prepare
+from jobs.stages.evaluate import EVALUATION, RESULT_FILE
+from jobs.stages.settings import rank_context, reward_path, samples_per_shard, sampling_of
+from jobs.stages.stage import StageJob
+from jobs.stages.work.preferences import rule_scores
+from jobs.stages.work.sample import sample_shards
+from jobs.stages.work.score import score_shards
+from jobs.stages.work.shards import ShardFiles
+from jobs.stages.work.wiring import EVALUATION_STEP, all_ready, starting, supervisor_of
+from orchestrator.algorithms.ranking import wilson_interval
+from orchestrator.config.config import Config
+from orchestrator.config.loader import changed
+from orchestrator.config.rewards import ModelRewardConfig
+from orchestrator.errors import DataError, GuardTripped
+from orchestrator.evaluation import EvaluationRow, compare
+from orchestrator.planning.demands import reference_demand
+from orchestrator.prompts import sample_requests
+from orchestrator.run.storage import write_json
+from orchestrator.sampler import cut_into_shards
+
+_BOUND = re.compile(r"\s*(<=|>=|<|>)\s*(-?\d+(?:\.\d+)?)\s*")
+_COMPARE = {"<": float.__lt__, "<=": float.__le__, ">": float.__gt__, ">=": float.__ge__}
+
+
+@dataclass(frozen=True)
+class Side:
+    """Samples of one model, row by row with their scores; None: it failed, or there is no such source."""
+
+    samples: pa.Table
+    gold: Sequence[float | None]
+    reward: Sequence[float | None]
+
+
+async def run(job: StageJob) -> Mapping[str, Any]:
+    """Raises:
+    DataError: nothing could be scored.
+    GuardTripped: a metric does not meet evaluate.require; the results are written first.
+    """
+    config, folder = job.config, job.output(EVALUATION)
+    folder.mkdir(parents=True, exist_ok=True)
+    against = config.evaluate.against or job.start_policy
+    policy = await _side(job, "policy", config)
+    metrics = _alone(policy)
+    if against != config.model.path:
+        other_config = changed(config, {"model.path": against}, source="evaluate.against")
+        other = await _side(job, "against", other_config)
+        metrics |= _together(policy, other)
+        if job.start_policy == against:  # the same vocabulary: every stage keeps it
+            metrics["kl"] = await _kl(job, policy.samples, other_config)
+    unmet = [found for name, bound in config.evaluate.require.items() if (found := _unmet(metrics, name, bound))]
+    result = {"against": against, "metrics": metrics, "unmet": unmet}
+    write_json(folder / RESULT_FILE, result)
+    job.telemetry.evaluation(0, {f"{job.name}/{name}": value for name, value in metrics.items()})
+    job.say(f"{job.name}: policy beside {against}\n" + "\n".join(_lines(metrics)))
+    if unmet:
+        raise GuardTripped(
+            f"stage {job.name!r}: {'; '.join(unmet)} (evaluate.require). The samples are in {folder}. Train longer, or "
+            "lower the requirement; then run again."
+        )
+    return result
+
+
+async def _side(job: StageJob, name: str, config: Config) -> Side:
+    """An attempt keeps the shards of those before it."""
+    prompts = prepare(config).prompts.held_out[: config.evaluation.prompts]
+    requests = sample_requests(prompts, samples_per_prompt=1, seed=config.run.seed, step=EVALUATION_STEP)
+    shards = cut_into_shards(
+        EVALUATION_STEP, requests, samples_per_shard=samples_per_shard(config), sampling=sampling_of(config)
+    )
+    folder = job.output(EVALUATION)
+    samples = await sample_shards(job, config, shards, ShardFiles(config, folder / f"{name}.parquet"))
+    gold: Sequence[float | None] = [None] * samples.num_rows
+    if config.evaluation.gold is not None:
+        scores = await asyncio.to_thread(rule_scores, config, config.evaluation.gold, samples)
+        gold = [score.value for score in scores]
+    reward: Sequence[float | None] = [None] * samples.num_rows
+    path = reward_path(config, job.inputs)
+    if path is not None or not isinstance(config.reward, ModelRewardConfig):
+        files = ShardFiles(config, folder / f"{name}-rewards.parquet")
+        table = await score_shards(job, config, path, samples, files)
+        reward = table["reward"].to_pylist()
+    if not _known(gold) and not _known(reward):
+        raise DataError(f"stage {job.name!r}: none of {samples.num_rows} samples has a score; correct evaluation.gold.")
+    return Side(samples, gold, reward)
+
+
+async def _kl(job: StageJob, samples: pa.Table, against: Config) -> float:
+    """KL(policy || against) per response in nats, estimated by the log-ratio of its samples (k1)."""
+    of_policy, of_other = [await _logprobs(job, samples, config) for config in (job.config, against)]
+    ratios = [sum(mine) - sum(theirs) for mine, theirs in zip(of_policy, of_other, strict=True)]
+    return statistics.fmean(ratios)
+
+
+async def _logprobs(job: StageJob, samples: pa.Table, config: Config) -> Sequence[Sequence[float]]:
+    reference = config.reference.model_copy(update={"path": config.model.path, "ranks": 1, "sharded": False})
+    async with starting(config, [reference_demand(config)]) as starter:
+        job.watch(starter.groups)
+        arguments = {"reference": reference, "context": rank_context(config)}
+        ranks = await starter.ranks("reference", ReferenceWorker, arguments)
+        await all_ready({"reference": ranks}, config.deadlines.start_s)
+        supervisor = supervisor_of(config, starter, job.telemetry, job.run)
+
+        async def score() -> pa.Table:
+            return await ranks.call(0, ReferenceWorker.logprobs, config.deadlines.score_s, samples)
+
+        table = await supervisor.keep(ranks, score)
+    found: Sequence[Sequence[float]] = table.sort_by("row")["logprobs"].to_pylist()
+    return found
+
+
+def _alone(side: Side) -> dict[str, float]:
+    lengths = [len(tokens) for tokens in side.samples["response_tokens"].to_pylist()]
+    stopped = [reason == "stop" for reason in side.samples["finish_reason"].to_pylist()]
+    metrics = {"length": statistics.fmean(lengths), "stopped": statistics.fmean(stopped)}
+    for name, scores in (("gold", side.gold), ("reward", side.reward)):
+        if known := _known(scores):
+            metrics[name] = statistics.fmean(known)
+            metrics[f"{name}_failed"] = float(len(scores) - len(known))
+    return metrics
+
+
+def _together(policy: Side, other: Side) -> dict[str, float]:
+    """Differences and win rates, prompt by prompt. Equal scores are half a win."""
+    metrics: dict[str, float] = {}
+    for name, mine, theirs in (("gold", policy.gold, other.gold), ("reward", policy.reward, other.reward)):
+        pairs = [
+            (left, right) for left, right in zip(mine, theirs, strict=True) if left is not None and right is not None
+        ]
+        if not pairs:
+            continue
+        wins = sum(1.0 if left > right else 0.5 if left == right else 0.0 for left, right in pairs)
+        low, high = wilson_interval(wins, len(pairs))
+        metrics[f"{name}_against"] = statistics.fmean(right for _, right in pairs)
+        metrics |= {f"{name}_win_rate": wins / len(pairs), f"{name}_win_low": low, f"{name}_win_high": high}
+        found = compare(*([_row(number, pair[side]) for number, pair in enumerate(pairs)] for side in (1, 0)))
+        metrics |= {f"{name}_delta": found.delta, f"{name}_delta_low": found.delta_low}
+        metrics[f"{name}_delta_high"] = found.delta_high
+    return metrics
+
+
+def _row(number: int, score: float) -> EvaluationRow:
+    return EvaluationRow(str(number), "", "", score, 0.0, 0)
+
+
+def _known(scores: Sequence[float | None]) -> list[float]:
+    return [score for score in scores if score is not None]
+
+
+def _unmet(metrics: Mapping[str, float], name: str, bound: str) -> str | None:
+    """Words about a bound that a metric does not meet."""
+    if name not in metrics:
+        return f"{name} was not measured (there are {', '.join(metrics)})"
+    found = _BOUND.fullmatch(bound)
+    assert found is not None, "checked when the config was read"
+    is_met = _COMPARE[found[1]](float(metrics[name]), float(found[2]))
+    return None if is_met else f"{name} is {metrics[name]:.4g}, required {bound.strip()}"
+
+
+def _lines(metrics: Mapping[str, float]) -> Sequence[str]:
+    return [f"  {name:<18} {value:.4g}" for name, value in metrics.items() if math.isfinite(value)]

@@ -1,0 +1,101 @@
+"""The work of stage `score`: a score or a failure for every sample, as one Parquet file of schema.REWARDS."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from actors.roles.reward import RewardWorker
+from jobs.stages.sample import SAMPLES
+from jobs.stages.score import SCORES
+from jobs.stages.settings import reward_path, samples_per_shard
+from jobs.stages.stage import StageJob
+from jobs.stages.work.shards import ShardFiles, spread
+from jobs.stages.work.wiring import all_ready, start_reward, starting, supervisor_of
+from orchestrator.config.config import Config
+from orchestrator.errors import DataError, StorageError
+from orchestrator.planning.demands import reward_demand
+
+
+async def run(job: StageJob) -> Mapping[str, Any]:
+    """An attempt keeps the shards of those before it.
+
+    Raises:
+        DataError: more samples failed than reward.max_failed_fraction allows. What succeeded is kept, so that another
+            attempt asks for the others only if their shard failed as a whole.
+        StorageError: the samples can't be read.
+    """
+    samples = read_table(job.inputs[SAMPLES])
+    files = ShardFiles(job.config, job.output(SCORES))
+    table = await score_shards(job, job.config, reward_path(job.config, job.inputs), samples, files)
+    found = _described(job, table)
+    job.say(f"{job.name}: {found['scored']} of {table.num_rows} samples scored, mean {found['mean']:.3f}")
+    return found
+
+
+def read_table(path: Path) -> pa.Table:
+    """Raises StorageError."""
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(
+            f"{path} can't be read ({type(error).__name__}). Delete it, and its stage makes it again."
+        ) from None
+
+
+async def score_shards(
+    job: StageJob, config: Config, model: str | None, samples: pa.Table, files: ShardFiles
+) -> pa.Table:
+    """Scores of all samples, row by row; shards in `files` are not scored again.
+
+    Args:
+        model: the reward model. None: the reward is not a model.
+    """
+    size = samples_per_shard(config)
+    shards = [samples.slice(start, size) for start in range(0, samples.num_rows, size)]
+    if missing := files.missing(len(shards)):
+        await _score(job, config, model, shards, missing, files)
+    return files.finish(len(shards))
+
+
+async def _score(
+    job: StageJob,
+    config: Config,
+    model: str | None,
+    shards: Sequence[pa.Table],
+    missing: Sequence[int],
+    files: ShardFiles,
+) -> None:
+    async with starting(config, [reward_demand(config)]) as starter:
+        job.watch(starter.groups)
+        replicas = await start_reward(config, starter, model)
+        await all_ready({"reward": replicas}, config.deadlines.start_s)
+        supervisor = supervisor_of(config, starter, job.telemetry, job.run)
+
+        async def score(replica: int, number: int) -> None:
+            work = partial(replicas.call, replica, RewardWorker.score, config.deadlines.score_s, shards[number])
+            files.write(number, await supervisor.keep(replicas, work))
+            job.say(f"{job.name}: {number + 1} of {len(shards)} shards")
+
+        await spread(replicas, missing, score)
+
+
+def _described(job: StageJob, table: pa.Table) -> Mapping[str, Any]:
+    scores = [score for score in table["reward"].to_pylist() if score is not None]
+    num_failed = table.num_rows - len(scores)
+    most = job.config.reward.max_failed_fraction
+    if not scores or num_failed / table.num_rows > most:
+        error = next(text for text in table["reward_error"].to_pylist() if text is not None)
+        job.output(SCORES).unlink()
+        raise DataError(
+            f"{num_failed} of {table.num_rows} samples could not be scored, more than reward.max_failed_fraction="
+            f"{most:g} allows: {error}. Mend the reward, or raise that share."
+        )
+    deviation = statistics.pstdev(scores)
+    return {"scored": len(scores), "failed": num_failed, "mean": statistics.fmean(scores), "std": deviation}

@@ -1,0 +1,226 @@
+"""The work of stage `sft`: writes demonstrations as rows of tokens, and learns their replies with Ray Train."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pyarrow as pa
+
+from actors.text.conversations import Chat
+from actors.text.learned import Rows
+from actors.training.language_model import PolicyTraining
+from actors.training.sft import Fitted, SftTask
+from actors.training.train_run import Progress
+from jobs.prepare import find_data, policy_chat
+from jobs.stages.settings import chat_template
+from jobs.stages.sft import DEMONSTRATIONS, RESULT_FILE
+from jobs.stages.stage import POLICY, StageJob
+from jobs.stages.work.training import Report, train_section, work_of
+from orchestrator.algorithms.ranking import spread
+from orchestrator.config.config import Config
+from orchestrator.data.readers import read_demonstrations
+from orchestrator.data.records import DemonstrationRecord, ReadReport
+from orchestrator.errors import DataError
+from orchestrator.planning.demands import SFT
+from orchestrator.prompts import split
+from orchestrator.run.storage import write_json
+
+MEASURED = 200  # conversations whose length stands for that of all
+_RECORDED = ("loss", "perplexity", "grad_norm", "learning_rate")
+
+
+@dataclass(frozen=True)
+class SftResult:
+    """What the stage made and how good it is.
+
+    Args:
+        path: the policy, a Hugging Face folder.
+        held_out_loss: mean negative log-likelihood of a held-out token, in nats; None: nothing is held out.
+        held_out_perplexity: its exponential.
+        loss: mean over the last tenth of the optimizer steps, on training tokens.
+        num_records, num_rows: conversations, and the rows of tokens that they make.
+        num_learned_tokens: of one epoch.
+        num_split, num_cut, num_lost: see actors.text.learned.
+    """
+
+    path: str
+    held_out_loss: float | None
+    held_out_perplexity: float | None
+    loss: float
+    num_records: int
+    num_rows: int
+    num_learned_tokens: int
+    num_held_out: int
+    num_split: int
+    num_cut: int
+    num_lost: int
+    optimizer_steps: int
+    seconds: float
+
+    def describe(self) -> str:
+        parts = [
+            f"{self.path}: {self.num_records} conversations, {self.num_learned_tokens} learned tokens, "
+            f"{self.optimizer_steps} optimizer steps"
+        ]
+        if self.held_out_loss is not None:
+            parts.append(f"held-out loss {self.held_out_loss:.3f} (perplexity {self.held_out_perplexity:.2f})")
+        return ", ".join([*parts, f"{self.seconds:.0f} s"])
+
+
+async def run(job: StageJob) -> Mapping[str, Any]:
+    """Reads the demonstrations, trains, and writes the result next to the model.
+
+    Raises:
+        CapacityError: the workers do not fit into the cluster, or it has no room in time.
+        DataError: the demonstrations, the model, or a conversation that its chat template refuses.
+        NonFiniteError: loss or gradient; no model is written.
+        RoleError: workers failed more often than `failures` allows, or reported nothing before their deadline.
+    """
+    started = monotonic()
+    config = job.config
+    records, report = read(config, job.inputs.get(DEMONSTRATIONS))
+    train, held_out = parts_of(config, records)
+    chat = policy_chat(config)
+    rows, kept = _rows(config, chat, train), _rows(config, chat, held_out)
+    key = f"sft.max_length={config.sft.max_length}"
+    job.say(", ".join(filter(None, [f"sft: {report.summary()}", rows.describe(key)])))
+    data = rows.table(), kept.table()
+    folder = job.output(POLICY).absolute()
+    settings = PolicyTraining(
+        stage=config.sft,
+        policy=config.model,
+        template=chat_template(config),
+        cache=config.run.cache,
+        folder=folder,
+        work=work_of(folder),
+        total_optimizer_steps=config.sft.num_steps(len(rows.rows)),
+    )
+    fitted: Fitted
+    steps, fitted = await train_section(
+        config,
+        config.sft,
+        partial(SftTask, settings),
+        data,
+        settings.work,
+        Report(job.telemetry, job.say, SFT, settings.total_optimizer_steps, _RECORDED, _words),
+        identity=_identity(settings, config.run.seed, data),
+    )
+    loss = fitted.held_out_loss
+    if loss is not None:
+        job.telemetry.evaluation(len(steps), {"sft/held_out_loss": loss})
+    result = SftResult(
+        path=str(folder),
+        held_out_loss=loss,
+        held_out_perplexity=None if loss is None else math.exp(min(loss, 700.0)),
+        loss=_mean(step["loss"] for step in steps[-math.ceil(len(steps) / 10) :]),
+        num_records=len(train),
+        num_rows=len(rows.rows),
+        num_learned_tokens=sum(int(row.learn.sum()) for row in rows.rows),
+        num_held_out=len(held_out),
+        num_split=rows.num_split,
+        num_cut=rows.num_cut,
+        num_lost=rows.num_lost,
+        optimizer_steps=len(steps),
+        seconds=monotonic() - started,
+    )
+    shutil.rmtree(settings.work, ignore_errors=True)
+    write_json(job.run.place / RESULT_FILE, asdict(result))
+    job.telemetry.event("trained", **asdict(result))
+    job.say(f"sft: {result.describe()}")
+    return asdict(result)
+
+
+def read(config: Config, made: Path | None = None) -> tuple[Sequence[DemonstrationRecord], ReadReport]:
+    """Those of demonstrations.path, otherwise those that an earlier stage made.
+
+    Raises:
+        DataError: the file can't be read, or a row is bad.
+    """
+    section = config.demonstrations
+    path = made if section.path is None else find_data(section.path)
+    if path is None:
+        raise DataError("demonstrations.path is null: give a file of conversations.")
+    return read_demonstrations(path, section.format, section.limit)
+
+
+def parts_of(
+    config: Config, records: Sequence[DemonstrationRecord]
+) -> tuple[Sequence[DemonstrationRecord], Sequence[DemonstrationRecord]]:
+    """(to train on, held out), as demonstrations.held_out says. Raises DataError: nothing is left to train on."""
+    count = config.demonstrations.held_out
+    if count is None:
+        parts = split(records, held_out_fraction=0.1, reward_model_fraction=0.0, salt="demonstrations")
+        train, held_out = parts.train, parts.held_out
+    else:
+        start = max(len(records) - count, 0)
+        train, held_out = tuple(records[:start]), tuple(records[start:])
+    if not train:
+        raise DataError(
+            f"of {len(records)} demonstrations {len(held_out)} are held out, so none is left to train on. Give more "
+            "demonstrations or lower demonstrations.held_out."
+        )
+    return train, held_out
+
+
+def sizes(config: Config, chat: Chat) -> tuple[Sequence[int], float, int]:
+    """Lengths in tokens of some rows, the share of their tokens that is learned, and the number of all rows. Raises
+    DataError."""
+    train, _ = parts_of(config, read(config)[0])
+    some = spread(train, MEASURED)
+    rows = _rows(config, chat, some).rows
+    lengths = [len(row.tokens) for row in rows]
+    learned = sum(int(row.learn.sum()) for row in rows) / sum(lengths)
+    return lengths, learned, round(len(rows) * len(train) / len(some))
+
+
+def _rows(config: Config, chat: Chat, records: Sequence[DemonstrationRecord]) -> Rows:
+    rows = Rows()
+    for record in records:
+        try:
+            rows.add(chat, record.messages, record.tools, max_length=config.sft.max_length)
+        except DataError as error:
+            raise DataError(f"demonstration {record.id!r}: {error}") from error
+    if records and not rows.rows:
+        raise DataError(
+            f"of {len(records)} demonstrations no reply begins within sft.max_length={config.sft.max_length} tokens: "
+            "raise it (and model.max_length with it), or give shorter conversations."
+        )
+    return rows
+
+
+def _identity(settings: PolicyTraining, seed: int, data: Sequence[pa.Table]) -> tuple[object, ...]:
+    """Everything that decides what is learned."""
+    stage = settings.stage.model_dump(exclude={"checkpoint_every_steps"})
+    model = settings.policy
+    return (
+        model.path,
+        model.compute_dtype,
+        stage,
+        settings.total_optimizer_steps,
+        seed,
+        [_digest(part) for part in data],
+    )
+
+
+def _digest(table: pa.Table) -> str:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table.combine_chunks())
+    return hashlib.sha256(sink.getvalue()).hexdigest()
+
+
+def _words(steps: Sequence[Progress]) -> str:
+    return f"loss {_mean(step['loss'] for step in steps):.3f}"
+
+
+def _mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)

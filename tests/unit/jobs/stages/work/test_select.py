@@ -1,0 +1,88 @@
+"""Selection by hand: what is kept, in which order, and what is counted."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from jobs.stages.work.select import _KINDS, Scored, _usable
+from orchestrator.config.sections import SelectConfig
+from orchestrator.data.readers import read_demonstrations, read_rankings
+
+
+def sample(prompt: str, reply: str, score: float, *, begun: str = "") -> Scored:
+    messages = [{"role": "user", "content": f"Say {prompt}."}]
+    if begun:
+        messages.append({"role": "assistant", "content": begun})
+    return Scored(prompt, json.dumps({"messages": messages}), reply, score)
+
+
+SAMPLES = [
+    sample("a", "bad", 0.0),
+    sample("a", "good", 2.0),
+    sample("a", "good", 2.0),
+    sample("b", "same", 1.0),
+    sample("b", "same", 1.0),
+    sample("c", "low", -3.0, begun="I say "),
+    sample("c", "mid", -2.5, begun="I say "),
+    sample("c", "high", -1.0, begun="I say "),
+]
+
+
+def replies(kept: str, **keys: object) -> tuple[list[object], Counter[str]]:
+    skipped: Counter[str] = Counter()
+    rows = list(_KINDS[kept](SAMPLES, SelectConfig(keep=kept, **keys), skipped))
+    return [row.get("replies", row["messages"][-1]["content"]) for row in rows], skipped
+
+
+def test_the_best_reply_to_each_prompt_is_kept_and_continues_a_begun_turn() -> None:
+    found, skipped = replies("best")
+    assert found == ["good", "same", "I say high"]
+    assert sum(skipped.values()) == 5
+
+
+def test_the_best_share_is_taken_over_all_prompts_and_keeps_its_order() -> None:
+    found, skipped = replies("top", share=0.3)  # 3 of 8
+    assert found == ["good", "good", "same"] and sum(skipped.values()) == 5
+
+
+def test_pairs_are_the_best_and_the_worst_reply() -> None:
+    found, skipped = replies("pairs")
+    assert found == [["good", "bad"], ["high", "low"]]
+    assert skipped == {"of prompts whose replies are equally good": 2}
+    found, skipped = replies("pairs", min_margin=2.0)
+    assert found == [["good", "bad"], ["high", "low"]]
+    found, _ = replies("pairs", min_margin=2.5)
+    assert found == []
+
+
+def test_rankings_hold_all_distinct_replies_in_order() -> None:
+    found, skipped = replies("rankings")
+    assert found == [["good", "bad"], ["high", "mid", "low"]]
+    assert skipped == {"of prompts whose replies are equal": 2}
+
+
+def test_a_score_of_zero_is_data_and_a_cut_reply_is_not_learned() -> None:
+    rows = {"prompt_id": ["a"] * 3, "meta": ["{}"] * 3, "response_text": ["x", "y", "z"]}
+    table = pa.table(rows | {"finish_reason": ["stop", "stop", "length"]})
+    skipped: Counter[str] = Counter()
+    found = list(_usable(table, pa.table({"reward": [0.0, None, 5.0]}), skipped))
+    assert [(scored.reply, scored.score) for scored in found] == [("x", 0.0)]
+    assert skipped == {"without a score": 1, "cut by length": 1}
+
+
+@pytest.mark.parametrize("kept", ["best", "top", "pairs", "rankings"])
+def test_what_is_written_is_read_back(tmp_path: Path, kept: str) -> None:
+    rows = list(_KINDS[kept](SAMPLES, SelectConfig(keep=kept, share=1.0), Counter()))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if kept in ("best", "top"):
+        demonstrations, _ = read_demonstrations(tmp_path / "rows.jsonl")
+        assert demonstrations[-1].messages[-1].content == "I say high"
+    else:
+        rankings, _ = read_rankings(tmp_path / "rows.jsonl")
+        assert [record.replies[0] for record in rankings] == ["good", "high"]
+        assert rankings[1].messages[-1].content == "I say "
