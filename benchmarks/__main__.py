@@ -28,6 +28,7 @@ BENCHMARKS: Mapping[str, Sequence[str]] = {
     "trl_step": (),
     "coordinator_scale": (),
     "coordinator_memory": (),
+    "reading": (),
 }
 NEEDS_GPU = 2
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
+from orchestrator.data import canonical
 from orchestrator.data.formats.demonstrations import DEMONSTRATION_FORMATS
 from orchestrator.data.formats.documents import DOCUMENT_FORMATS
 from orchestrator.data.formats.feedback import LABEL_FORMATS, SCORE_FORMATS
@@ -46,6 +47,7 @@ class Kind(Generic[Record]):
     formats: by name; `auto` selects the first that fits.
     records: converts a row to records. Raises BadRow or LeftOut.
     parts: the messages of a record, and its other parts that take memory.
+    row: the canonical row of a record, whose format `auto` detects.
     has_distinct_ids: whether ids must be unique.
     """
 
@@ -53,6 +55,7 @@ class Kind(Generic[Record]):
     formats: Mapping[str, Format[Any]]
     records: Callable[[Fields, Format[Any]], Iterable[New[Record] | LeftOut]]
     parts: Callable[[Record], tuple[Any, ...]]
+    row: Callable[[Record], dict[str, Any]]
     has_distinct_ids: bool = False
 
 
@@ -126,13 +129,26 @@ def _documents(fields: Fields, form: Format[Any]) -> Iterator[New[DocumentRecord
 
 
 PROMPTS = Kind[PromptRecord](
-    "prompts", PROMPT_FORMATS, _prompts, lambda record: (record.messages, record.meta, record.tools), True
+    "prompts",
+    PROMPT_FORMATS,
+    _prompts,
+    lambda record: (record.messages, record.meta, record.tools),
+    canonical.prompt_row,
+    has_distinct_ids=True,
 )
 DEMONSTRATIONS = Kind[DemonstrationRecord](
-    "demonstrations", DEMONSTRATION_FORMATS, _demonstrations, lambda record: (record.messages, record.tools)
+    "demonstrations",
+    DEMONSTRATION_FORMATS,
+    _demonstrations,
+    lambda record: (record.messages, record.tools),
+    canonical.demonstration_row,
 )
 RANKINGS = Kind[RankingRecord](
-    "preferences", RANKING_FORMATS, _rankings, lambda record: (record.messages, record.replies, record.tools)
+    "preferences",
+    RANKING_FORMATS,
+    _rankings,
+    lambda record: (record.messages, record.replies, record.tools),
+    canonical.ranking_row,
 )
 
 
@@ -141,14 +157,18 @@ LABELS = Kind[LabelledRecord](
     LABEL_FORMATS,
     lambda fields, form: _judged(fields, form, LabelledRecord),
     lambda record: (record.messages, [record.reply], record.tools),
+    canonical.labelled_row,
 )
 SCORES = Kind[ScoredRecord](
     "preferences",
     SCORE_FORMATS,
     lambda fields, form: _judged(fields, form, ScoredRecord),
     lambda record: (record.messages, [record.reply], record.tools),
+    canonical.scored_row,
 )
-DOCUMENTS = Kind[DocumentRecord]("demonstrations", DOCUMENT_FORMATS, _documents, lambda record: ((), record.text))
+DOCUMENTS = Kind[DocumentRecord](
+    "demonstrations", DOCUMENT_FORMATS, _documents, lambda record: ((), record.text), canonical.document_row
+)
 
 KINDS: Mapping[str, Kind[Any]] = {
     "preferences": RANKINGS,

@@ -27,6 +27,7 @@ from orchestrator.data.values import field_names
 from orchestrator.errors import DataError
 
 MAX_BAD_ROWS = 5
+KEPT_BAD_ROWS = 20
 DUPLICATE = "already read"
 
 
@@ -37,7 +38,7 @@ class Stream(Generic[Record]):
         kind: kind of the records.
         format: a name in `kind.formats`, or auto.
         limit: maximum number of records.
-        max_bad_rows: number of bad rows after which reading stops.
+        max_bad_rows: number of bad rows after which reading stops. None: never; the first KEPT_BAD_ROWS are kept.
 
     Raises:
         DataError: during reading: the file can't be read, has bad rows or no records.
@@ -50,7 +51,7 @@ class Stream(Generic[Record]):
         format: str = "auto",
         limit: int | None = None,
         *,
-        max_bad_rows: int = MAX_BAD_ROWS,
+        max_bad_rows: int | None = MAX_BAD_ROWS,
     ) -> None:
         self._key = f"{kind.section}.format"
         if format != "auto" and format not in kind.formats:
@@ -58,7 +59,7 @@ class Stream(Generic[Record]):
         self.format = format
         self.left_out: Counter[str] = Counter()
         self.bad_rows: list[str] = []
-        self.num_rows = self.num_records = 0
+        self.num_rows = self.num_records = self.num_bad = 0
         self._kind, self._path, self._limit, self._max_bad_rows = kind, str(path), limit, max_bad_rows
         self._seen, self._ids = Digests(), Digests()
 
@@ -74,10 +75,14 @@ class Stream(Generic[Record]):
         """The report after reading. Raises DataError if there were bad rows."""
         if self.bad_rows:
             self._raise(f"{len(self.bad_rows)} bad row{'s' if len(self.bad_rows) > 1 else ''}")
-        report = ReadReport(self._path, self.format, self.num_rows, self.num_records, dict(self.left_out))
+        report = self.progress()
         if not self.num_records:
             raise DataError(f"{report.summary()}. Give a file with at least one usable record.")
         return report
+
+    def progress(self) -> ReadReport:
+        """The report so far, whether or not there were bad rows."""
+        return ReadReport(self._path, self.format, self.num_rows, self.num_records, dict(self.left_out))
 
     def _rows(self) -> Iterator[Row]:
         """The good rows, joined if several form one."""
@@ -145,8 +150,10 @@ class Stream(Generic[Record]):
             )
 
     def _bad(self, row: Row, problem: str) -> None:
-        self.bad_rows.append(f"row {row.number}: {problem}")
-        if len(self.bad_rows) == self._max_bad_rows:
+        self.num_bad += 1
+        if len(self.bad_rows) < KEPT_BAD_ROWS:
+            self.bad_rows.append(f"row {row.number}: {problem}")
+        if self.num_bad == self._max_bad_rows:
             self._raise(f"the first {self._max_bad_rows} bad rows")
 
     def _detect(self, row: Row) -> str:

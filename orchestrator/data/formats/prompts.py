@@ -84,7 +84,7 @@ _INSTRUCTION = frozenset({"instruction", "input"})
 # In this order: `auto` takes the first that fits.
 PROMPT_FORMATS: dict[str, Format[Messages]] = {
     "messages": Format(field_sets("messages"), _messages, frozenset({"messages"})),
-    "oasst": Format(OASST_FIELDS, oasst_prompts, frozenset({"prompt"}), gather=trees),
+    "oasst": Format(OASST_FIELDS, oasst_prompts, frozenset({"prompt", "message_tree_id", "tree_state"}), gather=trees),
     "prompt": Format(field_sets("prompt"), _prompt, frozenset({"prompt"})),
     "hh-rlhf": Format(field_sets("chosen rejected"), _hh_prompt, frozenset({"chosen", "rejected"})),
     "alpaca": Format(field_sets("instruction"), _alpaca, _INSTRUCTION),

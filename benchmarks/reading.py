@@ -1,0 +1,157 @@
+"""`python -m benchmarks.reading [--rows N]`: rows/s and memory of streaming a file of demonstrations, by kind of file.
+
+Every file has N synthetic rows (a million) and is read by a process of its own, which prints its resident memory as it
+goes. The growth is the digests by which repeated rows are found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.harness import Figure, plain_figure
+from benchmarks.table import report
+from orchestrator.data.kinds import DEMONSTRATIONS, DOCUMENTS
+from orchestrator.data.streams import Stream
+
+ROWS = 1_000_000
+BATCH = 10_000
+TARGET_MB = 1000.0
+MB = 1e6
+_WORDS = "a reward model ranks replies to prompts that people wrote and learns what they like about them".split()
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--rows", type=int, default=ROWS)
+    arguments.add_argument("--read", type=Path, help="read this file in this process")
+    found = arguments.parse_args()
+    if found.read:
+        read(found.read)
+        return
+    figures = [figure for kind in WRITERS for figure in measure(kind, found.rows)]
+    report("reading", figures)
+
+
+def rows(count: int) -> Iterator[dict[str, str]]:
+    for number in range(count):
+        start = number % len(_WORDS)
+        words = " ".join(_WORDS[start:] + _WORDS[:start])
+        yield {"prompt": f"What is {number}? {words}", "response": f"{words} {number * 7}."}
+
+
+def _lines(stream: IO[bytes], count: int) -> None:
+    for row in rows(count):
+        stream.write(json.dumps(row).encode() + b"\n")
+
+
+def _jsonl(path: Path, count: int) -> None:
+    with path.open("wb") as stream:
+        _lines(stream, count)
+
+
+def _gzip(path: Path, count: int) -> None:
+    with gzip.open(path, "wb", compresslevel=1) as stream:
+        _lines(stream, count)
+
+
+def _zstd(path: Path, count: int) -> None:
+    with pa.CompressedOutputStream(str(path), "zstd") as stream:
+        _lines(stream, count)
+
+
+def _array(path: Path, count: int) -> None:
+    with path.open("wb") as stream:
+        for number, row in enumerate(rows(count)):
+            stream.write((b",\n" if number else b"[") + json.dumps(row).encode())
+        stream.write(b"]")
+
+
+def _parquet(path: Path, count: int) -> None:
+    schema = pa.schema({"prompt": pa.string(), "response": pa.string()})
+    with pq.ParquetWriter(path, schema) as writer:
+        batch: list[dict[str, str]] = []
+        for row in rows(count):
+            batch.append(row)
+            if len(batch) == BATCH:
+                writer.write_table(pa.Table.from_pylist(batch, schema))
+                batch = []
+        if batch:
+            writer.write_table(pa.Table.from_pylist(batch, schema))
+
+
+def _text(path: Path, count: int) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        for row in rows(count):
+            stream.write(f"{row['prompt']}\n{row['response']}\n<|endoftext|>\n")
+
+
+WRITERS: Mapping[str, Callable[[Path, int], None]] = {
+    "jsonl": _jsonl,
+    "jsonl.gz": _gzip,
+    "jsonl.zst": _zstd,
+    "json": _array,
+    "parquet": _parquet,
+    "txt": _text,
+}
+
+
+def measure(kind: str, count: int) -> list[Figure]:
+    """Figures of one kind of file, from a fresh process."""
+    with tempfile.TemporaryDirectory(prefix="reading") as folder:
+        path = Path(folder) / f"rows.{kind}"
+        WRITERS[kind](path, count)
+        command = [sys.executable, "-m", "benchmarks.reading", "--read", str(path)]
+        root = Path(__file__).resolve().parent.parent
+        done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
+        detail = f"{count:,} rows, {path.stat().st_size / MB:.0f} MB"
+    first, *_, last = [json.loads(line) for line in done.stdout.splitlines()]
+    if last["rows"] != count:
+        raise RuntimeError(f"{kind}: {last['rows']:,} of {count:,} rows came out")
+    growth = (last["rss"] - first["rss"]) / max(count - first["rows"], 1)
+    return [
+        plain_figure(f"read {kind}", [count / last["seconds"]], "rows/s", detail=detail),
+        plain_figure(
+            f"peak memory of reading {kind}",
+            [last["peak"] / MB],
+            "MB",
+            better="lower",
+            target=TARGET_MB,
+            detail=f"RSS {first['rss'] / MB:.0f} MB at row {first['rows']:,}, {last['rss'] / MB:.0f} MB at the end: "
+            f"{growth:.0f} bytes a row",
+        ),
+    ]
+
+
+def read(path: Path) -> None:
+    """Streams a file; prints rows, seconds and resident bytes as JSON lines: ten times in a million rows, and at the
+    end."""
+    stream = Stream[Any](DOCUMENTS if path.suffix == ".txt" else DEMONSTRATIONS, path)
+    started = perf_counter()
+    for number, _ in enumerate(stream, 1):
+        if number % (ROWS // 10) == 1:
+            _print(number, perf_counter() - started)
+    _print(stream.report().num_records, perf_counter() - started)
+
+
+def _print(count: int, seconds: float) -> None:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    sizes = {line.split()[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Vm")}
+    line = {"rows": count, "seconds": round(seconds, 2), "rss": sizes["VmRSS:"], "peak": sizes["VmHWM:"]}
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
