@@ -20,8 +20,12 @@ def command_of(name: str) -> Any:
     module, _, function = entry.place.partition(":")
     with stops.ending_at_once():
         work = getattr(importlib.import_module(module), function)
-    program = typer.Typer(add_completion=False, rich_markup_mode=None)
     example = f"\b\nExample:\n  {PROGRAM} {name} {entry.example}"
+    if isinstance(work, typer.Typer):  # a command with commands of its own
+        group = typer.main.get_group(work)
+        group.epilog = example
+        return group
+    program = typer.Typer(add_completion=False, rich_markup_mode=None)
     program.command(name, epilog=example, context_settings={"max_content_width": _WIDTH})(work)
     return typer.main.get_command(program)
 

@@ -12,7 +12,8 @@ PROGRAM = "rlhf"
 @dataclass(frozen=True)
 class Command:
     """Args:
-    place: `module:function`; the function's signature is the command line, its docstring the help.
+    place: `module:function`; the function's signature is the command line, its docstring the help. Or `module:app` for
+        a Typer app of several commands.
     summary: for the list of commands.
     example: arguments after `rlhf NAME`.
     """
@@ -48,6 +49,11 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             "jobs.run:reward_model",
             "Train a reward model alone, on a file of preferences.",
             "--config jobs/configs/hh_rlhf.yaml preferences.path=FILE",
+        ),
+        "data": Command(
+            "jobs.datasets.command:app",
+            "Inspect a data file, or convert it to the canonical form.",
+            "inspect jobs/data/quickstart_prompts.jsonl",
         ),
         "submit": Command(
             "jobs.cluster.submit:main",

@@ -1,0 +1,1 @@
+"""`rlhf data`: shows what a data file holds, and writes it in the canonical form."""
