@@ -7,7 +7,6 @@ goes. The growth is the digests by which repeated rows are found.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import resource
 import subprocess
@@ -62,13 +61,8 @@ def _jsonl(path: Path, count: int) -> None:
         _lines(stream, count)
 
 
-def _gzip(path: Path, count: int) -> None:
-    with gzip.open(path, "wb", compresslevel=1) as stream:
-        _lines(stream, count)
-
-
-def _zstd(path: Path, count: int) -> None:
-    with pa.CompressedOutputStream(str(path), "zstd") as stream:
+def _compressed(path: Path, count: int) -> None:
+    with pa.output_stream(str(path)) as stream:  # by the ending of its name
         _lines(stream, count)
 
 
@@ -100,8 +94,8 @@ def _text(path: Path, count: int) -> None:
 
 WRITERS: Mapping[str, Callable[[Path, int], None]] = {
     "jsonl": _jsonl,
-    "jsonl.gz": _gzip,
-    "jsonl.zst": _zstd,
+    "jsonl.gz": _compressed,
+    "jsonl.zst": _compressed,
     "json": _array,
     "parquet": _parquet,
     "txt": _text,

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from jobs.command import imported, read_config, run_command
+from jobs.command import imported, run_command
+from orchestrator.config.loader import load_config
 
 app = typer.Typer(
     add_completion=False,
@@ -35,11 +36,12 @@ def inspect(
     format: Format = "auto",
     tokens: Annotated[bool, typer.Option(help="Count tokens and show samples with the model's tokenizer.")] = True,
 ) -> None:
-    """Counts records, shows rejected rows with reasons, a histogram of token lengths, and three records as the model
-    gets them. Exit code: 0 all rows are good, 2 some are not."""
+    """Shows counts, rejected rows, token lengths and three records.
+
+    Learned or scored tokens are green. Exit code: 0 all rows are good, 2 some are not."""
 
     def work() -> None:
-        settings = read_config(config, overrides or (), print_config=False)
+        settings = load_config(config, overrides or ())
         imported("jobs.datasets.inspection:inspect")(file, kind, format, settings if tokens else None)
 
     run_command(work)
@@ -53,7 +55,9 @@ def convert(
     kind: As = None,
     format: Format = "auto",
 ) -> None:
-    """Writes the records of a file in the canonical form of their kind. Exit code: 0 written, 2 a row is bad."""
+    """Writes the records of a file in the canonical form.
+
+    Exit code: 0 written, 2 a row is bad."""
 
     def work() -> None:
         imported("jobs.datasets.conversion:convert")(file, out, to, kind, format)
