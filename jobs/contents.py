@@ -19,6 +19,7 @@ from actors.models.model import EMBEDDED, resolve_model
 from jobs.prepare import PACKAGE_ROOT, find_data
 from jobs.stages.table import stages_of
 from orchestrator.config.config import Config
+from orchestrator.data.mixtures import is_mixture, sources_of
 from orchestrator.errors import RlhfError
 
 WHOLE_BYTES = 64 << 20
@@ -84,7 +85,12 @@ def folder_digest(folder: Path) -> str:
 
 
 def _data_digest(path: Path) -> str:
-    return file_digest(find_data(path))
+    """Of a data file, or of a mixture and its sources."""
+    file = find_data(path)
+    if not is_mixture(file):
+        return file_digest(file)
+    lines = [file_digest(file), *(file_digest(source.path) for source in sources_of(file))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _model_digest(name_or_path: str, cache: Path) -> str:

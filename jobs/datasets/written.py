@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from actors.text.learned import rows_of
 
 from actors.text.conversations import Chat
+from actors.text.learned import rows_of
 from actors.text.tokenizing import Tokens, encode
 from orchestrator.data.records import (
     DemonstrationRecord,

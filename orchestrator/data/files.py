@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import cast
 import pyarrow as pa
 from pyarrow import fs
 
+from orchestrator.data.hub import hub_rows, is_hub
 from orchestrator.data.inputs import at_home, size_of_file
 from orchestrator.data.json_rows import BYTE_ORDER_MARK, CHUNK_BYTES, Row, line_rows, value_rows
 from orchestrator.data.limits import max_unpacked_bytes, mib
@@ -55,6 +57,9 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         DataError: the file is missing, unreadable, empty, truncated or beyond a limit, or a JSON array is incomplete.
             A single bad row raises nothing: it is yielded with its `problem`.
     """
+    if is_hub(str(path)):
+        yield from hub_rows(str(path))
+        return
     with _opened(str(path)) as source:
         yield from _rows(source)
 
@@ -68,13 +73,17 @@ def read_text(path: str | Path) -> Iterator[Row]:
 
 def is_text(path: str | Path) -> bool:
     """Whether a file holds neither JSON nor Parquet."""
+    if is_hub(str(path)):
+        return False
     with _opened(str(path)) as source:
         head = _first_line(source.stream)
         return bool(head) and not _RECORDS.match(head)
 
 
 def file_bytes(path: str | Path) -> int:
-    """Size of a file in its storage."""
+    """Size of a file in its storage; of a data set on the hub more than any limit."""
+    if is_hub(str(path)):
+        return sys.maxsize
     filesystem, inner = _locate(str(path))
     return int(filesystem.get_file_info(inner).size or 0)
 

@@ -57,7 +57,7 @@ def _lines(path: str) -> Iterator[bytes]:
             raise ValueError("two of its columns have the same name")
         for batch in file.iter_batches(batch_size=_batch_rows(file.metadata), use_threads=False):
             for fields in batch.to_pylist():
-                yield json.dumps(_plain(fields), ensure_ascii=False).encode() + b"\n"
+                yield json.dumps(plain(fields), ensure_ascii=False).encode() + b"\n"
 
 
 def _batch_rows(metadata: Any) -> int:
@@ -66,11 +66,11 @@ def _batch_rows(metadata: Any) -> int:
     return max(min(_BATCH_ROWS, _BATCH_BYTES // max(longest, 1)), 1)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if item is not None}
+        return {key: plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")

@@ -7,6 +7,7 @@ from pathlib import Path
 from orchestrator.data.files import file_bytes
 from orchestrator.data.kinds import DEMONSTRATIONS, DOCUMENTS, LABELS, PROMPTS, RANKINGS, SCORES, Kind, Record
 from orchestrator.data.limits import Kept
+from orchestrator.data.mixtures import MixedStream, is_mixture, sources_of
 from orchestrator.data.records import (
     DemonstrationRecord,
     DocumentRecord,
@@ -68,9 +69,10 @@ def read_documents(
 def _read(
     kind: Kind[Record], path: str | Path, format: str, limit: int | None
 ) -> tuple[tuple[Record, ...], ReadReport]:
-    kept = Kept(str(path), kind.section, lambda: file_bytes(path))
+    files = [source.path for source in sources_of(path)] if is_mixture(path) else [path]
+    kept = Kept(str(path), kind.section, lambda: sum(map(file_bytes, files)))
     records: list[Record] = []
-    stream = Stream(kind, path, format, limit)
+    stream = MixedStream(kind, path, format, limit) if is_mixture(path) else Stream(kind, path, format, limit)
     for record in stream:
         records.append(record)
         kept.add(*kind.parts(record))

@@ -39,6 +39,7 @@ class Stream(Generic[Record]):
         format: a name in `kind.formats`, or auto.
         limit: maximum number of records.
         max_bad_rows: number of bad rows after which reading stops. None: never; the first KEPT_BAD_ROWS are kept.
+        seen: digests of records that were read before, from other files.
 
     Raises:
         DataError: during reading: the file can't be read, has bad rows or no records.
@@ -52,6 +53,7 @@ class Stream(Generic[Record]):
         limit: int | None = None,
         *,
         max_bad_rows: int | None = MAX_BAD_ROWS,
+        seen: Digests | None = None,
     ) -> None:
         self._key = f"{kind.section}.format"
         if format != "auto" and format not in kind.formats:
@@ -61,7 +63,7 @@ class Stream(Generic[Record]):
         self.bad_rows: list[str] = []
         self.num_rows = self.num_records = self.num_bad = 0
         self._kind, self._path, self._limit, self._max_bad_rows = kind, str(path), limit, max_bad_rows
-        self._seen, self._ids = Digests(), Digests()
+        self._seen, self._ids = Digests() if seen is None else seen, Digests()
 
     def __iter__(self) -> Iterator[Record]:
         for row in self._rows():

@@ -184,3 +184,11 @@ def test_large_files_are_sampled_at_their_size_their_ends_and_between(
         seen.add(file_digest(path))
     append(path)
     assert len(seen | {before, file_digest(path)}) == 5
+
+
+def test_the_digest_of_a_mixture_covers_its_sources(files: Path) -> None:
+    mixture = files / "mixture.yaml"
+    mixture.write_text("sources: [{path: prompts.jsonl}, {path: preferences.jsonl}]")
+    before = contents(config(files, prompts__path=str(mixture)))["prompts.path"]
+    (files / "preferences.jsonl").write_text('{"prompt": "Which?", "chosen": "a", "rejected": "b"}\n')
+    assert contents(config(files, prompts__path=str(mixture)))["prompts.path"] != before
