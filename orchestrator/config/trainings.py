@@ -16,7 +16,7 @@ class PreferencesConfig(Section):
     path: Path | None = None
     """Preference file. Null: the labeller ranks replies of the initial policy."""
     format: Annotated[str, one_of(RANKING_FORMATS, "auto")] = "auto"
-    """Record format: ranking, pairwise, hh-rlhf. auto: detected from the first record's fields."""
+    """Record format (docs/data.md). auto: detected from the first record's fields."""
     limit: Positive | None = None
     """Read at most this many records."""
     held_out: NonNegative | None = None
@@ -28,7 +28,7 @@ class DemonstrationsConfig(Section):
     path: Path | None = None
     """Conversations whose replies stage sft learns: JSONL, JSON or Parquet, plain or gzip/zstd."""
     format: Annotated[str, one_of(DEMONSTRATION_FORMATS, "auto")] = "auto"
-    """Record format. auto: detected from the first record's fields."""
+    """Record format (docs/data.md). auto: detected from the first record's fields."""
     limit: Positive | None = None
     """Read at most this many records."""
     held_out: NonNegative | None = None

@@ -82,6 +82,8 @@ def _demonstrations(fields: Fields, form: Format[Any]) -> Iterator[New[Demonstra
         if not replies:
             yield LeftOut("conversations without a reply of the assistant")
             continue
+        for index in replies:
+            _require_learned(messages[index], f"turn {index + 1}")
         if any(not messages[index].content.strip() and not messages[index].tool_calls for index in replies):
             yield LeftOut("conversations with an empty reply")
             continue
@@ -194,6 +196,13 @@ def _check_messages(messages: Sequence[Message], tools: Tools, replies: Iterable
         _check_text([message.content if plain else json.dumps(message_dicts([message]), ensure_ascii=False)])
     if tools:
         _check_text([json.dumps(tools, ensure_ascii=False)])
+
+
+def _require_learned(reply: Message, where: str) -> None:
+    """Raises BadRow for a reply that is marked as not to be learned, as OpenAI's and axolotl's formats allow."""
+    marks = {} if reply.extra is None else json.loads(reply.extra)
+    if marks.get("weight") == 0 or marks.get("train") is False:
+        raise BadRow(f"{where} is marked as not to be learned (weight or train), but every reply is; remove the row")
 
 
 def _check_text(texts: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,8 @@ SHAREGPT_BAD = [
 BAD: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
     "demonstrations": {
         "messages": [
+            ({"messages": [TURNS[1], {**TURNS[2], "weight": 0}]}, "turn 2 is marked as not to be learned"),
+            ({"messages": [TURNS[1], {**TURNS[2], "train": False}]}, "turn 2 is marked as not to be learned"),
             ({"text": "x"}, "field 'messages' is missing; the fields are: text"),
             ({"messages": "q"}, "'messages' must be a list of {role, content}, found text"),
             ({"messages": []}, "'messages' must be a list of {role, content}, found a list"),
@@ -318,6 +321,20 @@ def test_good_rows_are_detected(tmp_path: Path, kind: str, name: str, row: dict[
         return  # another is the first that fits
     stream = Stream(KINDS[kind], write(tmp_path, row))
     assert len(list(stream)) > 0 and stream.report().format == name
+
+
+@pytest.mark.parametrize(("kind", "name", "row"), [(k, n, row) for k, rows in GOOD.items() for n, row in rows.items()])
+def test_chinese_text_reaches_the_record_unchanged(tmp_path: Path, kind: str, name: str, row: dict[str, Any]) -> None:
+    asked, answered = "天气怎么样？\u3000“好”", "答案：很好。😀"
+    text = json.dumps(row).replace('"q"', json.dumps(asked)).replace('"a"', json.dumps(answered))
+    text = text.replace(": q", f": {asked}").replace(": a", f": {answered}").replace('"x"', json.dumps(asked))
+    path = tmp_path / "plain.txt" if name == "plain" else write(tmp_path, json.loads(text))
+    if name == "plain":
+        path.write_text(asked, encoding="utf-8")
+    stream = Stream(KINDS[kind], path, name)
+    shown = json.dumps([KINDS[kind].row(record) for record in stream], ensure_ascii=False)
+    assert json.dumps(asked, ensure_ascii=False)[1:-1] in shown
+    assert kind in ("prompts", "documents") or answered in shown
 
 
 def test_five_kinds_of_bad_rows_of_every_format_are_tried() -> None:
