@@ -1,7 +1,7 @@
-"""How long tests wait: deadlines are written for two recent, quiet cores and grow on slower or busier machines.
+"""Deadlines of tests: written for two recent, quiet cores and scaled on slower or busier machines.
 
-The factor is measured once for a pytest session, from a fixed piece of work and the machine's load, and handed to child
-processes through the environment. RLHF_TEST_PATIENCE=3 sets it by hand.
+The factor is measured once per pytest session, from a fixed amount of work and the machine's load, and passed to child
+processes through the environment. RLHF_TEST_PATIENCE=3 sets it manually.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from orchestrator.config.sections import DeadlinesConfig
 VARIABLE = "RLHF_TEST_PATIENCE"
 LARGEST = 10.0
 QUIET_PROBE_S = 0.03  # one core of a Xeon with AMX, quiet
-MIN_FACTOR = 1.5  # load may come later
+MIN_FACTOR = 1.5  # load may increase later
 
 
 def scaled(quiet_s: float) -> float:
-    """The deadline on this machine for what `quiet_s` seconds are ample for on a quiet machine."""
+    """Scales a deadline that is ample on a quiet machine to this machine."""
     return quiet_s * patience()
 
 
 def of_a_run() -> dict[str, float]:
-    """The config section `deadlines` for runs that tests start: the defaults, on this machine."""
+    """The config section `deadlines` for runs of tests: the defaults, scaled to this machine."""
     return {name: scaled(seconds) for name, seconds in DeadlinesConfig().model_dump().items()}
 
 
 @cache
 def patience() -> float:
-    """The factor by which this machine, with what else runs on it, may be slower than a quiet one; never below 1."""
+    """The factor by which this machine, under its current load, may be slower than a quiet one; at least 1."""
     given = os.environ.get(VARIABLE)
     if given is None:
         given = os.environ[VARIABLE] = f"{_measured():.2f}"
@@ -47,7 +47,7 @@ def _measured() -> float:
 
 
 def _probe_s() -> float:
-    """Interpreter work and small products, what most of the suite consists of; about 0.05 s."""
+    """Interpreter work and small matrix products, typical of the suite; about 0.05 s."""
     started = perf_counter()
     counts: dict[int, int] = {}
     for number in range(200_000):

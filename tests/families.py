@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures, written as ordinary Hugging Face folders in well under a second each."""
+"""Tiny random models of many architectures, written as Hugging Face folders in well under a second each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
-# Heads of 32 are the smallest that vLLM serves on the CPU.
+# 32 is the smallest head size that vLLM supports on CPUs.
 _SIZES: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -29,8 +29,8 @@ _SIZES: Mapping[str, Any] = {
 _EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
 _GLM_EXPERTS = {**_EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1}
 
-# By name: the model type of transformers and what differs from _SIZES. Scales and caps of logits have values other than
-# 1, biases are present wherever the config can have them: whatever is left out must show in the log-probs.
+# By name: the model type of transformers and differences from _SIZES. Logit scales and caps are not
+# 1, and biases are present wherever possible: any omitted operation must change the log-probs.
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "Llama": ("llama", {}),
     "Llama, biases and tied": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -70,7 +70,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "first_k_dense_replace": 1,
             "num_key_value_heads": 2,
             "q_lora_rank": 32,
-            # vLLM's latent attention has kernels for these two only.
+            # vLLM's latent attention has kernels only for these two.
             "kv_lora_rank": 512,
             "qk_rope_head_dim": 64,
             "head_dim": 64,
@@ -107,8 +107,8 @@ def tiny_config(name: str) -> PreTrainedConfig:
 
 
 def tiny_model(name: str, *, seed: int = 0) -> PreTrainedModel:
-    """A random fp32 model in evaluation mode. Every parameter and buffer of its state is away from what it begins as:
-    a bias of zero or a norm of one would hide that it is left out."""
+    """A random fp32 model in evaluation mode. All parameters and buffers differ from their initial values:
+    a bias of zero or a norm of one would hide that it is not used."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32)
@@ -124,7 +124,7 @@ def tiny_model(name: str, *, seed: int = 0) -> PreTrainedModel:
 
 
 def tiny_folder(name: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Writes such a model and the tokenizer of tests.tiny to `folder`."""
+    """Writes such a model, with the tokenizer of tests.tiny, to `folder`."""
     model = tiny_model(name, seed=seed).to(dtype)
     model.generation_config.eos_token_id = 0
     model.generation_config.pad_token_id = 0

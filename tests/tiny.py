@@ -1,4 +1,4 @@
-"""A tiny random Llama and a byte-level tokenizer, written as an ordinary Hugging Face folder in about a second."""
+"""A tiny random Llama and a byte-level tokenizer, written as a Hugging Face folder in about a second."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _CORPUS = [
 
 
 def tiny_tokenizer(chat_template: str = CHATML, eos_token: str = "<|im_end|>") -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most VOCABULARY tokens. Its pad token is its EOS, as in many real models, so
-    that code which finds the end of a response by pad ids fails."""
+    """A byte-level BPE tokenizer of at most VOCABULARY tokens. Its pad token is its EOS, as in many real models,
+    so code that uses pad ids to find the end of a response fails."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -52,7 +52,7 @@ def tiny_config(tied: bool = True) -> LlamaConfig:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=32,  # the smallest that vLLM serves on the CPU
+        head_dim=32,  # the smallest that vLLM supports on CPUs
         max_position_embeddings=512,
         tie_word_embeddings=tied,
         initializer_range=0.15,

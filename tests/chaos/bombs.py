@@ -1,7 +1,7 @@
-"""Small inputs that stand for huge ones, or never end. A family makes them, each from a random generator of its own.
+"""Small inputs that expand to huge ones or never end. Each family generates them from a separate random generator.
 
 To add a family: a function (folder, random) -> (work, arguments) that writes what it needs into the folder, and a line
-in FAMILIES. The work is an importable function; it runs in a process of its own (bounded.py).
+in FAMILIES. The work is an importable function that runs in a separate process (bounded.py).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _reading(path: Path, random: Random) -> Work:
     return read, (path, random.random() < 0.7)
 
 
-# Compressed files: one compressed block, many times over.
+# Compressed files: one compressed block, repeated many times.
 
 PACKERS: Mapping[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
@@ -72,7 +72,7 @@ def compressed(folder: Path, random: Random) -> Work:
 
 
 def compressed_rows(folder: Path, random: Random) -> Work:
-    """Distinct rows, of which each takes a hundred times its bytes."""
+    """Distinct rows, each of which takes a hundred times its size."""
     first, count = random.randrange(10**6), random.choice((10**4, 10**5, 4 * 10**5))
     rows = "".join(f'{{"prompt":"{first + i}","chosen":"","rejected":"{i}"}}\n' for i in range(count))
     path = folder / "file"
@@ -89,7 +89,7 @@ def parquet(folder: Path, random: Random) -> Work:
     table = pa.table({"chosen": columns["prompt"], "rejected": columns["prompt"], **columns})
     codec = random.choice(("zstd", "gzip", "brotli", "snappy", "none"))
     sink = pa.BufferOutputStream()
-    short = random.random() < 0.8 or make is _repeated  # written out, a column of repeated texts takes gigabytes here
+    short = random.random() < 0.8 or make is _repeated  # expanded, a column of repeated texts takes gigabytes here
     pq.write_table(table, sink, compression=codec, store_schema=False, use_dictionary=short)
     data = bytes(sink.getvalue())
     path = folder / "file"
@@ -150,7 +150,7 @@ def rows(folder: Path, random: Random) -> Work:
     return _reading(path, random)
 
 
-# What is no file.
+# Not regular files.
 
 
 def special(folder: Path, random: Random) -> Work:
@@ -168,7 +168,7 @@ def _make_pipe(path: Path) -> None:
 
 def _make_socket(path: Path) -> None:
     before = Path.cwd()
-    os.chdir(path.parent)  # a socket's name is limited to a hundred bytes
+    os.chdir(path.parent)  # a socket's path is limited to about 100 bytes
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path.name)
     os.chdir(before)
@@ -218,19 +218,19 @@ def yaml(folder: Path, random: Random) -> Work:
 
 
 def _levels(line: str, first: str, width: int, depth: int) -> str:
-    """Every line names the one before `width` times: `width` to the power of `depth` values."""
+    """Each line refers to the previous one `width` times: `width` to the power of `depth` values."""
     return first + "".join(line.format(i, ", ".join([f"*l{i - 1}"] * width)) for i in range(1, depth))
 
 
 def other_records(folder: Path, random: Random) -> Work:
-    """Rows that end in the middle of what they promise."""
+    """Rows that end too early."""
     row = json.dumps({"prompt": [{"role": "user", "content": [{"type": "text", "text": "q" * 1000}]}]})
     path = folder / "file"
     path.write_text("\n".join(row[: random.randrange(len(row))] for _ in range(random.choice((1, 10, 10_000)))))
     return _reading(path, random)
 
 
-# family -> (what makes a bomb, how many of a whole fuzz of 10,000 inputs)
+# family -> (function that makes a bomb, number of bombs in a full fuzz of 10,000 inputs)
 FAMILIES: Mapping[str, tuple[Family, int]] = {
     "compressed": (compressed, 80),
     "compressed rows": (compressed_rows, 20),

@@ -1,4 +1,4 @@
-"""Work on hostile input in a process of its own: what became of it, how long it took and how much memory."""
+"""Runs work on hostile input in a separate process; measures its result, time and memory."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from typing import Any, Literal
 from orchestrator.errors import RlhfError
 from tests.deadlines import scaled
 
-MAX_PEAK_BYTES = 10**9  # of one input: the process that reads it and its children
+MAX_PEAK_BYTES = 10**9  # per input: the process that reads it and its children
 MAX_CPU_S = scaled(30.0)
-_PROTECTION_BYTES = 3 * 2**30  # beyond this the process gets no memory, so that a fault does not take the machine
+_PROTECTION_BYTES = 3 * 2**30  # the process gets no more memory, so that a fault does not affect the machine
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["orchestrator.data.readers", "orchestrator.config.loader", "tests.chaos.bombs"])
@@ -42,7 +42,7 @@ class Outcome:
 
 
 def bounded(work: Callable[..., object], args: tuple[Any, ...], *, limit_s: float) -> Outcome:
-    """Runs importable work in a process that is killed, with its children, after `limit_s`."""
+    """Runs importable work in a process that is killed with its children after `limit_s`."""
     receiver, sender = _CONTEXT.Pipe(duplex=False)
     process = _CONTEXT.Process(target=_run, args=(sender, work, args))
     process.start()
@@ -72,7 +72,7 @@ def _run(sender: Connection, work: Callable[..., object], args: tuple[Any, ...])
         work(*args)
     except RlhfError as error:
         kind, detail = "refused", str(error)
-    except BaseException:  # noqa: BLE001  whatever it is, it is reported
+    except BaseException:  # noqa: BLE001  any error is reported
         kind, detail = "raised", traceback.format_exc()
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_s = time.process_time() - started + children.ru_utime + children.ru_stime

@@ -19,7 +19,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
 
 @pytest.fixture(scope="module")
 def quiet(here: Field) -> Outcome:
-    """A run that nothing disturbs, on one engine; all others have two."""
+    """An undisturbed run on one engine; all others have two."""
     outcome = here.run("quiet", (), "rollout.replicas=1")
     assert outcome.code == 0, outcome.output
     return outcome
@@ -33,13 +33,13 @@ def assert_as_quiet(outcome: Outcome, quiet: Outcome) -> None:
     assert outcome.code == 0, outcome.output
     assert outcome.bits() == quiet.bits()
     assert outcome.steps() == list(range(STEPS))
-    assert outcome.tokens() == quiet.tokens(), "something that was committed was sampled again, or lost"
+    assert outcome.tokens() == quiet.tokens(), "a committed step was sampled again or lost"
     assert actors_left() == []
 
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
-    """In memory where that is possible: thousands of files are written and synced."""
+    """In memory if possible: thousands of files are written and synced."""
     memory = Path("/dev/shm")
     path = Path(tempfile.mkdtemp(prefix="fuzz", dir=memory if memory.is_dir() else None))
     yield path
@@ -47,7 +47,7 @@ def folder() -> Iterator[Path]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What a fuzz tried; a whole one has to try all its inputs."""
+    """The inputs that a fuzz tried; a full one must try all."""
     if fuzzing.OUTCOMES:
         terminalreporter.section("fuzz")
         for line in fuzzing.summary():

@@ -1,8 +1,8 @@
-"""How tests with damaged and hostile inputs are run, counted and bounded.
+"""Runs, counts and limits tests with damaged and hostile inputs.
 
-FUZZ_SHARE is the share of the 10,000 inputs of a whole fuzz (`make fuzz`: 1.0) that is tried; the suite takes a
-twelfth. Every input may take ten seconds on a quiet machine and less than 1 GB beyond what the process holds anyway.
-Bombs (test_fuzz_bombs.py) have a process of their own, of which all memory counts.
+FUZZ_SHARE is the share of the 10,000 inputs of a full fuzz that is tried (`make fuzz`: 1.0; the suite: one
+twelfth). Each input may take ten seconds on a quiet machine, and less than 1 GB in addition to the process's memory.
+Bombs (test_fuzz_bombs.py) run in separate processes, whose whole memory counts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def count_of(whole: int) -> int:
 
 
 def fuzz(count: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Runs a test on its share of `count` examples, the same ones every time. Ten seconds on a quiet machine count as
+    """Runs a test on its share of `count` examples, always the same. Ten seconds on a quiet machine count as
     hanging."""
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
@@ -67,7 +67,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @contextlib.contextmanager
 def example(test: str, where: Path, *, names: Path | None = None, reads: bool = True) -> Iterator[None]:
-    """One example: only an RlhfError may come, it names the file and can be printed; what is read stays as it is."""
+    """One example: it may raise only an RlhfError, which names the file and is printable. Files do not change."""
     before = contents(where) if reads else {}
     message = None
     if _CLEAR_PEAK.exists():
@@ -87,13 +87,13 @@ def example(test: str, where: Path, *, names: Path | None = None, reads: bool = 
 
 
 def _peak_bytes() -> int:
-    """Most memory that this process has held since the last reset; 0 where the system does not tell."""
+    """Peak memory of this process since the last reset; 0 if the system does not report it."""
     lines = _STATUS.read_text().splitlines() if _STATUS.exists() else ["VmHWM: 0 kB"]
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def summary() -> Iterator[str]:
-    """A line per test, and one for all."""
+    """One line per test, and a total."""
     for test, outcomes in sorted(OUTCOMES.items()):
         yield (
             f"{test}: {outcomes.total():,} inputs, {dict(outcomes)}, slowest {SLOWEST_S[test]:.1f} s, "

@@ -1,6 +1,6 @@
-"""A reward endpoint that answers every request with one kind of bomb. Run by path with the standard library only.
+"""A reward endpoint that answers every request with one kind of bomb. Run by path; needs only the standard library.
 
-Arguments: the kind, a key of ANSWERS, and a seed. Prints its port; ends when its standard input does.
+Arguments: the kind (a key of ANSWERS) and a seed. Prints its port; ends when its standard input closes.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The matrix of deaths: `make chaos`. Each row is one run in which one kind of process is killed in every phase, and
-which has to end with the bits of a run left in peace.
+"""The matrix of kills (`make chaos`). Each row is a run in which one kind of process is killed in every phase. It must
+end with the same bits as an undisturbed run.
 
     python -m tests.chaos.matrix [ROW ...]      rows: rollout policy critic reference reward driver
                                             one-engine parts throughput staleness trainer raylet
@@ -47,7 +47,7 @@ Blow = dict[str, Any]
 
 
 def blows(role: str, *, seed: int, kind: str = "KILL", **more: Any) -> list[Blow]:
-    """One blow in every phase, each in a step of its own. Beside the sampling of steps 2, 4 and 6 the state before them
+    """One blow per phase, each in a different step. While steps 2, 4 and 6 are sampled, the state before them
     is saved."""
     delays = random.Random(f"{role} {seed}")
     steps = {phase: step for step, phase in enumerate(PHASES)} | {"save": STEPS - 1}
@@ -87,7 +87,7 @@ def settings(folder: Path) -> dict[str, Any]:
 
 @dataclass
 class Field:
-    """Where runs are made: a cluster, and a folder with a model and a config."""
+    """The environment of runs: a cluster, and a folder with a model and a config."""
 
     folder: Path
     address: str
@@ -105,7 +105,7 @@ class Field:
     def attempt(
         self, run_id: str, plan: Sequence[Blow], *overrides: str, limit_s: float = RUN_S
     ) -> subprocess.CompletedProcess[str]:
-        """One attempt of a run, with these blows. Raises subprocess.TimeoutExpired when it hangs."""
+        """One attempt of a run, with these blows. Raises subprocess.TimeoutExpired if it hangs."""
         file = self.folder / f"{run_id}.json"
         if not file.exists():
             file.write_text(json.dumps(list(plan)), encoding="utf-8")
@@ -123,7 +123,7 @@ class Field:
         )
 
     def replay(self, outcome: Outcome) -> tuple[str, str]:
-        """Bits of the run's log, learned again from step 0."""
+        """The final bits of a replay of the run's log from step 0."""
         target = self.folder / f"{outcome.path.name}-replay"
         command = [*self.prefix, sys.executable, "-m", "jobs", "replay", str(outcome.path), "--to", str(target)]
         environment = {**self.environment, "RAY_ADDRESS": self.address}
@@ -131,7 +131,7 @@ class Field:
         return replace(outcome, path=target).bits()
 
     def run(self, run_id: str, plan: Sequence[Blow] = (), *overrides: str, limit_s: float = RUN_S) -> Outcome:
-        """As many attempts as the blows at the driver make necessary."""
+        """As many attempts as the blows to the driver require."""
         started = time.monotonic()
         attempts = 1 + sum(blow["role"] == "driver" for blow in plan)
         done = self.attempt(run_id, plan, *overrides, limit_s=limit_s)
@@ -145,7 +145,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended, and what it left."""
+    """The result of a run."""
 
     path: Path
     code: int
@@ -154,7 +154,7 @@ class Outcome:
     seconds: float
 
     def bits(self, step: int = STEPS) -> tuple[str, str]:
-        """SHA-256 of weights, masters and optimizer of policy and critic at the end."""
+        """SHA-256 of the final weights, master weights and optimizers of policy and critic."""
         checkpoint = self.path / "checkpoints" / f"step-{step:06d}"
         return fingerprint(checkpoint, "policy"), fingerprint(checkpoint, "critic")
 
@@ -174,14 +174,14 @@ class Outcome:
         return [line for line in read_lines(self.path / "events.jsonl") if line["kind"] == kind]
 
     def tokens(self) -> int:
-        """Response tokens in the log: what was committed."""
+        """Number of committed response tokens."""
         manifests = sorted((self.path / "log").glob("step-*/manifest.json"))
         shards = [shard for path in manifests for shard in json.loads(path.read_text())["shards"]]
         return sum(shard["num_response_tokens"] for shard in shards)
 
 
 def actors_left() -> list[str]:
-    """Actors of ours that still live; those of a run are gone soon after it."""
+    """This program's live actors; those of a run end soon after it."""
     deadline = time.monotonic() + scaled(20)
     while True:
         titles = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
@@ -195,7 +195,7 @@ def actors_left() -> list[str]:
 def one_node(folder: Path) -> Iterator[Field]:
     temporary = Path("/tmp") / f"cx{os.getpid()}"  # Ray's socket paths must be short
     ray.init(
-        num_cpus=16,  # places, not cores: with staleness all roles compute at once
+        num_cpus=16,  # slots, not cores: with staleness all roles compute concurrently
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=200_000_000,
@@ -210,7 +210,7 @@ def one_node(folder: Path) -> Iterator[Field]:
 
 @contextmanager
 def hosts_that_die(folder: Path, *, comes_back: bool) -> Iterator[Field]:
-    """Three hosts; a worker that dies joins again, or stays away."""
+    """Three hosts; a worker node that dies joins again or stays away."""
     short = Path("/tmp") / f"ch{os.getpid()}"
     short.mkdir()
     try:
@@ -225,13 +225,13 @@ def _on(cluster: Cluster) -> tuple[str, ...]:
 
 
 def raylet_blows(seed: int) -> list[Blow]:
-    """Workers in turn, so that the one that dies is always one that works."""
+    """Alternates the workers, so that the killed one is always in use."""
     return [blow | {"host": f"10.77.0.{3 - index % 2}"} for index, blow in enumerate(blows("raylet", seed=seed))]
 
 
 @dataclass
 class Report:
-    """The table, and whether all in it is good."""
+    """The table, and whether all its rows passed."""
 
     quiet: Outcome
     table: Table = field(
@@ -242,7 +242,7 @@ class Report:
     failed: int = 0
 
     def add(self, name: str, outcome: Outcome, expected: tuple[str, str] | None = None) -> None:
-        """`expected`: bits to end with; null: those of the quiet run, and its tokens."""
+        """`expected`: final bits. None: bits and tokens of the undisturbed run."""
         is_same = outcome.code == 0 and outcome.bits() == (expected or self.quiet.bits())
         once = outcome.steps() == list(range(STEPS))
         left = actors_left()
@@ -264,7 +264,7 @@ class Report:
         self._show(name, cells, outcome, good=good)
 
     def add_training(self, name: str, outcome: Outcome, quiet: Outcome) -> None:
-        """A reward model's training, whose result has to be that of the quiet one."""
+        """Training of a reward model, whose result must equal the undisturbed one."""
         is_same = outcome.code == 0 and outcome.trained() == quiet.trained()
         once = outcome.steps() == quiet.steps() == list(range(TRAINING_STEPS))
         left = actors_left()
@@ -291,7 +291,7 @@ class Report:
 
 
 def in_parts(field: Field, run_id: str, ends: Sequence[int]) -> Outcome:
-    """A run that is told to end after so many steps, and then to go on."""
+    """A run that ends after some steps and is then continued."""
     for end in ends:
         outcome = field.run(run_id, (), f"rl.steps={end}")
     return outcome

@@ -1,4 +1,4 @@
-"""Damage to valid files: what disks, transfers, editors and foreign programs do to them."""
+"""Damages valid files as disks, transfers, editors and other programs do."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-# Small in memory, since YAML's aliases share what they name; printed in full it would fill any disk.
+# Small in memory, because YAML aliases share their value; printed in full it would fill any disk.
 BOMB = (
     "[" + ", ".join(f"&b{level} [{', '.join([f'*b{level - 1}' if level else 'x'] * 9)}]" for level in range(12)) + "]"
 )
-# Values as they stand in a JSON (and mostly in a YAML) file. Some are no JSON, some are no text.
+# Values in a JSON (and mostly a YAML) file. Some are not JSON, some are not text.
 VALUES = (
     *("null", "true", "0", "-1", "3.5", "1e999", "-1e999", "NaN", "Infinity", "-Infinity", "9" * 400, "9" * 5000),
     *('""', '"x"', '"\\ud800"', '"\\u0000"', '"2001-99-99"', "2001-99-99", '"' + "y" * 3000 + '"', "'", '"', "", "~"),
@@ -105,7 +105,7 @@ def damages(*, most: int = 2) -> st.SearchStrategy[list[tuple[Bytes, tuple[int, 
 
 
 def with_value(content: Any, where: int, what: int) -> str:
-    """JSON text of `content` in which one value, at any depth, was put out, or one of VALUES stands in its place."""
+    """JSON text of `content` in which one value, at any depth, is removed or replaced by one of VALUES."""
     content = copy.deepcopy(content)
     places = list(_places(content))
     holder, key = places[where % len(places)]

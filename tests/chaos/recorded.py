@@ -1,4 +1,4 @@
-"""Experience through the real recorder, in this process and without Ray: handles are the tables themselves."""
+"""Experience from the real recorder, in this process and without Ray: handles are the tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FLOATS = pa.list_(pa.float32())
 
 
 class LocalRecorder:
-    """The role of a recorder, served by one worker."""
+    """The recorder role, served by one worker."""
 
     def __init__(self) -> None:
         self._worker = RecorderWorker(ExperienceSettings(Ppo(), samples_per_prompt=1), "run-1")

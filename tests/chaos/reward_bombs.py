@@ -21,12 +21,12 @@ from tests.unit.actors.rewards.hostile_rules import ACTS
 from tests.unit.actors.rewards.rollouts import rollout_table
 from tests.unit.actors.rewards.test_contained import marked
 
-HTTP_S = 4.0  # for a shard, and for each of its two tries half of it
+HTTP_S = 4.0  # for a shard; half of it for each of its two tries
 SLACK_S = scaled(10.0)
 LIMITS = RuleLimits(call_s=2.0, import_s=60.0, memory_gib=0.25, processes=20)
 _MARK = "REWARD_BOMB"
 _RULES = "tests.unit.actors.rewards.hostile_rules"
-_CHOICE = sorted(set(ACTS) - {"kill keeper"})  # without a namespace of its own, what it had started stays
+_CHOICE = sorted(set(ACTS) - {"kill keeper"})  # without a PID namespace, its descendants stay
 
 
 def endpoint(folder: Path, random: Random) -> Work:
@@ -34,7 +34,7 @@ def endpoint(folder: Path, random: Random) -> Work:
 
 
 def ask_endpoint(kind: str, seed: str) -> None:
-    """Raises RewardError, as most answers deserve; AssertionError when it took longer than it may."""
+    """Raises RewardError for most answers, and AssertionError if it exceeded the time limit."""
     command = [sys.executable, str(Path(hostile_endpoint.__file__)), kind, seed]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -56,7 +56,7 @@ def rules(folder: Path, random: Random) -> Work:
 
 
 def ask_rules(acts: tuple[str, ...]) -> None:
-    """AssertionError when a good sample is not scored, or a process is left."""
+    """Raises AssertionError if a good sample is not scored or a process is left."""
     mark = uuid.uuid4().hex
     os.environ[_MARK] = mark
     responses = [response for act in acts for response in (act, "0.25")]

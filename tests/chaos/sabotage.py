@@ -1,9 +1,8 @@
-"""`rlhf run` with saboteur: `python -m tests.chaos.sabotage PLAN.json [arguments of run]`.
+"""`rlhf run` with sabotage: `python -m tests.chaos.sabotage PLAN.json [arguments of run]`.
 
-PLAN.json is a list of blows {"step", "phase", "role", "signal", "delay_s"}: when the driver enters that phase of that
-step for the first time, that role's processes are struck after the delay. A training without rollouts has one phase,
-"train". Nothing in the program knows of it: what is replaced is the telemetry that the stage opens, since it is told of
-every phase.
+PLAN.json is a list of blows {"step", "phase", "role", "signal", "delay_s"}. When the driver first enters the phase of
+the step, the role's processes get the signal after the delay. A training without rollouts has one phase,
+"train". The program does not change for this: sabotage replaces the stage's telemetry, which is notified of each phase.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ CLASSES = {
 
 
 def processes_of(role: str) -> list[psutil.Process]:
-    """A role's actors of this process's Ray, oldest first: Ray names a process after the class of its actor."""
+    """A role's actors in this process's Ray, oldest first. Ray names processes after the class of their actor."""
     return sorted(actors(f"ray::{CLASSES[role]}"), key=lambda process: process.pid)
 
 
 def actors(*titles: str) -> list[psutil.Process]:
-    """Processes of those titles in the Ray that this process is connected to. Those of another one are none of ours:
-    it may be somebody's run."""
+    """Processes with these titles in the Ray that this process is connected to. Another Ray
+    may belong to another run."""
     found = [p for p in psutil.process_iter(["cmdline"]) if " ".join(p.info["cmdline"] or ()).startswith(titles)]
     return [process for process in found if _is_of_this_ray(process.parent())]
 
@@ -58,7 +57,7 @@ def _is_of_this_ray(raylet: psutil.Process | None) -> bool:
 
 
 def strike(blow: dict[str, Any], note: Path) -> None:
-    """Sends the signal; `note` then holds the process id and the time."""
+    """Sends the signal and writes the process id and the time to `note`."""
     number = getattr(signal, f"SIG{blow['signal']}")
     if blow["role"] == "driver":
         os.kill(os.getpid(), number)
@@ -76,7 +75,7 @@ def strike(blow: dict[str, Any], note: Path) -> None:
 
 
 class Sabotaged(Telemetry):
-    """Strikes each blow once, also over several attempts: what was struck is noted beside the plan."""
+    """Strikes each blow once over all attempts; a file next to the plan records past blows."""
 
     plan: Path
     blows: list[dict[str, Any]]
@@ -101,7 +100,7 @@ class Sabotaged(Telemetry):
                 struck.touch()
                 if delay_s := blow.get("delay_s", 0.0):
                     threading.Timer(delay_s, strike, [blow, struck]).start()
-                else:  # before anybody is asked for anything
+                else:  # before the first call
                     strike(blow, struck)
 
 

@@ -1,6 +1,6 @@
-"""`python -m tests.chaos.soak [--steps 200]`: a long run of a tiny model in which something is killed every tenth step.
+"""`python -m tests.chaos.soak [--steps 200]`: a long run of a tiny model in which a role is killed every tenth step.
 
-At the end: every step once in metrics and log, and for every role the slope of its memory between kills.
+At the end: checks that each step is in metrics and log once; prints each role's memory slope between kills.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from orchestrator.watching.telemetry import read_lines
 from tests.chaos.matrix import PHASES, Blow, Field, Outcome, actors_left, one_node
 
 ROLES = ("rollout", "policy", "critic", "reference", "reward", "driver")
-WARM_STEPS = 12  # of a new process, in which its pools fill
+WARM_STEPS = 12  # steps in which a new process fills its pools
 FLAT_BYTES_PER_STEP = 1_000_000
 console = Console(width=120)
 
 
 def blows(steps: int, seed: int = 0) -> list[Blow]:
-    """Every tenth step another role, in a phase drawn from the seed."""
+    """Every tenth step kills another role, in a phase drawn from the seed."""
     draw = random.Random(seed)
     roles = itertools.cycle(ROLES)
     return [
@@ -46,7 +46,7 @@ def blows(steps: int, seed: int = 0) -> list[Blow]:
 
 
 def slopes(outcome: Outcome, plan: list[Blow]) -> dict[str, tuple[float, int]]:
-    """By role: median over its lives of the slope of resident bytes per step, and how many lives were long enough."""
+    """By role: median slope of resident bytes per step over its processes, and the number of long-lived ones."""
     lines = [line for line in read_lines(outcome.path / "metrics.jsonl") if line["kind"] == "step"]
     names = sorted({name for line in lines for name in line["metrics"] if name.startswith("memory/")})
     found = {}

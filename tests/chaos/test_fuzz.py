@@ -1,6 +1,6 @@
-"""Damaged configs, checkpoints, logs and run folders: each gives what was written, or an RlhfError that names the file.
+"""Damaged configs, checkpoints, logs and run folders are read correctly or raise an RlhfError that names the file.
 
-Reading changes no file. A checkpoint or a shard of which one byte differs is never taken for what was written.
+Reading changes no file. A checkpoint or shard with one changed byte is never accepted.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def damaged_file(path: Path, data: bytes) -> Iterator[None]:
 
 
 def restored(folder: Path) -> None:
-    """Whatever is loaded is what was saved at its step."""
+    """A loaded state equals the one saved at its step."""
     learners = {name: FakeLearner(name, Diary()) for name in ("policy", "critic")}
     state = asyncio.run(Checkpoints(folder, learners, every_steps=1, last_step=9, keep=2).restore())
     assert state in (State(2, 0.1 * 2), State(4, 0.1 * 4))

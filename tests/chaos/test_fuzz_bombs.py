@@ -1,4 +1,4 @@
-"""Bombs: each is read or refused in bounded time and memory, in a process of its own, and nothing is left behind."""
+"""Bombs are read or refused in bounded time and memory, in separate processes, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tests.chaos.fuzzing import count_of, record
 from tests.deadlines import scaled
 
 FAMILIES = {**bombs.FAMILIES, **reward_bombs.FAMILIES}
-LIMIT_S = 60.0  # on a quiet machine; CPU time has a limit of its own
+LIMIT_S = 60.0  # on a quiet machine; CPU time has a separate limit
 
 
-@pytest.mark.timeout(0)  # every input has its own limit
+@pytest.mark.timeout(0)  # each input has a separate limit
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bombs_cost_little(folder: Path, family: str) -> None:
     make, whole = FAMILIES[family]

@@ -1,4 +1,4 @@
-"""Damaged data files: each gives what was written, or an error that names the file and the row."""
+"""Damaged data files are read correctly or raise an error that names the file and the row."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _zstd(data: bytes) -> bytes:
     return bytes(pa.compress(data, "zstd", asbytes=True))
 
 
-# Parquet is decoded by a process of its own, which takes a third of a second.
+# Parquet is decoded in a separate process, which takes a third of a second.
 KINDS = st.tuples(
     st.sampled_from((_lines, _lines, _array, _array, _parquet)),
     st.sampled_from((bytes, bytes, gzip.compress, _zstd)),

@@ -1,4 +1,4 @@
-"""What dies, freezes or is stopped leaves no trace in the result. `make chaos` has the whole matrix, this its core."""
+"""Killed, frozen and stopped processes do not change the result. This is the core of the matrix of `make chaos`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.deadlines import scaled
 
 pytestmark = [pytest.mark.ray, pytest.mark.heavy, pytest.mark.slow, pytest.mark.timeout(scaled(900))]
 
-LATE_S = scaled(10.0)  # a missed deadline is told within so many seconds
+LATE_S = scaled(10.0)  # seconds within which a missed deadline is reported
 
 
 def test_a_run_in_which_each_kind_of_process_was_killed_ends_as_a_quiet_one(here: Field, quiet: Outcome) -> None:
@@ -28,7 +28,7 @@ def test_a_run_in_which_each_kind_of_process_was_killed_ends_as_a_quiet_one(here
     actions = [event["action"] for event in outcome.events("recovered")]
     assert actions == ["restart actor"] * 3 + ["restart learners"] * 2
     assert len(list((outcome.path / "attempts").iterdir())) == 2
-    # A checkpoint every second step, saved beside the next one; three restarts of learners or driver.
+    # A checkpoint every second step, saved during the next step; three restarts of learners or driver.
     assert outcome.relearned() <= 3 * 2
 
 
@@ -44,7 +44,7 @@ def test_a_run_without_a_critic_ends_as_a_quiet_one_too(here: Field) -> None:
 
 
 def test_what_freezes_is_found_named_and_replaced(here: Field, quiet: Outcome) -> None:
-    # With the phase's beginning: a phase of the tiny model is over in 50 ms, and nobody misses who froze after it.
+    # At the start of the phase: it lasts 50 ms, and a process that freezes afterwards is not missed.
     plan = [
         blow("rollout", 1, "generate", "STOP") | {"delay_s": 0.0},
         blow("policy", 2, "learn", "STOP") | {"delay_s": 0.0, "rank": 1},

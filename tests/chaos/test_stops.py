@@ -1,4 +1,4 @@
-"""Runs that are stopped, continued, or left without an answer. `make chaos` runs them; unit tests cover their parts."""
+"""Runs that are stopped or continued, or get no answer. `make chaos` runs them; unit tests cover their parts."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def reach(process: subprocess.Popen[str], line: str) -> str:
 
 
 def test_all_processes_told_to_stop_at_once_end_quickly_and_the_run_goes_on(here: Field, quiet: Outcome) -> None:
-    """As Slurm and systemd do. The run has a private Ray, all of whose processes end too."""
+    """As Slurm and systemd do. The run has a private Ray, whose processes end too."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with started(here, "tree", environment) as run:
         reach(run, "rl 3/")
@@ -143,7 +143,7 @@ def test_a_paused_run_waits_for_a_person_and_ends_as_a_quiet_one(here: Field, qu
 
 
 def test_a_reward_endpoint_that_never_answers_is_named_and_ends_the_run(here: Field) -> None:
-    answers = threading.Semaphore(4)  # for the checks before the run and the first samples
+    answers = threading.Semaphore(4)  # includes the preflight and the first samples
 
     class Silent(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

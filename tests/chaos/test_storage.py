@@ -1,6 +1,6 @@
-"""The disk fills, turns read-only or vanishes: the error names the file, the last good state stands, the run goes on.
+"""The disk fills, turns read-only or vanishes: errors name the file, the last good state remains, the run continues.
 
-The full disk is a real one: a small tmpfs, mounted where that is allowed.
+The full disk is real: a small tmpfs, mounted if allowed.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ async def test_what_bears_another_name_than_ours_is_never_touched(tmp_path: Path
 
 
 async def test_names_in_manifests_lead_nowhere_else(tmp_path: Path) -> None:
-    """A manifest comes with a copied or downloaded run, so it may have been written by anybody."""
+    """The manifest of a copied or downloaded run is untrusted."""
     checkpoints, learner = checkpoints_in(tmp_path / "checkpoints")
     await save(checkpoints, learner, 1)
     manifest = tmp_path / "checkpoints" / "step-000001" / "manifest.json"
@@ -232,7 +232,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """Takes all the room that is left; the file's name is returned."""
+    """Fills the remaining space. Returns the name of the file."""
     path = disk / "filler"
     with path.open("wb", buffering=0) as stream, pytest.raises(OSError, match="No space left on device"):
         while True:

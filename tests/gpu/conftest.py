@@ -1,5 +1,5 @@
-"""Tests that need an NVIDIA GPU, and skip themselves without one: `python -m pytest tests/gpu`, in an environment with
-CUDA builds (requirements/gpu.txt). No machine has run them yet."""
+"""Tests that need an NVIDIA GPU and are skipped without one: `python -m pytest tests/gpu`, in an environment with
+CUDA builds (requirements/gpu.txt). They have not been run yet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the GPU tests run in processes of their own: engines, and a trainer that publishes to them device to device."""
+"""Parts of the GPU tests that run in separate processes: engines, and a trainer that publishes to them on devices."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tests.integration.engine_scenarios import (
 from tests.numerics.ranks import free_port
 
 CALL_S = scaled(60)
-SHARE_OF_GPU = 0.15  # of the memory, for each of the engines that a test holds at once
+SHARE_OF_GPU = 0.15  # share of GPU memory of each engine of a test
 ON_GPU = {"dtype": "bfloat16", "gpu_memory_utilization": SHARE_OF_GPU}
 
 
 def buckets_and_a_fresh_engine(folder: Path) -> tuple[int, list[float], list[float], list[float]]:
-    """Publishes through the host, as the loop does; (tensors compared, log-probs before, after, of a fresh engine)."""
+    """Publishes through the host, as the loop does. (tensors compared, log-probs before, after, of a fresh engine)"""
     engine = start(folder, **ON_GPU)
     before, _ = behaviour(engine)
     weights = read_weights(folder)
@@ -42,7 +42,7 @@ def buckets_and_a_fresh_engine(folder: Path) -> tuple[int, list[float], list[flo
 
 
 def asleep_and_awake(folder: Path) -> tuple[int, bool, int]:
-    """(bytes that sleeping frees, whether the engine behaves as before, tensors compared by a publish after it)."""
+    """(bytes freed by sleeping, whether the engine behaves as before, tensors compared by the next publish)"""
     engine = start(folder, sleeps=True, **ON_GPU)
     before = behaviour(engine)
     free, _ = torch.cuda.mem_get_info()
@@ -54,7 +54,7 @@ def asleep_and_awake(folder: Path) -> tuple[int, bool, int]:
 
 
 class Engine:
-    """An actor with one engine whose weights come from another device."""
+    """An actor with one engine that gets its weights from another device."""
 
     def __init__(self, folder: Path, placement: Placement) -> None:
         self._engine = DeviceVllmEngine(folder, context(**ON_GPU), transfer_backend=vllm_plugin.GPU_BACKENDS[placement])
@@ -67,7 +67,7 @@ class Engine:
 
 
 class RemoteEngine:
-    """The engine as the trainer's process reaches it."""
+    """The engine, as seen from the trainer's process."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
@@ -89,7 +89,7 @@ class RemoteEngine:
 
 
 class Trainer:
-    """An actor with the policy's weights on its device."""
+    """An actor with the policy's weights on its GPU."""
 
     def __init__(self, folder: Path, placement: Placement, engines: list[Any]) -> None:
         weights = read_weights(folder)
@@ -102,7 +102,7 @@ class Trainer:
         self._transfer = open_trainer(placement, self._source, client, rank=0, rendezvous=rendezvous)
 
     def publish(self, seed: int, target: Path) -> tuple[WeightHeader, dict[str, str]]:
-        """Changes all weights, sends them, and leaves a copy of the model in `target`, beside the model's folder."""
+        """Changes all weights, sends them, and writes a copy of the model to `target`, next to the model's folder."""
         changed = perturbed(self._on_host, list(self._on_host), seed=seed)
         self._weights = {name: tensor.cuda() for name, tensor in changed.items()}
         self._transfer.send_weights()

@@ -1,4 +1,4 @@
-"""A learner in bf16 on a GPU: the same answers as in fp32 on the host, and no more memory than was planned."""
+"""A learner in bf16 on a GPU gives the same results as in fp32 on the host, and needs no more memory than planned."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.tiny import tiny_llama
 
 JOB = LearnJob(step=3, advantage_mean=0.0, advantage_std=1.0, kl_coefficient=0.05, seed=1)
 MICRO_BATCH_TOKENS = 2048
-FULL = [(64, 192)] * 16  # rows that fill micro-batches
+FULL = [(64, 192)] * 16  # enough rows to fill micro-batches
 
 
 def policy_of(folder: Path, *, minibatches: int = 2) -> PolicyWorker:
@@ -58,7 +58,7 @@ def test_what_was_saved_goes_on_with_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_the_memory_plan_holds_what_learning_needed() -> None:
-    """The quickstart's model; the plan may be too careful, and must not be too small."""
+    """The quickstart's model. The plan may be too large but not too small."""
     config = load_config(CONFIG)
     folder = resolve_model(config.model.path, config.run.cache)
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""Weights into engines on GPUs: through the host, by CUDA IPC on a shared GPU, by NCCL between two."""
+"""Publishes weights to engines on GPUs: through the host, by CUDA IPC on a shared GPU, by NCCL between two GPUs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.gpu import scenarios
 from tests.integration.engine_scenarios import served_llama
 
 Apart = Callable[..., Any]
-CLOSE = 0.02  # of log-probs in bf16: batches of two engines may be cut differently
+CLOSE = 0.02  # tolerance of log-probs in bf16: two engines may batch differently
 START_S = scaled(240)
 
 

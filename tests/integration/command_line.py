@@ -1,4 +1,4 @@
-"""Runs commands of this program as people do, and watches what they leave behind."""
+"""Runs commands of this program as users do, and checks what they leave behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.deadlines import of_a_run, scaled
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "RLHF_TEST_MARK"
-BEFORE_RAY_S = scaled(60.0)  # imports and a scan of tiny files: 4 to 7 s alone, more beside others
+BEFORE_RAY_S = scaled(60.0)  # imports and a scan of tiny files: 4 to 7 s alone, more under load
 GONE_S = scaled(10.0)
 
 
@@ -38,7 +38,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class CommandLine:
-    """Runs commands whose processes, and all of their descendants, carry a mark."""
+    """Runs commands whose processes and descendants have a mark in their environment."""
 
     folder: Path
     config: Path
@@ -59,7 +59,7 @@ class CommandLine:
         return self.end(self.start(*arguments, command=command), started, limit_s)
 
     def run_here(self, *arguments: str) -> Ended:
-        """`rlhf run` in this process, for what is refused before anything starts: its imports are paid once."""
+        """`rlhf run` in this process, for input that is refused before anything starts: it imports only once."""
         program = typer.Typer(add_completion=False)
         program.command()(ppo.main)
         started = time.monotonic()
@@ -67,7 +67,7 @@ class CommandLine:
         return Ended(result.exit_code, result.stdout, result.stderr, time.monotonic() - started)
 
     def end(self, process: subprocess.Popen[str], started: float, limit_s: float) -> Ended:
-        """Waits for the end; fails when it does not come, or leaves a process behind."""
+        """Waits for the end. Fails if it does not end or leaves a process behind."""
         try:
             out, err = process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:
@@ -80,7 +80,7 @@ class CommandLine:
         return ended
 
     def _left(self) -> list[str]:
-        """Processes that are still there after a moment of grace."""
+        """Processes that are still alive after a grace period."""
         deadline = time.monotonic() + GONE_S
         while (found := self._marked()) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -99,7 +99,7 @@ class CommandLine:
 
 @contextmanager
 def command_line(folder: Path, model: Path) -> Iterator[CommandLine]:
-    """A command line with a good config of a tiny run in `folder`."""
+    """A command line with a valid config of a tiny run in `folder`."""
     config = {
         "stages": ["rl"],
         "run": {"root": str(folder / "runs"), "name": "bad"},
@@ -123,7 +123,7 @@ def command_line(folder: Path, model: Path) -> Iterator[CommandLine]:
 
 
 def assert_refused(ended: Ended, *words: str, code: int = 2) -> None:
-    """One message on standard error, which holds all words; no traceback, nothing else."""
+    """Standard error has exactly one message, which contains all words, and no traceback."""
     assert ended.code == code, ended.err
     assert "Traceback" not in ended.err + ended.out
     heads = [line for line in ended.err.splitlines() if line and not line.startswith((" ", "-", "Correct", "Set "))]

@@ -24,5 +24,5 @@ def apart() -> Iterator[Callable[..., Any]]:
             return pool.submit(scenario, *arguments, **options).result(timeout=SCENARIO_S)
 
         yield run
-        # Engines take seconds each to shut down; nothing of this process is needed any more.
+        # Each engine takes seconds to shut down, and this process is no longer needed.
         pool.submit(os._exit, 0)

@@ -1,5 +1,5 @@
-"""What the engine tests run inside a process of their own: vLLM changes its process (threads, environment, memory
-policy, process groups), and tests beside it must not notice."""
+"""Parts of the engine tests that run in a separate process: vLLM changes its process (threads, environment, memory
+policy, process groups), which must not affect other tests."""
 
 from __future__ import annotations
 
@@ -41,28 +41,28 @@ TEXTS = [[(7 * i + 3 * j) % 300 + 20 for j in range(4 + 5 * i)] for i in range(6
 
 
 def served_llama(folder: Path, *, tied: bool, dtype: torch.dtype) -> Path:
-    """tests.tiny's Llama with heads of 32, the smallest that vLLM's CPU attention serves."""
+    """tests.tiny's Llama with head size 32, the smallest that vLLM's CPU attention supports."""
     tiny_tokenizer().save_pretrained(folder)
     config = tiny_config(tied)
     config.head_dim = 32
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).to(dtype)
-    # What chat models come with; sampling must take only the EOS from it.
+    # Typical of chat models; sampling must use only its EOS.
     model.generation_config = GenerationConfig(eos_token_id=0, do_sample=True, top_k=2, top_p=0.5, temperature=0.1)
     model.save_pretrained(folder)
     return folder
 
 
 def start(folder: Path, **changes: Any) -> VllmEngine:
-    """An engine that lives as long as its process: the end of one takes the process groups of the others with it."""
+    """An engine that lives as long as its process: ending one engine destroys the process groups of the others."""
     engine = VllmEngine(folder, context(**changes))
     _ALIVE.append(engine)
     return engine
 
 
 def context(**changes: Any) -> EngineContext:
-    """For an engine of a small model; `changes` are keys of the sections, or fields of the context."""
+    """The context of a small model's engine; `changes` are keys of the sections or fields of the context."""
     keys = {"dtype": "float32", "max_length": 128, "kv_cache_gib": 1 / 64, "threads": 2, "max_samples": 32, **changes}
 
     def section(kind: type[Section]) -> Any:
@@ -120,11 +120,11 @@ def behaviour(engine: Engine) -> tuple[list[float], list[list[int]]]:
 
 
 def agreement_with_fresh_engines(folder: Path, dtype: str) -> list[tuple[str, float, bool, bool]]:
-    """Publishes many kinds of changes into one engine; compares it each time with an engine started from the result.
+    """Publishes many kinds of changes to one engine; compares it each time with an engine started from the result.
 
     Returns:
-        For each publish: what changed, largest log-prob difference, whether greedy tokens agree, and whether the
-        change was to be seen at all.
+        For each publish: what changed, the largest log-prob difference, whether greedy tokens agree, and whether the
+        change had a visible effect.
     """
     engine = start(folder, dtype=dtype)
     weights = read_weights(folder)
@@ -150,7 +150,7 @@ def _one_of_each(weights: Weights) -> list[str]:
 
 
 def failure(action: Callable[[], object]) -> str | None:
-    """The message of the RlhfError that the action ends with; None where it succeeds."""
+    """The message of the action's RlhfError; None if it succeeds."""
     try:
         action()
     except RlhfError as error:
@@ -166,7 +166,7 @@ def tied_layers_left_stale() -> Iterator[None]:
 
 @contextmanager
 def never_applied(engine: VllmEngine, name: str) -> Iterator[None]:
-    """The engine receives everything, and leaves one tensor out when it loads the model."""
+    """The engine receives all tensors but omits one when it loads the model."""
     model = _model(engine)
     load = model.load_weights
 
@@ -179,7 +179,7 @@ def never_applied(engine: VllmEngine, name: str) -> Iterator[None]:
 
 @contextmanager
 def layer_keeps_its_packed_weights(engine: VllmEngine, name: str) -> Iterator[None]:
-    """One layer is loaded and packs nothing anew: it goes on computing with what it had."""
+    """One layer is loaded but not packed again, so it computes with its old weights."""
     model = _model(engine)
     (place,) = _places(engine)[name]
     module = dict(model.named_modules())[place.module]
@@ -198,7 +198,7 @@ def layer_keeps_its_packed_weights(engine: VllmEngine, name: str) -> Iterator[No
 @contextmanager
 def packed_copies_everywhere() -> Iterator[None]:
     """Gives layers a packed copy where this CPU has no packed format for the dtype (bf16 without AMX), as vLLM does on
-    others: only a copy can be stale. Layers that vLLM packs itself stay as they are."""
+    others: only a copy can be stale. Layers that vLLM packs itself do not change."""
     dispatch = vllm_layers.dispatch_cpu_unquantized_gemm
 
     def pack_always(layer: torch.nn.Module, remove_weight: bool) -> None:
@@ -231,12 +231,12 @@ def flip_one_bit(name: str, weights: Weights) -> Callable[[Bucket], Bucket]:
 FAULTS = ("stale-tied-head", "never-applied", "not-packed", "bit-flip", "tensor-missing", "broken-off", "trainer-gone")
 
 
-_HEALED: dict[tuple[str, str], VllmEngine] = {}  # by dtype and verify: engines that equal fresh ones
-_FRESH: dict[str, Any] = {}  # by dtype: how a fresh engine with the good weights behaves
+_HEALED: dict[tuple[str, str], VllmEngine] = {}  # by dtype and verify: names of engines that equal fresh ones
+_FRESH: dict[str, Any] = {}  # by dtype: behaviour of a fresh engine with the correct weights
 
 
 def publishing_fails_and_heals(folder: Path, dtype: str, fault: str, name: str, verify: str) -> dict[str, Any]:
-    """One faulty publish, then a good one; says what was seen. An engine that healed serves the next fault too."""
+    """One faulty publish, then a correct one; returns observations. A recovered engine serves the next fault too."""
     with packed_copies_everywhere():
         engine = _HEALED.pop((dtype, verify), None) or start(folder, dtype=dtype, verify=verify)
         seen = _publishing_fails_and_heals(engine, folder, dtype, fault, name)
@@ -285,7 +285,7 @@ Alter = Callable[[str, torch.Tensor], torch.Tensor | None]
 
 @contextmanager
 def altered_while_loading(engine: VllmEngine, alter: Alter) -> Iterator[None]:
-    """The engine receives everything, and loads other tensors of the checkpoint; None: leaves them out."""
+    """The engine receives all tensors but loads replacements for some; None: omits them."""
     model = _model(engine)
     load = model.load_weights
 
@@ -298,14 +298,14 @@ def altered_while_loading(engine: VllmEngine, alter: Alter) -> Iterator[None]:
 
 
 def every_fault_is_seen(folder: Path, dtype: str) -> dict[str, list[str]]:
-    """Publishes to an engine once for each tensor of its checkpoint and each fault: it is left out, or one of its
-    elements is another. Publishes well in between.
+    """Publishes to an engine once per tensor of its checkpoint and fault: the tensor is omitted, or one of its
+    elements is changed. Publishes correctly in between.
 
     Args:
-        folder: of a model, with two more states of it in the files of `write_states`.
+        folder: a model, with two more states of it in the files of `write_states`.
 
     Returns:
-        By fault: the tensors with which the publish ended as a good one. "well": publishes that did not, though good.
+        By fault: tensors whose faulty publish was accepted. "well": correct publishes that were rejected.
     """
     state, newer = (load_file(folder / f"state-{number}") for number in range(2))
     destroy_model_parallel()
@@ -331,7 +331,7 @@ def every_fault_is_seen(folder: Path, dtype: str) -> dict[str, list[str]]:
 
 @contextmanager
 def memory_without_older_weights() -> Iterator[None]:
-    """Fills new tensors with NaN: a layer that loads nothing could get freed memory of the weights that it lacks."""
+    """Fills new tensors with NaN; otherwise a layer that is not loaded could get freed memory with its weights."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -356,7 +356,7 @@ FAULTS_OF_ONE: Mapping[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
 
 
 def write_states(name: str, folder: Path, dtype: torch.dtype) -> None:
-    """Two states of a model of tests.families. Not where vLLM is: it changes classes of transformers."""
+    """Two states of a model of tests.families. Runs without vLLM, which changes classes of transformers."""
     for number in range(2):
         model = tiny_model(name, seed=number + 1).to(dtype)
         save_file({key: tensor.detach().clone() for key, tensor in named_state(model)}, folder / f"state-{number}")
@@ -377,7 +377,7 @@ def _places(engine: VllmEngine) -> Places:
 
 
 def reference_logprobs(folder: Path, rows: Sequence[Mapping[str, Any]], temperature: float) -> list[list[float]]:
-    """Log-probs of every row's response tokens at `temperature`, by transformers in fp32."""
+    """Log-probs of each row's response tokens at `temperature`, from transformers in fp32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     results = []
     for row in rows:
@@ -401,14 +401,14 @@ _SHARED: dict[Path, VllmEngine] = {}
 
 
 def samples_of_a_used_engine(folder: Path, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
-    """For tests to which it does not matter what the engine sampled before."""
+    """For tests that do not depend on what the engine sampled before."""
     if folder not in _SHARED:
         _SHARED[folder] = start(folder)
     return _SHARED[folder].generate(request)
 
 
 def refusals(folder: Path) -> dict[str, str | None]:
-    """What engines answer that can't do what they are asked."""
+    """Answers of engines to impossible requests."""
     unpublished = start(folder, version=None)
     serving = start(folder)
     overlong = shard(sampling=Sampling(max_new_tokens=120))
@@ -425,7 +425,7 @@ def refusals(folder: Path) -> dict[str, str | None]:
 
 
 def processor_seconds_after_sampling(folder: Path) -> float:
-    """Processor time that the whole process uses in the second after a shard was sampled."""
+    """CPU time of the whole process in the second after a shard was sampled."""
     engine = start(folder)
     engine.generate(shard(sampling=Sampling(max_new_tokens=16)))
     before = time.process_time()

@@ -1,4 +1,4 @@
-"""Bad input through the real command line: one message with the way out, the right exit code, soon, nothing left."""
+"""Bad input on the real command line: one message with a remedy, the right exit code, soon, nothing left behind."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def command(tmp_path: Path, model: Path) -> Iterator[CommandLine]:
 
 @dataclass(frozen=True)
 class Bad:
-    """A bad input: `make` prepares files and gives the arguments; the message must hold `words`."""
+    """A bad input: `make` prepares files and returns the arguments; the message must contain `words`."""
 
     make: Callable[[CommandLine], list[str]]
     words: tuple[str, ...]
@@ -93,7 +93,7 @@ def _not_ray(_: CommandLine) -> list[str]:
     return ["--ray-address", f"127.0.0.1:{HOLDER.getsockname()[1]}", "placement.wait_s=3"]
 
 
-HOLDER = socket.socket()  # listens, and never answers
+HOLDER = socket.socket()  # listens but never answers
 HOLDER.bind(("127.0.0.1", 0))
 HOLDER.listen()
 
@@ -173,7 +173,7 @@ def test_a_cluster_that_is_too_small(command: CommandLine, overrides: tuple[str,
 
 @pytest.mark.ray
 def test_what_a_role_says_when_it_cannot_start_is_what_people_read(command: CommandLine, model: Path) -> None:
-    """The folder passes the preflight, which reads no weights, and fails in the critic's constructor."""
+    """The folder passes the preflight, which reads no weights, but fails in the critic's constructor."""
     broken = command.folder / "broken"
     broken.mkdir()
     (broken / "config.json").write_text((model / "config.json").read_text())
@@ -231,13 +231,13 @@ def _closed_port() -> int:
 
 
 class _endpoint:  # noqa: N801  used as a function
-    """Scores every sample with 1, for a number of requests; then it is gone."""
+    """Scores every sample with 1 for a number of requests, then stops."""
 
     def __init__(self, *, answers: int) -> None:
         left = [answers]
 
         class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:  # the library's name
+            def do_POST(self) -> None:  # the library's naming
                 count = len(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["samples"])
                 body = json.dumps({"rewards": [1.0] * count}).encode()
                 self.send_response(200)

@@ -17,7 +17,7 @@ from tests.tiny import tiny_llama, tiny_scorer
 
 PPO = Ppo(minibatches=2, epochs=2)
 JOB = LearnJob(step=0, advantage_mean=0.0, advantage_std=1.0, kl_coefficient=0.05, seed=1)
-ROWS = [(3, 9), (12, 30), (2, 1), (5, 14), (7, 4)]  # an odd number: the ranks' shares differ
+ROWS = [(3, 9), (12, 30), (2, 1), (5, 14), (7, 4)]  # odd: the ranks' shares differ
 
 
 def one_step(mine, causal: Path, scorer: Path):

@@ -1,4 +1,4 @@
-"""A real Prometheus server scrapes the coordinator's endpoint, found through the file that the run writes."""
+"""A real Prometheus server finds the coordinator's endpoint through the run's file and scrapes it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Iterator[Path]:
-    """The folder of a run whose endpoint is open and has one step of every metric to show."""
+    """The folder of a run with an open endpoint that shows one step with all metrics."""
     folder = tmp_path / "runs" / RUN_ID
     folder.mkdir(parents=True)
     with PrometheusEndpoint(folder, RUN_ID, 1, host="127.0.0.1", port=0) as endpoint:

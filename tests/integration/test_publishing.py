@@ -1,4 +1,4 @@
-"""After a publish an engine computes with the new weights, all of them; where it does not, it says so and stops."""
+"""After a publish an engine computes with all new weights; otherwise it reports this and stops."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_published_engine_equals_a_fresh_one(apart: Apart, tmp_path: Path, dty
     results = apart(scenarios.agreement_with_fresh_engines, folder, dtype)
     assert len(results) == 2 + 8 + (2 if tied else 3)
     for what, difference, same_tokens, seen in results:
-        assert seen, f"{what}: the change altered no log-prob, so the comparison proves nothing"
+        assert seen, f"{what}: the change altered no log-prob, so the comparison is meaningless"
         assert difference <= 1e-6, what
         assert same_tokens, what
 
@@ -70,13 +70,13 @@ def test_a_trainer_that_vanishes_leaves_an_engine_that_serves_nothing_and_heals(
 
 
 def test_checksums_alone_do_not_see_what_only_reading_back_sees(apart: Apart, tmp_path: Path) -> None:
-    """Why `full` is the default: with `checksums`, a tied head that stays stale goes unnoticed."""
+    """The reason for the default `full`: `checksums` does not detect a stale tied head."""
     folder = _model(tmp_path, tied=True, dtype="float32")
     seen = apart(scenarios.publishing_fails_and_heals, folder, "float32", "stale-tied-head", EMBEDDING, "checksums")
     assert seen["error"] is None
 
 
-# Transposed; fused in the checkpoint; rearranged; experts that are stacked, packed and have a bias of their own.
+# Transposed; fused in the checkpoint; rearranged; experts that are stacked, packed and have separate biases.
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [

@@ -59,7 +59,7 @@ class _Holder:
 
 
 def _records(count: int) -> list[RankingRecord]:
-    """Three replies each; the last word tells their rank."""
+    """Three replies per prompt; the last word determines the rank."""
     return [
         RankingRecord(
             f"p{number}",
@@ -151,7 +151,7 @@ def test_transformers_loads_it_and_padding_changes_no_score(trained: Any) -> Non
 
 
 def test_a_base_of_another_vocabulary_is_scored_as_it_was_trained(cluster: None, base: Path, tmp_path: Path) -> None:
-    """The base writes turns in its own way; the policy's template is not for it, the system prompt is."""
+    """The base model has its own template: it ignores the policy's template but uses the system prompt."""
     other = tiny_llama(tmp_path / "other")
     own = tiny_tokenizer(chat_template=CHATML.replace("<|im_start|>", "<s>"))
     own.add_tokens(["<more>"])
@@ -204,7 +204,7 @@ def _kill_a_worker() -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_workers_are_replaced_and_change_no_bit(cluster: None, base: Path, tmp_path: Path, workers: int) -> None:
-    """Twice: near the beginning, and in the middle, from where a checkpoint is near."""
+    """Twice: near the beginning, and in the middle, just after a checkpoint."""
 
     def kill(text: str) -> None:
         if text.startswith(("reward model 8/160", "reward model 80/160")):
@@ -224,7 +224,7 @@ def test_killed_workers_are_replaced_and_change_no_bit(cluster: None, base: Path
     assert weights[0] == weights[1]
     again = [int(text.split()[5]) for text in said if "continues after step" in text]
     assert len(again) + sum("starts again" in text for text in said) == 2
-    assert again[-1] >= 70, "what a checkpoint held was learned again"
+    assert again[-1] >= 70, "steps before a checkpoint were learned again"
     assert len([text for text in said if "reward model 8/160" in text]) == 1
 
 

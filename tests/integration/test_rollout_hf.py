@@ -1,4 +1,4 @@
-"""HfEngine keeps the same contract as VllmEngine; it needs no process of its own."""
+"""HfEngine has the same contract as VllmEngine; it needs no separate process."""
 
 from __future__ import annotations
 

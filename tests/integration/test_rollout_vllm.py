@@ -69,7 +69,7 @@ def test_a_table_holds_what_was_asked_and_what_was_sampled(apart: Apart, folder:
 
 
 def test_the_engine_stops_at_the_closing_and_at_every_eos(apart: Apart, folder: Path, tmp_path: Path) -> None:
-    """A base model with ChatML: its tokenizer names `</s>` (3), only config.json `<s>` (2), the closing is 0."""
+    """A base model with ChatML: EOS is `</s>` (3) in its tokenizer and `<s>` (2) in config.json; the closing is 0."""
     base = Path(shutil.copytree(folder, tmp_path / "base"))
     tiny_tokenizer(eos_token="</s>").save_pretrained(base)
     config = json.loads((base / "config.json").read_text())
@@ -90,7 +90,7 @@ def test_the_engine_stops_at_the_closing_and_at_every_eos(apart: Apart, folder: 
 def test_logprobs_are_those_of_the_model_at_the_sampling_temperature(
     apart: Apart, folder: Path, temperature: float
 ) -> None:
-    """The folder's generation_config asks for top_k=2, top_p=0.5: if it were heeded, log-probs could not agree."""
+    """The folder's generation_config sets top_k=2, top_p=0.5; if it were used, log-probs would differ."""
     request = scenarios.shard(sampling=Sampling(temperature=temperature, max_new_tokens=24))
     table, _ = apart(scenarios.samples_of_a_used_engine, folder, request)
     rows = table.to_pylist()
@@ -113,7 +113,7 @@ def test_threads_rest_after_sampling(apart: Apart, folder: Path) -> None:
 
 
 def test_prompts_that_do_not_fit_into_one_batch_are_sampled_all_the_same(apart: Apart, folder: Path) -> None:
-    """vLLM would cut the prompt at the edge of a batch in two, which seeds do not survive on the CPU."""
+    """vLLM would split a prompt at the edge of a batch, which breaks seeds on CPUs."""
     small = scenarios.shard(sampling=Sampling(max_new_tokens=8), num_samples=48)
     long = [dataclasses.replace(item.prompt, tokens=np.tile(item.prompt.tokens, 40)[:101]) for item in small.requests]
     requests = [dataclasses.replace(item, prompt=prompt) for item, prompt in zip(small.requests, long, strict=True)]

@@ -1,4 +1,4 @@
-"""A whole tiny run with real vLLM, DeepSpeed and Ray: it equals its replay. tests/chaos kills such runs."""
+"""A complete tiny run with real vLLM, DeepSpeed and Ray equals its replay. tests/chaos kills such runs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Launcher:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    """The output of a process that ends well in time."""
+    """The output of a process that succeeds in time."""
     try:
         output, _ = process.communicate(timeout=RUN_S)
     except subprocess.TimeoutExpired:
@@ -104,7 +104,7 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
 
 @pytest.fixture(scope="module")
 def whole(launcher: Launcher) -> Path:
-    """Folder of a run that nothing disturbed."""
+    """Folder of an undisturbed run."""
     finish(launcher.ppo("whole"))
     return launcher.run_folder("whole")
 
@@ -114,7 +114,7 @@ def steps_written(folder: Path) -> list[int]:
 
 
 def assert_same_bits(one: Path, other: Path) -> None:
-    """Weights, fp32 masters and optimizers of the last checkpoint, and the exported policy."""
+    """Weights, fp32 master weights and optimizers of the last checkpoint, and the exported policy."""
     last = f"checkpoints/step-{STEPS:06d}"
     for role in ("policy", "critic"):
         assert fingerprint(one / last, role) == fingerprint(other / last, role), role
@@ -127,7 +127,7 @@ def test_a_run_learns_and_leaves_everything_behind(launcher: Launcher, whole: Pa
     # k1 of a few samples may be negative; k3 may not.
     assert metrics[0]["kl/per_token_k3"] == 0.0 < metrics[-1]["kl/per_token_k3"]
     assert all(line["publish/tensors_verified"] > 10 for line in metrics)
-    assert len({line["kl/coefficient"] for line in metrics}) > 1, "the adaptive coefficient never moved"
+    assert len({line["kl/coefficient"] for line in metrics}) > 1, "the adaptive coefficient never changed"
     verify(whole / "checkpoints" / f"step-{STEPS:06d}")
     assert "</html>" in (whole / "report.html").read_text(encoding="utf-8")
     start = AutoModelForCausalLM.from_pretrained(launcher.folder / "model").state_dict()
@@ -143,7 +143,7 @@ def test_a_replay_of_the_log_ends_with_the_runs_own_bits(launcher: Launcher, who
     assert output.count(f"equal to the run's own step-{STEPS:06d}") == 2, output
     assert fingerprint(tmp_path / "again" / "checkpoints" / f"step-{STEPS:06d}", "policy") in output
     assert_same_bits(whole, tmp_path / "again")
-    assert (whole / "metrics.jsonl").read_bytes() == before, "a replay wrote into the run's own record"
+    assert (whole / "metrics.jsonl").read_bytes() == before, "a replay changed the run's own files"
 
 
 def test_a_replay_may_start_from_a_checkpoint(launcher: Launcher, whole: Path, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool]) ->
 
 
 def test_the_best_checkpoint_is_kept_named_and_exported(launcher: Launcher) -> None:
-    """The first step warms the critic up, so that version 1 is the start policy, within any bound on KL."""
+    """The first step warms up the critic, so version 1 is the initial policy, within any bound on KL."""
     keys = ("rl.steps=3", "policy.learning_rate=0.01", "checkpoints.every_steps=1", "checkpoints.keep=1")
     evaluating = ("evaluation.prompts=12", "evaluation.every_steps=1", "checkpoints.best_max_kl=0.000001")
     output = finish(launcher.ppo("best", *keys, *evaluating))

@@ -23,7 +23,7 @@ Render = Callable[[Path], list[Manifest]]
 
 @pytest.fixture(scope="session")
 def render() -> Render:
-    """Renders a kustomization folder with plain `kubectl kustomize`: no flag that `kubectl apply -k` lacks."""
+    """Renders a kustomization folder with plain `kubectl kustomize`, without flags that `kubectl apply -k` lacks."""
     beside_python = Path(sys.executable).with_name("kubectl")
     kubectl = str(beside_python) if beside_python.exists() else shutil.which("kubectl")
     if kubectl is None:
@@ -59,7 +59,7 @@ def overlay(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def objects(overlay: str, _rendered: dict[str, list[Manifest]]) -> list[Manifest]:
-    """All objects of one overlay; a copy, to be broken at will."""
+    """A copy of all objects of one overlay, which tests may modify."""
     return copy.deepcopy(_rendered[overlay])
 
 

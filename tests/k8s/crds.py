@@ -1,8 +1,7 @@
 """Strict validation of custom resources against the openAPIV3Schema of their CustomResourceDefinition.
 
-Does offline what the API server does for `kubectl apply --validate=strict`, as far as the schema goes: types, enums,
-patterns, required fields, and unknown fields as errors. CEL rules and what the operator checks itself are in
-kuberay_rules.py.
+Does the schema checks of `kubectl apply --validate=strict` offline: types, enums, patterns, required fields, and
+unknown fields as errors. CEL rules and the operator's own checks are in kuberay_rules.py.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def _is_int32(value: object) -> bool:
 
 
 def load_schemas(folders: Iterable[Path]) -> Schemas:
-    """Validators by (apiVersion, kind), one for every served version of every CRD in the folders' YAML files."""
+    """Validators by (apiVersion, kind), one for each served version of each CRD in the folders' YAML files."""
     schemas = {}
     for file in (file for folder in folders for file in sorted(folder.glob("*.yaml"))):
         definition = yaml.load(file.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["spec"]
@@ -49,14 +48,14 @@ def load_schemas(folders: Iterable[Path]) -> Schemas:
 
 
 def violations(manifest: Manifest, schemas: Schemas) -> list[str]:
-    """What the schema says against a manifest, one line each, `path: message`. Raises KeyError for an unknown kind."""
+    """Schema errors of a manifest, one line each, `path: message`. Raises KeyError for an unknown kind."""
     validator = schemas[manifest["apiVersion"], manifest["kind"]]
     errors = validator.iter_errors(_without_nulls(manifest))
     return sorted(f"{'/'.join(map(str, error.absolute_path))}: {error.message[:200]}" for error in errors)
 
 
 def _strict(node: Any) -> Any:
-    """A structural schema as plain JSON schema in which an object with known properties admits no others."""
+    """Converts a structural schema to JSON schema in which an object with known properties allows no others."""
     if isinstance(node, list):
         return [_strict(item) for item in node]
     if not isinstance(node, dict):
@@ -72,7 +71,7 @@ def _strict(node: Any) -> Any:
         strict["type"] = ["integer", "string"]
     if node.get("nullable") and isinstance(strict.get("type"), str):
         strict["type"] = [strict["type"], "null"]
-    # The server fills in defaults before it validates.
+    # The server inserts defaults before it validates.
     strict["required"] = [name for name in node.get("required", []) if "default" not in properties.get(name, {})]
     return strict
 

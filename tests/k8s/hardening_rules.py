@@ -1,4 +1,4 @@
-"""What a pod of a run must not be able to do: house rules, like those in house_rules.py, about security alone."""
+"""Security rules of a run's pods, in the form of house_rules.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Manifest = dict[str, Any]
 TOKEN_PATH = "/var/run/secrets/kubernetes.io/serviceaccount"
 WRITABLE = {"/tmp", "/home/rlhf"}
 HTTPS, LOOKUP, JOBS_API = 443, 53, 8265
-METADATA = ip_network("169.254.169.254/32")  # where clouds hand out the node's credentials
+METADATA = ip_network("169.254.169.254/32")  # where clouds serve the node's credentials
 PRIVATE = [ip_network(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")]
 
 
@@ -23,7 +23,7 @@ def all_pods(objects: list[Manifest]) -> dict[str, Manifest]:
 
 
 def containers(objects: list[Manifest]) -> Iterator[tuple[str, str, Manifest]]:
-    """(pod, container's name, container), with the autoscaler that the operator puts beside the head."""
+    """(pod, container name, container), including the autoscaler that the operator adds to the head."""
     for name, pod in all_pods(objects).items():
         for container in pod["spec"]["containers"]:
             yield name, container["name"], container
@@ -37,7 +37,7 @@ def autoscaler_of(objects: list[Manifest]) -> Manifest | None:
 
 
 def no_pod_holds_an_api_token(objects: list[Manifest]) -> Iterator[str]:
-    """Code that a run loads could ask the API server; only the autoscaler has to."""
+    """Only the autoscaler needs the API server; code that a run loads must not reach it."""
     for name, pod in all_pods(objects).items():
         if pod["spec"].get("automountServiceAccountToken") is not False:
             yield f"{name}: automountServiceAccountToken must be false"
@@ -66,7 +66,7 @@ def root_file_systems_are_read_only(objects: list[Manifest]) -> Iterator[str]:
 
 
 def emptied_folders_are_bounded(objects: list[Manifest]) -> Iterator[str]:
-    """Without a size they fill the node's disk, and the node evicts whom it likes."""
+    """Without a size limit they can fill the node's disk, and the node then evicts pods."""
     for name, pod in all_pods(objects).items():
         for volume in pod["spec"].get("volumes", []):
             if "emptyDir" in volume and "sizeLimit" not in volume["emptyDir"]:
@@ -102,7 +102,7 @@ def _faults(rule: Manifest, *, is_head: bool) -> Iterator[str]:
         if block is None:
             continue
         excepted = [ip_network(text) for text in block.get("except", [])]
-        closed = [METADATA] if is_head else [METADATA, *PRIVATE]  # the API server is often at a private address
+        closed = [METADATA] if is_head else [METADATA, *PRIVATE]  # the API server often has a private address
         for network in closed:
             shared = max(ip_network(block["cidr"]), network, key=lambda part: part.prefixlen)
             if network.overlaps(ip_network(block["cidr"])) and not any(e.supernet_of(shared) for e in excepted):
@@ -112,7 +112,7 @@ def _faults(rule: Manifest, *, is_head: bool) -> Iterator[str]:
 
 
 def secrets_are_where_they_are_used(objects: list[Manifest]) -> Iterator[str]:
-    """Trackers and mirror are the driver's, models are fetched where one is loaded."""
+    """The driver uses trackers and mirror; pods that load models fetch them."""
     allowed = {
         "coordinator": {"rlhf-driver-secrets", "rlhf-model-secrets"},
         "trainer": {"rlhf-model-secrets"},

@@ -1,4 +1,4 @@
-"""What a run of ours needs though Kubernetes and KubeRay admit the opposite.
+"""Requirements of a run that Kubernetes and KubeRay do not enforce.
 
 A rule takes all objects of one rendered overlay and yields complaints. RULES is the whole list.
 """
@@ -47,7 +47,7 @@ def ray_container(template: Manifest) -> Manifest:
 
 
 def ray_pods(objects: list[Manifest]) -> dict[str, Manifest]:
-    """Pod templates by group name, with the labels that the operator adds to the pods."""
+    """Pod templates by group name, with the labels that the operator adds."""
     pods = {}
     for name, template in templates_of(rayjob_of(objects)).items():
         group, node_type = ("headgroup", "head") if name == "head" else (name, "worker")
@@ -62,7 +62,7 @@ def selects(selector: Manifest, pod: Manifest) -> bool:
 
 
 def memory_is_guaranteed(objects: list[Manifest]) -> Iterator[str]:
-    """Ray sizes itself by the limit; a smaller request lets the node overcommit and the kernel kill an actor."""
+    """Ray uses the limit as its size; with a smaller request the node can overcommit and the kernel kill an actor."""
     job = rayjob_of(objects)
     for name, template in {**templates_of(job), "submitter": job["spec"]["submitterPodTemplate"]}.items():
         resources = ray_container(template).get("resources", {})
@@ -72,7 +72,7 @@ def memory_is_guaranteed(objects: list[Manifest]) -> Iterator[str]:
 
 
 def cpus_are_whole(objects: list[Manifest]) -> Iterator[str]:
-    """Ray counts CPUs by the limit, rounded up."""
+    """Ray derives its number of CPUs from the limit, rounded up."""
     for name, template in templates_of(rayjob_of(objects)).items():
         cpus = ray_container(template).get("resources", {}).get("limits", {}).get("cpu")
         if cpus is None or quantity(cpus) != int(quantity(cpus)):
@@ -80,7 +80,7 @@ def cpus_are_whole(objects: list[Manifest]) -> Iterator[str]:
 
 
 def shared_memory_is_mounted(objects: list[Manifest]) -> Iterator[str]:
-    """Container runtimes give 64 MB of /dev/shm; what is written there counts as the container's memory."""
+    """Container runtimes give 64 MB of /dev/shm; its content counts as the container's memory."""
     for name, template in templates_of(rayjob_of(objects)).items():
         container = ray_container(template)
         names = {mount["name"] for mount in container.get("volumeMounts", []) if mount["mountPath"] == "/dev/shm"}
@@ -137,7 +137,7 @@ def head_does_no_work(objects: list[Manifest]) -> Iterator[str]:
 
 
 def pods_without_gpus_see_none(objects: list[Manifest]) -> Iterator[str]:
-    """NVIDIA's runtime shows all GPUs of a node to a pod that asks for none, unless it says `void`."""
+    """NVIDIA's runtime exposes all GPUs of a node to a pod that requests none, unless it sets `void`."""
     templates = templates_of(rayjob_of(objects))
     limits = {name: ray_container(template)["resources"]["limits"] for name, template in templates.items()}
     on_gpus = {name for name, limit in limits.items() if "nvidia.com/gpu" in limit}
@@ -167,7 +167,7 @@ def pods_are_unprivileged(objects: list[Manifest]) -> Iterator[str]:
 
 
 def stopping_leaves_time(objects: list[Manifest]) -> Iterator[str]:
-    """Trainers, head and coordinator must outlive the job's own grace, or its last checkpoint has no ranks left."""
+    """Trainers, head and coordinator must outlive the job's grace period; else the last checkpoint has no ranks."""
     job = rayjob_of(objects)
     environment = yaml.safe_load(job["spec"].get("runtimeEnvYAML", "{}")).get("env_vars", {})
     grace_s = float(environment.get("RAY_JOB_STOP_WAIT_TIME_S", 3))
@@ -183,7 +183,7 @@ def stopping_leaves_time(objects: list[Manifest]) -> Iterator[str]:
 
 
 def attempts_resume(objects: list[Manifest]) -> Iterator[str]:
-    """Each retry is a new cluster: only a run id that stays and a run folder on a claim let it continue."""
+    """Each retry is a new cluster: it can continue only with a fixed run id and a run folder on a claim."""
     spec = rayjob_of(objects)["spec"]
     if spec.get("backoffLimit", 0) < 1:
         yield "backoffLimit must allow a further attempt"

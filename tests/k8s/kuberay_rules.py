@@ -1,6 +1,6 @@
-"""What KubeRay 1.7 refuses though its schema admits it: the operator's own validation and the CRD's CEL rules.
+"""What KubeRay 1.7 rejects although its schema allows it: the operator's validation and the CRD's CEL rules.
 
-A rule takes a RayJob manifest that the schema has passed and yields complaints. RULES is the whole list.
+A rule takes a RayJob manifest that conforms to the schema and yields complaints. RULES is the complete list.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Rule = Callable[[Manifest], Iterator[str]]
 MAX_RAYJOB_NAME = 47
 SUBMISSION_MODES = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
 TOKEN_AUTH_SINCE = (2, 52, 0)
-# Fields whose feature gate is off unless the operator was started with it.
+# Fields whose feature gate is off by default.
 ALPHA_FIELDS = ("networkPolicy", "tlsOptions", "historyServerOptions")
 _DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 
@@ -34,7 +34,7 @@ def groups_of(job: Manifest) -> list[Manifest]:
 
 
 def templates_of(job: Manifest) -> dict[str, Manifest]:
-    """Pod templates of all Ray nodes by group name; the head's is `head`."""
+    """Pod templates of all Ray nodes by group name; the head's group is `head`."""
     workers = {group["groupName"]: group["template"] for group in groups_of(job)}
     return {"head": cluster_of(job)["headGroupSpec"]["template"], **workers}
 
@@ -133,7 +133,7 @@ def json_and_yaml_texts_parse(job: Manifest) -> Iterator[str]:
 
 
 def entrypoint_is_one_command(job: Manifest) -> Iterator[str]:
-    """The operator pastes the entrypoint into a shell line of its own; a newline or `;` would end it early."""
+    """The operator inserts the entrypoint into a shell line; a newline or `;` would end it early."""
     entrypoint = job["spec"].get("entrypoint", "")
     if not entrypoint.strip() or set(entrypoint.strip()) & set("\n;&|$`"):
         yield f"entrypoint {entrypoint!r} is not one plain command"

@@ -1,4 +1,4 @@
-"""The image that the pods run: what KubeRay and the manifests expect of it."""
+"""The pods' image: the expectations of KubeRay and the manifests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Instruction = tuple[str, str]
 
 
 def stages(dockerfile: str) -> list[list[Instruction]]:
-    """Instructions (keyword, arguments with continuation lines joined) of each stage; ARGs before FROM are left out."""
+    """Instructions (keyword, arguments with joined continuation lines) of each stage, without ARGs before FROM."""
     lines = [line for line in dockerfile.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
     found: list[list[Instruction]] = []
@@ -75,7 +75,7 @@ def test_pods_that_ask_for_no_gpu_are_shown_none(built: list[list[Instruction]])
 
 
 def test_login_shells_find_ray_too(built: list[list[Instruction]]) -> None:
-    """An operator set to use login shells runs /etc/profile, which sets PATH anew."""
+    """An operator that uses login shells runs /etc/profile, which resets PATH."""
     assert any("/etc/profile.d/" in command for command in arguments_of(built[-1], "RUN"))
     assert any("PATH=/opt/venv/bin:" in variables for variables in arguments_of(built[-1], "ENV"))
 
@@ -104,7 +104,7 @@ def test_the_pods_user_can_not_change_the_program(built: list[list[Instruction]]
     assert not [copy for copy in copies if "--chown" in copy or "--chmod" in copy]
     shell = " ".join(arguments_of(built[-1], "RUN"))
     assert "chown" not in shell and "chmod" not in shell
-    assert "run.root=/runs" in arguments_of(built[-1], "CMD")[0], "a run writes where the user may"
+    assert "run.root=/runs" in arguments_of(built[-1], "CMD")[0], "a run writes where the user has permission"
 
 
 def test_context_is_a_list_of_what_goes_in() -> None:

@@ -1,4 +1,4 @@
-"""Both overlays, as `kubectl apply -k` sends them, are what the API server, KubeRay, Ray and a run of ours accept."""
+"""The API server, KubeRay, Ray and a run accept both overlays, as `kubectl apply -k` sends them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def pods(objects: list[Manifest]) -> dict[str, Manifest]:
 
 
 def converted(objects: list[Manifest]) -> dict[str, Any]:
-    """The node types that Ray's own autoscaler would see in the RayCluster."""
+    """The node types that Ray's autoscaler would see in the RayCluster."""
     job = rayjob_of(objects)
     cluster = {"metadata": {"name": job["metadata"]["name"], "namespace": "rlhf"}, "spec": cluster_of(job)}
     node_types: dict[str, Any] = _derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
@@ -53,7 +53,7 @@ def converted(objects: list[Manifest]) -> dict[str, Any]:
 
 
 def run_config(objects: list[Manifest], folder: Path) -> Config:
-    """The config that the entrypoint loads inside the coordinator's pod."""
+    """The config that the entrypoint loads in the coordinator's pod."""
     job = rayjob_of(objects)
     template = templates_of(job)["coordinator"]
     (volume,) = [volume for volume in template["spec"]["volumes"] if "configMap" in volume]
@@ -208,7 +208,7 @@ def test_entrypoint_resources_are_what_only_the_coordinator_offers(objects: list
 
 
 def test_submitters_shell_hands_ray_what_the_manifest_says(objects: list[Manifest]) -> None:
-    """KubeRay joins a `ray job submit` line, JSON in double quotes, and gives it to bash."""
+    """KubeRay builds a `ray job submit` line, with JSON in double quotes, for bash."""
     spec = rayjob_of(objects)["spec"]
     environment = yaml.safe_load(spec["runtimeEnvYAML"])
     quoted = [json.dumps(text) for text in (json.dumps(environment), spec["entrypointResources"])]

@@ -1,4 +1,4 @@
-"""What the cluster offers when it has started is what the mounted config asks for, and lands where it should."""
+"""The started cluster offers what the mounted config needs, and roles land on the intended nodes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.k8s.test_overlays import converted, run_config
 
 
 def nodes_of(objects: list[Manifest], *, count: str) -> list[Node]:
-    """The Ray nodes that accept work, named by group, at each group's `count` (a field of the group)."""
+    """The Ray nodes that accept work, named by group, with each group's `count` (a field of the group)."""
     types = converted(objects)
     return [
         Node(f"{group['groupName']}-{number}", resources["CPU"], resources.get("GPU", 0))

@@ -1,4 +1,4 @@
-"""Every check of this folder fails on the manifest that it is there to refuse."""
+"""Each check of this folder fails on a manifest that violates it."""
 
 from __future__ import annotations
 

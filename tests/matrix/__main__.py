@@ -1,4 +1,4 @@
-"""Tries every architecture and writes docs/architectures.md. Ends with 1 where the table was another one."""
+"""Tries every architecture and writes docs/architectures.md. Exits with 1 if the table changed."""
 
 from __future__ import annotations
 

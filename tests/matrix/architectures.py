@@ -1,4 +1,4 @@
-"""What this program does with each architecture of tests.families: tries it, and makes docs/architectures.md.
+"""Tries this program with each architecture of tests.families, and generates docs/architectures.md.
 
 `python -m tests.matrix` (`make architectures`) tries all of them and writes the table. The suite tries some, and
 compares their rows with it.
@@ -61,7 +61,7 @@ models in fp32 on a CPU. The suite tries some of the rows and compares them with
 
 @dataclass(frozen=True)
 class Row:
-    """One architecture: whether each column is right, and why vLLM does not serve it."""
+    """One architecture: whether each column is correct, and why vLLM does not support it."""
 
     name: str
     right: Mapping[str, bool]
@@ -104,14 +104,14 @@ def _row(name: str, folder: Path, apart: Callable[..., Any]) -> Row:
 
 
 def _short(text: str, folder: Path) -> str:
-    """Without what differs from machine to machine."""
+    """The reason without parts that differ between machines."""
     text = re.sub(r"by [0-9.e+-]+ nats", "", text.replace(str(folder), "it"))
     text = re.sub(r"^\w+Error: (1 validation error for \w+ Value error, )?", "", text)
     return re.split(r"\. |; |, so a publish|, not ", text)[0].strip(" .").replace("|", "\\|")[:110]
 
 
 def _learn_and_roll_out(folder: Path, right: dict[str, bool]) -> None:
-    """Fills in every column but vLLM's.
+    """Fills in all columns except vLLM's.
 
     Raises:
         RlhfError: the model is refused.
@@ -143,7 +143,7 @@ def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _transformers_own(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs of the responses by transformers' own forward, one row at a time, and their gradient."""
+    """Log-probs of the responses from transformers' forward, one row at a time, and their gradient."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = []
     for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
@@ -165,7 +165,7 @@ def _learner(folder: Path) -> Learner:
 
 
 def _hf_engine_logprobs(folder: Path, learner: Learner) -> torch.Tensor:
-    """What the HF engine says of the responses after the learner's weights were published to it."""
+    """The HF engine's log-probs of the responses after a publish of the learner's weights."""
     model = ModelConfig(dtype="float32", max_length=MAX_LENGTH)
     engine = HfEngine(folder, EngineContext(model=model, threads=2, max_samples=256))
     header = plan(learner.weight_specs(), bucket_bytes=1 << 20)
@@ -179,20 +179,20 @@ def _hf_engine_logprobs(folder: Path, learner: Learner) -> torch.Tensor:
 
 
 def _vllm_trial(folder: Path) -> Any:
-    """The verdict that `check` asks for; what `jobs.check.engine` runs, with vLLM imported once for all."""
-    from actors.engines.vllm_trial import trial  # noqa: PLC0415 (in a process of its own)
+    """The verdict for `check`, as in `jobs.check.engine`, but with vLLM imported only once."""
+    from actors.engines.vllm_trial import trial  # noqa: PLC0415 (in a separate process)
 
     return trial(folder, dtype="float32", max_length=MAX_LENGTH)
 
 
 @contextmanager
 def _apart() -> Iterator[Callable[..., Any]]:
-    """Runs functions in one process of their own, with a deadline for each."""
+    """Runs functions in one separate process, with a deadline for each."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=TRIAL_S)
         for process in (pool._processes or {}).values():
-            process.kill()  # engines take seconds to end
+            process.kill()  # engines take seconds to shut down
 
 
 ALL: Sequence[str] = tuple(FAMILIES)

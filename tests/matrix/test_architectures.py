@@ -1,4 +1,4 @@
-"""The table of architectures says what is so: some of its rows are tried again here, all by `make architectures`."""
+"""The table of architectures is correct: some of its rows are tried again here, all by `make architectures`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.deadlines import scaled
 from tests.families import tiny_folder
 from tests.matrix.architectures import ALL, TABLE, rows
 
-# Some of each kind: fused, transposed, rearranged and stacked weights, experts, buffers, biased heads, windows, state
-# spaces, transformers' own code inside vLLM, and what vLLM does not serve or serves otherwise.
+# Of each kind: fused, transposed, rearranged and stacked weights, experts, buffers, biased heads, windows, state
+# spaces, transformers' code in vLLM, and models that vLLM does not support or supports only partly.
 SOME = (
     "Llama",
     "Mistral",

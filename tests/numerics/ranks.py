@@ -1,4 +1,4 @@
-"""Runs a function in several processes joined by gloo."""
+"""Runs a function in several processes connected by gloo."""
 
 import socket
 import tempfile
@@ -28,14 +28,14 @@ def group(rank: int = 0, world_size: int = 1, port: int | None = None) -> Group:
 
 
 def context(folder: Path, algorithm: Algorithm, *, dtype: Dtype, **changes: Any) -> RankContext:
-    """For a worker of the model in `folder`; `changes` are fields of the context."""
+    """The context of a worker of the model in `folder`; `changes` are fields of the context."""
     model = ModelConfig(path=str(folder), dtype=dtype)
     fields = {"template": None, "temperature": 1.0, "seed": 0, "total_optimizer_steps": 1, **changes}
     return RankContext(model=model, algorithm=algorithm, cache=folder, **fields)
 
 
 def run_ranks(function: Any, world_size: int, *arguments: Any) -> list[Any]:
-    """function(rank's Group, *arguments) on every rank; returns what each rank returned (torch.save'd)."""
+    """Runs function(rank's Group, *arguments) on all ranks; returns their results (through torch.save)."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_run, (world_size, port, folder, function, arguments), nprocs=world_size)

@@ -1,4 +1,4 @@
-"""Made-up experience for the tiny models: schema-true tables, seeded, rows of very different lengths."""
+"""Synthetic experience for the tiny models: tables of the real schema, seeded, with very different row lengths."""
 
 from collections.abc import Sequence
 
@@ -35,7 +35,7 @@ def rollout(lengths: Sequence[tuple[int, int]] = LENGTHS, *, seed: int = 0, voca
 def experience(
     lengths: Sequence[tuple[int, int]] = LENGTHS, *, seed: int = 0, old_logprobs: pa.ListArray | None = None
 ) -> pa.Table:
-    """EXPERIENCE with random numbers near what a policy would give; `old_logprobs` replaces the made-up ones."""
+    """EXPERIENCE with realistic random numbers; `old_logprobs` replaces the random ones."""
     table = rollout(lengths, seed=seed)
     rng = np.random.default_rng(seed + 1)
 

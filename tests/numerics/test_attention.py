@@ -1,4 +1,4 @@
-"""Attention for short sequences against torch's own."""
+"""Attention for short sequences equals torch's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.tiny import tiny_llama
 
 
 def inputs(length: int, *, heads: int = 6, groups: int = 2, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Query, key and value, laid out as models make them: heads beside each other in memory."""
+    """Query, key and value in the memory layout of models, with adjacent heads."""
     generator = torch.Generator().manual_seed(length)
     made = [torch.randn(3, length, count, 16, generator=generator) for count in (heads, groups, groups)]
     return [tensor.to(dtype).transpose(1, 2).requires_grad_() for tensor in made]

@@ -1,4 +1,4 @@
-"""A model cut to its first layers computes what the whole one computes in them."""
+"""A model cut to its first layers computes the same as the full model does in these layers."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""Models of many architectures: log-probs, gradients and scores are the model's own, nothing is left to chance, and an
-export is the model."""
+"""Models of many architectures: log-probs, gradients and scores equal the model's and are deterministic, and the
+export equals the model."""
 
 import json
 import shutil
@@ -81,7 +81,7 @@ def learn(learner):
     learner.update([micro], lambda output, micro: LossTerms(output[0].sum(), {}, {}), count=7.0, what="test")
 
 
-# Those with buffers that are saved, with weights that transformers keeps in another form than its files, and others.
+# Some with saved buffers, some whose weights differ in layout between transformers and its files, and others.
 EXPORTED = (
     "GLM-4-MoE",
     "DeepSeek-V3",
@@ -110,7 +110,7 @@ def test_an_export_says_what_the_learner_says(folders, tmp_path, name):
         expected, _ = policy.pass_through(micro)
     logprobs = (says / TEMPERATURE).log_softmax(-1)[range(2, 5), RESPONSES[0]]
     torch.testing.assert_close(logprobs, expected, rtol=1e-4, atol=1e-5)
-    assert (says - said).abs().max() > 1e-3, "it must have learned for this test to show anything"
+    assert (says - said).abs().max() > 1e-3, "it must have learned for this test to be meaningful"
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
@@ -133,7 +133,7 @@ def test_an_own_head_learns_the_same_when_it_is_sharded(folders):
     for folder, plain, one, other in zip(models, alone, first_rank, second_rank, strict=True):
         before = dict(load_causal(folder, torch.float32).named_parameters())
         assert max((plain[key] - before[key]).abs().max() for key in plain) > 5e-4
-        # Adam's first step is the gradient's sign: where a gradient is nothing but rounding, it may be either.
+        # Adam's first step is the gradient's sign, which is arbitrary for gradients that are only rounding errors.
         differ = sum(int(((one[key] - plain[key]).abs() > 1e-5).sum()) for key in plain)
         assert differ < 1e-3 * sum(tensor.numel() for tensor in plain.values())
         assert all(torch.equal(one[key], other[key]) for key in plain)
@@ -172,12 +172,12 @@ def test_learning_computes_what_scoring_computes_whatever_drops_out(folders, tmp
     learned = probed(model.train())
     learned.sum().backward()
     assert torch.equal(learned, scored)
-    assert len(forwards) == (2 if checkpointing else 0), "a layer that recomputes runs once more in backward"
+    assert len(forwards) == (2 if checkpointing else 0), "a layer that recomputes runs again in backward"
     assert {key: getattr(model.pretrained.config, key) for key in DROPOUTS[name]} == DROPOUTS[name]
 
 
 class AlwaysDrops(torch.nn.Module):
-    """Chance that no flag turns off."""
+    """Randomness that no flag disables."""
 
     def forward(self, hidden):
         return torch.nn.functional.dropout(hidden, 0.2, training=True)
@@ -191,7 +191,7 @@ def test_chance_that_stays_is_refused_by_name(folders):
 
 
 class RareDrops(torch.nn.Module):
-    """Chance that seldom shows: most pairs of forwards are equal."""
+    """Rare randomness: most pairs of forwards are equal."""
 
     def forward(self, hidden):
         return hidden * 1.1 if torch.rand(()) < 0.5 else hidden
@@ -211,7 +211,7 @@ def test_chance_that_seldom_shows_is_looked_for_longer(folders):
 
 
 class Scaled(torch.nn.Module):
-    """A head that nobody knows."""
+    """An unknown head."""
 
     def __init__(self, head):
         super().__init__()
@@ -298,7 +298,7 @@ def test_an_export_that_lost_something_is_not_called_done(folders, tmp_path, mon
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_checkpoint_brings_buffers_back(folders, tmp_path, stage):
-    """They are not learned, but a model folder of the same name may hold others by now."""
+    """They are not learned, but a model folder of the same name may have changed."""
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
     policy = learner(folders("GLM-4-MoE"), stage=stage)
     policy._pretrained.get_buffer(name).add_(1.0)

@@ -1,4 +1,4 @@
-"""On policy, the first minibatch finds ratios of 1: log-probs for the log and for learning come from one computation,
+"""On policy, the ratios of the first minibatch are 1: log-probs for the log and for learning come from one computation,
 at the sampling temperature."""
 
 import pytest
@@ -29,7 +29,7 @@ def worker(folder, *, dtype, temperature, algorithm, micro_batch_tokens=2048):
 @pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 0.1), ("float32", 1e-4)])
 def test_the_first_ratio_is_one_within_the_compute_types_error(folder, dtype, error, temperature):
     policy = worker(folder, dtype=dtype, temperature=temperature, algorithm=Ppo(minibatches=2, epochs=2))
-    policy.micro_batch_tokens = 64  # other micro-batches than those that are learned from
+    policy.micro_batch_tokens = 64  # differs from the micro-batches of learning
     old = policy.logprobs(rollout())
     policy.micro_batch_tokens = 2048
     metrics = policy.learn([experience(old_logprobs=old["logprobs"])], JOB)
@@ -37,7 +37,7 @@ def test_the_first_ratio_is_one_within_the_compute_types_error(folder, dtype, er
     assert metrics["first_ratio_deviation_max"] < 1 + error
     assert metrics["optimizer_steps"] == 4
     assert metrics["epochs"] == 2
-    assert abs(metrics["ratio_max"] - 1) > 3e-3, "later minibatches must have moved"
+    assert abs(metrics["ratio_max"] - 1) > 3e-3, "ratios of later minibatches must differ from 1"
 
 
 def test_a_wrong_temperature_shows_in_the_first_ratio(folder):

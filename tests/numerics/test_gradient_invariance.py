@@ -1,4 +1,4 @@
-"""The gradient of a minibatch is the same whatever the micro-batch size, the number of ranks and the ZeRO stage."""
+"""The gradient of a minibatch does not depend on the micro-batch size, the number of ranks or the ZeRO stage."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ STAGES = (0, 1, 2, 3)
 
 
 class RecordingLearner(Learner):
-    """Keeps the full gradient that an update is about to apply."""
+    """Records the full gradient of an update."""
 
     gradient: torch.Tensor
 
@@ -89,7 +89,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(folders):
-    """By name: the plain case (one process, stage 0, one micro-batch) and all others."""
+    """By name: the simple case (one process, stage 0, one micro-batch) and all others."""
     distributed.join(group())
     alone = group()
     two_ranks = run_ranks(measure, 2, *folders, FEW_TOKENS)
@@ -106,7 +106,7 @@ def test_the_cases_differ_as_they_should(measured):
     assert len(measured["one rank, few tokens"]["policy", 0][4]) > 3
     sizes = [measured[f"two ranks, rank {rank}"]["policy", 0][4] for rank in (0, 1)]
     assert len(sizes[0]) == len(sizes[1])
-    assert 0 in sizes[0] + sizes[1], "one rank must have a dummy micro-batch for this test to cover it"
+    assert 0 in sizes[0] + sizes[1], "one rank must have a dummy micro-batch, so that this test covers it"
 
 
 @pytest.mark.parametrize("role", ["policy", "critic"])

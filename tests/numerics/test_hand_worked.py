@@ -1,4 +1,4 @@
-"""Tables worked by hand: every number below follows from the formula in the comment, not from the code."""
+"""Hand-worked tables: all numbers below follow from the formulas in the comments, not from the code."""
 
 import itertools
 import math
@@ -73,7 +73,7 @@ def test_grpo_divides_by_the_deviation_of_the_group():
 
 
 def test_rloo_leaves_the_sample_itself_out():
-    # Of 1, 2, 6 the others' means are 4, 3.5, 1.5; a group of one has nothing to be compared with.
+    # For 1, 2, 6 the means of the others are 4, 3.5, 1.5; a group of one has no others.
     advantages, baselines = rloo(np.array([1.0, 8, 2, 6]), np.array([0, 1, 0, 0]))
     np.testing.assert_allclose(baselines, [4, 8, 3.5, 1.5], rtol=1e-12)
     np.testing.assert_allclose(advantages, [-3, 0, -1.5, 4.5], rtol=1e-12)
@@ -137,7 +137,7 @@ def test_clipped_policy_loss():
     terms = policy_loss(logprobs, old, advantages, clip_ratio=0.2)
     assert terms.loss.item() == pytest.approx(-(1.2 + 0.5 - 1.5 - 0.8 + 2.2), rel=1e-5)
     terms.loss.backward()
-    # The gradient of r A in log p is r A where the minimum is the unclipped term, else 0.
+    # The gradient of r A with respect to log p is r A if the minimum is the unclipped term, else 0.
     assert logprobs.grad.tolist() == pytest.approx([0.0, -0.5, 1.5, 0.0, -2.2], rel=1e-5, abs=1e-6)
     assert terms.sums["clip_fraction"].item() == 4
     assert terms.maxima["ratio_max"].item() == pytest.approx(1.5, rel=1e-6)
@@ -159,7 +159,7 @@ def test_clipped_value_loss():
     # max((3-2)², (1.5-2)²) = 1; max(1, 1) = 1; max(.04, .04) = .04; half the sum = 1.02
     values, old, returns = torch.tensor([3.0, 1.0, 0.2]), torch.tensor([1.0, 1.0, 0.0]), torch.tensor([2.0, 2.0, 0.0])
     assert value_loss(values, old, returns, clip_value=0.5).loss.item() == pytest.approx(1.02, rel=1e-6)
-    # V = 2 from V_old = 0 with R = 2: clipped to 0.5, (0.5 - 2)² = 2.25 > 0: the pessimistic one counts.
+    # V = 2 from V_old = 0 with R = 2: clipped to 0.5, (0.5 - 2)² = 2.25 > 0: the pessimistic value counts.
     one = value_loss(torch.tensor([2.0]), torch.tensor([0.0]), torch.tensor([2.0]), clip_value=0.5)
     assert one.loss.item() == pytest.approx(1.125)
     assert one.sums["clip_fraction"].item() == 1

@@ -1,4 +1,4 @@
-"""Log-probs, entropies and values against transformers' own forward, and packing by lengths."""
+"""Log-probs, entropies and values equal those of transformers' forward; packing uses lengths."""
 
 import pyarrow as pa
 import pytest
@@ -13,7 +13,7 @@ from orchestrator.errors import DataError
 from tests.tiny import tiny_llama, tiny_scorer
 
 CPU = torch.device("cpu")
-# The tiny tokenizer's pad and EOS token is 0: prompts and responses hold it in the middle and at the end.
+# The tiny tokenizer's pad and EOS token is 0: prompts and responses contain it in the middle and at the end.
 PROMPTS = [[5, 6, 0, 7], [9], [11, 12, 13]]
 RESPONSES = [[0, 8, 0], [10, 0, 0, 0, 3], [14]]
 
@@ -138,7 +138,7 @@ def test_missing_tensors_of_a_causal_model_are_named(causal, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_states_that_are_taken_several_times_get_the_same_gradient_in_every_run(dtype):
-    """Samples of a prompt share its last state. `x[index]` gave six gradients in six runs, in fp32 on two threads."""
+    """Samples of a prompt share its last state. `x[index]` gave six gradients in six runs (fp32, two threads)."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, 2000, 576, generator=generator)
     index = torch.cat([torch.full((600,), 7), torch.randint(0, 2000, (1800,), generator=generator)])
@@ -156,6 +156,6 @@ def test_states_that_are_taken_several_times_get_the_same_gradient_in_every_run(
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
-    if dtype == torch.float32:  # bfloat16 rounds after every one of 600 sums
+    if dtype == torch.float32:  # bfloat16 rounds after each of 600 sums
         exact = torch.zeros(2000, 576, dtype=torch.float64).index_add_(0, index, weights.double())
         torch.testing.assert_close(gradients[0][0].double(), exact, atol=1e-3, rtol=0.0)

@@ -1,4 +1,4 @@
-"""A tiny model that learns from marked tokens only: the others are input, and no gradient comes from what they are."""
+"""A tiny model learns only from marked tokens: the others are input and do not contribute to the gradient."""
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +26,7 @@ JOB = LearnJob(step=0, advantage_mean=0.1, advantage_std=0.6, kl_coefficient=0.1
 COLUMNS = ("old_logprobs", "ref_logprobs", "engine_logprobs", "advantages", "values", "returns")
 CPU = torch.device("cpu")
 GENERATOR = np.random.default_rng(3)
-# Every row keeps its first token; of the others about half.
+# Each row keeps its first token and about half of the others.
 LEARN = [[True, *(GENERATOR.random(response - 1) < 0.5)] for _, response in LENGTHS]
 
 
@@ -37,7 +37,7 @@ def folders(tmp_path_factory):
 
 
 def marked(learn=LEARN, filler=None):
-    """Experience with these marks; `filler` replaces the numbers at tokens that are not marked."""
+    """Experience with these marks; `filler` replaces the values at unmarked tokens."""
     table = experience()
     columns = {"learn": pa.array(learn, pa.list_(pa.bool_()))}
     for name in COLUMNS if filler is not None else ():
@@ -67,7 +67,7 @@ def test_numbers_at_other_tokens_change_no_metric_and_no_weight(folders, role, f
     others, other_weights = learned(folders, role, marked(filler=filler))
     assert metrics == others
     assert torch.equal(weights, other_weights)
-    assert not torch.equal(weights, learned(folders, role, experience())[1]), "the marks must matter"
+    assert not torch.equal(weights, learned(folders, role, experience())[1]), "the marks must have an effect"
 
 
 def update_of(folders, role, rows, loss, *, count):
@@ -85,7 +85,7 @@ def update_of(folders, role, rows, loss, *, count):
 
 @pytest.mark.parametrize("role", ["policy", "critic"])
 def test_the_gradient_is_that_of_the_marked_terms_alone(folders, role):
-    """Compared with the same loss over all log-probs of the responses, of which the marked ones are picked by hand."""
+    """Compares with the same loss over manually selected log-probs of the marked response tokens."""
     distributed.join(group())
     objective, table = objective_of(PPO), marked()
     marks = pa.array([[float(mark) for mark in row] for row in LEARN], pa.list_(pa.float32()))

@@ -1,4 +1,4 @@
-"""Norms with a backward of their own against autograd's through transformers' norm."""
+"""Norms with a custom backward equal autograd through transformers' norm."""
 
 from __future__ import annotations
 

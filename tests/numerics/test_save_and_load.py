@@ -1,4 +1,4 @@
-"""A learner that was loaded goes on exactly like the one that was saved, bit for bit."""
+"""A loaded learner continues exactly like the saved one, bit for bit."""
 
 import dataclasses
 import os
@@ -39,7 +39,7 @@ def make(causal, stage, dtype):
 
 
 def learn(learner, steps):
-    """Updates number `steps` (each on other samples); returns the learning rates used."""
+    """Makes the updates `steps`, each on different samples; returns the learning rates."""
     rates = []
     for step in steps:
         rows = TokenRows(experience(seed=step), COLUMNS)
@@ -105,7 +105,7 @@ def test_steps_after_a_reload_equal_bit_for_bit(measured, world, stage, dtype):
     assert straight.keys() == resumed.keys()
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     assert resumed_rates == rates[2:]
-    assert len(set(rates)) == 4, "the schedule must move for its position to show"
+    assert len(set(rates)) == 4, "the schedule must change, so that its position is visible"
 
 
 def test_another_shape_is_refused_by_name(causal, tmp_path):
@@ -120,7 +120,7 @@ def test_another_shape_is_refused_by_name(causal, tmp_path):
 
 
 class _Attack:
-    """What a pickle may name: a call with arguments, made when it is loaded."""
+    """A pickle that makes a call with arguments when it is loaded."""
 
     def __init__(self, mark):
         self.mark = str(mark)
@@ -158,7 +158,7 @@ def test_nothing_is_applied_when_a_loss_or_a_gradient_is_not_finite(causal, stag
         terms = objective_of(PPO).policy_terms(*output, micro.columns, LearnJob(7, 0.0, 1.0, 0.0, seed=1))
         if micro.rows != (2, 3):
             return terms
-        # The square root's gradient is infinite at 0 while its value is finite.
+        # The gradient of the square root is infinite at 0, although its value is finite.
         bad = float("nan") * output[0].sum() if poison == "loss" else (output[0].sum() * 0.0).sqrt()
         return dataclasses.replace(terms, loss=terms.loss + bad)
 
@@ -184,7 +184,7 @@ def test_an_export_is_an_ordinary_folder(causal, tmp_path, stage):
 
 
 def test_an_export_is_asked_and_stops_as_the_policy_was(tmp_path):
-    """A base model: no template of its own, and an EOS that is not the template's closing."""
+    """A base model without a template, whose EOS is not the template's closing."""
     base = tiny_llama(tmp_path / "base")
     bare = tiny_tokenizer(eos_token="</s>")
     bare.chat_template = None

@@ -1,4 +1,4 @@
-"""Rows behind one shared prompt against the same rows apart, in fp32."""
+"""Rows with a shared prompt must equal separate rows, in fp32."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def learned(model: PolicyModel, *, shared: bool) -> tuple[Tensor, list[Tensor]]:
-    """(log-probs and entropies by row, gradients of a sum in which every token counts differently)"""
+    """(log-probs and entropies by row, gradients of a sum with a different weight per token)"""
     rows = token_rows(PROMPTS, RESPONSES)
     micro = rows.pack_lines(rows.bundles(longest=64, shared=shared), CPU)
     assert bool(micro.shared) == shared

@@ -1,7 +1,7 @@
-"""Three hosts on one machine: network namespaces on a bridge, and one Ray node in each.
+"""Three hosts on one machine: network namespaces on a bridge, with one Ray node in each.
 
-Every node has its own network, processes and mounts, so that the same ports serve on all of them. Namespaces carry the
-number of this process in their names, and are gone at the end, whatever happened.
+Each node has separate networks, processes and mounts, so all can use the same ports. Names of namespaces contain the
+id of this process; namespaces are always removed at the end.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _FETCH = (
 
 
 def why_not() -> str | None:
-    """What this machine lacks; null: nothing."""
+    """What this machine lacks. None: nothing."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "needs root on Linux, to make network namespaces"
     missing = [tool for tool in ("ip", "unshare") if shutil.which(tool) is None]
@@ -95,7 +95,7 @@ def _ip(*arguments: str) -> None:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running cluster with token authentication. `environment` is that of its nodes and of who talks to it."""
+    """A running cluster with token authentication. `environment` is that of its nodes and clients."""
 
     head: Host
     token: str
@@ -115,13 +115,13 @@ class Cluster:
         )
 
     def fetch(self, path: str, *, with_token: bool = True) -> subprocess.CompletedProcess[str]:
-        """GET from the dashboard, made on the head's host."""
+        """A GET request to the dashboard, from the head's host."""
         command = ["ip", "netns", "exec", self.head.namespace, sys.executable, "-S", "-c", _FETCH]
         arguments = [f"{DASHBOARD}{path}", self.token if with_token else ""]
         return _run(*command, *arguments)
 
     def listed(self, kind: str) -> list[dict[str, Any]]:
-        """What the state API lists: "nodes" or "actors"."""
+        """The list from the state API: "nodes" or "actors"."""
         answer = self.fetch(f"/api/v0/{kind}?detail=1&limit=1000")
         if answer.returncode:
             raise ConnectionError(answer.stderr.strip().splitlines()[-1])
@@ -135,7 +135,7 @@ def three_nodes(folder: Path, *, num_cpus: int = 2, comes_back: bool = False) ->
 
     Args:
         folder: short path; gets home, token, logs and Ray's temporary folders.
-        comes_back: a worker node that dies is started again.
+        comes_back: restart a worker node that dies.
     """
     home = folder / "home"
     home.mkdir(parents=True)
@@ -196,7 +196,7 @@ def _node(host: Host, folder: Path, environment: Mapping[str, str], num_cpus: in
         yield
     finally:
         ending.set()
-        running[0].kill()  # its child is the first process of its namespace, with which all the others end
+        running[0].kill()  # its child is the first process of its namespace; all others end with it
         running[0].wait(timeout=GONE_S)
         _wait_until_empty(host)
 

@@ -1,8 +1,8 @@
-"""What another user of this machine gets of a private local Ray and of a run: nothing.
+"""Another user of this machine has no access to a private local Ray or a run.
 
-    python -m tests.ray_local.other_user FOLDER RUN_FOLDER      as root, beside a running local Ray (/tmp/rlhf-...)
+    python -m tests.ray_local.other_user FOLDER RUN_FOLDER      as root, while a local Ray runs (/tmp/rlhf-...)
 
-Prints each thing that is tried and what came of it. Exit code 1 when anything was had.
+Prints each attack and its result. Exit code 1 if any succeeded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STRANGER = "rlhf-stranger"
 LIMIT_S, TIMED_OUT = 60, 124
 Environment = Mapping[str, str]
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-# Without a token there are also /, health checks and /metrics, which hold no text of a run.
+# /, health checks and /metrics need no token; they contain no text of a run.
 GUARDED_PATHS = (
     ("GET", "/api/jobs/"),
     ("POST", "/api/jobs/"),
@@ -41,7 +41,7 @@ GUARDED_PATHS = (
     ("GET", "/logs/"),
     ("POST", "/get_or_create_runtime_env"),
 )
-# Both print [what, was had, answer] per line; arguments: ports.
+# Both print [attack, success, answer] per line; arguments: ports.
 ASK_HTTP = f"""
 import http.client, json, sys
 def ask(port, method, path, headers):
@@ -123,7 +123,7 @@ class Socket:
 
 
 def everything(folder: Path, run: Path) -> Iterator[Tried]:
-    """Tries all, as STRANGER, against the local Ray in `folder` and the run in `run`."""
+    """Runs all attacks as STRANGER against the local Ray in `folder` and the run in `run`."""
     user = _stranger()
     yield from _files(user, folder, run)
     yield from _secrets(user, folder)
@@ -146,7 +146,7 @@ def everything(folder: Path, run: Path) -> Iterator[Tried]:
 
 
 def listening(folder: Path) -> list[Socket]:
-    """Every TCP and UDP socket that waits for others in a process of the local Ray in `folder`, or of its jobs."""
+    """All listening TCP and UDP sockets of the local Ray in `folder` and of its jobs."""
     found = set()
     for process in _family(folder):
         with suppress(psutil.Error):
@@ -202,7 +202,7 @@ def _tried(user: pwd.struct_passwd, what: str, command: Sequence[str]) -> Tried:
 
 
 def _told(what: str, done: subprocess.CompletedProcess[str]) -> Tried:
-    """Anything on standard output, or success, counts as had."""
+    """Any standard output, or exit code 0, counts as success of the attack."""
     if done.returncode == TIMED_OUT and not done.stdout:
         return Tried(what, False, f"no answer within {LIMIT_S} s")
     lines = (done.stdout or done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
@@ -212,7 +212,7 @@ def _told(what: str, done: subprocess.CompletedProcess[str]) -> Tried:
 def _run(
     user: pwd.struct_passwd, command: Sequence[str], environment: Environment | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs as `user`. Python may lie where only root can enter, so it may read any file; it reads none of ours."""
+    """Runs as `user`. It may read any file, because only root may have access to Python; it reads none of the run's."""
     reads = ("--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search")
     ids = ("--reuid", str(user.pw_uid), "--regid", str(user.pw_gid), "--clear-groups")
     is_python = command[0] == sys.executable

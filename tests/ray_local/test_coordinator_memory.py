@@ -1,4 +1,4 @@
-"""The coordinator's memory does not grow with what it coordinates."""
+"""The coordinator's memory does not grow with the number of samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The launcher's Ray: reachable only from here and only with its token; jobs tell their exit code; nothing stays."""
+"""The launcher's Ray: reachable only locally and with its token; jobs return their exit code; nothing remains."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ typer.run(lambda: run_command(work))
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalRay]:
-    others = psutil.Process().children(recursive=True)  # of earlier tests
+    others = psutil.Process().children(recursive=True)  # from earlier tests
     with local_ray(num_cpus=1) as ray:
         yield ray
         family = psutil.Process().children(recursive=True)
@@ -77,7 +77,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 
 
 def still_there(family: list[psutil.Process]) -> list[psutil.Process]:
-    """Those of a family that live on. Ray's agents and actors set their titles, and with that lose their marks."""
+    """Live processes of a family. Ray's agents and actors set their titles, which removes their marks."""
     found = []
     for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -203,7 +203,7 @@ with local_ray() as ray:
 
 @pytest.mark.parametrize(("number", "phase"), [(signal.SIGHUP, "up"), (signal.SIGTERM, "starting")])
 def test_a_launcher_that_is_told_to_stop_leaves_no_folder_and_no_process(number: signal.Signals, phase: str) -> None:
-    """Without a home folder, and with a proxy that leads nowhere: a private Ray needs neither."""
+    """A private Ray needs neither a home folder nor a working proxy."""
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="t") as temporary:
         environment = {**os.environ, "TMPDIR": temporary, "http_proxy": "http://127.0.0.1:9", "HOME": "/nonexistent"}
         command = [sys.executable, "-c", HOLDS]
@@ -228,7 +228,7 @@ def test_a_launcher_that_is_told_to_stop_leaves_no_folder_and_no_process(number:
 
 
 def test_a_command_without_an_address_has_a_private_ray_and_joins_no_other(cluster: LocalRay) -> None:
-    """Also beside another Ray that lives, and without a home folder."""
+    """Also while another Ray runs, and without a home folder."""
     joins = """
 import ray
 from jobs.cluster.connection import cluster

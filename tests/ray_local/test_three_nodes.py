@@ -1,4 +1,4 @@
-"""The main job on a cluster of three nodes with token authentication, through `ray job submit`."""
+"""The main job on a three-node cluster with token authentication, through `ray job submit`."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def tiny_overrides(folder: Path) -> list[str]:
 
 
 def planned(run: Path) -> dict[str, list[str]]:
-    """Role to the addresses that the printed plan names."""
+    """Addresses by role, from the printed plan."""
     (placed,) = (event for event in read_lines(run / "events.jsonl") if event["kind"] == "placed")
     places = defaultdict(list)
     for line in placed["plan"]:
@@ -94,7 +94,7 @@ def planned(run: Path) -> dict[str, list[str]]:
 
 
 def found(cluster: Cluster) -> dict[str, list[str]]:
-    """Role to the addresses on which Ray says that its actors ran."""
+    """Addresses by role, where its actors ran according to Ray."""
     address_of_node = {node["node_id"]: node["node_ip"] for node in cluster.listed("nodes")}
     places = defaultdict(list)
     for actor in cluster.listed("actors"):

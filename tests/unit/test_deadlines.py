@@ -1,4 +1,4 @@
-"""Deadlines of tests grow with how slow and how busy the machine is, and can be set by hand."""
+"""Deadlines of tests grow with the machine's slowness and load, and can be set manually."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BARE = re.compile(
     r"\btimeout=\d|monotonic\(\) \+ \d|wait_for\([^\n]*, \d+\)|asyncio\.timeout\(\d|monotonic\(\) - started < \d"
 )
-# Virtual time, and numbers inside of a program's text.
+# Virtual time, and numbers in a program's text.
 ALLOWED = {
     "tests/unit/orchestrator/planning/simulation/test_run.py",
     "tests/ray_local/net.py",
@@ -29,7 +29,7 @@ ALLOWED = {
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """One that is quiet and as fast as the one that deadlines are written for."""
+    """A quiet machine, as fast as the one that deadlines are written for."""
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(deadlines, "_probe_s", lambda: QUIET_PROBE_S)
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
@@ -67,11 +67,11 @@ def test_it_can_be_set_by_hand_and_child_processes_take_it_over(machine: pytest.
     assert float(shown.stdout) == 70
     machine.setenv(VARIABLE, "0.1")
     deadlines.patience.cache_clear()
-    assert scaled(10) == 10, "never less than what is ample on a quiet machine"
+    assert scaled(10) == 10, "never less than is ample on a quiet machine"
 
 
 def test_no_test_waits_for_a_fixed_time() -> None:
-    """Write scaled(10) from tests.deadlines, not 10."""
+    """Use scaled(10) from tests.deadlines, not 10."""
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path in sorted((ROOT / "tests").rglob("*.py"))

@@ -1,4 +1,4 @@
-"""What the documents name exists: paths, modules, links and the headings that they lead to."""
+"""Paths, modules, links and headings that the documents name exist."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
     for pattern in ("*.md", "docs/**/*.md", "benchmarks/*.md", "benchmarks/trl/*.md", "Makefile", "k8s/**/*.yaml")
     for path in ROOT.glob(pattern)
-    if path.name != "CHANGELOG.md"  # tells of what was, too
+    if path.name != "CHANGELOG.md"  # also describes the past
 )
 PACKAGES = ("actors", "benchmarks", "jobs", "orchestrator", "tests")
 FOLDERS = (*PACKAGES, r"\.ci", "docs", "k8s", "requirements")
 PATH = re.compile(rf"(?<![\w/.~<>$-])(?:{'|'.join(FOLDERS)})/[\w./*-]*[\w*]")
 MODULE = re.compile(rf"(?<![\w/.-])(?:{'|'.join(PACKAGES)})(?:\.(?!md\b)[a-z_]+)+(?![\w(/])")
 LINK = re.compile(r"\]\(([^()#\s]*)(#[^()\s]*)?\)")
-# What a command of the reader makes.
+# Outputs of commands.
 MADE = ("benchmarks/results", "benchmarks/.venv-trl", "k8s/overlays/mine")
 
 
@@ -29,7 +29,7 @@ def text_of(document: str) -> str:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_path_that_is_named_exists(document: str) -> None:
-    """Of one with a `*` at least one."""
+    """A path with a `*` must match at least one."""
     named = [path.rstrip(".") for path in PATH.findall(text_of(document))]
     assert [path for path in named if not path.startswith(MADE) and not list(ROOT.glob(path))] == []
 
@@ -40,7 +40,7 @@ def test_every_module_that_is_named_exists(document: str) -> None:
 
 
 def is_there(name: str) -> bool:
-    """A package, a module, or a name that a module's text holds."""
+    """A package, a module, or a name that a module's text contains."""
     place = ROOT.joinpath(*name.split("."))
     if place.is_dir() or place.with_suffix(".py").is_file():
         return True
@@ -62,7 +62,7 @@ def test_every_link_leads_to_a_file_and_a_heading(document: str) -> None:
 
 
 def anchors(path: Path) -> set[str]:
-    """Of the headings, as GitHub makes them."""
+    """Anchors of the headings, as on GitHub."""
     headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -1,4 +1,4 @@
-"""The tiny models that other tests are made of: they load as they were written, and say something."""
+"""The tiny models of other tests load as written, and their outputs vary."""
 
 from __future__ import annotations
 

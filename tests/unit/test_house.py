@@ -1,4 +1,4 @@
-"""What holds of the repository as a whole: layers, the code map, the configuration and its documentation."""
+"""Properties of the whole repository: layers, the code map, the configuration and its documentation."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ print(len(names))
 
 
 def test_all_but_vllms_own_modules_import_without_vllm() -> None:
-    """It is not published for macOS."""
+    """vLLM is not published for macOS."""
     weights = [f"actors/weights/{name}.py" for name in ("cpu", "experts", "gpu", "places", "readback", "verify")]
     own = ("actors/engines/vllm_engine.py", "actors/engines/vllm_plugin.py", "actors/engines/vllm_trial.py", *weights)
     others = [path for path in MODULES if path not in own and "__main__" not in path]
@@ -79,7 +79,7 @@ def test_code_map_names_no_module_that_is_gone() -> None:
 
 
 def _sections(annotation: object) -> set[type[BaseModel]]:
-    """All sections below an annotation, also those that a key `name` chooses from."""
+    """All sections below an annotation, including those that a key `name` selects from."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         fields = annotation.model_fields.values()
         below = [*(field.annotation for field in fields), *_chosen_by_name(annotation)]
@@ -93,8 +93,8 @@ def _chosen_by_name(section: type[BaseModel]) -> list[type[BaseModel]]:
 
 
 def _names_read() -> set[str]:
-    """Attributes that code reads outside the sections that define them, by any object's name."""
-    gc.collect()  # a failed task that is collected while a tree is built parses too, at which Python 3.11.7 trips
+    """Names of attributes that code reads outside the sections that define them."""
+    gc.collect()  # collecting a failed task during parsing parses too, which fails in Python 3.11.7
     trees = [
         ast.parse((ROOT / module).read_text(encoding="utf-8"))
         for module in MODULES
@@ -115,7 +115,7 @@ def test_every_config_key_is_read_somewhere() -> None:
 
 
 def test_every_config_key_is_described() -> None:
-    chosen = _chosen_by_name(Config)  # the table of sections describes their `name`
+    chosen = _chosen_by_name(Config)  # the table of sections documents their `name`
     plain = [
         f"{section.__name__}.{name}"
         for section in _sections(Config)

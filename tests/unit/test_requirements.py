@@ -1,4 +1,4 @@
-"""Setting up: any fitting Python is found, or fetched; packages are those of the lock, to the byte."""
+"""Setup finds or downloads a suitable Python, and installs exactly the locked packages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOCKS = ("cpu", "dev", "gpu", "uv")
 
 
 def locked(name: str) -> dict[str, list[str]]:
-    """Requirement (name==version, marker) to its hashes."""
+    """Hashes by requirement (name==version, marker)."""
     found: dict[str, list[str]] = {}
     last: list[str] = []
     for line in (ROOT / f"requirements/{name}.txt").read_text(encoding="utf-8").splitlines():
@@ -85,7 +85,7 @@ def program(folder: Path, name: str, script: str) -> Path:
 
 
 def find_python(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What python.sh answers where PATH holds the stand-ins of `bin` and the system's small tools, and no Python."""
+    """The answer of python.sh if PATH has only the stand-ins in `bin` and the system's small tools, but no Python."""
     tools = tmp_path / "tools"
     tools.mkdir(exist_ok=True)
     for name in ("bash", "dirname", "uname", "sh", "env", "cat"):
@@ -101,7 +101,7 @@ def find_python(tmp_path: Path, **environment: str) -> subprocess.CompletedProce
 
 
 def runs(version: str) -> str:
-    """A stand-in for Python of another version: this one, that says it is the other."""
+    """A stand-in for another Python version: this one, reporting the other version."""
     return f"""shift; exec {sys.executable} -c 'import sys
 sys.version_info = ({version.replace(".", ", ")}, 0, "final", 0)
 exec(sys.argv[1])' "$1" """
@@ -119,7 +119,7 @@ def test_the_first_python_on_path_that_fits_is_taken(tmp_path: Path, version: st
 def test_without_a_python_that_fits_uv_is_asked(tmp_path: Path, version: str) -> None:
     program(tmp_path / "bin", "python3", runs(version))
     python = program(tmp_path / "managed", "python3.12", runs("3.12"))
-    # Knows none until it has installed one.
+    # Knows no Python until it has installed one.
     known = tmp_path / "known"
     program(
         tmp_path / "bin", "uv", f'case "$2" in install) touch {known};; find) test -e {known} && echo {python};; esac'

@@ -1,6 +1,6 @@
-"""A tokenizer with one token per character, plus special and added tokens: expected tokens can be read off a text."""
+"""A tokenizer with one token per character, plus special and added tokens, so that expected tokens are readable."""
 
-# ruff: noqa: E501  templates read best in their own lines
+# ruff: noqa: E501  templates are more readable unwrapped
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def letters(
     plain: Sequence[str] = (),
     bos: str | None = None,
 ) -> PreTrainedTokenizerFast:
-    """`plain` are added tokens that are not flagged special."""
+    """`plain`: added tokens that are not special."""
     vocabulary = {text: i for i, text in enumerate(["?", *special, *plain, "\n", *map(chr, range(32, 127))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")

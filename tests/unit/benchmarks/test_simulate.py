@@ -1,4 +1,4 @@
-"""Calibration against runs whose efficiencies are known, and the setups of peers."""
+"""Calibration with runs of known efficiencies, and the setups of other frameworks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRUE = replace(CPU_CORE.efficiency, learn=0.2, forward=0.3, decode_step_s=0.05, 
 
 
 def run_of(rows: int, tokens: int, efficiency: Efficiency) -> Run:
-    """One step, as a machine of this efficiency would have measured it."""
+    """One step as measured on a machine of this efficiency."""
     lengths = (np.full(rows, 24), np.full(rows, tokens))
     work = Measured(dict.fromkeys(MODELS, SIZE), rows, Spread(1, 1), Spread(1, 1), (lengths,))
     widths = dict.fromkeys(MODELS, 1) | {"rollout": 2}

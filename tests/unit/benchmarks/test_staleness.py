@@ -1,4 +1,4 @@
-"""What the figures of the pipelined loop are made of."""
+"""The parts of the figures of the pipelined loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both sides of the comparison with TRL are told the same work."""
+"""Both sides of the comparison with TRL get the same work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run folder as a finished PPO run leaves it: synthetic numbers of realistic size, written through Telemetry."""
+"""The folder of a finished PPO run, with realistic synthetic numbers, written through Telemetry."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HOSTILE = "<script>alert('sample')</script> & <b>bold</b>"
 
 
 class Clock:
-    """Seconds that pass only when told to."""
+    """A clock that the test advances."""
 
     def __init__(self, now: float = 1000.0) -> None:
         self.now = now

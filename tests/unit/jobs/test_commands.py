@@ -1,4 +1,4 @@
-"""One entry for all commands: help on one screen, examples that parse, completion, nothing imported early."""
+"""One entry point for all commands: help on one screen, valid examples, completion, no early imports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LINE = re.compile(r"^ *rlhf +(.+)$", re.MULTILINE)
 
 
 def texts() -> dict[str, str]:
-    """Files that name commands to people or machines, except those that tell of what was."""
+    """Files that mention commands, except those about the past."""
     found = [path for pattern in ("*.md", "docs/*.md", "Makefile", "Dockerfile") for path in ROOT.glob(pattern)]
     found += [path for folder in ("jobs", "actors", "orchestrator", "k8s") for path in (ROOT / folder).rglob("*.*")]
     texts = {}
@@ -56,7 +56,7 @@ def test_the_help_fits_on_one_screen_and_lists_every_command() -> None:
     assert len(lines) <= SCREEN_LINES and max(map(len, lines)) <= SCREEN_COLUMNS
     listed = [line.split()[0] for line in lines[lines.index("Commands:") + 1 :] if line.startswith("  ")]
     assert listed[: len(COMMANDS)] == list(COMMANDS)
-    assert "..." not in "".join(lines[lines.index("Commands:") :]), "a summary is cut"
+    assert "..." not in "".join(lines[lines.index("Commands:") :]), "a summary is truncated"
 
 
 def test_help_and_the_completion_of_names_import_no_command_and_nothing_heavy() -> None:
@@ -107,7 +107,7 @@ def test_every_commands_help_ends_with_an_example_that_it_takes(name: str) -> No
 
 
 def takes(name: str, arguments: list[str]) -> None:
-    """Raises where the command does not know an option, or lacks an argument."""
+    """Raises if an option is unknown or an argument is missing."""
     command_of(name).make_context(name, arguments)
 
 
@@ -132,12 +132,12 @@ def test_the_installed_script_is_this_program() -> None:
 
 def test_every_command_that_is_named_anywhere_exists() -> None:
     named = {(path, name) for path, text in texts().items() for name in NAMED.findall(text)}
-    assert len({name for _, name in named}) >= len(COMMANDS) - 1, "the pattern sees too little"
+    assert len({name for _, name in named}) >= len(COMMANDS) - 1, "the pattern matches too little"
     assert sorted((path, name) for path, name in named if name not in COMMANDS) == []
 
 
 def test_nothing_names_a_command_by_its_module() -> None:
-    """Except one that only `make docs` runs."""
+    """Except the one that only `make docs` runs."""
     named = {(path, name) for path, text in texts().items() for name in BY_MODULE.findall(text)}
     assert {(path, name) for path, name in named if name != "jobs.configuration_docs"} == set()
 

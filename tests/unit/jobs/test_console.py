@@ -1,4 +1,4 @@
-"""What a person sees of text from outside."""
+"""Printing of untrusted text."""
 
 from __future__ import annotations
 

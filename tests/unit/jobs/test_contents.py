@@ -1,4 +1,4 @@
-"""A run's identity is the content of its files: what changed under its path is refused, what moved is not."""
+"""A run depends on the content of its files: changed files are refused, moved files are not."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def files(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "preferences.jsonl").write_text('{"prompt": "Why?", "chosen": "a", "rejected": "b"}\n')
     (tmp_path / "template.jinja").write_text("{{ messages }}")
     (tmp_path / "package").mkdir()
-    # Never imported to be looked at.
+    # The check must not import it.
     (tmp_path / "package" / "__init__.py").write_text("raise SystemExit(0)")
     (tmp_path / "package" / "my_rules.py").write_text("def brevity(*_): return 1.0")
     monkeypatch.syspath_prepend(tmp_path)

@@ -1,4 +1,4 @@
-"""A stopped run does not begin to save what Ray would cut in half, and says before that it is so."""
+"""A stopped run does not start a save that Ray would interrupt, and warns about this at its start."""
 
 from __future__ import annotations
 

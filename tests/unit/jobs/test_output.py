@@ -1,4 +1,4 @@
-"""What is told to people never ends a command, whatever becomes of its output."""
+"""Console output never ends a command, whatever happens to its destination."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ open(sys.argv[1], "w").write("done")
 
 
 def talk(tmp_path: Path, shell: str, **environment: str) -> tuple[int, str, str]:
-    """Exit code, what came out, and what the command wrote when it was done."""
+    """Exit code, received output, and the command's final file."""
     done = tmp_path / "done"
     (tmp_path / "talk.py").write_text(TALKS)
     command = f"'{sys.executable}' '{tmp_path / 'talk.py'}' '{done}'"

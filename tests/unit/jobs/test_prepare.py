@@ -1,4 +1,4 @@
-"""Prompts of a run, rendered and filtered."""
+"""Rendering and filtering of a run's prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Open values are resolved once, and a later attempt takes what the run keeps."""
+"""Open values are resolved once; a later attempt uses the stored values."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_this_machine_is_measured_once_and_a_damaged_file_again(
     for damaged in (file.read_text()[:20], '{"kind": 1}', "[]", '{"kind": "x", "bfloat16": "fast", "float32": null}'):
         file.write_text(damaged)
         assert probe.machine_speed(tmp_path) == speeds[0]
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")  # and not AVX2, under which the suite may run
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")  # not AVX2, which the suite may use
     probe.machine_speed(tmp_path)
     assert len(calls) == 6
 

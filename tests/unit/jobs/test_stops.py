@@ -1,4 +1,4 @@
-"""A command that is told to stop ends with code 130 and one line, in whichever phase it is and whatever hangs."""
+"""A stopped command ends with code 130 and one line, in any phase and whatever hangs."""
 
 from __future__ import annotations
 

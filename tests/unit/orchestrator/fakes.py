@@ -1,4 +1,4 @@
-"""The roles in memory: they obey the Protocols, keep a diary, and need neither ray nor torch."""
+"""In-memory roles: they implement the Protocols, keep a diary, and need neither ray nor torch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class FakeRollouts:
 
     async def generate(self, request: ShardRequest) -> RolloutShard:
         await asyncio.sleep(0)
-        assert self.version is not None, "engines that hold no published version must not serve"
+        assert self.version is not None, "engines without a published version must not serve"
         if request.step == self.fail_in_step:
             raise RoleDied("rollout", 0, "generate", "killed by the test")
         self.diary.note("generate", request.step)
@@ -75,7 +75,7 @@ class FakeLearner:
     learned: list[int] = field(default_factory=list)
     metrics_of_step: Mapping[int, Metrics] = field(default_factory=dict)
     may_save: asyncio.Event = field(default_factory=asyncio.Event)
-    """Saves wait for it; set from the start."""
+    """Saves wait for it; initially set."""
 
     def __post_init__(self) -> None:
         self.may_save.set()

@@ -1,4 +1,4 @@
-"""Waiting for several things: the failure itself comes out, and nothing is left running."""
+"""Concurrent awaitables: the original failure is raised, and nothing is left running."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from orchestrator.concurrency import both, cancel, together
 
 
 class Worker:
-    """Notes how its coroutines ended."""
+    """Records how its coroutines ended."""
 
     def __init__(self) -> None:
         self.ended: list[tuple[str, str]] = []
@@ -21,7 +21,7 @@ class Worker:
             if error:
                 raise error
         except asyncio.CancelledError:
-            await asyncio.sleep(0)  # clean-up that takes a turn of the loop
+            await asyncio.sleep(0)  # clean-up that takes an iteration of the loop
             self.ended.append((name, "cancelled"))
             raise
         self.ended.append((name, "done"))

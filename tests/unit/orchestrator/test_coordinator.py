@@ -1,4 +1,4 @@
-"""The whole loop on fakes: what must hold in every run, whatever the roles are made of."""
+"""The whole loop with fakes: properties of every run, independent of the roles."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ async def test_too_many_failed_rewards_stop_the_run(tmp_path: Path) -> None:
 
 
 def test_the_loop_runs_in_a_second_without_ray_or_torch() -> None:
-    """In a process in which importing any of them fails."""
+    """In a process in which their imports fail."""
     started = time.monotonic()
     program = (
         "import sys\n"
@@ -267,7 +267,7 @@ async def test_a_stop_saves_where_the_run_stands(tmp_path: Path, moment: str) ->
     with pytest.raises(asyncio.CancelledError):
         await running
     saved = [path.name for path in coordinator.checkpoints.complete()]
-    # Learned in step 2 are three steps, when its publish is under way; the first evaluation comes before any.
+    # During step 2's publish three steps are learned; the first evaluation is before any.
     assert saved == {"publish": ["step-000003"], "evaluate": []}.get(moment, ["step-000002"])
     again = world.coordinator()
     assert (await again.run(State(0, 0.1))).step == 3
@@ -334,8 +334,8 @@ async def test_a_save_that_fails_ends_the_run_before_anything_more_is_learned(
 
 
 async def _until(telemetry: Telemetry, phase: str, *, step: int | None) -> None:
-    """Gives way until that phase of that step is open."""
-    while not (phase in telemetry.now()["phases"] and telemetry.now()["step"] == step):  # noqa: ASYNC110  no event tells
+    """Yields until the phase of the step is open."""
+    while not (phase in telemetry.now()["phases"] and telemetry.now()["step"] == step):  # noqa: ASYNC110  there is no event
         await asyncio.sleep(0)
 
 
@@ -370,7 +370,7 @@ async def test_damaged_checkpoints_that_are_deleted_as_advised_are_learned_again
 
 
 class EvaluatingRecorder(FakeRecorder):
-    """Writes real evaluation files, whose gold score is the version over ten."""
+    """Writes real evaluation files with gold score version / 10."""
 
     async def evaluate(self, shards: Sequence[EvaluatedShard], *, file: str) -> Metrics:
         version = shards[0].rollout.step

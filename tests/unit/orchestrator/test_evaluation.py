@@ -18,7 +18,7 @@ def test_a_hand_worked_comparison():
     assert comparison.num_prompts == 3
     assert (comparison.gold_first, comparison.gold_last) == (1.0, 1.5)
     assert comparison.sd_first == 1.0
-    # every prompt gained the same, so every resample has the same mean
+    # all prompts gained the same, so all resamples have the same mean
     assert (comparison.delta_in_sd, comparison.low, comparison.high) == pytest.approx((0.5, 0.5, 0.5))
 
 

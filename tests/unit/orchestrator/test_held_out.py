@@ -1,4 +1,4 @@
-"""What an evaluation says about held-out responses that have no score."""
+"""Reports of an evaluation about held-out responses without a score."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class FailingRecorder(FakeRecorder):
 
 
 async def evaluated(folder: Path, num_failed: int) -> list[str]:
-    """The lines for people."""
+    """The console lines."""
     said: list[str] = []
     diary = Diary()
     scorer = FakeLearner("scorer", diary)

@@ -1,4 +1,4 @@
-"""What is sampled in a step follows from the run seed and the step, and from nothing else."""
+"""The samples of a step depend only on the run seed and the step."""
 
 from __future__ import annotations
 

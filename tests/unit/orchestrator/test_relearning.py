@@ -1,4 +1,4 @@
-"""A run is a fold over its log: what the log holds is enough to get every later state again."""
+"""A run is a fold over its log: the log is sufficient to reproduce every later state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sampler: fixed shards, in the order of steps, never further ahead than allowed, nothing left running."""
+"""The sampler: fixed shards, in step order, never further ahead than allowed, nothing left running."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SAMPLING = Sampling()
 
 @dataclass
 class SlowRollouts(FakeRollouts):
-    """Answers only when told to."""
+    """Answers only when released."""
 
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
     under_way: int = 0
@@ -83,7 +83,7 @@ async def test_engines_that_take_turns_sleep_before_anyone_gets_the_samples() ->
     async with sampler.running(first_step=0, end_step=2):
         await sampler.announce(0)
         await _settle()
-        assert rollouts.diary.entries == [], "sampled before it was asked for"
+        assert rollouts.diary.entries == [], "sampled before it was requested"
         ready = await sampler.next()
         assert [what for what, _ in rollouts.diary.entries] == ["wake", "generate", "generate", "sleep"]
         assert len(await together(ready.shards)) == 2

@@ -1,4 +1,4 @@
-"""What an engine hands on: the reply as it was written, without its end; and where it stops."""
+"""An engine's output: the reply without its end token; and the tokens at which it stops."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_rules_get_the_reply_as_it_was_written_without_its_end(name: str) -> Non
     assert found["response_text"] == reply
     assert json.loads(found["meta"]) == {"answer": 7, "raw_response": reply + end}
     assert found["finish_reason"] == reason
-    assert found["learn"] == [True] * len(found["response_tokens"]), "an engine's tokens are all the policy's"
+    assert found["learn"] == [True] * len(found["response_tokens"]), "all tokens of an engine are the policy's"
 
 
 ENDS = {name: int(letters(None).convert_tokens_to_ids(name)) for name in ("<|im_end|>", "<s>", "</s>")}
@@ -60,7 +60,7 @@ ENDS = {name: int(letters(None).convert_tokens_to_ids(name)) for name in ("<|im_
 
 @pytest.mark.parametrize("stops", ["the tokenizer", "generation_config.json", "config.json"])
 def test_the_hf_engine_stops_at_the_closing_and_at_every_eos(tmp_path: Path, stops: str) -> None:
-    """EOS of the tokenizer is `</s>`; `<|im_end|>` is the template's closing, and `<s>` is named by a file."""
+    """EOS is `</s>` in the tokenizer and `<s>` in a file; the template's closing is `<|im_end|>`."""
     tokenizer = letters(CHATML, "</s>")
     tokenizer.save_pretrained(tmp_path)
     config = tiny_config()
@@ -68,7 +68,7 @@ def test_the_hf_engine_stops_at_the_closing_and_at_every_eos(tmp_path: Path, sto
     config.eos_token_id = [ENDS["<s>"], ENDS["</s>"]] if stops == "config.json" else ENDS["</s>"]
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
-    torch.nn.init.zeros_(model.model.norm.weight)  # every token is as likely as any other
+    torch.nn.init.zeros_(model.model.norm.weight)  # all tokens have equal probability
     model.save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").unlink()
     if stops == "generation_config.json":

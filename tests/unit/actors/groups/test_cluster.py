@@ -1,4 +1,4 @@
-"""Which cluster a command works on, and how fast it says that there is none."""
+"""Which cluster a command uses, and how fast it reports that there is none."""
 
 from __future__ import annotations
 

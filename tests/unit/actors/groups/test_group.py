@@ -1,4 +1,4 @@
-"""Groups of actors on a real Ray: results, errors of ours, deaths, deadlines."""
+"""Groups of actors on a real Ray: results, RlhfErrors, deaths, deadlines."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Worker:
 def cluster() -> Iterator[None]:
     folder = Path("/tmp") / f"gr{os.getpid()}"  # Ray's socket paths must be short
     ray.init(
-        "local",  # never a cluster that another test, or somebody else on the machine, has started
+        "local",  # never the cluster of another test or of another user of the machine
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
@@ -69,7 +69,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def shared(cluster: None) -> ActorGroup:
-    """For tests that leave their actors as they were."""
+    """For tests that do not change their actors."""
     return _group()
 
 
@@ -156,7 +156,7 @@ async def test_after_kill_calls_fail_as_soon_as_the_actors_are_gone(make: Callab
     group.kill()
     with pytest.raises(RoleDied):
         async with asyncio.timeout(DEADLINE_S):
-            while True:  # Ray's kill returns before the process has got it
+            while True:  # Ray's kill returns before the process ends
                 await group.call_all(Worker.name, DEADLINE_S)
 
 

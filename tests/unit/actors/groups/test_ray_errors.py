@@ -1,4 +1,4 @@
-"""Every exception of Ray is an error of ours, and counts against the right budget."""
+"""Every exception of Ray becomes an RlhfError and counts against the right budget."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orchestrator.failures import category_of
 def all_of(root: type[Exception]) -> Iterator[type[Exception]]:
     yield root
     for kind in root.__subclasses__():
-        # Ray Data is not used here; whether it is loaded depends on other tests.
+        # Ray Data is not used; whether it is loaded depends on other tests.
         if kind.__module__.startswith("ray.") and not kind.__module__.startswith("ray.data."):
             yield from all_of(kind)
 
@@ -38,7 +38,7 @@ KINDS = sorted(
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_exception_of_ray_is_classified(kind: type[Exception]) -> None:
-    assert kind in CLASSES, f"{kind.__name__} is new: say in actors/groups/ray_errors.py what it stands for"
+    assert kind in CLASSES, f"{kind.__name__} is new: add it to actors/groups/ray_errors.py"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Micro-batches of learned tokens only: the others stay in the input, and are in no target, column, length or loss."""
+"""Micro-batches of learned tokens: other tokens are in the input, but not in targets, columns, lengths or losses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ JOB = LearnJob(step=0, advantage_mean=0.0, advantage_std=1.0, kl_coefficient=0.1
 
 
 def table(learn: list[list[bool]], *, filler: float = 0.0) -> pa.Table:
-    """Columns with made-up numbers at learned tokens and `filler` at the others."""
+    """Columns with arbitrary numbers at learned tokens and `filler` at the others."""
     floats = pa.list_(pa.float32())
 
     def numbers(seed: int) -> pa.Array:
@@ -50,7 +50,7 @@ def test_only_learned_tokens_are_targets_and_all_are_input() -> None:
     # third.
     assert micro.state_index_N.tolist() == [2, 5, 10, 14, 15, 16]
     assert micro.lengths_B.tolist() == [2, 1, 3]
-    assert micro.last_index_B.tolist() == [6, 11, 17], "what follows a response is where it ends, learned from or not"
+    assert micro.last_index_B.tolist() == [6, 11, 17], "it is the response's end, learned or not"
     assert {name: len(column) for name, column in micro.columns.items()} == dict.fromkeys(COLUMNS, 6)
 
 
@@ -68,13 +68,13 @@ def test_all_learned_is_the_same_as_not_asking() -> None:
         one, other = getattr(found, name), getattr(plain, name)
         assert torch.equal(one, other) and one.dtype == other.dtype, name
     assert all(torch.equal(found.columns[name], plain.columns[name]) for name in COLUMNS)
-    assert TokenRows(table(LEARN)).learned_lengths.tolist() == [4, 2, 3], "scorers answer for every token"
+    assert TokenRows(table(LEARN)).learned_lengths.tolist() == [4, 2, 3], "scorers score every token"
 
 
 def test_lengths_and_columns_of_a_table_count_learned_tokens() -> None:
     rows = TokenRows(table(LEARN), COLUMNS, learned_only=True)
     assert rows.learned_lengths.tolist() == [2, 1, 3]
-    assert rows.response_lengths.tolist() == [4, 2, 3], "a forward is as long as before"
+    assert rows.response_lengths.tolist() == [4, 2, 3], "the length of a forward does not change"
     assert len(rows.token_column("returns")) == 6
     assert [rows.line_length(line) for line in [(0,), (0, 1)]] == [7, 9]
 

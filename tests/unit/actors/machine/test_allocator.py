@@ -1,4 +1,4 @@
-"""Freed memory of actors is used again instead of being faulted in anew."""
+"""Freed memory of actors is reused without new page faults."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_large_block_is_faulted_in_once() -> None:
         check=True,
         timeout=scaled(120),
     )
-    assert int(done.stdout) < 3 * BLOCK_BYTES / PAGE_BYTES, "blocks go back to the system at once"
+    assert int(done.stdout) < 3 * BLOCK_BYTES / PAGE_BYTES, "blocks are returned to the system immediately"
 
 
 def test_without_jemalloc_nothing_happens() -> None:

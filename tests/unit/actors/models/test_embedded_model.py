@@ -1,4 +1,4 @@
-"""Where the embedded model can't be unpacked, the message names the folder and the way out."""
+"""If the embedded model can't be unpacked, the message names the folder and a remedy."""
 
 from __future__ import annotations
 

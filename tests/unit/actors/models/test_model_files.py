@@ -1,4 +1,4 @@
-"""Model folders that can't be used are refused from headers alone, with the way out."""
+"""Unusable model folders are refused by their headers alone, with a remedy."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def rewrite(folder, change):
 
 
 def shard(folder):
-    """Two files and an index, as large models have them."""
+    """Two files and an index, as for large models."""
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="150KB")
     weights(folder).unlink(missing_ok=True)
     return sorted(folder.glob("model-*.safetensors"))

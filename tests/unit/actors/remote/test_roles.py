@@ -1,4 +1,4 @@
-"""Which ranks a shard goes to."""
+"""The ranks to which a shard is sent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.types import Handle, RolloutShard
 
 
 class NotedCalls(ActorGroup):
-    """A group that notes whom it was asked to call."""
+    """A group that records its calls."""
 
     async def call_for_bulk(
         self, rank: int, method: Callable[..., Any], deadline_s: float, *args: Any, **kwargs: Any
@@ -23,7 +23,7 @@ class NotedCalls(ActorGroup):
 
 
 async def calls(num_ranks: int, shards_per_step: int | None) -> list[list[tuple[int, Share | None]]]:
-    """(rank, share) of every call, shard by shard."""
+    """(rank, share) of each call, by shard."""
     actors: list[Any] = [None] * num_ranks
     scorer = ShardedScorer(NotedCalls("policy", actors), len, shards_per_step=shards_per_step, score_s=1.0)
     shards = [RolloutShard(0, index, "table", 4, 8, 8, 0, 0, 0.1) for index in range(shards_per_step or 2)]

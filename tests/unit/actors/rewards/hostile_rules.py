@@ -1,6 +1,6 @@
-"""Rules that do what rules do now and then. Imported by the rules' process, so it needs the standard library only.
+"""Rules that misbehave. The rules' process imports this module, so it needs only the standard library.
 
-`act` does what its response says; numbers are given as they are.
+`act` does what its response says; numbers are returned unchanged.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _allocate_in_a_child() -> float:
 
 
 def _fork_bomb() -> float:
-    """Ends of itself after so many forks that no limit can have held: a test must not take the machine down."""
+    """Ends by itself after a number of forks that proves that the limit failed, to protect the machine."""
     count = mmap.mmap(-1, 8)
     while (forks := int.from_bytes(count[:8], "little")) < MOST_FORKS:
         count[:8] = (forks + 1).to_bytes(8, "little")
@@ -67,7 +67,7 @@ def _fork_bomb() -> float:
 
 
 def _scattering_fork_bomb() -> float:
-    """No two processes are in one group or session. 2 to the power of DOUBLINGS, and they end by themselves."""
+    """2 to the power of DOUBLINGS processes, each in its own group and session, which end by themselves."""
     for _ in range(DOUBLINGS):
         if os.fork() == 0:
             os.setsid()
@@ -76,7 +76,7 @@ def _scattering_fork_bomb() -> float:
 
 
 def _moving() -> float:
-    """Few processes at any time, and each lives for as long as it takes to start the next one."""
+    """Few processes at a time; each lives only until it has started the next."""
     for _ in range(4):
         if os.fork() == 0:
             until = time.monotonic() + LIFETIME_S
@@ -89,7 +89,7 @@ def _moving() -> float:
 
 
 def _same_process() -> float:
-    """1 where /proc and the system's calls name this process alike."""
+    """1 if /proc and system calls give the same id for this process."""
     return float(int(os.readlink("/proc/self")) == os.getpid())
 
 

@@ -1,4 +1,4 @@
-"""A rule that exits, hangs, crashes or takes too much fails its own sample; all others of the shard are scored."""
+"""A rule that exits, hangs, crashes or exceeds limits fails only its own sample; the rest of the shard is scored."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def sleeping() -> set[str]:
 
 
 def marked(name: str, value: str) -> list[int]:
-    """Living processes, other than this one, that were started with a value in their environment."""
+    """Other live processes with a value in their environment."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -157,7 +157,7 @@ with reward("act") as source:
 
 
 def _without_namespaces() -> None:
-    ctypes.CDLL(None).prctl(24, 21, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_SYS_ADMIN: as root in most containers
+    ctypes.CDLL(None).prctl(24, 21, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_SYS_ADMIN: like root in most containers
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="capabilities of Linux")
@@ -193,7 +193,7 @@ def test_memory_of_all_that_a_rule_starts_counts() -> None:
     with reward("act", limits=LIMITS.model_copy(update={"call_s": scaled(60.0)})) as source:
         started = time.monotonic()
         bad, good = source.scores(rollout_table(["allocate in a child", "2"]))
-        # The child has the same limit, or their sum exceeds it.
+        # The child has the same limit, or the sum of both exceeds it.
         assert good.value == 2.0
         assert time.monotonic() - started < scaled(50)
         assert bad.value is None or bad.error is None
@@ -259,7 +259,7 @@ def test_nothing_outlives_a_caller_that_is_killed() -> None:
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert caller.stdout is not None
     pids = [int(word) for word in caller.stdout.readline().split()]
-    assert len(pids) in (3, 4)  # the keeper, the process of the rules and what that left; init of a namespace
+    assert len(pids) in (3, 4)  # the keeper, the worker and its remains; init of a namespace
     caller.kill()
     caller.wait()
     until = time.monotonic() + scaled(20)

@@ -1,4 +1,4 @@
-"""The gold rule rewards pleasant sentences, not tricks."""
+"""The gold rule rewards positive sentences, not tricks."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from tests.unit.actors.rewards.rollouts import rollout_table
 
 
 class Endpoint(ThreadingHTTPServer):
-    """Answers from a list of (status, body); the last one for ever. Keeps what it was asked."""
+    """Answers from a list of (status, body); repeats the last. Records requests."""
 
     daemon_threads = True
 
@@ -155,7 +155,7 @@ def test_an_address_that_is_none_is_a_config_error(url: str) -> None:
 
 
 class Raw:
-    """Takes one request per connection and sends these bytes, a pause before each, then closes or waits."""
+    """Accepts one request per connection and sends these bytes, with a pause before each, then closes or waits."""
 
     def __init__(self, chunks: Iterator[bytes], *, pause_s: float = 0.0, reads: bool = True) -> None:
         self._chunks, self._pause_s, self._reads = chunks, pause_s, reads
@@ -169,7 +169,7 @@ class Raw:
             connection, _ = self._listener.accept()
             self.num_requests += 1
             with connection:
-                if not self._reads:  # the kernel answers what was not read with a reset
+                if not self._reads:  # the kernel resets connections with unread data
                     continue
                 connection.recv(1 << 20)
                 try:
@@ -177,7 +177,7 @@ class Raw:
                         time.sleep(self._pause_s)
                         connection.sendall(chunk)
                     connection.shutdown(socket.SHUT_WR)
-                    while connection.recv(1 << 20):  # closed with unread bytes, the answer would be lost
+                    while connection.recv(1 << 20):  # closing with unread bytes would lose the answer
                         pass
                 except OSError:
                     continue

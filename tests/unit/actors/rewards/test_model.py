@@ -1,4 +1,4 @@
-"""The reward model: its score is the classifier's own, tokens or text, whatever the batch."""
+"""The reward model's score equals the classifier's, for tokens and text, in any batch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def classifier_scores(folder: Path, token_lists: list[list[int]]) -> list[float]
 
 
 def table(closing: bool) -> Any:
-    """Responses as an engine samples them; without `closing`, cut by length."""
+    """Responses like an engine's; without `closing`, truncated."""
     chat = chat_of(tiny_tokenizer())
     messages = [Message(**message) for message in MESSAGES]
     transcripts = [chat.reply(messages, response) for response in RESPONSES]
@@ -114,7 +114,7 @@ def test_long_transcripts_lose_their_start(folder: Path) -> None:
 
 @pytest.mark.parametrize("template", [CHATML, OTHER])
 def test_what_a_transcript_loses_is_counted(folder: Path, template: str) -> None:
-    """Both where sampled tokens go in and where text does."""
+    """For sampled tokens and for text."""
     lengths = [len(ids) for ids in expected_tokens(CHATML)]
     limit = sorted(lengths)[1]
     scores = model(folder, tiny_tokenizer(chat_template=template), max_length=limit).scores(table(closing=True))
@@ -191,7 +191,7 @@ def test_a_tokenizer_without_template_borrows_the_policys_only_with_the_same_voc
 
 
 def trained(tmp_path: Path, **settings: Any) -> tuple[Path, Chat]:
-    """A reward model as the reward_model stage leaves it, and how its training wrote conversations."""
+    """A reward model like that of the reward_model stage, and its chat format in training."""
     folder = tiny_scorer(tmp_path)
     chat = chat_of(tiny_tokenizer(), **settings)
     chat.save(folder)
@@ -258,7 +258,7 @@ def test_a_damaged_record_of_the_training_is_a_data_error(tmp_path: Path, conten
 
 
 def test_a_reply_that_ended_at_another_stop_gets_one_closing(folder: Path) -> None:
-    """A policy whose tokenizer names `</s>` stops at it too; the reward model learned `<|im_end|>`."""
+    """A policy whose tokenizer names `</s>` also stops there; the reward model learned `<|im_end|>`."""
     ended = table(closing=False)
     stop = tiny_tokenizer().convert_tokens_to_ids("</s>")
     responses = [[*ids, stop] for ids in ended["response_tokens"].to_pylist()]

@@ -1,4 +1,4 @@
-"""Rules: found by name, added up by weight, and failing one sample at a time."""
+"""Rules are found by name, summed by weight, and fail one sample at a time."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from orchestrator.errors import ConfigError
 from tests.unit.actors.rewards.rollouts import rollout_table
 
 
-# A whole kind of reward: these two classes, and a line in each table.
+# A complete kind of reward: these two classes, and a line in each table.
 class IdleConfig(RewardConfig):
     name: Literal["idle"] = "idle"
     value: float = 0.0

@@ -1,4 +1,4 @@
-"""The recorder on a real object store and disk: what it writes is what it hands on, and damage is named."""
+"""The recorder on a real object store and disk: it returns what it writes, and reports damage."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from orchestrator.run.storage import sha256
 from tests.unit.actors.rewards.rollouts import rollout_table
 
 TOKENS = [[4, 0], [5, 6, 0], [0]]
-RESPONSES = ["I love it", "I hate it", "ok"]  # length_target wants 50 words
+RESPONSES = ["I love it", "I hate it", "ok"]  # the target of length_target is 50 words
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     folder = Path("/tmp") / f"rc{os.getpid()}"  # Ray's socket paths must be short
     ray.init(
-        "local",  # never a cluster that another test, or somebody else on the machine, has started
+        "local",  # never the cluster of another test or of another user of the machine
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
@@ -83,7 +83,7 @@ def rewards(scores: list[float | None], cut: tuple[int, ...] = (0, 0, 0)) -> ray
 
 
 def scores(reward: list[float | None], cut: tuple[int, ...] = (0, 0, 0)) -> dict[str, list[Any]]:
-    """The reference's answer comes in two parts, as from two ranks."""
+    """The reference's result has two parts, as from two ranks."""
     rows = [10, 11, 12]
     values = {"row": rows, "values": floats(0.25, rows), "bootstrap_value": [0.0] * 3}
     return {
@@ -190,7 +190,7 @@ HOSTILE = "tests.unit.actors.rewards.hostile_rules:act"
 
 
 def held_out(responses: list[str], reward: list[float | None]) -> dict[str, list[Any]]:
-    """A shard whose prompts are named by its responses."""
+    """A shard whose prompt ids are its responses."""
     rows = [10, 11, 12]
     table = rollout().set_column(5, "response_text", pa.array(responses))
     table = table.set_column(1, "prompt_id", pa.array([f"prompt of {text}" for text in responses]))
@@ -207,7 +207,7 @@ def held_out(responses: list[str], reward: list[float | None]) -> dict[str, list
 def test_transcripts_cut_for_the_reward_model_are_counted_in_steps_and_evaluations(
     recorder: RecorderWorker, tmp_path: Path, cut: tuple[int, ...], expected: float
 ) -> None:
-    """The failed sample's too; a step without any has the manifest that it always had."""
+    """Including the failed sample's; the manifest of a step without failures is unchanged."""
     file = tmp_path / "shard-0000.parquet"
     _, record = recorder.record(rollout(), scores([1.0, 2.0, None], cut), kl_coefficient=0.1, file=str(file))
     assert merge_metrics([record])["reward/cut"] == expected
@@ -297,7 +297,7 @@ def test_all_held_out_samples_share_the_gold_rules_time(
 
 
 def test_pyarrow_opens_a_whole_log(recorder: RecorderWorker, tmp_path: Path) -> None:
-    """As docs/experience-log.md says, with the files beside the shards that a log holds."""
+    """As in docs/experience-log.md, with the other files that a log has next to shards."""
     for step in range(2):
         folder = tmp_path / "log" / f"step-{step:06d}"
         folder.mkdir(parents=True)

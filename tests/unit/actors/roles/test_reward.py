@@ -1,4 +1,4 @@
-"""The reward role: tables in, schema.REWARDS out, by kind of source."""
+"""The reward role returns schema.REWARDS for each kind of source."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Prompt, learned reply, closing and stops under the chat templates that people use, written by hand."""
+"""Prompt, learned reply, closing and stops in common chat templates, written manually."""
 
-# ruff: noqa: E501  templates read best in their own lines
+# ruff: noqa: E501  templates are more readable unwrapped
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ TEXT_END = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '[END]\n
     ("template", "special", "end"),
     [
         (TEXT_END, SPECIAL, "[END]"),
-        (ZEPHYR.replace("eos_token", "'</s>'"), ("<eos>",), "</s>"),  # a template of another model
+        (ZEPHYR.replace("eos_token", "'</s>'"), ("<eos>",), "</s>"),  # the template of another model
         ("{% for m in messages %}{{ m['content'] }}.{% endfor %}", SPECIAL, "."),
     ],
 )

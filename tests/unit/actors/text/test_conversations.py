@@ -1,4 +1,4 @@
-"""Prompts and replies in tokens: what the chat template says, no more and no less."""
+"""Tokens of prompts and replies are exactly those of the chat template."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_the_base_of_a_reward_model_keeps_its_own_template(tmp_path: Path) -> No
 
 
 def test_an_exported_model_stops_where_this_one_did(tmp_path: Path) -> None:
-    """EOS `</s>` (3), closing `<|im_end|>` (0): a server that reads the export must stop at both."""
+    """EOS `</s>` (3), closing `<|im_end|>` (0): a server of the export must stop at both."""
     file = tmp_path / "generation_config.json"
     one = chat_of(tiny_tokenizer(eos_token="</s>"))
     for before in ({}, {"eos_token_id": 3}, {"eos_token_id": [3]}, {"eos_token_id": None}):

@@ -1,6 +1,6 @@
-"""Templates are rendered as transformers renders them, within limits, and with the run's date."""
+"""Templates are rendered as in transformers, within limits, with the run's date."""
 
-# ruff: noqa: E501  templates read best in their own lines
+# ruff: noqa: E501  templates are more readable unwrapped
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_known_templates_are_rendered_as_transformers_renders_them(name: str, as
     for messages in (ASKED, TALK):
         try:
             theirs = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-        except Exception:  # noqa: BLE001  whatever it raises, ours must refuse too
+        except Exception:  # noqa: BLE001  ours must refuse whenever it raises
             with pytest.raises(DataError):
                 ours.render(messages, add_generation_prompt=ask)
             continue
@@ -99,7 +99,7 @@ def test_a_template_that_breaks_or_never_ends_is_an_error(name: str) -> None:
     assert not isinstance(found.value, TemplateRefused)
     assert fault in str(found.value) and "model.chat_template=FILE" in str(found.value)
     assert time.process_time() - before < 1.0
-    # The next template is rendered as if nothing had been.
+    # The next template is not affected.
     assert template(CHATML).render(ASKED, add_generation_prompt=False) == "<|im_start|>user\nhi<|im_end|>\n"
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers that can't be used are errors that name the folder, whatever the library makes of them."""
+"""Unusable tokenizers raise errors that name the folder, whatever the library does."""
 
 from __future__ import annotations
 

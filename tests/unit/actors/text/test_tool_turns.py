@@ -1,4 +1,4 @@
-"""Calls, results and tools reach the text in the form that the template takes, or the conversation is refused."""
+"""The text contains calls, results and tools in the template's form, or the conversation is refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONVERSATION = (USER, CALL, RESULT)
 
 
 def template(arguments: str, *, calls: bool = True, results: bool = True, tools: bool = True) -> str:
-    """ChatML with tools; `arguments` writes those of `call.function`."""
+    """ChatML with tools; `arguments` renders those of `call.function`."""
     return (
         ("{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}" if tools else "")
         + "{% for m in messages %}"

@@ -34,7 +34,7 @@ def test_room_that_does_not_come_is_a_capacity_error() -> None:
 
 
 class _Trainer:
-    """Ray Train's trainer as far as TrainRun needs it: its work is done by the test."""
+    """The parts of Ray Train's trainer that TrainRun uses; the test does its work."""
 
     def __init__(self) -> None:
         self.ended = threading.Event()

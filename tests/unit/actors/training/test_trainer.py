@@ -1,4 +1,4 @@
-"""The trainer over a learner in memory, killed at every point where something is written or learned."""
+"""The trainer with an in-memory learner, killed at every point where it writes or learns."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ STEPS = EPOCHS * 4
 
 
 class Killed(BaseException):
-    """Ends a try wherever it is, as SIGKILL does."""
+    """Ends a try anywhere, like SIGKILL."""
 
 
 @dataclass
 class Deaths:
-    """Counts the places where a try can be killed, and kills at one of them."""
+    """Counts the points where a try can be killed, and kills at one of them."""
 
     at: int | None = None
     places: int = 0
@@ -67,7 +67,7 @@ class Data:
 
 @dataclass
 class Learner:
-    """Its weights are all that it has learned, in order."""
+    """Its weights are the list of everything it learned."""
 
     deaths: Deaths
     weights: list[Any] = field(default_factory=list)
@@ -94,7 +94,7 @@ class Task:
         self.learner, self.data, self._deaths = Learner(deaths), data, deaths
 
     def objective(self, records: Sequence[int]) -> Any:
-        return None  # the learner in memory calls no objective
+        return None  # the in-memory learner calls no objective
 
     def count(self, records: Sequence[int]) -> float:
         return float(len(records))
@@ -130,7 +130,7 @@ def reported(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def dying(monkeypatch: pytest.MonkeyPatch) -> Callable[[Deaths], None]:
-    """Lets a try die before and after everything that the training writes itself."""
+    """Kills a try before and after each write of the training."""
 
     def install(deaths: Deaths) -> None:
         def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:

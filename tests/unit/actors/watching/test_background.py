@@ -1,4 +1,4 @@
-"""A tracker that blocks, fails or is absent: the run does not notice, one line tells, and it catches up."""
+"""A tracker that blocks, fails or is absent does not affect the run: one line reports it, and it catches up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.deadlines import scaled
 
 
 class Server:
-    """What a tracker talks to: up or down, at its own speed."""
+    """A tracker's server: up or down, with a given speed."""
 
     def __init__(self) -> None:
         self.is_up = True

@@ -10,7 +10,7 @@ from actors.watching.metrics import ActorMetrics
 
 
 class Instrument:
-    """What a gauge or counter of ray.util.metrics was told."""
+    """Records the values of a gauge or counter of ray.util.metrics."""
 
     made: dict[str, Instrument] = {}
 
@@ -28,7 +28,7 @@ class Instrument:
 
     def inc(self, value: float) -> None:
         if value <= 0:
-            raise ValueError("value must be > 0")  # as Ray does
+            raise ValueError("value must be > 0")  # like Ray
         self.values.append(value)
 
 

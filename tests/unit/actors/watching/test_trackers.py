@@ -81,7 +81,7 @@ def test_a_missing_package_is_a_config_error_with_a_way_out(monkeypatch, tmp_pat
 
 
 class FakeWandb:
-    """The two calls of wandb that are used, and what they were given."""
+    """Records the two calls of wandb that are used."""
 
     def __init__(self) -> None:
         self.options: dict[str, Any] = {}

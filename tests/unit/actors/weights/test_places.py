@@ -1,4 +1,4 @@
-"""Where elements are, found from the numbers in them: by hand, for every way in which loaders move weights."""
+"""Finds the places of elements from their values: hand-worked, for each way in which loaders move weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from actors.weights.places import View, _radix, _views
 
-FIRST, END = 100, 124  # numbers of a tensor of 24 elements
+FIRST, END = 100, 124  # element numbers of a tensor of 24 elements
 
 
 def numbered(*shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The preflight and what `rlhf check` prints, in process, on a tiny model; nothing is started."""
+"""The preflight and the output of `rlhf check`, in process, on a tiny model; nothing is started."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_batch_arithmetic_by_hand(tree: dict[str, Any]) -> None:
     assert rows["optimizer steps per step"] == "3 epochs × 2 minibatches of 12 samples = 6"
     assert rows["optimizer steps in all"] == "policy 24, critic 30, in 5 steps"
     assert rows["passes over the prompts"] == "30 of 20 prompts = 1.50"
-    # Warm-up: a third of the peak first; linear: the last of 30 stands one step of 28 above zero.
+    # Warm-up: first a third of the peak; linear: the last of 30 is one step of 28 above zero.
     assert rows["learning rate, policy"] == (
         f"linear: {1e-5:.2e} at the first, {3e-5 / 28:.2e} at the last of 30, {3e-5:.2e} after 2"
     )

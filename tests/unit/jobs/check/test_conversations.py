@@ -1,4 +1,4 @@
-"""Models of one run that read tokens differently, and conversations that a reward model can't be given, are found
+"""Models of one run with different tokens, and conversations that a reward model can't read, are detected
 before anything starts."""
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def config_of(tmp_path: Path, models: dict[str, Path], **sections: Any) -> Confi
         "evaluation": {"prompts": 2},
     }
     for name, more in sections.items():
-        is_added = isinstance(more, dict) and "name" not in more  # a section chosen by name is given whole
+        is_added = isinstance(more, dict) and "name" not in more  # a section selected by name is replaced as a whole
         tree[name] = tree.get(name, {}) | more if is_added else more
     return config_from_tree(tree, source="t")
 
@@ -120,7 +120,7 @@ def test_the_ways_out_work(tmp_path: Path, models: dict[str, Path]) -> None:
     foreign = {"reward": reward(models, "shuffled")}
     policy = {"critic": {"path": str(models["policy"])}}
     assert problems(tmp_path, models, **foreign, **policy) == []
-    # The policy with a new head: nothing else is started from.
+    # The policy with a new head: there is no other initial model.
     assert critic_section(config_of(tmp_path, models, **foreign, **policy), str(models["shuffled"])).path is None
     grpo = {"rl": {"samples_per_prompt": 2}, "algorithm": {"name": "grpo"}}
     passed = found(tmp_path, models, **foreign, **grpo)

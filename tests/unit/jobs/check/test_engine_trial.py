@@ -1,4 +1,4 @@
-"""Which engine `rollout.engine: auto` takes, by what a trial of vLLM said; tests/matrix tries vLLM itself."""
+"""`rollout.engine: auto` selects an engine by a trial's verdict; tests/matrix tries vLLM itself."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def says(monkeypatch: pytest.MonkeyPatch) -> Callable[[Verdict], Trials]:
-    """Makes trials give a verdict; returns the list of those that were made."""
+    """Makes trials return a verdict; returns the list of trials made."""
     monkeypatch.setattr(engine_trial, "_TRIED", {})
     monkeypatch.setattr(engine_trial, "_version", lambda library: "1.0")
     monkeypatch.setattr(resolve, "machine_speed", lambda cache: Speed("AVX2", 2, bfloat16=1e9, float32=9e9))
@@ -94,7 +94,7 @@ def test_auto_takes_vllm_where_nothing_speaks_against_it(
     chosen = resolved(config(model), lambda line: None)
     assert chosen.rollout.engine == "vllm"
     assert str(check_architecture(chosen)).startswith("engine: vLLM ")
-    assert len(made) == 1, "the check takes the verdict that the choice was made by"
+    assert len(made) == 1, "the check uses the verdict of the selection"
 
 
 @pytest.mark.parametrize("verdict", [UNKNOWN, SERVES, CRASHED])

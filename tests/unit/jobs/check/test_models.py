@@ -1,4 +1,4 @@
-"""Models that could not be loaded, computed with or exported are refused before anything starts."""
+"""Models that can't be loaded, computed with or exported are refused before anything starts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check(folder: Path, cache: Path, **sections: Any) -> str | None:
         "run": {"cache": str(cache)},
     }
     for name, section in sections.items():
-        is_added = isinstance(section, dict) and "name" not in section  # a section chosen by name is given whole
+        is_added = isinstance(section, dict) and "name" not in section  # a section selected by name is replaced
         settings[name] = {**settings.get(name, {}), **section} if is_added else section
     return check_models(config_from_tree(settings, source="test"))
 
@@ -116,7 +116,7 @@ def test_architectures_are_tried_small(name: str, tmp_path: Path) -> None:
     assert "model.path was tried small" in note
 
 
-# As published: sizes of billions of parameters, of which only the config is there.
+# Published configs of models with billions of parameters, without weights.
 @pytest.mark.parametrize("name", ["Llama", "Qwen3-MoE", "Gemma 2", "GPT-J", "DeepSeek-V3", "Phi-3", "RecurrentGemma"])
 def test_a_large_model_is_tried_small(name: str, tmp_path: Path) -> None:
     config = AutoConfig.for_model(FAMILIES[name][0])
@@ -209,7 +209,7 @@ def test_a_gradient_that_is_not_the_slope_is_refused(
 
         def without_gradient(hidden: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
-                return forward(hidden)  # as code that is made for sampling does
+                return forward(hidden)  # as code made for sampling does
 
         layer.forward = without_gradient
         return model

@@ -1,4 +1,4 @@
-"""An external reward model takes what it can take; what would be cut is said before a run starts."""
+"""An external reward model uses its maximum length; cuts are reported before a run starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A secret goes to a process of our own and to nobody who took its port."""
+"""A secret is sent only to this user's process, not to another that took its port."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SECRET = {"Authorization": "Bearer secret"}
 
 @pytest.fixture
 def stranger() -> Iterator[tuple[int, list[bytes]]]:
-    """Listens, and keeps what it gets."""
+    """Listens, and records what it receives."""
     got: list[bytes] = []
 
     def serve(listener: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""Where a local Ray keeps its files: out of others' reach, short enough for sockets, nothing left of dead launchers."""
+"""The folder of a local Ray: private, short enough for sockets, and removed after dead launchers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     (target / "lock").touch()
     (tmp_path / f"{PREFIX}link").symlink_to(target)
     (tmp_path / f"{PREFIX}file").touch()
-    (tmp_path / f"{PREFIX}other").mkdir()  # without a lock: of another program, or just being made
+    (tmp_path / f"{PREFIX}other").mkdir()  # without a lock: from another program, or just being created
     remove_leftovers(tmp_path)
     assert (target / "lock").exists()
     assert len(list(tmp_path.iterdir())) == 4

@@ -1,4 +1,4 @@
-"""What a job is sent holds regular files only, whatever lies in the folders that are included."""
+"""A job's files are only regular files, whatever the included folders contain."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_sockets_pipes_and_links_that_lead_nowhere_or_back_are_left_out_with_a_l
     (more / "broken").symlink_to(tmp_path / "gone")
     (more / "circle").symlink_to(more / "circle")
     (more / "inner" / "back").symlink_to(more)
-    monkeypatch.chdir(more)  # a socket's path may have 107 bytes
+    monkeypatch.chdir(more)  # a socket's path has at most 107 bytes
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("socket")
         lines: list[str] = []
@@ -68,7 +68,7 @@ def test_what_cannot_be_sent_is_named(root: Path, tmp_path: Path, make: object, 
 
 
 def test_a_file_that_cannot_be_read_is_named(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As root nothing is unreadable, so the copy itself fails here."""
+    """Root can read everything, so the test makes the copy fail."""
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "secret").touch()
 

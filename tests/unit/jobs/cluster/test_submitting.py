@@ -1,4 +1,4 @@
-"""A job is handed over once, also to a server that is not ready yet."""
+"""A job is submitted once, even to a server that is not ready yet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.errors import CapacityError
 
 
 class Server:
-    """Stands in for Ray's client: fails with `failures` in turn; with `keeps` it has taken the job all the same."""
+    """Replaces Ray's client: raises `failures` in order; with `keeps` it accepts the job nevertheless."""
 
     def __init__(self, *failures: Exception, keeps: bool = False) -> None:
         self.failures, self.keeps = list(failures), keeps

@@ -1,4 +1,4 @@
-"""What a run is expected to take: from sizes and the machine's speed, without a model's weights."""
+"""Estimates the duration of a run from sizes and the machine's speed, without a model's weights."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_more_work_takes_longer(tmp_path: Path, machine: Any, prepared: Prepared
     twice = seconds(f"rl.steps={2 * config.rl.steps}", f"reward_model.epochs={2 * config.reward_model.epochs}")
     assert twice["sample"] == start["sample"] > Sample.start_s
     assert twice["reward_model"] > 1.5 * start["reward_model"] - RewardModel.start_s
-    evaluations = 2 * start["rl"] - twice["rl"]  # and the start: what more steps do not repeat
+    evaluations = 2 * start["rl"] - twice["rl"]  # and the start, which further steps do not repeat
     assert Rl.start_s < evaluations < start["rl"]
     whole = seconds("reward_model.layers=null")
     assert whole["reward_model"] - RewardModel.start_s > 4.0 * (start["reward_model"] - RewardModel.start_s)

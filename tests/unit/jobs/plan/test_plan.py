@@ -1,4 +1,4 @@
-"""`rlhf plan` in process: what it prints, what it refuses, and that what it proposes is a config."""
+"""`rlhf plan` in process: its output, its refusals, and that its proposal is a valid config."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from tests.unit.jobs.run_folder import HOSTILE, NUM_PROMPTS, NUM_STEPS, write_ru
 
 
 class Page(HTMLParser):
-    """Ids, references, tags and text of a page; fails on tags that do not close."""
+    """Ids, references, tags and text of a page; fails on unclosed tags."""
 
     VOID = {"meta", "link", "br", "img", "input"}
 
@@ -143,7 +143,7 @@ def test_prompts_without_a_score_before_or_after_are_left_out_of_both(tmp_path: 
     unscored = {first: {"q0001", "q0002"}, last: {"q0002", "q0003"}}
     for file, prompts in unscored.items():
         rows = pq.read_table(file).to_pylist()
-        # What is left out would change every number, were it on one side only.
+        # If excluded on one side only, it would change all numbers.
         spoiled = [{**row, "gold": None if row["prompt_id"] in prompts else row["gold"]} for row in rows]
         spoiled = [{**row, "gold": row["gold"] and 50.0} if row["prompt_id"] == "q0001" else row for row in spoiled]
         pq.write_table(pa.Table.from_pylist(spoiled, schema=EVALUATION), file)

@@ -1,4 +1,4 @@
-"""What `why` says of runs with some of the stages and of other commands: each leaves its start and its end."""
+"""`why` for runs with some of the stages and for other commands: each records its start and end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def config_of(root: Path, *stages: str, **sections: Any) -> Config:
 def run_once(
     monkeypatch: pytest.MonkeyPatch, config: Config, failing: str | None = None, alone_stage: Any = None
 ) -> RunFolder:
-    """The pipeline as every command runs it; only the stages' own work is left out."""
+    """The pipeline as commands run it, without the stages' work."""
 
     async def work(stage: Stage, job: StageJob) -> dict[str, Any]:
         if job.name == failing:
@@ -62,7 +62,7 @@ def run_once(
 
 
 def why(folder: Path) -> Explanation:
-    """As seen long after, without the heartbeat, which an attempt may lose."""
+    """As seen long afterwards, without the heartbeat, which an attempt may lose."""
     (folder / "heartbeat.json").unlink(missing_ok=True)
     newest = max((path.stat().st_mtime for path in folder.rglob("*")), default=0.0)
     facts = read_facts(folder, newest + LONG_AFTER_S)
@@ -91,7 +91,7 @@ def test_a_finished_run_of_any_stages_is_told_as_finished(
     assert explained.state == "finished"
     assert explained.first_failure is None
     assert explained.standing.stages == dict.fromkeys(stages, "finished")
-    if "rl" not in stages:  # which must have saved its last step
+    if "rl" not in stages:  # which must save its last step
         assert left(config) == []
 
 
@@ -116,7 +116,7 @@ def test_a_stage_that_fails_is_told_with_its_error(tmp_path: Path, monkeypatch: 
 
 
 def test_an_attempt_is_finished_with_the_stages_that_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reward model is trained alone; then the run goes on with rl, and dies."""
+    """A reward model is trained alone; then the run continues with rl and dies."""
     alone = config_of(tmp_path, "reward_model", preferences={"path": "given.jsonl"})
     longer = config_of(tmp_path, "reward_model", "rl", preferences={"path": "given.jsonl"})
     assert [change.matters for change in changed_keys(alone, longer)] == [False]

@@ -1,4 +1,4 @@
-"""Stages are objects in one table: a new one is one class and one line, and runs by the path that all take."""
+"""Stages are objects in one table. A new stage is one class and one line, and runs like all others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from orchestrator.watching.telemetry import Telemetry
 
 
 class Nothing(Stage):
-    """Writes how many steps it was told of, and what it read."""
+    """Writes its number of steps, and what it read."""
 
     kind = "nothing"
     steps_key = "rl.steps"
@@ -120,7 +120,7 @@ def test_what_was_made_and_not_yet_told_of_is_told_by_the_next_attempt(tmp_path:
 
 
 def test_a_stage_whose_readers_are_finished_is_not_run(tmp_path: Path) -> None:
-    """As in a run from before `sample` was a stage: its preferences are there, its samples are not."""
+    """As in a run from before the stage `sample` existed: it has preferences but no samples."""
     config = config_of(tmp_path, "nothing", {"name": "more", "kind": "reader"})
     run = open_run(config)
     place = run.path / "stages" / "more"

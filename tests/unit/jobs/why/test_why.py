@@ -43,7 +43,7 @@ POLICY_DIED = {**ENGINE_FROZE, "role": "policy", "rank": 0, "operation": "learn"
 
 
 class Run:
-    """A run folder, written the way a run writes it; every event is a second later than the one before."""
+    """A run folder, written as by a run; each event is one second after the previous one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -343,7 +343,7 @@ def test_on_its_own_host_a_run_is_judged_by_its_process(run, sleeper):
     assert stopped.state == "frozen"
     assert f"kill -CONT {sleeper.pid}" in stopped.now[0]
     run.beat(**{**mine, "time": now - 3600.0})
-    assert run.explain(now + 1.0).state == "killed", "the process id was given to another process since"
+    assert run.explain(now + 1.0).state == "killed", "the process id was reused"
     run.beat(**mine)
     sleeper.kill()
     wait_for_status(sleeper.pid, "Z")

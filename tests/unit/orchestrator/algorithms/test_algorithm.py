@@ -1,4 +1,4 @@
-"""What all algorithms share."""
+"""The shared parts of algorithms."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_rollouts_need_not_be_sorted_by_row():
 
 
 def test_token_rewards_carry_the_kl_penalty_and_the_score():
-    # k1 = -1 + 1.5 = 0.5 on every token, times -0.1; the score on the last token.
+    # k1 = -1 + 1.5 = 0.5 for each token, times -0.1; the score is added to the last token.
     table, _ = run()
     assert table["token_rewards"].to_pylist() == [
         pytest.approx([-0.05, 0.95]),
@@ -110,7 +110,7 @@ def test_without_kl_in_the_reward_only_the_score_is_left():
 
 
 def test_only_responses_cut_by_length_are_bootstrapped():
-    # gamma = lambda = 1: the last token's return is its reward, plus the bootstrap value 2 where it was cut.
+    # gamma = lambda = 1: the last token's return is its reward, plus the bootstrap value 2 if truncated.
     returns = run(kl=0.0)[0]["returns"].to_pylist()
     assert [row[-1] for row in returns] == pytest.approx([1.0, 2.0 + 2.0, 3.0])
 
@@ -119,7 +119,7 @@ def test_a_cut_response_can_be_penalised_instead():
     settings = ExperienceSettings(Ppo(gamma=1.0, lam=1.0, truncated="penalise", truncation_penalty=0.75), 1)
     table, _ = run(settings, kl=0.0)
     assert [row[-1] for row in table["returns"].to_pylist()] == pytest.approx([1.0, 1.25, 3.0])
-    assert table["reward"].to_pylist() == [1.0, 2.0, 3.0], "the log keeps the reward as it was scored"
+    assert table["reward"].to_pylist() == [1.0, 2.0, 3.0], "the log contains the original reward"
 
 
 def test_rewards_are_clipped_before_they_enter_the_token_rewards():
@@ -192,12 +192,12 @@ def test_explained_variance_is_one_for_perfect_and_zero_for_constant_values():
 
 
 def without_critic(algorithm=Rloo(), **changes):  # noqa: B008  frozen
-    """Rows 10 and 11 are of one prompt, 12 of the next one."""
+    """Rows 10 and 11 belong to one prompt, row 12 to the next."""
     return run(ExperienceSettings(algorithm, samples_per_prompt=2), value=[], **changes)
 
 
 def test_without_a_critic_a_response_is_compared_with_its_prompts_others():
-    # Returns: 1 - 2 * 0.05, 2 - 3 * 0.05, 3 - 0.05; the baseline of each is the other one's, of the third its own.
+    # Returns: 1 - 2 * 0.05, 2 - 3 * 0.05, 3 - 0.05. The baseline is the other row's return, for the third its own.
     table, _ = without_critic()
     assert table["values"].to_pylist() == [pytest.approx([1.85] * 2), pytest.approx([0.9] * 3), pytest.approx([2.95])]
     assert table["returns"].to_pylist() == [pytest.approx([0.9] * 2), pytest.approx([1.85] * 3), pytest.approx([2.95])]

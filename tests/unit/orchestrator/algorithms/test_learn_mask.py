@@ -1,6 +1,6 @@
-"""Tokens that are not learned from: an environment's words inside a response change nothing but the input.
+"""Tokens that are not learned, such as an environment's, affect only the input.
 
-Every test compares a response with such tokens in it with the same response without them, or with numbers by hand.
+Tests compare responses that contain such tokens with the same responses without them, or with hand-worked numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from orchestrator.errors import DataError, NonFiniteError
 from orchestrator.types import ShardRecord
 from tests.unit.orchestrator.algorithms.test_experience import rewards, run
 
-# Two samples of one prompt. Of the first, tokens 0, 3 and 4 are the policy's, of the second all; the first was cut.
+# Two samples. Tokens 0, 3 and 4 of the first and all of the second are the policy's; the first is truncated.
 LEARN = [[True, False, False, True, True, False], [True, True]]
 OLD = [[-1.0, -9.0, -9.0, -1.5, -2.0, -9.0], [-1.0, -1.0]]
 REF = [[-1.5, -1.0, -1.0, -1.0, -2.5, -1.0], [-2.0, -1.0]]
@@ -35,7 +35,7 @@ COMPUTED = ("token_rewards", "values", "advantages", "returns")
 def shard(
     learn: list[list[bool]], *, algorithm: Algorithm, old: list[list[float]] = OLD, filler: float | None = None
 ) -> pa.Table:
-    """The experience of the two samples; `filler` replaces what the models say about tokens that are not learned."""
+    """The experience of the two samples; `filler` replaces the models' outputs at tokens that are not learned."""
 
     def lists(numbers: list[list[float]]) -> pa.Array:
         rows = [
@@ -79,7 +79,7 @@ def shard(
 
 
 def without(table: pa.Table) -> pa.Table:
-    """The same responses with only their learned tokens."""
+    """The same responses without other than learned tokens."""
     lists = [field.name for field in table.schema if pa.types.is_list(field.type) and field.name != "prompt_tokens"]
     marks = table["learn"].to_pylist()
     for name in lists:
@@ -98,7 +98,7 @@ def flat(table: pa.Table, name: str) -> npt.NDArray[np.float32]:
 
 
 def test_gae_goes_from_each_learned_token_to_the_next() -> None:
-    # Token rewards -0.1 * (old - ref), and 4 on the last learned one: -0.05, 0.05, -0.05 + 4 = 3.95.
+    # Token rewards -0.1 * (old - ref), plus 4 for the last learned token: -0.05, 0.05, -0.05 + 4 = 3.95.
     # V = 0.5, 1, 2, then 8.
     # gamma 0.5, lambda 0.5: delta_4 = 3.95 + 0.5*8 - 2 = 5.95; delta_3 = 0.05 + 0.5*2 - 1 = 0.05;
     # delta_0 = -0.05 + 0.5*1 - 0.5 = -0.05. A_4 = 5.95; A_3 = 0.05 + 0.25*5.95 = 1.5375; A_0 = -0.05 + 0.25*1.5375
@@ -110,7 +110,7 @@ def test_gae_goes_from_each_learned_token_to_the_next() -> None:
 
 
 def test_without_a_critic_the_return_is_of_the_learned_tokens() -> None:
-    # Returns: -0.05 + 0.05 + 3.95 = 3.95, and -0.1 + 0 + 1 = 0.9; each is the other's baseline.
+    # Returns: -0.05 + 0.05 + 3.95 = 3.95, and -0.1 + 0 + 1 = 0.9; each is the baseline of the other.
     table = shard(LEARN, algorithm=Rloo())
     assert table["advantages"].to_pylist() == [
         pytest.approx([3.05, 0.0, 0.0, 3.05, 3.05, 0.0]),

@@ -61,6 +61,6 @@ def test_kendall_tau_by_hand() -> None:
     assert kendall_tau([1, 2, 3], [10, 20, 30]) == 1
     assert kendall_tau([1, 2, 3], [30, 20, 10]) == -1
     assert kendall_tau([4, 3, 2, 1], [4, 3, 1, 2]) == pytest.approx(4 / 6)
-    # 6 pairs; the first list ties one, the second none: 5 concordant of sqrt(5 * 6).
+    # 6 pairs; one tie in the first list, none in the second: 5 concordant of sqrt(5 * 6).
     assert kendall_tau([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(5 / np.sqrt(30))
     assert kendall_tau([1, 1, 1], [1, 2, 3]) is None

@@ -1,4 +1,4 @@
-"""What may change in a run that goes on: keys that compute nothing; all others matter."""
+"""Changes of a resumed run: keys that do not affect results may change; all others matter."""
 
 from __future__ import annotations
 

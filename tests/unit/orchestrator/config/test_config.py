@@ -1,4 +1,4 @@
-"""Keys that contradict each other are refused, and the error names both and the way out."""
+"""Contradicting keys are refused, and the error names both and a remedy."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_shard_may_part_samples_that_are_not_compared() -> None:
 
 
 def dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every key that may be set, once where several sections of a choice have it."""
+    """All keys; a key of several sections of a choice counts once."""
     for name, field in section.model_fields.items():
         choice, inner = by_name(field), list(_sections_in(field.annotation))
         for kind in choice.table.values() if choice else inner:
@@ -72,7 +72,7 @@ def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def test_the_keys_are_counted() -> None:
-    """People have to find their way among them. A new key raises NUM_KEYS; one that replaces two lowers it."""
+    """Keeps the number of keys manageable. A new key raises NUM_KEYS; one that replaces two lowers it."""
     found = set(dotted_keys(Config))
     assert {"reward.rules.function", "reward.url", "algorithm.gamma", "guards.kl.max", "stages.kind"} <= found
     assert len(found) == NUM_KEYS <= MOST_KEYS

@@ -1,4 +1,4 @@
-"""Credentials come from the environment or a file: a config with one is refused, and the message does not repeat it."""
+"""Credentials come from the environment or a file. A config with one is refused, without printing it."""
 
 from __future__ import annotations
 

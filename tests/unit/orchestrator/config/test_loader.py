@@ -1,4 +1,4 @@
-"""Sections that a name chooses, and keys by their old names."""
+"""Sections selected by name, and old keys."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_old_names_lead_to_keys_that_exist(new: str) -> None:
     assert any(key in holder.model_fields for holder in holders)
 
 
-# As a run before the sections `rl` and `algorithm` kept it: with the keys of all algorithms.
+# As kept by a run from before the sections `rl` and `algorithm`: with the keys of all algorithms.
 KEPT: dict[str, Any] = {
     "run": {"contents": {"model.path": "1a2b"}},
     "reward": {"path": "/models/reward"},
@@ -113,7 +113,7 @@ def test_a_kept_config_with_gae_becomes_ppo() -> None:
     kept = {**KEPT, "ppo": {**KEPT["ppo"], "advantage": "gae", "gamma": 0.9}}
     algorithm = config_from_tree(translated(kept), source="kept").algorithm
     assert isinstance(algorithm, Ppo) and algorithm.gamma == 0.9
-    assert kept["ppo"]["advantage"] == "gae", "the tree that was given is left as it is"
+    assert kept["ppo"]["advantage"] == "gae", "the given tree is unchanged"
 
 
 def test_translating_leaves_a_config_of_today_as_it_is() -> None:

@@ -1,4 +1,4 @@
-"""The reward is one of several sections by its name; its old keys are explained to people and translated for runs."""
+"""The reward is a section selected by name; old keys are explained to users and translated for kept runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YAML that a person writes is read; what stands for more than it says, or loses a value, is refused at once."""
+"""Ordinary YAML is read; YAML that expands or loses values is refused immediately."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.errors import ConfigError
 
 
 def _levels(line: str, first: str) -> str:
-    """Twelve lines, each naming the one before nine times: 9 to the power of 12 values."""
+    """Twelve lines, each referring to the previous one nine times: 9 to the power of 12 values."""
     return first + "".join(line.format(i, ", ".join([f"*l{i - 1}"] * 9)) + "\n" for i in range(1, 12))
 
 

@@ -1,4 +1,4 @@
-"""Bad rows: five kinds or more of every format, each an error that names file, row and reason."""
+"""Bad rows: at least five kinds per format, each an error that names file, row and reason."""
 
 from __future__ import annotations
 
@@ -318,7 +318,7 @@ def test_a_bad_row_is_named_with_file_row_and_reason(
 @pytest.mark.parametrize(("kind", "name", "row"), [(k, n, row) for k, rows in GOOD.items() for n, row in rows.items()])
 def test_good_rows_are_detected(tmp_path: Path, kind: str, name: str, row: dict[str, Any]) -> None:
     if name in ("alpaca-template", "plain"):
-        return  # another is the first that fits
+        return  # another format fits first
     stream = Stream(KINDS[kind], write(tmp_path, row))
     assert len(list(stream)) > 0 and stream.report().format == name
 

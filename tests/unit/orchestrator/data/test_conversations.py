@@ -1,4 +1,4 @@
-"""Whole conversations, begun replies, calls of tools: nothing of a row is lost, doubled or turned into another."""
+"""Whole conversations, begun replies, tool calls: no part of a row is lost, duplicated or changed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def plain(*messages: Turn) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("row", "expected", "replies"),
     [
-        # White space at the edges of a turn makes no other turn.
+        # White space at the edges does not distinguish turns.
         (
             {
                 "prompt": "What is 2+2?",
@@ -71,12 +71,12 @@ def plain(*messages: Turn) -> list[tuple[str, str]]:
             [user(" q")],
             ("a", "b"),
         ),
-        (  # ... nor does it part the two conversations
+        (  # ... nor the two conversations
             {"chosen": [*SUM, assistant("6")], "rejected": [user("What is 2+2? "), *SUM[1:], assistant("7")]},
             SUM,
             ("6", "7"),
         ),
-        # The prompt is the last turn, or the beginning, of the whole conversation.
+        # The prompt is the last turn or the beginning of the whole conversation.
         ({"prompt": "And 3+3?", "chosen": [*SUM, assistant("6")], "rejected": [*SUM, assistant("7")]}, SUM, ("6", "7")),
         ({"prompt": SUM, "chosen": [*SUM, assistant("6")], "rejected": [*SUM, assistant("7")]}, SUM, ("6", "7")),
         (
@@ -84,7 +84,7 @@ def plain(*messages: Turn) -> list[tuple[str, str]]:
             SUM,
             ("6", "7"),
         ),
-        (  # the prompt as the first turn alone; the conversations go on from it
+        (  # the prompt is only the first turn; the conversations continue it
             {"prompt": "What is 2+2?", "chosen": [*SUM, assistant("6")], "rejected": [*SUM, assistant("7")]},
             SUM,
             ("6", "7"),
@@ -94,7 +94,7 @@ def plain(*messages: Turn) -> list[tuple[str, str]]:
             SUM,
             ("6", "7"),
         ),
-        # System messages may be in either.
+        # Either may contain system messages.
         (
             {"prompt": "q", "chosen": [SYSTEM, *ASKED, assistant("a")], "rejected": [SYSTEM, *ASKED, assistant("b")]},
             [SYSTEM, user("q")],
@@ -110,14 +110,14 @@ def plain(*messages: Turn) -> list[tuple[str, str]]:
             [SYSTEM, user("q")],
             ("a", "b"),
         ),
-        # A begun reply belongs to the prompt; replies that repeat it lose the repetition.
+        # A begun reply belongs to the prompt; it is removed from replies that repeat it.
         ({"prompt": POEM, "chosen": " red", "rejected": " dead"}, POEM, (" red", " dead")),
         ({"prompt": POEM, "chosen": [assistant(" red")], "rejected": [assistant(" dead")]}, POEM, (" red", " dead")),
         ({"prompt": POEM, "chosen": "Roses are red", "rejected": "Roses are dead"}, POEM, (" red", " dead")),
         ({"prompt": POEM, "replies": [" red", " dead", " blue"]}, POEM, (" red", " dead", " blue")),
         ({"messages": POEM, "replies": [" red", " dead"]}, POEM, (" red", " dead")),
         ({"prompt": [user("q"), assistant("")], "chosen": "a", "rejected": "b"}, [user("q")], ("a", "b")),
-        # Published transcripts beside a prompt.
+        # Published transcripts with a prompt.
         (
             {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " a", "rejected": " b"},
             [user("q")],

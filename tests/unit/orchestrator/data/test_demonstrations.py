@@ -1,4 +1,4 @@
-"""Demonstrations: every format gives whole conversations, and every bad row is named with its fault."""
+"""Demonstrations: every format yields whole conversations, and errors name each bad row and its fault."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TREE = {
 
 
 def flat(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a flat table, as OASST's are published in Parquet."""
+    """The rows of a flat table, like OASST's published Parquet files."""
     rows: list[dict[str, Any]] = []
 
     def visit(found: dict[str, Any], parent: str | None) -> None:

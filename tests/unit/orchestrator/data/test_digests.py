@@ -1,4 +1,4 @@
-"""Which digests were seen is known exactly, in a few bytes each."""
+"""The set of seen digests is exact, in a few bytes each."""
 
 from __future__ import annotations
 

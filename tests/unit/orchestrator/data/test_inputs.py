@@ -1,4 +1,4 @@
-"""A home folder that is not there is told with the way out."""
+"""A missing home folder is an error with a remedy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_the_home_folder_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 @pytest.mark.parametrize("path", ["~/x", "~nobody-of-this-name/x"])
 def test_without_a_home_folder_the_key_and_the_way_out_are_named(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    """As in a container that runs under a user id without an entry in /etc/passwd."""
+    """As in a container whose user id has no entry in /etc/passwd."""
 
     def unknown(key: object) -> None:
         raise KeyError(key)

@@ -1,4 +1,4 @@
-"""Files that were joined, printed, cut or saved by other programs: every record is read, or the fault is named."""
+"""Files that other programs joined, printed, cut or saved: all records are read, or the error names the fault."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FOUR, TWO = ["a0", "a1", "b0", "b1"], ["b0", "b1"]
 
 
 def _gzip(data: bytes) -> bytes:
-    return gzip.compress(data, mtime=0)  # parts of a test's name, which must not hold the time
+    return gzip.compress(data, mtime=0)  # parts of a test's name, which must not contain the time
 
 
 def zstd(data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Small files that stand for huge ones are refused with the way out; real files of any length are read."""
+"""Small files that expand to huge ones are refused with a remedy; real files of any length are read."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_what_a_file_unpacks_to_has_a_limit(tmp_path: Path, monkeypatch: pytest.
     path.write_bytes(bz2.compress((b" " * MIB + b"\n") * 40))
     with pytest.raises(DataError, match="unpacks to more than 10 MiB: refused as a decompression bomb"):
         read_prompts(path)
-    path.write_bytes(b" " * 40 * MIB + b'{"prompt": "q"}')  # not compressed: as long as it likes
+    path.write_bytes(b" " * 40 * MIB + b'{"prompt": "q"}')  # not compressed: any length
     with pytest.raises(DataError, match="row 1: longer than 8 MiB"):
         read_prompts(path)
     path.write_bytes((b" " * MIB + b"\n") * 40 + b'{"prompt": "q"}')

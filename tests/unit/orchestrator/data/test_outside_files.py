@@ -1,4 +1,4 @@
-"""What is no regular file is never opened, and says what it is."""
+"""Files that are not regular are never opened, and the error names their kind."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ KINDS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.fixture
 def short_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)  # the name of a socket is limited to a hundred bytes
+    monkeypatch.chdir(tmp_path)  # the path of a socket is limited to about 100 bytes
     return Path()
 
 

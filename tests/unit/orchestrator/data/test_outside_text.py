@@ -1,4 +1,4 @@
-"""Credentials are covered and terminals are not steered, whatever a text holds."""
+"""Credentials are hidden and control characters escaped in any text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every format is read, every bad row is named, nothing is dropped in silence."""
+"""All formats are read, errors name bad rows, and nothing is dropped silently."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _array_bytes(rows: list[dict[str, Any]]) -> bytes:
 def test_every_kind_of_file_gives_the_same_records(
     tmp_path: Path, encode: Callable[[Any], bytes], pack: Callable[[bytes], bytes]
 ) -> None:
-    path = tmp_path / "prompts"  # the name says nothing: the bytes do
+    path = tmp_path / "prompts"  # detected from the bytes, not from the name
     path.write_bytes(pack(encode(ROWS)))
     records, report = read_prompts(path)
     assert [(r.id, r.messages, r.text, dict(r.meta)) for r in records] == [

@@ -1,4 +1,4 @@
-"""The small inputs of ../shared/cases, each of which once gave a wrong value; tests beside this one hold copies."""
+"""The small inputs of ../shared/cases, each of which once gave a wrong value; other tests here have copies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published data sets, where they are at hand."""
+"""Published data sets, if available."""
 
 from __future__ import annotations
 

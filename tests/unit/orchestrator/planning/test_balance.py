@@ -82,7 +82,7 @@ def test_micro_batches_are_sorted_by_length():
 
 
 def test_micro_batches_are_cut_where_it_saves_padding_and_not_more_often():
-    answers = [286, 263, 248, 201, 177, 167, 115, 115]  # as full as can be: seven of 286, one of 115
+    answers = [286, 263, 248, 201, 177, 167, 115, 115]  # as full as possible: seven of 286, one of 115
     assert micro_batches(range(8), answers, 2048) == [(0, 1, 2, 3), (4, 5, 6, 7)]
     assert micro_batches(range(8), [100] * 8, 400) == [(0, 1, 2, 3), (4, 5, 6, 7)]
     assert micro_batches(range(8), [100, 99, 98, 97, 96, 95, 94, 93], 800) == [tuple(range(8))]

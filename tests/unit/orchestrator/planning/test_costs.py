@@ -1,4 +1,4 @@
-"""Costs against rows worked by hand, on a device of round numbers."""
+"""Costs against hand-worked rows, on a device with round numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from orchestrator.planning.hardware import DEVICES, Device, Efficiency, device_o
 
 HALF = Efficiency(learn=0.5, forward=0.5, decode=0.5, memory=0.5, links=0.5, decode_step_s=0.25)
 DEVICE = Device("round", 1000.0, 100.0, 1e9, link=80.0, network=8.0, host_link=10.0, efficiency=HALF, per_node=4)
-# Head 10 × 4 = 40, trunk 200 - 40 = 160, weights 400 bytes, cache 2 × 2 bytes × 2 layers × 2 = 16 bytes a token.
+# Head 10 × 4 = 40, trunk 200 - 40 = 160, weights 400 bytes, cache 2 × 2 bytes × 2 layers × 2 = 16 bytes per token.
 SIZE = Dimensions(200, 2, 4, 8, 10, kv_width=2, tied=True)
 LENGTHS = np.asarray([3, 5])
 # 2 × 160 × 8 tokens + 2 × 2 layers × 4 hidden × (9 + 25) + 2 × 40 × 4 head tokens
@@ -149,7 +149,7 @@ def test_an_unknown_gpu_is_refused_with_the_known_ones() -> None:
 def test_a_prompt_that_is_shared_counts_once_a_line() -> None:
     prompts, responses = np.asarray([10, 10, 10, 20, 20, 20]), np.asarray([1, 2, 3, 4, 5, 6])
     assert line_lengths(prompts, responses, sharing=3, longest=100).tolist() == [10 + 6, 20 + 15]
-    # 35 tokens are more than a line holds: the first response stands alone, the other two share.
+    # 35 tokens exceed a line: the first response is alone, the other two share.
     assert line_lengths(prompts[3:], responses[3:], sharing=3, longest=31).tolist() == [24, 31]
 
 

@@ -1,4 +1,4 @@
-"""The memory estimate: hand-worked bytes per parameter, sums per node, and what is said when it does not fit."""
+"""The memory estimate: hand-worked bytes per parameter, sums per node, and messages if it does not fit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def learner(size: ModelSize = SIZE, **changes: Any) -> Memory:
     ("dtype", "zero_stage", "ranks", "bytes_per_param"),
     [
         ("bfloat16", 0, 1, 2 + 2 + 4 + 8),  # weights, gradients, masters, moments
-        ("bfloat16", 1, 1, 2 + 2 + 4 + 4 + 8),  # fp32 accumulation besides
+        ("bfloat16", 1, 1, 2 + 2 + 4 + 4 + 8),  # plus fp32 accumulation
         ("bfloat16", 1, 4, 2 + 2 + 4 + (4 + 8) / 4),
         ("bfloat16", 2, 4, 2 + (2 + 4 + 4 + 8) / 4),
         ("bfloat16", 3, 4, (2 + 2 + 4 + 4 + 8) / 4),
@@ -73,7 +73,7 @@ def test_a_scorer_holds_weights_alone_and_an_engine_its_cache_besides() -> None:
 
 
 def test_the_estimate_brackets_what_real_actors_held() -> None:
-    """SmolLM2-135M in bf16 on the CPU, 1,024 tokens a micro-batch, ZeRO 1, one rank; resident MiB between steps."""
+    """SmolLM2-135M in bf16 on CPUs, 1,024 tokens per micro-batch, ZeRO 1, one rank; resident MiB between steps."""
     measured = {"policy": 3850, "critic": 3528, "reference": 835, "reward": 831, "rollout": 2059}
     estimated = {
         "policy": learner(SMOLLM2, micro_batch_tokens=1024),

@@ -1,4 +1,4 @@
-"""Placement: what fits goes where the load is smallest, what does not fit is said with numbers."""
+"""Placement: actors go to the least loaded node; errors give the numbers of what does not fit."""
 
 from __future__ import annotations
 

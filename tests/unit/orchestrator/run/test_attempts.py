@@ -1,4 +1,4 @@
-"""Two attempts never write one run: a new one begins when the one before is dead, and of several only one begins."""
+"""Two attempts never write one run: a new one starts after the previous one is dead, and of several only one starts."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_live_attempt_is_not_superseded_and_a_killed_one_is_at_once(run: Path,
     with pytest.raises(CapacityError, match=f"attempt 1 .process {first.pid} on .*, which is alive"):
         claimed(run)
     assert [path.name for path in (run / "attempts").iterdir()] == ["001"]
-    first.kill()  # and not yet waited for: a zombie is dead
+    first.kill()  # but not reaped: a zombie is dead
     deadline = time.monotonic() + scaled(10)
     while psutil.Process(first.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""The best checkpoint by evaluation: chosen exactly, kept through retiring, the same after kills and stops."""
+"""The best checkpoint by evaluation: selected exactly, never removed, the same after kills and stops."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GOLD = "evaluation/gold_mean"
 
 
 def evaluate(folder: Path, golds: Mapping[int, float], kl: Mapping[int, float] | None = None) -> BestByEvaluation:
-    """Evaluation files of some versions, two prompts each, whose mean is the number given."""
+    """Evaluation files of some versions, with two prompts each and the given mean."""
     folder.mkdir(exist_ok=True)
     for version, gold in golds.items():
         write(folder, version, gold, (kl or {}).get(version, 1.0))
@@ -69,7 +69,7 @@ def test_a_metric_that_no_sample_has_and_a_damaged_file_choose_nothing(
 
 
 class World:
-    """Checkpoints with evaluations beside them; a new World on the same folder is the next attempt."""
+    """Checkpoints and evaluations; a new World on the same folder is the next attempt."""
 
     def __init__(self, folder: Path, golds: Mapping[int, float], *, keep: int = 1, last_step: int = 12) -> None:
         self.policy = FakeLearner("policy", Diary())
@@ -124,7 +124,7 @@ async def test_without_evaluations_only_the_newest_are_kept(tmp_path: Path) -> N
 async def test_a_run_killed_anywhere_keeps_what_an_undisturbed_one_keeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
 ) -> None:
-    """Killed as the save of a step is complete and before old ones are retired; then a new attempt."""
+    """Kills a save after it is complete and before old ones are removed; then starts a new attempt."""
     (tmp_path / "whole").mkdir()
     whole = World(tmp_path / "whole", GOLDS)
     await whole.run(range(1, 13))
@@ -153,7 +153,7 @@ async def test_a_run_killed_anywhere_keeps_what_an_undisturbed_one_keeps(
 
 
 async def test_what_a_stop_saved_does_not_compete(tmp_path: Path) -> None:
-    """Step 7 was evaluated and is the best of all, but only a stop saved it."""
+    """Step 7 was evaluated and is the best, but was saved only because of a stop."""
     world = World(tmp_path, GOLDS)
     await world.run(range(1, 7))
     await world.checkpoints.save(State(7, 0.1))
@@ -198,7 +198,7 @@ def test_a_best_whose_checkpoint_is_gone_or_a_damaged_file_is_none(tmp_path: Pat
 
 
 async def test_a_step_saved_again_below_newer_ones_is_not_retired_by_its_own_save(tmp_path: Path) -> None:
-    """As when a replay of fewer steps goes into the folder of one of more."""
+    """As if a replay of fewer steps used the folder of a longer one."""
     world = World(tmp_path, {})
     await world.run([6])
     await world.checkpoints.save(State(4, 0.1))

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, whenever the process dies; old ones retire; damage is named."""
+"""Checkpoints are complete or absent whenever the process dies; old ones are removed; errors name damage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.orchestrator.fakes import Diary, FakeLearner
 
 
 class Killed(Exception):
-    """Stands for the end of the process: nothing after it runs."""
+    """Simulates the end of the process: nothing runs after it."""
 
 
 class World:

@@ -1,4 +1,4 @@
-"""The log: a step is committed whole or not at all, and what is read back is what was committed."""
+"""The log: a step is committed completely or not at all, and reading returns what was committed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.orchestrator.fakes import Diary, FakeRecorder
 
 @dataclass
 class FailingRecorder(FakeRecorder):
-    """Fails on one shard, after it has written the others."""
+    """Fails on one shard after it has written the others."""
 
     failing: set[int] = field(default_factory=set)
 

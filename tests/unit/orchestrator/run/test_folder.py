@@ -1,4 +1,4 @@
-"""A run is opened once per attempt, under the config it was started with but for keys that compute nothing."""
+"""A run is opened once per attempt, with its first config except for keys that do not affect results."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_path: P
     assert len({run.path for run in runs}) == 5
     assert [run.attempt for run in runs] == [1] * 5
     assert [load_config(run.path / "config.yaml").run.seed for run in runs] == list(range(5))
-    for run in runs:  # each id is one that can be given again
+    for run in runs:  # each id is valid as run.id
         config(tmp_path, run={"root": tmp_path, "id": run.id})
 
 

@@ -232,7 +232,7 @@ async def test_a_mirror_that_hangs_does_not_hold_up_a_stop(run: Path) -> None:
 def test_a_manifest_that_names_files_outside_the_run_is_not_trusted(
     run: Path, mirror: Mirror, tmp_path: Path, name: str
 ) -> None:
-    """Who may write to the mirror must not write, or delete, anywhere else."""
+    """Write access to the mirror must not allow writing or deleting anywhere else."""
     pushed = mirror.push(run, attempt=1)
     assert pushed is not None
     digest = next(iter(pushed.files.values()))

@@ -1,4 +1,4 @@
-"""A drill for every guard and every action, on fakes; and what must hold over restarts."""
+"""Every guard with every action, on fakes, and properties that hold over restarts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BAD = 3  # the step that trips a guard; each fake step has two shards of 4 sampl
 
 @dataclass(frozen=True)
 class Drill:
-    """A guard's section, what the bad step does, and the value and bound that are told."""
+    """A guard's section, the bad step, and the reported value and bound."""
 
     guard: str
     section: Mapping[str, float]
@@ -66,7 +66,7 @@ def guard_events(folder: Path) -> list[dict[str, Any]]:
 
 async def until(happened: Callable[[], bool]) -> None:
     async with asyncio.timeout(scaled(10)):
-        while not happened():  # noqa: ASYNC110  files and the diary tell nobody
+        while not happened():  # noqa: ASYNC110  files and the diary have no events
             await asyncio.sleep(0.001)
 
 

@@ -15,7 +15,7 @@ from orchestrator.watching.heartbeat import EVERY_S, HEARTBEAT_FILE, Heartbeat
 
 
 class Time:
-    """A clock that moves only while somebody sleeps, and sleepers that wake when told to."""
+    """A clock that the test advances, with sleepers that it wakes."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -106,7 +106,7 @@ async def test_a_cancelled_run_is_told_as_stopped_and_nothing_beats_on(make, tmp
 async def test_a_disk_that_can_not_be_written_costs_beats_and_not_the_run(make, time, tmp_path):
     obstacle = tmp_path / f".{HEARTBEAT_FILE}.1.tmp"
     async with make():
-        obstacle.mkdir()  # stands in for a full disk: the tests may run as root, whom no permission stops
+        obstacle.mkdir()  # simulates a full disk: permissions do not stop root, who may run the tests
         await time.pass_one_sleep()
         assert content(tmp_path)["time"] == 1000.0
         obstacle.rmdir()

@@ -49,7 +49,7 @@ def test_prometheus_names_are_valid_and_distinct():
 
 def test_the_document_is_what_the_catalogue_says():
     assert DOCS.read_text(encoding="utf-8") == to_markdown(), (
-        "write it anew: python -c 'from orchestrator.watching.metrics import to_markdown; "
+        "regenerate it: python -c 'from orchestrator.watching.metrics import to_markdown; "
         'print(to_markdown(), end="")\' > docs/metrics.md'
     )
 

@@ -189,7 +189,7 @@ def test_token_rates_and_totals_follow_from_what_was_recorded(make, clock, tmp_p
             record({"tokens/generated": 1000, "tokens/learned": 1000})
     metrics = lines(tmp_path)[1]["metrics"]
     assert metrics["tokens/generated_per_s"] == 250.0
-    assert "tokens/learned_per_s" not in metrics  # nothing was learned in a phase of its own
+    assert "tokens/learned_per_s" not in metrics  # there was no separate learn phase
     assert metrics["tokens/total"] == 2000.0
 
 

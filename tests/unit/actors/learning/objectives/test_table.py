@@ -1,4 +1,4 @@
-"""Both halves of every algorithm are there, and a new one is two small classes and two table lines."""
+"""All algorithms have both halves. A new algorithm is two small classes and two table lines."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_an_algorithm_without_a_critic_has_no_critics_loss() -> None:
         objective_of(Grpo()).critic_terms(COLUMNS["values"], COLUMNS)
 
 
-# A whole algorithm: these two classes, and a line in each table.
+# A complete algorithm: these two classes, and a line in each table.
 class Idle(Algorithm):
     name: Literal["idle"] = "idle"
 

@@ -1,4 +1,4 @@
-"""The loop over simulated roles: exact where a step can be added up by hand, ordered where it can't."""
+"""The loop over simulated roles: exact if a step can be computed manually, otherwise ordered."""
 
 from __future__ import annotations
 

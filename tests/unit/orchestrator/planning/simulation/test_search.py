@@ -1,4 +1,4 @@
-"""Which layouts are tried, which fit, and what is said of those that do not."""
+"""Which layouts are tried, which fit, and the errors of those that do not."""
 
 from __future__ import annotations
 
