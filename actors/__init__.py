@@ -2,5 +2,5 @@
 
 from orchestrator.garbage import collect_seldom
 
-# Ray imports an actor's module before it makes the actor; from then on Process decides.
+# Ray imports an actor's module before it creates the actor; Process later changes this setting.
 collect_seldom()

@@ -1,7 +1,7 @@
-"""Rollout engines: their contract, and what all kinds of them share.
+"""Rollout engines: their contract and common parts.
 
-actors/engines/vllm_engine.py   VllmEngine, the one to use
-actors/engines/hf_engine.py     HfEngine, for architectures that vLLM does not serve
+actors/engines/vllm_engine.py   VllmEngine, the default
+actors/engines/hf_engine.py     HfEngine, for architectures that vLLM does not support
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ RAW_RESPONSE = "raw_response"  # key of `meta`
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """One engine's proof that it serves `version`.
+    """One engine's report that it serves `version`.
 
     Args:
-        num_tensors: tensors received, every checksum equal to the trainer's.
-        num_compared: tensors read back out of the layers and found equal; 0 with verify = "checksums".
-        seconds: time inside the engine: receive (checksums), apply, verify.
+        num_tensors: received tensors, whose checksums equal the trainer's.
+        num_compared: tensors read back from the layers and found equal; 0 with verify = "checksums".
+        seconds: time in the engine: receive (checksums), apply, verify.
     """
 
     version: int
@@ -57,46 +57,46 @@ class Engine(Protocol):
         The samples depend on the set of requests and on their seeds, not on their order, nor on earlier calls.
 
         Raises:
-            PublishError: the engine is at no published version.
+            PublishError: the engine has no published version.
             DataError: a prompt leaves no room for max_new_tokens.
         """
 
     def prompt_logprobs(self, token_lists: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probs, at temperature 1, of every given token except the first of each list."""
+        """Log-probs, at temperature 1, of all given tokens except the first of each list."""
 
     def begin_update(self, header: WeightHeader) -> None:
         """Stops serving and prepares for the header's buckets. Raises PublishError on unknown or missing tensors."""
 
     def receive_bucket(self, bucket: Bucket) -> None:
-        """Applies the tensors that end in this bucket. Raises PublishError naming tensors that arrived altered."""
+        """Applies the tensors that end in this bucket. Raises PublishError, which names altered tensors."""
 
     def finish_update(self, version: int) -> UpdateReport:
-        """Drops caches of older weights, verifies, and serves `version` from here on.
+        """Drops caches of older weights, verifies, and then serves `version`.
 
         Raises:
-            PublishError: naming tensors that the engine does not compute with.
+            PublishError: names tensors that the engine does not use.
         """
 
     def version(self) -> int | None:
-        """The version that is served; None: it does not serve."""
+        """The served version. None: the engine does not serve."""
 
     def sleep(self) -> None:
-        """Gives GPU memory back; nothing else is called until `wake`. Does nothing on the CPU."""
+        """Frees GPU memory; `wake` must be the next call. Does nothing on CPUs."""
 
     def wake(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineContext:
-    """What an engine is built from besides the folder of its model.
+    """Inputs of an engine in addition to its model's folder.
 
     Args:
         template: text of model.chat_template; None: the tokenizer's own.
-        publish: how publishes are proved, see actors.weights.verify.Verifier.
+        publish: verification of publishes, see actors.weights.verify.Verifier.
         threads: CPU threads of the engine.
-        max_samples: largest number of samples at one time.
-        version: number of the weights in the model's folder; None: serve only after the first publish.
-        sleeps: whether the engine gives its GPU memory back while others compute.
+        max_samples: maximum number of concurrent samples.
+        version: version of the weights in the model's folder; None: serve only after the first publish.
+        sleeps: whether the engine frees its GPU memory while others compute.
     """
 
     model: ModelConfig
@@ -112,7 +112,7 @@ class EngineContext:
 
 @dataclass
 class ServedVersion:
-    """The version that an engine serves: none from the start of an update until its proof."""
+    """The version that an engine serves: none from the start of an update until it is verified."""
 
     number: int | None
     reason: str = "it was started without a version"
@@ -120,18 +120,18 @@ class ServedVersion:
     num_updates: int = 0
 
     def require(self) -> int:
-        """Raises PublishError saying why there is none."""
+        """Raises PublishError, which gives the reason, if there is none."""
         if self.number is None:
             raise PublishError(f"this engine serves no published version: {self.reason}. Publish before sampling.")
         return self.number
 
     def begin(self, header: WeightHeader | None) -> None:
-        self.number, self.reason, self.header = None, "an update has begun and is not finished", header
+        self.number, self.reason, self.header = None, "an update has started but not finished", header
         self.num_updates += 1
 
     def updating(self) -> WeightHeader:
         if self.header is None:
-            raise PublishError(f"no update is under way ({self.reason}); call begin_update first.")
+            raise PublishError(f"no update is in progress ({self.reason}); call begin_update first.")
         return self.header
 
     def serve(self, version: int) -> None:
@@ -139,7 +139,7 @@ class ServedVersion:
 
     @contextmanager
     def failing(self) -> Iterator[None]:
-        """When the body fails, takes the engine out of service and raises the error."""
+        """If the body fails, takes the engine out of service and raises the error."""
         try:
             yield
         except BaseException as error:
@@ -149,17 +149,17 @@ class ServedVersion:
 
 @dataclass(frozen=True)
 class Sample:
-    """Response tokens, the end included when it was sampled, and their log-probs at the sampling temperature."""
+    """Response tokens, including a sampled end token, and their log-probs at the sampling temperature."""
 
     tokens: Sequence[int]
     logprobs: Sequence[float]
 
 
 def ordered_requests(request: ShardRequest, max_length: int) -> list[SampleRequest]:
-    """The shard's requests by row: results depend on what is in a batch and on its order, so the order is fixed.
+    """The shard's requests by row. Results depend on the content and order of a batch, so the order is fixed.
 
     Raises:
-        DataError: names a prompt that leaves no room for max_new_tokens in the window; engines would cut it silently.
+        DataError: names a prompt that leaves no room for max_new_tokens; engines would cut it silently.
     """
     limit = max_length - request.sampling.max_new_tokens
     for item in request.requests:
@@ -181,7 +181,7 @@ def rollout_table(
 ) -> pa.Table:
     """Builds a table of schema.ROLLOUT from requests and their samples, in the same order.
 
-    `response_text` is the reply as it was written, without its end; `meta["raw_response"]` is the complete reply.
+    `response_text` is the reply without its end token; `meta["raw_response"]` is the complete reply.
     """
     raw = [chat.text(sample.tokens) for sample in samples]
     texts = [chat.text(chat.body(np.array(sample.tokens, np.int32))) for sample in samples]

@@ -1,4 +1,4 @@
-"""A rollout engine on transformers, for architectures that vLLM does not serve. Slower; the same contract.
+"""A rollout engine on transformers, for architectures that vLLM does not support. Slower, with the same contract.
 
 Shape suffixes: B samples, V vocabulary.
 """
@@ -31,7 +31,7 @@ from orchestrator.types import SampleRequest, Sampling, ShardRequest
 
 
 class HfEngine:
-    """Implements actors.engines.contract.Engine. Complete, and at `context.version`, when constructed."""
+    """Implements actors.engines.contract.Engine. Serves `context.version` when constructed."""
 
     def __init__(self, folder: Path, context: EngineContext, *, device: str = "cpu") -> None:
         self._context, self._device = context, torch.device(device)
@@ -91,7 +91,7 @@ class HfEngine:
         compared = self._checksums if self._context.publish.verify != "checksums" else {}
         with self._served.failing():
             if not self._unpacker.done:
-                raise PublishError("the update was finished before all of its buckets had arrived; publish again.")
+                raise PublishError("the update was finished before all of its buckets arrived; publish again.")
             stale = [name for name, sent in compared.items() if checksum(self._held[name]) != sent]
             if stale:
                 raise PublishError(f"the engine does not hold the published weights of {listed(stale)}; publish again.")
@@ -118,7 +118,7 @@ class HfEngine:
         return values
 
     def _sample(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
-        """Samples all requests together, each with its own generator, prompts padded on the left."""
+        """Samples all requests together, each with a separate generator, with left-padded prompts."""
         generators = [torch.Generator(self._device).manual_seed(item.seed) for item in requests]
         width = max(len(item.prompt.tokens) for item in requests)
         tokens = torch.zeros(len(requests), width, dtype=torch.long, device=self._device)

@@ -36,14 +36,14 @@ _GIB = 1 << 30
 _CPU_BATCH_TOKENS = 4096  # vLLM's own default there
 _VLLM_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # Roles take turns on the cores; bound threads of two roles on one core would starve each other.
+    # Roles take turns on the cores; pinned threads of two roles on one core would starve each other.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
 }
 
 
 class VllmEngine:
-    """Implements actors.engines.contract.Engine. Complete, and at `context.version`, when constructed."""
+    """Implements actors.engines.contract.Engine. Serves `context.version` when constructed."""
 
     def __init__(
         self, folder: Path, context: EngineContext, *, transfer_backend: str = vllm_plugin.CPU_BACKEND
@@ -130,7 +130,7 @@ class VllmEngine:
 
 
 class DeviceVllmEngine(VllmEngine):
-    """An engine on GPUs. The trainer drives its updates (actors.weights.gpu): the first four calls are vLLM's own."""
+    """An engine on GPUs. The trainer drives its updates (actors.weights.gpu); the first four calls are vLLM's."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._call("init_weight_transfer_engine", init_info=init_info)
@@ -149,10 +149,10 @@ class DeviceVllmEngine(VllmEngine):
             self._call("finish_weight_update")
 
     def confirm_update(self, version: int, header: WeightHeader, checksums: Mapping[str, str]) -> UpdateReport:
-        """Compares every parameter with the trainer's checksums, and serves `version` from here on.
+        """Compares all parameters with the trainer's checksums, and then serves `version`.
 
         Raises:
-            PublishError: naming the tensors that differ.
+            PublishError: names the tensors that differ.
         """
         with self._served.failing():
             arguments = {"header": header, "checksums": checksums, "verify": self._context.publish.verify}
@@ -166,10 +166,10 @@ def start_llm(folder: Path, context: EngineContext, transfer_backend: str, *, sk
     vllm_plugin.register()
     on_cpu = current_platform.is_cpu()
     if on_cpu:
-        # vLLM freezes torch's thread count while it starts.
+        # vLLM fixes torch's thread count when it starts.
         torch.set_num_threads(context.threads)
         _skip_ranks()
-    collect_seldom()  # vLLM asks for five collections of everything while it starts
+    collect_seldom()  # vLLM runs five full garbage collections when it starts
     return LLM(
         model=str(folder),
         dtype=model.compute_dtype,
@@ -178,14 +178,14 @@ def start_llm(folder: Path, context: EngineContext, transfer_backend: str, *, sk
         seed=context.seed,
         tensor_parallel_size=rollout.tensor_parallel_size,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
-        # An explicit size also spares the CPU start its warm-up.
+        # An explicit size also avoids the warm-up on CPUs.
         kv_cache_memory_bytes=int(rollout.kv_cache_gib * _GIB) if on_cpu else None,
         enforce_eager=on_cpu,
-        # vLLM 0.32 takes the token that it samples for half a prompt back by rewinding the request's generator, and
-        # torch's CPU generators can't: "CPU Generator does not use offset". Whole prompts until that is fixed.
+        # vLLM 0.32 undoes the token that it samples for a partial prompt by rewinding the request's generator, but
+        # torch's CPU generators can't: "CPU Generator does not use offset". Remove this when that is fixed.
         enable_chunked_prefill=not on_cpu,
         max_num_batched_tokens=max(_CPU_BATCH_TOKENS, model.max_length) if on_cpu else None,
-        # Hits would depend on earlier calls, and with them the batches and the last bits.
+        # Cache hits would make batches, and so the last bits, depend on earlier calls.
         enable_prefix_caching=False,
         enable_sleep_mode=context.sleeps,
         trust_remote_code=model.trust_remote_code,
@@ -198,10 +198,10 @@ def start_llm(folder: Path, context: EngineContext, transfer_backend: str, *, sk
 
 
 def _skip_ranks() -> None:
-    """Sets the rank of every sampled token to 1; it is not used.
+    """Sets the rank of each sampled token to 1, because it is not used.
 
-    vLLM 0.32 counts them with a kernel that torch compiles from C++ in the middle of the first batch: 2 s with a warm
-    cache, and it needs a compiler. Can go when SamplingParams.logprobs can leave ranks out.
+    vLLM 0.32 computes ranks with a kernel that torch compiles from C++ during the first batch: 2 s with a warm
+    cache, and it needs a compiler. Remove this when SamplingParams.logprobs can omit ranks.
     """
     sampler.batched_count_greater_than = lambda logprobs, chosen: chosen.new_ones(len(chosen), dtype=torch.int64)
 
@@ -216,7 +216,7 @@ def _check(context: EngineContext) -> None:
             "Set it to 1 and raise rollout.replicas or rollout.cpus_per_replica."
         )
     if context.sleeps:
-        raise ConfigError("engines on the CPU have no GPU memory to give back; build them without sleeps.")
+        raise ConfigError("engines on CPUs have no GPU memory to free; build them without sleeps.")
 
 
 def _sample(output: RequestOutput) -> Sample:
@@ -231,8 +231,8 @@ def _sample(output: RequestOutput) -> Sample:
 
 
 def _abandon_session(worker: Any) -> None:
-    """Closes the session of an interrupted update; the transfer engine resets the layers when the next one starts."""
-    # vLLM hands over the worker in a wrapper that passes reading on, and not setting.
+    """Closes the session of an interrupted update; the transfer engine resets the layers at the next start."""
+    # vLLM passes the worker in a wrapper that forwards reads of attributes but not writes.
     getattr(worker, "worker", worker)._weight_update_active = False
 
 

@@ -1,4 +1,4 @@
-"""vLLM plug-in (entry point group `vllm.general_plugins`): makes our weight transfer known in every vLLM process."""
+"""vLLM plug-in (entry point group `vllm.general_plugins`): registers our weight transfer in every vLLM process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests whether vLLM serves a policy's architecture correctly, without its weights.
+"""Tests whether vLLM supports a policy's architecture correctly, without its weights.
 
 `python -m actors.engines.vllm_trial FOLDER` makes a small random model of the folder's config and starts an engine on
 it. Its log-probs must equal those of transformers: for prompts, for tokens that it samples, and again after other
@@ -52,8 +52,8 @@ _SMALL_HIDDEN = 512
 
 @dataclass(frozen=True)
 class Verdict:
-    """`refusal`: why vLLM can't serve it; None where it can. `difference`: largest of log-probs, in fp32.
-    `untried`: why nothing could be found out."""
+    """`refusal`: why vLLM can't serve it; None if it can. `difference`: largest log-prob difference, in fp32.
+    `untried`: why the trial was not possible."""
 
     refusal: str | None = None
     difference: float | None = None
@@ -64,15 +64,15 @@ def trial(folder: Path, *, dtype: Dtype, max_length: int, trust_remote_code: boo
     """Tries an engine on a small random model of the folder's architecture.
 
     Args:
-        dtype: of the engine's weights. Log-probs are compared in fp32, a publish is proved in this type too.
+        dtype: type of the engine's weights. Log-probs are compared in fp32; a publish is also verified in this type.
         max_length: longest sequence of the run; a sliding window that is at least as long is not tried.
     """
-    # vLLM looks at a model's class in a process of its own, for 10 s; this one is as good.
+    # vLLM would inspect a model's class in another process, which takes 10 s.
     registry._run_in_subprocess = lambda look: look()
     with tempfile.TemporaryDirectory(prefix="rlhf-trial-") as scratch:
         try:
             small = _SmallModel(folder, Path(scratch), max_length, trust_remote_code)
-        # transformers builds models of any config; what a small one lacks may fail anywhere.
+        # Building a small model of an arbitrary config may fail anywhere.
         except Exception as error:  # noqa: BLE001
             return Verdict(untried=_one_line(error))
         try:
@@ -81,7 +81,7 @@ def trial(folder: Path, *, dtype: Dtype, max_length: int, trust_remote_code: boo
                 _difference(small, dtype)
         except PublishError as error:
             return Verdict(str(error))
-        # What vLLM raises for a model that it does not know, or can't serve here, is of any class.
+        # vLLM raises arbitrary classes for models that it does not support.
         except Exception as error:  # noqa: BLE001
             return Verdict(_one_line(error))
     if difference > TOLERANCE:
@@ -120,8 +120,8 @@ def _chosen(logits: torch.Tensor, text: list[int]) -> torch.Tensor:
 
 
 def randomise(model: Any, *, seed: int) -> None:
-    """Adds noise to every parameter and every saved buffer: a bias of zero or a norm of one would hide that it is left
-    out."""
+    """Adds noise to all parameters and saved buffers: a bias of zero or a norm of one would hide that it is not
+    used."""
     generator = torch.Generator().manual_seed(seed)
     buffers = dict(model.named_buffers())
     with torch.no_grad():
@@ -134,7 +134,7 @@ def randomise(model: Any, *, seed: int) -> None:
 
 def shrunk(config: PreTrainedConfig, max_length: int) -> PreTrainedConfig:
     """A config of the same architecture with a few layers, heads, experts and tokens, and heads of the same size.
-    Sequences leave a sliding window where those of `max_length` leave it."""
+    Sequences exceed a sliding window if those of `max_length` do."""
     values, names = config.to_dict(), config.attribute_map
     small = {name: most for name, most in _SMALL.items() if _is_larger(getattr(config, name, None), most)}
     if _is_larger(getattr(config, "sliding_window", None), max_length - 1):
@@ -180,7 +180,7 @@ class _BareEngine(VllmEngine):
 
 
 def _difference(small: _SmallModel, dtype: Dtype) -> float:
-    """Starts an engine, publishes to it, and returns how much its log-probs differ from those of transformers."""
+    """Starts an engine, publishes to it, and returns the difference of its log-probs from transformers'."""
     destroy_model_parallel()  # of an engine before this one
     engine = _BareEngine(
         small.folder,
@@ -207,7 +207,7 @@ def _difference(small: _SmallModel, dtype: Dtype) -> float:
     return max(differences)
 
 
-_ALIVE: list[VllmEngine] = []  # the end of one engine would take the process groups of the next with it
+_ALIVE: list[VllmEngine] = []  # the end of one engine would destroy the process groups of the next
 
 
 def _dtype(tensor: torch.Tensor, dtype: str) -> torch.dtype:
@@ -240,7 +240,7 @@ def main() -> None:
     )
     sys.stdout.write("\n" + json.dumps(asdict(verdict)) + "\n")
     sys.stdout.flush()
-    os._exit(0)  # vLLM's own ending takes seconds
+    os._exit(0)  # vLLM's shutdown takes seconds
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Ray's side of the roles: groups of actors, how they start, fail and start again."""
+"""Ray's side of the roles: groups of actors, their start, failures and restarts."""

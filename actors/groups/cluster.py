@@ -1,4 +1,4 @@
-"""The Ray cluster: reaching it, what it offers, and reserving what a plan needs."""
+"""The Ray cluster: connecting to it, its resources, and reserving those of a plan."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Address:
 
     Args:
         text: host:port of its control service.
-        is_private: a private Ray, all of which is on loopback.
+        is_private: a private Ray, entirely on loopback.
     """
 
     text: str
@@ -57,10 +57,10 @@ class Address:
 
 
 def named_address(option: str | None) -> Address | None:
-    """The cluster that --ray-address or RAY_ADDRESS names. None: neither names one, or "local" is asked for.
+    """The cluster that --ray-address or RAY_ADDRESS names. None: neither names one, or the value is "local".
 
     A cluster that Ray finds by itself, in /tmp/ray/ray_current_cluster or among the processes of this machine, is used
-    only for "auto": it may be another user's cluster, or a dead one.
+    only for "auto": it may be another user's cluster or a dead one.
 
     Raises:
         CapacityError: "auto", and no cluster runs on this machine.
@@ -121,7 +121,7 @@ def _read_environment_again() -> None:
 
 
 def disconnect() -> None:
-    """Leaves the cluster. If the cluster is gone, Ray's own call takes a minute; nothing waits for it."""
+    """Leaves the cluster. Does not wait for Ray's call, which takes a minute if the cluster is gone."""
     leaving = threading.Thread(target=ray.shutdown, name="leave-cluster", daemon=True)
     leaving.start()
     leaving.join(LEAVE_S)
@@ -156,7 +156,7 @@ def _without_ray_address() -> Iterator[None]:
 
 
 def _await_answer(address: Address, wait_s: float) -> None:
-    """Waits until the control service at host:port answers: Ray itself would try for minutes, and warn each time."""
+    """Waits until the control service at host:port answers: Ray would retry for minutes, with a warning each time."""
     if os.environ.get("RAY_USE_TLS", "0") != "0":
         return  # Ray checks certificates itself
     with grpc.insecure_channel(address.text, options=[("grpc.enable_http_proxy", 0)]) as channel:
@@ -187,7 +187,7 @@ def _token() -> Mapping[str, str]:
 def _refused(address: Address) -> ConfigError:
     return ConfigError(
         f"the cluster at {address} refuses this token, or the lack of one. Set RAY_AUTH_MODE=token and "
-        "RAY_AUTH_TOKEN_PATH to the file that holds the cluster's token."
+        "RAY_AUTH_TOKEN_PATH to the file with the cluster's token."
     )
 
 
@@ -213,7 +213,7 @@ def alive_nodes() -> list[Node]:
 
 
 async def plan_when_ready(demands: Sequence[Demand], *, mode: Any, wait_s: float, tell: Callable[[str], None]) -> Plan:
-    """The placement plan. Waits up to `wait_s` for nodes that still join, and reports what it waits for.
+    """The placement plan. Waits up to `wait_s` for nodes to join, and reports the wait.
 
     Raises:
         CapacityError: says what is missing.
@@ -239,7 +239,7 @@ def _can_never_fit() -> bool:
 
 
 async def reserve(plan: Plan, *, wait_s: float, tell: Callable[[str], None]) -> PlacementGroup:
-    """Reserves all slots of a plan at once. Raises CapacityError when they are not free within `wait_s`."""
+    """Reserves all slots of a plan together. Raises CapacityError if they are not free within `wait_s`."""
     bundles = [_bundle(slot) for slot in plan.slots]
     group = placement_group(bundles, strategy="PACK")
     granted = False
@@ -260,7 +260,7 @@ async def reserve(plan: Plan, *, wait_s: float, tell: Callable[[str], None]) -> 
 
 
 async def _granted(group: PlacementGroup, wait_s: float) -> bool:
-    """Waits in short intervals: a thread can't be cancelled, and the program ends only after its threads."""
+    """Waits in short intervals, because a thread can't be cancelled and the program waits for its threads."""
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
         if await asyncio.to_thread(group.wait, 1):

@@ -1,4 +1,4 @@
-"""Groups of Ray actors that serve one role. The only module that knows `.remote`.
+"""Groups of Ray actors that serve one role. The only module that uses `.remote`.
 
 A call takes the worker's method itself (`group.call(0, PolicyWorker.save, path)`) and has a deadline. It returns the
 method's result, or raises the RlhfError that the worker raised, or a RoleError that names role, rank and method.
@@ -29,7 +29,7 @@ Start = Callable[[Sequence[int]], Awaitable[Mapping[int, ActorHandle[Any]]]]
 
 @dataclass
 class BusyClock:
-    """Seconds in which at least one call was under way."""
+    """Seconds with at least one pending call."""
 
     _under_way: int = 0
     _since: float = 0.0
@@ -53,7 +53,7 @@ class BusyClock:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call that is under way."""
+    """One pending call."""
 
     role: str
     rank: int
@@ -79,26 +79,26 @@ class ActorGroup:
     under_way: set[Call] = field(default_factory=set)
     whereabouts: dict[int, Whereabouts] = field(default_factory=dict)
     births: dict[int, int] = field(default_factory=dict)
-    """By rank, the number of actors that were started to replace the first."""
+    """By rank, the number of replacements of the first actor."""
 
     def __len__(self) -> int:
         return len(self.actors)
 
     async def await_ready(self, deadline_s: float, ranks: Sequence[int] | None = None) -> None:
-        """Waits until constructors (null: all) have finished; raises what the first failing one raised."""
+        """Waits until constructors (None: all) have finished. Raises the first error."""
         ranks = range(len(self)) if ranks is None else ranks
         found = await together(self.call(rank, Process.ready, deadline_s) for rank in ranks)
         self.whereabouts.update(zip(ranks, found, strict=True))
         self.busy.take()
 
     def restarted_with(self, rank: int) -> Sequence[int]:
-        """The ranks that get a new actor together with this one."""
+        """The ranks that are replaced together with this one."""
         return range(len(self)) if self.is_whole else [rank]
 
     async def renew(self, ranks: Sequence[int], deadline_s: float) -> None:
-        """Ends these actors and starts new ones; returns when they are ready."""
+        """Replaces these actors; returns when the new ones are ready."""
         if self.start is None:
-            raise ValueError(f"nobody said how to start {self.role} again")
+            raise ValueError(f"the group {self.role} has no function to restart actors")
         for rank in ranks:
             self._kill(rank)
             self.births[rank] = self.births.get(rank, 0) + 1
@@ -114,7 +114,7 @@ class ActorGroup:
         return result
 
     async def call_all(self, method: Callable[..., R], deadline_s: float, *args: Any, **kwargs: Any) -> list[R]:
-        """Awaits the same method on every rank; results in rank order."""
+        """Awaits the same method on all ranks. Returns the results in rank order."""
         return await together(self.call(rank, method, deadline_s, *args, **kwargs) for rank in range(len(self)))
 
     async def call_for_bulk(
@@ -129,14 +129,14 @@ class ActorGroup:
         try:
             with self.busy, self._noted(Call(self.role, rank, operation, deadline_s)):
                 return await asyncio.wait_for(reference, deadline_s)
-        except RayError as error:  # before TimeoutError: an error that a worker raised has both classes
+        except RayError as error:  # before TimeoutError: an error raised by a worker has both classes
             raise translated(error, self.role, rank, operation) from error
         except TimeoutError:
             cause = f"no answer within its deadline of {deadline_s:g} s (section deadlines of the config)"
             raise DeadlineExceeded(self.role, rank, operation, cause) from None
 
     def waiting(self) -> list[dict[str, Any]]:
-        """The calls under way, for a heartbeat."""
+        """The pending calls, for a heartbeat."""
         now = time.monotonic()
         return [
             {

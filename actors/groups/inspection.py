@@ -1,4 +1,4 @@
-"""Inspects processes from outside, on the nodes where they run, since a hanging process does not answer."""
+"""Inspects processes from outside, on their nodes, because a hanging process does not answer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Evidence:
     """Args:
     state: "running", "stopped (SIGSTOP)", "gone", or why it is unknown.
     stacks: of all its threads, by py-spy; empty: not requested.
-    log: its last lines on standard error.
+    log: last lines of its standard error.
     """
 
     state: str
@@ -40,14 +40,14 @@ class Evidence:
 
 
 async def inspect(process: Whereabouts | None, *, stacks: bool) -> Evidence:
-    """Never fails: the evidence says what could not be found out."""
+    """Never fails: the evidence reports what is unknown."""
     if process is None:
-        return Evidence("it never got ready")
+        return Evidence("it never became ready")
     return await _on_node(process, _look, Evidence(f"node {process.address} does not answer"), stacks)
 
 
 async def kill(processes: Sequence[Whereabouts]) -> None:
-    """Sends SIGKILL, which a stopped process can't ignore; a node that does not answer is left alone."""
+    """Sends SIGKILL, which a stopped process can't ignore. Ignores nodes that do not answer."""
     await together(_on_node(process, _end, None) for process in processes)
 
 
@@ -56,13 +56,13 @@ async def _on_node(process: Whereabouts, work: Any, otherwise: Any, *arguments: 
     task = ray.remote(work).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
     try:
         return await asyncio.wait_for(task.remote(process.pid, *arguments), LIMIT_S)
-    except Exception:  # noqa: BLE001  the node may be gone in any way
+    except Exception:  # noqa: BLE001  a lost node may raise anything
         return otherwise
 
 
 def _look(pid: int, stacks: bool) -> Evidence:
     try:
-        # The field after the name in parentheses, which may hold spaces.
+        # The field after the name in parentheses, which may contain spaces.
         letter = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except OSError:
         letter = "Z"
@@ -84,7 +84,7 @@ def _stacks(pid: int) -> str:
 
 
 def _last_lines(pid: int) -> list[str]:
-    """Ray names a worker's files after its process and writes them beside this one's own."""
+    """Ray names a worker's log files after its process, in the same folder as this process's."""
     with contextlib.suppress(OSError):
         folder = Path(os.readlink("/proc/self/fd/2")).parent
         for file in folder.glob(f"worker-*-{pid}.err"):

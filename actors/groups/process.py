@@ -1,4 +1,4 @@
-"""The calls that every actor process answers, besides those of its role."""
+"""The calls that every actor process answers in addition to those of its role."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ class Process:
         collect_as_usual()
 
     def ready(self) -> Whereabouts:
-        """Answers once the constructor has finished. Later computations keep their large memory blocks."""
+        """Answers after the constructor has finished. Later computations keep their large memory blocks."""
         keep_large_blocks()
         node_id = ray.get_runtime_context().get_node_id()
         return Whereabouts(node_id, str(ray.util.get_node_ip_address()), os.getpid())
 
     def serve(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Calls a method of the worker; handles among its arguments are fetched here, not by the caller."""
+        """Calls a method of the worker. Fetches handles among its arguments here, not in the caller."""
         return getattr(self, method)(*map(_fetch, args), **kwargs)
 
     def serve_bulk(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         """Calls a method that returns bulk, or (bulk, summary).
 
-        Two results, so that the caller can wait for the second and leave the first where it is.
+        Two results, so that the caller can get the second and leave the first on this node.
         """
         result = self.serve(method, args, kwargs)
         return result if isinstance(result, tuple) else (result, None)
@@ -69,7 +69,7 @@ class Process:
 
 
 def as_actor(worker: type[Any]) -> Any:
-    """The Ray class of a worker class, with the same name, which also answers the calls of `Process`."""
+    """The Ray class of a worker class. It has the same name and also answers the calls of `Process`."""
     return ray.remote(type(worker.__name__, (Process, worker), {}))
 
 

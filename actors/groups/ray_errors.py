@@ -1,6 +1,6 @@
-"""Translates Ray's exceptions to RlhfErrors: after some of them (infrastructure) a restart helps, after others not.
+"""Translates Ray's exceptions to RlhfErrors. A restart helps only after infrastructure errors.
 
-The table names every class of ray.exceptions; a test compares.
+The table lists all classes of ray.exceptions; a test compares.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from orchestrator.errors import (
     RoleLost,
 )
 
-# Errors of a rank whose peer died in the middle of a collective, often before Ray knows of the death: gloo raises a
+# Errors of a rank whose peer died during a collective, often before Ray detects the death: gloo raises a
 # bare RuntimeError that names its source file, NCCL and rendezvous raise torch's own classes.
 _COLLECTIVE_FAILED = ("/gloo/transport/", "DistBackendError: ", "DistNetworkError: ", "DistStoreError: ")
 
@@ -55,7 +55,7 @@ CLASSES: Mapping[type[Exception], type[RlhfError]] = {
     exceptions.OwnerDiedError: ObjectGone,
     exceptions.ObjectReconstructionFailedError: ObjectGone,
     exceptions.ReferenceCountingAssertionError: ObjectGone,
-    # Shutdown: the call or the actor was ended from outside, e.g. from the dashboard.
+    # Shutdown: the call or the actor was ended externally, e.g. from the dashboard.
     exceptions.TaskCancelledError: RoleLost,
     exceptions.AsyncioActorExit: RoleDied,
     # The cluster refuses the token: a restart does not help.
@@ -78,11 +78,11 @@ CLASSES: Mapping[type[Exception], type[RlhfError]] = {
 
 
 def translated(error: RayError, role: str, rank: int, operation: str) -> Exception:
-    """The RlhfError that a worker raised, or one that names the call and quotes Ray."""
+    """The RlhfError of a worker, or one that names the call and quotes Ray."""
     if isinstance(error, RayTaskError):
         return worker_error(error.cause, role, rank, operation)
     if isinstance(error, ActorDiedError) and error.args and isinstance(error.args[0], RayTaskError):
-        # Ray keeps what a constructor raised as the only argument.
+        # Ray keeps a constructor's error as the only argument.
         return worker_error(error.args[0].cause, role, rank, "start")
     return _of_class(class_of(error), error, role, rank, operation)
 
@@ -99,13 +99,13 @@ def first_lines(error: BaseException | None) -> str:
 
 
 def worker_error(cause: Exception, role: str, rank: int, operation: str) -> RlhfError:
-    """What an actor's code raised, as an RlhfError; PeerLost if a collective failed."""
+    """The error of an actor's code as an RlhfError; PeerLost if a collective failed."""
     if isinstance(cause, RlhfError):
         return cause
     if isinstance(cause, RayTaskError):
         return worker_error(cause.cause, role, rank, operation)
     if isinstance(cause, RayError):
-        found = class_of(cause)  # of another actor that this one waited for: this process is alive
+        found = class_of(cause)  # another actor that this one waited for; this process is alive
         return _of_class(RoleLost if found is RoleDied else found, cause, role, rank, operation)
     text = f"{type(cause).__name__}: {first_lines(cause)}"
     is_collective = any(sign in text for sign in _COLLECTIVE_FAILED)

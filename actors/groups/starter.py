@@ -1,4 +1,4 @@
-"""Starts groups of actors where the placement plan says, and starts them again."""
+"""Starts and restarts groups of actors according to the placement plan."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Starter:
     """The groups of one stage, on one reservation.
 
     Args:
-        wait_s: how long to wait for nodes and for their resources.
-        collective_s: deadline of every collective of a process group.
+        wait_s: time limit for nodes and their resources.
+        collective_s: deadline of each collective of a process group.
         tell: gets a line for the console while the starter waits.
     """
 
@@ -70,14 +70,14 @@ class Starter:
 
         Raises:
             CapacityError: as `place`.
-            RoleError: one of them did not start.
+            RoleError: an actor did not start.
         """
         self.close()
         await self.place()
         await together(group.renew(range(len(group)), deadline_s) for group in self._groups)
 
     def is_placed(self) -> bool:
-        """Whether all nodes of the plan are there."""
+        """Whether all nodes of the plan are alive."""
         alive = {node.address for node in alive_nodes()}
         return all(slot.address in alive for slot in self.plan.slots)
 
@@ -97,7 +97,7 @@ class Starter:
         closing.join(CLOSE_S)
 
     async def group(self, role: str, worker: type[Any], arguments: Arguments) -> ActorGroup:
-        """Independent actors; returns at once, while constructors still run."""
+        """Starts independent actors; returns before their constructors finish."""
 
         async def start(ranks: Sequence[int]) -> Mapping[int, ActorHandle[Any]]:
             slots = self.plan.of(role)
@@ -106,7 +106,7 @@ class Starter:
         return await self._started(role, start, is_whole=False)
 
     async def ranks(self, role: str, worker: type[Any], arguments: Mapping[str, Any]) -> ActorGroup:
-        """Actors whose ranks form one process group; returns at once, while constructors still run."""
+        """Starts actors whose ranks form one process group; returns before their constructors finish."""
 
         async def start(ranks: Sequence[int]) -> Mapping[int, ActorHandle[Any]]:
             slots = self.plan.of(role)
@@ -167,7 +167,7 @@ class Starter:
 async def placed(
     needed: Sequence[Demand], *, mode: Any, wait_s: float, collective_s: float, tell: Callable[[str], None]
 ) -> AsyncIterator[Starter]:
-    """Places what is needed; on exit all actors have ended and their resources are free."""
+    """Yields a starter. On exit all actors have ended and their resources are free."""
     starter = Starter(needed, mode=mode, wait_s=wait_s, collective_s=collective_s, tell=tell)
     try:
         await starter.place()

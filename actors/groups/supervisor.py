@@ -1,4 +1,4 @@
-"""Carries out what orchestrator/failures.py decides: gathers evidence, restarts processes, reports what was done."""
+"""Executes the decisions of orchestrator/failures.py: collects evidence, restarts processes, reports actions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class RaySupervisor:
-    """Watches over the groups of one starter.
+    """Supervises the groups of one starter.
 
     Args:
         run: the run's folder; stacks go to its sub-folder `stacks`.
@@ -49,13 +49,13 @@ class RaySupervisor:
         work: Callable[[], Awaitable[T]],
         prepare: Callable[[], Awaitable[Any]] | None = None,
     ) -> T:
-        """Awaits `work` of a group without history; restarts its actors when they fail, and repeats the call.
+        """Awaits `work` of a stateless group. Restarts actors that fail, and repeats the call.
 
         Args:
             prepare: awaited after a restart, before `work` is repeated.
 
         Raises:
-            RlhfError: another role's, or one after which nothing is restarted here.
+            RlhfError: an error of another role, or one after which this does not restart actors.
         """
         is_new = False
         while True:
@@ -117,7 +117,7 @@ class RaySupervisor:
             return self._recovered(action, started)
 
     async def _start_anew(self, ranks: Mapping[str, Sequence[int]]) -> None:
-        """New processes for these ranks, by role. SIGKILL ends the old ones, even stopped ones."""
+        """Replaces the processes of these ranks, by role. SIGKILL ends the old ones, even stopped ones."""
         groups = [group for group in self._starter.groups if group.role in ranks]
         await kill(
             [process for group in groups for rank, process in group.whereabouts.items() if rank in ranks[group.role]]
@@ -125,7 +125,7 @@ class RaySupervisor:
         await self._while_placed(together(group.renew(ranks[group.role], self._start_s) for group in groups))
 
     async def _while_placed(self, start: Coroutine[Any, Any, Any]) -> None:
-        """Awaits a start. An actor of a lost node would never be ready, and Ray takes seconds to report it.
+        """Awaits a start. Detects lost nodes, whose actors are never ready, before Ray reports them.
 
         Raises:
             RoleDied: a node of the plan was lost.
@@ -175,7 +175,7 @@ class RaySupervisor:
             ranks = range(len(group)) if isinstance(error, (DeadlineExceeded, PeerLost)) else [rank]
             found = await together(inspect(group.whereabouts.get(item), stacks=wants_stacks) for item in ranks)
             evidence = dict(zip(ranks, found, strict=True))
-            # In a collective all ranks wait for a stopped rank, or report a dead one.
+            # In a collective all ranks wait for a stopped rank or report a dead one.
             innocent = ("running", "gone") if wants_stacks else ("running",)
             rank = next((item for item in ranks if evidence[item].state not in innocent), rank)
             process = group.whereabouts.get(rank)
@@ -206,7 +206,7 @@ class RaySupervisor:
             folder.mkdir(exist_ok=True)
             name = f"{len(list(folder.iterdir())) + 1:03d}-{getattr(error, 'role', 'role')}.txt"
             (folder / name).write_text(f"{error}\n\n" + "\n".join(parts), encoding="utf-8")
-        except OSError as problem:  # a full disk must not hide the failure that is being examined
+        except OSError as problem:  # a full disk must not hide the original failure
             return f"not kept, {folder} can't be written ({problem.strerror})"
         return f"stacks/{name}"
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-# DeepSpeed reads this when it is imported; on a machine without GPUs its own search warns and may choose wrongly.
+# DeepSpeed reads this at import; on a machine without GPUs its own detection warns and may be wrong.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed as deepspeed
@@ -29,7 +29,7 @@ from orchestrator.errors import RlhfError
 
 Result = TypeVar("Result")
 
-# The CPU backend otherwise compiles a shared-memory all-reduce with g++ when it starts (50 s, and not on every image);
+# Otherwise the CPU backend compiles a shared-memory all-reduce with g++ at its start (50 s, and not on every image);
 # gloo does the same work.
 _COMPILED_ON_START = "deepspeed_shm_comm"
 
@@ -44,8 +44,8 @@ class Group:
     """The place of one learner process in its group.
 
     Args:
-        master_addr, master_port: where rank 0 listens.
-        timeout_s: deadline of every collective; gloo and NCCL raise when it expires.
+        master_addr, master_port: address at which rank 0 listens.
+        timeout_s: deadline of each collective, after which gloo and NCCL raise.
         threads: CPU threads of this process.
     """
 
@@ -62,7 +62,7 @@ class Group:
 
 
 def join(group: Group) -> None:
-    """Joins the process group; returns when all ranks are there.
+    """Joins the process group. Returns when all ranks have joined.
 
     Raises:
         torch.distributed.DistError: the others did not join within `timeout_s`.
@@ -89,7 +89,7 @@ def join(group: Group) -> None:
 def _interface_towards(address: str) -> str | None:
     """The network interface that leads to `address`.
 
-    Gloo would take the one that this host's name resolves to. On many images that is the loopback, which no other host
+    Gloo would use the one that this host's name resolves to. On many images that is loopback, which no other host
     can reach.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -103,9 +103,9 @@ def _interface_towards(address: str) -> str | None:
 
 
 def initialize(**arguments: Any) -> Any:
-    """A DeepSpeed engine for models of a process that has joined a group.
+    """A DeepSpeed engine, in a process that has joined a group.
 
-    Some of DeepSpeed's optimizers print memory reports to stdout while they are built; stdout belongs to the job.
+    Redirects stdout, which belongs to the job: some of DeepSpeed's optimizers print memory reports.
     """
     _import_muon()
     with contextlib.redirect_stdout(io.StringIO()):
@@ -116,8 +116,8 @@ def initialize(**arguments: Any) -> Any:
 def _import_muon() -> None:
     """Imports DeepSpeed's Muon without compiling it.
 
-    DeepSpeed 0.19 imports it for every engine, to see whether the optimizer is one; its decorators load torch's whole
-    compiler, which takes 1.6 s. Our optimizers are torch's. Can go when DeepSpeed compiles it on first use.
+    DeepSpeed 0.19 imports it for every engine, for a type check of the optimizer; its decorators load torch's whole
+    compiler, which takes 1.6 s. We do not use it. Remove this when DeepSpeed compiles it on first use.
     """
     compile_, compiler.compile = compiler.compile, lambda: lambda function: function
     try:
@@ -132,7 +132,7 @@ def leave() -> None:
 
 
 def reduce_sums(sums: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Adds named numbers over all ranks, in float64. Every rank gives the same names."""
+    """Sums named numbers over all ranks, in float64. All ranks must have the same names."""
     return _reduce(sums, device, dist.ReduceOp.SUM)
 
 
@@ -149,9 +149,9 @@ def _reduce(numbers: Mapping[str, float], device: torch.device, operation: dist.
 
 
 def all_or_none(work: Callable[[], Result], group: Group) -> Result:
-    """Runs `work` on every rank. When it fails on one, all ranks raise its error, so that no rank waits in vain.
+    """Runs `work` on all ranks. If it fails on one, all ranks raise its error, so that no rank waits forever.
 
-    `work` makes no collective calls: a rank that fails would leave the others in one.
+    `work` must not make collective calls: a failing rank would leave the others waiting.
     """
     results: list[Result] = []
     problem: RlhfError | None = None
@@ -166,7 +166,7 @@ def all_or_none(work: Callable[[], Result], group: Group) -> Result:
 
 
 def on_rank_0(work: Callable[[], Result], group: Group) -> Result:
-    """Runs `work` on rank 0 alone. Every rank returns its result, which is small, or raises its error."""
+    """Runs `work` on rank 0. All ranks return its (small) result or raise its error."""
     mine = all_or_none(lambda: work() if group.rank == 0 else None, group)
     result: Result = from_all(mine, group)[0]
     return result

@@ -24,9 +24,8 @@ class _TokenLogProbs(torch.autograd.Function):
     """log softmax(h Wᵀ / temperature)[target] and the softmax's entropy, a chunk of positions at a time.
 
     Only the logits of one chunk are in memory: forward keeps the entropy, backward computes the logits again. Softmax
-    is in fp32, matrix products in the weights' type, dW accumulates in fp32. Arrays as large as the logits are computed
-    in
-    place if possible: on the CPU, fresh pages cost more than the arithmetic.
+    is in fp32, matrix products are in the weights' type, dW accumulates in fp32. Arrays as large as the logits are
+    computed in place if possible: on CPUs page faults cost more than the arithmetic.
     """
 
     @staticmethod
@@ -82,7 +81,7 @@ def _divided(tensor: Tensor, temperature: float) -> Tensor:
 
 
 class TokenLogProbs(nn.Module):
-    """The LM head on chosen positions. Holds the head's own parameter, so that ZeRO-3 gathers it for this module."""
+    """The LM head on selected positions. Holds the head's parameter, so that ZeRO-3 gathers it for this module."""
 
     def __init__(self, weight: nn.Parameter, *, temperature: float, chunk: int) -> None:
         super().__init__()
@@ -98,7 +97,7 @@ class OwnLogProbs(nn.Module):
     """The same for models whose logits are more than hidden states times a matrix (scaled, capped, biased): uses the
     model's own forward, a chunk of positions at a time. Backward computes the logits of a chunk again.
 
-    Holds no parameters: they belong to the language model, whose own modules ZeRO-3 gathers.
+    Holds no parameters: they belong to the language model, whose modules ZeRO-3 gathers.
     """
 
     def __init__(self, language_model: Any, *, temperature: float, chunk: int) -> None:
@@ -119,8 +118,8 @@ class OwnLogProbs(nn.Module):
 
 
 def own_logits(language_model: Any, hidden_ND: Tensor) -> Tensor:
-    """Logits that a causal LM makes from given hidden states: its own forward, with the decoder's output replaced."""
-    unread = 1 if language_model.config.pad_token_id == 0 else 0  # transformers warns of padding
+    """Logits of a causal LM from given hidden states: its forward with a replaced decoder output."""
+    unread = 1 if language_model.config.pad_token_id == 0 else 0  # transformers warns about padding
     positions = torch.full((1, len(hidden_ND)), unread, device=hidden_ND.device)
     with _answering(language_model.get_decoder(), hidden_ND.unsqueeze(0)):
         logits: Tensor = language_model(input_ids=positions, use_cache=False).logits
@@ -160,10 +159,10 @@ class ScalarHead(nn.Module):
 
 
 def states_at(hidden_LTD: Tensor, index_N: Tensor) -> Tensor:
-    """The states of some tokens of all lines, with a gradient that is the same in every run.
+    """The states of some tokens of all lines, with a deterministic gradient.
 
-    The last token of a prompt that samples share is taken once per sample. In fp32 on CPUs torch 2 adds the gradients
-    of `x[index]` with atomics, in any order, and those of `index_select` in the order of the index.
+    The last token of a shared prompt is taken once per sample. In fp32 on CPUs torch 2 adds the gradients
+    of `x[index]` with atomics, in arbitrary order, but those of `index_select` in the order of the index.
     """
     hidden_MD = hidden_LTD.flatten(0, 1)
     if hidden_MD.dtype == torch.float32 and hidden_MD.device.type == "cpu":
@@ -179,7 +178,7 @@ class PolicyModel(SteadyModel):
         chunk: positions whose logits are in memory at the same time.
 
     Raises:
-        DataError: the log-probs would not be the model's own, see proofs.py.
+        DataError: the log-probs would differ from the model's, see proofs.py.
     """
 
     def __init__(self, language_model: Any, *, temperature: float, chunk: int = 512) -> None:
@@ -212,7 +211,7 @@ class ValueModel(SteadyModel):
         scorer: a one-label sequence classifier of transformers.
 
     Raises:
-        DataError: the values would not be the model's own scores, see proofs.py.
+        DataError: the values would differ from the model's scores, see proofs.py.
     """
 
     def __init__(self, scorer: Any) -> None:

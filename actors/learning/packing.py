@@ -2,7 +2,7 @@
 
 Shapes: B rows of a micro-batch, L lines of its input, T tokens of the longest line (padding on the right), N = response
 tokens of all rows, concatenated, or only those that are learned from. A line is one row (then B = L), or several rows
-of one prompt (sharing.py). Padding follows the last real token, where causal attention never looks, so that lines of
+of one prompt (sharing.py). Padding follows the last real token, which causal attention never reads, so lines of
 one row need no mask.
 """
 
@@ -56,7 +56,7 @@ class TokenRows:
     Args:
         table: has `prompt_tokens` and `response_tokens`, and the named float columns: lists as long as the responses,
             or one number per row.
-        learned_only: response tokens that the table's column `learn` does not mark are part of the input only.
+        learned_only: response tokens that the table's column `learn` does not mark are only input.
     """
 
     def __init__(self, table: pa.Table, columns: Sequence[str] = (), *, learned_only: bool = False) -> None:
@@ -72,7 +72,7 @@ class TokenRows:
 
     @cached_property
     def prompt_of(self) -> list[int]:
-        """The number of each row's prompt; neighbours with the same prompt have the same number."""
+        """An id of each row's prompt; adjacent rows with the same prompt have the same id."""
         found, number = [0] * self.num_rows, 0
         for row in range(1, self.num_rows):
             number += not np.array_equal(self._texts(row)[0], self._texts(row - 1)[0])
@@ -85,13 +85,13 @@ class TokenRows:
 
     @cached_property
     def learned_lengths(self) -> npt.NDArray[np.int64]:
-        """Response tokens of every row that are learned from."""
+        """Number of learned response tokens of each row."""
         total = np.concatenate([[0], np.cumsum(self._chosen)])
         return np.diff(total[self._response_offsets])
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of every row, prompt and response together."""
+        """Number of tokens of each row, prompt and response together."""
         total: list[int] = (np.diff(self._prompt_offsets) + self.response_lengths).tolist()
         return total
 
@@ -104,7 +104,7 @@ class TokenRows:
         return sharing.bundles([prompt for prompt, _ in texts], [response for _, response in texts], longest=longest)
 
     def line_length(self, line: Sequence[int]) -> int:
-        """Tokens of a line: its prompt once, and all responses."""
+        """Number of tokens of a line: its prompt once, and all responses."""
         prompt = self._prompt_offsets[line[0] + 1] - self._prompt_offsets[line[0]]
         return int(prompt + self.response_lengths[list(line)].sum())
 
@@ -113,11 +113,11 @@ class TokenRows:
         return self._token_columns[name][self._chosen]
 
     def pack(self, rows: Sequence[int], device: torch.device) -> MicroBatch:
-        """Pads rows to their longest; `rows` empty gives a one-row dummy of weight 0."""
+        """Pads rows to the longest. Empty `rows` gives a one-row dummy of weight 0."""
         return self.pack_lines([(row,) for row in rows], device)
 
     def pack_lines(self, lines: Sequence[Sequence[int]], device: torch.device) -> MicroBatch:
-        """As `pack`; the rows of a line have one prompt, which appears once at the beginning of the line."""
+        """As `pack`; the rows of a line share one prompt, which is at the beginning of the line."""
         if not lines:
             return self._dummy(device)
         rows = [row for line in lines for row in line]

@@ -1,4 +1,4 @@
-"""Computes a prompt once for all its responses: they follow it in one line, and none sees another.
+"""Computes a prompt once for all its responses, which follow it in one line and do not see each other.
 
     tokens     p0 p1 p2 | a0 a1 | b0 b1 b2
     positions   0  1  2 |  3  4 |  3  4  5
@@ -30,7 +30,7 @@ Ints = npt.NDArray[np.int64]
 
 
 def bundles(prompts: Sequence[Ints], responses: Sequence[Ints], *, longest: int) -> list[tuple[int, ...]]:
-    """Neighbouring rows with the same prompt, in lines of at most `longest` tokens, if that is less work."""
+    """Adjacent rows with the same prompt, in lines of at most `longest` tokens, if that is less work."""
     found: list[tuple[int, ...]] = []
     start = 0
     for row in range(1, len(prompts) + 1):
@@ -65,7 +65,7 @@ def visible(owner_LT: Tensor) -> Tensor:
 
 
 def can_share(language_model: Any) -> bool:
-    """Whether a model gives a response the same states after a shared prompt as in a separate row; tried with two.
+    """Whether a model computes the same states after a shared prompt as in separate rows; tries two rows.
 
     Models whose attention has windows, or uses other kernels than torch's, are not tried.
     """

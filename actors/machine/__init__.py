@@ -1,1 +1,1 @@
-"""What the processes know about their machine: its speed, its allocator."""
+"""The machine of the processes: its speed and its allocator."""

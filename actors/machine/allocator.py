@@ -1,4 +1,4 @@
-"""The allocator of processes that compute on CPUs: jemalloc, out of Ray's wheel. Fresh pages eat their time."""
+"""The allocator of processes that compute on CPUs: jemalloc from Ray's wheel, because page faults are expensive."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ray
 
-# Freed pages are kept for a while. Never returning them is worse: micro-batches differ in size, and a reward model's
+# Freed pages are kept for some time. Never returning them is worse: micro-batches differ in size, and a reward model's
 # training grew from 4 to 11 GB in seven steps and slowed from 500 to 300 tokens/s.
 SETTINGS = "oversize_threshold:0,dirty_decay_ms:30000,muzzy_decay_ms:30000"
 _NO_BLOCK_BYTES = 1 << 40
@@ -22,9 +22,9 @@ def variables() -> dict[str, str]:
 def keep_large_blocks() -> None:
     """Applies the settings to blocks of 8 MiB and more; does nothing in a process without jemalloc.
 
-    Up to jemalloc 5.3.1 the first arena, which a process's first thread uses, is made before `oversize_threshold` is
-    read, and returns such blocks to the system at once, to be faulted in again page by page: 2.1 million faults in a
-    learning step of 3,400 tokens, 0.3 million without. Can go when Ray ships a jemalloc with its pull request 2905.
+    In jemalloc up to 5.3.1 the first arena, of a process's first thread, is created before `oversize_threshold` is
+    read, and returns such blocks to the system immediately, which causes page faults: 2.1 million in a
+    learning step of 3,400 tokens, against 0.3 million. Remove this when Ray's jemalloc has its pull request 2905.
     """
     control = getattr(ctypes.CDLL(None), "mallctl", None)
     if control is not None:

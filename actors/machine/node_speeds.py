@@ -1,4 +1,4 @@
-"""Which nodes of a cluster compute faster in another type than a run does."""
+"""Finds nodes of a cluster that would be faster in the other compute type."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PROBE_S = 20.0
 
 
 def slower_nodes(dtype: Dtype, cache: Path) -> list[str]:
-    """A line for the console about each node that multiplies faster in the other type. Ray is connected.
+    """A console line about each node that multiplies faster in the other type. Needs a connection to Ray.
 
-    Nodes measure themselves concurrently, once per kind of machine; one that does not answer within PROBE_S is left
-    out.
+    Nodes measure themselves concurrently, once per kind of machine. A node that does not answer within PROBE_S is
+    ignored.
     """
     here = ray.util.get_node_ip_address()
     return complaints(dtype, _measured([node.address for node in alive_nodes() if node.address != here], cache))
@@ -46,6 +46,6 @@ def _measured(addresses: Sequence[str], cache: Path) -> dict[str, Speed]:
     for call in answered:
         try:
             speeds[calls[call]] = ray.get(call)
-        except ray.exceptions.RayError:  # placement reports a node that dies now
+        except ray.exceptions.RayError:  # placement will report dead nodes
             continue
     return dict(sorted(speeds.items()))

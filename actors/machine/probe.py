@@ -25,13 +25,13 @@ from orchestrator.errors import ConfigError, RlhfError
 from orchestrator.run.storage import write_json
 
 FOLDER = "machines"
-# Rows of a projection in a small model, × 576 × 1536: from a product that takes 10 ms where bf16 is emulated to one
-# that takes as long where a core reaches 1 TFLOP/s.
+# Rows of a projection in a small model, × 576 × 1536: from a product that takes 10 ms with emulated bf16 to one
+# that takes as long on a core with 1 TFLOP/s.
 ROWS = (8, 64, 512, 4096)
 LONG_S = 0.004
 HOPELESS = 3.0
 ROUNDS = 4
-# These variables decide which kernels torch, oneDNN and MKL may use.
+# These variables determine which kernels torch, oneDNN and MKL may use.
 SWITCHES = (
     "ATEN_CPU_CAPABILITY",
     "DNNL_MAX_CPU_ISA",
@@ -90,9 +90,9 @@ def machine_speed(cache: Path) -> Speed:
 
 
 def measure() -> dict[Dtype, float]:
-    """FLOP/s of each type: the best of a few products, taken in turns; faster machines get larger products.
+    """FLOP/s of each type: the best of several alternating products; faster machines get larger products.
 
-    One thread is timed by its own CPU time, so that other work on the machine hardly matters, and multiplied by the
+    Measures the CPU time of one thread, which hardly depends on other load of the machine, and multiplies by the
     number of cores. A type that is HOPELESS times slower than the other is not measured further.
     """
     threads = torch.get_num_threads()
@@ -117,7 +117,7 @@ def _flops(rows: int) -> float:
 
 
 def _product(rows: int, dtype: Dtype) -> Callable[[], float]:
-    """A function that multiplies and returns its seconds; the first product, which prepares kernels, is made here."""
+    """A function that multiplies and returns its seconds. Makes the first product, which prepares kernels, here."""
     left = torch.ones(rows, 576, dtype=_DTYPES[dtype])
     right = torch.ones(576, 1536, dtype=_DTYPES[dtype])
     torch.mm(left, right)
@@ -135,7 +135,7 @@ def _num_threads() -> int:
 
 
 def _kind() -> dict[str, object]:
-    """Everything except the load that the speed of a product depends on."""
+    """Everything that affects the speed of a product, except load."""
     processor: dict[str, str] = {}
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

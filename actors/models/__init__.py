@@ -1,1 +1,1 @@
-"""Models of transformers: found, loaded, proved to be what we rely on, made faster, exported."""
+"""Models of transformers: finding, loading, checking, accelerating and exporting them."""

@@ -1,4 +1,4 @@
-"""The first layers of a model as a separate model: its config is cut to them, their weights stay the same."""
+"""The first layers of a model as a separate model: a shortened config with the same weights."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def shallow(config: Any, layers: int | None, folder: Path) -> Any:
     whole = getattr(config, "num_hidden_layers", None)
     if config.get_text_config() is not config or not isinstance(whole, int):
         raise ConfigError(
-            f"{_KEY}={layers}: the layers of {folder} can't be cut (model_type {config.model_type}); leave it null."
+            f"{_KEY}={layers}: the layers of {folder} can't be cut (model_type {config.model_type}); set it to null."
         )
     if layers > whole:
-        raise ConfigError(f"{_KEY}={layers}, but {folder} has {whole} layers: set {whole} or less, or leave it null.")
+        raise ConfigError(f"{_KEY}={layers}, but {folder} has {whole} layers: set {whole} or less, or null.")
     cut = deepcopy(config)
     for name, value in vars(config).items():
         if isinstance(value, list) and len(value) == whole:  # one entry per layer

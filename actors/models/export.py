@@ -1,4 +1,4 @@
-"""Writes a learned model as an ordinary Hugging Face folder: complete or not at all, and read back to verify it."""
+"""Writes a learned model as a Hugging Face folder: completely or not at all, and reads it back to verify it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from orchestrator.errors import DataError, StorageError
 from orchestrator.run.storage import follow_umask, sync_tree, writing
 
 GENERATION_CONFIG = "generation_config.json"
-# The learner may compute on another device than the one that reads an export back.
+# The learner's device may differ from the one that reads an export back.
 _TOLERANCES = {torch.float32: 1e-2, torch.bfloat16: 0.5}
 
 
@@ -48,7 +48,7 @@ def export_model(
         expected: the model's output on a few tokens, see heads.probed.
 
     Raises:
-        StorageError: it can't be written, or reading it back gives another model. `folder` is then unchanged.
+        StorageError: it can't be written, or reading it back gives a different model. `folder` is then unchanged.
     """
     with replacing_folder(folder) as unfinished:
         write_files(model.pretrained, state, unfinished, tokenizer)
@@ -57,7 +57,7 @@ def export_model(
 
 def write_files(pretrained: Any, state: Mapping[str, Tensor], folder: Path, tokenizer: Any) -> None:
     """Writes weights, config and tokenizer, and copies generation config and code from the model's original folder.
-    transformers would refuse to write some generation configs that it reads."""
+    transformers refuses to write some generation configs that it reads."""
     config = pretrained.config
     config.architectures = [type(pretrained).__name__]
     config.dtype = str(pretrained.dtype).removeprefix("torch.")
@@ -79,7 +79,7 @@ def write_files(pretrained: Any, state: Mapping[str, Tensor], folder: Path, toke
 
 
 def _of_its_own(tensor: Tensor) -> Tensor:
-    """An expert cut out of all experts' weights shares their memory, which safetensors can't write."""
+    """Copies views, such as one expert of all experts' weights, because safetensors can't write them."""
     is_whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if is_whole else tensor.clone(memory_format=torch.contiguous_format)
 
@@ -94,7 +94,7 @@ def _require_same(
         read = again.state_dict()
         changed = [name for name, tensor in state.items() if name not in read or not torch.equal(read[name], tensor)]
         if changed:
-            raise DataError(f"{len(changed)} tensors are not those that were written: {', '.join(changed[:5])}")
+            raise DataError(f"{len(changed)} tensors differ from the written ones: {', '.join(changed[:5])}")
         difference = (probed(model.around(again)) - expected.cpu()).abs().max().item()
         if not difference <= _TOLERANCES.get(dtype, 0.5) * max(1.0, expected.abs().max().item()):
             raise DataError(f"it computes otherwise than what was learned, by {difference:.3g}")

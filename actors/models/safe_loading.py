@@ -1,7 +1,7 @@
 """Reads DeepSpeed's checkpoint files without running code from pickles.
 
-A checkpoint may come from a mirror or from another person's folder. DeepSpeed loads its files as plain pickles, which
-run any code that they name. Here only tensors, plain values and three of DeepSpeed's classes are loaded.
+A checkpoint may come from a mirror or from another user. DeepSpeed loads its files as plain pickles, which
+can run arbitrary code. This module loads only tensors, plain values and three of DeepSpeed's classes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from orchestrator.errors import StorageError
 
-# Everything that DeepSpeed 0.19 writes to its files besides tensors and plain values, in every stage.
+# Everything that DeepSpeed 0.19 writes except tensors and plain values, in all stages.
 _DEEPSPEED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
 
 
 class SafeCheckpointEngine(TorchCheckpointEngine):
-    """Writes as DeepSpeed does, and refuses to load anything but data.
+    """Writes like DeepSpeed, but loads only data.
 
-    Can go when DeepSpeed loads with weights_only itself.
+    Remove this when DeepSpeed loads with weights_only.
     """
 
     def load(self, path: str, map_location: Any = None) -> Any:

@@ -23,7 +23,7 @@ def num_embeddings(folder: Path, *, trust_remote_code: bool = False) -> int:
 
 
 def model_size(folder: Path, *, layers: int | None = None, trust_remote_code: bool = False) -> ModelSize:
-    """Of the whole model, or of its first `layers` layers.
+    """The size of the whole model, or of its first `layers` layers.
 
     Raises:
         DataError: the architecture of the folder's config is unknown.

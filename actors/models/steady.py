@@ -1,8 +1,8 @@
-"""Deterministic learning: a model that learns computes what the same model computes when it scores.
+"""Deterministic learning: a model computes the same in learning and in scoring.
 
-With dropout, layer drop or jitter the policy that learns would differ from the policy that sampled. They are switched
-off without knowing their names: every module stays in evaluation mode. Only layers that recompute their activations are
-in training mode, because transformers checks for it, and they leave it while they compute.
+With dropout, layer drop or jitter the learning policy would differ from the sampling policy. They are switched
+off without using their names: all modules stay in evaluation mode. Only layers that recompute their activations are
+in training mode, because transformers requires it, except while they compute.
 """
 
 from __future__ import annotations

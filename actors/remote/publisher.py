@@ -1,4 +1,4 @@
-"""Carries the policy's weights to the engines through Ray's object store."""
+"""Sends the policy's weights to the engines through Ray's object store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 @dataclass
 class PolicyWeights:
-    """The weights that the policy's ranks hold; the holder of the lock may learn or publish."""
+    """The weights on the policy's ranks. The holder of the lock may learn or publish."""
 
     version: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -54,7 +54,7 @@ class BucketPublisher:
             return await self._supervisor.keep(self._engines, lambda: self._publish(version, range(len(self._engines))))
 
     async def catch_up(self, engine: int) -> None:
-        """Brings one engine to the weights that the policy has.
+        """Sends the policy's current weights to one engine.
 
         Raises:
             RoleError: the engine failed again, or the policy did.
@@ -96,7 +96,7 @@ class BucketPublisher:
         return await together(self._engines.call(engine, method, self._publish_s, argument) for engine in engines)
 
     async def _next_bucket(self) -> Handle:
-        """Every rank takes part (ZeRO-3 gathers); the bucket is rank 0's."""
+        """All ranks take part (ZeRO-3 gathers); returns rank 0's bucket."""
         parts = await together(
             self._policy.call_for_bulk(rank, PublishingPolicy.next_bucket, self._publish_s)
             for rank in range(len(self._policy))

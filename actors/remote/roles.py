@@ -47,7 +47,7 @@ async def _kept(
 
 
 class RayRollouts:
-    """Engines that take shards in turn, one shard at a time each.
+    """Engines that each sample one shard at a time.
 
     Args:
         group: one actor per engine (rank 0 of its tensor-parallel group).
@@ -128,11 +128,11 @@ class ReplicatedScorer:
 
 
 class ShardedScorer:
-    """Ranks that score. A shard's rows are dealt to as many of them as there are ranks for each shard of a step.
+    """Ranks that score. The ranks are divided among the shards of a step, and a shard's rows among its ranks.
 
     Args:
-        shards_per_step: the ranks are shared by so many. Null: every shard needs all ranks, for they hold parts of one
-            model (ZeRO-3).
+        shards_per_step: number of shards that share the ranks. None: each shard needs all ranks, which hold parts of
+            one model (ZeRO-3).
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class ShardedScorer:
 
 
 class Learns(Protocol):
-    """What PolicyWorker and CriticWorker have in common."""
+    """The common interface of PolicyWorker and CriticWorker."""
 
     def learn(self, tables: list[pa.Table], job: LearnJob) -> dict[str, float]: ...
 
@@ -178,11 +178,11 @@ class Learns(Protocol):
 
 
 class RayLearner(ShardedScorer):
-    """The policy or the critic: all ranks score, learn and save together. Nothing is asked again after a failure: what
-    they hold would be lost or ahead.
+    """The policy or the critic: all ranks score, learn and save together. Calls are not retried after a failure: the
+    state of the ranks would be lost or ahead.
 
     Args:
-        weights: held while the policy learns; null for the critic, which publishes nothing.
+        weights: locked while the policy learns; None for the critic, which publishes nothing.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class RayLearner(ShardedScorer):
 
 
 class RayRecorder:
-    """Recorder processes, in turn."""
+    """Recorder processes, used in turn."""
 
     def __init__(self, group: ActorGroup, *, record_s: float, supervisor: RaySupervisor | None = None) -> None:
         self._group, self._record_s, self._supervisor = group, record_s, supervisor
@@ -275,9 +275,9 @@ class RayRecorder:
 
 
 class ClusterMeter:
-    """Seconds for which each role was busy since the last call, and the memory of its largest process.
+    """Busy seconds of each role since the last call, and the memory of its largest process.
 
-    A role that does not answer is left out: its next call will report the failure.
+    A role that does not answer is omitted: its next call will report the failure.
     """
 
     def __init__(self, groups: Mapping[str, ActorGroup], *, run_id: str, deadline_s: float = 10.0) -> None:

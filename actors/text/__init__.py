@@ -1,1 +1,1 @@
-"""From conversations to tokens and back: templates, tokenizers, where replies end."""
+"""Converts conversations to tokens and back: templates, tokenizers, ends of replies."""

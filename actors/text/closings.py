@@ -1,7 +1,7 @@
-"""The end of a reply: what a chat template writes after it, and the stop tokens of a model's folder.
+"""The end of a reply: the closing that a chat template writes, and the stop tokens of a model's folder.
 
-The two must agree: if an engine samples past the closing, or a reward model learns another end than the sampled one,
-numbers are wrong without an error.
+Both must agree: if an engine samples past the closing, or a reward model learns another end than the sampled one,
+results are wrong without an error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from orchestrator.data.inputs import read_text
 from orchestrator.errors import DataError
 
 _MAX_JSON_BYTES = 16 << 20
-# Turns of the conversations written below: digits come through any filter of a template (upper, escape, tojson).
+# Turns of the test conversations below: digits pass any filter of a template unchanged (upper, escape, tojson).
 FIRST, REPLY, SECOND = "314159265", "271828182", "141421356"
 
 # (turns, whether the assistant is to speak next) -> text
@@ -122,7 +122,7 @@ def _begins_a_turn(rest: str, write: Write, between: str | None) -> bool:
 
 
 def require_content(write: Write, name: str) -> None:
-    """Raises DataError when the template leaves out what the user says."""
+    """Raises DataError if the template omits the user's text."""
     asked = _written(write, [("user", FIRST)], ask=True)
     if asked is not None and FIRST not in asked:
         raise DataError(
@@ -134,8 +134,8 @@ def require_content(write: Write, name: str) -> None:
 def named_ends(folder: Path | None, tokenizer: Any) -> dict[int, str]:
     """Token ids that end a reply, and their source: the tokenizer, generation_config.json or config.json.
 
-    Nothing else is read from generation_config.json: its top-p, top-k, temperature and penalties are for chatting, and
-    samples would come from another distribution than that of the policy that learns.
+    Ignores the rest of generation_config.json: with its top-p, top-k, temperature and penalties, samples would not
+    follow the learning policy's distribution.
 
     Raises:
         DataError: an id is not a number, not in the vocabulary, or an ordinary word.
@@ -193,7 +193,7 @@ def _require_end(token: int, source: str, tokenizer: Any) -> None:
 
 
 def added_tokens(tokenizer: Any) -> dict[int, str]:
-    """Tokens that are matched in text as a whole, before all others: special tokens and other added tokens."""
+    """Tokens that a tokenizer matches in text first, as a whole: special tokens and other added tokens."""
     return {int(token): text for text, token in tokenizer.get_added_vocab().items()}
 
 

@@ -1,4 +1,4 @@
-"""How a conversation is written for one model: every role reads and writes transcripts with this object.
+"""Formats conversations for one model: all roles read and write transcripts with this object.
 
     policy prompts, check       policy_chat
     engines, export             policy_chat: stops, text of a reply

@@ -29,7 +29,7 @@ MAX_CHARACTERS = 16 << 20
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, which marks the assistant's words for loss masks: writes its body."""
+    """`{% generation %}`, which marks the assistant's text for loss masks: renders its body."""
 
     tags = {"generation"}  # noqa: RUF012  jinja2 reads it as a set
 
@@ -65,7 +65,7 @@ def _compiled(template: str) -> jinja2.Template:
 
 
 def render(template: str, today: str, variables: dict[str, Any]) -> str:
-    """What the template writes. Raises what the template raises, and OverflowError if it writes too much."""
+    """The rendered text. Raises the template's errors, and OverflowError if the text is too long."""
     now = datetime.fromisoformat(today)
     pieces, length = [], 0
     for piece in _compiled(template).generate(variables, strftime_now=now.strftime):

@@ -1,4 +1,4 @@
-"""Chat templates of models, rendered within limits: a template is code that comes with a model."""
+"""Renders chat templates of models within limits, because a template is untrusted code."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from actors.text.template_process import CPU_SECONDS, MEMORY_BYTES
 from orchestrator.data.inputs import at_home, read_text
 from orchestrator.errors import DataError
 
-_ANSWER_S = 120.0  # the process ends itself after CPU_SECONDS; this is for a machine that gives it no CPU time
+_ANSWER_S = 120.0  # the process ends itself after CPU_SECONDS; this is for machines that give it no CPU time
 _WAY_OUT = "Correct the template, or set model.chat_template=FILE (reward model: chat_template.jinja in its folder)."
 
 
 def read_template(path: Path) -> str:
-    """The text of model.chat_template. Raises DataError when it can't be read."""
+    """The text of model.chat_template. Raises DataError if it can't be read."""
     key = "model.chat_template"
     return read_text(at_home(path, key, DataError), f"{key}={path}", DataError)
 
 
 class TemplateRefused(DataError):
-    """The template calls raise_exception: it refuses this conversation."""
+    """The template refuses this conversation with raise_exception."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template and what it is rendered with besides the conversation.
+    """A template and its inputs other than the conversation.
 
     Args:
         name: its source, for messages.

@@ -1,4 +1,4 @@
-"""Tokenizers of models, within limits: their patterns are code that comes with a model and may search forever."""
+"""Runs tokenizers of models within limits: their patterns are untrusted and may search forever."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Turns with tool calls, with proof that the template writes them: one without tool support silently leaves them
-out."""
+"""Turns with tool calls, checked against the template: a template without tool support silently omits them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What actors measure, and where metrics are sent."""
+"""Measurements of actors, and the destinations of metrics."""

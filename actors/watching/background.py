@@ -1,6 +1,6 @@
-"""A tracker on a separate thread: one that blocks, fails or is absent never blocks or ends a run.
+"""A tracker on a separate thread: a tracker that blocks, fails or is absent never blocks or ends a run.
 
-Metrics that it did not accept are queued, and sent when it answers again. metrics.jsonl always holds everything.
+Metrics that it did not accept are queued and sent when it answers again. metrics.jsonl always contains all metrics.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _MOST_REFUSALS = 3
 
 class BackgroundTracker:
     """Args:
-    name: in messages.
-    start: opens the tracker, given the first step that it will get; called again after a failure.
+    name: name in messages.
+    start: opens the tracker, given its first step; called again after a failure.
     tell: gets a line when the tracker fails or is slow, and one when it has caught up.
-    most_waiting: length of the queue; further entries push out the oldest.
+    most_waiting: maximum length of the queue, beyond which the oldest entries are dropped.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class BackgroundTracker:
         self._tracker: Trackers | None = None
         self._is_told = False
         self._num_refused = 0
-        """How often an open tracker has refused the item that is next."""
+        """Number of times that an open tracker refused the next item."""
         self._since: float | None = None
-        """When the call under way began, to the tracker or to open it."""
+        """Start time of the pending call, to the tracker or to open it."""
         self._closing = threading.Event()
         self._changed = threading.Condition()
         # A daemon: a call that never returns does not keep the process from ending.
@@ -58,7 +58,7 @@ class BackgroundTracker:
         self._thread.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends it to the queue; returns at once."""
+        """Appends metrics to the queue without blocking."""
         with self._changed:
             self._num_lost += len(self._waiting) == self._waiting.maxlen
             self._waiting.append((step, dict(metrics)))
@@ -68,7 +68,7 @@ class BackgroundTracker:
             self._tell_once(f"has not answered for {monotonic() - since:.0f} s")
 
     def close(self) -> None:
-        """Waits a little for the queue to empty, and reports how much is left."""
+        """Waits briefly for the queue to empty, and reports what is left."""
         self._closing.set()
         with self._changed:
             self._changed.notify()
@@ -89,7 +89,7 @@ class BackgroundTracker:
                 self._tracker = None
                 self._tell_once(f"{type(error).__name__}: {str(error)[:300]}")
                 self._since = None
-                if self._num_refused >= _MOST_REFUSALS:  # it answers, and does not want this one
+                if self._num_refused >= _MOST_REFUSALS:  # it answers but rejects this one
                     self._num_lost += 1
                     self._drop(item)
                 if self._closing.wait(pause_s):
@@ -102,7 +102,7 @@ class BackgroundTracker:
         self._close_tracker()
 
     def _next(self) -> Item | None:
-        """The oldest entry; waits for one. None: the queue is empty and closed."""
+        """Waits for the oldest entry. None: the queue is empty and closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing.is_set())
             return self._waiting[0] if self._waiting else None
@@ -110,7 +110,7 @@ class BackgroundTracker:
     def _drop(self, item: Item) -> None:
         self._num_refused = 0
         with self._changed:
-            if self._waiting and self._waiting[0] is item:  # it may have been pushed out
+            if self._waiting and self._waiting[0] is item:  # it may have been dropped
                 self._waiting.popleft()
 
     def _send(self, item: Item) -> None:
@@ -128,7 +128,7 @@ class BackgroundTracker:
             self._tell_once(f"{type(error).__name__}: {str(error)[:300]}")
 
     def _tell_once(self, what: str) -> None:
-        if self._is_told or self._closing.is_set():  # `close` tells what is left
+        if self._is_told or self._closing.is_set():  # `close` reports what is left
             return
         self._is_told = True
         self._tell(

@@ -17,7 +17,7 @@ _TAGS = ("run_id", "role", "rank")
 
 
 class ActorMetrics:
-    """What one actor reports, tagged `run_id`, `role`, `rank`. Cheap: call it once per request, not per token.
+    """The metrics of one actor, with tags `run_id`, `role`, `rank`. Call it once per request, not per token.
 
     `busy_s` and `tokens` are totals of this object; `take_busy_s` is for summaries that go to the coordinator.
     """
@@ -44,9 +44,9 @@ class ActorMetrics:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Counts the time inside as busy, also when it ends in an exception, then reports memory.
+        """Counts the time inside as busy, even after an exception, then reports memory.
 
-        Requests that overlap, in threads or tasks, count once.
+        Overlapping requests, in threads or tasks, count once.
         """
         self._enter()
         try:
@@ -94,5 +94,5 @@ class ActorMetrics:
             self._gauges[name].set(value)
 
     def _increase(self, name: str, value: float) -> None:
-        if name in self._counters and value > 0.0:  # Ray refuses to add nothing
+        if name in self._counters and value > 0.0:  # Ray rejects an increment of 0
             self._counters[name].inc(value)

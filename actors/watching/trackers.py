@@ -23,10 +23,10 @@ from orchestrator.config.sections import TelemetryConfig
 from orchestrator.errors import ConfigError
 from orchestrator.roles import Trackers
 
-# MLflow's own retries take minutes; what it did not accept is sent again anyway.
+# MLflow's retries take minutes, and rejected metrics are sent again anyway.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-# W&B waits up to this time when it is opened, and again when the process ends.
+# Time limit of W&B when it is opened, and again when the process ends.
 os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")
 _WANDB_URL = "https://api.wandb.ai"
 _REACH_S = 10.0
@@ -50,10 +50,10 @@ except ImportError:
 def open_trackers(
     config: TelemetryConfig, folder: Path, run_id: str, *, settings: Mapping[str, Any], tell: Callable[[str], None]
 ) -> list[Trackers]:
-    """The trackers that the config turns on, each on a separate thread; they are opened with the first metrics.
+    """The enabled trackers, each on a separate thread; they are opened with the first metrics.
 
     Args:
-        folder: the run's folder; local files go below it.
+        folder: the run's folder, for local files.
         settings: the resolved config, shown by W&B and MLflow.
         tell: gets a line when a tracker fails, and one when it has caught up.
 
@@ -73,7 +73,7 @@ def open_trackers(
 
 
 def require_packages(config: TelemetryConfig) -> None:
-    """Raises ConfigError naming a tracker that is turned on and whose package is not installed."""
+    """Raises ConfigError, which names it, if the package of an enabled tracker is not installed."""
     wanted = (
         (config.tensorboard, EventFileWriter, "tensorboard", "telemetry.tensorboard=true", "false"),
         (config.wandb_project, wandb, "wandb", f"telemetry.wandb_project={config.wandb_project!r}", "null"),
@@ -89,7 +89,7 @@ def require_packages(config: TelemetryConfig) -> None:
 
 
 def try_trackers(config: TelemetryConfig, wait_s: float) -> list[str]:
-    """A line for each tracker of the config that does not answer, or that has no key. Takes at most `wait_s`."""
+    """A line for each enabled tracker that does not answer or has no key. Takes at most `wait_s`."""
     tries: dict[str, Callable[[], object]] = {}
     if config.wandb_project is not None:
         tries["telemetry.wandb_project"] = _try_wandb
@@ -113,7 +113,7 @@ def try_trackers(config: TelemetryConfig, wait_s: float) -> list[str]:
 
 
 def _outcome_of(attempt: Callable[[], object]) -> Queue[str]:
-    """Calls it on a thread that nothing waits for; returns why it failed, or an empty text."""
+    """Calls it on a daemon thread; returns the reason of a failure, or an empty string."""
     outcome: Queue[str] = Queue()
 
     def run() -> None:
@@ -151,7 +151,7 @@ def _require_wandb_key() -> None:
 class TensorBoardTracker:
     """Event files in `folder`, written without torch or TensorFlow.
 
-    TensorBoard hides what earlier attempts wrote about `first_step` and later steps.
+    TensorBoard hides data of earlier attempts about `first_step` and later steps.
     """
 
     def __init__(self, folder: Path, *, first_step: int = 0) -> None:
@@ -187,7 +187,7 @@ class WandbTracker:
 class MlflowTracker:
     """An MLflow run named after the run, in experiment `rlhf`; later attempts continue it.
 
-    MLflow's history keeps both values of a step that was learned again, the newer one last.
+    MLflow keeps both values of a step that was learned again, the newer one last.
     """
 
     _EXPERIMENT = "rlhf"

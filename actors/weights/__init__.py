@@ -1,1 +1,1 @@
-"""Transfer of weights from the policy to the engines, and proof of their arrival."""
+"""Transfer of weights from the policy to the engines, and its verification."""

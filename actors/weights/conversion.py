@@ -1,4 +1,4 @@
-"""From the tensors of a loaded transformers model to those of its checkpoint, which is what vLLM loads.
+"""Converts the tensors of a loaded transformers model to those of its checkpoint, which vLLM loads.
 
 For most models both are the same. Others are loaded through conversions that rename tensors or join them (the experts
 of a layer in one tensor); transformers can revert these, here one tensor at a time.
@@ -26,7 +26,7 @@ class CheckpointForm:
         model: a transformers model, without weights (on the meta device).
 
     Raises:
-        PublishError: a tensor of its checkpoint is made of several tensors of the model.
+        PublishError: a tensor of the checkpoint is composed of several tensors of the model.
     """
 
     def __init__(self, model: Any) -> None:
@@ -47,7 +47,7 @@ class CheckpointForm:
             )
 
     def convert(self, tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
-        """Yields the checkpoint's tensors in place of each of the model's."""
+        """Yields the checkpoint's tensors for each of the model's."""
         for pair in tensors:
             if self.is_same:
                 yield pair

@@ -1,4 +1,4 @@
-"""Weight transfer into a CPU engine, behind vLLM's own weight-transfer API: buckets in host memory.
+"""Weight transfer to a CPU engine through vLLM's weight-transfer API: buckets in host memory.
 
 vLLM calls the engine in this order, for every publish: `init_transfer_engine` (the header), `start_weight_update`,
 `update_weights` once per bucket, `finish_weight_update`. Our own `compare` comes last.
@@ -28,7 +28,7 @@ from orchestrator.errors import PublishError
 
 @dataclass
 class BucketInitInfo(WeightTransferInitInfo):
-    """One publish: what will be sent and how it is verified (see Verifier)."""
+    """One publish: what is sent and how it is verified (see Verifier)."""
 
     header: WeightHeader
     verify: Verify
@@ -57,7 +57,7 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         self.seconds = dict.fromkeys(("receive", "apply", "verify"), 0.0)
 
     def init_transfer_engine(self, init_info: BucketInitInfo) -> None:
-        """Raises PublishError when the names sent are not the model's."""
+        """Raises PublishError if the sent names are not the model's."""
         verifier = Verifier(Reader(self.model), self._places, mode=init_info.verify, seed=init_info.seed)
         verifier.check_names((spec.name for spec in init_info.header.tensors), optional=self._form.buffers)
         self._verifier, self._unpacker = verifier, Unpacker(init_info.header)
@@ -65,7 +65,7 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
 
     def start_weight_update(self) -> None:
         if self._half_loaded:
-            # After an interrupted update, layers would wait for the rest of it and mix two versions.
+            # After an interrupted update, layers would wait for its rest and mix two versions.
             finalize_layerwise_reload(self.model, self.model_config)
         self._half_loaded = True
         pack_again(self.model)
@@ -75,7 +75,7 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: BucketUpdateInfo) -> None:
-        """Raises PublishError when bytes differ from the trainer's; nothing of the bucket is applied then."""
+        """Raises PublishError, without applying the bucket, if bytes differ from the trainer's."""
         if self._unpacker is None or self._verifier is None:
             raise PublishError("a bucket arrived before its header; call init_weight_transfer_engine first.")
         started = perf_counter()
@@ -97,13 +97,13 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         self.seconds["apply"] += perf_counter() - started
 
     def compare(self) -> int:
-        """Returns the number of tensors read back and found equal to what was sent.
+        """Returns the number of tensors read back and found equal to the sent ones.
 
         Raises:
             PublishError: buckets are missing, or layers (named) compute with other weights.
         """
         if self._unpacker is None or self._verifier is None or not self._unpacker.done:
-            raise PublishError("the update was finished before all of its buckets had arrived; publish again.")
+            raise PublishError("the update was finished before all of its buckets arrived; publish again.")
         started = perf_counter()
         num_compared = self._verifier.compare()
         self.seconds["verify"] += perf_counter() - started
@@ -114,7 +114,7 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
 
 
 def refresh_tied_layers(model: nn.Module, places: Places) -> None:
-    """Packs tied layers again. They receive no weights of their own, so the reload leaves their packed copy stale."""
+    """Packs tied layers again. They receive no weights, so their packed copy is stale after a reload."""
     modules = dict(model.named_modules())
     for name in {place.module for many in places.values() for place in many if place.tied}:
         module = modules[name]

@@ -1,4 +1,4 @@
-"""Experts of a mixture, which vLLM's CPU engines keep packed: reads them, and has them packed again."""
+"""Mixture-of-experts weights, which vLLM's CPU engines keep packed: reads them, and repacks them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 _WEIGHTS = ("w13_weight", "w2_weight")
 _DIGIT_BITS = 13
-_DIGIT_MARK = 1 << _DIGIT_BITS  # as bits of a bfloat16 these are normal numbers, apart from the zeros of padding
+_DIGIT_MARK = 1 << _DIGIT_BITS  # as bits of a bfloat16 these are normal numbers, distinct from the zeros of padding
 
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """Positions of one expert's elements after packing: for each element as loaded, its packed position."""
+    """The packed position of each element of one expert."""
 
     shapes: Mapping[str, torch.Size]
     positions: Mapping[str, torch.Tensor]
@@ -30,7 +30,7 @@ class ExpertLayout:
 
     @staticmethod
     def of(layer: Any) -> ExpertLayout:
-        """Packs numbers instead of weights, a few bits at a time, and finds where they end up.
+        """Packs numbers instead of weights, a few bits at a time, and finds their positions.
 
         Raises:
             ValueError: the packing loses elements.
@@ -82,10 +82,10 @@ def _packed_digits(layer: Any, shapes: Mapping[str, torch.Size], shift: int) -> 
 
 
 def pack_again(model: nn.Module) -> None:
-    """Has experts packed again on the next load.
+    """Makes vLLM pack experts again on the next load.
 
-    vLLM 0.32 packs them when it creates their kernel, and keeps the kernel when weights are loaded again. Can go when
-    UnquantizedFusedMoEMethod packs on every load.
+    vLLM 0.32 packs them when it creates their kernel, and keeps the kernel when weights are loaded again. Remove this
+    when UnquantizedFusedMoEMethod packs on every load.
     """
     for layer in model.modules():
         method: Any = getattr(layer, "quant_method", None)

@@ -1,4 +1,4 @@
-"""Weights into engines on GPUs, by vLLM's own backends: NCCL between separate GPUs, CUDA IPC on shared ones.
+"""Weight transfer to engines on GPUs with vLLM's backends: NCCL between separate GPUs, CUDA IPC on shared ones.
 
 All ranks of the trainer call `open_trainer` once, and `send_weights()` of its result for every publish. Rank 0
 drives the engines (actors.engines.vllm_engine.DeviceVllmEngine) through `EngineFanOut`, and then has each confirm its
@@ -48,8 +48,8 @@ class _Verified:
         self._places = locate(self.model, self._form)
 
     def compare(self, header: WeightHeader, checksums: Mapping[str, str], verify: Verify) -> int:
-        """Returns the number of parameters read back. Raises PublishError naming those that differ from the trainer's,
-        or that only one side has."""
+        """Returns the number of parameters read back. Raises PublishError, which names those that differ from the
+        trainer's or that only one side has."""
         verifier = Verifier(Reader(self.model), self._places, mode=verify, seed=0)
         verifier.check_names((spec.name for spec in header.tensors), optional=self._form.buffers)
         for spec in header.tensors:
@@ -66,7 +66,7 @@ class VerifiedIpc(_Verified, IPCWeightTransferEngine):
 
 
 class ChecksummedSource(WeightSource):
-    """A source of full weights that keeps the checksums of all tensors of its latest pass."""
+    """A source of full weights that keeps the checksums of its latest pass."""
 
     def __init__(self, header: WeightHeader, weights: Callable[[], Iterator[tuple[str, torch.Tensor]]]) -> None:
         self.header, self._weights = header, weights
@@ -84,7 +84,7 @@ class ChecksummedSource(WeightSource):
 
 
 class EngineClient(Protocol):
-    """One engine, as the trainer's rank 0 calls it; every call returns when the engine has finished it."""
+    """One engine, for calls from the trainer's rank 0, which return when the engine has finished."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
 

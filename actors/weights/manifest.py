@@ -1,8 +1,8 @@
-"""Weights in transit: a header, flat buckets of bytes, and a checksum per tensor.
+"""The transfer format of weights: a header, flat buckets of bytes, and a checksum per tensor.
 
-The trainer plans once (names, dtypes and shapes are known without gathering anything), then packs tensor by tensor
-into buckets of bounded size. A tensor's checksum travels in the bucket that holds its last byte, so neither side
-ever holds more than one bucket and one tensor. Buckets are plain uint8 arrays, which any transport of arrays can carry.
+The trainer plans once (names, dtypes and shapes are known without gathering), then packs tensor by tensor into buckets
+of bounded size. A tensor's checksum is in the bucket with its last byte, so each side holds at most one bucket and one
+tensor. Buckets are uint8 arrays, which any transport of arrays can send.
 
 -0 and subnormals are sent as +0: matrix units flush them, so a receiver that reads weights back through its layers
 could not distinguish them.
@@ -54,7 +54,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class WeightHeader:
-    """All tensors of one publish, in the order in which they travel, laid end to end and cut into buckets."""
+    """All tensors of one publish, in transfer order, concatenated and cut into buckets."""
 
     tensors: tuple[TensorSpec, ...]
     bucket_bytes: int
@@ -103,26 +103,26 @@ class Bucket:
 
 
 def plan(tensors: Iterable[tuple[str, torch.dtype, Iterable[int]]], bucket_bytes: int) -> WeightHeader:
-    """Lays (name, dtype, shape) end to end into buckets of at most `bucket_bytes` (a multiple of 64)."""
+    """Plans (name, dtype, shape) into buckets of at most `bucket_bytes` (a multiple of 64)."""
     specs = (TensorSpec(name, str(dtype).removeprefix("torch."), tuple(shape)) for name, dtype, shape in tensors)
     return WeightHeader(tuple(specs), bucket_bytes)
 
 
 def raw_bytes(tensor: torch.Tensor) -> Bytes:
-    """The tensor's bytes in row-major order; a view where it is contiguous and on the CPU."""
+    """The tensor's bytes in row-major order; a view if it is contiguous and on the CPU."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     array: Bytes = flat.view(torch.uint8).numpy()
     return array
 
 
 def checksum(data: Bytes | torch.Tensor) -> str:
-    """XXH3 of the bytes, 128 bits in hexadecimal. It detects faults; forgery between our own processes is no threat."""
+    """XXH3 of the bytes, 128 bits in hexadecimal. It detects faults; forgery between our processes is not a threat."""
     array = raw_bytes(data) if isinstance(data, torch.Tensor) else data
     return xxh3_128(array.data).hexdigest()
 
 
 def canonical(tensor: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The same values, but +0 for -0 and for subnormals; NaN stays."""
+    """Replaces -0 and subnormals by +0; NaN stays."""
     if not tensor.is_floating_point():
         return tensor.clone() if out is None else out.copy_(tensor)
     info = torch.finfo(tensor.dtype)
@@ -134,7 +134,7 @@ def pack(header: WeightHeader, tensors: Iterable[tuple[str, torch.Tensor]]) -> I
     """Yields the header's buckets, filled from (name, tensor) pairs in the header's order, cast to its dtypes.
 
     Raises:
-        PublishError: another name, another shape, a missing tensor or one too many.
+        PublishError: a wrong name or shape, a missing tensor or one too many.
     """
     buffer, checksums, index = np.empty(header.bucket_size(0), np.uint8), dict[str, str](), 0
     pairs = iter(tensors)
@@ -177,7 +177,7 @@ def _checked(spec: TensorSpec, pair: tuple[str, torch.Tensor] | None) -> torch.T
 
 @dataclass
 class Unpacker:
-    """Turns buckets, in order, back into tensors whose checksums were compared with the trainer's."""
+    """Converts buckets, in order, to tensors, and compares their checksums with the trainer's."""
 
     header: WeightHeader
     _next_bucket: int = 0
@@ -189,7 +189,7 @@ class Unpacker:
         """Returns the tensors that end in this bucket; whole ones are views into it.
 
         Raises:
-            PublishError: not the next bucket, another size, or tensors (named) whose bytes are not the trainer's.
+            PublishError: not the next bucket, a wrong size, or tensors (named) whose bytes differ from the trainer's.
         """
         size = self.header.bucket_size(bucket.index) if bucket.index == self._next_bucket else -1
         if bucket.data.size != size:
@@ -240,7 +240,7 @@ def _as_tensor(data: Bytes, spec: TensorSpec) -> torch.Tensor:
 
 
 def check_names(sent: Iterable[str], *, needed: Iterable[str], optional: Iterable[str] = ()) -> None:
-    """Raises PublishError naming tensors that an engine needs and the trainer does not send, or the reverse."""
+    """Raises PublishError, which names tensors that only the engine or only the trainer has."""
     sent, needed = set(sent), set(needed)
     missing, extra = needed - sent, sent - needed - set(optional)
     if missing or extra:

@@ -1,9 +1,9 @@
-"""Where a vLLM model keeps each tensor of the trainer: found by watching its own loader.
+"""Finds where a vLLM model keeps each tensor of the trainer, by observing its loader.
 
-The loader gets numbers in place of weights, a distinct one for every element of every tensor. Meanwhile parameters are
-on the meta device, and copies into them are recorded instead of made. The numbers say which elements arrive where,
-however the loader cuts, stacks, transposes or reorders them, without any knowledge of the architecture. No weight
-changes, and nothing larger than one tensor of numbers is held in memory.
+The loader gets numbers instead of weights, a distinct one for each element of each tensor. Meanwhile parameters are on
+the meta device, and copies into them are recorded instead of made. The numbers show which elements arrive where,
+however the loader cuts, stacks, transposes or reorders them, without knowledge of the architecture. No weight changes,
+and memory holds at most one tensor of numbers.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from actors.weights.conversion import CheckpointForm
 from actors.weights.manifest import listed
 from orchestrator.errors import PublishError
 
-_FIRST_NUMBER = 1 << 40  # no loader fills parameters with such a value by itself
+_FIRST_NUMBER = 1 << 40  # loaders do not fill parameters with such values
 _ATEN = torch.ops.aten
 _WRITES = (_ATEN.copy_.default, _ATEN.fill_.Scalar, _ATEN.fill_.Tensor, _ATEN.zero_.default)
 
 
 @dataclass(frozen=True)
 class View:
-    """Some elements of a tensor: strides and offset are those of `as_strided` over its elements in row-major order."""
+    """Some elements of a tensor: strides and offset of `as_strided` over its elements in row-major order."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -50,7 +50,7 @@ class View:
         return rows.as_strided(self.shape, self.strides, rows.storage_offset() + self.offset)
 
     def has_whole_rows(self, width: int) -> bool:
-        """Whether these are whole rows of a matrix that is `width` wide."""
+        """Whether these are whole rows of a matrix of width `width`."""
         *outer, last = zip(self.shape, self.strides, strict=True) if self.shape else [(0, 0)]
         return last == (width, 1) and not any(step % width for step in (self.offset, *(stride for _, stride in outer)))
 
@@ -75,10 +75,10 @@ class View:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the engine keeps elements of one tensor: `held` of a parameter equals `sent` of the tensor.
+    """A place of elements of one tensor in the engine: `held` of a parameter equals `sent` of the tensor.
 
     Args:
-        tied: nothing is loaded here; the module shares the parameter of one that is loaded.
+        tied: not loaded; the module shares the parameter of another module.
     """
 
     module: str
@@ -88,7 +88,7 @@ class Place:
     tied: bool = False
 
     def is_all_of(self, num_elements: int) -> bool:
-        """Whether it holds a tensor of this number of elements, complete and in order."""
+        """Whether it contains a tensor of this number of elements, completely and in order."""
         return self.sent.num_elements == num_elements and self.sent.is_contiguous
 
 
@@ -96,13 +96,13 @@ Places = Mapping[str, tuple[Place, ...]]
 
 
 def locate(model: Any, form: CheckpointForm) -> Places:
-    """Maps the name of every tensor that the engine takes to the places that must hold it.
+    """Maps the name of each tensor that the engine loads to its places.
 
-    Buffers of the trainer (masks and the like) that the engine does not take are left out.
+    Omits buffers of the trainer (such as masks) that the engine does not load.
 
     Raises:
-        PublishError: the loader computes with a tensor instead of moving it, leaves out a parameter of the trainer, or
-            fills a parameter from another source.
+        PublishError: the loader computes with a tensor instead of moving it, omits a parameter of the trainer, or fills
+            a parameter from another source.
     """
     ties = _ties(model)
     with _Loading(model) as loading:
@@ -153,12 +153,12 @@ def _refusal(what: str) -> PublishError:
 
 
 def _is_constant(tensor: torch.Tensor) -> bool:
-    """A scale that nothing loads and nothing changes."""
+    """A scale that is never loaded or changed."""
     return tensor.numel() > 0 and bool((tensor == tensor.flatten()[0]).all())
 
 
 def _ties(model: nn.Module) -> Mapping[tuple[str, str], list[tuple[str, str]]]:
-    """By (module, parameter): all that are the same parameter. Not visible while weights are being loaded."""
+    """By (module, parameter): all places of the same parameter. Not visible while weights are being loaded."""
     same: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for module, layer in model.named_modules():
         for name, parameter in layer.named_parameters(recurse=False):
@@ -167,17 +167,17 @@ def _ties(model: nn.Module) -> Mapping[tuple[str, str], list[tuple[str, str]]]:
 
 
 def checkpoint_form(config: VllmConfig) -> CheckpointForm:
-    """The form of the model that an engine serves; no weights are read."""
+    """The model as an engine serves it, without its weights."""
     served = config.model_config
     trusts = served.trust_remote_code
-    # Where vLLM serves a model through transformers' classes, it decorates them, and they ask for its config.
+    # If vLLM uses transformers' classes for a model, it decorates them, and they read its config.
     with set_current_vllm_config(config), torch.device("meta"):
         own = AutoConfig.from_pretrained(served.model, trust_remote_code=trusts)
         return CheckpointForm(AutoModelForCausalLM.from_config(own, trust_remote_code=trusts))
 
 
 class _Loading:
-    """A model whose parameters are as they were before its first load, on the meta device; its weights come back."""
+    """Yields a model whose parameters are as before its first load, on the meta device; restores its weights."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -203,7 +203,7 @@ class _Loading:
 
 
 class _Recorder(TorchDispatchMode):
-    """Records what is copied into the parameters of a model, and copies nothing."""
+    """Records copies into the parameters of a model without making them."""
 
     def __init__(self, loading: _Loading) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class _Recorder(TorchDispatchMode):
         self._latest = torch.empty(0)
 
     def numbered(self, specs: Iterable[tuple[str, tuple[int, ...]]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields each tensor with a distinct number in every element, counted continuously over all tensors."""
+        """Yields each tensor with a distinct number in each element, counted continuously over all tensors."""
         for name, shape in specs:
             first = self._firsts[-1]
             self._names.append(name)
@@ -228,7 +228,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is _ATEN._to_copy.default and args[0].dtype == torch.int64:
-            kwargs.pop("dtype", None)  # numbers stay numbers
+            kwargs.pop("dtype", None)  # numbers do not change
         if func in _WRITES:
             written = torch.as_tensor(args[1] if len(args) > 1 else 0).broadcast_to(args[0].shape)
             owner = self._owners.get(_storage(args[0]))
@@ -240,7 +240,7 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def finish(self, model: nn.Module) -> None:
-        """Checks whether a tensor written elsewhere has become a parameter: some loaders register one."""
+        """Checks whether a tensor that was written elsewhere became a parameter: some loaders register one."""
         registered = {_storage(tensor): (module, name) for module, name, tensor in _tensors(model)}
         for target, written in self._elsewhere:
             if _storage(target) in registered:
@@ -249,7 +249,7 @@ class _Recorder(TorchDispatchMode):
     def _record(self, owner: tuple[str, str], target: torch.Tensor, numbers: torch.Tensor, *, is_copy: bool) -> None:
         if not numbers.numel():
             return
-        # A view of a whole tensor: its strides say all.
+        # A view of a whole tensor: its strides suffice.
         if numbers.dtype == torch.int64 and _storage(numbers) == _storage(self._latest):
             self.places.append((self._names[-1], Place(*owner, _view(target), _view(numbers))))
             return
@@ -289,8 +289,8 @@ def _view(tensor: torch.Tensor) -> View:
 
 
 def _views(target: torch.Tensor, numbers: torch.Tensor, first: int, end: int) -> tuple[View, View] | None:
-    """(held, sent): the elements of `target` and, in the same order, those of the tensor that is numbered from `first`
-    to `end`. None where the numbers follow no strides."""
+    """(held, sent): the elements of `target` and, in the same order, those of the tensor with numbers from `first` to
+    `end`. None: the numbers have no strides."""
     shape: list[int] = []
     held: list[int] = []
     sent: list[int] = []
@@ -314,7 +314,7 @@ def _views(target: torch.Tensor, numbers: torch.Tensor, first: int, end: int) ->
 
 
 def _radix(line: torch.Tensor) -> list[tuple[int, int]] | None:
-    """(size, stride) of nested counters, the outermost first, that count through `line`; None where none do."""
+    """(size, stride) of nested counters, outermost first, that generate `line`. None: there are none."""
     parts: list[tuple[int, int]] = []
     while len(line) > 1:
         step = int(line[1] - line[0])

@@ -1,4 +1,4 @@
-"""The trainer's side of a publish: the policy hands out its weights bucket by bucket."""
+"""The trainer's side of a publish: the policy sends its weights bucket by bucket."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from orchestrator.errors import PublishError
 
 
 class PublishingPolicy(PolicyWorker):
-    """A policy rank that can publish. All ranks make the same calls, since ZeRO-3 gathers each tensor together."""
+    """A policy rank that can publish. All ranks make the same calls, because ZeRO-3 gathers each tensor together."""
 
     _buckets: Iterator[Bucket] | None = None
 
     def begin_publish(self, bucket_bytes: int) -> WeightHeader:
-        """Starts over with the current weights; nothing is gathered yet."""
+        """Restarts with the current weights, without gathering them yet."""
         header = plan(self.learner.weight_specs(), bucket_bytes)
         self._buckets = pack(header, self.full_weights())
         return header
 
     def next_bucket(self) -> Bucket | None:
-        """The next bucket, on rank 0; the other ranks only take part in the collectives.
+        """The next bucket, on rank 0; other ranks only take part in the collectives.
 
         Raises:
-            PublishError: there are no more.
+            PublishError: there are no more buckets.
         """
         bucket = next(self._buckets, None) if self._buckets else None
         if bucket is None:

@@ -1,7 +1,7 @@
-"""Proof that a vLLM model computes with the weights that were sent: reads them back out of its layers.
+"""Verifies that a vLLM model computes with the sent weights: reads them back from its layers.
 
-Digests are compared, so the sent weights need not be kept. Those hold no -0 and no subnormals, which products would not
-return.
+It compares digests, so it need not keep the sent weights. These contain no -0 and no subnormals, which products would
+not return.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class _Reading:
 
 
 class Verifier:
-    """Compares what was sent with what the layers of one model compute with.
+    """Compares the sent weights with those that the layers of one model compute with.
 
     Args:
-        reader: of a vLLM model whose layers hold whole tensors (tensor parallel size 1).
-        places: what `locate` says of that model.
-        mode: "full" reads everything back; "sampled" probes a random part of the input columns of prepacked layers
-            and everything else; "checksums" reads nothing back.
-        seed: of the random part; another one for every publish.
+        reader: reader of a vLLM model whose layers hold whole tensors (tensor parallel size 1).
+        places: result of `locate` for that model.
+        mode: "full" reads everything back; "sampled" reads a random part of the input columns of prepacked layers and
+            everything else; "checksums" reads nothing back.
+        seed: seed of the random part, different for each publish.
     """
 
     def __init__(self, reader: Reader, places: Places, *, mode: Verify, seed: int) -> None:
@@ -48,11 +48,11 @@ class Verifier:
         self._names: set[str] = set()
 
     def check_names(self, names: Iterable[str], *, optional: Iterable[str] = ()) -> None:
-        """Raises PublishError naming tensors that the model needs and the trainer lacks, or the reverse."""
+        """Raises PublishError, which names tensors that only the model or only the trainer has."""
         check_names(names, needed=self._places, optional=optional)
 
     def expect(self, name: str, tensor: torch.Tensor, digest: str) -> None:
-        """Remembers the digest that every place of `name` must return. `digest` is the checksum of `tensor`."""
+        """Records the digest that each place of `name` must return. `digest` is the checksum of `tensor`."""
         if self._mode == "checksums":
             return
         self._names.add(name)
@@ -70,7 +70,7 @@ class Verifier:
                 self._expected[reading].append((name, place, expected))
 
     def expect_checksum(self, spec: TensorSpec, digest: str) -> None:
-        """The same from the trainer's checksum; for engines without prepacked layers that keep the dtype sent.
+        """The same from the trainer's checksum, for engines without prepacked layers and with the sent dtype.
 
         Raises:
             PublishError: the engine keeps the tensor in parts or in another order.
@@ -114,7 +114,7 @@ class Verifier:
         return len(self._names)
 
     def _columns(self, reading: _Reading) -> torch.Tensor | None:
-        """Which columns of a product are read; None: everything."""
+        """The columns of a product to read; None: all."""
         if self._mode == "full" or reading.way != "product" or reading not in self._sampled:
             return None
         width = self._reader.width(reading.module)
@@ -124,7 +124,7 @@ class Verifier:
 
     @cached_property
     def _sampled(self) -> set[_Reading]:
-        """Products all of whose parts are whole rows, so that some of the columns can be compared."""
+        """Products whose parts are all whole rows, so that a part of the columns can be compared."""
         whole: dict[_Reading, bool] = defaultdict(lambda: True)
         for places in self._places.values():
             for place in places:

@@ -45,7 +45,7 @@ def test_a_published_engine_equals_a_fresh_one(apart: Apart, tmp_path: Path, dty
         ("bit-flip", K_PROJ, "checksums", f"differ from the trainer's for {K_PROJ};"),
         ("bit-flip", EMBEDDING, "full", f"differ from the trainer's for {EMBEDDING};"),
         ("tensor-missing", NORM, "checksums", f"not sent: {NORM};"),
-        ("broken-off", "", "full", "before all of its buckets had arrived"),
+        ("broken-off", "", "full", "before all of its buckets arrived"),
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -65,7 +65,7 @@ def test_a_trainer_that_vanishes_leaves_an_engine_that_serves_nothing_and_heals(
     seen = apart(scenarios.publishing_fails_and_heals, folder, "float32", "trainer-gone", "", "full")
     assert seen["error"] is None
     assert seen["version"] is None
-    assert "an update has begun and is not finished" in seen["refusal"]
+    assert "an update has started but not finished" in seen["refusal"]
     assert seen["healed"]
 
 
