@@ -1,4 +1,4 @@
-"""The frame of every command: reads the config, and reports errors by one message and the exit code."""
+"""The frame of every command: reads the config, and reports errors with one message and the exit code."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def run_command(work: Callable[[], None]) -> None:
 
 
 def run_async(work: Coroutine[Any, Any, None], *, grace_s: float) -> None:
-    """Runs a coroutine. A stop cancels it, so that it can save its state and end what it started.
+    """Runs a coroutine. A stop cancels it, so that it can save its state and clean up.
 
     Args:
         grace_s: time for saving. The process ends at most UNWIND_S after that.

@@ -1,4 +1,4 @@
-"""The time that a stopped run has to save its state."""
+"""The time limit of a stopped run to save its state."""
 
 from __future__ import annotations
 

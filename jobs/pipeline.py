@@ -48,7 +48,7 @@ class _Now:
 
 
 async def run_stages(config: Config, run: RunFolder, prepared: Prepared, say: Say) -> None:
-    """Runs the stages of the config. Raises what a stage raises."""
+    """Runs the stages of the config. Raises a stage's errors."""
     stages = stages_of(config)
     now = _Now(run.path)
     async with _mirroring(config, run, say), Heartbeat(run.path, run.attempt, now):
@@ -127,7 +127,7 @@ class _Pipeline:
             self._record(entry, entry.inputs(self.run), {})
 
     def _record(self, entry: NamedStage, inputs: Mapping[str, Path], result: Mapping[str, Any]) -> None:
-        """Writes the lineage of what the stage made."""
+        """Writes the lineage of the stage's artifacts."""
         root = self.run.path
         read = {kind: str(path.relative_to(root)) for kind, path in inputs.items()}
         for made in entry.stage.makes(entry.config):

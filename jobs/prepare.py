@@ -72,12 +72,12 @@ def prepare(config: Config, chat: Chat | None = None) -> Prepared:
 
 
 def without_prompts(chat: Chat) -> Prepared:
-    """For stages that read none."""
+    """For stages that read no prompts."""
     return Prepared(Splits((), (), ()), ReadReport("", "", 0, 0, {}), (), chat)
 
 
 def policy_chat(config: Config) -> Chat:
-    """How conversations are written for the policy. Raises DataError: the model's folder, tokenizer or template."""
+    """The policy's chat format. Raises DataError: the model's folder, tokenizer or template."""
     folder = resolve_model(config.model.path, config.run.cache)
     return load_chat(folder, config.model, chat_template(config))
 
@@ -85,9 +85,9 @@ def policy_chat(config: Config) -> Chat:
 def prepare_prompts(
     records: Sequence[PromptRecord], chat: Chat, max_prompt_tokens: int
 ) -> tuple[list[Prompt], list[tuple[str, int]]]:
-    """Prompts ready to sample from, and (id, tokens) of those left out because they are too long.
+    """Tokenized prompts, and (id, tokens) of those left out because they are too long.
 
-    `Prompt.meta["messages"]` (and `"tools"`) hold the conversation, for reward models with another tokenizer.
+    `Prompt.meta["messages"]` (and `"tools"`) contain the conversation, for reward models with another tokenizer.
 
     Raises:
         DataError: the template refuses a conversation, or every prompt is too long.

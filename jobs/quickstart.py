@@ -61,7 +61,7 @@ def main(
 
 
 def _announce(config: Config) -> None:
-    """Prints how long a new run will take. Errors in its input are left to the job, which checks all of it."""
+    """Prints how long a new run will take. Ignores errors in its input, which the job reports."""
     with suppress(RlhfError):
         if kept_config(config) is None and not imported("jobs.resolve:uses_gpus")(config):
             say(imported("jobs.plan.estimate:expected")(config))
@@ -90,7 +90,7 @@ def run_on_local_ray(entrypoint: str, config: Config) -> int:
 
 
 def keep_logs(ray: LocalRay, folder: Path) -> None:
-    """Copies the logs of Ray's processes into a new `folder` that only this user can enter. Ray's own are 0777."""
+    """Copies the logs of Ray's processes to a new `folder` that only this user can enter. Ray's own folder is 0777."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700)
     shutil.copytree(ray.logs, folder / "logs", ignore_dangling_symlinks=True)

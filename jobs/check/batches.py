@@ -1,4 +1,4 @@
-"""The arithmetic of the batches of reinforcement learning, for people."""
+"""The batch arithmetic of reinforcement learning, for display."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orchestrator.config.sections import LearnerConfig
 
 
 def batch_rows(config: Config, num_prompts: int) -> list[Row]:
-    """The arithmetic of one PPO step and of the run, as (name, value)."""
+    """Batch sizes of one step and of the run, as (name, value)."""
     rl, algorithm, rollout = config.rl, config.algorithm, config.rollout
     samples = config.samples_per_step
     shards = math.ceil(samples / rollout.samples_per_shard)
@@ -41,7 +41,7 @@ def batch_rows(config: Config, num_prompts: int) -> list[Row]:
 
 
 def _best_checkpoint(config: Config) -> list[Row]:
-    """Which steps compete: those that are both saved and evaluated."""
+    """Candidate steps: those that are both saved and evaluated."""
     checkpoints, evaluation, last = config.checkpoints, config.evaluation, config.rl.steps
     if checkpoints.best_metric is None or not evaluation.prompts:
         return []

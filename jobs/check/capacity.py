@@ -54,7 +54,7 @@ def find_cluster(ray_address: str | None, *, wait_s: float) -> Cluster:
     """The cluster at `ray_address` or RAY_ADDRESS; without either, this machine, on which no Ray is started.
 
     Raises:
-        CapacityError: nothing answers at the address.
+        CapacityError: no cluster answers at the address.
     """
     address = named_address(ray_address)
     if address is None:
@@ -94,7 +94,7 @@ def capacity(config: Config, cluster: Cluster) -> Capacity:
         DataError: a model's config can't be read.
     """
     plans = [entry.stage.plan(entry.config, cluster.nodes) for entry in stages_of(config)]
-    plan = max(plans, key=lambda plan: len(plan.slots))  # that of the stage with most actors is shown
+    plan = max(plans, key=lambda plan: len(plan.slots))  # shows the stage with most actors
     sizes = _Sizes(config)
     roles = {slot.role for each in plans for slot in each.slots}
     memory_of = memory_per_role(config, sizes, roles)
@@ -104,7 +104,7 @@ def capacity(config: Config, cluster: Cluster) -> Capacity:
 
 
 class _Sizes:
-    """Sizes of the models that a config names, each looked up once."""
+    """Sizes of a config's models, each read once."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -119,7 +119,7 @@ class _Sizes:
 
 
 def memory_per_role(config: Config, sizes: _Sizes, roles: Collection[str]) -> dict[str, Memory]:
-    """Memory of one actor of each of these roles. Models of other roles are not looked at."""
+    """Memory of one actor of each of these roles. Ignores models of other roles."""
     dtype, reference, reward, rollout = config.model.compute_dtype, config.reference, config.reward, config.rollout
 
     def of_reward() -> Memory:
@@ -172,7 +172,7 @@ def _learner(config: Config, learner: LearnerConfig | OfflineConfig, size: Model
 
 
 def disk_bytes(config: Config, sizes: _Sizes) -> float:
-    """The most that a run writes: checkpoints (those kept, the best, and one more while saving), exports,
+    """Maximum disk space of a run: checkpoints (those kept, the best, and one more while saving), exports,
     experience."""
     num_params = sizes.of(None).num_params
     if config.algorithm.needs_critic:

@@ -21,7 +21,7 @@ from orchestrator.data.readers import read_rankings
 from orchestrator.data.records import Message, messages_from_dicts
 from orchestrator.errors import DataError, RlhfError
 
-TRIED = 200  # conversations that are written for the reward model
+TRIED = 200  # number of conversations to format for the reward model
 _QUESTION = (Message("user", "Is it?"),)
 _ANSWER = "Yes."
 
@@ -34,21 +34,21 @@ def describe_chat(chat: Chat) -> list[str]:
     try:
         learned = chat.text(chat.reply(_QUESTION, _ANSWER).tokens)
     except RlhfError as error:
-        return [*lines, f"a reply as it is learned from can't be shown: {error}"]
-    return [*lines, f"a reply as it is learned from: {learned!r}"]
+        return [*lines, f"a reply as it is learned can't be shown: {error}"]
+    return [*lines, f"a reply as it is learned: {learned!r}"]
 
 
 def require_embeddings(config: Config, policy: Chat | None) -> None:
-    """Raises DataError when the policy's tokenizer has ids without an embedding."""
+    """Raises DataError if the policy's tokenizer has ids without an embedding."""
     if policy is not None:
         _vocabulary(config, "model.path", config.model.path, policy).require_embeddings()
 
 
 def check_vocabularies(config: Config, found: Found) -> None:
-    """Policy, reference and critic get the same token ids, so the ids must have the same meaning for all of them.
+    """Policy, reference and critic get the same token ids, which must have the same meaning for all of them.
 
     Raises:
-        DataError: naming the two models, a token that differs, and the way out.
+        DataError: names the two models, a token that differs, and a remedy.
     """
     if found.chat is None:
         return
@@ -66,10 +66,10 @@ def check_vocabularies(config: Config, found: Found) -> None:
 
 
 def check_training_conversations(config: Config, found: Found) -> str | None:
-    """Writes conversations as the training of a reward model will.
+    """Formats conversations as the training of a reward model will.
 
     Raises:
-        DataError: its template refuses one, or it has none and its vocabulary is not the policy's.
+        DataError: its template refuses one, or it has no template and a different vocabulary than the policy.
     """
     if found.chat is None:
         return None
@@ -103,9 +103,9 @@ def _written(config: Config, found: Found, key: str, model: str, chat: Chat) -> 
         with _naming(f"prompt {prompt.id!r}"):
             chat.reply(messages_from_dicts(prompt.meta["messages"]), _ANSWER, prompt.meta.get("tools", ()))
     if found.chat is not None and chat.fingerprint == found.chat.fingerprint:
-        return "reward model: conversations are written as for the policy, sampled tokens go in as they are"
+        return "reward model: same conversation format as the policy; it reads the sampled tokens"
     learned = chat.text(chat.reply(_QUESTION, _ANSWER).tokens)
-    return f"reward model: conversations are written in its own way, text goes in; a reply as it is scored: {learned!r}"
+    return f"reward model: its own conversation format; it reads text. A reply as it is scored: {learned!r}"
 
 
 @contextmanager
@@ -118,7 +118,7 @@ def _naming(what: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """Token ids of a model: their meaning for its tokenizer (None: it has none), and the number of its embeddings."""
+    """Token ids of a model: their meaning in its tokenizer (None: no tokenizer), and the number of its embeddings."""
 
     key: str
     folder: Path
@@ -126,7 +126,7 @@ class _Vocabulary:
     num_embeddings: int
 
     def require_embeddings(self) -> None:
-        """Raises DataError when the tokenizer has ids for which the model has no embedding."""
+        """Raises DataError if the tokenizer has ids for which the model has no embedding."""
         largest = max((self.ids or {}).values(), default=-1)
         if largest >= self.num_embeddings:
             token = next(text for text, number in (self.ids or {}).items() if number == largest)
@@ -137,7 +137,7 @@ class _Vocabulary:
             )
 
     def require_same(self, other: _Vocabulary, way_out: str) -> None:
-        """Raises DataError when `other` reads this model's tokens differently, or has no embeddings for them."""
+        """Raises DataError if `other` reads this model's tokens differently, or has no embeddings for them."""
         problem = self._difference(other)
         if problem is not None:
             raise DataError(

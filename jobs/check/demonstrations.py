@@ -1,4 +1,4 @@
-"""Check of stage `sft`: reads the demonstrations and writes some of them as training will."""
+"""Check of stage `sft`: reads the demonstrations and formats some of them as training will."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orchestrator.errors import DataError
 
 
 def check_demonstrations(config: Config, found: Found) -> str | None:
-    """Raises DataError: naming the row, or the conversation that the chat template refuses."""
+    """Raises DataError, which names a bad row or a conversation that the chat template refuses."""
     if config.demonstrations.path is None:
         return None  # a stage of this run makes them
     records, report = read(config)

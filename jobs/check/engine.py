@@ -12,7 +12,7 @@ from orchestrator.errors import ConfigError
 
 
 def check_engine(config: Config) -> None:
-    """Raises ConfigError when the engine's library is not installed."""
+    """Raises ConfigError if the engine's library is not installed."""
     if samples_prompts(config) and config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "rollout.engine='vllm', and vLLM is not installed here. Set rollout.engine=hf or auto to sample with "
@@ -21,7 +21,7 @@ def check_engine(config: Config) -> None:
 
 
 def check_architecture(config: Config) -> str | None:
-    """Raises ConfigError: vLLM does not know the architecture, computes something else, or can't be given its weights.
+    """Raises ConfigError if vLLM does not support the architecture, computes other results, or can't load its weights.
 
     Engines on GPUs are not tried.
     """
@@ -34,5 +34,5 @@ def check_architecture(config: Config) -> str | None:
             "Set rollout.engine=hf: it serves every causal LM of transformers, more slowly."
         )
     if verdict.untried is not None:
-        return f"engine: vLLM was not tried on this architecture ({verdict.untried}); its first publish will tell"
+        return f"engine: vLLM was not tried on this architecture ({verdict.untried}); the first publish will verify it"
     return f"engine: vLLM serves this architecture; log-probs differ from transformers' by {verdict.difference:.1g}"

@@ -38,7 +38,7 @@ class Verdict:
     Args:
         refusal: why vLLM can't serve it; None: it can.
         difference: largest difference from the log-probs of transformers, in fp32.
-        untried: why the trial says nothing about the architecture, and its verdict is not kept.
+        untried: why the trial was inconclusive; its verdict is not kept.
     """
 
     refusal: str | None = None
@@ -51,7 +51,7 @@ def verdict_on_vllm(config: Config, tell: Callable[[str], None] = lambda line: N
     on GPUs, or another build of vLLM is installed.
 
     Args:
-        tell: gets a line for the console before a trial starts.
+        tell: gets a console line before a trial starts.
 
     Raises:
         DataError: the model can't be found.
@@ -134,7 +134,7 @@ def _trial(command: tuple[str, ...]) -> Verdict:
             return _parsed(line)
     last = ended.stderr.strip().rpartition("\n")[2][-200:]
     how = f"its trial ended with {ended.returncode}: {last}"
-    # It was killed from outside, probably out of memory, which says nothing about vLLM.
+    # It was killed externally, probably out of memory, which is not vLLM's fault.
     is_killed = ended.returncode in (-signal.SIGKILL, -signal.SIGTERM)
     return Verdict(refusal=None if is_killed else how, untried=how)
 

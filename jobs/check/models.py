@@ -24,10 +24,10 @@ HEAD = "score."
 
 
 def check_models(config: Config) -> str | None:
-    """Roles that use one folder in the same way share a proof.
+    """Checks each use of a model; roles that use a folder in the same way share a check.
 
     Raises:
-        DataError, ConfigError: naming the model and the way out.
+        DataError, ConfigError: name the model and a remedy.
     """
     uses_of: dict[tuple[Path, bool, bool], list[ModelUse]] = {}
     for use in _uses(config):
@@ -47,7 +47,7 @@ def _describe(uses: Sequence[ModelUse], *, is_tried: bool) -> str:
 
 
 def _uses(config: Config) -> Iterator[ModelUse]:
-    """Each use once: stages share the policy. If one of them exports it, all are proved as if they did."""
+    """Each use once: stages share the policy. If one of them exports it, the export is checked for all."""
     uses = [use for entry in stages_of(config) for use in entry.stage.models(entry.config)]
     exported = {replace(use, exports=True) for use in uses if use.exports}
     yield from dict.fromkeys(wider if (wider := replace(use, exports=True)) in exported else use for use in uses)
@@ -75,7 +75,7 @@ def _prove(config: Config, uses: Sequence[ModelUse]) -> bool:
 
 
 def _require_size(config: Config, use: ModelUse, folder: Path, settings: Any) -> None:
-    if use.layers is not None:  # that the cut model can be built
+    if use.layers is not None:  # checks that the cut model can be built
         model_size(folder, layers=use.layers, trust_remote_code=config.model.trust_remote_code)
     _require_window(use, folder, settings)
 

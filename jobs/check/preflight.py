@@ -34,7 +34,7 @@ _REPLY = "Thank you, I am glad to help with that."
 
 @dataclass(frozen=True)
 class Preflight:
-    """The findings. `notes` are lines for the console; `prepared` is None when the prompts or their model are bad."""
+    """The findings. `notes` are console lines; `prepared` is None if the prompts or their model are bad."""
 
     prepared: Prepared | None
     notes: Sequence[str]
@@ -55,7 +55,7 @@ def check_alone(config: Config, stage: str) -> Prepared:
 
 
 def checked(config: Config) -> Prepared:
-    """The prompts of a run whose input is good. Raises the problems, see Preflight.require."""
+    """The prompts of a run with valid input. Raises the problems, see Preflight.require."""
     return _told(preflight(config))
 
 
@@ -70,7 +70,7 @@ def preflight(config: Config, *, kept: Config | None = None) -> Preflight:
     """Checks what the config's stages read and start.
 
     Args:
-        kept: the config that the run folder will keep, if it is not `config`.
+        kept: the config that the run folder will keep, if different from `config`.
     """
     notes: list[str] = []
     problems: list[RlhfError] = []
@@ -101,13 +101,13 @@ def preflight(config: Config, *, kept: Config | None = None) -> Preflight:
         lambda: check_run_folder(kept or config),
         lambda: _mirror(config),
     ]
-    told = dict.fromkeys(note for note in map(attempt, checks) if note)  # two stages may find the same problem
+    told = dict.fromkeys(note for note in map(attempt, checks) if note)  # two stages may report the same problem
     notes.extend(told)
     return Preflight(prepared, notes, _distinct(problems))
 
 
 def _distinct(problems: Sequence[RlhfError]) -> list[RlhfError]:
-    """Two places of the config may name one bad file."""
+    """Removes duplicates: two keys may name one bad file."""
     return list({str(error): error for error in problems}.values())
 
 
@@ -135,7 +135,7 @@ def _port(config: Config) -> None:
 
 
 def _examples(prepared: Prepared | None) -> pa.Table | None:
-    """An invented reply to the first prompts, in the form in which reward sources get samples. None: no prompts."""
+    """A made-up reply to the first prompts, in the form that reward sources get. None: no prompts."""
     if prepared is None or not prepared.prompts.train:
         return None
     prompts = prepared.prompts.train[:PROBES]

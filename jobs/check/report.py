@@ -1,4 +1,4 @@
-"""What `rlhf check` prints: the first prompt as the model gets it, batch arithmetic, placement, memory, disk."""
+"""The output of `rlhf check`: the first prompt as the model gets it, batch arithmetic, placement, memory, disk."""
 
 from __future__ import annotations
 

@@ -88,10 +88,10 @@ def check_reward_window(config: Config, found: Found) -> str | None:
 
 
 def _tried(name: str, source: RewardSource, examples: pa.Table, key: str) -> str:
-    """Scores an invented reply to real prompts.
+    """Scores a made-up reply to real prompts.
 
     Raises:
-        ConfigError: the source is down, or can score no prompt.
+        ConfigError: the source is down, or can't score any prompt.
     """
     try:
         scores = source.scores(examples)

@@ -52,9 +52,9 @@ class Job:
 
     Args:
         entrypoint: shell command; with `exec` before the last program, a stop signals that program.
-        working_dir: folder that is sent to the cluster and in which the command runs; None: nothing is sent.
-        environment: set for the command and for all its actors.
-        resources: what the node that runs the command must offer, e.g. {"coordinator": 1}.
+        working_dir: folder to send to the cluster, in which the command runs; None: no folder.
+        environment: variables for the command and all its actors.
+        resources: resources of the node that runs the command, e.g. {"coordinator": 1}.
     """
 
     entrypoint: str
@@ -64,10 +64,10 @@ class Job:
 
 
 class JobsClient(JobSubmissionClient):  # type: ignore[misc]  # ray's class is untyped
-    """Ray's client, whose requests wait forever, with a deadline for each.
+    """Ray's client with a deadline for each request; by default requests wait forever.
 
     Args:
-        listener: the process that has to serve `address`; nothing, above all not the token, is sent to another one.
+        listener: the process that must serve `address`; no data, in particular no token, is sent to another one.
             None: a server on the network, which the user trusts.
     """
 
@@ -96,7 +96,7 @@ class JobsClient(JobSubmissionClient):  # type: ignore[misc]  # ray's class is u
         return answer
 
     def require_server(self) -> None:
-        """Raises CapacityError when the process that has to serve the address has ended."""
+        """Raises CapacityError if the process that must serve the address has ended."""
         if self._listener is not None:
             self._listener.require()
 
@@ -122,17 +122,17 @@ def connect(
 
     Args:
         address: URL of the cluster's dashboard.
-        token: the cluster's token; None: the one that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH names, if any.
-        listener: our process that has to serve `address`.
-        wait_s: how long the first answer may take.
+        token: the cluster's token; None: from RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, if any.
+        listener: this program's process that must serve `address`.
+        wait_s: time limit of the first answer.
 
     Raises:
-        CapacityError: nothing that speaks the Jobs API answers there.
+        CapacityError: no Jobs API answers there.
         ConfigError: not a URL, or the token is missing or wrong.
     """
     if not address.startswith(("http://", "https://")):
         raise ConfigError(f"--address {address!r} is not the URL of a Ray dashboard; give e.g. http://10.0.0.1:8265.")
-    # Ray's client lets RAY_ADDRESS and RAY_API_SERVER_ADDRESS override the address that it is given.
+    # In Ray's client RAY_ADDRESS and RAY_API_SERVER_ADDRESS override the given address.
     os.environ["RAY_API_SERVER_ADDRESS"] = address
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
@@ -140,7 +140,7 @@ def connect(
     except AuthenticationError as error:
         raise ConfigError(
             f"the cluster at {address} refuses this token ({_first_line(error)}). Set RAY_AUTH_MODE=token and "
-            "RAY_AUTH_TOKEN_PATH to the file that holds the cluster's token."
+            "RAY_AUTH_TOKEN_PATH to the file with the cluster's token."
         ) from None
     except (ConnectionError, requests.RequestException, RuntimeError, ValueError, KeyError) as error:
         raise CapacityError(
@@ -267,7 +267,7 @@ async def _ended(client: JobsClient, job_id: str, *, started_by: float = float("
 
 
 async def _tail(client: JobsClient, job_id: str, write: Callable[[str], None]) -> None:
-    """Writes the log to its end. Reconnects after a broken connection, and skips what was written."""
+    """Writes the log to its end. Reconnects after a broken connection, and skips written parts."""
     written = 0
     while True:
         position = 0
@@ -296,7 +296,7 @@ def _exit_code(details: JobDetails, write: Callable[[str], None]) -> int:
     if not code:
         write(f"job {details.submission_id} {details.status}: {details.message}\n")
         return FAILED
-    # Ended by a signal: reported as by a shell.
+    # Ended by a signal: reported as in a shell.
     return int(code) if code > 0 else 128 - int(code)
 
 

@@ -1,8 +1,7 @@
-"""Proof that a connection leads to our own process, and not to another one that took its port.
+"""Verifies that a connection reaches this program's process and not another one that took its port.
 
-Any process can bind a port first. So a secret is sent only to a listener that was found in our own process, and only
-over
-connections made while that process is alive: then the connection reached its socket.
+Any process can bind a port first. So a secret is sent only to a listener that was found in this program's process, and
+only over connections made while that process is alive: such a connection reached its socket.
 """
 
 from __future__ import annotations

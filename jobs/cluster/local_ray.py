@@ -1,4 +1,4 @@
-"""A private local Ray: on loopback, with its own token, in a folder of this user; nothing is left afterwards."""
+"""A private local Ray: on loopback, with its own token, in a folder of this user; leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -73,19 +73,19 @@ class LocalRay:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment that a process needs to join."""
+        """The environment of a process that joins."""
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file)}
 
 
 @contextmanager
 def local_ray(*, num_cpus: int | None = None) -> Iterator[LocalRay]:
-    """Starts a head node; at the end kills every process that descends from it and removes its folder.
+    """Starts a head node; at the end kills all its descendants and removes its folder.
 
     If this process is killed, its head dies with it, the head's reaper ends Ray's processes, and a job ends when it
     notices that its cluster is gone. The next local Ray of this user removes the folder.
 
     Args:
-        num_cpus: cores that the node offers; None: all of the machine.
+        num_cpus: number of cores that the node offers; None: all.
 
     Raises:
         CapacityError: it does not start.
@@ -133,10 +133,10 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def kill_marked(folder: Path) -> None:
-    """Ends the processes of the cluster in `folder`.
+    """Ends all processes of the cluster in `folder`.
 
     Raises:
-        CapacityError: some are still there after GONE_S.
+        CapacityError: some are still alive after GONE_S.
     """
     deadline = monotonic() + GONE_S
     patient_until = monotonic() + PATIENCE_S
@@ -149,9 +149,9 @@ def kill_marked(folder: Path) -> None:
                 process.send_signal(signal.SIGTERM if monotonic() < patient_until and not is_head else signal.SIGKILL)
         psutil.wait_procs(left, timeout=0.5)
         if monotonic() > deadline:
-            raise CapacityError(f"processes of the local Ray are still there: {left}. Kill them by hand.")
+            raise CapacityError(f"processes of the local Ray are still alive: {left}. Kill them manually.")
     for process in known:
-        # A zombie may have running threads: those of a dashboard agent compute for a minute.
+        # A zombie may have running threads: a dashboard agent's compute for a minute.
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 

@@ -77,7 +77,7 @@ def _parse_resource(text: str) -> tuple[str, float]:
             raise ValueError(text)
         return name, float(amount)
     except ValueError:
-        raise ConfigError(f"--resource {text!r} is not of the form NAME=AMOUNT, e.g. coordinator=1.") from None
+        raise ConfigError(f"--resource {text!r} does not have the form NAME=AMOUNT, e.g. coordinator=1.") from None
 
 
 if __name__ == "__main__":

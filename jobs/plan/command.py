@@ -19,7 +19,7 @@ def main(  # noqa: PLR0913  one parameter per option
     config: Annotated[Path | None, typer.Option("--config", help="YAML file; without it all defaults.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs to plan for; default: those of the cluster.")] = None,
     gpu_kind: Annotated[str | None, typer.Option(help="h100, h200, h20, a100, a800 or l40s.")] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes the GPUs are in; default: 8 GPUs a node.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of the GPUs; default: 8 GPUs per node.")] = None,
     price: Annotated[float | None, typer.Option(min=0.0, help="US dollars per GPU and hour.")] = None,
     prompt_tokens: Annotated[float | None, typer.Option(min=1.0, help="Mean prompt; default: the longest.")] = None,
     response_tokens: Annotated[float | None, typer.Option(min=1.0, help="Mean response; default: the longest.")] = None,

@@ -1,4 +1,4 @@
-"""How long a run will take on this machine, from the machine's measured speed and the simulator.
+"""Estimates the duration of a run on this machine from the machine's measured speed and the simulator.
 
 The time of a stage is that of starting its processes and of its work. The work is computed by
 orchestrator/planning/costs.py, and the steps of PPO by the simulated loop. All times are for an otherwise idle machine
@@ -40,9 +40,9 @@ from orchestrator.watching.telemetry import clock_text
 # minutes on two cores that was not work; the share of each is a guess.
 RAY_START_S = 10.0
 _SIMULATED_STEPS = 3
-_HELD_OUT = 0.1  # of the preferences, as jobs.stages.reward_model has it
+_HELD_OUT = 0.1  # share of the preferences, as in jobs.stages.reward_model
 _ENOUGH_CACHE = 1e9
-BUSY = 0.7  # of the cores, in processes that want to compute
+BUSY = 0.7  # share of the cores, in runnable processes
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Estimate:
 
     def describe(self) -> str:
         parts = ", ".join(f"{name.replace('_', ' ')} {clock_text(seconds)}" for name, seconds in self.parts.items())
-        return f"about {clock_text(self.seconds)} min on this machine when nothing else runs on it ({parts})"
+        return f"about {clock_text(self.seconds)} min on this machine if it is otherwise idle ({parts})"
 
 
 def expected(config: Config) -> str:
-    """A description of a config's estimate. Raises what reading its prompts and models raises."""
+    """A description of a config's estimate. Raises errors of reading its prompts and models."""
     config = resolved(config, tell=lambda line: None, keys=WITHOUT_TRIAL)
     found = estimate(config, prepare(config))
     text = f"model.dtype={config.model.dtype}: {found.speed.describe()}\nthis takes {found.describe()}"
@@ -73,7 +73,7 @@ def expected(config: Config) -> str:
 
 
 def estimate(config: Config, prepared: Prepared) -> Estimate:
-    """Of a resolved config, on the CPUs of this machine.
+    """The estimate of a resolved config on the CPUs of this machine.
 
     Raises:
         DataError: a model can't be found, or its architecture is unknown.

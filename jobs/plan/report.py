@@ -51,7 +51,7 @@ def plan(config: Config, target: Target, lengths: MeanLengths) -> None:
     """Prints the candidates.
 
     Raises:
-        CapacityError: nothing fits; says what is missing, and the ways out.
+        CapacityError: nothing fits; says what is missing and suggests remedies.
         ConfigError: the kind of GPU is unknown.
         DataError: a model's config can't be read.
     """
@@ -62,7 +62,7 @@ def plan(config: Config, target: Target, lengths: MeanLengths) -> None:
     for reason, names in _by_reason(found).items():
         say(f"does not fit: {'; '.join(names)}: {reason}")
     if not found.candidates:
-        raise CapacityError("nothing fits; the lines above say of every placement what is short, and the way out.")
+        raise CapacityError("nothing fits; the lines above give the reason and a remedy for each placement.")
     _show(config, found, what)
 
 
@@ -93,13 +93,13 @@ def _search(config: Config, work: Work, target: Target) -> tuple[Search, str]:
 
 
 def device_for(target: Target, num_gpus: int) -> Device:
-    """The named kind, or this machine's. Raises ConfigError when both are unknown."""
+    """The named kind, or this machine's. Raises ConfigError if both are unknown."""
     kind = target.gpu_kind
     if kind is None:
         there = torch.cuda.get_device_name(0).lower() if torch.cuda.is_available() else ""
         kind = next((name for name in DEVICES if name in there.split()), None)
     if kind is None:
-        raise ConfigError(f"the kind of the GPUs is not known from here; name it, --gpu-kind={'|'.join(DEVICES)}.")
+        raise ConfigError(f"the kind of the GPUs is unknown; give --gpu-kind={'|'.join(DEVICES)}.")
     device = device_of(kind)
     per_node = device.per_node if target.nodes is None else -(-num_gpus // target.nodes)
     return replace(device, per_node=per_node, price=device.price if target.price is None else target.price)

@@ -82,7 +82,7 @@ def work_of(config: Config, *, prompt_tokens: float | None, response_tokens: flo
 
 
 def sharing_of(config: Config) -> int:
-    """Samples whose prompt is computed once: all of a prompt, if they are compared with each other."""
+    """Number of samples whose prompt is computed once: all of a prompt, if the algorithm compares them."""
     return config.rl.samples_per_prompt if config.algorithm.compares_samples else 1
 
 
@@ -111,7 +111,7 @@ def learning_of(config: Config) -> Mapping[str, LearnSettings]:
 
 
 def layout_of(config: Config, device: Device, devices: int) -> Layout:
-    """The configured layout on a number of cores or GPUs, which all roles share when it is colocated."""
+    """The configured layout on a number of cores or GPUs, which all roles share if colocated."""
     needed = {demand.role: demand for demand in all_demands(config) if demand.role in ROLES}
     sizes = {role: max(1, round(demand.gpus or demand.cpus)) for role, demand in needed.items()}
     counts = {role: demand.count for role, demand in needed.items()}

@@ -85,7 +85,7 @@ def test_models_of_one_vocabulary_pass(tmp_path: Path, models: dict[str, Path]) 
     sections = {"reward": reward(models, "scorer"), "reference": {"path": str(models["policy"])}}
     passed = found(tmp_path, models, **sections)
     assert passed.problems == []
-    assert any("written as for the policy, sampled tokens go in as they are" in note for note in passed.notes)
+    assert any("same conversation format as the policy; it reads the sampled tokens" in note for note in passed.notes)
     assert problems(tmp_path, models, critic={"path": str(models["bare"])}) == []
 
 
@@ -125,7 +125,7 @@ def test_the_ways_out_work(tmp_path: Path, models: dict[str, Path]) -> None:
     grpo = {"rl": {"samples_per_prompt": 2}, "algorithm": {"name": "grpo"}}
     passed = found(tmp_path, models, **foreign, **grpo)
     assert passed.problems == []
-    assert any("written in its own way, text goes in" in note for note in passed.notes)
+    assert any("its own conversation format; it reads text" in note for note in passed.notes)
 
 
 def test_a_critic_from_a_base_of_another_vocabulary_is_refused(tmp_path: Path, models: dict[str, Path]) -> None:
@@ -163,7 +163,7 @@ def test_check_shows_closing_stops_and_one_learned_reply() -> None:
     lines = describe_chat(chat_of(tiny_tokenizer(eos_token="</s>"), system_prompt="Be kind."))
     assert lines == [
         "a reply ends with '<|im_end|>' (token 0); engines stop at '<|im_end|>' (0), '</s>' (3)",
-        "a reply as it is learned from: '<|im_start|>system\\nBe kind.<|im_end|>\\n"
+        "a reply as it is learned: '<|im_start|>system\\nBe kind.<|im_end|>\\n"
         "<|im_start|>user\\nIs it?<|im_end|>\\n<|im_start|>assistant\\nYes.<|im_end|>'",
     ]
 
