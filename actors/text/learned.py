@@ -1,11 +1,11 @@
-"""Conversations as rows of tokens in which the replies are marked: what supervised fine-tuning learns.
+"""Converts conversations to rows of tokens with marked replies, for supervised fine-tuning.
 
-Every reply is learned once, after exactly the tokens that an engine would get as its prompt. The marks come from the
-template itself, which writes each prompt and each answered prompt; no text is searched for markers:
+Every reply is learned once, after exactly the tokens that an engine would get as its prompt. The marks derive from the
+template, which writes each prompt and each answered prompt; no text is searched for markers:
 
     prompt 1 | reply 1 | rest of prompt 2 | reply 2      one row, while each prompt continues the row
-    prompt 1' | reply 1 ... | reply 3                    a row of its own, where the template writes earlier turns
-                                                         differently (it drops their thoughts, say)
+    prompt 1' | reply 1 ... | reply 3                    a separate row, if the template writes earlier turns
+                                                         differently (e.g. drops their thoughts)
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Rows:
     """Rows of conversations.
 
     Attributes:
-        num_split: conversations that were split because they are longer than a row may be.
+        num_split: conversations that were split because they exceed the length of a row.
         num_cut: rows that lost tokens at their end.
-        num_lost: replies of which nothing is left.
+        num_lost: replies that were cut completely.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -54,8 +54,8 @@ class Rows:
     num_lost: int = 0
 
     def add(self, chat: Chat, messages: Sequence[Message], tools: Tools = (), *, max_length: int) -> None:
-        """Adds a conversation. One that is longer than `max_length` is split where a user speaks, and its parts keep
-        the system message; a single exchange that is longer loses tokens at its end.
+        """Adds a conversation. If it is longer than `max_length`, it is split before user turns, and its parts keep
+        the system message. A single exchange that is longer is cut at its end.
 
         Raises:
             DataError: the chat template refuses it.
@@ -71,7 +71,7 @@ class Rows:
                 self.num_lost += 1
 
     def table(self) -> pa.Table:
-        """In the columns of TokenRows: a row's prompt ends where its first reply begins."""
+        """The columns of TokenRows: a row's prompt ends at the start of its first reply."""
         starts = [int(np.argmax(row.learn)) for row in self.rows]
         parts = list(zip(self.rows, starts, strict=True))
         return pa.table(
@@ -83,7 +83,7 @@ class Rows:
         )
 
     def describe(self, key: str) -> str:
-        """Words about what did not fit; empty if all did. `key` names the limit."""
+        """A text about what did not fit; empty if everything did. `key` names the limit."""
         counts = {
             "conversations are longer than {key} and were split": self.num_split,
             "exchanges are longer than {key} and were cut at their end": self.num_cut,
@@ -121,7 +121,7 @@ def rows_of(
 
 
 def _exchange(turns: Sequence[Message], place: int) -> int:
-    """Where the exchange begins that holds this reply: at the user's turns before it."""
+    """The start of the exchange that contains this reply: the user's turns before it."""
     begin = place
     while begin and turns[begin].role != "user":
         begin -= 1

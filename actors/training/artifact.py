@@ -1,4 +1,4 @@
-"""The model that a training makes: written beside its place, and moved there whole."""
+"""The model that training produces: written to a temporary folder, then renamed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Kept = TypeVar("Kept")
 def make_artifact(
     learner: Learner, chat: Chat, folder: Path, work: Path, group: Group, complete: Callable[[Path], Kept]
 ) -> Kept:
-    """Collective. Exports the model of a training to `folder`, which appears whole or not at all.
+    """Collective. Exports the trained model to `folder`, completely or not at all.
 
     Args:
         work: folder for the unfinished model, on the file system of `folder`.
-        complete: adds what belongs to the model besides weights and tokenizer, and returns what all ranks get; called
+        complete: adds files other than weights and tokenizer, and returns a value for all ranks; called
             on rank 0 with the unfinished folder.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Checkpoints of a training without rollouts, in its work folder: all ranks write one together.
+"""Checkpoints of training without rollouts, in its work folder; all ranks write them together.
 
 checkpoints/step-000025/     the learner's state after 25 optimizer steps; only the newest is kept
-checkpoints/.step-000050...  one that is being written: synced, then renamed, so that a checkpoint is whole or absent
+checkpoints/.step-000050...  a checkpoint being written: synced, then renamed, so it is complete or absent
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 
 class Saved(Protocol):
-    """A learner, as far as checkpoints need it; see actors.learning.learner.Learner. Both methods are collective."""
+    """The methods of a learner that checkpoints use; see actors.learning.learner.Learner. Both are collective."""
 
     def save(self, folder: Path) -> None: ...
 
@@ -30,7 +30,7 @@ class TrainingCheckpoints:
     """Args:
     work: the work folder, on storage that all ranks share.
 
-    Raises StorageError from every method.
+    All methods raise StorageError.
     """
 
     def __init__(self, work: WorkFolder, learner: Saved, group: Group) -> None:
@@ -38,14 +38,14 @@ class TrainingCheckpoints:
         self._learner, self._group = learner, group
 
     def restore(self) -> int:
-        """Loads the newest checkpoint. Returns the number of optimizer steps it holds; 0: there is none."""
+        """Loads the newest checkpoint. Returns its number of optimizer steps; 0: there is none."""
         step = on_rank_0(self._newest, self._group)
         if step:
             self._learner.load(self._path(step))
         return step
 
     def save(self, step: int) -> None:
-        """Writes a checkpoint of the learner after `step` optimizer steps, and removes the older one."""
+        """Writes a checkpoint of the learner after `step` optimizer steps, and removes the previous one."""
         final = self._path(step)
         temporary = final.with_name(f".{final.name}.{self._work.writer}.tmp")
         on_rank_0(lambda: make_empty(temporary), self._group)
@@ -53,7 +53,7 @@ class TrainingCheckpoints:
         on_rank_0(lambda: self._put_in_place(temporary, final), self._group)
 
     def _newest(self) -> int:
-        """Removes what a killed save left."""
+        """Removes remains of killed saves."""
         with reading(self._folder):
             names = [path.name for path in self._folder.iterdir()]
         for name in names:

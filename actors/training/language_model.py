@@ -1,4 +1,4 @@
-"""What trainings of a language model share: rows of learned tokens as a dataset, and loading the model."""
+"""Shared parts of language-model training: rows of learned tokens as a dataset, and loading the model."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from orchestrator.planning.balance import plan_minibatches
 
 @dataclass(frozen=True)
 class PolicyTraining:
-    """What the task of a training of the policy needs beside its data.
+    """Inputs of a policy's training task in addition to its data.
 
     Args:
         stage: config section.
-        policy, template: the model to start from, and the text of its chat template.
+        policy, template: the initial model, and the text of its chat template.
         cache: folder of converted models.
-        folder: the finished policy; replaced as a whole.
+        folder: the finished policy; replaced completely.
         work: folder for the unfinished policy, on the file system of `folder`.
-        total_optimizer_steps: of all epochs.
+        total_optimizer_steps: optimizer steps of all epochs.
     """
 
     stage: OfflineConfig

@@ -1,4 +1,4 @@
-"""What a training without rollouts learns: a dataset, an objective, and what is made of the model at the end."""
+"""The task of training without rollouts: a dataset, an objective, and a final step with the trained model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Made_co = TypeVar("Made_co", covariant=True)
 
 
 class Dataset(Protocol):
-    """Records of one or more rows of tokens. A batch is a list of record numbers."""
+    """Records of one or more rows of tokens. A batch is a list of record indices."""
 
     @property
     def num_records(self) -> int: ...
@@ -22,16 +22,16 @@ class Dataset(Protocol):
     def rows(self) -> TokenRows: ...
 
     def micro_batches(self, records: Sequence[int], group: Group, micro_batch_tokens: int) -> list[tuple[int, ...]]:
-        """Rows of this rank's micro-batches of one batch. Every rank gets the same number of micro-batches."""
+        """Rows of this rank's micro-batches of one batch. All ranks get the same number of micro-batches."""
         ...
 
     def num_tokens(self, records: Sequence[int]) -> int:
-        """Tokens of one batch, over all ranks."""
+        """Number of tokens of one batch, over all ranks."""
         ...
 
 
 class Task(Protocol[Made_co]):
-    """One rank's part of a training. Complete when constructed: model loaded, data tokenised."""
+    """One rank's part of a training. The constructor loads the model and tokenises the data."""
 
     @property
     def learner(self) -> Learner: ...
@@ -44,13 +44,13 @@ class Task(Protocol[Made_co]):
         ...
 
     def count(self, records: Sequence[int]) -> float:
-        """What the sums of a batch are divided by, over all ranks: its records, say, or its tokens."""
+        """The divisor of a batch's sums over all ranks, such as its number of records or tokens."""
         ...
 
     def metrics(self, update: Update) -> Mapping[str, float]:
-        """What is reported about one optimizer step."""
+        """The metrics of one optimizer step."""
         ...
 
     def finish(self) -> Made_co:
-        """Collective. Makes what the training is for out of the trained model; a second call replaces the first's."""
+        """Collective. Produces the result from the trained model; a second call replaces the first result."""
         ...

@@ -1,4 +1,4 @@
-"""A training without rollouts on Ray Train, which starts, places, restarts and ends the workers. Their progress comes
+"""Training without rollouts on Ray Train, which starts, places, restarts and ends the workers. Their progress comes
 through a file, because a report of Ray Train stays in its controller until the end (docs/adr/0012-training.md)."""
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Workers:
     """Args:
     role: names the workers in errors.
     count, threads, gpus: workers, and CPU threads and GPUs of one.
-    room_s: how long to wait for their resources.
-    collective_s: deadline of every collective.
-    restarts: how often lost workers are replaced.
+    room_s: time limit for their resources.
+    collective_s: deadline of each collective.
+    restarts: maximum number of restarts after lost workers.
     """
 
     role: str
@@ -57,14 +57,14 @@ class Workers:
 
 
 class TrainRun:
-    """A training that has been started. It runs on a thread of its own, because Ray Train only has a blocking call.
+    """A running training, on a separate thread because Ray Train's call blocks.
 
     The thread is a daemon: a driver that stops does not wait for it, and the workers end with the driver.
 
     Args:
         config: argument of `train_worker`: `training` (Training), and `data`, a reference to the data in Ray's store.
         folder: the work folder, see work.py; shared by driver and workers.
-        on_start: called with a step number whenever workers begin to learn after that step.
+        on_start: called with a step number whenever workers start to learn after that step.
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class TrainRun:
         threading.Thread(target=self._run, args=(trainer,), name="ray-train", daemon=True).start()
 
     async def next_step(self, timeout_s: float) -> Progress:
-        """Metrics of the next optimizer step. Each is returned once and in order, those of earlier drivers included,
-        however often workers repeat a step.
+        """Metrics of the next optimizer step. Returns each step once and in order, including steps of earlier drivers,
+        however often workers repeat them.
 
         Raises:
             DeadlineExceeded: the workers reported nothing for `timeout_s`.
-            RlhfError: what ended the training.
+            RlhfError: the error that ended the training.
         """
         deadline = monotonic() + timeout_s
         while True:
@@ -104,7 +104,7 @@ class TrainRun:
             await asyncio.sleep(_POLL_S)
 
     async def result(self, timeout_s: float) -> Any:
-        """What rank 0 returned. Raises what ended the training, or DeadlineExceeded as `next_step` does."""
+        """Rank 0's result. Raises errors as `next_step`."""
         deadline = monotonic() + timeout_s
         while not self._outcome.done():
             if self._next_line() is not None:  # of workers that repeat steps, because one was lost at the end
@@ -133,7 +133,7 @@ class TrainRun:
         except (TrainingFailedError, ray.exceptions.RayError) as error:
             outcome = failure(self._role, error)
         finally:
-            with contextlib.suppress(RuntimeError):  # the driver's loop is closed: nothing waits for it
+            with contextlib.suppress(RuntimeError):  # the driver's loop is closed: no task waits for it
                 self._event_loop.call_soon_threadsafe(self._outcome.set_result, outcome)
 
 
@@ -152,7 +152,7 @@ def failure(role: str, error: Exception) -> RlhfError:
 
 
 def _headline(error: BaseException) -> str:
-    """The last line of a message: Ray puts the trace before it."""
+    """The last line of a message, after Ray's trace."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
@@ -161,7 +161,7 @@ def _trainer(config: Mapping[str, Any], workers: Workers, folder: Path) -> Torch
     _set_defaults(workers.room_s)
     resources = {"CPU": float(workers.threads)} | ({"GPU": workers.gpus} if workers.gpus else {})
     on_gpu = workers.gpus > 0
-    # Ray's annotations are those of its older Train; these keys are of the present one.
+    # Ray's annotations describe its older Train; these keys belong to the current one.
     failures: dict[str, Any] = {"max_failures": workers.restarts, "controller_failure_limit": 0}
     run: dict[str, Any] = {"worker_runtime_env": {"env_vars": environment(workers.threads, on_gpu=on_gpu)}}
     return TorchTrainer(
@@ -179,8 +179,8 @@ def _trainer(config: Mapping[str, Any], workers: Workers, folder: Path) -> Torch
 
 
 def _set_defaults(room_s: float) -> None:
-    """Settings of Ray Train, which it reads from the driver's environment; existing ones are kept."""
-    # By default it asks for room a minute at a time, forever.
+    """Sets Ray Train's environment variables in the driver; keeps existing ones."""
+    # By default it requests resources for a minute at a time, forever.
     defaults = _QUICK | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(room_s)}
     if len(alive_nodes()) == 1:
         defaults["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
@@ -192,10 +192,10 @@ def train_worker(config: Mapping[str, Any]) -> Any:
     """What one Ray Train worker runs.
 
     Returns:
-        What the task made, or an error that all ranks raised: it would come again, so Ray Train must not try again.
+        The task's result, or an error that all ranks raised: it would recur, so Ray Train must not retry.
 
     Raises:
-        Exception: of this rank alone. Ray Train then stops the other ranks, and starts all of them again.
+        Exception: an error of this rank alone. Ray Train then stops the other ranks and restarts all.
     """
     training: Training[Any] = config["training"]
     group = _group_of_ray_train(training)
@@ -214,7 +214,7 @@ def train_worker(config: Mapping[str, Any]) -> Any:
 
 
 def _begin(work: WorkFolder, unexpected_errors: int) -> None:
-    """Claims the work folder. Raises an error of earlier tries that would come again."""
+    """Claims the work folder. Raises an error of earlier tries that would recur."""
     work.claim()
     failures = work.failures()
     if failures and (len(failures) > unexpected_errors or not isinstance(failures[-1], RoleError)):
@@ -222,7 +222,7 @@ def _begin(work: WorkFolder, unexpected_errors: int) -> None:
 
 
 def _group_of_ray_train(training: Training[Any]) -> Group:
-    """Joins DeepSpeed to the process group that Ray Train has made."""
+    """Makes DeepSpeed use Ray Train's process group."""
     context = ray.train.get_context()
     local_rank = os.environ["LOCAL_RANK"]
     if torch.cuda.is_available():
@@ -236,6 +236,6 @@ def _group_of_ray_train(training: Training[Any]) -> Group:
         threads=training.threads,
     )
     distributed.join(group)
-    # Ray Train shows a worker all GPUs of its node, and DeepSpeed takes the one of this number.
+    # Ray Train exposes all GPUs of the node to a worker, and DeepSpeed uses the one with this number.
     os.environ["LOCAL_RANK"] = local_rank
     return group

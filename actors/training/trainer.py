@@ -1,4 +1,4 @@
-"""The loop of every training without rollouts, as one rank runs it: from the last checkpoint to the finished result."""
+"""The training loop without rollouts on one rank: from the last checkpoint to the finished result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Made = TypeVar("Made")
 
 
 class Passes(Protocol):
-    """The keys of a stage's config section that say how its data is gone through."""
+    """The keys of a stage's config section about passes over its data."""
 
     @property
     def epochs(self) -> int: ...
@@ -35,16 +35,16 @@ class Passes(Protocol):
 
 @dataclass(frozen=True)
 class Training(Generic[Made]):
-    """What every worker gets beside the data.
+    """Inputs of every worker in addition to the data.
 
     Args:
         role: names the workers in errors.
-        make: task of one rank, from the data and the rank's group. Can be pickled.
+        make: (data, the rank's group) -> task of one rank. Can be pickled.
         passes: config section of the stage.
-        seed: decides the order of the data.
+        seed: determines the order of the data.
         work: folder for progress and checkpoints, see work.py; on storage that driver and workers share.
-        unexpected_errors: errors that nobody expected, after which the training is tried again.
-        threads, timeout_s: CPU threads of one worker, and the deadline of every collective.
+        unexpected_errors: number of unexpected errors after which training is retried.
+        threads, timeout_s: CPU threads of one worker, and the deadline of each collective.
     """
 
     role: str
@@ -61,7 +61,7 @@ class Trainer(Generic[Made]):
     """One rank of a training. All ranks construct and run it together.
 
     Raises:
-        DataError: on all ranks, when one of them can't make its task.
+        DataError: on all ranks, if one of them can't make its task.
     """
 
     def __init__(self, training: Training[Made], data: Any, group: Group, work: WorkFolder) -> None:
@@ -70,13 +70,13 @@ class Trainer(Generic[Made]):
         self._checkpoints = TrainingCheckpoints(work, self._task.learner, group)
 
     def run(self) -> Made:
-        """Learns what the last checkpoint does not hold, and finishes.
+        """Continues from the last checkpoint to the end.
 
-        Every step gives the same numbers as in a run that nothing disturbed: the batches follow from the seed and the
+        Every step gives the same numbers as in an undisturbed run: the batches derive from the seed and the
         epoch, and the learner's checkpoint is exact.
 
         Raises:
-            NonFiniteError: on all ranks, before anything non-finite is applied.
+            NonFiniteError: on all ranks, before a non-finite update is applied.
             StorageError: on this rank at least.
         """
         done = self._checkpoints.restore()
@@ -94,7 +94,7 @@ class Trainer(Generic[Made]):
         return self._task.finish()
 
     def _batches(self) -> Iterator[tuple[int, int, Sequence[int]]]:
-        """(epoch, number within the epoch, records) of every batch, from the first on."""
+        """(epoch, number in the epoch, records) of every batch."""
         passes = self._training.passes
         for epoch in range(passes.epochs):
             batches = epoch_batches(

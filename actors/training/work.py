@@ -1,7 +1,7 @@
-"""The work folder of a training without rollouts, from which workers and drivers that follow a lost one continue.
+"""The work folder of training without rollouts, from which new workers and drivers continue.
 
-training.json     a digest of what is trained: the work of another training is thrown away
-writer            id of the newest try; an older one that still runs must not write
+training.json     a digest of the training: the work of another training is deleted
+writer            id of the newest try; an older try that still runs must not write
 progress.jsonl    a line per try and per optimizer step, appended by rank 0 and read by the driver
 errors.jsonl      errors that ended a try, since the driver started
 checkpoints/      see checkpoints.py
@@ -27,7 +27,7 @@ CONTINUES_AFTER = "continues_after"
 
 
 def open_work(folder: Path, digest: str) -> bool:
-    """Makes the folder, or keeps what a training with this digest left there. Returns whether there was such work.
+    """Makes the folder, or keeps the work of a training with this digest. Returns whether there was such work.
 
     Raises StorageError.
     """
@@ -44,7 +44,7 @@ def open_work(folder: Path, digest: str) -> bool:
 
 @dataclass(frozen=True)
 class WorkFolder:
-    """The folder as the workers of one try use it. `writer` is the id of the try, the same on all ranks."""
+    """The folder for the workers of one try. `writer` is the id of the try, equal on all ranks."""
 
     path: Path
     writer: str
@@ -54,18 +54,18 @@ class WorkFolder:
         return self.path / "checkpoints"
 
     def claim(self) -> None:
-        """Makes this try the one that may write."""
+        """Makes this try the writer."""
         with replacing(self.path / _WRITER) as temporary:
             temporary.write_text(self.writer, encoding="utf-8")
         with writing(self.path):
             drop_torn_tail(self.path / PROGRESS_FILE)
 
     def require_newest(self) -> None:
-        """Raises Superseded when a later try has claimed the folder."""
+        """Raises Superseded if a later try has claimed the folder."""
         with writing(self.path):
             newest = (self.path / _WRITER).read_text(encoding="utf-8")
         if newest != self.writer:
-            raise Superseded(f"{self.path}: a later try trains here now, so this one stops.")
+            raise Superseded(f"{self.path}: a later try now trains here, so this one stops.")
 
     def started(self, step: int) -> None:
         """Reports that this try continues after `step` optimizer steps."""
@@ -79,23 +79,23 @@ class WorkFolder:
         append_line(self.path / PROGRESS_FILE, json.dumps(line))
 
     def failed(self, error: RlhfError) -> None:
-        """Keeps an error that only this rank raised: the ranks of the next try can raise it together."""
+        """Records an error of this rank, which the ranks of the next try can raise together."""
         arguments = error.__reduce__()[1]
         append_line(self.path / _ERRORS, json.dumps([type(error).__name__, arguments]))
 
     def failures(self) -> list[RlhfError]:
-        """The errors that ranks of earlier tries kept."""
+        """The recorded errors of earlier tries."""
         return [getattr(errors, name)(*arguments) for name, arguments in _all_lines(self.path / _ERRORS)]
 
 
 class Lines:
-    """Reads lines of JSON that another process appends, as they come."""
+    """Reads lines of JSON as another process appends them."""
 
     def __init__(self, path: Path) -> None:
         self._path, self.offset = path, 0
 
     def next(self) -> Any:
-        """The next whole line; None: there is none yet."""
+        """The next complete line. None: there is none yet."""
         try:
             with self._path.open("rb") as stream:
                 stream.seek(self.offset)

@@ -96,7 +96,7 @@ class SampleConfig(Section):
     samples_per_prompt: Positive = 4
     """Replies per prompt (K of InstructGPT)."""
     split: Literal["reward_model", "train", "held_out"] = "reward_model"
-    """Which of the prompts: those reserved for the reward model, those to train on, or those for evaluation."""
+    """The prompts to use: those reserved for the reward model, for training or for evaluation."""
 
 
 class LabellerConfig(Section):
@@ -108,7 +108,7 @@ class LabellerConfig(Section):
 
 class SelectConfig(Section):
     keep: Literal["best", "top", "pairs", "rankings"] = "best"
-    """What becomes of scored samples. best: the best reply to each prompt, to be learned; top: the best select.share of
+    """Selection from scored samples. best: the best reply to each prompt, to be learned; top: the best select.share of
     all replies, to be learned; pairs: the best and the worst reply to each prompt, as preferences; rankings: all
     distinct replies to a prompt in order, as preferences."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.25
@@ -294,7 +294,7 @@ class EvaluateConfig(Section):
     require: Mapping[str, Annotated[str, Field(pattern=r"^\s*(<=|>=|<|>)\s*-?\d+(\.\d+)?\s*$")]] = Field(
         default_factory=dict
     )
-    """Bounds of metrics, such as {gold_win_rate: "> 0.5"}. The run ends with exit code 3 where one is not met."""
+    """Bounds of metrics, such as {gold_win_rate: "> 0.5"}. If one is not met, the run ends with exit code 3."""
 
 
 class TelemetryConfig(Section):

@@ -1,4 +1,4 @@
-"""Sections of stages that train without rollouts, and of the data that they learn from."""
+"""Sections of stages that train without rollouts, and of their data."""
 
 from __future__ import annotations
 
@@ -82,5 +82,5 @@ class SftConfig(OfflineConfig):
     learning_rate: PositiveNumber = 2e-5
     """Peak learning rate. Linear warm-up over a tenth of the steps, then linear decay."""
     max_length: Positive = 512
-    """Maximum length of a row, in tokens. Longer conversations are split where a user speaks, so that every reply is
+    """Maximum length of a row, in tokens. Longer conversations are split before user turns, so that every reply is
     learned once; a single exchange that is longer is cut at its end. Both are counted."""
