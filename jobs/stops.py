@@ -85,7 +85,7 @@ class Cancelling:
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         if self._first is None:
             self._first = monotonic()
-            end_within(self._grace_s, "it did not end in time after it was told to stop.")
+            end_within(self._grace_s, "it did not end in time after the request to stop.")
         elif number != signal.SIGINT or monotonic() - self._first < AGAIN_S:
             return
         if self._task is not None:

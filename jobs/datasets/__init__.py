@@ -1,1 +1,1 @@
-"""`rlhf data`: shows what a data file holds, and writes it in the canonical form."""
+"""`rlhf data`: shows the content of a data file, and writes it in the canonical form."""

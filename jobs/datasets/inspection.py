@@ -1,4 +1,4 @@
-"""Shows what a data file holds: counts, rejected rows, token lengths, and records as a model gets them."""
+"""Shows the content of a data file: counts, rejected rows, token lengths, and records as a model gets them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def inspect(file: Path, kind: str | None, format: str, config: Config | None) ->
     if problem is not None:
         raise problem
     if stream.num_bad:
-        raise DataError(f"{file}: {stream.num_bad:,} of {stream.num_rows:,} rows are bad. Mend or remove them.")
+        raise DataError(f"{file}: {stream.num_bad:,} of {stream.num_rows:,} rows are bad. Correct or remove them.")
     stream.report()
 
 
@@ -96,7 +96,7 @@ def _show(chat: Chat, records: Sequence[Any], num_records: int) -> None:
 
 
 def histogram(lengths: Sequence[int]) -> Iterator[str]:
-    """Lines of a bar chart; every bin is twice as wide as the one before it."""
+    """Lines of a bar chart; each bin is twice as wide as the previous one."""
     bins = np.floor(np.log2(np.maximum(lengths, 1))).astype(int)
     counts = np.bincount(bins)
     for exponent in range(int(bins.min()), len(counts)):

@@ -1,4 +1,4 @@
-"""What a file holds: named by the user, or detected from the fields of its first rows."""
+"""The kind of a file: given by the user, or detected from the fields of its first rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: measures the policy on held-out prompts beside another model; a pipeline can require results."""
+"""Stage `evaluate`: compares the policy with another model on held-out prompts; a pipeline can require results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stages that score with the run's reward read and use."""
+"""Inputs and models of stages that score with the run's reward."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def critic_base(config: Config) -> tuple[str, int | None]:
 
 
 def reward_max_length(config: Config) -> int | None:
-    """Longest transcript that the reward model gets. None: its own limit."""
+    """Maximum transcript length of the reward model. None: its own limit."""
     reward = config.reward
     if not isinstance(reward, ModelRewardConfig):
         return None
@@ -86,14 +86,14 @@ def reward_max_length(config: Config) -> int | None:
 
 
 def reward_section(config: Config, path: str | None) -> RewardConfig:
-    """The reward's section, completed by the model and the length that it leaves open."""
+    """The reward's section, with the model and the length filled in."""
     if not isinstance(config.reward, ModelRewardConfig):
         return config.reward
     return config.reward.model_copy(update={"path": path, "max_length": reward_max_length(config)})
 
 
 def critic_warmup_steps(config: Config) -> int:
-    """First steps in which only the critic learns; without a critic there are none."""
+    """Number of initial steps in which only the critic learns; 0 without a critic."""
     return config.critic.warmup_steps if config.algorithm.needs_critic else 0
 
 
@@ -106,9 +106,9 @@ def experience_settings(config: Config) -> ExperienceSettings:
 
 
 def critic_section(config: Config, reward_path: str | None) -> CriticConfig:
-    """The critic's section, completed by the model that it leaves open: the reward model, if there is one."""
+    """The critic's section, with the model filled in: the reward model, if there is one."""
     path = config.critic.path or reward_path
-    is_policy = path == config.model.path  # then a new head is put on it
+    is_policy = path == config.model.path  # then it gets a new head
     return config.critic.model_copy(update={"path": None if is_policy else path})
 
 

@@ -74,7 +74,7 @@ def stages_of(config: Config) -> list[NamedStage]:
         found = _named(config, entry, makers)
         if any(other.name == found.name for other in named):
             raise ConfigError(
-                f"stages: {found.name!r} comes twice. Give one of them a name of its own: "
+                f"stages: {found.name!r} occurs twice. Give one of them a unique name: "
                 f"{{name: {found.name}-2, kind: {found.stage.kind}}}."
             )
         named.append(found)
@@ -143,7 +143,7 @@ def logged_place(run: Path, stages: Mapping[str, str]) -> Path:
 
 
 def num_steps_of(kind: str, tree: Mapping[str, Any]) -> Any:
-    """The number of steps of a kind of stage, as the tree of a config file has it."""
+    """The number of steps of a kind of stage, in the tree of a config file."""
     value: Any = tree
     for part in STAGES[kind].steps_key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -151,7 +151,7 @@ def num_steps_of(kind: str, tree: Mapping[str, Any]) -> Any:
 
 
 def to_do(stages: Sequence[NamedStage], run: RunFolder) -> Iterator[NamedStage]:
-    """Stages that have to run: neither finished ones, nor those whose artifacts only finished stages read."""
+    """Stages that must run: neither finished ones, nor those whose artifacts only finished stages read."""
     needed: set[str] = set()
     chosen: list[NamedStage] = []
     read = {source.name for entry in stages for source in entry.sources.values()}

@@ -39,7 +39,7 @@ _COMPARE = {"<": float.__lt__, "<=": float.__le__, ">": float.__gt__, ">=": floa
 
 @dataclass(frozen=True)
 class Side:
-    """Samples of one model, row by row with their scores; None: it failed, or there is no such source."""
+    """Samples of one model with their scores by row; None: scoring failed, or there is no such source."""
 
     samples: pa.Table
     gold: Sequence[float | None]
@@ -66,7 +66,7 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     result = {"against": against, "metrics": metrics, "unmet": unmet}
     write_json(folder / RESULT_FILE, result)
     job.telemetry.evaluation(0, {f"{job.name}/{name}": value for name, value in metrics.items()})
-    job.say(f"{job.name}: policy beside {against}\n" + "\n".join(_lines(metrics)))
+    job.say(f"{job.name}: policy compared with {against}\n" + "\n".join(_lines(metrics)))
     if unmet:
         raise GuardTripped(
             f"stage {job.name!r}: {'; '.join(unmet)} (evaluate.require). The samples are in {folder}. Train longer, or "
@@ -76,7 +76,7 @@ async def run(job: StageJob) -> Mapping[str, Any]:
 
 
 async def _side(job: StageJob, name: str, config: Config) -> Side:
-    """An attempt keeps the shards of those before it."""
+    """An attempt keeps the shards of earlier ones."""
     prompts = prepare(config).prompts.held_out[: config.evaluation.prompts]
     requests = sample_requests(prompts, samples_per_prompt=1, seed=config.run.seed, step=EVALUATION_STEP)
     shards = cut_into_shards(
@@ -135,7 +135,7 @@ def _alone(side: Side) -> dict[str, float]:
 
 
 def _together(policy: Side, other: Side) -> dict[str, float]:
-    """Differences and win rates, prompt by prompt. Equal scores are half a win."""
+    """Differences and win rates by prompt. Equal scores count as half a win."""
     metrics: dict[str, float] = {}
     for name, mine, theirs in (("gold", policy.gold, other.gold), ("reward", policy.reward, other.reward)):
         pairs = [
@@ -162,7 +162,7 @@ def _known(scores: Sequence[float | None]) -> list[float]:
 
 
 def _unmet(metrics: Mapping[str, float], name: str, bound: str) -> str | None:
-    """Words about a bound that a metric does not meet."""
+    """A text about a bound that a metric does not meet."""
     if name not in metrics:
         return f"{name} was not measured (there are {', '.join(metrics)})"
     found = _BOUND.fullmatch(bound)

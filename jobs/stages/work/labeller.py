@@ -1,6 +1,6 @@
-"""The labeller: a gold rule with noise, which replaces a person who ranks K replies to a prompt (Ouyang 2022).
+"""The labeller: a gold rule with noise, which simulates a human who ranks K replies to a prompt (Ouyang 2022).
 
-Pure: scores in, rankings out. The noise of a prompt depends only on (run seed, prompt id).
+Pure functions from scores to rankings. The noise of a prompt depends only on (run seed, prompt id).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ScoredReplies:
 
 @dataclass(frozen=True)
 class LabelledRanking:
-    """A ranking and the gold score of each of its replies. The scores are for people: no model reads them."""
+    """A ranking and the gold score of each of its replies. Models never read the scores."""
 
     record: RankingRecord
     gold: tuple[float, ...]
@@ -92,7 +92,7 @@ def rank(scores: Sequence[float], *, noise_std: float, seed: int) -> tuple[int, 
 
 
 def write_rankings(path: Path, rankings: Iterable[LabelledRanking]) -> None:
-    """Writes JSONL {id, messages, replies: best first, gold}, whole or not at all; `read_rankings` reads it back.
+    """Writes JSONL {id, messages, replies: best first, gold} completely or not at all; `read_rankings` reads it.
 
     Raises:
         StorageError: it can't be written.
@@ -126,7 +126,7 @@ def _ranking(prompt: ScoredReplies, gold_of_reply: dict[str, float], *, noise_st
 
 
 def _noise(count: int, std: float, seed: int) -> list[float]:
-    """Normal numbers by inversion of raw Philox words: the same under every version of numpy."""
+    """Normal numbers by inversion of raw Philox words: equal in all versions of numpy."""
     if std == 0.0:
         return [0.0] * count
     words = np.random.Philox(np.random.SeedSequence(seed)).random_raw(count)

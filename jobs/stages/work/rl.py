@@ -1,4 +1,4 @@
-"""The work of stage `rl`: starts all roles, lets the coordinator run, exports the policy."""
+"""The work of stage `rl`: starts all roles, runs the coordinator, exports the policy."""
 
 from __future__ import annotations
 

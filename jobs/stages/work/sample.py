@@ -23,14 +23,14 @@ from orchestrator.prompts import derive_seed, sample_requests
 from orchestrator.sampler import cut_into_shards
 from orchestrator.types import Prompt, ShardRequest
 
-SAMPLE_STEP = -2  # used instead of a step in the seeds of samples that are ranked
+SAMPLE_STEP = -2  # replaces the step in the seeds of samples to be ranked
 
 
 async def run(job: StageJob) -> Mapping[str, Any]:
-    """Engines start for this stage and end with it. An attempt keeps the shards of those before it.
+    """Engines start and end with this stage. An attempt keeps the shards of earlier ones.
 
     Raises:
-        DataError: no prompts were set aside.
+        DataError: no prompts are reserved.
     """
     chosen, seed = _chosen(job)
     requests = sample_requests(
@@ -47,7 +47,7 @@ async def run(job: StageJob) -> Mapping[str, Any]:
 
 
 def _chosen(job: StageJob) -> tuple[Sequence[Prompt], int]:
-    """The prompts and the seed of their samples. A stage with a name of its own takes other prompts and seeds than the
+    """The prompts and the seed of their samples. A stage with a unique name uses other prompts and seeds than the
     others of its kind."""
     config = job.config
     prompts = prompts_of(config, job.prepared)

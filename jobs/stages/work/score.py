@@ -24,7 +24,7 @@ from orchestrator.planning.demands import reward_demand
 
 
 async def run(job: StageJob) -> Mapping[str, Any]:
-    """An attempt keeps the shards of those before it.
+    """An attempt keeps the shards of earlier ones.
 
     Raises:
         DataError: more samples failed than reward.max_failed_fraction allows. What succeeded is kept, so that another
@@ -52,7 +52,7 @@ def read_table(path: Path) -> pa.Table:
 async def score_shards(
     job: StageJob, config: Config, model: str | None, samples: pa.Table, files: ShardFiles
 ) -> pa.Table:
-    """Scores of all samples, row by row; shards in `files` are not scored again.
+    """Scores of all samples by row; shards in `files` are not scored again.
 
     Args:
         model: the reward model. None: the reward is not a model.
@@ -95,7 +95,7 @@ def _described(job: StageJob, table: pa.Table) -> Mapping[str, Any]:
         job.output(SCORES).unlink()
         raise DataError(
             f"{num_failed} of {table.num_rows} samples could not be scored, more than reward.max_failed_fraction="
-            f"{most:g} allows: {error}. Mend the reward, or raise that share."
+            f"{most:g} allows: {error}. Correct the reward, or raise that share."
         )
     deviation = statistics.pstdev(scores)
     return {"scored": len(scores), "failed": num_failed, "mean": statistics.fmean(scores), "std": deviation}

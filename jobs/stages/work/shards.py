@@ -1,4 +1,4 @@
-"""Work of a stage that is done in shards: finished ones are kept beside its artifact, so that an attempt continues."""
+"""Work of a stage in shards: finished ones are kept next to its artifact, so that an attempt continues."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from orchestrator.run.storage import replacing, writing
 
 
 class ShardFiles:
-    """Parquet files of finished shards of one artifact. The work of another config is thrown away.
+    """Parquet files of finished shards of one artifact. Deletes the work of another config.
 
-    Raises StorageError from every method.
+    All methods raise StorageError.
     """
 
     def __init__(self, config: Config, output: Path) -> None:
@@ -42,7 +42,7 @@ class ShardFiles:
             pq.write_table(table, temporary, compression="zstd")
 
     def finish(self, count: int) -> pa.Table:
-        """Puts all shards into the artifact, in order, and returns them."""
+        """Writes all shards to the artifact, in order, and returns them."""
         if self._output.exists():
             return pq.read_table(self._output)
         table = pa.concat_tables(pq.read_table(self._path(number)) for number in range(count))
@@ -56,7 +56,7 @@ class ShardFiles:
 
 
 async def spread(group: ActorGroup, numbers: Sequence[int], work: Callable[[int, int], Awaitable[None]]) -> None:
-    """Gives the next number to each replica that is free: `work(replica, number)`."""
+    """Assigns the next number to each free replica: `work(replica, number)`."""
     pending = iter(numbers)
 
     async def drive(replica: int) -> None:

@@ -1,4 +1,4 @@
-"""Runs a training without rollouts for a stage: starts or continues it, and reports its steps as they are made."""
+"""Runs training without rollouts for a stage: starts or continues it, and reports its steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from orchestrator.planning.demands import plan_training
 from orchestrator.run.storage import writing
 from orchestrator.watching.telemetry import Telemetry
 
-SHOWN = 20  # lines on the console about the optimizer steps of a stage
+SHOWN = 20  # console lines about the optimizer steps of a stage
 
 Say = Callable[[str], None]
 
@@ -36,8 +36,8 @@ class Report:
 
     Args:
         num_steps: optimizer steps of the whole training.
-        recorded: metrics that are recorded, as ROLE/NAME.
-        describe: words about recent steps, for the console.
+        recorded: metrics to record, as ROLE/NAME.
+        describe: text about recent steps, for the console.
     """
 
     telemetry: Telemetry
@@ -48,14 +48,14 @@ class Report:
     describe: Callable[[Sequence[Progress]], str]
 
     def started(self, step: int, *, known: int) -> None:
-        """Workers begin to learn after `step` optimizer steps, while the driver knows the metrics of `known`."""
+        """Workers start to learn after `step` optimizer steps, while the driver has the metrics of `known` steps."""
         if step or known:
             self.telemetry.event("training_continued", step=step)
             whence = f"continues after step {step} of {self.num_steps}" if step else "starts again at its first step"
             self.say(f"{self._title}: {whence}")
 
     def show(self, steps: Sequence[Progress]) -> None:
-        """Shows a line about every twentieth part of the training."""
+        """Prints a line for each twentieth of the training."""
         every = max(self.num_steps // SHOWN, 1)
         if len(steps) % every and len(steps) != self.num_steps:
             return

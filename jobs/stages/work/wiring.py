@@ -1,4 +1,4 @@
-"""Wires the parts: from a config to groups of actors where the plan says, and a coordinator that drives them."""
+"""Wires the parts of a config: groups of actors, placed by the plan, and the coordinator that drives them."""
 
 from __future__ import annotations
 

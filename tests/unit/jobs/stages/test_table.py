@@ -87,7 +87,7 @@ def test_a_stage_comes_twice_under_two_names_with_keys_of_its_own(tmp_path: Path
     assert (run.path / "stages" / "again" / "nothing.txt").read_text() == "3 []"
     facts = read_facts(run.path, 0.0)
     assert facts is not None and explain(facts).standing.stages == {"nothing": "finished", "again": "finished"}
-    with pytest.raises(ConfigError, match=r"'nothing' comes twice.*\{name: nothing-2, kind: nothing\}"):
+    with pytest.raises(ConfigError, match=r"'nothing' occurs twice.*\{name: nothing-2, kind: nothing\}"):
         stages_of(config_of(tmp_path, "nothing", "nothing"))
 
 
