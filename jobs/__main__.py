@@ -58,8 +58,7 @@ app = typer.Typer(
 
 @app.callback()
 def _root() -> None:
-    """Reinforcement learning from human feedback on a Ray cluster. Commands read one YAML file (--config) and
-    overrides of its keys (section.key=value)."""
+    """RLHF on a Ray cluster, by one YAML file (--config) and section.key=value."""
 
 
 def main() -> None:

@@ -63,6 +63,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "why": Command(
             "jobs.why.command:main", "Say what failed first in a run, its state, and how to continue it.", "runs/my-run"
         ),
+        "lineage": Command(
+            "jobs.lineage:main", "Show which artifact of a run was made from which, by which stage.", "runs/my-run"
+        ),
         "report": Command("jobs.report.command:main", "Write one HTML page about a run.", "runs/my-run"),
         "replay": Command(
             "jobs.replay:main",

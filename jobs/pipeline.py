@@ -130,6 +130,8 @@ class _Pipeline:
         """Writes the lineage of the stage's artifacts."""
         root = self.run.path
         read = {kind: str(path.relative_to(root)) for kind, path in inputs.items()}
+        digests = {made.path: made.sha256 for made in read_lineage(root) if made.path in read.values()}
+        contents = entry.config.run.contents
         for made in entry.stage.makes(entry.config):
             path = entry.artifact(made.kind, self.run)
             record(
@@ -143,7 +145,8 @@ class _Pipeline:
                     config_sha256=config_digest(entry.config),
                     commit=source_commit(),
                     reads=read,
-                    contents=dict(entry.config.run.contents),
+                    read_sha256=digests,
+                    contents={key: contents[key] for key in contents if key in entry.outside},
                     result=dict(result),
                 ),
             )

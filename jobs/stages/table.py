@@ -36,6 +36,17 @@ class NamedStage:
     config: Config
     sources: Mapping[str, NamedStage]
 
+    @property
+    def outside(self) -> frozenset[str]:
+        """The keys of run.contents whose files it reads."""
+        found = self.stage.inputs(self.config)
+        keys = {*found.files, *found.models, *(f"rule {rule}" for rule in found.rules)}
+        if self.stage.samples:
+            keys.add("prompts.path")
+        if self.stage.starts_from_policy:
+            keys |= {"model.chat_template", *(() if POLICY in self.sources else ("model.path",))}
+        return frozenset(keys)
+
     def of(self, run: RunFolder) -> RunFolder:
         """The run's folder with this stage's paths."""
         return run if self.name == self.stage.kind else replace(run, stage=self.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from orchestrator.algorithms.algorithm import Algorithm
 from orchestrator.algorithms.ppo import Ppo
@@ -34,14 +34,17 @@ from orchestrator.config.sections import (
     SelectConfig,
     TelemetryConfig,
 )
-from orchestrator.config.stages import StageEntry
+from orchestrator.config.stages import StageEntry, in_rounds
 from orchestrator.config.trainings import DemonstrationsConfig, PreferencesConfig, RewardModelConfig, SftConfig
 
 
 class Config(Section):
-    stages: Annotated[tuple[StageEntry, ...], Field(min_length=1)] = (StageEntry(kind="rl", name="rl"),)
+    stages: Annotated[tuple[StageEntry, ...], Field(min_length=1), BeforeValidator(in_rounds)] = (
+        StageEntry(kind="rl", name="rl"),
+    )
     """Stages of the run, in order: sft, sample, score, select, preferences, reward_model, rl, evaluate.
-    A repeated stage needs a unique name: {name: again, kind: rl, set: {rl.steps: 5}}."""
+    A repeated stage needs a unique name: {name: again, kind: rl, set: {rl.steps: 5}}.
+    {rounds: 2, stages: [sample, rl]} repeats stages: sample-1, rl-1, sample-2, rl-2."""
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()

@@ -36,7 +36,8 @@ class Made:
         config_sha256: digest of the stage's config, see `config_digest`.
         commit: commit of this program's source. None: unknown.
         reads: path by kind of the run's artifacts that it was made from.
-        contents: digests of the outside files that the run reads.
+        read_sha256: their digests, by path. Those of older runs are unknown.
+        contents: digests of the outside files that it was made from, by key of the config.
         result: the stage's report about it.
     """
 
@@ -48,8 +49,24 @@ class Made:
     config_sha256: str
     commit: str | None = None
     reads: Mapping[str, str] = field(default_factory=dict)
+    read_sha256: Mapping[str, str] = field(default_factory=dict)
     contents: Mapping[str, str] = field(default_factory=dict)
     result: Mapping[str, Any] = field(default_factory=dict)
+
+
+def why_stale(made: Made, by_path: Mapping[str, Made]) -> str | None:
+    """Why an artifact no longer belongs to those that it was made from. None: it does, as far as known.
+
+    Args:
+        by_path: the artifacts of the run now.
+    """
+    for path, digest in made.read_sha256.items():
+        now = by_path.get(path)
+        if now is None:
+            return f"it was made from {path}, which is gone"
+        if now.sha256 != digest:
+            return f"it was made from another {path}: sha256 {digest[:8]}, now {now.sha256[:8]}"
+    return None
 
 
 def record(run: Path, made: Made) -> None:

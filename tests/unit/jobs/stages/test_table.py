@@ -97,6 +97,20 @@ def _written(folder: Path, config: Config) -> Path:
     return path
 
 
+def test_a_round_reads_what_the_newest_stage_before_it_made(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "nothing", {"rounds": 2, "stages": [{"kind": "reader", "name": "r"}, "reader"]})
+    names = ["nothing", "r-1", "reader-1", "r-2", "reader-2"]
+    stages = stages_of(config)
+    assert [entry.name for entry in stages] == names
+    assert [entry.sources["nothing"].name for entry in stages[1:]] == names[:-1]
+    run = run_all(config)
+    read = {made.stage: list(made.reads.values()) for made in read_lineage(run.path)}
+    assert read["r-2"] == ["stages/reader-1/nothing.txt"]
+    (run.path / "stages" / "r-2" / "nothing.txt").unlink()
+    (run.path / "stages" / "reader-2" / "nothing.txt").unlink()
+    assert [entry.name for entry in to_do(stages, run)] == ["r-2", "reader-2"]
+
+
 def test_artifacts_say_where_they_come_from(tmp_path: Path) -> None:
     config = config_of(tmp_path, "nothing", {"name": "more", "kind": "reader"})
     run = run_all(config)
@@ -104,6 +118,7 @@ def test_artifacts_say_where_they_come_from(tmp_path: Path) -> None:
     assert (first.kind, first.path, first.stage, first.attempt) == ("nothing", "nothing.txt", "nothing", 1)
     assert first.result == {"made": "nothing"} and not first.reads
     assert second.path == "stages/more/nothing.txt" and second.reads == {"nothing": "nothing.txt"}
+    assert second.read_sha256 == {"nothing.txt": first.sha256}
     assert first.config_sha256 == second.config_sha256 and first.sha256 != second.sha256
     assert (run.path / "stages" / "more" / "nothing.txt").read_text().endswith("['nothing']")
     longer = run_all(config_of(tmp_path / "other", "nothing", rl={"steps": 9}))
