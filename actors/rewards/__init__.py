@@ -3,6 +3,7 @@
 model   a reward model that takes text or tokens
 rules   functions of (prompt, response, meta)
 http    an endpoint
+judge   a language model at an endpoint
 gold    the rule that simulates a human labeller
 """
 
@@ -45,8 +46,9 @@ class RewardContext:
     Args:
         policy: the model whose samples are scored.
         template: text of the policy's chat template, if it replaces the model's own.
-        cache: folder of converted models.
+        cache: folder of converted models, and of judges' answers.
         total_s: time limit of rules and endpoints for one shard.
+        judge_template: text of the judge's template, if it replaces the shipped one.
         threads: CPU threads of the replica.
     """
 
@@ -56,6 +58,7 @@ class RewardContext:
     limits: RuleLimits
     total_s: float
     threads: int = 1
+    judge_template: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ SOURCES: Mapping[str, str] = {
     "model": "actors.rewards.model:build",
     "rules": "actors.rewards.rules:build",
     "http": "actors.rewards.http:build",
+    "judge": "actors.rewards.judge:build",
 }
 
 
@@ -21,7 +22,7 @@ def build_source(reward: RewardConfig, context: RewardContext) -> RewardSource:
     """Builds the source that a config section describes.
 
     Raises:
-        ConfigError, DataError: it can't be built; see RewardModel, RuleReward, HttpReward.
+        ConfigError, DataError: it can't be built; see RewardModel, RuleReward, HttpReward, JudgeReward.
     """
     module, _, name = SOURCES[reward.name].partition(":")
     build: Callable[[RewardConfig, RewardContext], RewardSource] = getattr(importlib.import_module(module), name)

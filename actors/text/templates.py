@@ -24,10 +24,17 @@ _ANSWER_S = 120.0  # the process ends itself after CPU_SECONDS; this is for mach
 _WAY_OUT = "Correct the template, or set model.chat_template=FILE (reward model: chat_template.jinja in its folder)."
 
 
-def read_template(path: Path) -> str:
-    """The text of model.chat_template. Raises DataError if it can't be read."""
-    key = "model.chat_template"
+def read_template(path: Path, key: str = "model.chat_template") -> str:
+    """The text of the template that a key names. Raises DataError if it can't be read."""
     return read_text(at_home(path, key, DataError), f"{key}={path}", DataError)
+
+
+def render_text(template: str, variables: Mapping[str, Any], name: str) -> str:
+    """A template that is not a chat template. Raises DataError, which gives its `name`, if it fails."""
+    answer = _PROCESS.ask({"template": template, "today": date.min.isoformat(), "variables": variables})
+    if "text" not in answer:
+        raise DataError(f"{name} fails: {answer['error']}.")
+    return str(answer["text"])
 
 
 class TemplateRefused(DataError):

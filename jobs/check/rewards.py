@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
-from typing import Any
+from time import monotonic
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from safetensors import SafetensorError, safe_open
 
 from actors.models.files import read_config, window
 from actors.models.model import resolve_model
-from actors.rewards import RewardSource
+from actors.rewards import RewardSource, Score, samples
 from actors.rewards.http import HttpReward
+from actors.rewards.judge import JudgeReward
 from actors.rewards.model import read_stats
+from actors.rewards.pair_judge import PairJudge
 from actors.rewards.rules import RuleReward
 from jobs.prepare import find_data
-from jobs.stages.settings import reward_base, reward_max_length
+from jobs.stages.settings import judge_template, pair_template, reward_base, reward_max_length
 from jobs.stages.stage import Found
 from jobs.stages.work.reward_model import split_held_out
 from orchestrator.config.config import Config
-from orchestrator.config.rewards import HttpRewardConfig, ModelRewardConfig, RuleConfig, RulesRewardConfig
+from orchestrator.config.rewards import (
+    HttpRewardConfig,
+    JudgeConfig,
+    JudgeRewardConfig,
+    ModelRewardConfig,
+    RuleConfig,
+    RulesRewardConfig,
+)
 from orchestrator.data.readers import read_rankings
 from orchestrator.errors import ConfigError, DataError, RewardError
 
 HTTP_PROBE_S = 10.0
 RULES_PROBE_S = 40.0
+JUDGE_PROBE_S = 30.0
+_JUDGE_SHOWN = 60  # characters
+Judging = TypeVar("Judging", bound=JudgeConfig)
 
 
 def check_preferences(config: Config, found: Found) -> str | None:
@@ -46,7 +60,32 @@ def check_reward(config: Config, found: Found) -> str | None:
         limits = {"timeout_s": min(reward.timeout_s, HTTP_PROBE_S), "retries": min(reward.retries, 1)}
         source = HttpReward(reward.model_copy(update=limits))
         return _tried(f"endpoint {reward.url}", source, found.examples.slice(0, 1), "reward.url")
+    if isinstance(reward, JudgeRewardConfig):
+        return _judge_tried(config, reward, found.examples)
     return None
+
+
+def check_pair_judge(config: Config, found: Found) -> str | None:
+    """Compares an invented reply with itself.
+
+    Raises:
+        ConfigError: the judge is down, or its answer has no verdict.
+    """
+    judge = config.evaluate.judge
+    if judge is None:
+        return None
+    source = PairJudge(_for_probe(judge), pair_template(judge))
+    if found.examples is None:
+        return None
+    tried = list(samples(found.examples.slice(0, 1)))
+    try:
+        compared = asyncio.run(source.compare(tried, tried, monotonic() + 2 * JUDGE_PROBE_S))[0]
+    except RewardError as error:
+        raise ConfigError(str(error)) from error
+    if compared.value is None:
+        raise ConfigError(f"evaluate.judge gave no verdict: {compared.error}. Correct its template or verdict.")
+    said = "disagrees with itself in the other order" if compared.disagrees else f"values it {compared.value:g}"
+    return f"evaluate.judge ({judge.model} at {judge.url}): compares a made-up reply with itself and {said}"
 
 
 def check_labeller(config: Config, found: Found) -> str | None:
@@ -94,9 +133,12 @@ def _tried(name: str, source: RewardSource, examples: pa.Table, key: str) -> str
         ConfigError: the source is down, or can't score any prompt.
     """
     try:
-        scores = source.scores(examples)
+        return _worked(name, source.scores(examples), key)
     except RewardError as error:
         raise ConfigError(str(error)) from error
+
+
+def _worked(name: str, scores: Sequence[Score], key: str) -> str:
     failed = [score.error for score in scores if score.value is None]
     if failed and len(failed) == len(scores):
         raise ConfigError(
@@ -104,6 +146,25 @@ def _tried(name: str, source: RewardSource, examples: pa.Table, key: str) -> str
             "or give prompts with the fields that it reads."
         )
     return f"reward ({name}): scores a made-up reply to {len(scores) - len(failed)} of {len(scores)} sample prompts"
+
+
+def _judge_tried(config: Config, reward: JudgeRewardConfig, examples: pa.Table | None) -> str | None:
+    """Asks the judge itself, not the cache of its answers."""
+    source = JudgeReward(_for_probe(reward), judge_template(config), total_s=2 * JUDGE_PROBE_S)
+    if examples is None:
+        return None
+    try:
+        judged = source.judgements(examples.slice(0, 1))
+    except RewardError as error:
+        raise ConfigError(str(error)) from error
+    name = f"judge {reward.model} at {reward.url}"
+    line = _worked(name, [source.score(one) for one in judged], "reward.template")
+    return f"{line}; its answer ends with {judged[0].text[-_JUDGE_SHOWN:]!r}, which is {judged[0].verdict}"
+
+
+def _for_probe(judge: Judging) -> Judging:
+    limits = {"timeout_s": min(judge.timeout_s, JUDGE_PROBE_S), "retries": min(judge.retries, 1)}
+    return judge.model_copy(update=limits)
 
 
 def _reward_model(config: Config, reward: ModelRewardConfig) -> str | None:

@@ -27,7 +27,12 @@ class Evaluate(Stage):
     samples = True
     starts_from_policy = True
     uses = (REWARD_MODEL,)
-    checks = ("jobs.check.rewards:check_gold", "jobs.check.prompts:enough_to_evaluate")
+    checks = (
+        "jobs.check.rewards:check_gold",
+        "jobs.check.rewards:check_reward",
+        "jobs.check.rewards:check_pair_judge",
+        "jobs.check.prompts:enough_to_evaluate",
+    )
 
     def makes(self, config: Config) -> Sequence[Artifact]:
         return (Artifact(EVALUATION, "evaluate"),)
@@ -36,7 +41,9 @@ class Evaluate(Stage):
         reward = reward_inputs(config)
         gold = {config.evaluation.gold} if config.evaluation.gold else set()
         models = {**reward.models, "evaluate.against": config.evaluate.against}
-        return Inputs(models=models, rules=reward.rules | gold)
+        judge = config.evaluate.judge
+        files = {**reward.files, "evaluate.judge.template": judge.template if judge else None}
+        return Inputs(files=files, models=models, rules=reward.rules | gold)
 
     def models(self, config: Config) -> Iterable[ModelUse]:
         yield policy_use(config, exports=False)

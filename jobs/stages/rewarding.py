@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from jobs.stages.stage import Inputs, ModelUse
 from orchestrator.config.config import Config
-from orchestrator.config.rewards import ModelRewardConfig, RulesRewardConfig
+from orchestrator.config.rewards import JudgeRewardConfig, ModelRewardConfig, RulesRewardConfig
 from orchestrator.planning.demands import REWARD_MODEL
 
 INSTEAD = {REWARD_MODEL: "give a reward model (reward.path), or choose reward.name=rules"}
@@ -22,7 +22,8 @@ def reward_inputs(config: Config) -> Inputs:
     reward = config.reward
     rules = {rule.function for rule in reward.rules} if isinstance(reward, RulesRewardConfig) else set()
     path = reward.path if isinstance(reward, ModelRewardConfig) else None
-    return Inputs(models={"reward.path": path}, rules=frozenset(rules))
+    template = reward.template if isinstance(reward, JudgeRewardConfig) else None
+    return Inputs(files={"reward.template": template}, models={"reward.path": path}, rules=frozenset(rules))
 
 
 def reward_uses(config: Config) -> Iterable[ModelUse]:

@@ -50,7 +50,7 @@ class Rl(Stage):
         reward, evaluation = reward_inputs(config), config.evaluation
         gold = {evaluation.gold} if evaluation.gold and evaluation.prompts else set()
         own = {"critic.path": config.critic.path, "reference.path": config.reference.path}
-        return Inputs(models={**reward.models, **own}, rules=reward.rules | gold)
+        return Inputs(files=reward.files, models={**reward.models, **own}, rules=reward.rules | gold)
 
     def models(self, config: Config) -> Iterable[ModelUse]:
         longest = config.model.max_length

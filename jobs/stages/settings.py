@@ -10,7 +10,7 @@ from actors.learning.worker import RankContext
 from actors.text.templates import read_template
 from orchestrator.algorithms.experience import ExperienceSettings
 from orchestrator.config.config import Config
-from orchestrator.config.rewards import ModelRewardConfig, RewardConfig
+from orchestrator.config.rewards import JudgeRewardConfig, ModelRewardConfig, PairJudgeConfig, RewardConfig
 from orchestrator.config.sections import CriticConfig
 from orchestrator.config.stages import StageEntry
 from orchestrator.planning.demands import REWARD_MODEL
@@ -21,6 +21,17 @@ def chat_template(config: Config) -> str | None:
     """The text of model.chat_template; None: the tokenizer's own. Raises DataError when it can't be read."""
     path = config.model.chat_template
     return None if path is None else read_template(path)
+
+
+def judge_template(config: Config) -> str | None:
+    """The text of reward.template; None: there is no judge, or it has the shipped one. Raises DataError."""
+    path = config.reward.template if isinstance(config.reward, JudgeRewardConfig) else None
+    return None if path is None else read_template(path, "reward.template")
+
+
+def pair_template(judge: PairJudgeConfig) -> str | None:
+    """The same for evaluate.judge."""
+    return None if judge.template is None else read_template(judge.template, "evaluate.judge.template")
 
 
 def alone(config: Config, kind: str) -> Config:

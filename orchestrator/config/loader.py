@@ -85,6 +85,7 @@ _CREDENTIAL_PLACES = {
     "telemetry.mlflow_uri": "MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
     "MLFLOW_TRACKING_TOKEN",
     "reward.url": "name its environment variable or file in reward.token_from",
+    "evaluate.judge.url": "name its environment variable or file in evaluate.judge.token_from",
 }
 
 
@@ -208,7 +209,9 @@ def changed(config: Config, keys: Mapping[str, Any], *, source: str) -> Config:
         *sections, leaf = key.split(".")
         place = tree
         for section in sections:
-            place = place.setdefault(section, {})
+            if place.get(section) is None:  # a section that is off by default
+                place[section] = {}
+            place = place[section]
             if not isinstance(place, dict):
                 raise ConfigError(f"{source}: {key!r}: {section!r} is a value, not a section.")
         place[leaf] = value

@@ -1,11 +1,14 @@
-"""Sources of rewards: models, rules, endpoints."""
+"""Sources of rewards: models, rules, endpoints, judges."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from orchestrator.config.base import (
     Fraction,
@@ -79,12 +82,11 @@ class RulesRewardConfig(RewardConfig):
     """Rule functions, such as [{function: "my_rewards:brevity"}]; their weighted sum is the reward."""
 
 
-class HttpRewardConfig(RewardConfig):
-    """An HTTP endpoint of the user."""
+class EndpointConfig(Section):
+    """The keys of everything that is asked over HTTP."""
 
-    name: Literal["http"] = "http"
     url: str
-    """Endpoint: POST {"samples": [{"prompt","response","meta"}]} returns {"rewards": [number or null]}."""
+    """Address of the endpoint."""
     timeout_s: Seconds = 30.0
     """Time limit of one request, from connecting to the last byte of the response."""
     retries: NonNegative = 3
@@ -94,8 +96,74 @@ class HttpRewardConfig(RewardConfig):
     itself is never in the config. Null: no token."""
 
 
+class HttpRewardConfig(EndpointConfig, RewardConfig):
+    """An HTTP endpoint of the user."""
+
+    name: Literal["http"] = "http"
+    url: str
+    """Endpoint: POST {"samples": [{"prompt","response","meta"}]} returns {"rewards": [number or null]}."""
+
+
+def _one_group(pattern: str) -> str:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise PydanticCustomError("pattern", "is not a regular expression: {error}", {"error": str(error)}) from None
+    if groups != 1:
+        raise PydanticCustomError("pattern", "needs one group, the verdict; it has {groups}", {"groups": groups})
+    return pattern
+
+
+def _rising(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] >= bounds[1]:
+        raise PydanticCustomError("range", "needs its lower bound first")
+    return bounds
+
+
+Verdict = Annotated[str, AfterValidator(_one_group)]
+
+
+class JudgeConfig(EndpointConfig):
+    """A language model that judges, at an OpenAI-compatible endpoint of chat completions."""
+
+    url: str
+    """Base URL, such as http://host:8000/v1; /chat/completions is appended."""
+    model: str
+    """Name of the model at the endpoint."""
+    template: Path | None = None
+    """Jinja file of the judge's prompt, sent as one user message (docs/rewards.md). Null: the shipped one."""
+    verdict: Verdict
+    """Regular expression with one group. Its last match in the judge's answer is the verdict; no match is a failure."""
+    temperature: NonNegativeNumber | None = 0.0
+    """Sampling temperature of the judge. Null: the endpoint's default."""
+    max_tokens: Positive | None = 512
+    """Longest answer of the judge, in tokens. Null: the endpoint's default."""
+    timeout_s: Seconds = 120.0
+    """Time limit of one request, from connecting to the last byte of the response."""
+    concurrent_requests: Positive = 16
+    """Most requests of one replica at the same time."""
+
+
+class JudgeRewardConfig(JudgeConfig, RewardConfig):
+    """A language model that gives each reply a score."""
+
+    name: Literal["judge"] = "judge"
+    verdict: Verdict = r"\[\[(-?\d+(?:\.\d+)?)\]\]"
+    """Regular expression with one group. Its last match in the judge's answer is the score; no match is a failure."""
+    score_range: Annotated[tuple[float, float], AfterValidator(_rising)] = (0.0, 10.0)
+    """Lowest and highest score. A score outside is a failure."""
+
+
+class PairJudgeConfig(JudgeConfig):
+    """A language model that compares two replies."""
+
+    verdict: Verdict = r"\[\[([ABC])\]\]"
+    """Regular expression with one group, which matches A (the first reply is better), B (the second) or C (a tie)."""
+
+
 REWARDS: Mapping[str, type[RewardConfig]] = {
     "model": ModelRewardConfig,
     "rules": RulesRewardConfig,
     "http": HttpRewardConfig,
+    "judge": JudgeRewardConfig,
 }

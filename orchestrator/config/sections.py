@@ -20,6 +20,7 @@ from orchestrator.config.base import (
     Section,
     one_of,
 )
+from orchestrator.config.rewards import PairJudgeConfig
 from orchestrator.data.formats.prompts import PROMPT_FORMATS
 from orchestrator.errors import ConfigError
 
@@ -291,6 +292,8 @@ class EvaluateConfig(Section):
 
     against: str | None = None
     """Model to compare the policy with: a folder, a Hugging Face name. Null: the run's initial policy, model.path."""
+    judge: PairJudgeConfig | None = None
+    """A judge that compares the replies of both models to each prompt, in both orders. Null: none."""
     require: Mapping[str, Annotated[str, Field(pattern=r"^\s*(<=|>=|<|>)\s*-?\d+(\.\d+)?\s*$")]] = Field(
         default_factory=dict
     )

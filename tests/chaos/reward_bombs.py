@@ -12,8 +12,9 @@ from random import Random
 from time import monotonic, sleep
 
 from actors.rewards.http import HttpReward
+from actors.rewards.judge import JudgeReward
 from actors.rewards.rules import RuleReward
-from orchestrator.config.rewards import HttpRewardConfig, RuleConfig, RuleLimits
+from orchestrator.config.rewards import HttpRewardConfig, JudgeRewardConfig, RuleConfig, RuleLimits
 from tests.chaos import hostile_endpoint
 from tests.chaos.bombs import Family, Work
 from tests.deadlines import scaled
@@ -39,8 +40,7 @@ def ask_endpoint(kind: str, seed: str) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         url = f"http://127.0.0.1:{int(server.stdout.readline())}/score"
-        reward = HttpRewardConfig(url=url, timeout_s=HTTP_S / 2, retries=1)
-        source = HttpReward(reward, total_s=HTTP_S, first_pause_s=0.01)
+        source = source_of(url, is_judge=float(seed) < 0.5)
         started = monotonic()
         try:
             scores = source.scores(rollout_table(["a", "b"]))
@@ -49,6 +49,14 @@ def ask_endpoint(kind: str, seed: str) -> None:
             took = monotonic() - started
             server.kill()
             assert took < HTTP_S + SLACK_S, f"{kind}, {seed}: {took:.1f} s"
+
+
+def source_of(url: str, *, is_judge: bool) -> HttpReward | JudgeReward:
+    if is_judge:
+        judge = JudgeRewardConfig(url=url, model="m", timeout_s=HTTP_S / 2, retries=1)
+        return JudgeReward(judge, total_s=HTTP_S, first_pause_s=0.01)
+    reward = HttpRewardConfig(url=url, timeout_s=HTTP_S / 2, retries=1)
+    return HttpReward(reward, total_s=HTTP_S, first_pause_s=0.01)
 
 
 def rules(folder: Path, random: Random) -> Work:

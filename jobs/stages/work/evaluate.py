@@ -8,14 +8,18 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 import pyarrow as pa
 
+from actors.rewards import samples as reward_samples
+from actors.rewards.judge import judge_cache
+from actors.rewards.pair_judge import Comparison, PairJudge
 from actors.roles.reference import ReferenceWorker
 from jobs.prepare import prepare
 from jobs.stages.evaluate import EVALUATION, RESULT_FILE
-from jobs.stages.settings import rank_context, reward_path, samples_per_shard, sampling_of
+from jobs.stages.settings import pair_template, rank_context, reward_path, samples_per_shard, sampling_of
 from jobs.stages.stage import StageJob
 from jobs.stages.work.preferences import rule_scores
 from jobs.stages.work.sample import sample_shards
@@ -25,7 +29,7 @@ from jobs.stages.work.wiring import EVALUATION_STEP, all_ready, starting, superv
 from orchestrator.algorithms.ranking import wilson_interval
 from orchestrator.config.config import Config
 from orchestrator.config.loader import changed
-from orchestrator.config.rewards import ModelRewardConfig
+from orchestrator.config.rewards import ModelRewardConfig, PairJudgeConfig
 from orchestrator.errors import DataError, GuardTripped
 from orchestrator.evaluation import EvaluationRow, compare
 from orchestrator.planning.demands import reference_demand
@@ -60,6 +64,8 @@ async def run(job: StageJob) -> Mapping[str, Any]:
         other_config = changed(config, {"model.path": against}, source="evaluate.against")
         other = await _side(job, "against", other_config)
         metrics |= _together(policy, other)
+        if config.evaluate.judge is not None:
+            metrics |= await _judged(job, config.evaluate.judge, policy.samples, other.samples)
         if job.start_policy == against:  # the same vocabulary: every stage keeps it
             metrics["kl"] = await _kl(job, policy.samples, other_config)
     unmet = [found for name, bound in config.evaluate.require.items() if (found := _unmet(metrics, name, bound))]
@@ -94,9 +100,48 @@ async def _side(job: StageJob, name: str, config: Config) -> Side:
         files = ShardFiles(config, folder / f"{name}-rewards.parquet")
         table = await score_shards(job, config, path, samples, files)
         reward = table["reward"].to_pylist()
-    if not _known(gold) and not _known(reward):
+    if not _known(gold) and not _known(reward) and config.evaluate.judge is None:
         raise DataError(f"stage {job.name!r}: none of {samples.num_rows} samples has a score; correct evaluation.gold.")
     return Side(samples, gold, reward)
+
+
+async def _judged(job: StageJob, judge: PairJudgeConfig, mine: pa.Table, theirs: pa.Table) -> dict[str, float]:
+    """Raises DataError: more comparisons failed than reward.max_failed_fraction allows."""
+    config = job.config
+    source = PairJudge(judge, pair_template(judge), cache=judge_cache(config.run.cache))
+    left, right = list(reward_samples(mine)), list(reward_samples(theirs))
+    found: list[Comparison] = []
+    size = samples_per_shard(config)
+    for start in range(0, len(left), size):
+        until = monotonic() + config.deadlines.score_s
+        found += await source.compare(left[start : start + size], right[start : start + size], until)
+        job.say(f"{job.name}: {len(found)} of {len(left)} pairs judged")
+    return judge_metrics(found, config.reward.max_failed_fraction)
+
+
+def judge_metrics(found: Sequence[Comparison], max_failed_fraction: float) -> dict[str, float]:
+    """The win rate with its interval, and counts. Ties, and pairs on which the orders disagree, are half a win.
+
+    Raises:
+        DataError: too many failed, or all of them.
+    """
+    values = _known([comparison.value for comparison in found])
+    num_failed = len(found) - len(values)
+    if not values or num_failed / len(found) > max_failed_fraction:
+        error = next((comparison.error for comparison in found if comparison.error), "there are no pairs")
+        raise DataError(
+            f"the judge failed on {num_failed} of {len(found)} pairs, more than reward.max_failed_fraction="
+            f"{max_failed_fraction:g} allows: {error}. Correct evaluate.judge, or raise that share."
+        )
+    low, high = wilson_interval(sum(values), len(values))
+    return {
+        "judge_win_rate": statistics.fmean(values),
+        "judge_win_low": low,
+        "judge_win_high": high,
+        "judge_ties": float(sum(value == 0.5 for value in values)),
+        "judge_disagreed": float(sum(comparison.disagrees for comparison in found)),
+        "judge_failed": float(num_failed),
+    }
 
 
 async def _kl(job: StageJob, samples: pa.Table, against: Config) -> float:

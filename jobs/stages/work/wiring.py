@@ -36,6 +36,7 @@ from jobs.stages.settings import (
     critic_warmup_steps,
     engines_sleep,
     experience_settings,
+    judge_template,
     rank_context,
     reward_section,
     samples_per_shard,
@@ -131,6 +132,7 @@ async def start_reward(config: Config, starter: Starter, reward_path: str | None
         cache=config.run.cache,
         limits=config.rule_limits,
         total_s=within(config.deadlines.score_s),
+        judge_template=judge_template(config),
     )
     return await starter.group(
         "reward", RewardWorker, lambda slot: {"reward": reward, "context": replace(context, threads=slot.threads)}

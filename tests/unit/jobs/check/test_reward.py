@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
-from jobs.check.rewards import check_reward_window
+from jobs.check.rewards import check_pair_judge, check_reward, check_reward_window
 from jobs.stages.settings import reward_max_length
 from jobs.stages.stage import Found
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, DataError
 from orchestrator.watching.telemetry import Telemetry
 from tests.tiny import tiny_llama, tiny_scorer
+from tests.unit.actors.rewards.endpoints import endpoints
+from tests.unit.actors.rewards.rollouts import rollout_table
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,41 @@ def test_more_than_the_window_is_refused_with_the_way_out(scorer: Path, tmp_path
     there = window_of(scorer)
     with pytest.raises(ConfigError, match=rf"reward\.max_length={there + 1} exceeds .* Set reward\.max_length={there}"):
         window_note(config_of(tmp_path, {"path": str(scorer), "max_length": there + 1}))
+
+
+def judged(answer: str, check: Any, tmp_path: Path, **sections: Any) -> str | None:
+    """What a check says of a judge that answers this."""
+    with endpoints() as start:
+        endpoint = start((200, {"choices": [{"message": {"content": answer}}]}))
+        judge = {"url": endpoint.url, "model": "m", "retries": 0}
+        tree = {"reward": {"name": "judge", **judge}, "evaluate": {"judge": judge}, "run": {"cache": str(tmp_path)}}
+        config = config_from_tree({**tree, **sections}, source="test")
+        try:
+            return check(config, Found(None, None, rollout_table(["Fine."] * 3)))  # type: ignore[no-any-return]
+        finally:
+            assert len(endpoint.asked) == (1 if check is check_reward else 2)
+            assert not list(tmp_path.rglob("*.json")), "a trial is not kept"
+
+
+def test_a_judge_is_tried_and_its_answer_is_shown(tmp_path: Path) -> None:
+    said = judged("Good enough. [[6.5]]", check_reward, tmp_path)
+    assert (
+        said is not None and "1 of 1 sample prompts; its answer ends with 'Good enough. [[6.5]]', which is 6.5" in said
+    )
+    said = judged("[[C]]", check_pair_judge, tmp_path)
+    assert said is not None and said.endswith("compares a made-up reply with itself and values it 0.5")
+    said = judged("[[A]]", check_pair_judge, tmp_path)
+    assert said is not None and said.endswith("disagrees with itself in the other order")
+
+
+def test_a_judge_without_a_verdict_is_refused_with_what_it_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no verdict: '6 of 10'.*reward\.template"):
+        judged("6 of 10", check_reward, tmp_path)
+    with pytest.raises(ConfigError, match=r"evaluate\.judge gave no verdict: .*'both are fine'"):
+        judged("both are fine", check_pair_judge, tmp_path)
+    with pytest.raises(DataError, match=r"reward\.template=.*none\.jinja does not exist"):
+        missing = {"name": "judge", "url": "http://127.0.0.1:1/v1", "model": "m", "template": "none.jinja"}
+        check_reward(config_of(tmp_path, missing), Found(None, None, None))
 
 
 def test_a_step_with_cut_transcripts_says_so_in_its_line(tmp_path: Path) -> None:

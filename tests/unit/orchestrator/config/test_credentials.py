@@ -17,6 +17,7 @@ from orchestrator.errors import ConfigError
         ("run.mirror", "s3://bucket/prefix?secret_key=sesame", "AWS_SECRET_ACCESS_KEY"),
         ("telemetry.mlflow_uri", "https://me:sesame@mlflow.example", "MLFLOW_TRACKING_PASSWORD"),
         ("reward.url", "https://h/score?api_key=sesame", r"reward\.token_from"),
+        ("evaluate.judge.url", "https://h/v1?api_key=sesame", r"evaluate\.judge\.token_from"),
         ("model.path", "https://me:sesame@hub/x", "the environment"),
         ("prompts.path", "s3://me:sesame@bucket/x", "the environment"),
         ("reward.rules", "[{function: 'https://me:sesame@h'}]", "the environment"),

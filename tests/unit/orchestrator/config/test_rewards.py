@@ -40,7 +40,13 @@ def test_without_a_name_it_is_a_model() -> None:
 
 
 @pytest.mark.parametrize(
-    "reward", [{"path": "/m"}, {"name": "rules", "rules": RULES}, {"name": "http", "url": "http://h"}]
+    "reward",
+    [
+        {"path": "/m"},
+        {"name": "rules", "rules": RULES},
+        {"name": "http", "url": "http://h"},
+        {"name": "judge", "url": "http://h/v1", "model": "m", "score_range": [1, 5]},
+    ],
 )
 def test_a_config_is_written_and_read_back_whole(reward: dict[str, Any]) -> None:
     first = config(reward=reward)
@@ -56,13 +62,16 @@ def test_every_section_bears_the_name_that_it_is_chosen_by() -> None:
 @pytest.mark.parametrize(
     ("reward", "problem"),
     [
-        ({"name": "rules", "rules": RULES, "url": "http://h"}, r"'reward.url': it is legal only with reward.name=http"),
+        (
+            {"name": "rules", "rules": RULES, "url": "http://h"},
+            r"'reward.url': it is legal only with reward.name=http or judge",
+        ),
         ({"name": "rules", "rules": RULES, "rule": []}, r"did you mean 'reward.rules'"),
         ({"name": "rules"}, r"reward\.rules is required: Rule functions, such as \[{function: "),
         ({"name": "rules", "rules": []}, r"reward.rules"),
         ({"name": "http"}, r"reward\.url is required: Endpoint: POST"),
         ({"name": "rules", "rules": [{}]}, r"reward\.rules\.0\.function is required: Dotted name"),
-        ({"name": "rulez", "rules": RULES}, r"reward.name: must be one of model, rules, http, got 'rulez'"),
+        ({"name": "rulez", "rules": RULES}, r"reward.name: must be one of model, rules, http, judge, got 'rulez'"),
         ({"name": ["rules"]}, r"reward.name"),
         ("rules", r"reward: "),
     ],

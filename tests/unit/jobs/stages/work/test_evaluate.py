@@ -5,9 +5,10 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from jobs.stages.work.evaluate import Side, _alone, _together, _unmet
+from actors.rewards.pair_judge import Comparison
+from jobs.stages.work.evaluate import Side, _alone, _together, _unmet, judge_metrics
 from orchestrator.config.loader import config_from_tree
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, DataError
 
 
 def side(gold: list[float | None], reward: list[float | None] | None = None) -> Side:
@@ -40,3 +41,24 @@ def test_bounds(bound: str, is_met: bool) -> None:
 def test_a_bound_that_is_none_is_an_error_of_the_config() -> None:
     with pytest.raises(ConfigError, match=r"evaluate\.require"):
         config_from_tree({"evaluate": {"require": {"gold": "about 3"}}}, source="test")
+
+
+def test_a_judges_win_rate_counts_ties_and_disagreements_half() -> None:
+    compared = [Comparison(1.0), Comparison(1.0), Comparison(0.0), Comparison(0.5), Comparison(0.5, disagrees=True)]
+    found = judge_metrics([*compared, Comparison(None, error="no verdict")], max_failed_fraction=0.2)
+    assert found.pop("judge_win_low") < 0.6 < found.pop("judge_win_high")
+    assert found == {
+        "judge_win_rate": pytest.approx(0.6),
+        "judge_ties": 2.0,
+        "judge_disagreed": 1.0,
+        "judge_failed": 1.0,
+    }
+
+
+@pytest.mark.parametrize("most", [0.1, 1.0])
+def test_a_judge_that_fails_too_often_is_an_error_that_says_why(most: float) -> None:
+    failed = Comparison(None, error="no verdict: 'x'")
+    with pytest.raises(
+        DataError, match=r"failed on 2 of 2 pairs, more than reward\.max_failed_fraction.*no verdict: 'x'"
+    ):
+        judge_metrics([failed] * 2, max_failed_fraction=most)
