@@ -82,7 +82,7 @@ class _Pipeline:
                     config=entry.config_in(self.run),
                     run=folder,
                     makes=entry.stage.makes(entry.config),
-                    prepared=self.prepared,
+                    prepared=self.prepared.of(entry.config),
                     telemetry=telemetry,
                     say=self.say,
                     inputs=inputs,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,18 @@ PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Prepared:
-    """Prompts of a run. `left_out` lists (id, tokens) of prompts that are too long; `chat` has written them."""
+    """Prompts of a run. `left_out` lists (id, tokens) of prompts that are too long; `chat` has written them. `others`
+    are those of stages with prompts of their own, see `of`."""
 
     prompts: Splits[Prompt]
     report: ReadReport
     left_out: Sequence[tuple[str, int]]
     chat: Chat
+    others: Mapping[str, Prepared] = field(default_factory=dict)
+
+    def of(self, config: Config) -> Prepared:
+        """The prompts of a stage with this config."""
+        return self.others.get(prompts_key(config), self)
 
     def describe(self) -> str:
         parts = self.prompts
@@ -44,6 +51,12 @@ class Prepared:
             shown = ", ".join(f"{name} ({length})" for name, length in self.left_out[:5])
             text += f"; {len(self.left_out)} longer than prompts.max_prompt_tokens left out: {shown}"
         return text
+
+
+def prompts_key(config: Config) -> str:
+    """Equal for configs with the same prompts."""
+    sections = (config.prompts, config.model)
+    return json.dumps([*(section.model_dump(mode="json") for section in sections), config.rollout.max_new_tokens])
 
 
 def prepare(config: Config, chat: Chat | None = None) -> Prepared:

@@ -18,6 +18,7 @@ from torch import Tensor
 from actors.learning.distributed import Group
 from actors.learning.heads import PolicyModel, ValueModel
 from actors.learning.learner import Learner, Loss, Update
+from actors.learning.objectives.losses import LossTerms, likelihood_loss
 from actors.learning.objectives.objective import LearnJob
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.sharing import can_share
@@ -26,6 +27,7 @@ from orchestrator.config.sections import LearnerConfig, ModelConfig
 from orchestrator.planning.balance import plan_forwards, plan_minibatches
 
 Forward = Callable[[MicroBatch], Any]
+_MIXED_IN = 0x707478  # part of the seeds by which rows are mixed in
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,59 @@ class RankContext:
     temperature: float
     seed: int
     total_optimizer_steps: int
+
+
+class MixedIn:
+    """Rows whose likelihood the policy learns in the same optimizer steps as its experience (PPO-ptx, Ouyang 2022,
+    eq. 2): `coefficient` times their mean negative log-likelihood per token is added to the loss.
+
+    Which rows a step gets follows from the seed and the number of the step alone, so that a replay gets the same.
+
+    Args:
+        table: rows of tokens with the column `learn`, see actors.text.learned.
+        num_rows: of one optimizer step.
+    """
+
+    def __init__(self, table: pa.Table, *, coefficient: float, num_rows: int) -> None:
+        self._rows = TokenRows(table, learned_only=True)
+        self._coefficient, self._num_rows = coefficient, min(num_rows, table.num_rows)
+
+    def step(
+        self,
+        main: Loss,
+        seed: Sequence[int],
+        group: Group,
+        *,
+        count: float,
+        micro_batch_tokens: int,
+        device: torch.device,
+    ) -> tuple[list[MicroBatch], Loss]:
+        """This rank's additional micro-batches of one optimizer step, and the loss of these and all others.
+
+        Args:
+            main: the loss of the other micro-batches.
+            count: what the sums of the step are divided by.
+        """
+        generator = np.random.default_rng((*seed, _MIXED_IN))
+        chosen = generator.choice(self._rows.num_rows, self._num_rows, replace=False).tolist()
+        (ranks,) = plan_minibatches(
+            [self._rows.lengths[row] for row in chosen],
+            num_minibatches=1,
+            num_ranks=group.world_size,
+            micro_batch_tokens=micro_batch_tokens,
+            seed=0,
+        )
+        micros = [self._rows.pack([chosen[number] for number in micro], device) for micro in ranks[group.rank]]
+        mine = {id(micro) for micro in micros}
+        scale = count / float(self._rows.learned_lengths[chosen].sum())
+
+        def loss(output: tuple[Tensor, Tensor], micro: MicroBatch) -> LossTerms:
+            if id(micro) not in mine:
+                return main(output, micro)
+            likelihood = likelihood_loss(output[0]).loss * scale
+            return LossTerms(self._coefficient * likelihood, {"ptx_loss": likelihood.detach()})
+
+        return micros, loss
 
 
 class LearningWorker:
@@ -112,6 +167,7 @@ class LearningWorker:
         epochs: int,
         num_minibatches: int,
         enough: Callable[[Update], bool] = lambda update: False,
+        mixed_in: MixedIn | None = None,
     ) -> list[tuple[float, int, Update]]:
         """Runs the optimizer steps of one step. Stops after the first update for which `enough` is true.
 
@@ -132,12 +188,21 @@ class LearningWorker:
             for number, ranks in enumerate(plan):
                 minibatch = [row for micros in ranks for micro in micros for line in micro for row in lines[line]]
                 count = float(rows.learned_lengths[minibatch].sum())
+                device, loss = self.learner.device, objective
+                micros = [rows.pack_lines([lines[i] for i in micro], device) for micro in ranks[self.group.rank]]
+                if mixed_in is not None:
+                    more, loss = mixed_in.step(
+                        objective,
+                        (job.seed, job.step, epoch, number),
+                        self.group,
+                        count=count,
+                        micro_batch_tokens=self.micro_batch_tokens,
+                        device=device,
+                    )
+                    micros += more
                 update = self.learner.update(
-                    [
-                        rows.pack_lines([lines[i] for i in micro], self.learner.device)
-                        for micro in ranks[self.group.rank]
-                    ],
-                    objective,
+                    micros,
+                    loss,
                     count=count,
                     what=f"step {job.step}, epoch {epoch}, minibatch {number}",
                 )

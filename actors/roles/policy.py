@@ -15,7 +15,7 @@ from actors.learning.objectives.losses import LossTerms
 from actors.learning.objectives.objective import LearnJob
 from actors.learning.objectives.table import objective_of
 from actors.learning.packing import MicroBatch, TokenRows
-from actors.learning.worker import LearningWorker, RankContext, Share, answers, averaged, token_lists
+from actors.learning.worker import LearningWorker, MixedIn, RankContext, Share, answers, averaged, token_lists
 from actors.models.model import load_causal, resolve_model, torch_dtype
 from actors.text.conversations import load_chat
 from orchestrator import schema
@@ -27,7 +27,10 @@ _FIRST_RATIOS = ("ratio_mean", "ratio_deviation_max")
 class PolicyWorker(LearningWorker):
     """One rank of the policy."""
 
-    def __init__(self, policy: LearnerConfig, context: RankContext, group: Group) -> None:
+    def __init__(
+        self, policy: LearnerConfig, context: RankContext, group: Group, mixed_in: MixedIn | None = None
+    ) -> None:
+        self._mixed_in = mixed_in
         distributed.join(group)
         trust, dtype = context.model.trust_remote_code, torch_dtype(context.model.compute_dtype)
         folder = resolve_model(context.model.path, context.cache)
@@ -86,7 +89,13 @@ class PolicyWorker(LearningWorker):
             return algorithm.early_stop_kl is not None and update.means["approx_kl"] > algorithm.early_stop_kl
 
         updates = self.run_epochs(
-            rows, loss, job, epochs=algorithm.epochs, num_minibatches=algorithm.minibatches, enough=diverged
+            rows,
+            loss,
+            job,
+            epochs=algorithm.epochs,
+            num_minibatches=algorithm.minibatches,
+            enough=diverged,
+            mixed_in=self._mixed_in,
         )
         first = updates[0][2]
         ratios = {name: value for name, value in {**first.means, **first.maxima}.items() if name in _FIRST_RATIOS}

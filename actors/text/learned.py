@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from actors.text.conversations import Chat
-from actors.text.tokenizing import Tokens
+from actors.text.tokenizing import Tokens, encode
 from orchestrator.data.records import Message, Tools
 
 _TOKENS, _MARKS = pa.list_(pa.int32()), pa.list_(pa.bool_())
@@ -43,7 +44,7 @@ class Rows:
     """Rows of conversations.
 
     Attributes:
-        num_split: conversations that were split because they exceed the length of a row.
+        num_split: records that were split because they exceed the length of a row.
         num_cut: rows that lost tokens at their end.
         num_lost: replies that were cut completely.
     """
@@ -70,6 +71,19 @@ class Rows:
             else:
                 self.num_lost += 1
 
+    def add_text(self, text: str, tokenizer: Any, *, max_length: int) -> None:
+        """Adds a text of which every token is learned, between BOS (if the tokenizer puts one) and EOS. One that is
+        longer than `max_length` becomes several rows; each but the first begins with the last token of the one before
+        it, so that every token is learned once."""
+        begin = tokenizer("", add_special_tokens=True)["input_ids"][:1]
+        begin = begin if begin == [tokenizer.bos_token_id] else []
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        tokens = np.array([*begin, *encode([text], tokenizer)[0], *end], dtype=np.int32)
+        self.num_split += len(tokens) > max_length
+        for start in range(0, len(tokens) - 1, max_length - 1):
+            part = tokens[start : start + max_length]
+            self.rows.append(Row(part, np.arange(len(part)) > 0))
+
     def table(self) -> pa.Table:
         """The columns of TokenRows: a row's prompt ends at the start of its first reply."""
         starts = [int(np.argmax(row.learn)) for row in self.rows]
@@ -85,7 +99,7 @@ class Rows:
     def describe(self, key: str) -> str:
         """A text about what did not fit; empty if everything did. `key` names the limit."""
         counts = {
-            "conversations are longer than {key} and were split": self.num_split,
+            "records are longer than {key} and were split": self.num_split,
             "exchanges are longer than {key} and were cut at their end": self.num_cut,
             "replies lie behind that cut and are lost": self.num_lost,
         }

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from actors.text.learned import Rows
 from jobs.stages.stage import Found
-from jobs.stages.work.sft import MEASURED, parts_of, read
+from jobs.stages.work.demonstrations import MEASURED, parts_of, read, rows_of
 from orchestrator.algorithms.ranking import spread
 from orchestrator.config.config import Config
-from orchestrator.errors import DataError
 
 
 def check_demonstrations(config: Config, found: Found) -> str | None:
@@ -18,12 +16,12 @@ def check_demonstrations(config: Config, found: Found) -> str | None:
     train, _ = parts_of(config, records)
     if found.chat is None:
         return f"demonstrations: {report.summary()}"
-    rows = Rows()
-    for record in spread(train, MEASURED):
-        try:
-            rows.add(found.chat, record.messages, record.tools, max_length=config.sft.max_length)
-        except DataError as error:
-            raise DataError(f"demonstration {record.id!r}: {error}") from error
+    rows = rows_of(config, found.chat, spread(train, MEASURED))
     learned, total = sum(int(row.learn.sum()) for row in rows.rows), sum(len(row.tokens) for row in rows.rows)
     parts = [f"demonstrations: {report.summary()}", f"{learned} of {total} tokens are learned in a sample of them"]
     return ", ".join([*parts, *filter(None, [rows.describe(f"sft.max_length={config.sft.max_length}")])])
+
+
+def check_mixed_in(config: Config, found: Found) -> str | None:
+    """The same for demonstrations that reinforcement learning mixes in."""
+    return check_demonstrations(config, found) if config.ptx.coefficient else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from jobs.check.conversations import require_embeddings
 from jobs.check.engine import check_architecture, check_engine
 from jobs.check.models import check_models
 from jobs.command import imported, say
-from jobs.prepare import Prepared, policy_chat, prepare, without_prompts
+from jobs.prepare import Prepared, policy_chat, prepare, prompts_key, without_prompts
 from jobs.stages.settings import alone
 from jobs.stages.stage import Found
 from jobs.stages.table import NamedStage, stages_of
@@ -84,16 +84,19 @@ def preflight(config: Config, *, kept: Config | None = None) -> Preflight:
 
     chat: Chat | None = attempt(lambda: policy_chat(config))
     stages: list[NamedStage] = attempt(lambda: stages_of(config)) or []
-    samples = any(entry.stage.samples for entry in stages)
     prepared: Prepared | None = None
     if chat is not None:
-        prepared = attempt(lambda: prepare(config, chat)) if samples else without_prompts(chat)
-    if prepared is not None and samples:
-        notes.append(prepared.describe())
-    found = Found(chat, prepared, _examples(prepared))
+        prepared = _prepared(config, stages, chat, attempt)
+    found_of = {entry.name: _found(entry.config, chat, prepared) for entry in stages}
+    read = () if prepared is None else (prepared, *prepared.others.values())
+    notes.extend(each.describe() for each in read if each.report.path)
     checks: list[Callable[[], str | None]] = [
         lambda: require_embeddings(config, chat),
-        *(partial(imported(check), entry.config, found) for entry in stages for check in entry.stage.checks),
+        *(
+            partial(imported(check), entry.config, found_of[entry.name])
+            for entry in stages
+            for check in entry.stage.checks
+        ),
         lambda: _port(config),
         lambda: check_engine(config),
         lambda: check_architecture(config),
@@ -104,6 +107,24 @@ def preflight(config: Config, *, kept: Config | None = None) -> Preflight:
     told = dict.fromkeys(note for note in map(attempt, checks) if note)  # two stages may report the same problem
     notes.extend(told)
     return Preflight(prepared, notes, _distinct(problems))
+
+
+def _prepared(
+    config: Config, stages: Sequence[NamedStage], chat: Chat, attempt: Callable[[Callable[[], Any]], Any]
+) -> Prepared | None:
+    """The prompts of all stages that sample; None if those of the run itself are bad."""
+    configs = {prompts_key(entry.config): entry.config for entry in stages if entry.stage.samples}
+    own = configs.pop(prompts_key(config), None)
+    prepared: Prepared | None = without_prompts(chat) if own is None else attempt(lambda: prepare(config, chat))
+    others = {key: attempt(partial(prepare, other, chat)) for key, other in configs.items()}
+    if prepared is None or None in others.values():
+        return None
+    return replace(prepared, others=others)
+
+
+def _found(config: Config, chat: Chat | None, prepared: Prepared | None) -> Found:
+    mine = None if prepared is None else prepared.of(config)
+    return Found(chat, mine, _examples(mine))
 
 
 def _distinct(problems: Sequence[RlhfError]) -> list[RlhfError]:

@@ -37,7 +37,7 @@ def check(config: Config, ray_address: str | None) -> None:
         for line in describe_chat(found.prepared.chat):
             say(line)
         for entry in stages_of(config):
-            if rows := entry.stage.arithmetic(entry.config, found.prepared):
+            if rows := entry.stage.arithmetic(entry.config, found.prepared.of(entry.config)):
                 _show(f"{entry.name}: batches", rows)
     problems = [*found.problems]
     try:

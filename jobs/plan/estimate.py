@@ -80,8 +80,12 @@ def estimate(config: Config, prepared: Prepared) -> Estimate:
     """
     speed = machine_speed(config.run.cache)
     dtype = config.model.compute_dtype
-    costs = Costs(config, cpu_core(dtype, speed.per_core(dtype)), speed.threads)
-    parts = {entry.name: entry.stage.start_s + entry.stage.seconds(costs, prepared) for entry in stages_of(config)}
+    device = cpu_core(dtype, speed.per_core(dtype))
+    parts = {
+        entry.name: entry.stage.start_s
+        + entry.stage.seconds(Costs(entry.config, device, speed.threads), prepared.of(entry.config))
+        for entry in stages_of(config)
+    }
     return Estimate(speed, {"ray": RAY_START_S, **parts})
 
 

@@ -37,6 +37,7 @@ class Rl(Stage):
         "jobs.check.conversations:check_scoring_conversations",
         "jobs.check.rewards:check_reward_window",
         "jobs.check.trackers:check_trackers",
+        "jobs.check.demonstrations:check_mixed_in",
     )
     instead = MappingProxyType(INSTEAD)
 
@@ -46,11 +47,25 @@ class Rl(Stage):
     def makes(self, config: Config) -> Sequence[Artifact]:
         return (Artifact(POLICY, "export"),) if config.checkpoints.export else ()
 
+    def problems(self, config: Config) -> Iterable[str]:
+        if not config.ptx.coefficient:
+            return
+        if config.demonstrations.path is None:
+            yield "ptx.coefficient needs demonstrations, and demonstrations.path is null: give a file, or set it to 0."
+        if config.rollout.temperature != 1.0:
+            yield (
+                "ptx.coefficient needs rollout.temperature=1, because log-probs are at that temperature. It "
+                f"is {config.rollout.temperature:g}. Change one of them."
+            )
+        if config.sft.max_length > config.model.max_length:
+            yield f"sft.max_length={config.sft.max_length} exceeds model.max_length={config.model.max_length}: lower it"
+
     def inputs(self, config: Config) -> Inputs:
         reward, evaluation = reward_inputs(config), config.evaluation
         gold = {evaluation.gold} if evaluation.gold and evaluation.prompts else set()
+        files = {"demonstrations.path": config.demonstrations.path} if config.ptx.coefficient else {}
         own = {"critic.path": config.critic.path, "reference.path": config.reference.path}
-        return Inputs(files=reward.files, models={**reward.models, **own}, rules=reward.rules | gold)
+        return Inputs(files={**reward.files, **files}, models={**reward.models, **own}, rules=reward.rules | gold)
 
     def models(self, config: Config) -> Iterable[ModelUse]:
         longest = config.model.max_length

@@ -21,8 +21,6 @@ _KEYS = frozenset(
         "checkpoints.keep",
         "evaluation.every_steps",
         "placement.wait_s",
-        "reward_model.checkpoint_every_steps",
-        "sft.checkpoint_every_steps",
         "run.accept_changed_files",
         "run.cache",
         "run.grace_s",
@@ -101,6 +99,8 @@ def _matters(key: str, old: Config, new: Config) -> bool:
         return False  # the same content under another path
     if key == "rollout.replicas":
         return not new.rollout.reproducible
+    if key.endswith(".checkpoint_every_steps") or key.startswith("evaluate.require"):
+        return False
     return key not in _KEYS and key.partition(".")[0] not in _SECTIONS
 
 

@@ -35,7 +35,13 @@ from orchestrator.config.sections import (
     TelemetryConfig,
 )
 from orchestrator.config.stages import StageEntry, in_rounds
-from orchestrator.config.trainings import DemonstrationsConfig, PreferencesConfig, RewardModelConfig, SftConfig
+from orchestrator.config.trainings import (
+    DemonstrationsConfig,
+    PreferencesConfig,
+    PtxConfig,
+    RewardModelConfig,
+    SftConfig,
+)
 
 
 class Config(Section):
@@ -64,6 +70,7 @@ class Config(Section):
     publish: PublishConfig = PublishConfig()
     rl: RlConfig = RlConfig()
     algorithm: Annotated[SerializeAsAny[Algorithm], ByName(ALGORITHMS, default="ppo")] = Ppo()
+    ptx: PtxConfig = PtxConfig()
     placement: PlacementConfig = PlacementConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

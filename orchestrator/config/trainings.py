@@ -9,6 +9,7 @@ from typing import Annotated
 from orchestrator.config.base import NonNegative, NonNegativeNumber, Positive, PositiveNumber, Section, one_of
 from orchestrator.config.sections import LearnerConfig, TrainingConfig
 from orchestrator.data.formats.demonstrations import DEMONSTRATION_FORMATS
+from orchestrator.data.formats.documents import DOCUMENT_FORMATS
 from orchestrator.data.formats.rankings import RANKING_FORMATS
 
 
@@ -26,14 +27,30 @@ class PreferencesConfig(Section):
 
 class DemonstrationsConfig(Section):
     path: Path | None = None
-    """Conversations whose replies stage sft learns: JSONL, JSON or Parquet, plain or gzip/zstd."""
-    format: Annotated[str, one_of(DEMONSTRATION_FORMATS, "auto")] = "auto"
-    """Record format (docs/data.md). auto: detected from the first record's fields."""
+    """Conversations whose replies stage sft learns, or texts that it learns as a whole: JSONL, JSON or Parquet, plain
+    or gzip/zstd; a text file."""
+    format: Annotated[str, one_of({**DEMONSTRATION_FORMATS, **DOCUMENT_FORMATS}, "auto")] = "auto"
+    """Record format (docs/data.md); text and plain are texts, all others conversations. auto: detected from the first
+    record's fields, of conversations."""
     limit: Positive | None = None
     """Read at most this many records."""
     held_out: NonNegative | None = None
     """Number of records at the end of the file reserved to measure the loss. Null: a tenth of all records, selected by
     a hash of the conversation."""
+
+    @property
+    def are_texts(self) -> bool:
+        """Whether the records are texts instead of conversations."""
+        return self.format in DOCUMENT_FORMATS
+
+
+class PtxConfig(Section):
+    """The loss on `demonstrations` that reinforcement learning mixes in (PPO-ptx, Ouyang 2022, eq. 2)."""
+
+    coefficient: NonNegativeNumber = 0.0
+    """Weight of the mean negative log-likelihood of a learned token of demonstrations. 0: none is mixed in."""
+    records: Positive = 8
+    """Rows of demonstrations per optimizer step of the policy."""
 
 
 class OfflineConfig(TrainingConfig):

@@ -9,32 +9,23 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import pyarrow as pa
 
-from actors.text.conversations import Chat
-from actors.text.learned import Rows
 from actors.training.language_model import PolicyTraining
 from actors.training.sft import Fitted, SftTask
 from actors.training.train_run import Progress
-from jobs.prepare import find_data, policy_chat
+from jobs.prepare import policy_chat
 from jobs.stages.settings import chat_template
 from jobs.stages.sft import DEMONSTRATIONS, RESULT_FILE
 from jobs.stages.stage import POLICY, StageJob
+from jobs.stages.work.demonstrations import parts_of, read, rows_of
 from jobs.stages.work.training import Report, train_section, work_of
-from orchestrator.algorithms.ranking import spread
-from orchestrator.config.config import Config
-from orchestrator.data.readers import read_demonstrations
-from orchestrator.data.records import DemonstrationRecord, ReadReport
-from orchestrator.errors import DataError
 from orchestrator.planning.demands import SFT
-from orchestrator.prompts import split
 from orchestrator.run.storage import write_json
 
-MEASURED = 200  # conversations whose length stands for that of all
 _RECORDED = ("loss", "perplexity", "grad_norm", "learning_rate")
 
 
@@ -47,7 +38,7 @@ class SftResult:
         held_out_loss: mean negative log-likelihood of a held-out token, in nats; None: nothing is held out.
         held_out_perplexity: its exponential.
         loss: mean over the last tenth of the optimizer steps, on training tokens.
-        num_records, num_rows: conversations, and the rows of tokens that they make.
+        num_records, num_rows: conversations or texts, and the rows of tokens that they make.
         num_learned_tokens: of one epoch.
         num_split, num_cut, num_lost: see actors.text.learned.
     """
@@ -68,7 +59,7 @@ class SftResult:
 
     def describe(self) -> str:
         parts = [
-            f"{self.path}: {self.num_records} conversations, {self.num_learned_tokens} learned tokens, "
+            f"{self.path}: {self.num_records} records, {self.num_learned_tokens} learned tokens, "
             f"{self.optimizer_steps} optimizer steps"
         ]
         if self.held_out_loss is not None:
@@ -90,7 +81,7 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     records, report = read(config, job.inputs.get(DEMONSTRATIONS))
     train, held_out = parts_of(config, records)
     chat = policy_chat(config)
-    rows, kept = _rows(config, chat, train), _rows(config, chat, held_out)
+    rows, kept = rows_of(config, chat, train), rows_of(config, chat, held_out)
     key = f"sft.max_length={config.sft.max_length}"
     job.say(", ".join(filter(None, [f"sft: {report.summary()}", rows.describe(key)])))
     data = rows.table(), kept.table()
@@ -137,64 +128,6 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     job.telemetry.event("trained", **asdict(result))
     job.say(f"sft: {result.describe()}")
     return asdict(result)
-
-
-def read(config: Config, made: Path | None = None) -> tuple[Sequence[DemonstrationRecord], ReadReport]:
-    """Those of demonstrations.path, otherwise those that an earlier stage made.
-
-    Raises:
-        DataError: the file can't be read, or a row is bad.
-    """
-    section = config.demonstrations
-    path = made if section.path is None else find_data(section.path)
-    if path is None:
-        raise DataError("demonstrations.path is null: give a file of conversations.")
-    return read_demonstrations(path, section.format, section.limit)
-
-
-def parts_of(
-    config: Config, records: Sequence[DemonstrationRecord]
-) -> tuple[Sequence[DemonstrationRecord], Sequence[DemonstrationRecord]]:
-    """(to train on, held out), as demonstrations.held_out says. Raises DataError: nothing is left to train on."""
-    count = config.demonstrations.held_out
-    if count is None:
-        parts = split(records, held_out_fraction=0.1, reward_model_fraction=0.0, salt="demonstrations")
-        train, held_out = parts.train, parts.held_out
-    else:
-        start = max(len(records) - count, 0)
-        train, held_out = tuple(records[:start]), tuple(records[start:])
-    if not train:
-        raise DataError(
-            f"of {len(records)} demonstrations {len(held_out)} are held out, so none is left to train on. Give more "
-            "demonstrations or lower demonstrations.held_out."
-        )
-    return train, held_out
-
-
-def sizes(config: Config, chat: Chat) -> tuple[Sequence[int], float, int]:
-    """Lengths in tokens of some rows, the share of their tokens that is learned, and the number of all rows. Raises
-    DataError."""
-    train, _ = parts_of(config, read(config)[0])
-    some = spread(train, MEASURED)
-    rows = _rows(config, chat, some).rows
-    lengths = [len(row.tokens) for row in rows]
-    learned = sum(int(row.learn.sum()) for row in rows) / sum(lengths)
-    return lengths, learned, round(len(rows) * len(train) / len(some))
-
-
-def _rows(config: Config, chat: Chat, records: Sequence[DemonstrationRecord]) -> Rows:
-    rows = Rows()
-    for record in records:
-        try:
-            rows.add(chat, record.messages, record.tools, max_length=config.sft.max_length)
-        except DataError as error:
-            raise DataError(f"demonstration {record.id!r}: {error}") from error
-    if records and not rows.rows:
-        raise DataError(
-            f"of {len(records)} demonstrations no reply begins within sft.max_length={config.sft.max_length} tokens: "
-            "raise it (and model.max_length with it), or give shorter conversations."
-        )
-    return rows
 
 
 def _identity(settings: PolicyTraining, seed: int, data: Sequence[pa.Table]) -> tuple[object, ...]:

@@ -11,6 +11,7 @@ from actors.engines.contract import EngineContext
 from actors.groups.group import ActorGroup
 from actors.groups.starter import Starter, placed
 from actors.groups.supervisor import RaySupervisor
+from actors.learning.worker import MixedIn
 from actors.remote.publisher import BucketPublisher, PolicyWeights
 from actors.remote.roles import (
     ClusterMeter,
@@ -44,6 +45,7 @@ from jobs.stages.settings import (
     shards_per_step,
     within,
 )
+from jobs.stages.work.demonstrations import mixed_in
 from orchestrator.concurrency import together
 from orchestrator.config.config import Config
 from orchestrator.config.sections import LearnerConfig
@@ -107,7 +109,9 @@ async def start_engines(config: Config, starter: Starter, *, version: int | None
 async def start_learners(config: Config, starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
     """Policy and critic, if there is one, starting at once."""
     context = rank_context(config)
-    policy = {"policy": config.policy, "context": context}
+    table, ptx = mixed_in(config), config.ptx
+    rows = None if table is None else MixedIn(table, coefficient=ptx.coefficient, num_rows=ptx.records)
+    policy = {"policy": config.policy, "context": context, "mixed_in": rows}
     groups = {"policy": await starter.ranks("policy", PublishingPolicy, policy)}
     if not config.algorithm.needs_critic:
         return groups

@@ -173,6 +173,18 @@ def test_the_table_holds_every_token_and_mark() -> None:
         assert found["learn"][0]
 
 
+def test_every_token_of_a_text_is_learned_once_up_to_its_end() -> None:
+    tokenizer, text = letters(CHATML, "</s>", bos="<s>"), "".join(chr(97 + n % 26) for n in range(50))
+    chat = chat_of(letters(CHATML, "</s>"))
+    for max_length in (7, 20, 51, 52, 100):
+        rows = Rows()
+        rows.add_text(text, tokenizer, max_length=max_length)
+        learned = "".join(chat.text(row.tokens[row.learn]) for row in rows.rows)
+        assert learned == text[1:] + "</s>"  # nothing precedes the first token
+        assert all(len(row.tokens) <= max_length and not row.learn[0] for row in rows.rows)
+        assert rows.num_split == (max_length < 51)
+
+
 def test_a_conversation_that_the_template_refuses_is_an_error() -> None:
     case = CASES["Gemma"]
     chat = chat_of(letters(case.template, case.eos, bos=case.bos))

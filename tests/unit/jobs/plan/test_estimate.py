@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from actors.machine.node_speeds import complaints
 from actors.machine.probe import Speed
 from jobs.plan import estimate as module
 from jobs.plan.estimate import estimate, expected
-from jobs.prepare import Prepared
+from jobs.prepare import Prepared, without_prompts
 from jobs.stages.reward_model import RewardModel
 from jobs.stages.rl import Rl
 from jobs.stages.sample import Sample
@@ -46,8 +46,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def prepared() -> Prepared:
-    made: Any = SimpleNamespace(prompts=Splits(prompts(317), prompts(314), prompts(139)))
-    return made  # type: ignore[no-any-return]
+    chat: Any = None
+    return replace(without_prompts(chat), prompts=Splits(prompts(317), prompts(314), prompts(139)))
 
 
 def prompts(count: int) -> tuple[Prompt, ...]:

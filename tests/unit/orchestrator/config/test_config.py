@@ -15,7 +15,7 @@ from orchestrator.config.loader import config_from_tree
 from orchestrator.errors import ConfigError
 
 GROUPS = {"name": "grpo"}
-NUM_KEYS, MOST_KEYS = 217, 250
+NUM_KEYS, MOST_KEYS = 219, 250
 
 
 def config(**sections: Any) -> Config:

@@ -1,0 +1,152 @@
+"""Rejection sampling as a pipeline: sample, score, select the best, learn them, evaluate; rules and a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+import yaml
+
+from orchestrator.run.lineage import read_lineage
+from orchestrator.run.storage import read_json, sha256
+from tests.deadlines import of_a_run, scaled
+from tests.tiny import tiny_llama
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    folder = Path("/tmp") / f"chain{os.getpid()}"
+    ray.init(num_cpus=2, _temp_dir=str(folder), log_to_driver=False, object_store_memory=100_000_000)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("chain")
+    tiny_llama(found / "base")
+    (found / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(60)))
+    return found
+
+
+def config(folder: Path, **keys: Any) -> Path:
+    tree = {
+        "stages": ["sample", "score", "select", "sft", "evaluate"],
+        "model": {"path": str(folder / "base"), "dtype": "float32", "max_length": 128},
+        "prompts": {"path": str(folder / "prompts.jsonl"), "max_prompt_tokens": 64, "held_out_fraction": 0.3},
+        "rollout": {"engine": "hf", "max_new_tokens": 24, "cpus_per_replica": 1, "samples_per_shard": 8},
+        "sample": {"prompts": 12, "samples_per_prompt": 4, "split": "train"},
+        "reward": {"name": "rules", "rules": [{"function": "actors.rewards.rules:length_target"}]},
+        "sft": {"learning_rate": 1e-3, "records_per_batch": 4, "max_length": 128, "cpus_per_rank": 1},
+        "evaluation": {"prompts": 8, "gold": "actors.rewards.rules:length_target"},
+        "run": {"root": str(folder)},
+        "placement": {"wait_s": 5.0},
+        "deadlines": of_a_run(),
+        "telemetry": {"prometheus_port": None, "tensorboard": False},
+        **keys,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "config.yaml"
+
+
+def start(path: Path, cluster: str, run_id: str, *overrides: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs", "run", "--config", str(path), f"run.id={run_id}", *overrides],
+        cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": cluster},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    output, _ = process.communicate(timeout=scaled(240.0))
+    assert process.returncode == code, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: str, folder: Path) -> tuple[Path, str]:
+    output = finish(start(config(folder), cluster, "whole"))
+    return folder / "whole", output
+
+
+def test_every_link_leaves_what_the_next_one_reads(whole: tuple[Path, str]) -> None:
+    run, output = whole
+    samples, scores = (pq.read_table(run / f"{name}.parquet") for name in ("samples", "scores"))
+    assert samples.num_rows == scores.num_rows == 48
+    chosen = [json.loads(line) for line in (run / "selected.jsonl").read_text().splitlines()]
+    stopped = [reason == "stop" for reason in samples["finish_reason"].to_pylist()]
+    best: dict[str, float] = {}
+    for prompt, score, ended in zip(
+        samples["prompt_id"].to_pylist(), scores["reward"].to_pylist(), stopped, strict=True
+    ):
+        if ended:
+            best[prompt] = max(best.get(prompt, -9.0), score)
+    assert [row["score"] for row in chosen] == pytest.approx(list(best.values()))
+    assert read_json(run / "sft.json")["num_records"] <= len(chosen)
+    reads = {entry.path: dict(entry.reads) for entry in read_lineage(run)}
+    assert reads == {
+        "samples.parquet": {},
+        "scores.parquet": {"samples": "samples.parquet"},
+        "selected.jsonl": {"samples": "samples.parquet", "scores": "scores.parquet"},
+        "sft": {"demonstrations": "selected.jsonl"},
+        "evaluate": {"policy": "sft"},
+    }
+    assert not list(run.glob(".*.work")) and "evaluate: policy beside" in output
+
+
+def test_the_evaluation_compares_both_models_on_the_same_prompts(whole: tuple[Path, str]) -> None:
+    run, _ = whole
+    metrics = read_json(run / "evaluate" / "result.json")["metrics"]
+    policy, against = (pq.read_table(run / "evaluate" / f"{name}.parquet") for name in ("policy", "against"))
+    assert policy["prompt_id"].to_pylist() == against["prompt_id"].to_pylist() and policy.num_rows == 8
+    assert policy["response_text"].to_pylist() != against["response_text"].to_pylist()
+    assert metrics["gold_failed"] == 0 and metrics["gold"] == pytest.approx(metrics["reward"], abs=1e-6)
+    assert metrics["gold_delta"] == pytest.approx(metrics["gold"] - metrics["gold_against"], abs=1e-6)
+    assert metrics["gold_win_low"] <= metrics["gold_win_rate"] <= metrics["gold_win_high"]
+    assert metrics["kl"] != 0.0
+
+
+def test_killed_in_every_stage_it_ends_with_the_same_bits(cluster: str, folder: Path, whole: tuple[Path, str]) -> None:
+    path = config(folder)
+    for made in (
+        ".samples.parquet.work/*/shard-000001.parquet",
+        "selected.jsonl",
+        ".sft.work",
+        "evaluate/policy.parquet",
+    ):
+        process = start(path, cluster, "killed")
+        deadline = monotonic() + scaled(180.0)
+        while not list((folder / "killed").glob(made)):
+            assert process.poll() is None and monotonic() < deadline, process.communicate()[0]
+            sleep(0.02)
+        process.kill()
+        process.communicate()
+    finish(start(path, cluster, "killed"))
+    for name in ("samples.parquet", "scores.parquet", "selected.jsonl", "sft/model.safetensors"):
+        assert sha256(folder / "killed" / name) == sha256(whole[0] / name), name
+    results = [read_json(run / "evaluate" / "result.json") for run in (whole[0], folder / "killed")]
+    assert results[0]["metrics"] == results[1]["metrics"]
+
+
+def test_a_result_that_was_required_and_is_not_met_ends_with_3_until_it_is(cluster: str, folder: Path) -> None:
+    path = config(folder, stages=["evaluate"])
+    output = finish(start(path, cluster, "gate", "evaluate.require={gold: '> 5'}"), code=3)
+    assert "gold is" in output and "required > 5" in output
+    assert "nothing is left to do" not in finish(start(path, cluster, "gate", "evaluate.require={gold: '> -5'}"))
+    assert "nothing is left to do" in finish(start(path, cluster, "gate", "evaluate.require={gold: '> -5'}"))
