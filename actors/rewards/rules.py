@@ -5,6 +5,7 @@ A rule that raises, exits, hangs or does not return finite numbers fails only th
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Mapping, Sequence
 from time import monotonic
@@ -19,6 +20,15 @@ from orchestrator.errors import ConfigError, RewardError
 
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 _MARK = "####"
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+# One marked answer, at the end.
+_ENDS_MARKED = re.compile(
+    r"(?:(?!<answer>|####).)*(?:<answer>(?P<tag>(?:(?!<answer>|####|</answer>).)*)</answer>|#### ?(?P<line>[^\n#]+))",
+    re.DOTALL,
+)
+_FORMULA_SIGNS = ("$", "\\(", "\\[", "\\boxed")
+_OPERATOR = re.compile(r"[=^*/+\\{}()\[\]<>-]")
+FORMAT_REWARD = 0.1
 DEFAULT_TARGET_WORDS = 50
 
 
@@ -27,16 +37,51 @@ def exact_answer(prompt: str, response: str, meta: Mapping[str, Any]) -> float:
 
     The final number is the one after the last `####`, or the last number if there is no `####`.
     """
-    expected = _final_number(str(meta["answer"]))
-    if expected is None:
-        raise ValueError(f"meta['answer'] contains no number: {str(meta['answer'])[-40:]!r}")
-    return float(_final_number(response) == expected)
+    return float(_final_number(response) == _expected_number(meta))
+
+
+def formatted_answer(prompt: str, response: str, meta: Mapping[str, Any]) -> Mapping[str, float]:
+    """Parts `format`: 0.1 if the response ends with its only marked answer, `<answer>...</answer>` or a last line
+    `#### ...`, else 0; and `answer`: 1 if that answer's number equals that of meta["answer"], else 0.
+
+    Raises:
+        ValueError: meta["answer"] contains no number.
+    """
+    expected = _expected_number(meta)
+    found = _ENDS_MARKED.fullmatch(response.rstrip())
+    if found is None:
+        return {"format": 0.0, "answer": 0.0}
+    return {"format": FORMAT_REWARD, "answer": float(_final_number(found["tag"] or found["line"]) == expected)}
+
+
+def math_answer(prompt: str, response: str, meta: Mapping[str, Any]) -> float:
+    """1 if the response's final expression equals that of meta["answer"] by the package math-verify, else 0: 1/2, 0.5
+    and \\boxed{\\frac{1}{2}} are equal.
+
+    The final expression is the last in `<answer>...</answer>`, or the one after the last `####`; without a mark it is
+    the one that math-verify finds: a box, a formula, or the last number.
+
+    Raises:
+        ImportError: math-verify is not installed.
+        ValueError: meta["answer"] contains no expression.
+    """
+    expected = _expressions(str(meta["answer"]), is_answer=True)
+    if not expected:
+        raise ValueError(f"meta['answer'] contains no expression: {str(meta['answer'])[-40:]!r}")
+    return float(_math_verify().verify(expected, _expressions(response)))
 
 
 def length_target(prompt: str, response: str, meta: Mapping[str, Any]) -> float:
     """0 at meta["target_words"] words (default 50), decreasing linearly to -1 at no words and at twice the target."""
     target = float(meta.get("target_words", DEFAULT_TARGET_WORDS))
     return -min(abs(len(response.split()) - target) / target, 1.0)
+
+
+def _expected_number(meta: Mapping[str, Any]) -> float:
+    expected = _final_number(str(meta["answer"]))
+    if expected is None:
+        raise ValueError(f"meta['answer'] contains no number: {str(meta['answer'])[-40:]!r}")
+    return expected
 
 
 def _final_number(text: str) -> float | None:
@@ -46,6 +91,32 @@ def _final_number(text: str) -> float | None:
         return None
     number = found[0] if mark else found[-1]
     return float(number.replace(",", "").replace("$", ""))
+
+
+def _expressions(text: str, *, is_answer: bool = False) -> list[Any]:
+    """What math-verify reads in a text. `is_answer`: the whole text is the answer, if none is marked in it."""
+    tagged = _TAGGED.findall(text)
+    _, mark, line = text.rpartition(_MARK)
+    is_marked = bool(tagged or mark)
+    text = tagged[-1] if tagged else line.strip().partition("\n")[0] if mark else text
+    numbers = _NUMBER.findall(text)
+    if (is_marked or is_answer) and not any(sign in text for sign in _FORMULA_SIGNS):
+        if len(numbers) == 1 and not _OPERATOR.search(text.replace(numbers[0], "")):
+            text = numbers[0]  # a number with its unit: "18 dollars"
+        else:
+            text = f"${text.strip()}$"
+    found: list[Any] = _math_verify().parse(text)
+    # It overlooks a number beside Chinese characters.
+    return found or (_math_verify().parse(numbers[-1]) if numbers else [])
+
+
+def _math_verify() -> Any:
+    try:
+        return importlib.import_module("math_verify")  # not above: it is optional, and imports sympy for a second
+    except ImportError:
+        raise ImportError(
+            "needs the package math-verify on every node: pip install 'math-verify[antlr4_13_2]'"
+        ) from None
 
 
 class RuleReward:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.rewards.rules import RuleReward, exact_answer, length_target
+from actors.rewards.rules import FORMAT_REWARD, RuleReward, exact_answer, formatted_answer, length_target, math_answer
 from orchestrator.config.rewards import RuleConfig, RuleLimits
 from orchestrator.errors import ConfigError
 from tests.unit.actors.rewards.rollouts import rollout_table
@@ -53,6 +54,61 @@ def named(*rules: tuple[str, float]) -> RuleReward:
 )
 def test_exact_answer(answer: str, response: str, expected: float) -> None:
     assert exact_answer("q", response, {"answer": answer}) == expected
+
+
+@pytest.mark.parametrize(
+    ("response", "has_format", "is_right"),
+    [
+        ("70 + 2 = 72\n#### 72", True, True),
+        ("所以是 72。\n#### 72\n", True, True),
+        ("<answer> $72.00 </answer>", True, True),
+        ("so\n<answer>\n72\n</answer>", True, True),
+        ("#### 71", True, False),
+        ("<answer>none</answer>", True, False),
+        ("It is 72.", False, False),
+        ("#### 72\nor so", False, False),
+        ("#### 71\n#### 72", False, False),
+        ("<answer>71</answer> no, <answer>72</answer>", False, False),
+        ("<answer>72</answer> I think", False, False),
+        ("<answer>72", False, False),
+        ("", False, False),
+        ("<answer>" * 100_000, False, False),
+    ],
+)
+def test_formatted_answer(response: str, has_format: bool, is_right: bool) -> None:
+    found = formatted_answer("q", response, {"answer": "x\n#### 72"})
+    assert found == {"format": FORMAT_REWARD * has_format, "answer": float(is_right)}
+
+
+@pytest.mark.parametrize("rule", [exact_answer, formatted_answer])
+def test_an_answer_without_a_number_is_a_failure_and_not_zero(rule: Any) -> None:
+    with pytest.raises(ValueError, match="contains no number: 'none'"):
+        rule("q", "#### 72", {"answer": "none"})
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "expected"),
+    [
+        ("x\n#### 72", "So it is 70 + 2 = 72.", 1.0),
+        ("#### 1,234", "#### 1234 dollars", 1.0),
+        ("#### 72", "#### 71", 0.0),
+        ("\\frac{1}{2}", "It is \\boxed{0.5}", 1.0),
+        ("x^2+1", "<answer>1 + x^2</answer>", 1.0),
+        ("x^2+1", "<answer>1 + x^3</answer>", 0.0),
+        ("5", "答案是5。", 1.0),
+        ("5", "不知道", 0.0),
+        ("5", "", 0.0),
+    ],
+)
+def test_math_answer(answer: str, response: str, expected: float) -> None:
+    pytest.importorskip("math_verify")
+    assert math_answer("q", response, {"answer": answer}) == expected
+
+
+def test_math_answer_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ImportError, match="needs the package math-verify on every node: pip install"):
+        math_answer("q", "#### 72", {"answer": "72"})
 
 
 def test_length_target() -> None:

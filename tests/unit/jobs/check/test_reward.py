@@ -107,6 +107,19 @@ def test_a_judge_without_a_verdict_is_refused_with_what_it_said(tmp_path: Path) 
         check_reward(config_of(tmp_path, missing), Found(None, None, None))
 
 
+def test_a_rule_whose_package_is_missing_is_refused_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "math_verify.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = config_of(tmp_path, {"name": "rules", "rules": [{"function": "actors.rewards.rules:math_answer"}]})
+    examples = rollout_table(["#### 1"], metas=[{"answer": "1"}])
+    with pytest.raises(
+        ConfigError, match=r"rule math_answer: ImportError: needs the package math-verify .* reward\.rules"
+    ):
+        check_reward(config, Found(None, None, examples))
+
+
 def test_a_step_with_cut_transcripts_says_so_in_its_line(tmp_path: Path) -> None:
     said: list[str] = []
     telemetry = Telemetry(tmp_path, "run", 1, console=said.append)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 
+from jobs.stages.table import stages_of
 from orchestrator.config.base import by_name
 from orchestrator.config.config import Config
-from orchestrator.config.loader import config_from_tree
+from orchestrator.config.loader import config_from_tree, load_config
 from orchestrator.errors import ConfigError
 
 GROUPS = {"name": "grpo"}
+SHIPPED = Path(__file__).parents[4] / "jobs" / "configs"
+TO_GIVE = {"hh_rlhf": ["preferences.path=FILE"]}
 NUM_KEYS, MOST_KEYS = 219, 250
 
 
@@ -52,6 +56,11 @@ def test_keys_that_contradict_each_other_are_refused(sections: dict[str, Any], p
 
 def test_a_shard_may_part_samples_that_are_not_compared() -> None:
     assert config(rl={"samples_per_prompt": 3}, rollout={"samples_per_shard": 64}).rl.samples_per_prompt == 3
+
+
+@pytest.mark.parametrize("name", [path.stem for path in SHIPPED.glob("*.yaml") if path.stem != "kustomization"])
+def test_a_shipped_config_is_read_and_its_stages_fit_together(name: str) -> None:
+    assert stages_of(load_config(SHIPPED / f"{name}.yaml", TO_GIVE.get(name, [])))
 
 
 def dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
