@@ -12,6 +12,7 @@ from actors.groups.group import ActorGroup
 from actors.watching.trackers import open_trackers
 from jobs.contents import digest_of
 from jobs.prepare import Prepared
+from jobs.rerun import stale_lines
 from jobs.stages.events import stage_events
 from jobs.stages.stage import StageJob
 from jobs.stages.table import NamedStage, stages_of, to_do
@@ -47,19 +48,22 @@ class _Now:
         self.groups = groups
 
 
-async def run_stages(config: Config, run: RunFolder, prepared: Prepared, say: Say) -> None:
-    """Runs the stages of the config. Raises a stage's errors."""
+async def run_stages(config: Config, run: RunFolder, prepared: Prepared, say: Say, *, only: str | None = None) -> None:
+    """Runs the unfinished stages of the config, or one stage, `only`. Raises a stage's errors."""
     stages = stages_of(config)
     now = _Now(run.path)
     async with _mirroring(config, run, say), Heartbeat(run.path, run.attempt, now):
         with ExitStack() as stack:
-            pipeline = _Pipeline(config, run, prepared, say, _open_endpoint(config, run, stack, say), now)
-            chosen = list(to_do(stages, run))
+            chosen = [entry for entry in stages if entry.name == only] if only else list(to_do(stages, run))
+            names = [entry.name for entry in (chosen if only else stages)]
+            pipeline = _Pipeline(config, run, prepared, say, _open_endpoint(config, run, stack, say), now, names)
             for entry in stages:
                 if entry in chosen:
                     await pipeline.run_stage(entry)
                 elif entry.is_finished(run):
                     pipeline.note_lineage(entry)
+            for line in stale_lines(stages, run):
+                say(line)
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class _Pipeline:
     say: Say
     endpoint: PrometheusEndpoint | None
     now: _Now
+    names: Sequence[str]
 
     async def run_stage(self, entry: NamedStage) -> None:
         inputs = entry.inputs(self.run)
@@ -111,8 +116,7 @@ class _Pipeline:
             fence=run.require_newest,
         )
         self.now.telemetry = telemetry
-        names = [other.name for other in self.config.stages]
-        with telemetry, stage_events(telemetry, names, folder.checkpoints):
+        with telemetry, stage_events(telemetry, self.names, folder.checkpoints):
             yield telemetry
 
     def _trackers(self, entry: NamedStage, folder: RunFolder) -> Sequence[Trackers]:

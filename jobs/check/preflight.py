@@ -23,9 +23,10 @@ from jobs.prepare import Prepared, policy_chat, prepare, prompts_key, without_pr
 from jobs.stages.settings import alone
 from jobs.stages.stage import Found
 from jobs.stages.table import NamedStage, stages_of
+from orchestrator.config.changes import changed_keys
 from orchestrator.config.config import Config
 from orchestrator.errors import ConfigError, RlhfError
-from orchestrator.run.folder import check_run_folder
+from orchestrator.run.folder import Compare, check_run_folder
 from orchestrator.run.mirror import Mirror
 
 PROBES = 8  # prompts on which rules are tried
@@ -54,9 +55,9 @@ def check_alone(config: Config, stage: str) -> Prepared:
     return _told(preflight(alone(config, stage), kept=config))
 
 
-def checked(config: Config) -> Prepared:
+def checked(config: Config, compare: Compare = changed_keys) -> Prepared:
     """The prompts of a run with valid input. Raises the problems, see Preflight.require."""
-    return _told(preflight(config))
+    return _told(preflight(config, compare=compare))
 
 
 def _told(found: Preflight) -> Prepared:
@@ -66,11 +67,12 @@ def _told(found: Preflight) -> Prepared:
     return prepared
 
 
-def preflight(config: Config, *, kept: Config | None = None) -> Preflight:
+def preflight(config: Config, *, kept: Config | None = None, compare: Compare = changed_keys) -> Preflight:
     """Checks what the config's stages read and start.
 
     Args:
         kept: the config that the run folder will keep, if different from `config`.
+        compare: see open_run.
     """
     notes: list[str] = []
     problems: list[RlhfError] = []
@@ -101,7 +103,7 @@ def preflight(config: Config, *, kept: Config | None = None) -> Preflight:
         lambda: check_engine(config),
         lambda: check_architecture(config),
         lambda: check_models(config),
-        lambda: check_run_folder(kept or config),
+        lambda: check_run_folder(kept or config, compare),
         lambda: _mirror(config),
     ]
     told = dict.fromkeys(note for note in map(attempt, checks) if note)  # two stages may report the same problem

@@ -24,6 +24,7 @@ RESULT_FILE = "result.json"
 class Evaluate(Stage):
     kind = "evaluate"
     start_s = 40.0
+    sections = ("evaluate", "evaluation", "prompts", "reference", "reward", "reward_model", "rollout")
     samples = True
     starts_from_policy = True
     uses = (REWARD_MODEL,)
@@ -40,7 +41,7 @@ class Evaluate(Stage):
     def inputs(self, config: Config) -> Inputs:
         reward = reward_inputs(config)
         gold = {config.evaluation.gold} if config.evaluation.gold else set()
-        models = {**reward.models, "evaluate.against": config.evaluate.against}
+        models = {**reward.models, "evaluate.against": config.evaluate.against, "model.path": config.model.path}
         judge = config.evaluate.judge
         files = {**reward.files, "evaluate.judge.template": judge.template if judge else None}
         return Inputs(files=files, models=models, rules=reward.rules | gold)

@@ -14,6 +14,7 @@ PREFERENCES = "preferences"
 class Preferences(Stage):
     kind = "preferences"
     start_s = 0.0
+    sections = ("labeller",)
     checks = ("jobs.check.rewards:check_labeller",)
 
     def reads(self, config: Config) -> Sequence[str]:

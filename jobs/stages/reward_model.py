@@ -22,6 +22,8 @@ RESULT_FILE = "reward_model.json"
 class RewardModel(Stage):
     kind = "reward_model"
     start_s = 25.0
+    sections = ("reward_model", "preferences")
+    leaves = (RESULT_FILE,)
     starts_from_policy = True
     checks = ("jobs.check.rewards:check_preferences", "jobs.check.conversations:check_training_conversations")
     instead = MappingProxyType({PREFERENCES: "give a preference file: preferences.path"})

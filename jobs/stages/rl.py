@@ -26,6 +26,20 @@ class Rl(Stage):
     start_s = 40.0
     samples = True
     starts_from_policy = True
+    sections = (
+        "algorithm",
+        "checkpoints",
+        "critic",
+        "evaluation",
+        "policy",
+        "prompts",
+        "reference",
+        "reward",
+        "reward_model",
+        "rl",
+        "rollout",
+    )
+    leaves = ("checkpoints", "export", "export-best", "evaluation", "log", "tensorboard")
     has_log = True
     steps_key = "rl.steps"
     shown = SHOWN

@@ -20,6 +20,7 @@ SAMPLES = "samples"
 class Sample(Stage):
     kind = "sample"
     start_s = 20.0
+    sections = ("sample", "prompts", "rollout")
     samples = True
     starts_from_policy = True
     checks = ("jobs.check.prompts:enough_to_sample",)

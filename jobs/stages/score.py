@@ -19,6 +19,7 @@ class ScoreSamples(Stage):
     kind = "score"
     starts_from_policy = True
     start_s = 10.0
+    sections = ("reward", "reward_model")
     checks = ("jobs.check.rewards:check_reward", "jobs.check.conversations:check_scoring_conversations")
     instead = MappingProxyType(INSTEAD)
 

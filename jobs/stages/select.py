@@ -16,6 +16,7 @@ from orchestrator.config.config import Config
 class Select(Stage):
     kind = "select"
     start_s = 0.0
+    sections = ("select",)
 
     def reads(self, config: Config) -> Sequence[str]:
         return (SAMPLES, SCORES)

@@ -23,6 +23,8 @@ RESULT_FILE = "sft.json"
 class Sft(Stage):
     kind = "sft"
     start_s = 25.0
+    sections = ("sft", "demonstrations")
+    leaves = (RESULT_FILE,)
     starts_from_policy = True
     checks = ("jobs.check.demonstrations:check_demonstrations",)
     instead = MappingProxyType({DEMONSTRATIONS: "give a file of conversations: demonstrations.path"})

@@ -140,6 +140,9 @@ class Stage:
         uses: kinds of artifacts that it reads if an earlier stage makes them.
         starts_from_policy: whether it starts from the policy: that of the last stage before it which makes one, or
             model.path.
+        sections: sections of the config that affect its results and not those of stages which don't name them. Sections
+            that no stage names affect all stages. Empty: it is affected by all.
+        leaves: files and folders that it writes besides its artifacts.
         has_log: whether it learns in steps from an experience log: it has checkpoints, evaluations, trackers, a report.
         steps_key: dotted key of the config that holds the number of its steps.
         shown: metrics in the lines on the console about its steps.
@@ -152,6 +155,8 @@ class Stage:
     samples: bool = False
     uses: Sequence[str] = ()
     starts_from_policy: bool = False
+    sections: Sequence[str] = ()
+    leaves: Sequence[str] = ()
     has_log: bool = False
     steps_key: str = ""
     shown: Sequence[Shown] = ()

@@ -17,6 +17,7 @@ from jobs.stages.score import ScoreSamples
 from jobs.stages.select import Select
 from jobs.stages.sft import Sft
 from jobs.stages.stage import POLICY, Stage
+from orchestrator.config.changes import CONTENTS
 from orchestrator.config.config import Config
 from orchestrator.config.loader import changed
 from orchestrator.config.stages import OLD_KINDS, StageEntry
@@ -46,6 +47,23 @@ class NamedStage:
         if self.stage.starts_from_policy:
             keys |= {"model.chat_template", *(() if POLICY in self.sources else ("model.path",))}
         return frozenset(keys)
+
+    def sees(self, key: str) -> bool:
+        """Whether a key of the config can affect its results. A section that some kinds of stages name is seen by these
+        only; a kind that names none sees all."""
+        if key.startswith(CONTENTS):
+            return key.removeprefix(CONTENTS) in self.outside
+        section = key.partition(".")[0]
+        others = {other.kind for other in STAGES.values() if section in other.sections}
+        return not self.stage.sections or not others or self.stage.kind in others
+
+    def files(self, run: RunFolder) -> list[Path]:
+        """All files and folders that it has written, results first: without them it is not finished."""
+        place = self.of(run).place
+        made = [made.path for made in self.stage.makes(self.config)]
+        names = (*self.stage.leaves, *made, *(f".{name}.work" for name in made))
+        found = [place] if place != run.path else [place / name for name in dict.fromkeys(names)]
+        return [path for path in found if path.exists()]
 
     def of(self, run: RunFolder) -> RunFolder:
         """The run's folder with this stage's paths."""

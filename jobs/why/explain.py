@@ -30,7 +30,7 @@ _LASTING = ("programming", "data")
 
 @dataclass(frozen=True)
 class Standing:
-    """`stages`: name to "finished", "failed", "begun" or "not begun". Steps are those of the stage `logged`."""
+    """`stages`: name to "finished", "failed", "begun", "set aside" or "not begun". Steps are those of `logged`."""
 
     attempts: int
     stages: Mapping[str, str]
@@ -119,6 +119,7 @@ def _deed(event: Event) -> str | None:
         ),
         "pause_ended": lambda: f"the pause was ended, step {get('step')}",
         "stop_requested": lambda: f"asked to stop, step {get('step')}; last checkpoint: {get('saved')}",
+        "stage_set_aside": lambda: f"results of {event.stage} set aside, to run it again: {get('folder')}",
         "waiting": lambda: brief(get("what")),
     }
     return texts[event.kind]() if event.kind in texts else None

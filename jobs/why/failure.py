@@ -16,7 +16,12 @@ State = Literal["finished", "running", "paused", "starting", "frozen", "stopped"
 GOOD: frozenset[State] = frozenset({"finished", "running", "paused", "starting"})
 ALIVE_S = 3 * EVERY_S
 STARTING_S = 120.0  # the preflight and the start of Ray come before the first heartbeat
-STAGE_ENDS = {"stage_started": "begun", "stage_finished": "finished", "stage_failed": "failed"}
+STAGE_ENDS = {
+    "stage_started": "begun",
+    "stage_finished": "finished",
+    "stage_failed": "failed",
+    "stage_set_aside": "set aside",
+}
 _ON_PURPOSE = ("KeyboardInterrupt", "CancelledError", "Superseded")
 _ROLE_ERROR = re.compile(r"(\w+) rank (\d{1,9}) failed in '([^']*)': (.*)", re.DOTALL)
 _LONGEST = 400

@@ -72,7 +72,16 @@ def stage_place(run: Path, stage: str) -> Path:
     return run / "stages" / stage if stage else run
 
 
-def open_run(config: Config, tell: Callable[[str], None] = lambda line: None) -> RunFolder:
+Compare = Callable[[Config, Config], tuple[Change, ...]]
+
+
+def open_run(
+    config: Config,
+    tell: Callable[[str], None] = lambda line: None,
+    *,
+    compare: Compare = changed_keys,
+    prepare: Callable[[RunFolder], None] = lambda run: None,
+) -> RunFolder:
     """Creates the run's folder, or opens an existing one (run.id) for another attempt.
 
     If the config differs only in keys that do not matter (config/changes.py), it replaces the previous config, which is
@@ -80,6 +89,8 @@ def open_run(config: Config, tell: Callable[[str], None] = lambda line: None) ->
 
     Args:
         tell: gets a line for the console while this waits for an attempt that may be alive.
+        compare: says of the kept config and this one what differs, and what of it matters.
+        prepare: called with the folder before its config is replaced, while no other attempt writes it.
 
     Raises:
         CapacityError: another attempt of this run is alive.
@@ -90,11 +101,12 @@ def open_run(config: Config, tell: Callable[[str], None] = lambda line: None) ->
     attempt = claim(path, wait_s=config.placement.wait_s, tell=tell)
     # Read after the claim: an attempt that started at the same time may have written its config first.
     try:
-        changes = _harmless_changes(path / CONFIG_FILE, config)
+        changes = _harmless_changes(path / CONFIG_FILE, config, compare)
     except BaseException:
         with writing(path / ATTEMPTS):
             (path / ATTEMPTS / f"{attempt:03d}").unlink()
         raise
+    prepare(RunFolder(path, path.name, attempt))
     _keep_config(path / CONFIG_FILE, config, changes, attempt)
     notes = tuple(f"config changed since the last attempt: {change}" for change in changes)
     return RunFolder(path, path.name, attempt, notes)
@@ -188,7 +200,7 @@ def has_finished(path: Path, stage: str) -> bool:
     return kinds[-1:] == ["stage_finished"]
 
 
-def check_run_folder(config: Config) -> str:
+def check_run_folder(config: Config, compare: Compare = changed_keys) -> str:
     """Checks that `open_run` will succeed; creates only the root. Returns a line about the root and its free space.
 
     Raises:
@@ -204,7 +216,7 @@ def check_run_folder(config: Config) -> str:
             f"run.root={config.run.root}: {root} can't be written ({error.strerror}). Set run.root to another folder."
         ) from None
     if config.run.id is not None:
-        _harmless_changes(root / config.run.id / CONFIG_FILE, config)
+        _harmless_changes(root / config.run.id / CONFIG_FILE, config, compare)
     return f"run folders: {root}, {shutil.disk_usage(root).free / (1 << 30):.1f} GiB free"
 
 
@@ -218,15 +230,18 @@ def storage_root(root: Path) -> Path:
     return (Path.home() / "rlhf" / root) if inside_package else Path.cwd() / root
 
 
-def _harmless_changes(path: Path, config: Config) -> tuple[Change, ...]:
+def _harmless_changes(path: Path, config: Config, compare: Compare) -> tuple[Change, ...]:
     """Differences from the config in `path`, if it exists. Raises ConfigError if one matters."""
     with reading(path):
         if not path.exists():
             return ()
-    changes = changed_keys(load_kept_config(path), config)
+    changes = compare(load_kept_config(path), config)
     if any(change.matters for change in changes):
         lines = (f"{change}  ({'matters' if change.matters else 'does not matter'})" for change in changes)
-        way_out = "Set the keys that matter back to continue the run, or give another run.id to start a new one."
+        way_out = (
+            "Set the keys that matter back to continue the run, run the stages that see them again (--from STAGE), or "
+            "give another run.id to start a new one."
+        )
         if any(change.matters and change.is_of_contents for change in changes):
             way_out += (
                 " If a file changed, restore the one that the run started with, or continue with the new one by "

@@ -117,8 +117,13 @@ def only_warning(table: Iterable[Guard]) -> tuple[Guard, ...]:
 
 def acted_before(run_folder: Path) -> set[Act]:
     """Reports of earlier attempts, from their events. They are not repeated when a step is learned again."""
-    events = read_lines(run_folder / EVENTS_FILE)
-    return {(event["guard"], event["step"], event["action"]) for event in events if event["kind"] == "guard"}
+    acted: dict[str, set[Act]] = {}
+    for event in read_lines(run_folder / EVENTS_FILE):
+        if event["kind"] == "guard":
+            acted.setdefault(event["stage"], set()).add((event["guard"], event["step"], event["action"]))
+        elif event["kind"] == "stage_set_aside":
+            acted.pop(event["stage"], None)
+    return set().union(*acted.values())
 
 
 class Guards:

@@ -23,7 +23,7 @@ from orchestrator.config.stages import OLD_KINDS
 from orchestrator.data.outside_text import redacted
 from orchestrator.errors import StorageError
 from orchestrator.roles import Trackers
-from orchestrator.run.storage import append_line, drop_torn_tail, replacing
+from orchestrator.run.storage import append_line, drop_torn_tail, replacing, writing
 from orchestrator.watching.exposition import PrometheusEndpoint
 
 METRICS_FILE = "metrics.jsonl"
@@ -232,6 +232,15 @@ class Telemetry:
         """Removes the lines of steps from `step` on, and of evaluations of versions after `step`."""
         self._rewrite(lambda line: line["step"] < step + (line["kind"] == "evaluation"))
         self._continue_from(read_lines(self._folder / METRICS_FILE))
+
+    def set_aside(self, folder: Path) -> None:
+        """Moves all lines of this stage from the run's metrics to those in `folder`."""
+        self.event("stage_set_aside", folder=str(folder))
+        lines = [line for line in read_lines(self._folder / METRICS_FILE) if line["stage"] == self._stage]
+        if lines:
+            with writing(folder / METRICS_FILE), (folder / METRICS_FILE).open("a", encoding="utf-8") as stream:
+                stream.writelines(map(_as_text, lines))
+        self._rewrite(lambda line: False)
 
     def now(self) -> dict[str, Any]:
         """The current activity: stage, step (the last started, None before the first), seconds by open phase."""
