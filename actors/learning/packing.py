@@ -183,6 +183,11 @@ class TokenRows:
         return MicroBatch((), zero.new_zeros(1, 2), zero, zero, one, one, columns, weight=0.0)
 
 
+def row_sums(values_N: Tensor, lengths_B: Tensor) -> Tensor:
+    """The sum of each row's values; the same bits however many rows there are, and on every run."""
+    return torch.stack([row.sum() for row in values_N.split(lengths_B.tolist())])
+
+
 def token_rows(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> TokenRows:
     """TokenRows of plain token lists (preference pairs, demonstrations)."""
     kind = pa.list_(pa.int32())

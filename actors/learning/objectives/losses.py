@@ -6,12 +6,14 @@ Shapes: N response tokens, concatenated; B sequences.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+PairTerm = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,15 +94,20 @@ def value_loss(values_N: Tensor, old_values_N: Tensor, returns_N: Tensor, *, cli
     return LossTerms(loss, sums)
 
 
-def ranking_loss(scores_B: Tensor, quality_B: Tensor, group_B: Tensor) -> LossTerms:
+def log_sigmoid(margin: Tensor) -> Tensor:
+    """-log σ(s_better - s_worse), the term of a pair in the model of Bradley and Terry (1952)."""
+    return -functional.logsigmoid(margin)
+
+
+def ranking_loss(scores_B: Tensor, quality_B: Tensor, group_B: Tensor, term: PairTerm = log_sigmoid) -> LossTerms:
     """Reward-model loss of InstructGPT (Ouyang 2022, eq. 1), summed over prompts.
 
-    The term of a prompt is the mean of -log σ(s_better - s_worse) over its pairs. Divide by the number of prompts. Ties
-    form no pair.
+    The term of a prompt is the mean of the terms of its pairs. Divide by the number of prompts. Ties form no pair.
 
     Args:
         quality_B: higher for a better reply.
         group_B: id of the prompt of each reply.
+        term: loss of a pair, a function of the matrix of s_i - s_j.
 
     Returns:
         Sums `ranking_loss` over prompts, and `pairs`, `correct_pairs`, `margin_pairs` over pairs.
@@ -109,7 +116,7 @@ def ranking_loss(scores_B: Tensor, quality_B: Tensor, group_B: Tensor) -> LossTe
     better_BB = same_BB & (quality_B[:, None] > quality_B[None, :])
     margin_BB = scores_B[:, None] - scores_B[None, :]
     num_pairs_B = _pairs_per_group(better_BB, same_BB)
-    terms_BB = -functional.logsigmoid(margin_BB) / num_pairs_B[:, None].clamp(min=1)
+    terms_BB = term(margin_BB) / num_pairs_B[:, None].clamp(min=1)
     loss = terms_BB[better_BB].sum()
     margins = margin_BB.detach()[better_BB]
     sums = {

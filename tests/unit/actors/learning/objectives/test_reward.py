@@ -1,0 +1,74 @@
+"""Losses of reward models against rows worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from actors.learning.objectives.losses import ranking_loss
+from actors.learning.objectives.reward import REWARD_OBJECTIVES
+from orchestrator.config.losses import REWARD_LOSSES, LogExp, Ordinal, Pairwise, Regression, RewardLoss
+
+SCORES = torch.tensor([2.0, 1.0, 0.0, 0.0, 3.0])
+QUALITY = torch.tensor([0.0, -1.0, -2.0, 0.0, -1.0])
+GROUP = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0])
+
+
+def softplus(value: float) -> float:
+    return math.log1p(math.exp(value))
+
+
+def loss(section: RewardLoss, scores: torch.Tensor = SCORES, quality: torch.Tensor = QUALITY) -> float:
+    terms = REWARD_OBJECTIVES[section.name](section, scores, quality, GROUP[: len(scores)])
+    return float(terms.loss)
+
+
+def test_both_tables_have_the_same_names() -> None:
+    assert list(REWARD_OBJECTIVES) == list(REWARD_LOSSES)
+    assert [section().name for section in REWARD_LOSSES.values()] == list(REWARD_LOSSES)
+
+
+def test_the_pairwise_loss_is_the_ranking_loss_to_the_bit() -> None:
+    assert loss(Pairwise()) == ranking_loss(SCORES, QUALITY, GROUP).loss.item()
+
+
+def test_log_exp_is_another_name_of_it() -> None:
+    for keys in ({}, {"margin": 0.5, "centring": 0.1}):
+        assert loss(LogExp(**keys)) == pytest.approx(loss(Pairwise(**keys)), rel=1e-6)
+
+
+def test_the_margin_grows_with_the_places_between_two_replies() -> None:
+    # Differences 1, 2 (two places apart), 1; and -3. Margin ½ a place.
+    expected = (2 * softplus(-0.5) + softplus(-1.0)) / 3 + softplus(3.5)
+    assert loss(Pairwise(margin=0.5)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_centring_adds_the_squared_sum_of_the_scores_of_a_pair() -> None:
+    # Sums 3, 2, 1: mean of squares 14/3; and 3² = 9.
+    assert loss(Pairwise(centring=0.1)) - loss(Pairwise()) == pytest.approx(0.1 * (14 / 3 + 9), rel=1e-5)
+
+
+def test_regression_is_the_squared_error() -> None:
+    assert loss(Regression(), torch.tensor([1.0, 4.5]), torch.tensor([3.0, 4.0])) == 4.25
+
+
+def test_a_score_of_zero_is_data() -> None:
+    assert loss(Regression(), torch.tensor([2.0]), torch.tensor([0.0])) == 4.0
+
+
+def test_ordinal_asks_for_the_right_side_of_every_boundary() -> None:
+    # 2 of 3 stars, score 2: boundaries 1.5 (above it, right) and 2.5 (below it, right), each half a star away.
+    section = Ordinal(lowest=1, highest=3)
+    assert loss(section, torch.tensor([2.0]), torch.tensor([2.0])) == pytest.approx(2 * softplus(-0.5), rel=1e-6)
+    assert loss(section, torch.tensor([2.0]), torch.tensor([3.0])) == pytest.approx(
+        softplus(-0.5) + softplus(0.5), rel=1e-6
+    )
+
+
+def test_ordinal_has_its_lowest_loss_in_the_reply_s_own_bin() -> None:
+    section, scores = Ordinal(), torch.linspace(0, 6, 61)
+    for stars in (2.0, 3.0, 4.0):
+        losses = [loss(section, score[None], torch.tensor([stars])) for score in scores]
+        assert abs(scores[losses.index(min(losses))].item() - stars) < 0.5
