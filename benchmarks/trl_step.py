@@ -133,7 +133,7 @@ def ours(config: Config) -> Measured:
     with tempfile.TemporaryDirectory(prefix="step-", dir="/tmp") as folder:
         keys = our_overrides(config.rl.steps - WARM_UP_STEPS, config.rollout.max_new_tokens)
         command = [sys.executable, "-m", "jobs", "quickstart", "--config", str(CONFIG), *keys, f"run.root={folder}"]
-        _call(command, {"RAY_worker_niceness": "0"})  # Ray's default, 15, is unfair under other load
+        call(command, {"RAY_worker_niceness": "0"})  # Ray's default, 15, is unfair under other load
         (file,) = Path(folder).glob(f"*/{METRICS_FILE}")
         steps = [line["metrics"] for line in read_lines(file) if line["kind"] == "step"]
 
@@ -156,12 +156,12 @@ def theirs(work: Work, settings: TrlSettings) -> Measured:
         told.write_text(json.dumps({"work": asdict(work), "settings": asdict(settings)}), encoding="utf-8")
         # The allocator of our actors, and all cores.
         variables = {**environment(len(os.sched_getaffinity(0)), on_gpu=False), "HF_HUB_OFFLINE": "1"}
-        _call([str(TRL_PYTHON), "-m", "benchmarks.trl.grpo", str(told), str(answered)], variables)
+        call([str(TRL_PYTHON), "-m", "benchmarks.trl.grpo", str(told), str(answered)], variables)
         return Measured(**json.loads(answered.read_text(encoding="utf-8")))
 
 
 def install_trl() -> None:
-    _call([str(ROOT / "benchmarks" / "trl" / "install.sh")], {})
+    call([str(ROOT / "benchmarks" / "trl" / "install.sh")], {})
 
 
 def _told(contender: partial[Measured]) -> float:
@@ -176,7 +176,7 @@ def _told(contender: partial[Measured]) -> float:
     return parts["step_s"]
 
 
-def _call(command: Sequence[str], variables: Mapping[str, str]) -> None:
+def call(command: Sequence[str], variables: Mapping[str, str]) -> None:
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=DEADLINE_S, check=False
     )

@@ -64,3 +64,32 @@ class Measured:
     response_tokens: Sequence[float]
     reward: Sequence[float]
     parts_s: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training without rollouts in fp32, of one epoch.
+
+    Args:
+        kind: sft, reward_model or preference.
+        model, scorer: folder of the start model, and of the same with a scalar head.
+        padding: token that never ends a transcript.
+        rows: tokens in the order in which they are learned, under TRL's names.
+        rates: learning rate of every optimizer step.
+    """
+
+    kind: str
+    model: str
+    scorer: str
+    padding: int
+    rows: Sequence[Mapping[str, Sequence[int]]]
+    records_per_batch: int
+    rates: Sequence[float]
+
+
+@dataclass(frozen=True)
+class TrainingMeasured:
+    """Loss and seconds of every optimizer step."""
+
+    loss: Sequence[float]
+    step_s: Sequence[float]

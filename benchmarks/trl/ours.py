@@ -1,0 +1,172 @@
+"""The trainings of benchmarks/trl_training.py on our side; writes what TRL's needs to learn the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from actors.learning import distributed
+from actors.learning.distributed import Group
+from actors.machine.allocator import keep_large_blocks
+from actors.models.model import EMBEDDED, load_scorer, resolve_model
+from actors.text.conversations import Chat, load_chat
+from actors.text.learned import Rows
+from actors.text.tokenizing import load_tokenizer
+from actors.training.language_model import PolicyTraining
+from actors.training.preference import PreferenceTask, PreferenceTraining
+from actors.training.ranked_rows import padding_token, ranked_rows
+from actors.training.reward_model import RewardModelTask, RewardTraining
+from actors.training.sft import SftTask
+from actors.training.trainer import Trainer, Training
+from actors.training.work import WorkFolder, open_work
+from benchmarks.trl import work
+from orchestrator.algorithms.ranking import epoch_batches
+from orchestrator.algorithms.schedule import learning_rate
+from orchestrator.config.sections import ModelConfig, PromptsConfig, RunConfig
+from orchestrator.config.trainings import PreferenceConfig, RewardModelConfig, SftConfig
+from orchestrator.data.readers import read_prompts
+from orchestrator.data.records import Message, RankingRecord
+
+SEED = 1
+KEYS: Mapping[str, Any] = {"max_length": 256, "micro_batch_tokens": 2048, "checkpoint_every_steps": 0}
+SECTIONS: Mapping[str, Any] = {
+    "sft": SftConfig(**KEYS, records_per_batch=8, learning_rate=2e-5),
+    "reward_model": RewardModelConfig(**KEYS, records_per_batch=4, learning_rate=1e-5),
+    "preference": PreferenceConfig(**KEYS, records_per_batch=4, learning_rate=1e-5),
+}
+
+
+def main(kind: str, num_steps: int, folder: Path) -> None:
+    """Trains in `folder`/work, and writes `folder`/work.json for TRL."""
+    keep_large_blocks()
+    section = SECTIONS[kind]
+    policy = ModelConfig(path=str(resolve_model(EMBEDDED, RunConfig().cache)), dtype="float32")
+    scorer = folder / "scorer"
+    model = load_scorer(Path(policy.path), torch.float32, new_head="normal", seed=SEED)
+    model.save_pretrained(scorer)
+    load_tokenizer(Path(policy.path)).save_pretrained(scorer)
+    chat = load_chat(Path(policy.path), policy)
+    records = records_of(num_steps * section.records_per_batch)
+    order = [
+        number
+        for batch in epoch_batches(len(records), records_per_batch=section.records_per_batch, seed=SEED, epoch=0)
+        for number in batch
+    ]
+    tokens = tokens_of(kind, records, chat, section.max_length)
+    learner = section.learner(num_steps)
+    rates = [
+        learning_rate(
+            step,
+            peak=learner.learning_rate,
+            schedule=learner.schedule,
+            warmup_optimizer_steps=learner.warmup_optimizer_steps,
+            total_optimizer_steps=num_steps,
+        )
+        for step in range(num_steps)
+    ]
+    told = work.Training(
+        kind=kind,
+        model=policy.path,
+        scorer=str(scorer),
+        padding=padding_token(chat),
+        rows=[tokens[number] for number in order],
+        records_per_batch=section.records_per_batch,
+        rates=rates,
+    )
+    (folder / "work.json").write_text(json.dumps(asdict(told)), encoding="utf-8")
+    train(kind, records, policy, chat, scorer, folder)
+
+
+def train(
+    kind: str, records: Sequence[RankingRecord], policy: ModelConfig, chat: Chat, scorer: Path, folder: Path
+) -> None:
+    section = SECTIONS[kind]
+    threads = len(os.sched_getaffinity(0))
+    group = Group(threads=threads)
+    distributed.join(group)
+    shared: dict[str, Any] = {
+        "policy": policy,
+        "template": None,
+        "cache": RunConfig().cache,
+        "folder": folder / "made",
+        "work": folder / "work",
+        "total_optimizer_steps": section.num_steps(len(records)),
+    }
+    makes: Mapping[str, Any] = {
+        "sft": lambda: partial(SftTask, PolicyTraining(stage=section, **shared)),
+        "reward_model": lambda: partial(
+            RewardModelTask,
+            RewardTraining(stage=section.model_copy(update={"base": str(scorer)}), seed=SEED, **shared),
+        ),
+        "preference": lambda: partial(PreferenceTask, PreferenceTraining(stage=section, seed=SEED, **shared)),
+    }
+    rows = sft_rows(records, chat, section.max_length)
+    data = (rows.table(), Rows().table()) if kind == "sft" else (tuple(records), ())
+    open_work(folder / "work", "benchmark")
+    claimed = WorkFolder(folder / "work", "benchmark")
+    claimed.claim()
+    training: Training[Any] = Training(
+        role=kind,
+        make=makes[kind](),
+        passes=section,
+        seed=SEED,
+        work=folder / "work",
+        unexpected_errors=0,
+        threads=threads,
+        timeout_s=600.0,
+    )
+    Trainer(training, data, group, claimed).run()
+
+
+def records_of(count: int) -> list[RankingRecord]:
+    """Prompts of the quickstart, answered by other prompts: text of some length, nothing more."""
+    prompts, _ = read_prompts(PromptsConfig().path)
+    texts = [prompt.text for prompt in prompts]
+    return [
+        RankingRecord(
+            str(number),
+            (Message("user", texts[number % len(texts)]),),
+            (
+                texts[(number * 7 + 1) % len(texts)] + " " + texts[(number * 3 + 2) % len(texts)],
+                texts[(number * 5 + 3) % len(texts)],
+            ),
+        )
+        for number in range(count)
+    ]
+
+
+def sft_rows(records: Sequence[RankingRecord], chat: Chat, max_length: int) -> Rows:
+    rows = Rows()
+    for record in records:
+        rows.add(chat, (*record.messages, Message("assistant", str(record.replies[0]))), max_length=max_length)
+    return rows
+
+
+def tokens_of(
+    kind: str, records: Sequence[RankingRecord], chat: Chat, max_length: int
+) -> list[Mapping[str, Sequence[int]]]:
+    """Per record, the tokens under the names of TRL's trainer."""
+    if kind == "sft":
+        return [
+            {"input_ids": row.tokens.tolist(), "labels": np.where(row.learn, row.tokens, -100).tolist()}
+            for row in sft_rows(records, chat, max_length).rows
+        ]
+    table = ranked_rows(records, chat, max_length=max_length).table
+    prompts, replies = (table[name].to_pylist() for name in ("prompt_tokens", "response_tokens"))
+    pairs = range(0, len(prompts), 2)
+    if kind == "reward_model":
+        return [{"chosen_ids": prompts[i] + replies[i], "rejected_ids": prompts[i + 1] + replies[i + 1]} for i in pairs]
+    return [{"prompt_ids": prompts[i], "chosen_ids": replies[i], "rejected_ids": replies[i + 1]} for i in pairs]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
