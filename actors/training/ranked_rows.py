@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from actors.learning.distributed import Group
 from actors.learning.packing import TokenRows
 from actors.text.conversations import Chat, Transcript
-from orchestrator.data.records import Message, RankingRecord
+from actors.text.tokenizing import Tokens
+from orchestrator.data.records import LabelledRecord, Message, RankingRecord, Reply, ScoredRecord
 from orchestrator.errors import DataError
 from orchestrator.planning.balance import plan_minibatches
 
-_COLUMNS = ("quality", "group")
+JudgedRecord = RankingRecord | LabelledRecord | ScoredRecord
+Value = TypeVar("Value")
+
+_COLUMNS = ("quality", "group", "reference", "reply")
 _INT_LISTS = pa.list_(pa.int32())
 
 
@@ -29,7 +35,8 @@ class RankedRows:
 
     @cached_property
     def rows(self) -> TokenRows:
-        return TokenRows(self.table, _COLUMNS)
+        names = self.table.column_names
+        return TokenRows(self.table, [name for name in _COLUMNS if name in names], learned_only="learn" in names)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -42,8 +49,36 @@ class RankedRows:
     def rows_of(self, record: int) -> range:
         return range(self.first_row[record], self.first_row[record + 1])
 
+    def by_record(self, values: Sequence[Value]) -> list[list[Value]]:
+        """Values of all rows, of every record together."""
+        return [[values[row] for row in self.rows_of(record)] for record in range(self.num_records)]
+
     def num_tokens(self, records: Sequence[int]) -> int:
         return sum(self.lengths[row] for record in records for row in self.rows_of(record))
+
+    def of_rows(self, rows: Sequence[int]) -> RankedRows:
+        """Only these rows, each as a record of its own."""
+        return RankedRows(self.table.take(rows), range(len(rows) + 1), 0)
+
+    def with_reference(self, logprobs: Sequence[float]) -> RankedRows:
+        """With the log-prob of every row under the reference, which a preference loss compares with."""
+        return replace(self, table=self.table.append_column("reference", pa.array(logprobs, pa.float32())))
+
+    def with_prompts_learned(self) -> RankedRows:
+        """With the prompt of every record's best reply among its learned tokens, except for the first token, before
+        which there is nothing. The column `reply` marks the learned tokens of replies."""
+        table, best = self.table, set(self.first_row)
+        prompts, responses = (table[name].to_pylist() for name in ("prompt_tokens", "response_tokens"))
+        replies = [[0.0] * (len(p) - 1) + [1.0] * len(r) for p, r in zip(prompts, responses, strict=True)]
+        learned = [[row in best or mark > 0 for mark in marks] for row, marks in enumerate(replies)]
+        columns = {
+            "prompt_tokens": pa.array([prompt[:1] for prompt in prompts], _INT_LISTS),
+            "response_tokens": pa.array([p[1:] + r for p, r in zip(prompts, responses, strict=True)], _INT_LISTS),
+            "learn": pa.array(learned, pa.list_(pa.bool_())),
+            "reply": pa.array(replies, pa.list_(pa.float32())),
+        }
+        kept = {name: table[name] for name in table.column_names if name not in columns}
+        return replace(self, table=pa.table({**columns, **kept}))
 
     def micro_batches(self, records: Sequence[int], group: Group, micro_batch_tokens: int) -> list[tuple[int, ...]]:
         """Rows of this rank's micro-batches of one batch: the replies of a record stay together, whatever the budget.
@@ -59,7 +94,7 @@ class RankedRows:
         return [tuple(row for i in micro for row in self.rows_of(records[i])) for micro in ranks[group.rank]]
 
 
-def ranked_rows(records: Sequence[RankingRecord], chat: Chat, *, max_length: int) -> RankedRows:
+def ranked_rows(records: Sequence[JudgedRecord], chat: Chat, *, max_length: int) -> RankedRows:
     """Tokenises all transcripts; those longer than `max_length` lose tokens at their start and are counted.
 
     Raises:
@@ -68,18 +103,50 @@ def ranked_rows(records: Sequence[RankingRecord], chat: Chat, *, max_length: int
     prompts, responses, qualities, groups, first_row = [], [], [], [], [0]
     num_truncated = 0
     for number, record in enumerate(records):
-        for place, whole in enumerate(_transcripts(record, chat)):
-            # A response token needs one token before it, from whose state it is scored.
-            kept = whole.last(max_length)
-            if not len(kept.prompt_tokens):
-                kept = replace(kept, prompt_tokens=kept.response_tokens[:1], response_tokens=kept.response_tokens[1:])
+        replies, found = judged(record)
+        for whole in _transcripts(record, replies, chat):
+            kept = _cut(whole, max_length)
             num_truncated += len(kept) < len(whole)
             prompts.append(kept.prompt_tokens)
             responses.append(kept.response_tokens)
-            qualities.append(float(-place))
             groups.append(float(number))
+        qualities += found
         first_row.append(len(prompts))
-    table = pa.table(
+    return RankedRows(_table(prompts, responses, qualities, groups), first_row, num_truncated)
+
+
+def judged(record: JudgedRecord) -> tuple[Sequence[Reply], list[float]]:
+    """Replies and their qualities: minus the place in a ranking, 1 or 0 for a label, or the score."""
+    if isinstance(record, RankingRecord):
+        return record.replies, [float(-place) for place in range(len(record.replies))]
+    return (record.reply,), [float(record.label if isinstance(record, LabelledRecord) else record.score)]
+
+
+def mismatched_rows(ranked: RankedRows, pairs: Sequence[tuple[int, int]], *, max_length: int) -> RankedRows:
+    """For every pair (i, j), the prompt of record i with the best reply of record j."""
+    prompts, responses = (ranked.table[name] for name in ("prompt_tokens", "response_tokens"))
+    found = [
+        _cut(Transcript(_tokens(prompts[ranked.first_row[i]]), _tokens(responses[ranked.first_row[j]])), max_length)
+        for i, j in pairs
+    ]
+    zeros = [0.0] * len(found)
+    table = _table([kept.prompt_tokens for kept in found], [kept.response_tokens for kept in found], zeros, zeros)
+    return RankedRows(table, range(len(found) + 1), 0)
+
+
+def _cut(whole: Transcript, max_length: int) -> Transcript:
+    """Its last `max_length` tokens. The first one is of the prompt: a response token is predicted or scored from the
+    state of the token before it."""
+    kept = whole.last(max_length)
+    if not len(kept.prompt_tokens):
+        kept = replace(kept, prompt_tokens=kept.response_tokens[:1], response_tokens=kept.response_tokens[1:])
+    return kept
+
+
+def _table(
+    prompts: Sequence[Tokens], responses: Sequence[Tokens], qualities: Sequence[float], groups: Sequence[float]
+) -> pa.Table:
+    return pa.table(
         {
             "prompt_tokens": pa.array(prompts, _INT_LISTS),
             "response_tokens": pa.array(responses, _INT_LISTS),
@@ -87,14 +154,17 @@ def ranked_rows(records: Sequence[RankingRecord], chat: Chat, *, max_length: int
             "group": pa.array(groups, pa.float32()),
         }
     )
-    return RankedRows(table, first_row, num_truncated)
 
 
-def _transcripts(record: RankingRecord, chat: Chat) -> list[Transcript]:
+def _tokens(found: pa.Scalar) -> Tokens:
+    return np.asarray(found.as_py(), dtype=np.int32)
+
+
+def _transcripts(record: JudgedRecord, replies: Sequence[Reply], chat: Chat) -> list[Transcript]:
     """Raises DataError where replies differ in nothing that the template writes: one can't be better than the other."""
-    found = [chat.reply(record.messages, reply, record.tools) for reply in record.replies]
+    found = [chat.reply(record.messages, reply, record.tools) for reply in replies]
     distinct = {tuple(transcript.response_tokens) for transcript in found}
-    if len(distinct) < len(found) and any(isinstance(reply, Message) for reply in record.replies):
+    if len(distinct) < len(found) and any(isinstance(reply, Message) for reply in replies):
         raise DataError(
             f"preference {record.id!r}: the chat template of {chat.template.name} writes two of its replies alike. "
             "Remove the record, or set model.chat_template=FILE to a template that writes what they differ in."

@@ -4,31 +4,34 @@ losses are those of PPO."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from actors.learning.distributed import Group, all_or_none, from_all
+from actors.learning.distributed import Group, all_or_none
 from actors.learning.heads import ValueModel
 from actors.learning.learner import Learner, Loss, Update
-from actors.learning.objectives.losses import LossTerms, ranking_loss
+from actors.learning.objectives.losses import LossTerms
+from actors.learning.objectives.reward import REWARD_OBJECTIVES
 from actors.learning.packing import MicroBatch, TokenRows
-from actors.learning.worker import Share, answers
 from actors.models.model import load_scorer, resolve_model, torch_dtype
 from actors.rewards.model import RewardStats, write_stats
 from actors.text.conversations import Chat, base_chat
 from actors.training.artifact import make_artifact
-from actors.training.ranked_rows import RankedRows, padding_token, ranked_rows
+from actors.training.ranked_rows import JudgedRecord, RankedRows, padding_token, ranked_rows
+from actors.training.row_values import row_values
+from orchestrator.algorithms.calibration import Calibration, calibration
 from orchestrator.algorithms.ranking import spread
 from orchestrator.config.sections import ModelConfig
 from orchestrator.config.trainings import RewardModelConfig
-from orchestrator.data.records import RankingRecord
+from orchestrator.run.storage import write_json
 
+CALIBRATION_FILE = "calibration.json"
 CALIBRATION_REPLIES = 256  # the mean of that many scores is known to a sixteenth of their standard deviation
 
-RankedData = tuple[Sequence[RankingRecord], Sequence[RankingRecord]]
+JudgedData = tuple[Sequence[JudgedRecord], Sequence[JudgedRecord]]
 """Records to train on, and held-out ones."""
 
 
@@ -61,6 +64,7 @@ class Trained:
     """What training found. `held_out_scores` holds, per record, the scores of its replies, best reply first."""
 
     held_out_scores: Sequence[Sequence[float]]
+    calibration: Calibration
     stats: RewardStats
     num_truncated: int
 
@@ -72,7 +76,7 @@ class RewardModelTask:
         DataError: on all ranks, when one of them can't load the model or tokenise the preferences.
     """
 
-    def __init__(self, settings: RewardTraining, data: RankedData, group: Group) -> None:
+    def __init__(self, settings: RewardTraining, data: JudgedData, group: Group) -> None:
         self.settings, self.group = settings, group
         stage, policy = settings.stage, settings.policy
         dtype, trust = policy.compute_dtype, policy.trust_remote_code
@@ -99,53 +103,50 @@ class RewardModelTask:
         self.learner = Learner(ValueModel(scorer), stage.learner(steps), dtype=dtype, total_optimizer_steps=steps)
 
     def objective(self, records: Sequence[int]) -> Loss:  # noqa: ARG002 (every batch has the same)
-        return _loss
+        return self._loss
 
     def count(self, records: Sequence[int]) -> float:
         return float(len(records))
 
     def metrics(self, update: Update) -> Mapping[str, float]:
-        means = update.means
+        means, shared = update.means, {"grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
+        if self.settings.stage.loss.judgement == "scores":
+            return {"loss": means["loss"], "absolute_error": means["absolute_error"], **shared}
         return {
             "loss": means["ranking_loss"],
             "accuracy": means["correct_pairs"] / means["pairs"],
             "margin": means["margin_pairs"] / means["pairs"],
-            "grad_norm": update.grad_norm,
-            "learning_rate": update.learning_rate,
+            **shared,
         }
 
     def finish(self) -> Trained:
         """Scores the held-out replies and some of the training replies, writes the finished model."""
-        held_out = self._scores(self._held_out.rows)
-        calibration = spread(range(self.data.first_row[-1]), CALIBRATION_REPLIES)
-        stats = self._export(self._scores(TokenRows(self.data.table.take(calibration))))
-        ranked = [[held_out[row] for row in self._held_out.rows_of(i)] for i in range(self._held_out.num_records)]
-        return Trained(ranked, stats, self.data.num_truncated + self._held_out.num_truncated)
+        held_out = self._held_out
+        scores = held_out.by_record(self._scores(held_out.rows))
+        found = calibration(scores, held_out.by_record(held_out.rows.response_lengths.tolist()))
+        some = spread(range(self.data.first_row[-1]), CALIBRATION_REPLIES)
+        stats = self._export(self._scores(self.data.of_rows(some).rows), found)
+        return Trained(scores, found, stats, self.data.num_truncated + held_out.num_truncated)
+
+    def _loss(self, output: tuple[torch.Tensor, torch.Tensor], micro: MicroBatch) -> LossTerms:
+        section = self.settings.stage.loss
+        return REWARD_OBJECTIVES[section.name](section, output[1], micro.columns["quality"], micro.columns["group"])
 
     def _scores(self, rows: TokenRows) -> list[float]:
-        if not rows.num_rows:
-            return []
-        mine: dict[int, float] = {}
-        for micro, (_, last_B) in answers(
+        return row_values(
             rows,
-            self.learner.pass_through,
-            Share(self.group.rank, self.group.world_size),
+            self.learner,
+            self.group,
             micro_batch_tokens=self.settings.stage.micro_batch_tokens,
-            device=self.learner.device,
-        ):
-            mine |= dict(zip(micro.rows, last_B.float().cpu().tolist(), strict=True))
-        scores = {row: score for part in from_all(mine, self.group) for row, score in part.items()}
-        return [scores[row] for row in range(rows.num_rows)]
+            values=lambda output, _: output[1].float(),
+        )
 
-    def _export(self, calibration: Sequence[float]) -> RewardStats:
+    def _export(self, scores: Sequence[float], found: Calibration) -> RewardStats:
         settings = self.settings
 
         def complete(unfinished: Path) -> RewardStats:
             self.chat.save(unfinished)
-            return write_stats(unfinished, calibration)
+            write_json(unfinished / CALIBRATION_FILE, asdict(found))
+            return write_stats(unfinished, scores)
 
         return make_artifact(self.learner, self.chat, settings.folder, settings.work, self.group, complete)
-
-
-def _loss(output: tuple[torch.Tensor, torch.Tensor], micro: MicroBatch) -> LossTerms:
-    return ranking_loss(output[1], micro.columns["quality"], micro.columns["group"])

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import pyarrow as pa
 import torch
 
-from actors.learning.distributed import Group, all_or_none, from_all
+from actors.learning.distributed import Group, all_or_none
 from actors.learning.learner import Learner, Loss, Update
 from actors.learning.objectives.losses import LossTerms, likelihood_loss
-from actors.learning.packing import MicroBatch
-from actors.learning.worker import Share, answers
+from actors.learning.packing import MicroBatch, row_sums
 from actors.training.artifact import make_artifact
 from actors.training.language_model import LearnedRows, PolicyTraining
+from actors.training.row_values import row_values
 
 SftData = tuple[pa.Table, pa.Table]
 """Rows to train on, and held-out ones; columns as actors.text.learned writes them."""
@@ -70,18 +70,14 @@ class SftTask:
         held_out = self._held_out
         if not held_out.num_records:
             return None
-        mine: dict[int, float] = {}
-        for micro, (logprobs_N, _) in answers(
+        logprobs = row_values(
             held_out.rows,
-            self.learner.pass_through,
-            Share(self.group.rank, self.group.world_size),
+            self.learner,
+            self.group,
             micro_batch_tokens=self.settings.stage.micro_batch_tokens,
-            device=self.learner.device,
-        ):
-            sums = [float(part.double().sum()) for part in logprobs_N.split(micro.lengths_B.tolist())]
-            mine |= dict(zip(micro.rows, sums, strict=True))
-        logprobs = {row: value for part in from_all(mine, self.group) for row, value in part.items()}
-        total = sum(logprobs[row] for row in range(held_out.num_records))
+            values=lambda output, micro: row_sums(output[0].double(), micro.lengths_B),
+        )
+        total = sum(logprobs)
         return -total / held_out.num_learned(range(held_out.num_records))
 
 

@@ -19,7 +19,7 @@ from orchestrator.config.config import Config
 from orchestrator.config.rewards import ModelRewardConfig
 from orchestrator.config.sections import LearnerConfig
 from orchestrator.config.trainings import OfflineConfig
-from orchestrator.planning.demands import REWARD_MODEL, SFT
+from orchestrator.planning.demands import PREFERENCE, REWARD_MODEL, SFT
 from orchestrator.planning.memory import (
     GIB,
     RECORDER_PROCESS,
@@ -155,6 +155,7 @@ def memory_per_role(config: Config, sizes: _Sizes, roles: Collection[str]) -> di
             config, config.reward_model, sizes.of(config.reward_model.base, config.reward_model.layers), logits=False
         ),
         SFT: lambda: _learner(config, config.sft, sizes.of(None), logits=True),
+        PREFERENCE: lambda: _learner(config, config.preference, sizes.of(None), logits=True),
     }
     return {role: memory_of[role]() for role in memory_of if role in roles}
 

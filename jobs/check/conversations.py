@@ -11,13 +11,14 @@ from actors.models.model import resolve_model
 from actors.models.size import num_embeddings
 from actors.text.conversations import Chat, base_chat, reward_chat
 from actors.text.tokenizing import has_tokenizer, load_tokenizer
-from jobs.prepare import find_data
+from actors.training.ranked_rows import judged
 from jobs.stages.settings import chat_template
 from jobs.stages.stage import Found
+from jobs.stages.work.judged import read_judged
 from orchestrator.algorithms.ranking import spread
 from orchestrator.config.config import Config
+from orchestrator.config.losses import Judgement
 from orchestrator.config.rewards import ModelRewardConfig
-from orchestrator.data.readers import read_rankings
 from orchestrator.data.records import Message, messages_from_dicts
 from orchestrator.errors import DataError, RlhfError
 
@@ -76,14 +77,25 @@ def check_training_conversations(config: Config, found: Found) -> str | None:
     model = config.reward_model.base or config.model.path
     start, mine = (resolve_model(name, config.run.cache) for name in (model, config.model.path))
     chat = base_chat(start, mine, config.model, chat_template(config))
-    if config.preferences.path is not None:
-        path = find_data(config.preferences.path)
-        records, _ = read_rankings(path, config.preferences.format, config.preferences.limit)
-        for record in spread(records, TRIED):
-            with _naming(f"preference {record.id!r}"):
-                for reply in record.replies:
-                    chat.reply(record.messages, reply, record.tools)
+    _write_judged(config, config.reward_model.loss.judgement, chat)
     return _written(config, found, "reward_model.base", model, chat)
+
+
+def check_preferred_conversations(config: Config, found: Found) -> str | None:
+    """Writes conversations as the training of the policy on preferences will. Raises DataError as above."""
+    if found.chat is not None:
+        _write_judged(config, config.preference.loss.judgement, found.chat)
+    return None
+
+
+def _write_judged(config: Config, judgement: Judgement, chat: Chat) -> None:
+    if config.preferences.path is None:
+        return
+    records, _ = read_judged(config, judgement)
+    for record in spread(records, TRIED):
+        with _naming(f"preference {record.id!r}"):
+            for reply in judged(record)[0]:
+                chat.reply(record.messages, reply, record.tools)
 
 
 def check_scoring_conversations(config: Config, found: Found) -> str | None:

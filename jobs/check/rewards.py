@@ -18,11 +18,11 @@ from actors.rewards.judge import JudgeReward
 from actors.rewards.model import read_stats
 from actors.rewards.pair_judge import PairJudge
 from actors.rewards.rules import RuleReward
-from jobs.prepare import find_data
 from jobs.stages.settings import judge_template, pair_template, reward_base, reward_max_length
 from jobs.stages.stage import Found
-from jobs.stages.work.reward_model import split_held_out
+from jobs.stages.work.judged import read_judged, split_held_out
 from orchestrator.config.config import Config
+from orchestrator.config.losses import Judgement
 from orchestrator.config.rewards import (
     HttpRewardConfig,
     JudgeConfig,
@@ -31,7 +31,6 @@ from orchestrator.config.rewards import (
     RuleConfig,
     RulesRewardConfig,
 )
-from orchestrator.data.readers import read_rankings
 from orchestrator.errors import ConfigError, DataError, RewardError
 
 HTTP_PROBE_S = 10.0
@@ -41,12 +40,21 @@ _JUDGE_SHOWN = 60  # characters
 Judging = TypeVar("Judging", bound=JudgeConfig)
 
 
-def check_preferences(config: Config, found: Found) -> str | None:
-    preferences = config.preferences
-    if preferences.path is None:
+def check_rewarded(config: Config, found: Found) -> str | None:
+    """The file that the reward model is trained on."""
+    return _judged_file(config, config.reward_model.loss.judgement)
+
+
+def check_preferred(config: Config, found: Found) -> str | None:
+    """The file that the policy is trained on without a reward model."""
+    return _judged_file(config, config.preference.loss.judgement)
+
+
+def _judged_file(config: Config, judgement: Judgement) -> str | None:
+    if config.preferences.path is None:
         return None
-    records, report = read_rankings(find_data(preferences.path), preferences.format, preferences.limit)
-    split_held_out(records, preferences.held_out)
+    records, report = read_judged(config, judgement)
+    split_held_out(records, config.preferences.held_out)
     return f"preferences: {report.summary()}"
 
 

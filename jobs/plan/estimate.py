@@ -19,8 +19,10 @@ from actors.training.reward_model import CALIBRATION_REPLIES
 from jobs.plan.work import layout_of, models_of, work_of
 from jobs.prepare import Prepared, prepare
 from jobs.resolve import WITHOUT_TRIAL, resolved
+from jobs.stages.stage import RowSizes, row_sizes
 from jobs.stages.table import stages_of
 from orchestrator.config.config import Config
+from orchestrator.config.trainings import OfflineConfig
 from orchestrator.planning.costs import (
     Dimensions,
     LearnSettings,
@@ -125,27 +127,46 @@ class Costs:
         )
         return training + self._score(size, np.repeat(chosen[:scored], replies), stage.micro_batch_tokens)
 
-    def sft(self, lengths: Sequence[int], learned: float, num_records: int) -> float:
-        """Training, and the loss of held-out rows. `lengths` stand for those of all rows, of which the share `learned`
-        is learned."""
+    def sft(self, rows: RowSizes) -> float:
+        """Training, and the loss of held-out rows."""
         stage = self.config.sft
-        whole = np.resize(np.asarray(lengths, dtype=np.int64), num_records)
-        batches = math.ceil(num_records / stage.records_per_batch)
+        return self._policy_training(stage, rows) + self._policy_forwards(stage, rows, _HELD_OUT)
+
+    def preference(self, rows: RowSizes) -> float:
+        """Training; the reference's log-probs of all rows, with KTO also of mismatched ones, under the policy too; and
+        the implicit rewards of held-out rows."""
+        stage = self.config.preference
+        reference = (1.0 + _HELD_OUT) * stage.loss.needs_reference
+        mismatched = 2.0 * stage.epochs * (stage.loss.judgement == "labels")
+        forwards = reference + mismatched + _HELD_OUT
+        return self._policy_training(stage, rows) + self._policy_forwards(stage, rows, forwards)
+
+    def _policy_training(self, stage: OfflineConfig, rows: RowSizes) -> float:
+        batches = math.ceil(rows.num_records / stage.records_per_batch)
         settings = LearnSettings(stage.zero_stage, stage.epochs, batches, stage.micro_batch_tokens)
-        size = self._size("policy")
-        training = learn_seconds(
-            size, self._device, settings, ranks=self._cores, lengths=whole, head_tokens=learned * whole.sum()
+        whole = rows.lengths
+        return learn_seconds(
+            self._size("policy"),
+            self._device,
+            settings,
+            ranks=self._cores,
+            lengths=whole,
+            head_tokens=rows.learned * whole.sum(),
         )
-        held_out = whole[: math.ceil(num_records * _HELD_OUT)]
-        return training + self._score(size, held_out, stage.micro_batch_tokens, learned * held_out.sum())
+
+    def _policy_forwards(self, stage: OfflineConfig, rows: RowSizes, times: float) -> float:
+        """So many times the rows of the training, without gradient."""
+        whole = np.resize(rows.lengths, math.ceil(len(rows.lengths) * times))
+        return self._score(self._size("policy"), whole, stage.micro_batch_tokens, rows.learned * whole.sum())
 
     def sft_on_samples(self, prompts: Splits[Prompt]) -> float:
         """The same of selected samples, as many as may be selected."""
         select, sample = self.config.select, self.config.sample
         chosen = _lengths(getattr(prompts, sample.split)[: sample.prompts])
         count = len(chosen) * (sample.samples_per_prompt * select.share if select.keep == "top" else 1)
-        lengths = chosen + self.config.rollout.max_new_tokens
-        return self.sft(lengths.tolist(), self.config.rollout.max_new_tokens / float(lengths.mean()), math.ceil(count))
+        longest = self.config.rollout.max_new_tokens
+        measured = [(int(length) + longest, longest) for length in chosen]
+        return self.sft(row_sizes(measured, num_rows=math.ceil(count), num_records=math.ceil(count)))
 
     def rl(self, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> float:
         steps = self.config.rl.steps

@@ -101,8 +101,8 @@ def result_facts(run: RunData) -> Iterator[Fact]:
         yield Fact("KL per response, held out", f"{kl:.2f} nats", f"version {max(run.evaluations)}")
     if (kl_training := run.last("kl/per_response")) is not None:
         yield Fact("KL per response, training", f"{kl_training:.2f} nats", "last step")
-    if run.reward_model_accuracy is not None:
-        yield Fact("Reward model accuracy", f"{100 * run.reward_model_accuracy:.1f} %", run.reward_model_detail)
+    for accuracy in run.accuracies:
+        yield Fact(accuracy.name, f"{100 * accuracy.value:.1f} %", accuracy.detail)
     for what, name in (("generated", "tokens/generated_per_s"), ("learned", "tokens/learned_per_s")):
         if (rate := run.median(name)) is not None:
             yield Fact(f"Tokens {what}", f"{rate:,.0f} / s", "median over steps, of the time spent on it")

@@ -43,6 +43,15 @@ class Extremes:
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """The share of held-out pairs that a stage's model puts in order."""
+
+    name: str
+    value: float
+    detail: str
+
+
+@dataclass(frozen=True)
 class RunData:
     """Everything that the report shows.
 
@@ -70,8 +79,7 @@ class RunData:
     rewards: Extremes
     golds: Extremes
     score_name: str
-    reward_model_accuracy: float | None
-    reward_model_detail: str
+    accuracies: Sequence[Accuracy]
     best: Best | None
     status: str
     wall_s: float
@@ -121,8 +129,7 @@ def read_run(folder: Path) -> RunData:
         rewards=_extremes(_logged_samples(place, notes)),
         golds=_extremes(_evaluated_samples(evaluations)),
         score_name=_score_name(config),
-        reward_model_accuracy=_accuracy(lines, events),
-        reward_model_detail=_reward_model_detail(events),
+        accuracies=list(_accuracies(lines, events)),
         best=read_best(place / "checkpoints"),
         status=_status(events, config),
         wall_s=_wall_seconds([*lines, *events]),
@@ -237,15 +244,20 @@ def _num_left_out(asked: Mapping[int, set[str]], comparison: Comparison | None) 
     return 0 if comparison is None else len(asked[min(asked)] | asked[max(asked)]) - comparison.num_prompts
 
 
-def _accuracy(lines: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> float | None:
-    found = [line["metrics"].get("reward_model/held_out_accuracy") for line in lines]
-    found += [event.get("held_out_accuracy") for event in events if "held_out_accuracy" in event]
-    known = [float(value) for value in found if value is not None]
-    return known[-1] if known else None
+def _accuracies(lines: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> Iterator[Accuracy]:
+    for name, metric, of_policy in (
+        ("Reward model accuracy", "reward_model/held_out_accuracy", False),
+        ("Implicit reward accuracy", "preference/held_out_accuracy", True),
+    ):
+        measured = [event for event in events if "held_out_accuracy" in event]
+        trained = [event for event in measured if (event["kind"] == "policy_trained") is of_policy]
+        found = [line["metrics"].get(metric) for line in lines] + [event["held_out_accuracy"] for event in trained]
+        known = [float(value) for value in found if value is not None]
+        if known:
+            yield Accuracy(name, known[-1], _detail(trained[-1] if trained else {}))
 
 
-def _reward_model_detail(events: Sequence[Mapping[str, Any]]) -> str:
-    trained: Mapping[str, Any] = next((event for event in reversed(events) if event["kind"] == "trained"), {})
+def _detail(trained: Mapping[str, Any]) -> str:
     parts = [f"{trained['num_pairs']} held-out pairs" if "num_pairs" in trained else "held-out pairs"]
     if trained.get("interval"):
         low, high = trained["interval"]

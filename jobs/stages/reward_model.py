@@ -25,7 +25,7 @@ class RewardModel(Stage):
     sections = ("reward_model", "preferences")
     leaves = (RESULT_FILE,)
     starts_from_policy = True
-    checks = ("jobs.check.rewards:check_preferences", "jobs.check.conversations:check_training_conversations")
+    checks = ("jobs.check.rewards:check_rewarded", "jobs.check.conversations:check_training_conversations")
     instead = MappingProxyType({PREFERENCES: "give a preference file: preferences.path"})
 
     def reads(self, config: Config) -> Sequence[str]:
@@ -33,6 +33,14 @@ class RewardModel(Stage):
 
     def makes(self, config: Config) -> Sequence[Artifact]:
         return (Artifact(REWARD_MODEL, "reward-model"),)
+
+    def problems(self, config: Config) -> Iterable[str]:
+        loss = config.reward_model.loss
+        if config.preferences.path is None and loss.judgement != "rankings":
+            yield (
+                f"reward_model.loss.name={loss.name!r} learns {loss.judgement}, which no stage makes: give a file of "
+                "them, preferences.path, or choose reward_model.loss.name=pairwise."
+            )
 
     def inputs(self, config: Config) -> Inputs:
         return Inputs(

@@ -63,7 +63,7 @@ class Sft(Stage):
     def seconds(self, costs: Costs, prepared: Prepared) -> float:
         if costs.config.demonstrations.path is None:
             return costs.sft_on_samples(prepared.prompts)
-        return costs.sft(*imported("jobs.stages.work.demonstrations:sizes")(costs.config, prepared.chat))
+        return costs.sft(imported("jobs.stages.work.demonstrations:sizes")(costs.config, prepared.chat))
 
     def is_finished(self, config: Config, run: RunFolder) -> bool:
         return (run.place / RESULT_FILE).exists()

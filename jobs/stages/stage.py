@@ -12,6 +12,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from jobs.command import imported
 from orchestrator.config.changes import value_of
 from orchestrator.config.config import Config
@@ -84,6 +87,28 @@ class Found:
     examples: pa.Table | None
 
 
+@dataclass(frozen=True)
+class RowSizes:
+    """The data of a training without rollouts, for estimates.
+
+    Args:
+        num_records: records, each of one row or several.
+        lengths: tokens of every row.
+        learned: share of these tokens that is learned.
+    """
+
+    num_records: int
+    lengths: npt.NDArray[np.int64]
+    learned: float
+
+
+def row_sizes(measured: Sequence[tuple[int, int]], *, num_rows: int, num_records: int) -> RowSizes:
+    """Args: measured: (tokens, learned tokens) of some rows, which stand for all."""
+    lengths = np.asarray([total for total, _ in measured], dtype=np.int64)
+    learned = sum(learned for _, learned in measured) / max(int(lengths.sum()), 1)
+    return RowSizes(num_records, np.resize(lengths, num_rows), learned)
+
+
 class Costs(Protocol):
     """Seconds of work on this machine, in the units that stages are made of (jobs/plan/estimate.py)."""
 
@@ -94,7 +119,9 @@ class Costs(Protocol):
 
     def reward_model(self, prompts: Sequence[Prompt]) -> float: ...
 
-    def sft(self, lengths: Sequence[int], learned: float, num_records: int) -> float: ...
+    def sft(self, rows: RowSizes) -> float: ...
+
+    def preference(self, rows: RowSizes) -> float: ...
 
     def sft_on_samples(self, prompts: Splits[Prompt]) -> float: ...
 

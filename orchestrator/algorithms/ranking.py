@@ -35,10 +35,11 @@ def num_pairs(num_replies: int) -> int:
 
 def concordant_pairs(scores: Sequence[float]) -> float:
     """Number of pairs that the scores order correctly. Replies are given best first; equal scores count as half."""
-    return sum(_order(better, worse) for better, worse in itertools.combinations(scores, 2))
+    return sum(order(better, worse) for better, worse in itertools.combinations(scores, 2))
 
 
-def _order(better: float, worse: float) -> float:
+def order(better: float, worse: float) -> float:
+    """1: the better reply has the higher score; ½: equal scores; 0: the lower score."""
     return 1.0 if better > worse else 0.5 if better == worse else 0.0
 
 

@@ -37,6 +37,7 @@ from orchestrator.config.sections import (
 from orchestrator.config.stages import StageEntry, in_rounds
 from orchestrator.config.trainings import (
     DemonstrationsConfig,
+    PreferenceConfig,
     PreferencesConfig,
     PtxConfig,
     RewardModelConfig,
@@ -48,7 +49,7 @@ class Config(Section):
     stages: Annotated[tuple[StageEntry, ...], Field(min_length=1), BeforeValidator(in_rounds)] = (
         StageEntry(kind="rl", name="rl"),
     )
-    """Stages of the run, in order: sft, sample, score, select, preferences, reward_model, rl, evaluate.
+    """Stages of the run, in order: sft, sample, score, select, preferences, reward_model, preference, rl, evaluate.
     A repeated stage needs a unique name: {name: again, kind: rl, set: {rl.steps: 5}}.
     {rounds: 2, stages: [sample, rl]} repeats stages: sample-1, rl-1, sample-2, rl-2."""
     run: RunConfig = RunConfig()
@@ -61,6 +62,7 @@ class Config(Section):
     select: SelectConfig = SelectConfig()
     preferences: PreferencesConfig = PreferencesConfig()
     reward_model: RewardModelConfig = RewardModelConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     reward: Annotated[SerializeAsAny[RewardConfig], ByName(REWARDS, default="model")] = ModelRewardConfig()
     rule_limits: RuleLimits = RuleLimits()
     policy: LearnerConfig = LearnerConfig()

@@ -6,17 +6,29 @@ import math
 from pathlib import Path
 from typing import Annotated
 
-from orchestrator.config.base import NonNegative, NonNegativeNumber, Positive, PositiveNumber, Section, one_of
+from pydantic import SerializeAsAny
+
+from orchestrator.config.base import (
+    ByName,
+    NonNegative,
+    NonNegativeNumber,
+    Positive,
+    PositiveNumber,
+    Section,
+    one_of,
+)
+from orchestrator.config.losses import PREFERENCE_LOSSES, REWARD_LOSSES, Dpo, Pairwise, PreferenceLoss, RewardLoss
 from orchestrator.config.sections import LearnerConfig, TrainingConfig
 from orchestrator.data.formats.demonstrations import DEMONSTRATION_FORMATS
 from orchestrator.data.formats.documents import DOCUMENT_FORMATS
+from orchestrator.data.formats.feedback import LABEL_FORMATS, SCORE_FORMATS
 from orchestrator.data.formats.rankings import RANKING_FORMATS
 
 
 class PreferencesConfig(Section):
     path: Path | None = None
     """Preference file. Null: the labeller ranks replies of the initial policy."""
-    format: Annotated[str, one_of(RANKING_FORMATS, "auto")] = "auto"
+    format: Annotated[str, one_of({**RANKING_FORMATS, **LABEL_FORMATS, **SCORE_FORMATS}, "auto")] = "auto"
     """Record format (docs/data.md). auto: detected from the first record's fields."""
     limit: Positive | None = None
     """Read at most this many records."""
@@ -86,6 +98,7 @@ class OfflineConfig(TrainingConfig):
 
 
 class RewardModelConfig(OfflineConfig):
+    loss: Annotated[SerializeAsAny[RewardLoss], ByName(REWARD_LOSSES, default="pairwise")] = Pairwise()
     base: str | None = None
     """Initial model of the reward model. Null: the policy."""
     layers: Positive | None = None
@@ -101,3 +114,11 @@ class SftConfig(OfflineConfig):
     max_length: Positive = 512
     """Maximum length of a row, in tokens. Longer conversations are split before user turns, so that every reply is
     learned once; a single exchange that is longer is cut at its end. Both are counted."""
+
+
+class PreferenceConfig(OfflineConfig):
+    loss: Annotated[SerializeAsAny[PreferenceLoss], ByName(PREFERENCE_LOSSES, default="dpo")] = Dpo()
+    learning_rate: PositiveNumber = 1e-6
+    """Peak learning rate. Linear warm-up over a tenth of the steps, then linear decay."""
+    max_length: Positive = 512
+    """Longer transcripts are cut at the start and counted."""

@@ -13,6 +13,7 @@ RECORDER_CPUS = 1.0
 REWARD_MODEL = "reward_model"
 """The name of the reward model among artifacts, and of what trains it in plans and messages."""
 SFT = "sft"
+PREFERENCE = "preference"
 
 
 def engine_demand(config: Config) -> Demand:

@@ -10,6 +10,7 @@ import pyarrow as pa
 from actors.text.conversations import Chat
 from actors.text.learned import Rows
 from jobs.prepare import find_data, policy_chat
+from jobs.stages.stage import RowSizes, row_sizes
 from orchestrator.algorithms.ranking import spread
 from orchestrator.config.config import Config
 from orchestrator.data.readers import read_demonstrations, read_documents
@@ -55,15 +56,14 @@ def parts_of(
     return train, held_out
 
 
-def sizes(config: Config, chat: Chat) -> tuple[Sequence[int], float, int]:
-    """Lengths in tokens of some rows, the share of their tokens that is learned, and the number of all rows. Raises
-    DataError."""
+def sizes(config: Config, chat: Chat) -> RowSizes:
+    """Raises DataError."""
     train, _ = parts_of(config, read(config)[0])
     some = spread(train, MEASURED)
     rows = rows_of(config, chat, some).rows
-    lengths = [len(row.tokens) for row in rows]
-    learned = sum(int(row.learn.sum()) for row in rows) / sum(lengths)
-    return lengths, learned, round(len(rows) * len(train) / len(some))
+    num_rows = round(len(rows) * len(train) / len(some))
+    measured = [(len(row.tokens), int(row.learn.sum())) for row in rows]
+    return row_sizes(measured, num_rows=num_rows, num_records=num_rows)
 
 
 def rows_of(config: Config, chat: Chat, records: Sequence[Demonstration]) -> Rows:

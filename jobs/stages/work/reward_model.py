@@ -18,26 +18,24 @@ from actors.training.train_run import Progress
 from jobs.check.capacity import find_cluster
 from jobs.cluster.connection import cluster
 from jobs.command import imported, run_async, say
-from jobs.prepare import find_data
 from jobs.resolve import WITHOUT_TRIAL, resolved
 from jobs.stages.preferences import PREFERENCES
 from jobs.stages.reward_model import RESULT_FILE
 from jobs.stages.settings import alone, chat_template
 from jobs.stages.stage import StageJob
+from jobs.stages.work.judged import Records, measure_held_out, read_judged, split_held_out
 from jobs.stages.work.labeller import read_gold
 from jobs.stages.work.training import Report, train_section, work_of
-from orchestrator.algorithms.ranking import concordant_pairs, kendall_tau, num_pairs, wilson_interval
+from orchestrator.algorithms.calibration import Calibration
 from orchestrator.config.config import Config
-from orchestrator.data.readers import read_rankings
-from orchestrator.data.records import RankingRecord
-from orchestrator.errors import ConfigError, DataError
+from orchestrator.errors import ConfigError
 from orchestrator.planning.demands import REWARD_MODEL, plan_training
-from orchestrator.prompts import split
 from orchestrator.run.folder import open_run
 from orchestrator.run.storage import write_json
 from orchestrator.watching.telemetry import Telemetry
 
 _RECORDED = ("loss", "accuracy", "grad_norm", "learning_rate")
+_RECORDED_OF_SCORES = ("loss", "absolute_error", "grad_norm", "learning_rate")
 
 Say = Callable[[str], None]
 
@@ -52,7 +50,8 @@ class RewardModelResult:
         interval: its 95 % interval (Wilson), as if pairs were independent; pairs of one prompt are not quite.
         num_pairs: held-out pairs.
         kendall_tau: mean over held-out prompts with more than two replies; None: there are none.
-        loss, accuracy: means over the last tenth of the optimizer steps, on training pairs.
+        calibration: of held-out replies; also kept in the model's folder.
+        loss, accuracy: means over the last tenth of the optimizer steps, on training pairs; no accuracy of scores.
         num_truncated: transcripts that lost tokens at their start.
         score_mean, score_std: of raw scores of training replies, kept in reward_stats.json.
     """
@@ -62,8 +61,9 @@ class RewardModelResult:
     interval: Sequence[float]
     num_pairs: int
     kendall_tau: float | None
+    calibration: Calibration
     loss: float
-    accuracy: float
+    accuracy: float | None
     num_records: int
     num_held_out: int
     num_truncated: int
@@ -82,6 +82,10 @@ class RewardModelResult:
             )
         if self.kendall_tau is not None:
             parts.append(f"Kendall tau {self.kendall_tau:.2f}")
+        if self.calibration.expected_error is not None:
+            parts.append(f"calibration error {self.calibration.expected_error:.2f}")
+        if self.calibration.length_correlation is not None:
+            parts.append(f"correlation with length {self.calibration.length_correlation:.2f}")
         if self.num_truncated:
             parts.append(f"{self.num_truncated} transcripts cut at their start to reward_model.max_length")
         return ", ".join([*parts, f"{self.seconds:.0f} s"])
@@ -90,14 +94,12 @@ class RewardModelResult:
 async def run(job: StageJob) -> Mapping[str, Any]:
     """Reads the preferences, trains, and writes the result next to the model."""
     config = job.config
-    preferences = config.preferences
-    is_given = preferences.path is not None
-    path = find_data(preferences.path) if preferences.path is not None else job.inputs[PREFERENCES]
-    records, report = read_rankings(path, preferences.format, preferences.limit)
+    path = job.inputs.get(PREFERENCES)
+    records, report = read_judged(config, config.reward_model.loss.judgement, path)
     job.say(f"reward model: {report.summary()}")
-    train, held_out = split_held_out(records, preferences.held_out)
+    train, held_out = split_held_out(records, config.preferences.held_out)
     gold = None
-    if not is_given:
+    if path is not None:
         gold_of_prompt = read_gold(path)
         gold = [gold_of_prompt[record.id] for record in held_out]
     result = await train_reward_model(
@@ -109,32 +111,10 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     return asdict(result)
 
 
-def split_held_out(
-    records: Sequence[RankingRecord], held_out: int | None
-) -> tuple[Sequence[RankingRecord], Sequence[RankingRecord]]:
-    """(to train on, held out): the last `held_out` records, or (None) a tenth by a hash of the prompt.
-
-    Raises:
-        DataError: nothing is left to train on.
-    """
-    if held_out is None:
-        parts = split(records, held_out_fraction=0.1, reward_model_fraction=0.0, salt="preferences")
-        train, kept = parts.train, parts.held_out
-    else:
-        start = max(len(records) - held_out, 0)
-        train, kept = tuple(records[:start]), tuple(records[start:])
-    if not train:
-        raise DataError(
-            f"of {len(records)} preferences {len(kept)} are held out, so none is left to train on. Give more "
-            "preferences or lower preferences.held_out."
-        )
-    return train, kept
-
-
 async def train_reward_model(
     config: Config,
-    records: Sequence[RankingRecord],
-    held_out: Sequence[RankingRecord],
+    records: Records,
+    held_out: Records,
     folder: Path,
     telemetry: Telemetry,
     say: Say,
@@ -158,6 +138,7 @@ async def train_reward_model(
     started = monotonic()
     folder = folder.absolute()
     settings = _settings(config, folder, num_records=len(records))
+    recorded = _RECORDED if config.reward_model.loss.judgement == "rankings" else _RECORDED_OF_SCORES
     trained: Trained
     steps, trained = await train_section(
         config,
@@ -165,10 +146,10 @@ async def train_reward_model(
         partial(RewardModelTask, settings),
         (tuple(records), tuple(held_out)),
         settings.work,
-        Report(telemetry, say, REWARD_MODEL, settings.total_optimizer_steps, _RECORDED, _words),
+        Report(telemetry, say, REWARD_MODEL, settings.total_optimizer_steps, recorded, _words),
         identity=_identity(settings, records, held_out),
     )
-    quality = measure(trained.held_out_scores, gold)
+    quality = measure_held_out(trained.held_out_scores, held_out, gold)
     if quality.accuracy is not None:
         telemetry.evaluation(len(steps), {"reward_model/held_out_accuracy": quality.accuracy})
     last = steps[-math.ceil(len(steps) / 10) :]
@@ -178,8 +159,9 @@ async def train_reward_model(
         interval=quality.interval,
         num_pairs=quality.num_pairs,
         kendall_tau=quality.kendall_tau,
+        calibration=trained.calibration,
         loss=_mean(step["loss"] for step in last),
-        accuracy=_mean(step["accuracy"] for step in last),
+        accuracy=_mean(step["accuracy"] for step in last) if "accuracy" in recorded else None,
         num_records=len(records),
         num_held_out=len(held_out),
         num_truncated=trained.num_truncated,
@@ -190,34 +172,6 @@ async def train_reward_model(
     )
     shutil.rmtree(settings.work, ignore_errors=True)
     return result
-
-
-@dataclass(frozen=True)
-class Quality:
-    """How scores order held-out replies; see RewardModelResult."""
-
-    accuracy: float | None
-    interval: tuple[float, float]
-    num_pairs: int
-    kendall_tau: float | None
-
-
-def measure(scores: Sequence[Sequence[float]], gold: Sequence[Sequence[float]] | None = None) -> Quality:
-    """Args:
-    scores: per record, of its replies, best reply first.
-    gold: per record, their true scores. None: the order is the truth.
-    """
-    correct = sum(concordant_pairs(replies) for replies in scores)
-    pairs = sum(num_pairs(len(replies)) for replies in scores)
-    truth = gold if gold is not None else [range(len(replies), 0, -1) for replies in scores]
-    taus = [kendall_tau(replies, true) for replies, true in zip(scores, truth, strict=True) if len(replies) > 2]
-    known = [tau for tau in taus if tau is not None]
-    return Quality(
-        accuracy=correct / pairs if pairs else None,
-        interval=wilson_interval(correct, pairs),
-        num_pairs=pairs,
-        kendall_tau=_mean(known) if known else None,
-    )
 
 
 def _settings(config: Config, folder: Path, *, num_records: int) -> RewardTraining:
@@ -233,9 +187,7 @@ def _settings(config: Config, folder: Path, *, num_records: int) -> RewardTraini
     )
 
 
-def _identity(
-    settings: RewardTraining, records: Sequence[RankingRecord], held_out: Sequence[RankingRecord]
-) -> tuple[object, ...]:
+def _identity(settings: RewardTraining, records: Records, held_out: Records) -> tuple[object, ...]:
     """Everything that decides what is learned."""
     stage = settings.stage.model_dump(exclude={"checkpoint_every_steps"})
     model = settings.policy
@@ -244,8 +196,10 @@ def _identity(
 
 
 def _words(steps: Sequence[Progress]) -> str:
-    loss, accuracy = (_mean(step[name] for step in steps) for name in ("loss", "accuracy"))
-    return f"loss {loss:.3f}  pairs in order {accuracy:.0%}"
+    loss = f"loss {_mean(step['loss'] for step in steps):.3f}"
+    if "accuracy" in steps[0]:
+        return f"{loss}  pairs in order {_mean(step['accuracy'] for step in steps):.0%}"
+    return f"{loss}  absolute error {_mean(step['absolute_error'] for step in steps):.2f}"
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from actors.learning.distributed import Group
 from actors.text.conversations import chat_of
-from actors.training.ranked_rows import RankedRows, padding_token, ranked_rows
+from actors.training.ranked_rows import RankedRows, mismatched_rows, padding_token, ranked_rows
 from orchestrator.data.records import Message, RankingRecord
 from tests.tiny import tiny_tokenizer
 
@@ -94,3 +94,32 @@ def test_rows_are_packed_with_their_rank_and_record() -> None:
     assert micro.columns["group"].tolist() == [1, 1]
     ends = micro.input_ids_BT.flatten()[micro.last_index_B]
     assert np.all(ends.numpy() == TOKENIZER.eos_token_id)
+
+
+def test_log_probs_of_the_reference_go_with_the_rows() -> None:
+    ranked = _rows(2, 2).with_reference([-1.0, -2.0, -3.0, -4.0])
+    assert ranked.rows.pack((2, 1), torch.device("cpu")).columns["reference"].tolist() == [-3, -2]
+
+
+def test_a_learned_prompt_is_that_of_the_best_reply_without_its_first_token() -> None:
+    plain, ranked = _rows(2, 3), _rows(2, 3).with_prompts_learned()
+    assert ranked.lengths == plain.lengths
+    for row in range(5):
+        prompt, reply = (plain.table[name][row].as_py() for name in ("prompt_tokens", "response_tokens"))
+        micro = ranked.rows.pack((row,), torch.device("cpu"))
+        assert micro.input_ids_BT.tolist() == [prompt + reply]
+        is_best = row in (0, 2)
+        assert micro.targets_N.tolist() == (prompt[1:] if is_best else []) + reply
+        assert micro.columns["reply"].tolist() == [0.0] * (len(prompt) - 1) * is_best + [1.0] * len(reply)
+        assert micro.lengths_B.tolist() == [len(micro.targets_N)]
+        assert micro.columns["quality"].tolist() == [plain.table["quality"][row].as_py()]
+
+
+def test_a_mismatched_row_is_a_prompt_with_the_best_reply_to_another() -> None:
+    ranked = _rows(2, 2, 2)
+    mixed = mismatched_rows(ranked, [(0, 2), (1, 0)], max_length=200)
+    prompts, replies = (ranked.table[name].to_pylist() for name in ("prompt_tokens", "response_tokens"))
+    assert mixed.table["prompt_tokens"].to_pylist() == [prompts[0], prompts[2]]
+    assert mixed.table["response_tokens"].to_pylist() == [replies[4], replies[0]]
+    (short,) = mismatched_rows(ranked, [(0, 2)], max_length=5).lengths
+    assert short == 5

@@ -15,6 +15,7 @@ from actors.machine.probe import Speed
 from jobs.plan import estimate as module
 from jobs.plan.estimate import estimate, expected
 from jobs.prepare import Prepared, without_prompts
+from jobs.stages.preference import Preference
 from jobs.stages.reward_model import RewardModel
 from jobs.stages.rl import Rl
 from jobs.stages.sample import Sample
@@ -108,3 +109,17 @@ def test_nodes_of_another_kind_are_told_with_the_way_out() -> None:
     assert "node 10.0.0.2 is of another kind (Zen 3, AVX2, 2 threads" in found[0]
     assert "model.dtype=float32" in found[0]
     assert complaints("float32", {"10.0.0.2": AVX2}) == []
+
+
+def test_a_loss_that_compares_with_a_reference_takes_one_more_forward(
+    tmp_path: Path, machine: Any, prepared: Prepared
+) -> None:
+    machine(AMX)
+    stages = ["stages=[sample,preferences,preference]", "preference.max_length=128"]
+    seconds = {
+        loss: estimate(quickstart(tmp_path, "float32", *stages, f"preference.loss.name={loss}"), prepared).parts[
+            Preference.kind
+        ]
+        for loss in ("dpo", "simpo")
+    }
+    assert 1.1 < seconds["dpo"] / seconds["simpo"] < 1.5

@@ -199,3 +199,18 @@ def test_rl_has_finished_when_its_last_step_is_saved_and_exported_and_it_said_so
         assert left(steps=21) == ["rl"]
         telemetry.event("stage_started")
         assert left() == ["rl"]
+
+
+def test_a_loss_of_labels_or_scores_needs_a_file(tmp_path: Path) -> None:
+    for kind, loss in (("preference", "kto"), ("reward_model", "ordinal")):
+        sections: dict[str, Any] = {kind: {"loss": {"name": loss}}}
+        with pytest.raises(
+            ConfigError, match=rf"{kind}\.loss\.name='{loss}' learns (labels|scores).*preferences\.path"
+        ):
+            stages_of(config_of(tmp_path, "sample", "preferences", kind, **sections))
+        stages_of(config_of(tmp_path, kind, preferences={"path": "p.jsonl"}, **sections))
+
+
+def test_preferences_fit_into_the_policy_s_window(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"preference\.max_length=900 exceeds"):
+        stages_of(config_of(tmp_path, "preference", preferences={"path": "p"}, preference={"max_length": 900}))

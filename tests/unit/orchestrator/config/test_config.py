@@ -19,7 +19,7 @@ from orchestrator.errors import ConfigError
 GROUPS = {"name": "grpo"}
 SHIPPED = Path(__file__).parents[4] / "jobs" / "configs"
 TO_GIVE = {"hh_rlhf": ["preferences.path=FILE"]}
-NUM_KEYS, MOST_KEYS = 219, 250
+NUM_KEYS, MOST_KEYS = 245, 250
 
 
 def config(**sections: Any) -> Config:

@@ -6,43 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from jobs.stages.work.reward_model import RewardModelResult, measure, split_held_out
+from jobs.stages.work.reward_model import RewardModelResult
+from orchestrator.algorithms.calibration import Calibration
 from orchestrator.config.loader import config_from_tree
-from orchestrator.data.records import Message, RankingRecord
-from orchestrator.errors import CapacityError, DataError
+from orchestrator.errors import CapacityError
 from orchestrator.planning.demands import REWARD_MODEL, plan_training
 from orchestrator.planning.placement import Node
 from tests.deadlines import scaled
-
-RECORDS = [RankingRecord(f"p{n}", (Message("user", str(n)),), ("good", "bad")) for n in range(200)]
-
-
-def test_the_last_records_are_held_out() -> None:
-    train, held_out = split_held_out(RECORDS, 20)
-    assert (*train, *held_out) == tuple(RECORDS) and len(held_out) == 20
-    assert split_held_out(RECORDS, 0) == (tuple(RECORDS), ())
-
-
-def test_without_a_number_a_tenth_is_held_out_whatever_else_is_in_the_file() -> None:
-    train, held_out = split_held_out(RECORDS, None)
-    assert 8 <= len(held_out) <= 35 and len(train) + len(held_out) == 200
-    assert set(split_held_out(RECORDS[::2], None)[1]) == set(held_out) & set(RECORDS[::2])
-
-
-def test_nothing_left_to_train_on_is_an_error() -> None:
-    with pytest.raises(DataError, match=r"preferences\.held_out"):
-        split_held_out(RECORDS[:5], 5)
-
-
-def test_quality_by_hand() -> None:
-    quality = measure([[3.0, 2.0, 1.0], [1.0, 2.0], [0.0, 0.0]])
-    assert quality.num_pairs == 5
-    assert quality.accuracy == pytest.approx(3.5 / 5)
-    assert quality.kendall_tau == 1.0
-    low, high = quality.interval
-    assert low < 0.7 < high
-    assert measure([[3.0, 2.0, 1.0]], gold=[[1.0, 2.0, 3.0]]).kendall_tau == -1.0
-    assert measure([]).accuracy is None and measure([]).kendall_tau is None
 
 
 @pytest.mark.parametrize(
@@ -98,5 +68,6 @@ def _config(**stage: object):  # type: ignore[no-untyped-def]
 def _result(**given: object) -> RewardModelResult:
     numbers = dict.fromkeys(("loss", "accuracy", "score_mean", "score_std", "seconds"), 0.5)
     counts = dict.fromkeys(("num_pairs", "num_records", "num_held_out", "num_truncated", "optimizer_steps"), 0)
-    none = {"path": "m", "held_out_accuracy": None, "interval": (0.0, 1.0), "kendall_tau": None}
+    none: dict[str, object] = {"path": "m", "held_out_accuracy": None, "interval": (0.0, 1.0), "kendall_tau": None}
+    none["calibration"] = Calibration([], None, None)
     return RewardModelResult(**(none | numbers | counts | given))  # type: ignore[arg-type]

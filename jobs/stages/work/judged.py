@@ -1,0 +1,119 @@
+"""Replies that people or a rule judged: reads them for the stages that learn from them, and measures scores by them."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.training.ranked_rows import JudgedRecord, judged
+from jobs.prepare import find_data
+from orchestrator.algorithms.ranking import concordant_pairs, kendall_tau, num_pairs, order, spread, wilson_interval
+from orchestrator.config.config import Config
+from orchestrator.config.losses import Judgement
+from orchestrator.data.readers import read_labels, read_rankings, read_scores
+from orchestrator.data.records import ReadReport
+from orchestrator.errors import DataError
+from orchestrator.prompts import split
+
+_MOST_COMPARED = 500
+
+Records = Sequence[JudgedRecord]
+
+_READERS: Mapping[Judgement, Callable[..., tuple[Any, ReadReport]]] = {
+    "rankings": read_rankings,
+    "labels": read_labels,
+    "scores": read_scores,
+}
+
+
+def read_judged(config: Config, judgement: Judgement, path: Path | None = None) -> tuple[Records, ReadReport]:
+    """Reads preferences.path, or where it is null `path`. Raises DataError."""
+    section = config.preferences
+    if path is None and section.path is None:
+        raise DataError(f"preferences.path is null: give a file of {judgement}.")
+    file = find_data(section.path) if section.path is not None else path
+    return _READERS[judgement](file, section.format, section.limit)
+
+
+def split_held_out(records: Records, held_out: int | None) -> tuple[Records, Records]:
+    """(to train on, held out): the last `held_out` records, or (None) a tenth by a hash of the prompt.
+
+    Raises:
+        DataError: nothing is left to train on.
+    """
+    if held_out is None:
+        parts = split(records, held_out_fraction=0.1, reward_model_fraction=0.0, salt="preferences")
+        train, kept = parts.train, parts.held_out
+    else:
+        start = max(len(records) - held_out, 0)
+        train, kept = tuple(records[:start]), tuple(records[start:])
+    if not train:
+        raise DataError(
+            f"of {len(records)} preferences {len(kept)} are held out, so none is left to train on. Give more "
+            "preferences or lower preferences.held_out."
+        )
+    return train, kept
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How scores order held-out replies.
+
+    Args:
+        accuracy: share of pairs in the right order, equal scores counting half; None: no pairs.
+        interval: its 95 % interval (Wilson), as if pairs were independent; pairs of one prompt are not quite.
+        kendall_tau: mean over records with more than two replies; None: there are none.
+    """
+
+    accuracy: float | None
+    interval: tuple[float, float]
+    num_pairs: int
+    kendall_tau: float | None
+
+
+def measure(scores: Sequence[Sequence[float]], gold: Sequence[Sequence[float]] | None = None) -> Quality:
+    """Args:
+    scores: per record, of its replies, best reply first.
+    gold: per record, their true scores. None: the order is the truth.
+    """
+    correct = sum(concordant_pairs(replies) for replies in scores)
+    pairs = sum(num_pairs(len(replies)) for replies in scores)
+    truth = gold if gold is not None else [range(len(replies), 0, -1) for replies in scores]
+    taus = [kendall_tau(replies, true) for replies, true in zip(scores, truth, strict=True) if len(replies) > 2]
+    known = [tau for tau in taus if tau is not None]
+    return Quality(
+        accuracy=correct / pairs if pairs else None,
+        interval=wilson_interval(correct, pairs),
+        num_pairs=pairs,
+        kendall_tau=statistics.fmean(known) if known else None,
+    )
+
+
+def measure_singles(scores: Sequence[float], judgements: Sequence[float]) -> Quality:
+    """The same for single replies with a label or a score: pairs are those of two replies that were judged differently.
+    The interval is that of as many independent pairs as there are replies. At most 500 replies are compared."""
+    some = spread(list(zip(scores, judgements, strict=True)), _MOST_COMPARED)
+    by_judgement = sorted(some, key=lambda item: -item[1])
+    found = [(a, b) for (a, mine), (b, others) in itertools.combinations(by_judgement, 2) if mine > others]
+    correct = sum(order(better, worse) for better, worse in found)
+    accuracy = correct / len(found) if found else None
+    return Quality(
+        accuracy=accuracy,
+        interval=wilson_interval((accuracy or 0.0) * len(some), len(some) if found else 0),
+        num_pairs=len(found),
+        kendall_tau=kendall_tau(*zip(*some, strict=True)) if some else None,
+    )
+
+
+def measure_held_out(
+    scores: Sequence[Sequence[float]], records: Records, gold: Sequence[Sequence[float]] | None = None
+) -> Quality:
+    """`measure`, or `measure_singles` where records hold one reply each."""
+    judgements = [judgement for record in records for judgement in judged(record)[1]]
+    if len(judgements) > len(records):
+        return measure(scores, gold)
+    return measure_singles([score for (score,) in scores], judgements)

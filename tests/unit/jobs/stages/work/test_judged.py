@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+
+from jobs.stages.work.judged import measure, measure_held_out, measure_singles, split_held_out
+from orchestrator.data.records import LabelledRecord, Message, RankingRecord
+from orchestrator.errors import DataError
+
+RECORDS = [RankingRecord(f"p{n}", (Message("user", str(n)),), ("good", "bad")) for n in range(200)]
+
+
+def test_the_last_records_are_held_out() -> None:
+    train, held_out = split_held_out(RECORDS, 20)
+    assert (*train, *held_out) == tuple(RECORDS) and len(held_out) == 20
+    assert split_held_out(RECORDS, 0) == (tuple(RECORDS), ())
+
+
+def test_without_a_number_a_tenth_is_held_out_whatever_else_is_in_the_file() -> None:
+    train, held_out = split_held_out(RECORDS, None)
+    assert 8 <= len(held_out) <= 35 and len(train) + len(held_out) == 200
+    assert set(split_held_out(RECORDS[::2], None)[1]) == set(held_out) & set(RECORDS[::2])
+
+
+def test_nothing_left_to_train_on_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"preferences\.held_out"):
+        split_held_out(RECORDS[:5], 5)
+
+
+def test_quality_by_hand() -> None:
+    quality = measure([[3.0, 2.0, 1.0], [1.0, 2.0], [0.0, 0.0]])
+    assert quality.num_pairs == 5
+    assert quality.accuracy == pytest.approx(3.5 / 5)
+    assert quality.kendall_tau == 1.0
+    low, high = quality.interval
+    assert low < 0.7 < high
+    assert measure([[3.0, 2.0, 1.0]], gold=[[1.0, 2.0, 3.0]]).kendall_tau == -1.0
+    assert measure([]).accuracy is None and measure([]).kendall_tau is None
+
+
+def test_single_replies_are_compared_where_they_were_judged_differently() -> None:
+    # Stars 3, 3, 1, 1 with scores 1, 0.5, 2, 1: wrong, equal, wrong, wrong.
+    quality = measure_singles([2.0, 1.0, 0.5, 1.0], [1.0, 3.0, 3.0, 1.0])
+    assert (quality.num_pairs, quality.accuracy) == (4, 0.125)
+    assert measure_singles([2.0, 1.0], [0.0, 0.0]).accuracy is None
+    assert measure_singles([1.0, 2.0, 3.0], [0.0, 1.0, 2.0]).kendall_tau == 1.0
+
+
+def test_records_say_how_they_are_measured() -> None:
+    labels = [LabelledRecord(str(n), (Message("user", "q"),), "a", n > 1) for n in range(4)]
+    assert measure_held_out([[0.0], [1.0], [2.0], [3.0]], labels).accuracy == 1.0
+    assert measure_held_out([[0.0, 1.0]] * 200, RECORDS).accuracy == 0.0
+    assert measure_held_out([], []).accuracy is None
