@@ -22,6 +22,8 @@ from actors.learning import sharing
 
 Tensor = torch.Tensor
 
+_ANY_LENGTH = 2**31
+
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
@@ -57,9 +59,18 @@ class TokenRows:
         table: has `prompt_tokens` and `response_tokens`, and the named float columns: lists as long as the responses,
             or one number per row.
         learned_only: response tokens that the table's column `learn` does not mark are only input.
+        shares_prompts: `pack` puts neighbours with the same prompt in one line where that is less work.
     """
 
-    def __init__(self, table: pa.Table, columns: Sequence[str] = (), *, learned_only: bool = False) -> None:
+    def __init__(
+        self,
+        table: pa.Table,
+        columns: Sequence[str] = (),
+        *,
+        learned_only: bool = False,
+        shares_prompts: bool = False,
+    ) -> None:
+        self._shares_prompts = shares_prompts
         self._prompts, self._prompt_offsets = _flatten(table["prompt_tokens"])
         self._responses, self._response_offsets = _flatten(table["response_tokens"])
         self._chosen = _flatten(table["learn"])[0] if learned_only else np.ones(len(self._responses), np.bool_)
@@ -98,10 +109,16 @@ class TokenRows:
     def bundles(self, *, longest: int, shared: bool) -> list[tuple[int, ...]]:
         """The rows in lines of at most `longest` tokens: with `shared`, rows of one prompt together, otherwise one per
         line."""
-        if not shared:
-            return [(row,) for row in range(self.num_rows)]
-        texts = [self._texts(row) for row in range(self.num_rows)]
-        return sharing.bundles([prompt for prompt, _ in texts], [response for _, response in texts], longest=longest)
+        return self._bundles(range(self.num_rows), longest) if shared else [(row,) for row in range(self.num_rows)]
+
+    def lines(self, rows: Sequence[int]) -> list[tuple[int, ...]]:
+        """The lines in which `pack` puts these rows."""
+        return self._bundles(rows, _ANY_LENGTH) if self._shares_prompts else [(row,) for row in rows]
+
+    def _bundles(self, rows: Sequence[int], longest: int) -> list[tuple[int, ...]]:
+        texts = [self._texts(row) for row in rows]
+        found = sharing.bundles([prompt for prompt, _ in texts], [response for _, response in texts], longest=longest)
+        return [tuple(rows[i] for i in line) for line in found]
 
     def line_length(self, line: Sequence[int]) -> int:
         """Number of tokens of a line: its prompt once, and all responses."""
@@ -114,7 +131,7 @@ class TokenRows:
 
     def pack(self, rows: Sequence[int], device: torch.device) -> MicroBatch:
         """Pads rows to the longest. Empty `rows` gives a one-row dummy of weight 0."""
-        return self.pack_lines([(row,) for row in rows], device)
+        return self.pack_lines(self.lines(rows), device)
 
     def pack_lines(self, lines: Sequence[Sequence[int]], device: torch.device) -> MicroBatch:
         """As `pack`; the rows of a line share one prompt, which is at the beginning of the line."""

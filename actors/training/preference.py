@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from actors.learning.objectives.preference import (
     replies_of,
 )
 from actors.learning.packing import MicroBatch, TokenRows
+from actors.learning.sharing import can_share
 from actors.training.artifact import make_artifact
 from actors.training.language_model import PolicyTraining
 from actors.training.ranked_rows import JudgedRecord, RankedRows, mismatched_rows, ranked_rows
@@ -73,12 +74,15 @@ class PreferenceTask:
 
         def load() -> tuple[Any, Any, list[RankedRows]]:
             chat, model = settings.load()
-            return chat, model, [ranked_rows(part, chat, max_length=stage.max_length) for part in data]
+            rows = [ranked_rows(part, chat, max_length=stage.max_length) for part in data]
+            shares = can_share(model.pretrained)
+            return chat, model, [replace(part, shares_prompts=shares) for part in rows]
 
         self.chat, model, (train, held_out) = all_or_none(load, group)
         self.learner = Learner(
             model, stage.learner(steps), dtype=settings.policy.compute_dtype, total_optimizer_steps=steps
         )
+        self._shares_prompts = train.shares_prompts
         batches = self._batches(train.num_records) if stage.loss.judgement == "labels" else []
         pairs = dict.fromkeys(pair for batch in batches for pair in mismatched(batch))
         self._mismatched_row = {pair: row for row, pair in enumerate(pairs)}
@@ -151,7 +155,14 @@ class PreferenceTask:
 
     def _values(self, rows: TokenRows, values: Callable[[Any, MicroBatch], torch.Tensor]) -> list[float]:
         budget = self.settings.stage.micro_batch_tokens
-        return row_values(rows, self.learner, self.group, micro_batch_tokens=budget, values=values)
+        return row_values(
+            rows,
+            self.learner,
+            self.group,
+            micro_batch_tokens=budget,
+            shares_prompts=self._shares_prompts,
+            values=values,
+        )
 
 
 def _logprobs(output: tuple[torch.Tensor, torch.Tensor], micro: MicroBatch) -> torch.Tensor:

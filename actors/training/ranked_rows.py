@@ -27,16 +27,25 @@ _INT_LISTS = pa.list_(pa.int32())
 
 @dataclass(frozen=True, eq=False)
 class RankedRows:
-    """Tokens of all replies; record i owns the rows first_row[i] to first_row[i + 1]."""
+    """Tokens of all replies; record i owns the rows first_row[i] to first_row[i + 1].
+
+    `shares_prompts`: the prompt of a record is computed once for its replies where that is less work (sharing.py).
+    """
 
     table: pa.Table
     first_row: Sequence[int]
     num_truncated: int
+    shares_prompts: bool = False
 
     @cached_property
     def rows(self) -> TokenRows:
         names = self.table.column_names
-        return TokenRows(self.table, [name for name in _COLUMNS if name in names], learned_only="learn" in names)
+        return TokenRows(
+            self.table,
+            [name for name in _COLUMNS if name in names],
+            learned_only="learn" in names,
+            shares_prompts=self.shares_prompts,
+        )
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -85,9 +94,10 @@ class RankedRows:
 
         Every rank gets as many micro-batches; an empty one keeps it in step.
         """
-        # Counting every record as wide as the widest keeps rows times longest row within the budget for mixed K.
-        most_replies = max(len(self.rows_of(record)) for record in records)
-        costs = [most_replies * max(self.lengths[row] for row in self.rows_of(record)) for record in records]
+        # Counting every record as wide as the widest keeps lines times longest line within the budget for mixed K.
+        lines = [self.rows.lines(self.rows_of(record)) for record in records]
+        most_lines = max(map(len, lines))
+        costs = [most_lines * max(self.rows.line_length(line) for line in found) for found in lines]
         (ranks,) = plan_minibatches(
             costs, num_minibatches=1, num_ranks=group.world_size, micro_batch_tokens=micro_batch_tokens, seed=0
         )

@@ -19,6 +19,7 @@ def row_values(
     group: Group,
     *,
     micro_batch_tokens: int,
+    shares_prompts: bool = False,
     values: Callable[[Any, MicroBatch], torch.Tensor],
 ) -> list[float]:
     """Collective. Every rank returns one number per row.
@@ -35,6 +36,7 @@ def row_values(
         Share(group.rank, group.world_size),
         micro_batch_tokens=micro_batch_tokens,
         device=learner.device,
+        shares_prompts=shares_prompts,
     ):
         mine |= dict(zip(micro.rows, values(output, micro).cpu().tolist(), strict=True))
     found = {row: value for part in from_all(mine, group) for row, value in part.items()}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -123,3 +125,16 @@ def test_a_mismatched_row_is_a_prompt_with_the_best_reply_to_another() -> None:
     assert mixed.table["response_tokens"].to_pylist() == [replies[4], replies[0]]
     (short,) = mismatched_rows(ranked, [(0, 2)], max_length=5).lengths
     assert short == 5
+
+
+def test_replies_share_their_prompt_where_that_is_less_work() -> None:
+    record = _record("How far is it to the sea from here, please? " * 3, "Two miles.", "It is far.", "Far.")
+    apart = ranked_rows([record, record], CHAT, max_length=400)
+    together = replace(apart, shares_prompts=True)
+    micro = together.rows.pack(range(6), torch.device("cpu"))
+    assert micro.rows == (0, 1, 2, 3, 4, 5)
+    assert len(micro.input_ids_BT) < 6 and micro.input_ids_BT.numel() < 6 * max(apart.lengths)
+    assert micro.targets_N.tolist() == apart.rows.pack(range(6), torch.device("cpu")).targets_N.tolist()
+    budget = together.rows.line_length((0, 1, 2))
+    assert together.micro_batches([0, 1], Group(), budget) == [(0, 1, 2), (3, 4, 5)]
+    assert together.micro_batches([0, 1], Group(), 2 * budget) == [(0, 1, 2, 3, 4, 5)]
