@@ -231,9 +231,12 @@ class Chat:
         whole = self._render([*self._turns(messages), turn], tools, add_generation_prompt=False)
         if not whole.startswith(asked):
             return None
-        body, end, _ = whole[len(asked) :].rpartition(self.text(self.closing))
+        rest, closing = whole[len(asked) :], self.text(self.closing)
+        body, end, behind = rest.partition(closing)
+        if behind.replace(closing, "").strip():  # the reply holds the closing, too; some templates close twice
+            body, end, _ = rest.rpartition(closing)
         if end or turn.keys() - {"role", "content"}:
-            return body if end else whole[len(asked) :].rstrip()
+            return body if end else rest.rstrip()
         # No closing says where the reply ends: a mark behind it does.
         turn["content"] += _BEGUN
         whole = self._render([*self._turns(messages), turn], tools, add_generation_prompt=False)

@@ -65,6 +65,13 @@ def test_one_row_learns_both_replies_and_their_closings(name: str) -> None:
     require_prompts(chat, [row], TALK)
 
 
+def test_a_template_that_closes_twice_is_learned_closed_once() -> None:
+    template = CASES["Phi-3"].template  # writes EOS behind the conversation, which is its closing here
+    chat = chat_of(letters(template, "<|end|>"))
+    rows, _ = rows_of(chat, TALK)
+    assert [text for row in rows for text in spans(chat, row)] == ["yes<|end|>", "no more<|end|>"]
+
+
 def test_what_a_template_writes_around_a_reply_is_learned_with_it() -> None:
     case = CASES["Llama-2"]
     chat = chat_of(letters(case.template, case.eos, bos=case.bos))

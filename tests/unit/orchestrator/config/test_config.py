@@ -18,7 +18,10 @@ from orchestrator.errors import ConfigError
 
 GROUPS = {"name": "grpo"}
 SHIPPED = Path(__file__).parents[4] / "jobs" / "configs"
-TO_GIVE = {"hh_rlhf": ["preferences.path=FILE"]}
+TO_GIVE = {
+    "hh_rlhf": ["preferences.path=FILE"],
+    **dict.fromkeys(("instruct_gpt", "zephyr", "chinese"), ["preferences.path=FILE", "demonstrations.path=FILE"]),
+}
 NUM_KEYS, MOST_KEYS = 245, 250
 
 
