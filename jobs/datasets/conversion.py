@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from jobs.command import say
 from jobs.datasets.kinds import kinds_of
 from orchestrator.data.kinds import KINDS, Kind
+from orchestrator.data.mixtures import stream_of
 from orchestrator.data.records import ReadReport, json_text
-from orchestrator.data.streams import Stream
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.run.storage import replacing
 
@@ -44,7 +44,7 @@ class _Rows:
     """The canonical rows of a file."""
 
     def __init__(self, kind: Kind[Any], file: Path, format: str) -> None:
-        self._kind, self._stream = kind, Stream(kind, file, format)
+        self._kind, self._stream = kind, stream_of(kind, file, format)
 
     def __iter__(self) -> Iterator[Row]:
         yield from map(self._kind.row, self._stream)

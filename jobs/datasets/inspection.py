@@ -18,6 +18,7 @@ from jobs.prepare import find_data, policy_chat
 from orchestrator.algorithms.ranking import spread
 from orchestrator.config.config import Config
 from orchestrator.data.kinds import KINDS
+from orchestrator.data.mixtures import is_mixture, sources_of
 from orchestrator.data.streams import Stream
 from orchestrator.errors import DataError
 
@@ -30,12 +31,16 @@ Item = TypeVar("Item")
 
 
 def inspect(file: Path, kind: str | None, format: str, config: Config | None) -> None:
-    """Prints what the file holds; with a config, also as its model gets it.
+    """Prints what the file, or each file of a mixture, holds; with a config, also as its model gets it.
 
     Raises:
         DataError: the file can't be read, or some rows are bad.
     """
     file = find_data(file)
+    if is_mixture(file):
+        for source in sources_of(file):
+            inspect(source.path, kind, source.format or format, config)
+        return
     name, *others = kinds_of(file, kind)
     say(f"{file}: {name}" + (f" (--as {', '.join(others)} would do too)" if others else ""))
     stream = Stream(KINDS[name], file, format, max_bad_rows=None)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from orchestrator.data.files import is_text, read_rows
 from orchestrator.data.kinds import KINDS
+from orchestrator.data.mixtures import is_mixture, sources_of
 from orchestrator.errors import DataError
 
 _FIRST_ROWS = 20
@@ -23,6 +24,8 @@ def kinds_of(path: Path, named: str | None) -> list[str]:
         if named not in KINDS:
             raise DataError(f"--as {named} is not known; choose one of {', '.join(KINDS)}.")
         return [named]
+    if is_mixture(path):
+        return kinds_of(sources_of(path)[0].path, None)
     if is_text(path):
         return ["documents"]
     fields: set[str] = set()

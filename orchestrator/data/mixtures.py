@@ -83,6 +83,13 @@ def _absolute(path: Path, mixture: Path) -> Path:
     return path if is_address else mixture.parent / path
 
 
+def stream_of(
+    kind: Kind[Record], path: str | Path, format: str = "auto", limit: int | None = None
+) -> Stream[Record] | MixedStream[Record]:
+    """The records of a data file or of a mixture."""
+    return (MixedStream if is_mixture(path) else Stream)(kind, path, format, limit)
+
+
 class MixedStream(Generic[Record]):
     """The records of a mixture, source after source. Iterate once, then request the report.
 

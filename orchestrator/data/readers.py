@@ -7,7 +7,7 @@ from pathlib import Path
 from orchestrator.data.files import file_bytes
 from orchestrator.data.kinds import DEMONSTRATIONS, DOCUMENTS, LABELS, PROMPTS, RANKINGS, SCORES, Kind, Record
 from orchestrator.data.limits import Kept
-from orchestrator.data.mixtures import MixedStream, is_mixture, sources_of
+from orchestrator.data.mixtures import is_mixture, sources_of, stream_of
 from orchestrator.data.records import (
     DemonstrationRecord,
     DocumentRecord,
@@ -17,7 +17,6 @@ from orchestrator.data.records import (
     ReadReport,
     ScoredRecord,
 )
-from orchestrator.data.streams import Stream
 
 
 def read_prompts(
@@ -72,7 +71,7 @@ def _read(
     files = [source.path for source in sources_of(path)] if is_mixture(path) else [path]
     kept = Kept(str(path), kind.section, lambda: sum(map(file_bytes, files)))
     records: list[Record] = []
-    stream = MixedStream(kind, path, format, limit) if is_mixture(path) else Stream(kind, path, format, limit)
+    stream = stream_of(kind, path, format, limit)
     for record in stream:
         records.append(record)
         kept.add(*kind.parts(record))

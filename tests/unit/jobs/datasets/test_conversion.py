@@ -108,3 +108,11 @@ def test_an_unknown_kind_or_unknown_fields_are_named(tmp_path: Path) -> None:
     path = tmp_path / "corpus.txt"
     path.write_text("Once upon a time")
     assert kinds_of(path, None) == ["documents"]
+
+
+def test_a_mixture_becomes_one_file(tmp_path: Path) -> None:
+    write(tmp_path, {"prompt": "q", "response": "a", "id": 1}).rename(tmp_path / "a.jsonl")
+    (tmp_path / "mixture.yaml").write_text("sources: [{path: a.jsonl}, {path: b.jsonl}]")
+    write(tmp_path, {"messages": TURNS, "id": 1}).rename(tmp_path / "b.jsonl")
+    convert(tmp_path / "mixture.yaml", tmp_path / "out.jsonl", None, None, "auto")
+    assert [record.id for record in records(tmp_path / "out.jsonl", "demonstrations")] == ["a:1", "b:1"]

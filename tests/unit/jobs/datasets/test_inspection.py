@@ -139,3 +139,13 @@ def test_a_broken_array_shows_what_came_before_it(
     path.write_text(json.dumps([{"prompt": "q"}])[:-1] + ", {")
     shown, error = run(path, monkeypatch, capsys)
     assert "1 records from 1 rows" in shown and "row 2 is not JSON" in error
+
+
+def test_each_source_of_a_mixture_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, {"prompt": "q", "response": "a"}).rename(tmp_path / "a.jsonl")
+    write(tmp_path, {"messages": TURNS}).rename(tmp_path / "b.jsonl")
+    (tmp_path / "mixture.yaml").write_text("sources: [{path: a.jsonl}, {path: b.jsonl, weight: 2}]")
+    shown, error = run(tmp_path / "mixture.yaml", monkeypatch, capsys)
+    assert "a.jsonl (prompt): 1 records" in shown and "b.jsonl (messages): 1 records" in shown and not error
