@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import IO, Any
 
 import pyarrow as pa
@@ -116,7 +116,12 @@ def measure(kind: str, count: int) -> list[Figure]:
         raise RuntimeError(f"{kind}: {last['rows']:,} of {count:,} rows came out")
     growth = (last["rss"] - first["rss"]) / max(count - first["rows"], 1)
     return [
-        plain_figure(f"read {kind}", [count / last["seconds"]], "rows/s", detail=detail),
+        plain_figure(
+            f"read {kind}",
+            [count / last["seconds"]],
+            "rows/s",
+            detail=f"{detail}; {count / last['cpu']:,.0f} rows per CPU second",
+        ),
         plain_figure(
             f"peak memory of reading {kind}",
             [last["peak"] / MB],
@@ -143,8 +148,14 @@ def read(path: Path) -> None:
 def _print(count: int, seconds: float) -> None:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     sizes = {line.split()[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Vm")}
-    decoder = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # of Parquet, once it has ended
-    line = {"rows": count, "seconds": round(seconds, 2), "rss": sizes["VmRSS:"], "peak": sizes["VmHWM:"] + decoder}
+    decoder = resource.getrusage(resource.RUSAGE_CHILDREN)  # of Parquet, once it has ended
+    line = {
+        "rows": count,
+        "seconds": round(seconds, 2),
+        "cpu": process_time() + decoder.ru_utime + decoder.ru_stime,
+        "rss": sizes["VmRSS:"],
+        "peak": sizes["VmHWM:"] + decoder.ru_maxrss * 1024,
+    }
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
 
