@@ -25,10 +25,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from actors.rewards.model import RewardModel
 from actors.text.conversations import load_chat, reward_chat
+from jobs.stages.work.judged import Records
 from jobs.stages.work.reward_model import RewardModelResult, train_reward_model
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
-from orchestrator.data.records import Message, RankingRecord
+from orchestrator.data.records import Message, RankingRecord, ScoredRecord
 from orchestrator.errors import CapacityError, DataError, NonFiniteError
 from orchestrator.run.storage import read_json, sha256
 from orchestrator.watching.telemetry import Telemetry, read_lines
@@ -89,8 +90,8 @@ def _config(base: Path, folder: Path, **stage: Any) -> Config:
 def _train(
     config: Config,
     folder: Path,
-    records: list[RankingRecord],
-    held_out: list[RankingRecord],
+    records: Records,
+    held_out: Records,
     on_line: Callable[[str], None] = lambda text: None,
 ) -> tuple[RewardModelResult, list[dict[str, Any]], list[str]]:
     said: list[str] = []
@@ -182,6 +183,23 @@ def test_statistics_of_training_replies_are_recorded(trained: Any) -> None:
     assert stats == {"mean": result.score_mean, "std": result.score_std, "count": 32 * 3}
     assert stats["std"] > 0
     assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("loss", ["regression", "ordinal"])
+def test_scores_of_single_replies_are_learned(cluster: None, base: Path, tmp_path: Path, loss: str) -> None:
+    stars = (5.0, 3.0, 1.0)
+    records = [
+        ScoredRecord(record.id, record.messages, reply, score)
+        for record in _records(44)
+        for reply, score in zip(record.replies, stars, strict=True)
+    ]
+    config = _config(base, tmp_path, loss={"name": loss}, epochs=4, records_per_batch=12)
+    result, lines, said = _train(config, tmp_path, records[:96], records[96:])
+    errors = [line["metrics"]["reward_model/absolute_error"] for line in lines if line["kind"] == "step"]
+    assert errors[-1] < errors[0] / 2
+    assert result.held_out_accuracy is not None and result.held_out_accuracy > 0.9
+    assert result.accuracy is None and result.calibration.length_correlation is not None
+    assert "absolute error" in said[-1]
 
 
 def test_two_workers_learn_what_one_learns(cluster: None, base: Path, tmp_path: Path) -> None:
