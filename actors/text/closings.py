@@ -121,6 +121,12 @@ def _begins_a_turn(rest: str, write: Write, between: str | None) -> bool:
     return opening.startswith(rest) and between.strip().endswith(opening)
 
 
+def content_written(write: Write) -> bool:
+    """Whether the template writes what the user says. One that refuses to be tried may."""
+    asked = _written(write, [("user", FIRST)], ask=True)
+    return asked is None or FIRST in asked
+
+
 def require_content(write: Write, name: str) -> None:
     """Raises DataError if the template omits the user's text."""
     asked = _written(write, [("user", FIRST)], ask=True)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actors.text.closings import find_closing, marks_of, named_ends, require_content
+from actors.text.closings import content_written, find_closing, marks_of, named_ends, require_content
 from actors.text.templates import ChatTemplate, TemplateRefused
 from actors.text.tokenizing import Tokens, encode, load_tokenizer
 from actors.text.tool_turns import as_written
@@ -378,7 +378,14 @@ def _template(tokenizer: Any, today: date) -> ChatTemplate:
             f"the tokenizer in {name} has several chat templates ({', '.join(sorted(named))}) and none is called "
             "'default'. Set model.chat_template=FILE to a file with the one to use."
         )
-    return ChatTemplate(name, named["default"], named.get("tool_use"), tokenizer.special_tokens_map, today)
+    template = ChatTemplate(name, named["default"], named.get("tool_use"), tokenizer.special_tokens_map, today)
+    in_parts = replace(template, in_parts=True)
+    return in_parts if not _writes_content(template) and _writes_content(in_parts) else template
+
+
+def _writes_content(template: ChatTemplate) -> bool:
+    """Whether a template writes what the user says."""
+    return content_written(lambda turns, ask: template.render(turns, add_generation_prompt=ask))
 
 
 def _borrow(tokenizer: Any, policy: Chat, folder: Path) -> None:

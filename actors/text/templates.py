@@ -50,6 +50,7 @@ class ChatTemplate:
         text: Jinja source; `with_tools` is used instead where a conversation has tools (transformers' "tool_use").
         variables: special tokens by name (bos_token, eos_token, ...).
         today: the date that `strftime_now` returns.
+        in_parts: the template takes the content of a message as a list of parts, as those of vision models do.
     """
 
     name: str
@@ -57,6 +58,7 @@ class ChatTemplate:
     with_tools: str | None
     variables: Mapping[str, str]
     today: date
+    in_parts: bool = False
 
     @property
     def reads_date(self) -> bool:
@@ -78,7 +80,7 @@ class ChatTemplate:
         tools = list(tools) if tools else None
         variables = {
             **self.variables,
-            "messages": list(messages),
+            "messages": [_in_parts(turn) for turn in messages] if self.in_parts else list(messages),
             "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
@@ -96,6 +98,10 @@ class ChatTemplate:
         raise DataError(
             f"the chat template of {self.name} fails on a conversation of {roles}: {answer['error']}. {_WAY_OUT}"
         )
+
+
+def _in_parts(turn: Mapping[str, Any]) -> dict[str, Any]:
+    return {**turn, "content": [{"type": "text", "text": turn["content"]}]}
 
 
 class _TemplateProcess:

@@ -65,6 +65,18 @@ def test_one_row_learns_both_replies_and_their_closings(name: str) -> None:
     require_prompts(chat, [row], TALK)
 
 
+def test_a_template_that_takes_content_in_parts_gets_it_so() -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for part in m['content'] %}{% if part['type'] == 'image' %}"
+        "{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    chat = chat_of(letters(template, "<|im_end|>"))
+    (row,), _ = rows_of(chat, TALK)
+    assert spans(chat, row) == ["yes<|im_end|>", "no more<|im_end|>"]
+    assert chat.text(row.tokens).startswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+
+
 def test_a_template_that_closes_twice_is_learned_closed_once() -> None:
     template = CASES["Phi-3"].template  # writes EOS behind the conversation, which is its closing here
     chat = chat_of(letters(template, "<|end|>"))
