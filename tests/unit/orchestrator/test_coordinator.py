@@ -197,6 +197,18 @@ async def test_a_checkpoint_saves_learning_again(tmp_path: Path) -> None:
     assert world.policy.learned == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("step", range(4))
+async def test_a_run_that_fails_in_any_step_resumes_from_the_checkpoint_before_it(tmp_path: Path, step: int) -> None:
+    world = World(tmp_path, fail_in_step=step, every_steps=1)
+    with pytest.raises(RoleDied):
+        await world.coordinator().run(State(0, 0.1))
+    world.fail_in_step = None
+    before = len(world.diary.of("learn policy"))
+    assert await world.coordinator().run(State(0, 0.1)) == State(4, 1.6)
+    assert world.policy.learned == world.critic.learned == [0, 1, 2, 3]
+    assert world.diary.of("learn policy")[before:] == list(range(step, 4))
+
+
 async def test_only_the_critic_learns_while_it_warms_up(tmp_path: Path) -> None:
     world = World(tmp_path, critic_warmup_steps=2)
     await world.coordinator().run(State(0, 0.1))
