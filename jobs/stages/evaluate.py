@@ -33,6 +33,7 @@ class Evaluate(Stage):
         "jobs.check.rewards:check_reward",
         "jobs.check.rewards:check_pair_judge",
         "jobs.check.prompts:enough_to_evaluate",
+        "jobs.check.demonstrations:check_demonstrations",
     )
 
     def makes(self, config: Config) -> Sequence[Artifact]:
@@ -43,7 +44,11 @@ class Evaluate(Stage):
         gold = {config.evaluation.gold} if config.evaluation.gold else set()
         models = {**reward.models, "evaluate.against": config.evaluate.against, "model.path": config.model.path}
         judge = config.evaluate.judge
-        files = {**reward.files, "evaluate.judge.template": judge.template if judge else None}
+        own = {
+            "evaluate.judge.template": judge.template if judge else None,
+            "demonstrations.path": config.demonstrations.path,
+        }
+        files = {**reward.files, **own}
         return Inputs(files=files, models=models, rules=reward.rules | gold)
 
     def models(self, config: Config) -> Iterable[ModelUse]:

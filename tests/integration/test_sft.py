@@ -160,14 +160,14 @@ def test_reinforcement_learning_starts_from_the_fine_tuned_policy(cluster: str, 
     config = write_config(
         base,
         tmp_path,
-        stages=["sft", "rl"],
+        stages=["sft", "rl", "evaluate"],
         prompts={"path": str(tmp_path / "prompts.jsonl"), "max_prompt_tokens": 64},
         rollout={"engine": "hf", "max_new_tokens": 16, "cpus_per_replica": 1},
         reward={"name": "rules", "rules": [{"function": "actors.rewards.rules:length_target"}]},
         algorithm={"name": "grpo", "minibatches": 1},
         rl={"steps": 1, "prompts_per_step": 4, "samples_per_prompt": 2},
         policy={"learning_rate": 1e-9},
-        evaluation={"prompts": 4, "gold": None},
+        evaluation={"prompts": 4, "gold": "actors.rewards.rules:length_target"},
         telemetry={"prometheus_port": None, "tensorboard": False},
     )
     finish(start(config, cluster, "chain"))
@@ -179,4 +179,7 @@ def test_reinforcement_learning_starts_from_the_fine_tuned_policy(cluster: str, 
     moved = [float((state[name].float() - learned[name].float()).abs().max()) for state in (start_of, tuned)]
     assert moved[0] > 1e-3 and moved[1] < 1e-4
     made = {entry.path: entry for entry in read_lineage(run)}
-    assert made["export"].reads == {"policy": "sft"}
+    assert made["export"].reads == {"policy": "sft"} and made["evaluate"].reads == {"policy": "export"}
+    metrics = read_json(run / "evaluate" / "result.json")["metrics"]
+    assert metrics["loss"] == pytest.approx(read_json(run / "sft.json")["held_out_loss"], rel=1e-3)
+    assert metrics["loss_against"] > 2 * metrics["loss"]

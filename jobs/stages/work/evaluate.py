@@ -8,6 +8,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from time import monotonic
 from typing import Any
 
@@ -17,16 +18,17 @@ from actors.rewards import samples as reward_samples
 from actors.rewards.judge import judge_cache
 from actors.rewards.pair_judge import Comparison, PairJudge
 from actors.roles.reference import ReferenceWorker
-from jobs.prepare import prepare
+from jobs.prepare import policy_chat, prepare
 from jobs.stages.evaluate import EVALUATION, RESULT_FILE
 from jobs.stages.settings import pair_template, rank_context, reward_path, samples_per_shard, sampling_of
 from jobs.stages.stage import StageJob
+from jobs.stages.work.demonstrations import MEASURED, parts_of, read, rows_of
 from jobs.stages.work.preferences import rule_scores
 from jobs.stages.work.sample import sample_shards
 from jobs.stages.work.score import score_shards
 from jobs.stages.work.shards import ShardFiles
 from jobs.stages.work.wiring import EVALUATION_STEP, all_ready, starting, supervisor_of
-from orchestrator.algorithms.ranking import wilson_interval
+from orchestrator.algorithms.ranking import spread, wilson_interval
 from orchestrator.config.config import Config
 from orchestrator.config.loader import changed
 from orchestrator.config.rewards import ModelRewardConfig, PairJudgeConfig
@@ -59,11 +61,11 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     against = config.evaluate.against or job.start_policy
     policy = await _side(job, "policy", config)
-    metrics = _alone(policy)
+    metrics = _alone(policy) | await _likelihood(job, config, "")
     if against != config.model.path:
         other_config = changed(config, {"model.path": against}, source="evaluate.against")
         other = await _side(job, "against", other_config)
-        metrics |= _together(policy, other)
+        metrics |= _together(policy, other) | await _likelihood(job, other_config, "_against")
         if config.evaluate.judge is not None:
             metrics |= await _judged(job, config.evaluate.judge, policy.samples, other.samples)
         if job.start_policy == against:  # the same vocabulary: every stage keeps it
@@ -142,6 +144,23 @@ def judge_metrics(found: Sequence[Comparison], max_failed_fraction: float) -> di
         "judge_disagreed": float(sum(comparison.disagrees for comparison in found)),
         "judge_failed": float(num_failed),
     }
+
+
+async def _likelihood(job: StageJob, config: Config, suffix: str) -> dict[str, float]:
+    """Mean negative log-likelihood of a learned token of held-out demonstrations, in nats, and its exponential. Empty
+    without demonstrations.path."""
+    if config.demonstrations.path is None:
+        return {}
+    _, held_out = parts_of(config, read(config)[0])
+    rows = rows_of(config, policy_chat(config), spread(held_out, MEASURED)).table()
+    if not rows.num_rows:
+        return {}
+    cold = config.model_copy(update={"rollout": config.rollout.model_copy(update={"temperature": 1.0})})
+    logprobs = await _logprobs(job, rows.append_column("row", pa.array(range(rows.num_rows), pa.int32())), cold)
+    marks = rows["learn"].to_pylist()
+    learned = [value for row, mark in zip(logprobs, marks, strict=True) for value in compress(row, mark)]
+    loss = -statistics.fmean(learned)
+    return {f"loss{suffix}": loss, f"perplexity{suffix}": math.exp(min(loss, 700.0))}
 
 
 async def _kl(job: StageJob, samples: pa.Table, against: Config) -> float:
