@@ -138,21 +138,21 @@ def read(path: Path) -> None:
     """Streams a file; prints rows, seconds and resident bytes as JSON lines: ten times in a million rows, and at the
     end."""
     stream = Stream[Any](DOCUMENTS if path.suffix == ".txt" else DEMONSTRATIONS, path)
-    started = perf_counter()
+    started, started_cpu = perf_counter(), process_time()
     for number, _ in enumerate(stream, 1):
         if number % (ROWS // 10) == 1:
-            _print(number, perf_counter() - started)
-    _print(stream.report().num_records, perf_counter() - started)
+            _print(number, perf_counter() - started, process_time() - started_cpu)
+    _print(stream.report().num_records, perf_counter() - started, process_time() - started_cpu)
 
 
-def _print(count: int, seconds: float) -> None:
+def _print(count: int, seconds: float, cpu: float) -> None:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     sizes = {line.split()[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Vm")}
     decoder = resource.getrusage(resource.RUSAGE_CHILDREN)  # of Parquet, once it has ended
     line = {
         "rows": count,
         "seconds": round(seconds, 2),
-        "cpu": process_time() + decoder.ru_utime + decoder.ru_stime,
+        "cpu": cpu + decoder.ru_utime + decoder.ru_stime,
         "rss": sizes["VmRSS:"],
         "peak": sizes["VmHWM:"] + decoder.ru_maxrss * 1024,
     }
