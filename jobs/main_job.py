@@ -12,7 +12,6 @@ from jobs.pipeline import run_stages
 from jobs.prepare import Prepared
 from jobs.rerun import Rerun
 from jobs.resolve import uses_gpus
-from jobs.stages.table import logged_stage
 from orchestrator.config.config import Config
 from orchestrator.run.folder import open_run
 
@@ -32,5 +31,4 @@ def run_job(config: Config, prepared: Prepared, ray_address: str | None, rerun: 
         run_async(
             run_stages(config, run, prepared, say, only=rerun.only if rerun else None), grace_s=saving_s(config.run)
         )
-    if logged_stage(config) is not None:
-        imported("jobs.report.results:show_results")(run.path)
+    imported("jobs.report.results:show_results")(run.path)

@@ -92,8 +92,7 @@ def run_config(
         logged = logged_stage(config)
         more = f" {logged.stage.steps_key}=N makes it longer." if logged else ""
         say(f"run {there.id} has finished; nothing is left to do.{more}")
-        if logged:
-            imported("jobs.report.results:show_results")(there.path)
+        imported("jobs.report.results:show_results")(there.path)
         return
     config = imported("jobs.resolve:resolved")(config)
     say("checking data, models and rewards ...")

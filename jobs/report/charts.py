@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from jobs.report.data import RunData
+from jobs.report.stages import Training
 from orchestrator.watching.metrics import PHASES
 
 # matplotlib does not support CSS variables: it draws with these placeholders, which are replaced in its output.
@@ -42,6 +44,7 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 9.5,
 }
 _SIZE_INCHES = (4.8, 2.7)
+_MOST_POINTS = 1000  # of a curve; of longer ones every n-th step is drawn
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,10 @@ class Chart:
     svg: str
 
 
-def draw_charts(run: RunData) -> list[Chart]:
+def draw_charts(run: RunData, trainings: Sequence[Training] = ()) -> list[Chart]:
     """One chart per curve for which the run has numbers."""
     charts = [
+        *(_training(training, name) for training in trainings for name in training.names),
         _curves(run, "Reward", "training reward, mean ± SD", {"reward/mean": "mean"}, band="reward/std"),
         _gold(run),
         _curves(run, "KL to the reference", "nats per response", {"kl/per_response": "training samples"}),
@@ -78,8 +82,13 @@ def draw_charts(run: RunData) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
+def _training(training: Training, name: str) -> Chart | None:
+    words = name.rpartition("/")[2].replace("_", " ")
+    return _curves(training, f"{training.stage}: {words}", "by optimizer step", {name: words})
+
+
 def _curves(
-    run: RunData, title: str, subtitle: str, names: Mapping[str, str], *, band: str | None = None
+    run: RunData | Training, title: str, subtitle: str, names: Mapping[str, str], *, band: str | None = None
 ) -> Chart | None:
     series = {label: _series(run, name) for name, label in names.items()}
     series = {label: points for label, points in series.items() if points}
@@ -136,8 +145,9 @@ def _phases(run: RunData) -> Chart | None:
     return Chart("Time per step", "seconds by phase; overlaps count twice", _svg("Time per step", draw))
 
 
-def _series(run: RunData, name: str) -> list[tuple[int, float]]:
-    return [(step, metrics[name]) for step, metrics in sorted(run.steps.items()) if name in metrics]
+def _series(run: RunData | Training, name: str) -> list[tuple[int, float]]:
+    points = [(step, metrics[name]) for step, metrics in sorted(run.steps.items()) if name in metrics]
+    return points[:: max(len(points) // _MOST_POINTS, 1)]
 
 
 def _colour(number: int) -> str:
@@ -172,4 +182,4 @@ def _inline(document: str, key: str, title: str) -> str:
     svg = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", svg, count=1)
     for stand_in, variable in _STAND_INS.items():
         svg = svg.replace(stand_in, variable)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{title} by step" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)} by step" ', 1)

@@ -12,6 +12,7 @@ import typer
 
 from jobs.report.charts import draw_charts
 from jobs.report.data import RunData, read_run
+from jobs.report.stages import Measured, Stages, Training, read_stages
 from orchestrator.errors import RlhfError
 from orchestrator.evaluation import EvaluationRow
 from orchestrator.run.storage import replacing
@@ -47,13 +48,19 @@ def write_report(run_folder: Path) -> Path:
         DataError: no such folder, or a run with nothing to report yet.
         StorageError: damaged metrics, or the page can't be written.
     """
-    run = read_run(run_folder)
+    run, stages = read_run(run_folder), read_stages(run_folder)
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(
-        run=run, headline=_headline(run), facts=list(result_facts(run)), charts=draw_charts(run), pairs=_pairs(run)
+        run=run,
+        stages=stages,
+        notes=[*run.notes, *stages.notes],
+        headline=_headline(run, stages),
+        facts=list(result_facts(run, stages)),
+        charts=draw_charts(run, stages.trainings),
+        pairs=_pairs(run),
     )
     path = run_folder / REPORT_FILE
     with replacing(path) as temporary:
@@ -61,8 +68,11 @@ def write_report(run_folder: Path) -> Path:
     return path
 
 
-def _headline(run: RunData) -> str:
+def _headline(run: RunData, stages: Stages) -> str:
     comparison = run.comparison
+    if comparison is None and not run.steps and (stages.trainings or stages.measured):
+        last = [f"{each.stage}: {name} {value:.3g}" for each in stages.measured[-1:] for name, value in _main(each)]
+        return "; ".join(last or [f"{each.stage}: {_change(each)}" for each in stages.trainings[-3:]]) + "."
     if comparison is None:
         return "Fewer than two evaluations: no before and after to compare yet."
     if comparison.sd_first == 0.0:
@@ -77,9 +87,38 @@ def _headline(run: RunData) -> str:
     )
 
 
-def result_facts(run: RunData) -> Iterator[Fact]:
+def _main(measured: Measured) -> Sequence[tuple[str, float]]:
+    """The metrics that are not details of others, such as gold_win_rate of gold."""
+    metrics = measured.metrics
+    return [(name, metrics[name]) for name in metrics if not any(name.startswith(f"{other}_") for other in metrics)]
+
+
+def _change(training: Training) -> str:
+    name = training.names[0]
+    first, last = training.ends(name)
+    return f"{name.rpartition('/')[2]} {first:.3f} → {last:.3f}"
+
+
+def _stage_facts(stages: Stages) -> Iterator[Fact]:
+    for training in stages.trainings:
+        held_out = [
+            f"{name.rpartition('/')[2].replace('_', ' ')} {value:.3f}" for name, value in training.held_out.items()
+        ]
+        detail = ", ".join([f"{len(training.steps)} optimizer steps", "means of the first and last tenth", *held_out])
+        yield Fact(training.stage, _change(training), detail)
+    for measured in stages.measured:
+        for name, value in _main(measured):
+            more = {key: metric for key, metric in measured.metrics.items() if key.startswith(f"{name}_")}
+            words = [f"{key.removeprefix(name)[1:].replace('_', ' ')} {metric:.3g}" for key, metric in more.items()]
+            yield Fact(f"{measured.stage}: {name.replace('_', ' ')}", f"{value:.4g}", ", ".join(words))
+        for unmet in measured.unmet:
+            yield Fact(f"{measured.stage}: not met", unmet, "evaluate.require")
+
+
+def result_facts(run: RunData, stages: Stages) -> Iterator[Fact]:
     """The result table's lines."""
     yield Fact("Status", run.status)
+    yield from _stage_facts(stages)
     if run.comparison is not None:
         comparison = run.comparison
         first, last = min(run.evaluations), max(run.evaluations)
@@ -106,10 +145,15 @@ def result_facts(run: RunData) -> Iterator[Fact]:
     for what, name in (("generated", "tokens/generated_per_s"), ("learned", "tokens/learned_per_s")):
         if (rate := run.median(name)) is not None:
             yield Fact(f"Tokens {what}", f"{rate:,.0f} / s", "median over steps, of the time spent on it")
-    planned = f" of {run.num_steps_planned}" if run.num_steps_planned else ""
-    attempts = f"{run.num_attempts} attempts" if run.num_attempts != 1 else "1 attempt"
-    yield Fact("Steps", f"{len(run.steps)}{planned}", attempts)
-    yield Fact("Wall time", clock_text(run.wall_s), "all attempts, pauses between them left out")
+    yield from _effort_facts(run)
+
+
+def _effort_facts(run: RunData) -> Iterator[Fact]:
+    if run.steps or run.num_steps_planned:
+        planned = f" of {run.num_steps_planned}" if run.num_steps_planned else ""
+        yield Fact("Steps", f"{len(run.steps)}{planned}")
+    attempts = f"{run.num_attempts} attempts, pauses between them left out" if run.num_attempts != 1 else "1 attempt"
+    yield Fact("Wall time", clock_text(run.wall_s), attempts)
 
 
 def _pairs(run: RunData) -> list[Pair]:

@@ -106,7 +106,7 @@ def read_run(folder: Path) -> RunData:
         raise DataError(f"{folder} is no folder; give the folder of a run (it holds {METRICS_FILE}).")
     notes: list[str] = []
     lines, events = read_lines(folder / METRICS_FILE), read_lines(folder / EVENTS_FILE)
-    config_text, config = _config(folder / "config.yaml", notes)
+    config_text, config = read_config(folder / "config.yaml", notes)
     kinds = named_kinds(config.get("stages")) or {"rl": "rl"}
     logged = logged_name(kinds)
     place = logged_place(folder, kinds)
@@ -126,8 +126,8 @@ def read_run(folder: Path) -> RunData:
         evaluations=evaluations,
         comparison=comparison,
         num_left_out=_num_left_out(asked, comparison),
-        rewards=_extremes(_logged_samples(place, notes)),
-        golds=_extremes(_evaluated_samples(evaluations)),
+        rewards=extremes(_logged_samples(place, notes)),
+        golds=extremes(_evaluated_samples(evaluations)),
         score_name=_score_name(config),
         accuracies=list(_accuracies(lines, events)),
         best=read_best(place / "checkpoints"),
@@ -138,7 +138,7 @@ def read_run(folder: Path) -> RunData:
     )
 
 
-def _config(path: Path, notes: list[str]) -> tuple[str, Mapping[str, Any]]:
+def read_config(path: Path, notes: list[str]) -> tuple[str, Mapping[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
         tree = parse_yaml(text)
@@ -172,7 +172,7 @@ def _evaluations(
     folder: Path, notes: list[str], asked: dict[int, set[str]]
 ) -> Iterator[tuple[int, list[EvaluationRow]]]:
     for path in sorted((folder / "evaluation").glob("step-*.parquet")):
-        rows = _table(path, EVALUATION.names, folder, notes)
+        rows = read_table(path, EVALUATION.names, folder, notes)
         if rows and (number := re.search(r"\d+", path.stem)):
             asked[int(number.group())] = {row["prompt_id"] for row in rows}
             scored = [EvaluationRow(**row) for row in rows if row["gold"] is not None]
@@ -187,7 +187,7 @@ def _evaluations(
 def _logged_samples(folder: Path, notes: list[str]) -> Iterator[Sample]:
     for path in sorted((folder / "log").glob("step-*/**/*.parquet")):
         number = re.search(r"\d+", path.relative_to(folder / "log").parts[0])
-        for row in _table(path, _SAMPLE_COLUMNS, folder, notes):
+        for row in read_table(path, _SAMPLE_COLUMNS, folder, notes):
             yield Sample(int(number.group()) if number else 0, row["prompt_text"], row["response_text"], row["reward"])
 
 
@@ -198,7 +198,7 @@ def _evaluated_samples(evaluations: Mapping[int, Sequence[EvaluationRow]]) -> It
             yield Sample(version, row.prompt_text, row.response_text, row.gold)
 
 
-def _table(path: Path, columns: Sequence[str], folder: Path, notes: list[str]) -> list[dict[str, Any]]:
+def read_table(path: Path, columns: Sequence[str], folder: Path, notes: list[str]) -> list[dict[str, Any]]:
     try:
         with pq.ParquetFile(path) as file:
             rows: list[dict[str, Any]] = file.read(columns=list(columns)).to_pylist()
@@ -212,7 +212,7 @@ def _table(path: Path, columns: Sequence[str], folder: Path, notes: list[str]) -
     return rows
 
 
-def _extremes(samples: Iterator[Sample]) -> Extremes:
+def extremes(samples: Iterator[Sample]) -> Extremes:
     """Best and worst samples, every response text once, in one pass that keeps only a few."""
     best: list[Sample] = []
     worst: list[Sample] = []

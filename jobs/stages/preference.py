@@ -23,6 +23,8 @@ RESULT_FILE = "preference.json"
 class Preference(Stage):
     kind = "preference"
     start_s = 25.0
+    sections = ("preference", "preferences")
+    leaves = (RESULT_FILE,)
     starts_from_policy = True
     checks = ("jobs.check.rewards:check_preferred", "jobs.check.conversations:check_preferred_conversations")
     instead = MappingProxyType({PREFERENCES: "give a preference file: preferences.path"})

@@ -30,14 +30,17 @@ class Rl(Stage):
         "algorithm",
         "checkpoints",
         "critic",
+        "demonstrations",
         "evaluation",
         "policy",
         "prompts",
+        "ptx",
         "reference",
         "reward",
         "reward_model",
         "rl",
         "rollout",
+        "sft",
     )
     leaves = ("checkpoints", "export", "export-best", "evaluation", "log", "tensorboard")
     has_log = True

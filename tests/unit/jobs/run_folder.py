@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -135,3 +136,57 @@ def write_shard(folder: Path, step: int, generator: np.random.Generator) -> Path
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=schema.EXPERIENCE), path)
     return path
+
+
+def write_pipeline(folder: Path) -> Path:
+    """A run without rl: sft, two rounds that sample, score and learn, and an evaluation that misses a requirement."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rounds = {
+        "rounds": 2,
+        "stages": ["sample", "score", "select", {"kind": "sft", "set": {"demonstrations.path": None}}],
+    }
+    config = {"stages": ["sft", rounds, "evaluate"], "demonstrations": {"path": "x"}, "reward": {"path": "x"}}
+    (folder / "config.yaml").write_text(to_yaml(Config.model_validate(config)))
+    clock = Clock()
+    for stage in ("sft", "sft-1", "sft-2"):
+        with Telemetry(
+            folder, folder.name, 1, stage=stage, clock=clock, wall_clock=lambda: 1.7e9 + clock.now
+        ) as telemetry:
+            telemetry.event("stage_started")
+            for step in range(40):
+                with telemetry.step(step) as record:
+                    clock.now += 1.0
+                    record({"sft/loss": 4.0 * 0.95**step, "sft/learning_rate": 1e-3 * (1 - step / 40)})
+            telemetry.evaluation(40, {"sft/held_out_loss": 0.625})
+            telemetry.event("stage_finished")
+    for number in (1, 2):
+        samples = [
+            {"prompt_text": f"Question {row}?", "response_text": f"Reply {number}.{row} {HOSTILE}"} for row in range(9)
+        ]
+        scores = [{"reward": None if row == 8 else float(row)} for row in range(9)]
+        for name, rows in (("sample", samples), ("score", scores)):
+            place = folder / "stages" / f"{name}-{number}"
+            place.mkdir(parents=True)
+            pq.write_table(pa.Table.from_pylist(rows), place / f"{name}s.parquet")
+    place = folder / "evaluate"
+    place.mkdir()
+    metrics = {"length": 31.0, "gold": 0.512, "gold_against": 0.25, "gold_win_rate": 0.75, "kl": 1.5}
+    result = {"against": "start/model", "metrics": metrics, "unmet": ["gold is 0.512, required > 0.6"]}
+    (place / "result.json").write_text(json.dumps(result))
+    for name, word in (("policy", "warm"), ("against", "plain")):
+        rows = [
+            {
+                "prompt_id": f"q{row:02d}",
+                "prompt_text": f"Held out {row}?",
+                "response_text": f"A {word} reply {row} {HOSTILE}",
+            }
+            for row in range(20)
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), place / f"{name}.parquet")
+    with Telemetry(
+        folder, folder.name, 1, stage="evaluate", clock=clock, wall_clock=lambda: 1.7e9 + clock.now
+    ) as telemetry:
+        telemetry.event("stage_started")
+        telemetry.evaluation(0, {f"evaluate/{name}": value for name, value in metrics.items()})
+        telemetry.event("stage_failed", error="GuardTripped: gold is 0.512, required > 0.6")
+    return folder

@@ -16,7 +16,7 @@ from jobs.report.data import read_run
 from orchestrator.errors import DataError
 from orchestrator.evaluation import EVALUATION
 from tests.deadlines import scaled
-from tests.unit.jobs.run_folder import HOSTILE, NUM_PROMPTS, NUM_STEPS, write_run
+from tests.unit.jobs.run_folder import HOSTILE, NUM_PROMPTS, NUM_STEPS, write_pipeline, write_run
 
 
 class Page(HTMLParser):
@@ -239,3 +239,50 @@ def test_the_command_prints_the_path(tmp_path):
     )
     assert Path(result.stdout.strip()) == folder / "report.html"
     assert (folder / "report.html").stat().st_size > 10_000
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_report(write_pipeline(tmp_path_factory.mktemp("runs") / "pipeline")).read_text(encoding="utf-8")
+
+
+def test_a_run_without_rollouts_shows_trainings_evaluation_and_samples(pipeline: str) -> None:
+    page = Page(pipeline)
+    assert re.findall(r"<figcaption>(.*?) <span", pipeline) == [
+        f"{stage}: {name}" for stage in ("sft", "sft-1", "sft-2") for name in ("loss", "learning rate")
+    ]
+    facts = re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td><td class="muted">(.*?)</td>', pipeline)
+    of_sft = ("loss 3.710 → 0.585", "40 optimizer steps, means of the first and last tenth, held out loss 0.625")
+    assert facts[:8] == [
+        ("Status", "failed: GuardTripped: gold is 0.512, required &gt; 0.6", ""),
+        ("sft", *of_sft),
+        ("sft-1", *of_sft),
+        ("sft-2", *of_sft),
+        ("evaluate: length", "31", ""),
+        ("evaluate: gold", "0.512", "against 0.25, win rate 0.75"),
+        ("evaluate: kl", "1.5", ""),
+        ("evaluate: not met", "gold is 0.512, required &gt; 0.6", "evaluate.require"),
+    ]
+    assert "Steps" not in dict(fact[:2] for fact in facts)
+    assert re.findall(r'class="headline">(.*?)<', pipeline) == [
+        "evaluate: length 31; evaluate: gold 0.512; evaluate: kl 1.5."
+    ]
+    assert [f"A {word} reply {row} " in page.text for word in ("warm", "plain") for row in (0, 11)] == [True] * 4
+    assert "A warm reply 12 " not in page.text and "start/model" in page.text
+    assert "score 7.000 · row 7" in page.text and "Reply 2.7 " in page.text and "Reply 1.7 " not in page.text
+
+
+def test_its_page_is_as_safe_and_as_readable_in_the_dark(pipeline: str) -> None:
+    page = Page(pipeline)
+    assert all(reference.startswith("#") for reference in page.references) and "script" not in page.tags
+    assert len(page.ids) == len(set(page.ids)) and HOSTILE not in pipeline and HOSTILE in page.text
+    drawings = "".join(re.findall(r"<svg.*?</svg>", pipeline, flags=re.DOTALL))
+    assert "var(--series-1)" in drawings and not re.search(r"(fill|stroke): #(?!none)", drawings)
+
+
+def test_damaged_results_of_a_stage_are_noted(tmp_path: Path) -> None:
+    folder = write_pipeline(tmp_path / "run")
+    (folder / "evaluate" / "result.json").write_text("{}")
+    (folder / "stages" / "score-2" / "scores.parquet").write_text("x")
+    text = Page(write_report(folder).read_text(encoding="utf-8")).text
+    assert "evaluate/result.json can't be read" in text and "score-2/scores.parquet can't be read" in text

@@ -453,3 +453,35 @@ def test_it_answers_within_two_seconds_and_loads_nothing_heavy(run):
 )
 def test_durations_are_told_in_units_that_fit(seconds, expected):
     assert duration(seconds) == expected
+
+
+@pytest.mark.parametrize(
+    ("ends", "ended", "state", "cause"),
+    [
+        (["stage_finished"], "finished", "finished", None),
+        ([], None, "killed", "left no end"),
+        (["stage_failed"], "failed", "failed", "Loss is not finite"),
+    ],
+)
+def test_the_end_of_a_run_without_rollouts(
+    run: Run, ends: list[str], ended: str | None, state: str, cause: str | None
+) -> None:
+    (run.folder / "config.yaml").write_text("stages: [sft, {name: dpo, kind: preference}]\n")
+    run.attempt(1)
+    for stage in ("sft", "dpo"):
+        run.event("stage_started", stage=stage, stages=["sft", "dpo"])
+        for kind in ["stage_finished"] if stage == "sft" else ends:
+            run.event(kind, stage=stage, error="NonFiniteError: Loss is not finite")
+    run.beat(age=3000.0, stage="dpo", step=12, pid=2**22 + 1, host=socket.gethostname(), ended=ended)
+    explained = run.explain()
+    assert explained.state == state
+    last = {"finished": "finished", "killed": "begun", "failed": "failed"}[state]
+    assert explained.standing.stages == {"sft": "finished", "dpo": last} and explained.standing.logged is None
+    failure = explained.first_failure
+    assert (failure is None) is (cause is None)
+    if failure is not None:
+        assert cause is not None and cause in failure.cause
+        assert failure.operation == "stage dpo" and failure.step == (12 if state == "killed" else None)
+        assert any("to continue: rlhf run --config" in line for line in explained.now)
+    shown = text(explained)
+    assert "sft finished" in shown and "steps committed" not in shown
