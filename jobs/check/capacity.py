@@ -37,8 +37,6 @@ from orchestrator.planning.memory import (
 from orchestrator.planning.placement import Node, Plan
 
 THIS_MACHINE = "this machine"
-_LOGGED_BYTES_PER_TOKEN = 40  # token id and some eight floats, before compression
-_SAVED_BYTES_PER_PARAM = 14  # weights, masters, two moments
 
 
 @dataclass(frozen=True)
@@ -173,14 +171,6 @@ def _learner(config: Config, learner: LearnerConfig | OfflineConfig, size: Model
 
 
 def disk_bytes(config: Config, sizes: _Sizes) -> float:
-    """Maximum disk space of a run: checkpoints (those kept, the best, and one more while saving), exports,
-    experience."""
-    num_params = sizes.of(None).num_params
-    if config.algorithm.needs_critic:
-        num_params += sizes.of(*critic_base(config)).num_params
-    keeps_best = config.checkpoints.best_metric is not None and config.evaluation.every_steps > 0
-    checkpoints = (config.checkpoints.keep + 1 + keeps_best) * _SAVED_BYTES_PER_PARAM * num_params
-    exported = 4 * num_params * (1 + keeps_best)
-    samples = config.rl.steps * config.samples_per_step
-    experience = samples * config.model.max_length * _LOGGED_BYTES_PER_TOKEN
-    return float(checkpoints + exported + experience)
+    """Maximum disk space of a run: what its stages keep, and the most that one of them needs while it runs."""
+    uses = [entry.stage.disk(entry.config, sizes) for entry in stages_of(config)]
+    return sum(use.kept for use in uses) + max(use.working for use in uses)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from jobs.command import imported
 from jobs.stages.preferences import PREFERENCES
-from jobs.stages.stage import POLICY, Artifact, Costs, Inputs, ModelUse, Stage
+from jobs.stages.stage import POLICY, Artifact, Costs, Inputs, ModelUse, Sizes, Stage
 from orchestrator.config.config import Config
 from orchestrator.planning.demands import PREFERENCE, plan_training
+from orchestrator.planning.disk import Disk, training_disk
 from orchestrator.planning.placement import Node, Plan
 from orchestrator.run.folder import RunFolder
 
@@ -65,6 +66,10 @@ class Preference(Stage):
 
     def plan(self, config: Config, nodes: Sequence[Node]) -> Plan:
         return plan_training(PREFERENCE, config.preference, nodes)
+
+    def disk(self, config: Config, sizes: Sizes) -> Disk:
+        size = sizes.of(config.model.path)
+        return training_disk(size.num_params, saves=config.preference.checkpoint_every_steps > 0)
 
     def seconds(self, costs: Costs, prepared: Prepared) -> float:
         return costs.preference(imported("jobs.stages.work.preference:sizes")(costs.config, prepared))

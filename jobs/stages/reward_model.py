@@ -7,9 +7,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from jobs.stages.preferences import PREFERENCES
-from jobs.stages.stage import Artifact, Costs, Inputs, ModelUse, Stage
+from jobs.stages.stage import Artifact, Costs, Inputs, ModelUse, Sizes, Stage
 from orchestrator.config.config import Config
 from orchestrator.planning.demands import REWARD_MODEL, plan_training
+from orchestrator.planning.disk import Disk, training_disk
 from orchestrator.planning.placement import Node, Plan
 from orchestrator.run.folder import RunFolder
 
@@ -54,6 +55,11 @@ class RewardModel(Stage):
 
     def plan(self, config: Config, nodes: Sequence[Node]) -> Plan:
         return plan_training(REWARD_MODEL, config.reward_model, nodes)
+
+    def disk(self, config: Config, sizes: Sizes) -> Disk:
+        section = config.reward_model
+        size = sizes.of(section.base or config.model.path, section.layers)
+        return training_disk(size.num_params, saves=section.checkpoint_every_steps > 0)
 
     def seconds(self, costs: Costs, prepared: Prepared) -> float:
         return costs.reward_model(prepared.prompts.reward_model)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from jobs.command import imported
 from jobs.stages.rewarding import INSTEAD, model_reward, reward_inputs, reward_reads, reward_uses
 from jobs.stages.sample import policy_use
-from jobs.stages.stage import POLICY, Artifact, Costs, Inputs, ModelUse, Row, Stage
+from jobs.stages.stage import POLICY, Artifact, Costs, Inputs, ModelUse, Row, Sizes, Stage
 from orchestrator.config.config import Config
 from orchestrator.planning.demands import all_demands
+from orchestrator.planning.disk import EXPORTED_BYTES_PER_PARAM, SAVED_BYTES_PER_PARAM, Disk, samples_disk
 from orchestrator.planning.placement import Node, Plan, place
 from orchestrator.run.checkpoints import is_complete
 from orchestrator.run.folder import RunFolder, has_finished
@@ -98,6 +99,17 @@ class Rl(Stage):
 
     def arithmetic(self, config: Config, prepared: Prepared) -> Sequence[Row]:
         return imported("jobs.check.batches:batch_rows")(config, len(prepared.prompts.train))  # type: ignore[no-any-return]
+
+    def disk(self, config: Config, sizes: Sizes) -> Disk:
+        """Checkpoints (those kept, the best, and one more while saving), exports, and the experience log."""
+        num_params = sizes.of(config.model.path).num_params
+        if config.algorithm.needs_critic:
+            num_params += sizes.of(*imported("jobs.stages.settings:critic_base")(config)).num_params
+        keeps_best = config.checkpoints.best_metric is not None and config.evaluation.every_steps > 0
+        saved = (config.checkpoints.keep + 1 + keeps_best) * SAVED_BYTES_PER_PARAM * num_params
+        exported = EXPORTED_BYTES_PER_PARAM * num_params * (1 + keeps_best)
+        experience = samples_disk(config.rl.steps * config.samples_per_step, config.model.max_length)
+        return Disk(saved + exported + experience.kept)
 
     def seconds(self, costs: Costs, prepared: Prepared) -> float:
         return costs.rl(prepared.prompts.train, prepared.prompts.held_out)

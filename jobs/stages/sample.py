@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from jobs.stages.stage import Artifact, Costs, ModelUse, Stage
+from jobs.stages.stage import Artifact, Costs, ModelUse, Sizes, Stage
 from orchestrator.config.config import Config
 from orchestrator.planning.demands import engine_demand
+from orchestrator.planning.disk import Disk, samples_disk
 from orchestrator.planning.placement import Node, Plan, place
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ class Sample(Stage):
 
     def plan(self, config: Config, nodes: Sequence[Node]) -> Plan:
         return place([engine_demand(config)], nodes, mode=config.placement.mode)
+
+    def disk(self, config: Config, sizes: Sizes) -> Disk:
+        sample = config.sample
+        return samples_disk(sample.prompts * sample.samples_per_prompt, config.model.max_length)
 
     def seconds(self, costs: Costs, prepared: Prepared) -> float:
         sample = costs.config.sample

@@ -7,9 +7,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from jobs.command import imported
-from jobs.stages.stage import POLICY, Artifact, Costs, Inputs, ModelUse, Stage
+from jobs.stages.stage import POLICY, Artifact, Costs, Inputs, ModelUse, Sizes, Stage
 from orchestrator.config.config import Config
 from orchestrator.planning.demands import SFT, plan_training
+from orchestrator.planning.disk import Disk, training_disk
 from orchestrator.planning.placement import Node, Plan
 from orchestrator.run.folder import RunFolder
 
@@ -59,6 +60,10 @@ class Sft(Stage):
 
     def plan(self, config: Config, nodes: Sequence[Node]) -> Plan:
         return plan_training(SFT, config.sft, nodes)
+
+    def disk(self, config: Config, sizes: Sizes) -> Disk:
+        size = sizes.of(config.model.path)
+        return training_disk(size.num_params, saves=config.sft.checkpoint_every_steps > 0)
 
     def seconds(self, costs: Costs, prepared: Prepared) -> float:
         if costs.config.demonstrations.path is None:

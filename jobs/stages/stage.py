@@ -18,6 +18,8 @@ import numpy.typing as npt
 from jobs.command import imported
 from orchestrator.config.changes import value_of
 from orchestrator.config.config import Config
+from orchestrator.planning.disk import Disk
+from orchestrator.planning.memory import ModelSize
 from orchestrator.planning.placement import Node, Plan
 from orchestrator.prompts import Splits
 from orchestrator.run.folder import RunFolder
@@ -107,6 +109,13 @@ def row_sizes(measured: Sequence[tuple[int, int]], *, num_rows: int, num_records
     lengths = np.asarray([total for total, _ in measured], dtype=np.int64)
     learned = sum(learned for _, learned in measured) / max(int(lengths.sum()), 1)
     return RowSizes(num_records, np.resize(lengths, num_rows), learned)
+
+
+class Sizes(Protocol):
+    """Sizes of models."""
+
+    def of(self, name: str, layers: int | None = None) -> ModelSize:
+        """`layers`: the number of layers that are kept. None: all."""
 
 
 class Costs(Protocol):
@@ -214,6 +223,10 @@ class Stage:
     def plan(self, config: Config, nodes: Sequence[Node]) -> Plan:
         """The placement of its actors; stages take turns. Raises CapacityError: they do not fit."""
         return Plan(())
+
+    def disk(self, config: Config, sizes: Sizes) -> Disk:
+        """What it writes at most."""
+        return Disk()
 
     def arithmetic(self, config: Config, prepared: Prepared) -> Sequence[Row]:
         """The sizes of its batches and the like, as (name, value)."""

@@ -184,6 +184,32 @@ def test_a_cluster_too_small_in_cores_or_memory_is_refused(tree: dict[str, Any])
     assert found.warnings == [] and set(found.memory_of) == {slot.role for slot in found.plan.slots}
 
 
+def test_the_disk_of_a_run_is_that_of_its_stages(tree: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    def disk(*stages: Any, **sections: Any) -> float:
+        found = config_of(tree, stages=list(stages), **sections)
+        return capacity(found, Cluster("a toy", [Node("a", 8.0)], {"a": NodeOffer(None)})).disk_bytes
+
+    num_params = model_size(model).num_params
+    given = {"demonstrations": {"path": "x"}, "sft": {"max_length": 64}}
+    again = {"name": "again", "kind": "sft"}
+    assert disk("sft", **given) == (4 + 28) * num_params
+    assert disk("sft", again, **given) == (8 + 28) * num_params, "one training has checkpoints at a time"
+    assert (
+        disk("sft", demonstrations={"path": "x"}, sft={**given["sft"], "checkpoint_every_steps": 0}) == 4 * num_params
+    )
+    keys = {
+        "rl": {"steps": 10},
+        "checkpoints": {"keep": 2},
+        "evaluation": {"every_steps": 0},
+        "algorithm": {"name": "grpo"},
+    }
+    found = config_of(tree, **keys)
+    tokens = 10 * found.samples_per_step * found.model.max_length
+    assert disk("rl", **keys) == (3 * 14 + 4) * num_params + 40 * tokens
+    sampled = 40 * found.sample.prompts * found.sample.samples_per_prompt * found.model.max_length
+    assert disk("sample", "rl", **keys) == disk("rl", **keys) + sampled
+
+
 def test_an_address_of_another_kind_is_refused_with_the_command_that_takes_it(tree: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="rlhf submit --address"):
         check(config_of(tree), "ray://head:10001")

@@ -166,7 +166,7 @@ def test_a_run_without_any_common_score_is_still_reported(tmp_path: Path) -> Non
     write_report(folder)
     run = read_run(folder)
     assert run.comparison is None
-    assert any("no prompt in common that was scored in both" in note for note in run.notes)
+    assert any("no prompt was scored in both evaluations" in note for note in run.notes)
 
 
 def test_best_and_worst_are_the_extremes_of_all_samples(finished):

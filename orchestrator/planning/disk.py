@@ -1,0 +1,26 @@
+"""Disk space of stages, in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LOGGED_BYTES_PER_TOKEN = 40  # token id and some eight floats, before compression
+SAVED_BYTES_PER_PARAM = 14  # weights, masters, two moments
+EXPORTED_BYTES_PER_PARAM = 4
+
+
+@dataclass(frozen=True)
+class Disk:
+    """`kept` stays after the stage; `working` is freed at its end."""
+
+    kept: float = 0.0
+    working: float = 0.0
+
+
+def training_disk(num_params: int, *, saves: bool) -> Disk:
+    """Of a training without rollouts: its model and, if it saves any, its last checkpoint and the next one."""
+    return Disk(EXPORTED_BYTES_PER_PARAM * num_params, 2 * SAVED_BYTES_PER_PARAM * num_params * saves)
+
+
+def samples_disk(num_samples: int, max_length: int) -> Disk:
+    return Disk(num_samples * max_length * LOGGED_BYTES_PER_TOKEN)
