@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -114,10 +115,7 @@ def prepare_prompts(
             if len(token_ids) > max_prompt_tokens:
                 left_out.append((record.id, len(token_ids)))
                 continue
-            meta = {**record.meta, "messages": message_dicts(record.messages)}
-            if record.tools:
-                meta["tools"] = list(record.tools)
-            prompts.append(Prompt(record.id, record.text, np.array(token_ids, dtype=np.int32), meta))
+            prompts.append(Prompt(record.id, record.text, np.array(token_ids, dtype=np.int32), prompt_meta(record)))
     if records and not prompts:
         identity, shortest = min(left_out, key=lambda item: item[1])
         raise DataError(
@@ -126,6 +124,11 @@ def prepare_prompts(
             "(and model.max_length with it) or give shorter prompts."
         )
     return prompts, left_out
+
+
+def prompt_meta(record: PromptRecord) -> dict[str, Any]:
+    meta = {**record.meta, "messages": message_dicts(record.messages)}
+    return {**meta, "tools": list(record.tools)} if record.tools else meta
 
 
 def _text_of(record: PromptRecord, chat: Chat) -> str:

@@ -21,6 +21,7 @@ from actors.rewards.rules import RuleReward
 from jobs.stages.settings import judge_template, pair_template, reward_base, reward_max_length
 from jobs.stages.stage import Found
 from jobs.stages.work.judged import read_judged, split_held_out
+from jobs.stages.work.replies import read_replies, replies_table
 from orchestrator.config.config import Config
 from orchestrator.config.losses import Judgement
 from orchestrator.config.rewards import (
@@ -56,6 +57,16 @@ def _judged_file(config: Config, judgement: Judgement) -> str | None:
     records, report = read_judged(config, judgement)
     split_held_out(records, config.preferences.held_out)
     return f"preferences: {report.summary()}"
+
+
+def check_replies(config: Config, found: Found) -> str | None:
+    """Reads the file of stage `score`, and writes its first reply. Raises DataError."""
+    if config.score.path is None:
+        return None
+    records, report = read_replies(config)
+    if found.chat is not None:
+        replies_table(records[:1], found.chat)
+    return f"replies: {report.summary()}"
 
 
 def check_reward(config: Config, found: Found) -> str | None:

@@ -1,8 +1,9 @@
-"""Stage `score`: scores samples by the run's reward: a model, rules or an endpoint."""
+"""Stage `score`: scores samples, or replies of a file, by the run's reward."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 from jobs.stages.rewarding import INSTEAD, reward_inputs, reward_reads, reward_uses
@@ -20,17 +21,23 @@ class ScoreSamples(Stage):
     starts_from_policy = True
     start_s = 10.0
     sections = ("reward", "reward_model")
-    checks = ("jobs.check.rewards:check_reward", "jobs.check.conversations:check_scoring_conversations")
-    instead = MappingProxyType(INSTEAD)
+    checks = (
+        "jobs.check.rewards:check_replies",
+        "jobs.check.rewards:check_reward",
+        "jobs.check.conversations:check_scoring_conversations",
+    )
+    instead = MappingProxyType({**INSTEAD, SAMPLES: "give a file of replies: score.path"})
 
     def reads(self, config: Config) -> Sequence[str]:
-        return (SAMPLES, *reward_reads(config))
+        return (*(() if config.score.path else (SAMPLES,)), *reward_reads(config))
 
     def makes(self, config: Config) -> Sequence[Artifact]:
-        return (Artifact(SCORES, "scores.parquet"),)
+        made = (Artifact(SCORES, "scores.parquet"),)
+        return (*made, Artifact(SAMPLES, "replies.parquet")) if config.score.path else made
 
     def inputs(self, config: Config) -> Inputs:
-        return reward_inputs(config)
+        reward = reward_inputs(config)
+        return replace(reward, files={**reward.files, "score.path": config.score.path})
 
     def models(self, config: Config) -> Iterable[ModelUse]:
         return reward_uses(config)

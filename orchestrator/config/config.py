@@ -31,6 +31,7 @@ from orchestrator.config.sections import (
     RolloutConfig,
     RunConfig,
     SampleConfig,
+    ScoreConfig,
     SelectConfig,
     TelemetryConfig,
 )
@@ -59,6 +60,7 @@ class Config(Section):
     sft: SftConfig = SftConfig()
     sample: SampleConfig = SampleConfig()
     labeller: LabellerConfig = LabellerConfig()
+    score: ScoreConfig = ScoreConfig()
     select: SelectConfig = SelectConfig()
     preferences: PreferencesConfig = PreferencesConfig()
     reward_model: RewardModelConfig = RewardModelConfig()

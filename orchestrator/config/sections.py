@@ -107,6 +107,14 @@ class LabellerConfig(Section):
     """Standard deviation of the noise added to scores before ranking."""
 
 
+class ScoreConfig(Section):
+    path: Path | None = None
+    """Prompts with replies that were written elsewhere: a file as of prompts, each row with a field completion,
+    response or reply. Null: the samples of an earlier stage."""
+    format: Annotated[str, one_of(PROMPT_FORMATS, "auto")] = "auto"
+    """Record format (docs/data.md). auto: detected from the first record's fields."""
+
+
 class SelectConfig(Section):
     keep: Literal["best", "top", "pairs", "rankings"] = "best"
     """Selection from scored samples. best: the best reply to each prompt, to be learned; top: the best select.share of

@@ -38,6 +38,7 @@ from orchestrator.data.values import describe
 Record = TypeVar("Record")
 New = tuple[Record, bytes]
 """A record, and a digest that is equal for equal records."""
+REPLY_FIELDS = ("completion", "response", "reply")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,26 @@ def _prompts(fields: Fields, form: Format[Any]) -> Iterator[New[PromptRecord] | 
         digest = content_digest(identity_of(messages, tools))
         record = PromptRecord(given or id_of(digest), messages, last_user_text(messages), tools=tools)
         yield replace(record, meta=_json_values(meta)) if meta else record, digest
+
+
+def _answered(fields: Fields, form: Format[Any]) -> Iterator[New[PromptRecord] | LeftOut]:
+    """Prompts with a reply among their other fields."""
+    for found in _prompts(fields, form):
+        if isinstance(found, LeftOut):
+            yield found
+            continue
+        record, digest = found
+        reply = reply_in(record)
+        if not isinstance(reply, str):
+            raise BadRow(
+                f"needs a reply as text in one of the fields {', '.join(REPLY_FIELDS)}; found {describe(reply)}"
+            )
+        yield record, content_digest(digest.hex(), reply)
+
+
+def reply_in(record: PromptRecord) -> Any:
+    """The reply in the other fields of a prompt. None: there is none."""
+    return next((record.meta[name] for name in REPLY_FIELDS if name in record.meta), None)
 
 
 def _demonstrations(fields: Fields, form: Format[Any]) -> Iterator[New[DemonstrationRecord] | LeftOut]:
@@ -138,6 +159,7 @@ PROMPTS = Kind[PromptRecord](
     canonical.prompt_row,
     has_distinct_ids=True,
 )
+ANSWERED = replace(PROMPTS, section="score", records=_answered, has_distinct_ids=False)
 DEMONSTRATIONS = Kind[DemonstrationRecord](
     "demonstrations",
     DEMONSTRATION_FORMATS,

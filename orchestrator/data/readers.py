@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from orchestrator.data.files import file_bytes
-from orchestrator.data.kinds import DEMONSTRATIONS, DOCUMENTS, LABELS, PROMPTS, RANKINGS, SCORES, Kind, Record
+from orchestrator.data.kinds import ANSWERED, DEMONSTRATIONS, DOCUMENTS, LABELS, PROMPTS, RANKINGS, SCORES, Kind, Record
 from orchestrator.data.limits import Kept
 from orchestrator.data.mixtures import is_mixture, sources_of, stream_of
 from orchestrator.data.records import (
@@ -28,6 +28,13 @@ def read_prompts(
         DataError: the file can't be read, holds bad rows, or no prompt is left. The other readers raise it likewise.
     """
     return _read(PROMPTS, path, format, limit)
+
+
+def read_answered(
+    path: str | Path, format: str = "auto", limit: int | None = None
+) -> tuple[tuple[PromptRecord, ...], ReadReport]:
+    """Reads prompts with a reply in `meta` (kinds.reply_in); several may have the same prompt and id."""
+    return _read(ANSWERED, path, format, limit)
 
 
 def read_demonstrations(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,11 +17,13 @@ from jobs.stages.sample import SAMPLES
 from jobs.stages.score import SCORES
 from jobs.stages.settings import reward_path, samples_per_shard
 from jobs.stages.stage import StageJob
+from jobs.stages.work.replies import read_replies, replies_table
 from jobs.stages.work.shards import ShardFiles, spread
 from jobs.stages.work.wiring import all_ready, start_reward, starting, supervisor_of
 from orchestrator.config.config import Config
 from orchestrator.errors import DataError, StorageError
 from orchestrator.planning.demands import reward_demand
+from orchestrator.run.storage import replacing
 
 
 async def run(job: StageJob) -> Mapping[str, Any]:
@@ -31,12 +34,22 @@ async def run(job: StageJob) -> Mapping[str, Any]:
             attempt asks for the others only if their shard failed as a whole.
         StorageError: the samples can't be read.
     """
-    samples = read_table(job.inputs[SAMPLES])
+    samples = read_table(job.inputs[SAMPLES]) if job.config.score.path is None else await asyncio.to_thread(_given, job)
     files = ShardFiles(job.config, job.output(SCORES))
     table = await score_shards(job, job.config, reward_path(job.config, job.inputs), samples, files)
     found = _described(job, table)
     job.say(f"{job.name}: {found['scored']} of {table.num_rows} samples scored, mean {found['mean']:.3f}")
     return found
+
+
+def _given(job: StageJob) -> pa.Table:
+    """The replies of score.path, as the artifact that stage `sample` would make of them."""
+    records, report = read_replies(job.config)
+    job.say(f"{job.name}: {report.summary()}")
+    table = replies_table(records, job.prepared.chat)
+    with replacing(job.output(SAMPLES)) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+    return table
 
 
 def read_table(path: Path) -> pa.Table:

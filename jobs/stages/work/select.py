@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
@@ -107,8 +106,11 @@ _KINDS: Mapping[str, Callable[[Sequence[Scored], SelectConfig, Counter[str]], It
 
 
 def _by_prompt(samples: Sequence[Scored]) -> Iterator[list[Scored]]:
-    for _, group in groupby(samples, key=lambda sample: sample.prompt_id):
-        yield list(group)
+    """Prompts in the order of their first samples."""
+    groups: dict[str, list[Scored]] = {}
+    for sample in samples:
+        groups.setdefault(sample.prompt_id, []).append(sample)
+    yield from groups.values()
 
 
 def _distinct(group: Sequence[Scored]) -> list[Scored]:

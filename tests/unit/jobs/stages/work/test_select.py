@@ -60,6 +60,12 @@ def test_pairs_are_the_best_and_the_worst_reply() -> None:
     assert found == []
 
 
+def test_replies_to_one_prompt_belong_together_wherever_they_are() -> None:
+    spread = [SAMPLES[0], SAMPLES[5], SAMPLES[1], SAMPLES[7]]
+    rows = list(_KINDS["pairs"](spread, SelectConfig(keep="pairs"), Counter()))
+    assert [row["replies"] for row in rows] == [["good", "bad"], ["high", "low"]]
+
+
 def test_rankings_hold_all_distinct_replies_in_order() -> None:
     found, skipped = replies("rankings")
     assert found == [["good", "bad"], ["high", "mid", "low"]]
