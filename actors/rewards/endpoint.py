@@ -108,7 +108,7 @@ class Endpoint:
                 raise refused(f"reward endpoint {self.url} refused the request ({cause}). Check the address.")
         raise RewardError(
             f"reward endpoint {self.url} gave no answer in {tries} tries; the last one: {cause}. Check that "
-            f"it runs and is reachable from the reward replicas, or raise {self._section}.retries or timeout_s."
+            f"it runs and is reachable from this node, or raise {self._section}.retries or timeout_s."
         )
 
     async def _once(self, body: bytes, most_bytes: int) -> tuple[httpx.Response, bytes]:
@@ -152,7 +152,7 @@ def _token(source: str, section: str) -> str:
     if not _TOKEN.fullmatch(token.strip()):
         raise ConfigError(
             f"{section}.token_from={source} yields no token (one line of printable characters) on this node. Set the "
-            "variable, or write the file, on the nodes of the reward replicas."
+            "variable, or write the file, on every node that sends requests."
         )
     return token.strip()
 

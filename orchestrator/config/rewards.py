@@ -92,8 +92,8 @@ class EndpointConfig(Section):
     retries: NonNegative = 3
     """Retries after a failure, with exponential backoff."""
     token_from: str | None = Field(None, pattern=r"^(env:[A-Za-z_][A-Za-z0-9_]*|file:/.+)$")
-    """Source of the token that reward replicas send as `Authorization: Bearer`: env:NAME or file:/PATH. The token
-    itself is never in the config. Null: no token."""
+    """Source of the token that is sent as `Authorization: Bearer`: env:NAME or file:/PATH. The token itself is never in
+    the config. Null: no token."""
 
 
 class HttpRewardConfig(EndpointConfig, RewardConfig):
