@@ -70,7 +70,7 @@ def test_equal_start_scores_leave_no_unit_to_measure_in():
 
 
 def test_nothing_in_common_is_a_data_error():
-    with pytest.raises(DataError, match="no prompt in common"):
+    with pytest.raises(DataError, match="no prompt was scored in both"):
         compare(rows({"a": 1.0}), rows({"b": 1.0}))
 
 

@@ -22,6 +22,7 @@ from orchestrator.config.loader import config_from_tree, load_config
 from orchestrator.config.rewards import JudgeRewardConfig, PairJudgeConfig, RuleLimits
 from orchestrator.config.sections import ModelConfig
 from orchestrator.errors import ConfigError, RewardError
+from tests.deadlines import scaled
 from tests.unit.actors.rewards.rollouts import rollout_table
 
 Answer = Callable[[str], tuple[int, Any]]
@@ -266,7 +267,7 @@ def compare(server: JudgeServer, pairs: Sequence[tuple[str, str]], **keys: Any) 
     section = PairJudgeConfig.model_validate({"url": server.url, "model": "m", "retries": 0, **keys})
     source = PairJudge(section, "{{ first }}|{{ second }}", first_pause_s=0.01)
     sides = [[Sample("Why?", pair[side], {}) for pair in pairs] for side in (0, 1)]
-    return asyncio.run(source.compare(*sides, until=monotonic() + 30))
+    return asyncio.run(source.compare(*sides, until=monotonic() + scaled(30)))
 
 
 def longer(text: str) -> tuple[int, Any]:
@@ -306,7 +307,7 @@ def test_the_shipped_templates_show_what_is_judged(serve: Any) -> None:
     judge(server).scores(rollout_table(["the reply"], prompt="the prompt"))
     section = PairJudgeConfig(url=server.url, model="m")
     sides = [[Sample("the prompt", reply, {})] for reply in ("apple", "pear")]
-    asyncio.run(PairJudge(section).compare(*sides, until=monotonic() + 30))
+    asyncio.run(PairJudge(section).compare(*sides, until=monotonic() + scaled(30)))
     single, *pairs = (request["messages"][0]["content"] for request in server.requests)
     assert "[user]\nthe prompt\n" in single and "<reply>\nthe reply\n</reply>" in single
     assert "from 0 (worst) to 10 (best)" in single
