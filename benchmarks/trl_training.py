@@ -32,19 +32,20 @@ TARGET = 1.5
 def main(
     kinds: Annotated[list[str] | None, typer.Argument(help="sft, reward_model, preference; without: all.")] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 20,
+    layers: Annotated[int, typer.Option(help="How many of the model's 30 layers are kept.")] = 30,
 ) -> None:
     """Measures, writes benchmarks/results/trl_training.json and shows the table."""
     install_trl()
     figures: list[Figure] = []
     for kind in kinds or SECTIONS:
         with tempfile.TemporaryDirectory(prefix="trl-", dir="/tmp") as folder:
-            figures.append(compare(kind, steps, Path(folder)))
+            figures.append(compare(kind, steps, layers, Path(folder)))
     report("trl_training", figures)
 
 
-def compare(kind: str, num_steps: int, folder: Path) -> Figure:
+def compare(kind: str, num_steps: int, layers: int, folder: Path) -> Figure:
     variables = {**environment(len(os.sched_getaffinity(0)), on_gpu=False), "HF_HUB_OFFLINE": "1"}
-    call([sys.executable, "-m", "benchmarks.trl.ours", kind, str(num_steps), str(folder)], variables)
+    call([sys.executable, "-m", "benchmarks.trl.ours", kind, str(num_steps), str(layers), str(folder)], variables)
     work, answered = folder / "work.json", folder / "trl.json"
     call([str(TRL_PYTHON), "-m", "benchmarks.trl.training", str(work), str(answered)], variables)
     lines = map(json.loads, (folder / "work" / PROGRESS_FILE).read_text(encoding="utf-8").splitlines())
@@ -58,7 +59,7 @@ def compare(kind: str, num_steps: int, folder: Path) -> Figure:
         Pairs(speeds(ours, [step["seconds"] for step in ours]), speeds(ours, theirs["step_s"])),
         "tok/s",
         target=TARGET,
-        detail=f"{num_steps} steps in fp32; {words}",
+        detail=f"{num_steps} steps of {layers} layers in fp32; {words}",
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 
 from actors.learning import distributed
 from actors.learning.distributed import Group
@@ -45,15 +46,18 @@ SECTIONS: Mapping[str, Any] = {
 }
 
 
-def main(kind: str, num_steps: int, folder: Path) -> None:
-    """Trains in `folder`/work, and writes `folder`/work.json for TRL."""
+def main(kind: str, num_steps: int, layers: int, folder: Path) -> None:
+    """Trains in `folder`/work, and writes `folder`/work.json for TRL. `layers`: of the start model, the first ones."""
     keep_large_blocks()
     section = SECTIONS[kind]
-    policy = ModelConfig(path=str(resolve_model(EMBEDDED, RunConfig().cache)), dtype="float32")
-    scorer = folder / "scorer"
-    model = load_scorer(Path(policy.path), torch.float32, new_head="normal", seed=SEED)
-    model.save_pretrained(scorer)
-    load_tokenizer(Path(policy.path)).save_pretrained(scorer)
+    base, scorer = resolve_model(EMBEDDED, RunConfig().cache), folder / "scorer"
+    policy = ModelConfig(path=str(folder / "policy"), dtype="float32")
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, num_hidden_layers=layers).save_pretrained(
+        policy.path
+    )
+    load_tokenizer(base).save_pretrained(policy.path)
+    load_scorer(Path(policy.path), torch.float32, new_head="normal", seed=SEED).save_pretrained(scorer)
+    load_tokenizer(base).save_pretrained(scorer)
     chat = load_chat(Path(policy.path), policy)
     records = records_of(num_steps * section.records_per_batch)
     order = [
@@ -169,4 +173,4 @@ def tokens_of(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

@@ -64,8 +64,14 @@ def reward_model(work: Training, folder: str) -> Any:
     )
 
 
+class _OfTokens(DPOTrainer):  # type: ignore[misc]
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        """The other trainers leave rows of tokens as they are; this one would take them for text."""
+        return dataset
+
+
 def dpo(work: Training, folder: str) -> Any:
-    return DPOTrainer(
+    return _OfTokens(
         AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32),
         args=args(DPOConfig, work, folder, precompute_ref_log_probs=True, beta=0.1),
         train_dataset=Dataset.from_list(list(work.rows)),
