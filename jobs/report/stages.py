@@ -146,8 +146,9 @@ def _scored(folder: Path, kinds: Mapping[str, str], notes: list[str]) -> Iterato
         [place / file for place, _ in _places(folder, kinds, kind) if (place / file).exists()]
         for kind, file in ((SampleStage.kind, "samples.parquet"), (ScoreSamples.kind, "scores.parquet"))
     )
-    if scores and len(samples) >= len(scores):
-        rows = read_table(samples[len(scores) - 1], ["prompt_text", "response_text"], folder, notes)
+    samples += [path.with_name("replies.parquet") for path in scores[-1:] if path.with_name("replies.parquet").exists()]
+    if scores and samples:
+        rows = read_table(samples[-1], ["prompt_text", "response_text"], folder, notes)
         found = read_table(scores[-1], ["reward"], folder, notes)
         if len(rows) == len(found):
             for number, (row, score) in enumerate(zip(rows, found, strict=True)):

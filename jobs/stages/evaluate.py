@@ -24,7 +24,17 @@ RESULT_FILE = "result.json"
 class Evaluate(Stage):
     kind = "evaluate"
     start_s = 40.0
-    sections = ("evaluate", "evaluation", "prompts", "reference", "reward", "reward_model", "rollout")
+    sections = (
+        "demonstrations",
+        "evaluate",
+        "evaluation",
+        "prompts",
+        "reference",
+        "reward",
+        "reward_model",
+        "rollout",
+        "sft",
+    )
     samples = True
     starts_from_policy = True
     uses = (REWARD_MODEL,)
