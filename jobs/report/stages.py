@@ -11,11 +11,12 @@ from typing import Any
 
 from jobs.report.data import Extremes, Sample, extremes, read_config, read_table
 from jobs.stages.evaluate import RESULT_FILE, Evaluate
-from jobs.stages.sample import Sample as SampleStage
-from jobs.stages.score import ScoreSamples
+from jobs.stages.sample import SAMPLES
+from jobs.stages.score import SCORES
 from jobs.stages.table import STAGES, named_kinds
 from orchestrator.errors import StorageError
 from orchestrator.run.folder import stage_place
+from orchestrator.run.lineage import read_lineage
 from orchestrator.run.storage import read_json
 from orchestrator.watching.telemetry import METRICS_FILE, read_lines
 
@@ -88,7 +89,7 @@ def read_stages(folder: Path) -> Stages:
     return Stages(
         list(_trainings(read_lines(folder / METRICS_FILE), kinds)),
         list(_measured(folder, kinds, notes)),
-        extremes(_scored(folder, kinds, notes)),
+        extremes(_scored(folder, notes)),
         notes,
     )
 
@@ -140,16 +141,18 @@ def _replies(path: Path, notes: list[str]) -> Sequence[Reply]:
     return [Reply(row["prompt_text"], row["response_text"], other.get(row["prompt_id"])) for row in chosen]
 
 
-def _scored(folder: Path, kinds: Mapping[str, str], notes: list[str]) -> Iterator[Sample]:
-    """Samples and their scores have the same order."""
-    samples, scores = (
-        [place / file for place, _ in _places(folder, kinds, kind) if (place / file).exists()]
-        for kind, file in ((SampleStage.kind, "samples.parquet"), (ScoreSamples.kind, "scores.parquet"))
-    )
-    samples += [path.with_name("replies.parquet") for path in scores[-1:] if path.with_name("replies.parquet").exists()]
-    if scores and samples:
-        rows = read_table(samples[-1], ["prompt_text", "response_text"], folder, notes)
-        found = read_table(scores[-1], ["reward"], folder, notes)
+def _scored(folder: Path, notes: list[str]) -> Iterator[Sample]:
+    """The samples of the newest scores, which have the same order."""
+    try:
+        made = read_lineage(folder)
+    except StorageError as error:
+        notes.append(str(error))
+        return
+    for scores in [entry for entry in made if entry.kind == SCORES][-1:]:
+        own = [entry.path for entry in made if entry.kind == SAMPLES and entry.stage == scores.stage]
+        samples = folder / scores.reads.get(SAMPLES, (own or [scores.path])[0])
+        rows = read_table(samples, ["prompt_text", "response_text"], folder, notes)
+        found = read_table(folder / scores.path, ["reward"], folder, notes)
         if len(rows) == len(found):
             for number, (row, score) in enumerate(zip(rows, found, strict=True)):
                 if score["reward"] is not None:

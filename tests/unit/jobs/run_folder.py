@@ -14,6 +14,7 @@ from orchestrator import schema
 from orchestrator.config.config import Config
 from orchestrator.config.loader import to_yaml
 from orchestrator.evaluation import EVALUATION
+from orchestrator.run.lineage import Made, record
 from orchestrator.watching.telemetry import Telemetry
 
 NUM_STEPS = 20
@@ -168,6 +169,7 @@ def write_pipeline(folder: Path) -> Path:
             place = folder / "stages" / f"{name}-{number}"
             place.mkdir(parents=True)
             pq.write_table(pa.Table.from_pylist(rows), place / f"{name}s.parquet")
+            _record(folder, name, number)
     place = folder / "evaluate"
     place.mkdir()
     metrics = {"length": 31.0, "gold": 0.512, "gold_against": 0.25, "gold_win_rate": 0.75, "kl": 1.5}
@@ -190,3 +192,12 @@ def write_pipeline(folder: Path) -> Path:
         telemetry.evaluation(0, {f"evaluate/{name}": value for name, value in metrics.items()})
         telemetry.event("stage_failed", error="GuardTripped: gold is 0.512, required > 0.6")
     return folder
+
+
+def _record(folder: Path, name: str, number: int) -> None:
+    """The lineage of samples or scores of a round."""
+    path = f"stages/{name}-{number}/{name}s.parquet"
+    reads = {"samples": f"stages/sample-{number}/samples.parquet"} if name == "score" else {}
+    stage = f"{name}-{number}"
+    made = Made(kind=f"{name}s", path=path, stage=stage, attempt=1, sha256="0", config_sha256="0", reads=reads)
+    record(folder, made)
