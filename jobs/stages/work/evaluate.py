@@ -38,6 +38,7 @@ from orchestrator.planning.demands import reference_demand
 from orchestrator.prompts import sample_requests
 from orchestrator.run.storage import write_json
 from orchestrator.sampler import cut_into_shards
+from orchestrator.types import Prompt
 
 _BOUND = re.compile(r"\s*(<=|>=|<|>)\s*(-?\d+(?:\.\d+)?)\s*")
 _COMPARE = {"<": float.__lt__, "<=": float.__le__, ">": float.__gt__, ">=": float.__ge__}
@@ -60,11 +61,12 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     config, folder = job.config, job.output(EVALUATION)
     folder.mkdir(parents=True, exist_ok=True)
     against = config.evaluate.against or job.start_policy
-    policy = await _side(job, "policy", config)
+    other_config = changed(config, {"model.path": against}, source="evaluate.against")
+    mine, theirs = _same_prompts(config, other_config)
+    policy = await _side(job, "policy", config, mine)
     metrics = _alone(policy) | await _likelihood(job, config, "")
     if against != config.model.path:
-        other_config = changed(config, {"model.path": against}, source="evaluate.against")
-        other = await _side(job, "against", other_config)
+        other = await _side(job, "against", other_config, theirs)
         metrics |= _together(policy, other) | await _likelihood(job, other_config, "_against")
         if config.evaluate.judge is not None:
             metrics |= await _judged(job, config.evaluate.judge, policy.samples, other.samples)
@@ -83,9 +85,19 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     return result
 
 
-async def _side(job: StageJob, name: str, config: Config) -> Side:
+def _same_prompts(config: Config, other: Config) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    """The held-out prompts of both models, in one order: a template may make a prompt too long for one of them."""
+    mine, theirs = (prepare(each).prompts.held_out for each in (config, other))
+    common = {prompt.id for prompt in mine} & {prompt.id for prompt in theirs}
+    if not common:
+        raise DataError("no held-out prompt fits both models: raise prompts.max_prompt_tokens, or give more prompts.")
+    kept = ([prompt for prompt in side if prompt.id in common][: config.evaluation.prompts] for side in (mine, theirs))
+    first, second = kept
+    return first, second
+
+
+async def _side(job: StageJob, name: str, config: Config, prompts: Sequence[Prompt]) -> Side:
     """An attempt keeps the shards of earlier ones."""
-    prompts = prepare(config).prompts.held_out[: config.evaluation.prompts]
     requests = sample_requests(prompts, samples_per_prompt=1, seed=config.run.seed, step=EVALUATION_STEP)
     shards = cut_into_shards(
         EVALUATION_STEP, requests, samples_per_shard=samples_per_shard(config), sampling=sampling_of(config)
