@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 from actors.models.model import EMBEDDED, resolve_model
 from jobs.prepare import PACKAGE_ROOT, find_data
-from jobs.stages.table import stages_of
+from jobs.stages.table import own_name, stages_of
 from orchestrator.config.config import Config
 from orchestrator.data.mixtures import is_mixture, sources_of
 from orchestrator.errors import RlhfError
@@ -40,15 +41,17 @@ def contents(config: Config) -> dict[str, str]:
 
 
 def _digests(config: Config) -> Iterator[tuple[str, Callable[[], str | None]]]:
-    inputs = [entry.stage.inputs(entry.config) for entry in stages_of(config)]
+    stages = stages_of(config)
+    inputs = [entry.stage.inputs(entry.config) for entry in stages]
     files: dict[str, Path | None] = {
         "prompts.path": config.prompts.path,
         "model.chat_template": config.model.chat_template,
     }
     models: dict[str, str | None] = {"model.path": config.model.path}
-    for found in inputs:
-        files |= found.files
-        models |= found.models
+    for entry, found in zip(stages, inputs, strict=True):
+        prompts = {"prompts.path": entry.config.prompts.path} if entry.stage.samples else {}
+        for known, given in ((files, {**prompts, **found.files}), (models, found.models)):
+            _add(known, given, entry.name)
     for name, file in files.items():
         if file is not None:
             yield name, partial(_data_digest, Path(file))
@@ -57,6 +60,14 @@ def _digests(config: Config) -> Iterator[tuple[str, Callable[[], str | None]]]:
             yield name, partial(_model_digest, model, config.run.cache)
     for rule in sorted({rule for found in inputs for rule in found.rules}):
         yield f"rule {rule}", partial(_rule_digest, rule)
+
+
+def _add(known: dict[str, Any], given: Mapping[str, Any], stage: str) -> None:
+    """Adds what a stage is given; what differs from an earlier stage's gets a name of its own (own_name)."""
+    for key, value in given.items():
+        if value is not None:
+            name = key if known.get(key) in (None, value) else own_name(key, stage)
+            known[name] = value
 
 
 def digest_of(path: Path) -> str:

@@ -47,7 +47,8 @@ class NamedStage:
             keys.add("prompts.path")
         if self.stage.starts_from_policy:
             keys |= {"model.chat_template", *(() if POLICY in self.sources else ("model.path",))}
-        return frozenset(keys)
+        known = self.config.run.contents
+        return frozenset(own if (own := own_name(key, self.name)) in known else key for key in keys)
 
     def sees(self, key: str) -> bool:
         """Whether a key of the config can affect its results. A section that some kinds of stages name is seen by these
@@ -89,6 +90,11 @@ class NamedStage:
             return self.config
         keys = ["model.path", *(["critic.path"] if self.config.critic.path == self.config.model.path else [])]
         return changed(self.config, dict.fromkeys(keys, str(policy)), source=f"stage {self.name!r}")
+
+
+def own_name(key: str, stage: str) -> str:
+    """The name in run.contents of a file that one stage reads where others read another one under the same key."""
+    return f"{key} of {stage}"
 
 
 def stages_of(config: Config) -> list[NamedStage]:

@@ -12,6 +12,7 @@ import pytest
 from jobs import contents as contents_module
 from jobs.contents import contents, file_digest
 from jobs.resolve import resolved
+from jobs.stages.table import stages_of
 from jobs.stages.work.replay import read_run_folder
 from orchestrator.config.config import Config
 from orchestrator.config.loader import load_config, to_yaml
@@ -184,6 +185,20 @@ def test_large_files_are_sampled_at_their_size_their_ends_and_between(
         seen.add(file_digest(path))
     append(path)
     assert len(seen | {before, file_digest(path)}) == 5
+
+
+def test_files_of_stages_under_one_key_are_told_apart(files: Path) -> None:
+    (files / "more.jsonl").write_text('{"prompt": "What?", "chosen": "a", "rejected": "b"}\n')
+    again = {"name": "again", "kind": "reward_model", "set": {"preferences.path": str(files / "more.jsonl")}}
+    tree = config(files).model_dump(mode="json")
+    chosen = Config.model_validate({**tree, "stages": ["reward_model", again, "rl"]})
+    found = contents(chosen)
+    assert found["preferences.path"] == file_digest(files / "preferences.jsonl")
+    assert found["preferences.path of again"] == file_digest(files / "more.jsonl")
+    kept = chosen.model_copy(update={"run": chosen.run.model_copy(update={"contents": found})})
+    first, second, _ = stages_of(kept)
+    assert "preferences.path" in first.outside and "preferences.path of again" not in first.outside
+    assert "preferences.path of again" in second.outside and "preferences.path" not in second.outside
 
 
 def test_the_digest_of_a_mixture_covers_its_sources(files: Path) -> None:
