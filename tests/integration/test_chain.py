@@ -107,7 +107,7 @@ def test_every_link_leaves_what_the_next_one_reads(whole: tuple[Path, str]) -> N
         "sft": {"demonstrations": "selected.jsonl"},
         "evaluate": {"policy": "sft"},
     }
-    assert not list(run.glob(".*.work")) and "evaluate: policy beside" in output
+    assert not list(run.glob(".*.work")) and "evaluate: policy compared with" in output
 
 
 def test_the_evaluation_compares_both_models_on_the_same_prompts(whole: tuple[Path, str]) -> None:
