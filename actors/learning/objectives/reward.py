@@ -50,7 +50,9 @@ def ordinal(loss: Ordinal, scores_B: Tensor, quality_B: Tensor, _group_B: Tensor
     2005, section 4.2, all-threshold)."""
     bounds_K = torch.arange(loss.lowest, loss.highest, device=scores_B.device) + 0.5
     sign_BK = torch.where(quality_B[:, None] > bounds_K, 1.0, -1.0)
-    return _of_single(log_sigmoid(sign_BK * (scores_B[:, None] - bounds_K)).sum(), scores_B, quality_B)
+    terms_BK = log_sigmoid(sign_BK * (scores_B[:, None] - bounds_K))
+    # Nothing bounds the scores of replies with the most or the fewest stars.
+    return _of_single(terms_BK.sum(), scores_B.clamp(loss.lowest, loss.highest), quality_B)
 
 
 def _of_single(loss: Tensor, scores_B: Tensor, quality_B: Tensor) -> LossTerms:
