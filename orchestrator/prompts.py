@@ -66,6 +66,31 @@ def split(
     return Splits(train=train, reward_model=reward_model, held_out=held_out)
 
 
+def split_held_out(
+    records: Sequence[Record], held_out: int | None, *, section: str
+) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    """(to train on, held out): the last `held_out` records, or (None) a tenth by a hash of the prompt.
+
+    Args:
+        section: of the config that has the key `held_out`; part of the hash.
+
+    Raises:
+        DataError: nothing is left to train on.
+    """
+    if held_out is None:
+        parts = split(records, held_out_fraction=0.1, reward_model_fraction=0.0, salt=section)
+        train, kept = parts.train, parts.held_out
+    else:
+        start = max(len(records) - held_out, 0)
+        train, kept = tuple(records[:start]), tuple(records[start:])
+    if not train:
+        raise DataError(
+            f"of {len(records)} {section} {len(kept)} are held out, so none is left to train on. Give more {section} "
+            f"or lower {section}.held_out."
+        )
+    return train, kept
+
+
 def derive_seed(*parts: int | str) -> int:
     """A number in [0, 2**63) that depends only on the parts and is equal on all machines and in all processes."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)

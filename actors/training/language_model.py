@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -14,31 +13,13 @@ from actors.learning.heads import PolicyModel
 from actors.learning.packing import TokenRows
 from actors.models.model import load_causal, resolve_model, torch_dtype
 from actors.text.conversations import Chat, load_chat
-from orchestrator.config.sections import ModelConfig
-from orchestrator.config.trainings import OfflineConfig
+from actors.training.task import TaskInputs
 from orchestrator.planning.balance import plan_minibatches
 
 
 @dataclass(frozen=True)
-class PolicyTraining:
-    """Inputs of a policy's training task in addition to its data.
-
-    Args:
-        stage: config section.
-        policy, template: the initial model, and the text of its chat template.
-        cache: folder of converted models.
-        folder: the finished policy; replaced completely.
-        work: folder for the unfinished policy, on the file system of `folder`.
-        total_optimizer_steps: optimizer steps of all epochs.
-    """
-
-    stage: OfflineConfig
-    policy: ModelConfig
-    template: str | None
-    cache: Path
-    folder: Path
-    work: Path
-    total_optimizer_steps: int
+class PolicyTraining(TaskInputs):
+    """Inputs of a task that trains the policy, which is its initial model."""
 
     def load(self) -> tuple[Chat, PolicyModel]:
         """Raises DataError: the model, its tokenizer or its template."""

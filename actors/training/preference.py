@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from actors.training.artifact import make_artifact
 from actors.training.language_model import PolicyTraining
 from actors.training.ranked_rows import JudgedRecord, RankedRows, mismatched_rows, ranked_rows
 from actors.training.row_values import row_values
-from orchestrator.algorithms.ranking import epoch_batches
+from actors.training.trainer import training_batches
 from orchestrator.config.losses import Orpo
 from orchestrator.config.trainings import PreferenceConfig
 from orchestrator.run.storage import reading, replacing
@@ -42,12 +42,9 @@ JudgedData = tuple[Sequence[JudgedRecord], Sequence[JudgedRecord]]
 
 @dataclass(frozen=True)
 class PreferenceTraining(PolicyTraining):
-    """Args:
-    seed: of the run, which decides the batches; KTO's baseline is estimated from the replies of a batch.
-    """
+    """`seed` decides the batches, too: KTO's baseline is estimated from the replies of a batch."""
 
     stage: PreferenceConfig
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -83,8 +80,8 @@ class PreferenceTask:
             model, stage.learner(steps), dtype=settings.policy.compute_dtype, total_optimizer_steps=steps
         )
         self._shares_prompts = train.shares_prompts
-        batches = self._batches(train.num_records) if stage.loss.judgement == "labels" else []
-        pairs = dict.fromkeys(pair for batch in batches for pair in mismatched(batch))
+        batches = training_batches(train.num_records, stage, settings.seed) if stage.loss.judgement == "labels" else ()
+        pairs = dict.fromkeys(pair for _, _, batch in batches for pair in mismatched(batch))
         self._mismatched_row = {pair: row for row, pair in enumerate(pairs)}
         mixed = mismatched_rows(train, list(pairs), max_length=stage.max_length)
         if stage.loss.needs_reference:
@@ -134,13 +131,6 @@ class PreferenceTask:
         mixed = self._mismatched.of_rows([self._mismatched_row[pair] for pair in mismatched(records)])
         logprobs = torch.tensor(self._values(mixed.rows, _logprobs), dtype=torch.float64)
         return float(kto_kl(logprobs, torch.tensor(mixed.table["reference"].to_pylist(), dtype=torch.float64)))
-
-    def _batches(self, num_records: int) -> Iterator[Sequence[int]]:
-        stage = self.settings.stage
-        for epoch in range(stage.epochs):
-            yield from epoch_batches(
-                num_records, records_per_batch=stage.records_per_batch, seed=self.settings.seed, epoch=epoch
-            )
 
     def _with_reference(self, parts: Sequence[RankedRows]) -> list[RankedRows]:
         """Reads the reference's log-probs from the work folder, or computes them and keeps them there."""

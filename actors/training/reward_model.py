@@ -22,9 +22,9 @@ from actors.text.conversations import Chat, base_chat
 from actors.training.artifact import make_artifact
 from actors.training.ranked_rows import JudgedRecord, RankedRows, padding_token, ranked_rows
 from actors.training.row_values import row_values
+from actors.training.task import TaskInputs
 from orchestrator.algorithms.calibration import Calibration, calibration
 from orchestrator.algorithms.ranking import spread
-from orchestrator.config.sections import ModelConfig
 from orchestrator.config.trainings import RewardModelConfig
 from orchestrator.run.storage import write_json
 
@@ -36,27 +36,11 @@ JudgedData = tuple[Sequence[JudgedRecord], Sequence[JudgedRecord]]
 
 
 @dataclass(frozen=True)
-class RewardTraining:
-    """What the task needs beside the preferences.
-
-    Args:
-        stage: config section; the model to start from is its `base`, else the policy.
-        policy, template: whose conversations are written, and the text of its chat template; see base_chat.
-        cache: folder of converted models.
-        folder: the finished reward model; replaced as a whole.
-        work: folder for the unfinished model, on the file system of `folder`.
-        total_optimizer_steps: of all epochs.
-        seed: of a new head.
-    """
+class RewardTraining(TaskInputs):
+    """The initial model is the section's `base`, else the policy; see base_chat for its conversations. `seed` is also
+    that of a new head."""
 
     stage: RewardModelConfig
-    policy: ModelConfig
-    template: str | None
-    cache: Path
-    folder: Path
-    work: Path
-    total_optimizer_steps: int
-    seed: int
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from actors.learning.distributed import Group
 from actors.learning.learner import Learner, Loss, Update
 from actors.learning.packing import TokenRows
+from orchestrator.config.sections import ModelConfig
+from orchestrator.config.trainings import OfflineConfig
 
 Made_co = TypeVar("Made_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class TaskInputs:
+    """What a task needs besides its data.
+
+    Args:
+        stage: config section.
+        policy, template: the policy, and the text of its chat template; the initial model, if the stage has no other.
+        cache: folder of converted models.
+        folder: the finished model; replaced completely.
+        work: folder for the unfinished model, on the file system of `folder`.
+        total_optimizer_steps: optimizer steps of all epochs.
+        seed: of the run.
+    """
+
+    stage: OfflineConfig
+    policy: ModelConfig
+    template: str | None
+    cache: Path
+    folder: Path
+    work: Path
+    total_optimizer_steps: int
+    seed: int
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Everything besides the data that decides what is learned."""
+        model = self.policy
+        policy = (model.path, model.compute_dtype, model.system_prompt, model.today, self.template)
+        stage = self.stage.model_dump(exclude={"checkpoint_every_steps"})
+        return policy, stage, self.total_optimizer_steps, self.seed
 
 
 class Dataset(Protocol):

@@ -57,6 +57,13 @@ class Training(Generic[Made]):
     timeout_s: float
 
 
+def training_batches(num_records: int, passes: Passes, seed: int) -> Iterator[tuple[int, int, Sequence[int]]]:
+    """(epoch, number within the epoch, records) of every batch of a training, from the first on."""
+    for epoch in range(passes.epochs):
+        batches = epoch_batches(num_records, records_per_batch=passes.records_per_batch, seed=seed, epoch=epoch)
+        yield from ((epoch, number, records) for number, records in enumerate(batches))
+
+
 class Trainer(Generic[Made]):
     """One rank of a training. All ranks construct and run it together.
 
@@ -82,7 +89,9 @@ class Trainer(Generic[Made]):
         done = self._checkpoints.restore()
         if self._group.rank == 0:
             self._work.started(done)
-        for step, (epoch, number, records) in enumerate(self._batches()):
+        training = self._training
+        batches = training_batches(self._task.data.num_records, training.passes, training.seed)
+        for step, (epoch, number, records) in enumerate(batches):
             if step < done:
                 continue
             metrics = self._step(records, what=f"epoch {epoch}, batch {number}")
@@ -92,18 +101,6 @@ class Trainer(Generic[Made]):
                 self._checkpoints.save(step + 1)
         on_rank_0(self._work.require_newest, self._group)
         return self._task.finish()
-
-    def _batches(self) -> Iterator[tuple[int, int, Sequence[int]]]:
-        """(epoch, number in the epoch, records) of every batch."""
-        passes = self._training.passes
-        for epoch in range(passes.epochs):
-            batches = epoch_batches(
-                self._task.data.num_records,
-                records_per_batch=passes.records_per_batch,
-                seed=self._training.seed,
-                epoch=epoch,
-            )
-            yield from ((epoch, number, records) for number, records in enumerate(batches))
 
     def _step(self, records: Sequence[int], *, what: str) -> Mapping[str, float]:
         """One optimizer step; its metrics."""

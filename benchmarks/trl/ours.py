@@ -104,14 +104,15 @@ def train(
         "folder": folder / "made",
         "work": folder / "work",
         "total_optimizer_steps": section.num_steps(len(records)),
+        "seed": SEED,
     }
     makes: Mapping[str, Any] = {
         "sft": lambda: partial(SftTask, PolicyTraining(stage=section, **shared)),
         "reward_model": lambda: partial(
             RewardModelTask,
-            RewardTraining(stage=section.model_copy(update={"base": str(scorer)}), seed=SEED, **shared),
+            RewardTraining(stage=section.model_copy(update={"base": str(scorer)}), **shared),
         ),
-        "preference": lambda: partial(PreferenceTask, PreferenceTraining(stage=section, seed=SEED, **shared)),
+        "preference": lambda: partial(PreferenceTask, PreferenceTraining(stage=section, **shared)),
     }
     rows = sft_rows(records, chat, section.max_length)
     data = (rows.table(), Rows().table()) if kind == "sft" else (tuple(records), ())

@@ -20,7 +20,7 @@ from actors.rewards.pair_judge import PairJudge
 from actors.rewards.rules import RuleReward
 from jobs.stages.settings import judge_template, pair_template, reward_base, reward_max_length
 from jobs.stages.stage import Found
-from jobs.stages.work.judged import read_judged, split_held_out
+from jobs.stages.work.judged import read_judged, split_judged
 from jobs.stages.work.replies import read_replies, replies_table
 from orchestrator.config.config import Config
 from orchestrator.config.losses import Judgement
@@ -55,7 +55,7 @@ def _judged_file(config: Config, judgement: Judgement) -> str | None:
     if config.preferences.path is None:
         return None
     records, report = read_judged(config, judgement)
-    split_held_out(records, config.preferences.held_out)
+    split_judged(config, records)
     return f"preferences: {report.summary()}"
 
 

@@ -19,7 +19,7 @@ from actors.training.reward_model import CALIBRATION_REPLIES
 from jobs.plan.work import layout_of, models_of, work_of
 from jobs.prepare import Prepared, prepare
 from jobs.resolve import WITHOUT_TRIAL, resolved
-from jobs.stages.stage import RowSizes, row_sizes
+from jobs.stages.stage import RowSizes
 from jobs.stages.table import stages_of
 from orchestrator.config.config import Config
 from orchestrator.config.trainings import OfflineConfig
@@ -34,7 +34,6 @@ from orchestrator.planning.costs import (
 from orchestrator.planning.hardware import Device, cpu_core
 from orchestrator.planning.simulation.run import simulate_steps
 from orchestrator.planning.simulation.scenario import Layout
-from orchestrator.prompts import Splits
 from orchestrator.types import Prompt
 from orchestrator.watching.telemetry import clock_text
 
@@ -158,15 +157,6 @@ class Costs:
         """So many times the rows of the training, without gradient."""
         whole = np.resize(rows.lengths, math.ceil(len(rows.lengths) * times))
         return self._score(self._size("policy"), whole, stage.micro_batch_tokens, rows.learned * whole.sum())
-
-    def sft_on_samples(self, prompts: Splits[Prompt]) -> float:
-        """The same of selected samples, as many as may be selected."""
-        select, sample = self.config.select, self.config.sample
-        chosen = _lengths(getattr(prompts, sample.split)[: sample.prompts])
-        count = len(chosen) * (sample.samples_per_prompt * select.share if select.keep == "top" else 1)
-        longest = self.config.rollout.max_new_tokens
-        measured = [(int(length) + longest, longest) for length in chosen]
-        return self.sft(row_sizes(measured, num_rows=math.ceil(count), num_records=math.ceil(count)))
 
     def rl(self, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> float:
         steps = self.config.rl.steps

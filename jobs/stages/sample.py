@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from jobs.stages.stage import Artifact, Costs, ModelUse, Sizes, Stage
+from jobs.stages.stage import Artifact, Costs, ModelUse, RowSizes, Sizes, Stage, row_sizes
 from orchestrator.config.config import Config
 from orchestrator.planning.demands import engine_demand
 from orchestrator.planning.disk import Disk, samples_disk
@@ -40,14 +40,28 @@ class Sample(Stage):
         return samples_disk(sample.prompts * sample.samples_per_prompt, config.model.max_length)
 
     def seconds(self, costs: Costs, prepared: Prepared) -> float:
-        sample = costs.config.sample
-        return costs.sampling(prompts_of(costs.config, prepared)[: sample.prompts], sample.samples_per_prompt)
+        return costs.sampling(sampled(costs.config, prepared), costs.config.sample.samples_per_prompt)
 
 
 def prompts_of(config: Config, prepared: Prepared) -> Sequence[Prompt]:
     """The prompts of `sample.split`."""
     found: Sequence[Prompt] = getattr(prepared.prompts, config.sample.split)
     return found
+
+
+def sampled(config: Config, prepared: Prepared) -> Sequence[Prompt]:
+    """The prompts for which replies are sampled."""
+    return prompts_of(config, prepared)[: config.sample.prompts]
+
+
+def sample_sizes(
+    config: Config, prompts: Sequence[Prompt], *, num_rows: int, num_records: int | None = None
+) -> RowSizes:
+    """The data of a training on samples, for estimates: replies are as long as they may be. `num_records` None: a row
+    is a record."""
+    longest = config.rollout.max_new_tokens
+    measured = [(len(prompt.tokens) + longest, longest) for prompt in prompts]
+    return row_sizes(measured, num_rows=num_rows, num_records=num_rows if num_records is None else num_records)
 
 
 def policy_use(config: Config, *, exports: bool) -> ModelUse:

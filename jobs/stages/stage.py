@@ -21,7 +21,6 @@ from orchestrator.config.config import Config
 from orchestrator.planning.disk import Disk
 from orchestrator.planning.memory import ModelSize
 from orchestrator.planning.placement import Node, Plan
-from orchestrator.prompts import Splits
 from orchestrator.run.folder import RunFolder
 from orchestrator.types import Prompt
 from orchestrator.watching.telemetry import Shown, Telemetry
@@ -131,8 +130,6 @@ class Costs(Protocol):
     def sft(self, rows: RowSizes) -> float: ...
 
     def preference(self, rows: RowSizes) -> float: ...
-
-    def sft_on_samples(self, prompts: Splits[Prompt]) -> float: ...
 
     def rl(self, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> float: ...
 

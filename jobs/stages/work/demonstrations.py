@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,14 +10,15 @@ import pyarrow as pa
 
 from actors.text.conversations import Chat
 from actors.text.learned import Rows
-from jobs.prepare import find_data, policy_chat
+from jobs.prepare import Prepared, find_data, policy_chat
+from jobs.stages.sample import sample_sizes, sampled
 from jobs.stages.stage import RowSizes, row_sizes
 from orchestrator.algorithms.ranking import spread
 from orchestrator.config.config import Config
 from orchestrator.data.readers import read_demonstrations, read_documents
 from orchestrator.data.records import DemonstrationRecord, DocumentRecord, ReadReport
 from orchestrator.errors import DataError
-from orchestrator.prompts import split
+from orchestrator.prompts import split_held_out
 
 MEASURED = 200  # records whose length stands for that of all
 Demonstration = DemonstrationRecord | DocumentRecord
@@ -41,26 +43,18 @@ def parts_of(
     config: Config, records: Sequence[Demonstration]
 ) -> tuple[Sequence[Demonstration], Sequence[Demonstration]]:
     """(to train on, held out), as demonstrations.held_out says. Raises DataError: nothing is left to train on."""
-    count = config.demonstrations.held_out
-    if count is None:
-        parts = split(records, held_out_fraction=0.1, reward_model_fraction=0.0, salt="demonstrations")
-        train, held_out = parts.train, parts.held_out
-    else:
-        start = max(len(records) - count, 0)
-        train, held_out = tuple(records[:start]), tuple(records[start:])
-    if not train:
-        raise DataError(
-            f"of {len(records)} demonstrations {len(held_out)} are held out, so none is left to train on. Give more "
-            "demonstrations or lower demonstrations.held_out."
-        )
-    return train, held_out
+    return split_held_out(records, config.demonstrations.held_out, section="demonstrations")
 
 
-def sizes(config: Config, chat: Chat) -> RowSizes:
-    """Raises DataError."""
+def sizes(config: Config, prepared: Prepared) -> RowSizes:
+    """Of the file, or of the samples that will be selected, as many as may be. Raises DataError."""
+    if config.demonstrations.path is None:
+        prompts, select = sampled(config, prepared), config.select
+        each = config.sample.samples_per_prompt * select.share if select.keep == "top" else 1
+        return sample_sizes(config, prompts, num_rows=math.ceil(len(prompts) * each))
     train, _ = parts_of(config, read(config)[0])
     some = spread(train, MEASURED)
-    rows = rows_of(config, chat, some).rows
+    rows = rows_of(config, prepared.chat, some).rows
     num_rows = round(len(rows) * len(train) / len(some))
     measured = [(len(row.tokens), int(row.learn.sum())) for row in rows]
     return row_sizes(measured, num_rows=num_rows, num_records=num_rows)

@@ -17,7 +17,7 @@ from orchestrator.config.losses import Judgement
 from orchestrator.data.readers import read_labels, read_rankings, read_scores
 from orchestrator.data.records import ReadReport
 from orchestrator.errors import DataError
-from orchestrator.prompts import split
+from orchestrator.prompts import split_held_out
 
 _MOST_COMPARED = 500
 
@@ -39,24 +39,9 @@ def read_judged(config: Config, judgement: Judgement, path: Path | None = None) 
     return _READERS[judgement](file, section.format, section.limit)
 
 
-def split_held_out(records: Records, held_out: int | None) -> tuple[Records, Records]:
-    """(to train on, held out): the last `held_out` records, or (None) a tenth by a hash of the prompt.
-
-    Raises:
-        DataError: nothing is left to train on.
-    """
-    if held_out is None:
-        parts = split(records, held_out_fraction=0.1, reward_model_fraction=0.0, salt="preferences")
-        train, kept = parts.train, parts.held_out
-    else:
-        start = max(len(records) - held_out, 0)
-        train, kept = tuple(records[:start]), tuple(records[start:])
-    if not train:
-        raise DataError(
-            f"of {len(records)} preferences {len(kept)} are held out, so none is left to train on. Give more "
-            "preferences or lower preferences.held_out."
-        )
-    return train, kept
+def split_judged(config: Config, records: Records) -> tuple[Records, Records]:
+    """(to train on, held out), as preferences.held_out says. Raises DataError: nothing is left to train on."""
+    return split_held_out(records, config.preferences.held_out, section="preferences")
 
 
 @dataclass(frozen=True)

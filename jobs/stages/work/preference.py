@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import shutil
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,21 +12,20 @@ from typing import Any
 
 from actors.training.preference import PreferenceTask, PreferenceTraining, Preferred
 from actors.training.ranked_rows import judged
-from actors.training.train_run import Progress
 from jobs.prepare import Prepared
 from jobs.stages.preference import RESULT_FILE
 from jobs.stages.preferences import PREFERENCES
-from jobs.stages.settings import chat_template
+from jobs.stages.sample import sample_sizes, sampled
 from jobs.stages.stage import POLICY, RowSizes, StageJob, row_sizes
-from jobs.stages.work.judged import Records, measure_held_out, read_judged, split_held_out
-from jobs.stages.work.training import Report, train_section, work_of
+from jobs.stages.work.demonstrations import MEASURED
+from jobs.stages.work.judged import Records, measure_held_out, read_judged, split_judged
+from jobs.stages.work.training import Report, inputs_of, of_last_tenth, train_section, words
 from orchestrator.algorithms.ranking import spread
 from orchestrator.config.config import Config
 from orchestrator.planning.demands import PREFERENCE
 from orchestrator.run.storage import write_json
 from orchestrator.watching.telemetry import Telemetry
 
-MEASURED = 200  # records whose length stands for that of all
 _RECORDED = ("loss", "accuracy", "margin", "grad_norm", "learning_rate")
 
 Say = Callable[[str], None]
@@ -81,7 +78,7 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     config = job.config
     records, report = read_judged(config, config.preference.loss.judgement, job.inputs.get(PREFERENCES))
     job.say(f"preference: {report.summary()}")
-    train, held_out = split_held_out(records, config.preferences.held_out)
+    train, held_out = split_judged(config, records)
     result = await train_on_preferences(config, train, held_out, job.output(POLICY), job.telemetry, job.say)
     write_json(job.run.place / RESULT_FILE, asdict(result))
     job.telemetry.event("policy_trained", **asdict(result))
@@ -104,7 +101,7 @@ async def train_on_preferences(
         RoleError: workers failed more often than `failures` allows, or reported nothing before their deadline.
     """
     started = monotonic()
-    settings = _settings(config, folder.absolute(), num_records=len(records))
+    settings = inputs_of(PreferenceTraining, config, config.preference, folder, num_records=len(records))
     preferred: Preferred
     steps, preferred = await train_section(
         config,
@@ -112,22 +109,21 @@ async def train_on_preferences(
         partial(PreferenceTask, settings),
         (tuple(records), tuple(held_out)),
         settings.work,
-        Report(telemetry, say, PREFERENCE, settings.total_optimizer_steps, _RECORDED, _words),
-        identity=_identity(settings, records, held_out),
+        Report(telemetry, say, PREFERENCE, settings.total_optimizer_steps, _RECORDED, words),
+        identity=(*settings.identity, tuple(records), tuple(held_out)),
     )
     quality = measure_held_out(preferred.held_out_rewards, held_out)
     if quality.accuracy is not None:
         telemetry.evaluation(len(steps), {"preference/held_out_accuracy": quality.accuracy})
-    last = steps[-math.ceil(len(steps) / 10) :]
     result = PreferenceResult(
         path=str(settings.folder),
         loss_name=config.preference.loss.name,
         held_out_accuracy=quality.accuracy,
         interval=quality.interval,
         num_pairs=quality.num_pairs,
-        loss=_mean(step["loss"] for step in last),
-        accuracy=_mean(step["accuracy"] for step in last),
-        margin=_mean(step["margin"] for step in last),
+        loss=of_last_tenth(steps, "loss"),
+        accuracy=of_last_tenth(steps, "accuracy"),
+        margin=of_last_tenth(steps, "margin"),
         num_records=len(records),
         num_held_out=len(held_out),
         num_truncated=preferred.num_truncated,
@@ -141,12 +137,11 @@ async def train_on_preferences(
 def sizes(config: Config, prepared: Prepared) -> RowSizes:
     """Of the file, or of the samples that will be ranked. Raises DataError."""
     if config.preferences.path is None:
-        sample, longest = config.sample, config.rollout.max_new_tokens
-        prompts = getattr(prepared.prompts, sample.split)[: sample.prompts]
-        measured = [(len(prompt.tokens) + longest, longest) for prompt in prompts]
-        return row_sizes(measured, num_rows=len(prompts) * sample.samples_per_prompt, num_records=len(prompts))
+        prompts = sampled(config, prepared)
+        num_rows = len(prompts) * config.sample.samples_per_prompt
+        return sample_sizes(config, prompts, num_rows=num_rows, num_records=len(prompts))
     records, _ = read_judged(config, config.preference.loss.judgement)
-    train, _ = split_held_out(records, config.preferences.held_out)
+    train, _ = split_judged(config, records)
     longest = config.preference.max_length
     transcripts = [
         prepared.chat.reply(record.messages, reply, record.tools)
@@ -155,33 +150,3 @@ def sizes(config: Config, prepared: Prepared) -> RowSizes:
     ]
     measured = [(min(len(found), longest), min(len(found.response_tokens), longest)) for found in transcripts]
     return row_sizes(measured, num_rows=sum(len(judged(record)[0]) for record in train), num_records=len(train))
-
-
-def _settings(config: Config, folder: Path, *, num_records: int) -> PreferenceTraining:
-    return PreferenceTraining(
-        stage=config.preference,
-        policy=config.model,
-        template=chat_template(config),
-        cache=config.run.cache,
-        folder=folder,
-        work=work_of(folder),
-        total_optimizer_steps=config.preference.num_steps(num_records),
-        seed=config.run.seed,
-    )
-
-
-def _identity(settings: PreferenceTraining, train: Records, held_out: Records) -> tuple[object, ...]:
-    """Everything that decides what is learned."""
-    stage = settings.stage.model_dump(exclude={"checkpoint_every_steps"})
-    model = settings.policy
-    policy = (model.path, model.compute_dtype, model.system_prompt, model.today, settings.template)
-    return policy, stage, settings.total_optimizer_steps, settings.seed, tuple(train), tuple(held_out)
-
-
-def _words(steps: Sequence[Progress]) -> str:
-    loss, accuracy = (_mean(step[name] for step in steps) for name in ("loss", "accuracy"))
-    return f"loss {loss:.3f}  pairs in order {accuracy:.0%}"
-
-
-def _mean(values: Iterable[float]) -> float:
-    return statistics.fmean(values)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import shutil
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,18 +12,17 @@ from typing import Any
 
 from actors.groups.cluster import alive_nodes, named_address
 from actors.training.reward_model import RewardModelTask, RewardTraining, Trained
-from actors.training.train_run import Progress
 from jobs.check.capacity import find_cluster
 from jobs.cluster.connection import cluster
 from jobs.command import imported, run_async, say
 from jobs.resolve import WITHOUT_TRIAL, resolved
 from jobs.stages.preferences import PREFERENCES
 from jobs.stages.reward_model import RESULT_FILE
-from jobs.stages.settings import alone, chat_template
+from jobs.stages.settings import alone
 from jobs.stages.stage import StageJob
-from jobs.stages.work.judged import Records, measure_held_out, read_judged, split_held_out
+from jobs.stages.work.judged import Records, measure_held_out, read_judged, split_judged
 from jobs.stages.work.labeller import read_gold
-from jobs.stages.work.training import Report, train_section, work_of
+from jobs.stages.work.training import Report, inputs_of, of_last_tenth, train_section, words
 from orchestrator.algorithms.calibration import Calibration
 from orchestrator.config.config import Config
 from orchestrator.errors import ConfigError
@@ -97,7 +94,7 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     path = job.inputs.get(PREFERENCES)
     records, report = read_judged(config, config.reward_model.loss.judgement, path)
     job.say(f"reward model: {report.summary()}")
-    train, held_out = split_held_out(records, config.preferences.held_out)
+    train, held_out = split_judged(config, records)
     gold = None
     if path is not None:
         gold_of_prompt = read_gold(path)
@@ -136,8 +133,7 @@ async def train_reward_model(
         RoleError: workers failed more often than `failures` allows, or reported nothing before their deadline.
     """
     started = monotonic()
-    folder = folder.absolute()
-    settings = _settings(config, folder, num_records=len(records))
+    settings = inputs_of(RewardTraining, config, config.reward_model, folder, num_records=len(records))
     recorded = _RECORDED if config.reward_model.loss.judgement == "rankings" else _RECORDED_OF_SCORES
     trained: Trained
     steps, trained = await train_section(
@@ -146,22 +142,21 @@ async def train_reward_model(
         partial(RewardModelTask, settings),
         (tuple(records), tuple(held_out)),
         settings.work,
-        Report(telemetry, say, REWARD_MODEL, settings.total_optimizer_steps, recorded, _words),
-        identity=_identity(settings, records, held_out),
+        Report(telemetry, say, REWARD_MODEL, settings.total_optimizer_steps, recorded, words),
+        identity=(*settings.identity, tuple(records), tuple(held_out)),
     )
     quality = measure_held_out(trained.held_out_scores, held_out, gold)
     if quality.accuracy is not None:
         telemetry.evaluation(len(steps), {"reward_model/held_out_accuracy": quality.accuracy})
-    last = steps[-math.ceil(len(steps) / 10) :]
     result = RewardModelResult(
-        path=str(folder),
+        path=str(settings.folder),
         held_out_accuracy=quality.accuracy,
         interval=quality.interval,
         num_pairs=quality.num_pairs,
         kendall_tau=quality.kendall_tau,
         calibration=trained.calibration,
-        loss=_mean(step["loss"] for step in last),
-        accuracy=_mean(step["accuracy"] for step in last) if "accuracy" in recorded else None,
+        loss=of_last_tenth(steps, "loss"),
+        accuracy=of_last_tenth(steps, "accuracy") if "accuracy" in recorded else None,
         num_records=len(records),
         num_held_out=len(held_out),
         num_truncated=trained.num_truncated,
@@ -172,38 +167,6 @@ async def train_reward_model(
     )
     shutil.rmtree(settings.work, ignore_errors=True)
     return result
-
-
-def _settings(config: Config, folder: Path, *, num_records: int) -> RewardTraining:
-    return RewardTraining(
-        stage=config.reward_model,
-        policy=config.model,
-        template=chat_template(config),
-        cache=config.run.cache,
-        folder=folder,
-        work=work_of(folder),
-        total_optimizer_steps=config.reward_model.num_steps(num_records),
-        seed=config.run.seed,
-    )
-
-
-def _identity(settings: RewardTraining, records: Records, held_out: Records) -> tuple[object, ...]:
-    """Everything that decides what is learned."""
-    stage = settings.stage.model_dump(exclude={"checkpoint_every_steps"})
-    model = settings.policy
-    policy = (model.path, model.compute_dtype, model.system_prompt, model.today, settings.template)
-    return policy, stage, settings.total_optimizer_steps, settings.seed, tuple(records), tuple(held_out)
-
-
-def _words(steps: Sequence[Progress]) -> str:
-    loss = f"loss {_mean(step['loss'] for step in steps):.3f}"
-    if "accuracy" in steps[0]:
-        return f"{loss}  pairs in order {_mean(step['accuracy'] for step in steps):.0%}"
-    return f"{loss}  absolute error {_mean(step['absolute_error'] for step in steps):.2f}"
-
-
-def _mean(values: Iterable[float]) -> float:
-    return statistics.fmean(values)
 
 
 def run_alone(config: Config, ray_address: str | None) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from time import monotonic
@@ -16,13 +15,11 @@ import pyarrow as pa
 
 from actors.training.language_model import PolicyTraining
 from actors.training.sft import Fitted, SftTask
-from actors.training.train_run import Progress
 from jobs.prepare import policy_chat
-from jobs.stages.settings import chat_template
 from jobs.stages.sft import DEMONSTRATIONS, RESULT_FILE
 from jobs.stages.stage import POLICY, StageJob
 from jobs.stages.work.demonstrations import parts_of, read, rows_of
-from jobs.stages.work.training import Report, train_section, work_of
+from jobs.stages.work.training import Report, inputs_of, of_last_tenth, train_section, words
 from orchestrator.planning.demands import SFT
 from orchestrator.run.storage import write_json
 
@@ -85,16 +82,7 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     key = f"sft.max_length={config.sft.max_length}"
     job.say(", ".join(filter(None, [f"sft: {report.summary()}", rows.describe(key)])))
     data = rows.table(), kept.table()
-    folder = job.output(POLICY).absolute()
-    settings = PolicyTraining(
-        stage=config.sft,
-        policy=config.model,
-        template=chat_template(config),
-        cache=config.run.cache,
-        folder=folder,
-        work=work_of(folder),
-        total_optimizer_steps=config.sft.num_steps(len(rows.rows)),
-    )
+    settings = inputs_of(PolicyTraining, config, config.sft, job.output(POLICY), num_records=len(rows.rows))
     fitted: Fitted
     steps, fitted = await train_section(
         config,
@@ -102,17 +90,17 @@ async def run(job: StageJob) -> Mapping[str, Any]:
         partial(SftTask, settings),
         data,
         settings.work,
-        Report(job.telemetry, job.say, SFT, settings.total_optimizer_steps, _RECORDED, _words),
-        identity=_identity(settings, config.run.seed, data),
+        Report(job.telemetry, job.say, SFT, settings.total_optimizer_steps, _RECORDED, words),
+        identity=(*settings.identity, *map(_digest, data)),
     )
     loss = fitted.held_out_loss
     if loss is not None:
         job.telemetry.evaluation(len(steps), {"sft/held_out_loss": loss})
     result = SftResult(
-        path=str(folder),
+        path=str(settings.folder),
         held_out_loss=loss,
         held_out_perplexity=None if loss is None else math.exp(min(loss, 700.0)),
-        loss=_mean(step["loss"] for step in steps[-math.ceil(len(steps) / 10) :]),
+        loss=of_last_tenth(steps, "loss"),
         num_records=len(train),
         num_rows=len(rows.rows),
         num_learned_tokens=sum(int(row.learn.sum()) for row in rows.rows),
@@ -130,30 +118,8 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     return asdict(result)
 
 
-def _identity(settings: PolicyTraining, seed: int, data: Sequence[pa.Table]) -> tuple[object, ...]:
-    """Everything that decides what is learned."""
-    stage = settings.stage.model_dump(exclude={"checkpoint_every_steps"})
-    model = settings.policy
-    return (
-        model.path,
-        model.compute_dtype,
-        stage,
-        settings.total_optimizer_steps,
-        seed,
-        [_digest(part) for part in data],
-    )
-
-
 def _digest(table: pa.Table) -> str:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table.combine_chunks())
     return hashlib.sha256(sink.getvalue()).hexdigest()
-
-
-def _words(steps: Sequence[Progress]) -> str:
-    return f"loss {_mean(step['loss'] for step in steps):.3f}"
-
-
-def _mean(values: Iterable[float]) -> float:
-    return statistics.fmean(values)

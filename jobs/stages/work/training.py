@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
 from actors.groups.cluster import alive_nodes
 from actors.learning.distributed import Group
-from actors.training.task import Task
+from actors.training.task import Task, TaskInputs
 from actors.training.train_run import Progress, TrainRun, Workers
 from actors.training.trainer import Training
 from actors.training.work import open_work
+from jobs.stages.settings import chat_template
 from orchestrator.config.config import Config
 from orchestrator.config.sections import DeadlinesConfig
 from orchestrator.config.trainings import OfflineConfig
@@ -25,9 +27,11 @@ from orchestrator.planning.demands import plan_training
 from orchestrator.run.storage import writing
 from orchestrator.watching.telemetry import Telemetry
 
+_WORDS = {"loss": "loss {:.3f}", "accuracy": "pairs in order {:.0%}", "absolute_error": "absolute error {:.2f}"}
 SHOWN = 20  # console lines about the optimizer steps of a stage
 
 Say = Callable[[str], None]
+Inputs = TypeVar("Inputs", bound=TaskInputs)
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,31 @@ class Report:
         return self.role.replace("_", " ")
 
 
-def work_of(folder: Path) -> Path:
-    """The work folder of a training whose result is `folder`."""
-    return folder.with_name(f".{folder.name}.work")
+def inputs_of(kind: type[Inputs], config: Config, section: OfflineConfig, folder: Path, *, num_records: int) -> Inputs:
+    """The inputs of a training whose finished model is `folder`; its work folder is next to that."""
+    folder = folder.absolute()
+    return kind(
+        stage=section,
+        policy=config.model,
+        template=chat_template(config),
+        cache=config.run.cache,
+        folder=folder,
+        work=folder.with_name(f".{folder.name}.work"),
+        total_optimizer_steps=section.num_steps(num_records),
+        seed=config.run.seed,
+    )
+
+
+def of_last_tenth(steps: Sequence[Progress], name: str) -> float:
+    """The mean of a metric over the last tenth of the optimizer steps."""
+    return statistics.fmean(step[name] for step in steps[-math.ceil(len(steps) / 10) :])
+
+
+def words(steps: Sequence[Progress]) -> str:
+    """Text about steps, for the console."""
+    return "  ".join(
+        text.format(statistics.fmean(step[name] for step in steps)) for name, text in _WORDS.items() if name in steps[0]
+    )
 
 
 async def train_section(

@@ -2,28 +2,29 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.stages.work.judged import measure, measure_held_out, measure_singles, split_held_out
+from jobs.stages.work.judged import measure, measure_held_out, measure_singles
 from orchestrator.data.records import LabelledRecord, Message, RankingRecord
 from orchestrator.errors import DataError
+from orchestrator.prompts import split_held_out
 
 RECORDS = [RankingRecord(f"p{n}", (Message("user", str(n)),), ("good", "bad")) for n in range(200)]
 
 
 def test_the_last_records_are_held_out() -> None:
-    train, held_out = split_held_out(RECORDS, 20)
+    train, held_out = split_held_out(RECORDS, 20, section="preferences")
     assert (*train, *held_out) == tuple(RECORDS) and len(held_out) == 20
-    assert split_held_out(RECORDS, 0) == (tuple(RECORDS), ())
+    assert split_held_out(RECORDS, 0, section="preferences") == (tuple(RECORDS), ())
 
 
 def test_without_a_number_a_tenth_is_held_out_whatever_else_is_in_the_file() -> None:
-    train, held_out = split_held_out(RECORDS, None)
+    train, held_out = split_held_out(RECORDS, None, section="preferences")
     assert 8 <= len(held_out) <= 35 and len(train) + len(held_out) == 200
-    assert set(split_held_out(RECORDS[::2], None)[1]) == set(held_out) & set(RECORDS[::2])
+    assert set(split_held_out(RECORDS[::2], None, section="preferences")[1]) == set(held_out) & set(RECORDS[::2])
 
 
 def test_nothing_left_to_train_on_is_an_error() -> None:
     with pytest.raises(DataError, match=r"preferences\.held_out"):
-        split_held_out(RECORDS[:5], 5)
+        split_held_out(RECORDS[:5], 5, section="preferences")
 
 
 def test_quality_by_hand() -> None:
