@@ -39,6 +39,11 @@ def ranking_row(record: RankingRecord) -> Row:
     return {**row, "continued": True} if is_begun(record.messages) else row
 
 
+def scored_ranking_row(record: RankingRecord, gold: Sequence[float]) -> Row:
+    """With the scores by which the replies are ranked, best first, for people: readers leave them out."""
+    return {**ranking_row(record), "gold": list(gold)}
+
+
 def labelled_row(record: LabelledRecord) -> Row:
     row = _conversation(record.id, "prompt", record.messages, record.tools)
     return {**row, "completion": reply_json(record.reply), "label": record.label}

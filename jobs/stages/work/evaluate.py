@@ -22,13 +22,13 @@ from jobs.prepare import policy_chat, prepare
 from jobs.stages.evaluate import EVALUATION, RESULT_FILE
 from jobs.stages.settings import pair_template, rank_context, reward_path, samples_per_shard, sampling_of
 from jobs.stages.stage import StageJob
-from jobs.stages.work.demonstrations import MEASURED, parts_of, read, rows_of
+from jobs.stages.work.demonstrations import MEASURED, Demonstration, parts_of, read, rows_of
 from jobs.stages.work.preferences import rule_scores
 from jobs.stages.work.sample import sample_shards
 from jobs.stages.work.score import score_shards
 from jobs.stages.work.shards import ShardFiles
 from jobs.stages.work.wiring import EVALUATION_STEP, all_ready, starting, supervisor_of
-from orchestrator.algorithms.ranking import spread, wilson_interval
+from orchestrator.algorithms.ranking import order, spread, wilson_interval
 from orchestrator.config.config import Config
 from orchestrator.config.loader import changed
 from orchestrator.config.rewards import ModelRewardConfig, PairJudgeConfig
@@ -62,12 +62,13 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     against = config.evaluate.against or job.start_policy
     other_config = changed(config, {"model.path": against}, source="evaluate.against")
-    mine, theirs = _same_prompts(config, other_config)
+    mine, theirs = _same_prompts(job, other_config)
+    held_out = [] if config.demonstrations.path is None else spread(parts_of(config, read(config)[0])[1], MEASURED)
     policy = await _side(job, "policy", config, mine)
-    metrics = _alone(policy) | await _likelihood(job, config, "")
+    metrics = _alone(policy) | await _likelihood(job, config, held_out, "")
     if against != config.model.path:
         other = await _side(job, "against", other_config, theirs)
-        metrics |= _together(policy, other) | await _likelihood(job, other_config, "_against")
+        metrics |= _together(policy, other) | await _likelihood(job, other_config, held_out, "_against")
         if config.evaluate.judge is not None:
             metrics |= await _judged(job, config.evaluate.judge, policy.samples, other.samples)
         if job.start_policy == against:  # the same vocabulary: every stage keeps it
@@ -85,14 +86,17 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     return result
 
 
-def _same_prompts(config: Config, other: Config) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
-    """The held-out prompts of both models, in one order: a template may make a prompt too long for one of them."""
-    mine, theirs = (prepare(each).prompts.held_out for each in (config, other))
+def _same_prompts(job: StageJob, other: Config) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    """The held-out prompts of both models, in one order: a template may make a prompt too long for one of them. All
+    policies of a run have one template and vocabulary."""
+    mine = theirs = job.prepared.prompts.held_out
+    if other.model.path not in (job.start_policy, job.config.model.path):
+        theirs = prepare(other).prompts.held_out
     common = {prompt.id for prompt in mine} & {prompt.id for prompt in theirs}
     if not common:
         raise DataError("no held-out prompt fits both models: raise prompts.max_prompt_tokens, or give more prompts.")
-    kept = ([prompt for prompt in side if prompt.id in common][: config.evaluation.prompts] for side in (mine, theirs))
-    first, second = kept
+    number = job.config.evaluation.prompts
+    first, second = ([prompt for prompt in side if prompt.id in common][:number] for side in (mine, theirs))
     return first, second
 
 
@@ -158,15 +162,14 @@ def judge_metrics(found: Sequence[Comparison], max_failed_fraction: float) -> di
     }
 
 
-async def _likelihood(job: StageJob, config: Config, suffix: str) -> dict[str, float]:
-    """Mean negative log-likelihood of a learned token of held-out demonstrations, in nats, and its exponential. Empty
-    without demonstrations.path."""
-    if config.demonstrations.path is None:
+async def _likelihood(
+    job: StageJob, config: Config, held_out: Sequence[Demonstration], suffix: str
+) -> dict[str, float]:
+    """Mean negative log-likelihood of a learned token of demonstrations, in nats, and its exponential. Empty without
+    demonstrations."""
+    if not held_out:
         return {}
-    _, held_out = parts_of(config, read(config)[0])
-    rows = rows_of(config, policy_chat(config), spread(held_out, MEASURED)).table()
-    if not rows.num_rows:
-        return {}
+    rows = rows_of(config, policy_chat(config), held_out).table()
     cold = config.model_copy(update={"rollout": config.rollout.model_copy(update={"temperature": 1.0})})
     logprobs = await _logprobs(job, rows.append_column("row", pa.array(range(rows.num_rows), pa.int32())), cold)
     marks = rows["learn"].to_pylist()
@@ -219,7 +222,7 @@ def _together(policy: Side, other: Side) -> dict[str, float]:
         ]
         if not pairs:
             continue
-        wins = sum(1.0 if left > right else 0.5 if left == right else 0.0 for left, right in pairs)
+        wins = sum(order(left, right) for left, right in pairs)
         low, high = wilson_interval(wins, len(pairs))
         metrics[f"{name}_against"] = statistics.fmean(right for _, right in pairs)
         metrics |= {f"{name}_win_rate": wins / len(pairs), f"{name}_win_low": low, f"{name}_win_high": high}

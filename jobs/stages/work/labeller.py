@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.algorithms.ranking import concordant_pairs, num_pairs
-from orchestrator.data.records import Message, RankingRecord, Tools, is_begun, message_dicts, reply_json
+from orchestrator.data.canonical import scored_ranking_row
+from orchestrator.data.records import Message, RankingRecord, Tools
 from orchestrator.errors import DataError
 from orchestrator.prompts import derive_seed
 from orchestrator.run.storage import replacing
@@ -99,15 +100,7 @@ def write_rankings(path: Path, rankings: Iterable[LabelledRanking]) -> None:
     """
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
         for ranking in rankings:
-            record = ranking.record
-            row = {
-                "id": record.id,
-                "messages": message_dicts(record.messages),
-                "replies": [reply_json(reply) for reply in record.replies],
-                "gold": ranking.gold,
-                **({"tools": record.tools} if record.tools else {}),
-                **({"continued": True} if is_begun(record.messages) else {}),
-            }
+            row = scored_ranking_row(ranking.record, ranking.gold)
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +16,16 @@ from jobs.stages.score import SCORES
 from jobs.stages.stage import StageJob
 from jobs.stages.work.score import read_table
 from orchestrator.config.sections import SelectConfig
+from orchestrator.data.canonical import demonstration_row, scored_ranking_row
+from orchestrator.data.records import (
+    DemonstrationRecord,
+    Message,
+    RankingRecord,
+    Tools,
+    content_id,
+    is_begun,
+    messages_from_dicts,
+)
 from orchestrator.errors import DataError
 from orchestrator.run.storage import replacing
 
@@ -122,28 +132,21 @@ def _distinct(group: Sequence[Scored]) -> list[Scored]:
 
 
 def _demonstration(sample: Scored) -> Mapping[str, Any]:
-    meta = json.loads(sample.meta)
-    *earlier, last = meta["messages"]
-    if last["role"] == "assistant":  # a begun turn, which the reply continues
-        messages = [*earlier, {**last, "content": last["content"] + sample.reply}]
+    messages, tools = _conversation(sample)
+    if is_begun(messages):
+        *earlier, last = messages
+        whole = (*earlier, replace(last, content=last.content + sample.reply))
     else:
-        messages = [*earlier, last, {"role": "assistant", "content": sample.reply}]
-    return {"messages": messages, **_tools(meta), "score": sample.score}
+        whole = (*messages, Message("assistant", sample.reply))
+    return {**demonstration_row(DemonstrationRecord(content_id(whole, tools), whole, tools)), "score": sample.score}
 
 
 def _ranking(ordered: Sequence[Scored]) -> Mapping[str, Any]:
-    """As readers of preferences take it, best reply first."""
-    meta = json.loads(ordered[0].meta)
-    begun = {"continued": True} if meta["messages"][-1]["role"] == "assistant" else {}
-    return {
-        "id": ordered[0].prompt_id,
-        "messages": meta["messages"],
-        "replies": [sample.reply for sample in ordered],
-        "gold": [sample.score for sample in ordered],
-        **_tools(meta),
-        **begun,
-    }
+    messages, tools = _conversation(ordered[0])
+    record = RankingRecord(ordered[0].prompt_id, messages, tuple(sample.reply for sample in ordered), tools)
+    return scored_ranking_row(record, [sample.score for sample in ordered])
 
 
-def _tools(meta: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {"tools": meta["tools"]} if meta.get("tools") else {}
+def _conversation(sample: Scored) -> tuple[tuple[Message, ...], Tools]:
+    meta = json.loads(sample.meta)
+    return messages_from_dicts(meta["messages"]), tuple(meta.get("tools", ()))
