@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import ray
 import yaml
 
 from orchestrator.run.lineage import read_lineage
 from orchestrator.run.storage import read_json, sha256
-from tests.deadlines import of_a_run, scaled
+from tests.deadlines import of_a_run
+from tests.integration import pipelines
+from tests.integration.pipelines import kill_when, start
 from tests.tiny import tiny_llama
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    folder = Path("/tmp") / f"chain{os.getpid()}"
-    ray.init(num_cpus=2, _temp_dir=str(folder), log_to_driver=False, object_store_memory=100_000_000)
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+finish = partial(pipelines.finish, within_s=240.0)
 
 
 @pytest.fixture(scope="module")
@@ -60,23 +47,6 @@ def config(folder: Path, **keys: Any) -> Path:
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
     return folder / "config.yaml"
-
-
-def start(path: Path, cluster: str, run_id: str, *overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "jobs", "run", "--config", str(path), f"run.id={run_id}", *overrides],
-        cwd=ROOT,
-        env={**os.environ, "RAY_ADDRESS": cluster},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    output, _ = process.communicate(timeout=scaled(240.0))
-    assert process.returncode == code, output
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +100,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_bits(cluster: str, folder: 
         ".sft.work",
         "evaluate/policy.parquet",
     ):
-        process = start(path, cluster, "killed")
-        deadline = monotonic() + scaled(180.0)
-        while not list((folder / "killed").glob(made)):
-            assert process.poll() is None and monotonic() < deadline, process.communicate()[0]
-            sleep(0.02)
-        process.kill()
-        process.communicate()
+        kill_when(start(path, cluster, "killed"), folder / "killed", made, within_s=180.0)
     finish(start(path, cluster, "killed"))
     for name in ("samples.parquet", "scores.parquet", "selected.jsonl", "sft/model.safetensors"):
         assert sha256(folder / "killed" / name) == sha256(whole[0] / name), name

@@ -16,7 +16,7 @@ import yaml
 
 from orchestrator.run.storage import read_json
 from tests.deadlines import of_a_run
-from tests.integration.test_sft import base, cluster, finish, start  # noqa: F401  fixtures
+from tests.integration.pipelines import finish, start
 from tests.tiny import tiny_llama
 from tests.unit.actors.rewards.test_judge import JudgeServer, saying
 
@@ -41,8 +41,8 @@ def judge() -> Iterator[JudgeServer]:
 
 
 def test_a_judge_scores_and_compares_and_a_resumed_stage_asks_nothing_twice(
-    cluster: str,  # noqa: F811
-    base: Path,  # noqa: F811
+    cluster: str,
+    base: Path,
     judge: JudgeServer,
     tmp_path: Path,
 ) -> None:

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import re
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 import psutil
 import pytest
-import ray
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
@@ -28,27 +21,13 @@ from jobs.stages.work.preference import PreferenceResult, train_on_preferences
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
 from orchestrator.data.records import LabelledRecord, Message, RankingRecord
-from orchestrator.run.storage import read_json, sha256
+from orchestrator.run.storage import sha256
 from orchestrator.watching.telemetry import Telemetry, read_lines
-from tests.deadlines import of_a_run, scaled
-from tests.tiny import tiny_llama
+from tests.deadlines import of_a_run
+from tests.integration.pipelines import require_equal_after_a_kill
 
 ROOT = Path(__file__).resolve().parents[2]
 _MOODS = ("kind", "plain", "rude")
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    folder = Path("/tmp") / f"pf{os.getpid()}"
-    ray.init(num_cpus=2, _temp_dir=str(folder), log_to_driver=False, object_store_memory=100_000_000)
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 def _records(count: int) -> list[RankingRecord]:
@@ -112,7 +91,7 @@ def _losses(lines: list[dict[str, Any]]) -> list[float]:
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo", "cpo"])
 def test_every_loss_of_pairs_orders_replies_that_it_has_not_seen(
-    cluster: None, base: Path, tmp_path: Path, loss: str
+    cluster: str, base: Path, tmp_path: Path, loss: str
 ) -> None:
     records = _records(44)
     config = _config(base, tmp_path, loss={"name": loss})
@@ -128,7 +107,7 @@ def test_every_loss_of_pairs_orders_replies_that_it_has_not_seen(
     assert [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")] == []
 
 
-def test_kto_orders_single_replies_that_it_has_not_seen(cluster: None, base: Path, tmp_path: Path) -> None:
+def test_kto_orders_single_replies_that_it_has_not_seen(cluster: str, base: Path, tmp_path: Path) -> None:
     records = _labels(72)
     config = _config(base, tmp_path, loss={"name": "kto"})
     result, lines, _ = _train(config, tmp_path / "run", records[:48], records[48:])
@@ -139,7 +118,7 @@ def test_kto_orders_single_replies_that_it_has_not_seen(cluster: None, base: Pat
 
 
 def test_the_first_loss_of_dpo_is_log_two_and_the_policy_is_an_ordinary_model(
-    cluster: None, base: Path, tmp_path: Path
+    cluster: str, base: Path, tmp_path: Path
 ) -> None:
     result, lines, _ = _train(_config(base, tmp_path, epochs=4), tmp_path / "run", _records(32), [])
     assert _losses(lines)[0] == pytest.approx(0.693147, abs=1e-5)
@@ -161,7 +140,7 @@ def test_the_first_loss_of_dpo_is_log_two_and_the_policy_is_an_ordinary_model(
 
 
 @pytest.mark.parametrize("loss", ["dpo", "cpo", "kto"])
-def test_two_workers_learn_what_one_learns(cluster: None, base: Path, tmp_path: Path, loss: str) -> None:
+def test_two_workers_learn_what_one_learns(cluster: str, base: Path, tmp_path: Path, loss: str) -> None:
     losses = []
     for workers, budget in ((1, 2048), (2, 200)):
         config = _config(
@@ -186,7 +165,7 @@ def _kill_a_worker() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_killed_workers_are_replaced_and_change_no_bit(cluster: None, base: Path, tmp_path: Path, workers: int) -> None:
+def test_killed_workers_are_replaced_and_change_no_bit(cluster: str, base: Path, tmp_path: Path, workers: int) -> None:
     """Twice: near the beginning, and in the middle, from where a checkpoint is near."""
 
     def kill(text: str) -> None:
@@ -209,7 +188,7 @@ def test_killed_workers_are_replaced_and_change_no_bit(cluster: None, base: Path
 
 
 def test_a_driver_that_is_killed_and_started_again_continues_the_training(
-    cluster: None, base: Path, tmp_path: Path
+    cluster: str, base: Path, tmp_path: Path
 ) -> None:
     rows = [{"prompt": f"Say {n}.", "chosen": f"It is {n}, kind", "rejected": f"It is {n}, rude"} for n in range(160)]
     (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -217,36 +196,6 @@ def test_a_driver_that_is_killed_and_started_again_continues_the_training(
     keys += ["preference.records_per_batch=1", "preference.checkpoint_every_steps=20"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(_config(base, tmp_path).model_dump(mode="json")))
 
-    def start(run_id: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "jobs", "run", "--config", str(tmp_path / "config.yaml"), f"run.id={run_id}", *keys],
-            cwd=ROOT,
-            env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def finish(process: subprocess.Popen[str]) -> str:
-        output, _ = process.communicate(timeout=scaled(120.0))
-        assert process.returncode == 0, output
-        return output
-
-    finish(start("whole"))
-    killed = start("killed")
-    deadline = monotonic() + scaled(120.0)
-    while not list((tmp_path / "killed").glob(".preferred.work/checkpoints/step-0001*")):
-        assert killed.poll() is None and monotonic() < deadline, killed.communicate()[0]
-        sleep(0.02)
-    killed.kill()
-    killed.communicate()
-    output = finish(start("killed"))
-    (again,) = re.findall(r"continues after step (\d+) of 300", output)
-    assert int(again) >= 100
-    whole, killed_folder = tmp_path / "whole", tmp_path / "killed"
-    assert sha256(whole / "preferred/model.safetensors") == sha256(killed_folder / "preferred/model.safetensors")
-    results = [read_json(folder / "preference.json") for folder in (whole, killed_folder)]
-    assert results[0] == results[1] | {name: results[0][name] for name in ("seconds", "path")}
-    steps = [line for line in read_lines(killed_folder / "metrics.jsonl") if line["kind"] == "step"]
-    assert [line["step"] for line in steps] == list(range(300))
-    assert {line["attempt"] for line in steps} == {1, 2}
+    require_equal_after_a_kill(
+        tmp_path / "config.yaml", cluster, keys, made="preferred", result="preference.json", num_steps=300
+    )

@@ -9,7 +9,8 @@ from orchestrator.run.lineage import read_lineage
 from orchestrator.run.storage import read_json
 from orchestrator.watching.telemetry import read_lines
 from tests.deadlines import scaled
-from tests.integration.test_sft import base, cluster, finish, start, write_config  # noqa: F401  fixtures
+from tests.integration.pipelines import finish, start
+from tests.integration.test_sft import write_config
 
 KEYS = {"stages": ["sft", {"name": "more", "kind": "sft"}]}
 
@@ -18,7 +19,7 @@ def digests(run: Path) -> dict[str, str]:
     return {made.stage: made.sha256 for made in read_lineage(run)}
 
 
-def test_stages_run_again_with_other_keys(base: Path, cluster: str, tmp_path: Path) -> None:  # noqa: F811
+def test_stages_run_again_with_other_keys(base: Path, cluster: str, tmp_path: Path) -> None:
     config, run = write_config(base, tmp_path, **KEYS), tmp_path / "whole"
     few = "sft.epochs=1"
     output = finish(start(config, cluster, "whole", few))

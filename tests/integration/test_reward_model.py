@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import re
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 import psutil
@@ -31,27 +25,14 @@ from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
 from orchestrator.data.records import Message, RankingRecord, ScoredRecord
 from orchestrator.errors import CapacityError, DataError, NonFiniteError
-from orchestrator.run.storage import read_json, sha256
+from orchestrator.run.storage import sha256
 from orchestrator.watching.telemetry import Telemetry, read_lines
-from tests.deadlines import of_a_run, scaled
+from tests.deadlines import of_a_run
+from tests.integration.pipelines import require_equal_after_a_kill
 from tests.tiny import CHATML, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 _MOODS = ("kind", "plain", "rude")
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    folder = Path("/tmp") / f"rm{os.getpid()}"
-    ray.init(num_cpus=2, _temp_dir=str(folder), log_to_driver=False, object_store_memory=100_000_000)
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 class _Holder:
@@ -107,7 +88,7 @@ def _train(
 
 @pytest.fixture(scope="module")
 def trained(
-    cluster: None, base: Path, tmp_path_factory: pytest.TempPathFactory
+    cluster: str, base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[RewardModelResult, list[dict[str, Any]], list[str]]:
     folder = tmp_path_factory.mktemp("run")
     records = _records(44)
@@ -151,7 +132,7 @@ def test_transformers_loads_it_and_padding_changes_no_score(trained: Any) -> Non
     assert model.config.num_labels == 1 and tokenizer.chat_template
 
 
-def test_a_base_of_another_vocabulary_is_scored_as_it_was_trained(cluster: None, base: Path, tmp_path: Path) -> None:
+def test_a_base_of_another_vocabulary_is_scored_as_it_was_trained(cluster: str, base: Path, tmp_path: Path) -> None:
     """The base model has its own template: it ignores the policy's template but uses the system prompt."""
     other = tiny_llama(tmp_path / "other")
     own = tiny_tokenizer(chat_template=CHATML.replace("<|im_start|>", "<s>"))
@@ -186,7 +167,7 @@ def test_statistics_of_training_replies_are_recorded(trained: Any) -> None:
 
 
 @pytest.mark.parametrize("loss", ["regression", "ordinal"])
-def test_scores_of_single_replies_are_learned(cluster: None, base: Path, tmp_path: Path, loss: str) -> None:
+def test_scores_of_single_replies_are_learned(cluster: str, base: Path, tmp_path: Path, loss: str) -> None:
     stars = (5.0, 3.0, 1.0)
     records = [
         ScoredRecord(record.id, record.messages, reply, score)
@@ -202,7 +183,7 @@ def test_scores_of_single_replies_are_learned(cluster: None, base: Path, tmp_pat
     assert "absolute error" in said[-1]
 
 
-def test_two_workers_learn_what_one_learns(cluster: None, base: Path, tmp_path: Path) -> None:
+def test_two_workers_learn_what_one_learns(cluster: str, base: Path, tmp_path: Path) -> None:
     records = _records(12)
     losses = []
     for workers in (1, 2):
@@ -221,7 +202,7 @@ def _kill_a_worker() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_killed_workers_are_replaced_and_change_no_bit(cluster: None, base: Path, tmp_path: Path, workers: int) -> None:
+def test_killed_workers_are_replaced_and_change_no_bit(cluster: str, base: Path, tmp_path: Path, workers: int) -> None:
     """Twice: near the beginning, and in the middle, just after a checkpoint."""
 
     def kill(text: str) -> None:
@@ -247,7 +228,7 @@ def test_killed_workers_are_replaced_and_change_no_bit(cluster: None, base: Path
 
 
 def test_a_driver_that_is_killed_and_started_again_continues_the_training(
-    cluster: None, base: Path, tmp_path: Path
+    cluster: str, base: Path, tmp_path: Path
 ) -> None:
     rows = [{"prompt": f"Say {n}.", "chosen": f"It is {n}, kind", "rejected": f"It is {n}, rude"} for n in range(160)]
     (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -255,43 +236,13 @@ def test_a_driver_that_is_killed_and_started_again_continues_the_training(
     keys += ["reward_model.records_per_batch=1", "reward_model.checkpoint_every_steps=20"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(_config(base, tmp_path).model_dump(mode="json")))
 
-    def start(run_id: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "jobs", "run", "--config", str(tmp_path / "config.yaml"), f"run.id={run_id}", *keys],
-            cwd=ROOT,
-            env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def finish(process: subprocess.Popen[str]) -> str:
-        output, _ = process.communicate(timeout=scaled(120.0))
-        assert process.returncode == 0, output
-        return output
-
-    finish(start("whole"))
-    killed = start("killed")
-    deadline = monotonic() + scaled(120.0)
-    while not list((tmp_path / "killed").glob(".reward-model.work/checkpoints/step-0001*")):
-        assert killed.poll() is None and monotonic() < deadline, killed.communicate()[0]
-        sleep(0.02)
-    killed.kill()
-    killed.communicate()
-    output = finish(start("killed"))
-    (again,) = re.findall(r"continues after step (\d+) of 300", output)
-    assert int(again) >= 100
-    whole, killed_folder = tmp_path / "whole", tmp_path / "killed"
-    assert sha256(whole / "reward-model/model.safetensors") == sha256(killed_folder / "reward-model/model.safetensors")
-    results = [read_json(folder / "reward_model.json") for folder in (whole, killed_folder)]
-    assert results[0] == results[1] | {name: results[0][name] for name in ("seconds", "path")}
-    steps = [line for line in read_lines(killed_folder / "metrics.jsonl") if line["kind"] == "step"]
-    assert [line["step"] for line in steps] == list(range(300))
-    assert {line["attempt"] for line in steps} == {1, 2}
+    killed_folder = require_equal_after_a_kill(
+        tmp_path / "config.yaml", cluster, keys, made="reward-model", result="reward_model.json", num_steps=300
+    )
     assert not list(killed_folder.glob(".reward-model*"))
 
 
-def test_a_loss_that_is_not_a_number_stops_it_and_leaves_no_model(cluster: None, base: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number_stops_it_and_leaves_no_model(cluster: str, base: Path, tmp_path: Path) -> None:
     broken = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     with torch.no_grad():
         broken.score.weight.fill_(float("nan"))
@@ -302,18 +253,18 @@ def test_a_loss_that_is_not_a_number_stops_it_and_leaves_no_model(cluster: None,
     assert not (tmp_path / "reward-model").exists()
 
 
-def test_an_unfit_base_model_is_named(cluster: None, tmp_path: Path) -> None:
+def test_an_unfit_base_model_is_named(cluster: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="config.json"):
         _train(_config(tmp_path / "empty", tmp_path), tmp_path, _records(4), [])
 
 
-def test_more_workers_than_the_cluster_has_room_for_fail_at_once(cluster: None, base: Path, tmp_path: Path) -> None:
+def test_more_workers_than_the_cluster_has_room_for_fail_at_once(cluster: str, base: Path, tmp_path: Path) -> None:
     with pytest.raises(CapacityError, match="reward_model wants 3"):
         _train(_config(base, tmp_path, ranks=3), tmp_path, _records(4), [])
 
 
-def test_resources_that_others_hold_are_not_waited_for_for_ever(cluster: None, base: Path, tmp_path: Path) -> None:
+def test_resources_that_others_hold_are_not_waited_for_for_ever(cluster: str, base: Path, tmp_path: Path) -> None:
     holder = ray.remote(num_cpus=2)(_Holder).remote()
     ray.get(holder.here.remote())
     with pytest.raises(CapacityError, match=r"placement\.wait_s"):

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 import pytest
-import ray
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
@@ -25,24 +18,8 @@ from orchestrator.data.records import Message
 from orchestrator.run.lineage import read_lineage
 from orchestrator.run.storage import read_json, sha256
 from orchestrator.watching.telemetry import read_lines
-from tests.deadlines import of_a_run, scaled
-from tests.tiny import tiny_llama
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    folder = Path("/tmp") / f"sft{os.getpid()}"
-    ray.init(num_cpus=2, _temp_dir=str(folder), log_to_driver=False, object_store_memory=100_000_000)
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("base"))
+from tests.deadlines import of_a_run
+from tests.integration.pipelines import finish, kill_when, start
 
 
 def talk(number: int) -> list[dict[str, str]]:
@@ -70,23 +47,6 @@ def write_config(base: Path, folder: Path, **keys: Any) -> Path:
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
     return folder / "config.yaml"
-
-
-def start(config: Path, cluster: str, run_id: str, *overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "jobs", "run", "--config", str(config), f"run.id={run_id}", *overrides],
-        cwd=ROOT,
-        env={**os.environ, "RAY_ADDRESS": cluster},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=scaled(180.0))
-    assert process.returncode == 0, output
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +90,7 @@ def test_a_driver_that_is_killed_and_started_again_ends_with_the_same_bits(
     config = write_config(base, tmp_path)
     keys = ["sft.checkpoint_every_steps=20"]
     killed = start(config, cluster, "killed", *keys)
-    deadline = monotonic() + scaled(120.0)
-    while not list((tmp_path / "killed").glob(".sft.work/checkpoints/step-00004*")):
-        assert killed.poll() is None and monotonic() < deadline, killed.communicate()[0]
-        sleep(0.02)
-    killed.kill()
-    killed.communicate()
+    kill_when(killed, tmp_path / "killed", ".sft.work/checkpoints/step-00004*")
     output = finish(start(config, cluster, "killed", *keys))
     (again,) = re.findall(r"continues after step (\d+) of 160", output)
     assert int(again) >= 40
