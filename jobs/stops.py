@@ -7,6 +7,9 @@ Cancelling       a stop cancels an asyncio task, which then saves its state
 end_within       a deadline for all of that
 
 A signal that was ignored when the program started, as nohup does with SIGHUP, stays ignored.
+
+Python runs a handler between two of its own instructions. A signal that arrives right before a call that blocks would
+therefore wait until that call returns; a thread sends a second one, which interrupts the call.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from time import monotonic
+from functools import cache
+from time import monotonic, sleep
 from types import FrameType
 from typing import Any
 
@@ -28,6 +32,8 @@ STOPPED = "stopped; what was committed is safe, and the same run.id continues fr
 AGAIN_S = 1.0
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_WAKING = signal.SIGURG  # only interrupts a call that blocks
+_WAKE_AFTER_S = (0.1, 1.0)
 Handler = Callable[[int, FrameType | None], Any]
 
 
@@ -120,8 +126,27 @@ def _write(line: str) -> None:
 
 def _handle(handler: Handler) -> None:
     if threading.current_thread() is threading.main_thread():
+        _wake_blocked_calls()
         for number in _listened():
             signal.signal(number, handler)
+
+
+@cache
+def _wake_blocked_calls() -> None:
+    came, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    signal.signal(_WAKING, lambda number, frame: None)
+    main = threading.get_ident()
+
+    def wake() -> None:
+        while numbers := os.read(came, 64):
+            if set(numbers) != {_WAKING}:
+                for pause_s in _WAKE_AFTER_S:
+                    sleep(pause_s)
+                    signal.pthread_kill(main, _WAKING)
+
+    threading.Thread(target=wake, name="stops", daemon=True).start()
 
 
 @contextmanager

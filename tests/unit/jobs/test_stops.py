@@ -17,7 +17,7 @@ from tests.deadlines import scaled
 ROOT = Path(__file__).resolve().parents[3]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PROGRAM = """
-import asyncio, sys, threading, time, typer
+import asyncio, ctypes, functools, operator, sys, threading, time, typer
 sys.argv[0] = "-m"
 import jobs
 from jobs import command, stops
@@ -37,6 +37,32 @@ def importing():
 def checking():
     ready()
     time.sleep(60)
+
+def blocking(call, *args):  # the signal comes where Python no longer looks, right before the call
+    pause = functools.partial(ctypes.CDLL(None).usleep, 500_000)
+    return list(map(operator.call, [pause, functools.partial(call, *args)]))[1]
+
+def about_to_block():
+    ready()
+    blocking(time.sleep, 60)
+
+class LateSelector:
+    def __init__(self, epoll):
+        self.epoll = epoll
+
+    def poll(self, timeout, events):
+        return blocking(self.epoll.poll, timeout, events) if timeout > 1 else self.epoll.poll(timeout, events)
+
+    def __getattr__(self, name):
+        return getattr(self.epoll, name)
+
+async def saves_late():
+    selector = asyncio.get_running_loop()._selector
+    selector._selector = LateSelector(selector._selector)
+    await saves()
+
+def about_to_wait():
+    command.run_async(saves_late(), grace_s=30)
 
 async def saves():
     try:
@@ -122,6 +148,13 @@ def test_every_stop_in_every_phase_is_told_in_one_line(phase: str, number: signa
 def test_a_run_that_is_stopped_saves_also_when_it_is_told_twice(signals: list[signal.Signals]) -> None:
     code, out, err = stopped(start("running"), *signals, pause_s=0.2)
     assert (code, out, err) == (INTERRUPTED, "saved\n", f"{STOPPED}\n")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("phase", ["about_to_block", "about_to_wait"])
+def test_a_stop_right_before_a_call_that_blocks_is_noticed(phase: str, number: signal.Signals) -> None:
+    code, out, err = stopped(start(phase), number)
+    assert (code, out, err) == (INTERRUPTED, "saved\n" if phase == "about_to_wait" else "", f"{STOPPED}\n")
 
 
 def test_a_second_ctrl_c_cuts_saving_short() -> None:
