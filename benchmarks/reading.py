@@ -1,4 +1,6 @@
-"""`python -m benchmarks.reading [--rows N]`: rows/s and memory of streaming a file of demonstrations, by kind of file.
+"""`python -m benchmarks.reading [--rows N] [--tokens]`: rows/s and memory of streaming a file, by kind of file.
+
+With --tokens those of stage sft, which writes the tokens of a JSONL file to disk.
 
 Every file has N synthetic rows (a million) and is read by a process of its own, which prints its resident memory as it
 goes. The growth is the digests by which repeated rows are found.
@@ -7,6 +9,7 @@ goes. The growth is the digests by which repeated rows are found.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import resource
 import subprocess
@@ -20,9 +23,14 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actors.training.stored_rows import StoredRows
 from benchmarks.harness import Figure, plain_figure
 from benchmarks.table import report
-from orchestrator.data.kinds import DEMONSTRATIONS, DOCUMENTS
+from jobs.prepare import policy_chat
+from jobs.stages.work.demonstrations import store
+from orchestrator.config.config import Config
+from orchestrator.config.trainings import DemonstrationsConfig
+from orchestrator.data.kinds import DEMONSTRATIONS, DOCUMENTS, Kind
 from orchestrator.data.streams import Stream
 
 ROWS = 1_000_000
@@ -35,12 +43,14 @@ _WORDS = "a reward model ranks replies to prompts that people wrote and learns w
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--rows", type=int, default=ROWS)
+    arguments.add_argument("--tokens", action="store_true")
     arguments.add_argument("--read", type=Path, help="read this file in this process")
     found = arguments.parse_args()
     if found.read:
-        read(found.read)
+        asyncio.run(write_tokens(found.read)) if found.tokens else read(found.read)
         return
-    figures = [figure for kind in WRITERS for figure in measure(kind, found.rows)]
+    kinds = ("jsonl",) if found.tokens else tuple(WRITERS)
+    figures = [figure for kind in kinds for figure in measure(kind, found.rows, tokens=found.tokens)]
     report("reading", figures)
 
 
@@ -102,28 +112,29 @@ WRITERS: Mapping[str, Callable[[Path, int], None]] = {
 }
 
 
-def measure(kind: str, count: int) -> list[Figure]:
+def measure(kind: str, count: int, *, tokens: bool) -> list[Figure]:
     """Figures of one kind of file, from a fresh process."""
     with tempfile.TemporaryDirectory(prefix="reading") as folder:
         path = Path(folder) / f"rows.{kind}"
         WRITERS[kind](path, count)
-        command = [sys.executable, "-m", "benchmarks.reading", "--read", str(path)]
+        command = [sys.executable, "-m", "benchmarks.reading", "--read", str(path), *(["--tokens"] if tokens else [])]
         root = Path(__file__).resolve().parent.parent
         done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
         detail = f"{count:,} rows, {path.stat().st_size / MB:.0f} MB"
     first, *_, last = [json.loads(line) for line in done.stdout.splitlines()]
     if last["rows"] != count:
         raise RuntimeError(f"{kind}: {last['rows']:,} of {count:,} rows came out")
+    what = "write the tokens of" if tokens else "read"
     growth = (last["rss"] - first["rss"]) / max(count - first["rows"], 1)
     return [
         plain_figure(
-            f"read {kind}",
+            f"{what} {kind}",
             [count / last["seconds"]],
             "rows/s",
             detail=f"{detail}; {count / last['cpu']:,.0f} rows per CPU second",
         ),
         plain_figure(
-            f"peak memory of reading {kind}",
+            f"peak memory: {what} {kind}",
             [last["peak"] / MB],
             "MB",
             better="lower",
@@ -137,12 +148,37 @@ def measure(kind: str, count: int) -> list[Figure]:
 def read(path: Path) -> None:
     """Streams a file; prints rows, seconds and resident bytes as JSON lines: ten times in a million rows, and at the
     end."""
-    stream = Stream[Any](DOCUMENTS if path.suffix == ".txt" else DEMONSTRATIONS, path)
-    started, started_cpu = perf_counter(), process_time()
-    for number, _ in enumerate(stream, 1):
-        if number % (ROWS // 10) == 1:
-            _print(number, perf_counter() - started, process_time() - started_cpu)
-    _print(stream.report().num_records, perf_counter() - started, process_time() - started_cpu)
+    stream = Told(DOCUMENTS if path.suffix == ".txt" else DEMONSTRATIONS, path)
+    for _ in stream:
+        pass
+    stream.tell(stream.report().num_records)
+
+
+async def write_tokens(path: Path) -> None:
+    """The same, while stage sft writes the tokens of the file."""
+    config = Config(demonstrations=DemonstrationsConfig(path=path))
+    stream = Told(DEMONSTRATIONS, path)
+    with tempfile.TemporaryDirectory(prefix="tokens") as folder:
+        train, held_out = await store(config, policy_chat(config), stream, Path(folder), lambda text: None)
+        rows = [StoredRows(part.folder) for part in (train, held_out)]  # what a worker holds
+        stream.tell(sum(found.num_rows for found in rows))
+
+
+class Told(Stream[Any]):
+    """Prints a line at every tenth of a million rows."""
+
+    def __init__(self, kind: Kind[Any], path: Path) -> None:
+        super().__init__(kind, path)
+        self._started, self._started_cpu = perf_counter(), process_time()
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, record in enumerate(super().__iter__(), 1):
+            if number % (ROWS // 10) == 1:
+                self.tell(number)
+            yield record
+
+    def tell(self, count: int) -> None:
+        _print(count, perf_counter() - self._started, process_time() - self._started_cpu)
 
 
 def _print(count: int, seconds: float, cpu: float) -> None:

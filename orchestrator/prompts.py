@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, Protocol, TypeVar
@@ -21,6 +22,7 @@ from orchestrator.types import Prompt, SampleRequest
 # The largest unsigned integer that both schema.ROLLOUT (int64) and a torch generator accept: with 63 bits no two
 # samples of a run share a seed by chance.
 _SEED_BITS = 63
+HELD_OUT_FRACTION = 0.1
 
 
 class Identified(Protocol):
@@ -60,7 +62,7 @@ def split(
         )
     parts: tuple[list[Record], list[Record], list[Record]] = ([], [], [])
     for record in records:
-        place = derive_seed("split", salt, record.id) / 2**_SEED_BITS
+        place = _place(salt, record)
         parts[0 if place < held_out_fraction else 1 if place < taken else 2].append(record)
     held_out, reward_model, train = map(tuple, parts)
     return Splits(train=train, reward_model=reward_model, held_out=held_out)
@@ -77,18 +79,44 @@ def split_held_out(
     Raises:
         DataError: nothing is left to train on.
     """
-    if held_out is None:
-        parts = split(records, held_out_fraction=0.1, reward_model_fraction=0.0, salt=section)
-        train, kept = parts.train, parts.held_out
-    else:
-        start = max(len(records) - held_out, 0)
-        train, kept = tuple(records[:start]), tuple(records[start:])
-    if not train:
+    train: list[Record] = []
+    kept: list[Record] = []
+    for record, is_held_out in marked_held_out(records, held_out, section=section):
+        (kept if is_held_out else train).append(record)
+    return tuple(train), tuple(kept)
+
+
+def marked_held_out(records: Iterable[Record], held_out: int | None, *, section: str) -> Iterator[tuple[Record, bool]]:
+    """Every record, and whether `split_held_out` holds it out. Holds `held_out` records at a time.
+
+    Raises:
+        DataError: at the end, as `split_held_out`.
+    """
+    counts = [0, 0]
+    waiting: deque[Record] = deque()
+    for record in records:
+        if held_out is None:
+            is_held_out = _place(section, record) < HELD_OUT_FRACTION
+            yield record, is_held_out
+            counts[is_held_out] += 1
+            continue
+        waiting.append(record)
+        if len(waiting) > held_out:
+            yield waiting.popleft(), False
+            counts[False] += 1
+    for record in waiting:
+        yield record, True
+        counts[True] += 1
+    if not counts[False]:
         raise DataError(
-            f"of {len(records)} {section} {len(kept)} are held out, so none is left to train on. Give more {section} "
-            f"or lower {section}.held_out."
+            f"all {counts[True]} {section} are held out, so none is left to train on. Give more {section} or lower "
+            f"{section}.held_out."
         )
-    return train, kept
+
+
+def _place(salt: str, record: Identified) -> float:
+    """In [0, 1), from a hash of the id."""
+    return float(derive_seed("split", salt, record.id) / 2**_SEED_BITS)
 
 
 def derive_seed(*parts: int | str) -> int:

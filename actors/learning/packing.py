@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -52,30 +53,68 @@ class MicroBatch:
     shared: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+class Flat(Protocol):
+    """Numbers of all rows, laid end to end, of which slices are read."""
+
+    def __getitem__(self, part: slice, /) -> npt.NDArray[Any]: ...
+
+
 class TokenRows:
-    """A table's prompts, responses and per-token columns as flat numpy arrays, read once.
+    """Prompts, responses and per-token columns as flat arrays.
 
     Args:
-        table: has `prompt_tokens` and `response_tokens`, and the named float columns: lists as long as the responses,
-            or one number per row.
-        learned_only: response tokens that the table's column `learn` does not mark are only input.
+        prompts, responses: tokens of all rows laid end to end, and where each row starts and the last one ends.
+        chosen: marks the response tokens that are learned from; the others are only input.
+        learned_lengths: number of each row's marked tokens.
+        token_columns, row_columns: what else a loss reads: one number per response token, or per row.
         shares_prompts: `pack` puts neighbours with the same prompt in one line where that is less work.
     """
 
     def __init__(
         self,
+        prompts: tuple[Flat, npt.NDArray[np.int64]],
+        responses: tuple[Flat, npt.NDArray[np.int64]],
+        chosen: Flat,
+        learned_lengths: npt.NDArray[np.int64],
+        *,
+        token_columns: Mapping[str, npt.NDArray[Any]] = MappingProxyType({}),
+        row_columns: Mapping[str, npt.NDArray[Any]] = MappingProxyType({}),
+        shares_prompts: bool = False,
+    ) -> None:
+        self._prompts, self._prompt_offsets = prompts
+        self._responses, self._response_offsets = responses
+        self._chosen, self.learned_lengths = chosen, learned_lengths
+        self._token_columns, self._row_columns = token_columns, row_columns
+        self._shares_prompts = shares_prompts
+
+    @classmethod
+    def of_table(
+        cls,
         table: pa.Table,
         columns: Sequence[str] = (),
         *,
         learned_only: bool = False,
         shares_prompts: bool = False,
-    ) -> None:
-        self._shares_prompts = shares_prompts
-        self._prompts, self._prompt_offsets = _flatten(table["prompt_tokens"])
-        self._responses, self._response_offsets = _flatten(table["response_tokens"])
-        self._chosen = _flatten(table["learn"])[0] if learned_only else np.ones(len(self._responses), np.bool_)
-        self._token_columns = {n: _flatten(table[n])[0] for n in columns if pa.types.is_list(table[n].type)}
-        self._row_columns = {n: table[n].to_numpy() for n in columns if n not in self._token_columns}
+    ) -> TokenRows:
+        """The rows of a table.
+
+        Args:
+            table: has `prompt_tokens` and `response_tokens`, and the named float columns: lists as long as the
+                responses, or one number per row.
+            learned_only: response tokens that the table's column `learn` does not mark are only input.
+        """
+        responses, offsets = flatten(table["response_tokens"])
+        chosen = flatten(table["learn"])[0] if learned_only else np.ones(len(responses), np.bool_)
+        lists = {name for name in columns if pa.types.is_list(table[name].type)}
+        return cls(
+            flatten(table["prompt_tokens"]),
+            (responses, offsets),
+            chosen,
+            np.diff(np.concatenate([[0], np.cumsum(chosen)])[offsets]),
+            token_columns={name: flatten(table[name])[0] for name in columns if name in lists},
+            row_columns={name: table[name].to_numpy() for name in columns if name not in lists},
+            shares_prompts=shares_prompts,
+        )
 
     @property
     def num_rows(self) -> int:
@@ -95,15 +134,15 @@ class TokenRows:
         return np.diff(self._response_offsets)
 
     @cached_property
-    def learned_lengths(self) -> npt.NDArray[np.int64]:
-        """Number of learned response tokens of each row."""
-        total = np.concatenate([[0], np.cumsum(self._chosen)])
-        return np.diff(total[self._response_offsets])
+    def row_lengths(self) -> npt.NDArray[np.int64]:
+        """Number of tokens of each row, prompt and response together."""
+        total: npt.NDArray[np.int64] = np.diff(self._prompt_offsets) + self.response_lengths
+        return total
 
     @property
     def lengths(self) -> list[int]:
-        """Number of tokens of each row, prompt and response together."""
-        total: list[int] = (np.diff(self._prompt_offsets) + self.response_lengths).tolist()
+        """`row_lengths` as Python's numbers."""
+        total: list[int] = self.row_lengths.tolist()
         return total
 
     def bundles(self, *, longest: int, shared: bool) -> list[tuple[int, ...]]:
@@ -127,7 +166,7 @@ class TokenRows:
 
     def token_column(self, name: str) -> npt.NDArray[np.float32]:
         """Of all rows laid end to end, the tokens that are learned from."""
-        return self._token_columns[name][self._chosen]
+        return self._token_columns[name][cast(npt.NDArray[np.bool_], self._chosen)]
 
     def pack(self, rows: Sequence[int], device: torch.device) -> MicroBatch:
         """Pads rows to the longest. Empty `rows` gives a one-row dummy of weight 0."""
@@ -188,7 +227,7 @@ class TokenRows:
         chosen: npt.NDArray[np.bool_] = self._chosen[slice(*self._response_offsets[row : row + 2])]
         return chosen
 
-    def _rows_of(self, flat: npt.NDArray[Any], rows: Sequence[int]) -> npt.NDArray[Any]:
+    def _rows_of(self, flat: Flat, rows: Sequence[int]) -> npt.NDArray[Any]:
         return np.concatenate(
             [flat[slice(*self._response_offsets[row : row + 2])][self._chosen_of(row)] for row in rows]
         )
@@ -208,10 +247,13 @@ def row_sums(values_N: Tensor, lengths_B: Tensor) -> Tensor:
 def token_rows(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> TokenRows:
     """TokenRows of plain token lists (preference pairs, demonstrations)."""
     kind = pa.list_(pa.int32())
-    return TokenRows(pa.table({"prompt_tokens": pa.array(prompts, kind), "response_tokens": pa.array(responses, kind)}))
+    return TokenRows.of_table(
+        pa.table({"prompt_tokens": pa.array(prompts, kind), "response_tokens": pa.array(responses, kind)})
+    )
 
 
-def _flatten(lists: pa.ChunkedArray) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+def flatten(lists: pa.ChunkedArray) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """The values of all lists laid end to end, and where each list starts and the last one ends."""
     array = lists.combine_chunks()
     lengths = array.value_lengths().to_numpy(zero_copy_only=False)
     return array.flatten().to_numpy(zero_copy_only=False), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

@@ -72,7 +72,7 @@ class MixedIn:
     """
 
     def __init__(self, table: pa.Table, *, coefficient: float, num_rows: int) -> None:
-        self._rows = TokenRows(table, learned_only=True)
+        self._rows = TokenRows.of_table(table, learned_only=True)
         self._coefficient, self._num_rows = coefficient, min(num_rows, table.num_rows)
 
     def step(
@@ -94,7 +94,7 @@ class MixedIn:
         generator = np.random.default_rng((*seed, _MIXED_IN))
         chosen = generator.choice(self._rows.num_rows, self._num_rows, replace=False).tolist()
         (ranks,) = plan_minibatches(
-            [self._rows.lengths[row] for row in chosen],
+            self._rows.row_lengths[chosen].tolist(),
             num_minibatches=1,
             num_ranks=group.world_size,
             micro_batch_tokens=micro_batch_tokens,

@@ -38,7 +38,7 @@ class CriticWorker(LearningWorker):
         """Table of schema.VALUES for a share of a rollout or experience table; see PolicyWorker.logprobs."""
         found = list(
             answers(
-                TokenRows(table),
+                TokenRows.of_table(table),
                 self.learner.pass_through,
                 share or self.share,
                 micro_batch_tokens=self.micro_batch_tokens,
@@ -61,7 +61,7 @@ class CriticWorker(LearningWorker):
         """
         algorithm = self.algorithm
         objective = objective_of(algorithm)
-        rows = TokenRows(pa.concat_tables(tables), objective.critic_columns, learned_only=True)
+        rows = TokenRows.of_table(pa.concat_tables(tables), objective.critic_columns, learned_only=True)
 
         def loss(output: tuple[Tensor, Tensor], micro: MicroBatch) -> LossTerms:
             return objective.critic_terms(output[0], micro.columns)

@@ -58,7 +58,7 @@ class PolicyWorker(LearningWorker):
             [
                 (micro, output[0])
                 for micro, output in answers(
-                    TokenRows(table),
+                    TokenRows.of_table(table),
                     self.learner.pass_through,
                     share or self.share,
                     micro_batch_tokens=self.micro_batch_tokens,
@@ -80,7 +80,7 @@ class PolicyWorker(LearningWorker):
         """
         algorithm = self.algorithm
         objective = objective_of(algorithm)
-        rows = TokenRows(pa.concat_tables(tables), objective.policy_columns, learned_only=True)
+        rows = TokenRows.of_table(pa.concat_tables(tables), objective.policy_columns, learned_only=True)
 
         def loss(output: tuple[Tensor, Tensor], micro: MicroBatch) -> LossTerms:
             return objective.policy_terms(*output, micro.columns, job)

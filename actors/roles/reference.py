@@ -41,7 +41,7 @@ class ReferenceWorker:
             [
                 (micro, output[0])
                 for micro, output in answers(
-                    TokenRows(table),
+                    TokenRows.of_table(table),
                     self._forward,
                     share or Share(self.group.rank, self.group.world_size),
                     micro_batch_tokens=self._micro_batch_tokens,

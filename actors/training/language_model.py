@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-
-import pyarrow as pa
 
 from actors.learning.distributed import Group
 from actors.learning.heads import PolicyModel
@@ -35,29 +32,21 @@ class PolicyTraining(TaskInputs):
 class LearnedRows:
     """A Dataset (task.py) of rows with marked tokens (actors.text.learned); each row is a record."""
 
-    table: pa.Table
-
-    @cached_property
-    def rows(self) -> TokenRows:
-        return TokenRows(self.table, learned_only=True)
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        return self.rows.lengths
+    rows: TokenRows
 
     @property
     def num_records(self) -> int:
-        return int(self.table.num_rows)
+        return self.rows.num_rows
 
     def num_tokens(self, records: Sequence[int]) -> int:
-        return sum(self.lengths[record] for record in records)
+        return int(self.rows.row_lengths[list(records)].sum())
 
     def num_learned(self, records: Sequence[int]) -> float:
         return float(self.rows.learned_lengths[list(records)].sum())
 
     def micro_batches(self, records: Sequence[int], group: Group, micro_batch_tokens: int) -> list[tuple[int, ...]]:
         (ranks,) = plan_minibatches(
-            [self.lengths[record] for record in records],
+            self.rows.row_lengths[list(records)].tolist(),
             num_minibatches=1,
             num_ranks=group.world_size,
             micro_batch_tokens=micro_batch_tokens,

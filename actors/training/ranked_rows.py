@@ -40,7 +40,7 @@ class RankedRows:
     @cached_property
     def rows(self) -> TokenRows:
         names = self.table.column_names
-        return TokenRows(
+        return TokenRows.of_table(
             self.table,
             [name for name in _COLUMNS if name in names],
             learned_only="learn" in names,

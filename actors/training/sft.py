@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-import pyarrow as pa
 import torch
 
 from actors.learning.distributed import Group, all_or_none
@@ -16,9 +16,10 @@ from actors.learning.packing import MicroBatch, row_sums
 from actors.training.artifact import make_artifact
 from actors.training.language_model import LearnedRows, PolicyTraining
 from actors.training.row_values import row_values
+from actors.training.stored_rows import StoredRows
 
-SftData = tuple[pa.Table, pa.Table]
-"""Rows to train on, and held-out ones; columns as actors.text.learned writes them."""
+SftData = tuple[Path, Path]
+"""Folders of the rows to train on and of held-out ones (stored_rows.py)."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class SftTask:
     def __init__(self, settings: PolicyTraining, data: SftData, group: Group) -> None:
         self.settings, self.group = settings, group
         self.chat, model = all_or_none(settings.load, group)
-        self.data, self._held_out = (LearnedRows(table) for table in data)
+        self.data, self._held_out = (LearnedRows(StoredRows(folder)) for folder in data)
         steps = settings.total_optimizer_steps
         self.learner = Learner(
             model, settings.stage.learner(steps), dtype=settings.policy.compute_dtype, total_optimizer_steps=steps

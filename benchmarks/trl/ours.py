@@ -27,6 +27,7 @@ from actors.training.preference import PreferenceTask, PreferenceTraining
 from actors.training.ranked_rows import padding_token, ranked_rows
 from actors.training.reward_model import RewardModelTask, RewardTraining
 from actors.training.sft import SftTask
+from actors.training.stored_rows import writing_rows
 from actors.training.trainer import Trainer, Training
 from actors.training.work import WorkFolder, open_work
 from benchmarks.trl import work
@@ -114,9 +115,8 @@ def train(
         ),
         "preference": lambda: partial(PreferenceTask, PreferenceTraining(stage=section, **shared)),
     }
-    rows = sft_rows(records, chat, section.max_length)
-    data = (rows.table(), Rows().table()) if kind == "sft" else (tuple(records), ())
     open_work(folder / "work", "benchmark")
+    data = stored(sft_rows(records, chat, section.max_length), folder) if kind == "sft" else (tuple(records), ())
     claimed = WorkFolder(folder / "work", "benchmark")
     claimed.claim()
     training: Training[Any] = Training(
@@ -130,6 +130,16 @@ def train(
         timeout_s=600.0,
     )
     Trainer(training, data, group, claimed).run()
+
+
+def stored(rows: Rows, folder: Path) -> tuple[Path, Path]:
+    """The folders of the rows to train on, and of none held out."""
+    found = folder / "train", folder / "held_out"
+    for place, part in zip(found, (rows, Rows()), strict=True):
+        place.mkdir()
+        with writing_rows(place) as writer:
+            writer.append(part.table())
+    return found
 
 
 def records_of(count: int) -> list[RankingRecord]:

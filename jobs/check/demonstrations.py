@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from jobs.stages.stage import Found
-from jobs.stages.work.demonstrations import MEASURED, parts_of, read, rows_of
-from orchestrator.algorithms.ranking import spread
+from jobs.stages.work.demonstrations import rows_of, sample
 from orchestrator.config.config import Config
 
 
@@ -12,11 +11,10 @@ def check_demonstrations(config: Config, found: Found) -> str | None:
     """Raises DataError, which names a bad row or a conversation that the chat template refuses."""
     if config.demonstrations.path is None:
         return None  # a stage of this run makes them
-    records, report = read(config)
-    train, _ = parts_of(config, records)
+    some, _, report = sample(config)
     if found.chat is None:
         return f"demonstrations: {report.summary()}"
-    rows = rows_of(config, found.chat, spread(train, MEASURED))
+    rows = rows_of(config, found.chat, some)
     learned, total = sum(int(row.learn.sum()) for row in rows.rows), sum(len(row.tokens) for row in rows.rows)
     parts = [f"demonstrations: {report.summary()}", f"{learned} of {total} tokens are learned in a sample of them"]
     return ", ".join([*parts, *filter(None, [rows.describe(f"sft.max_length={config.sft.max_length}")])])

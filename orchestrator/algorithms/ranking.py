@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -12,13 +12,14 @@ import numpy as np
 Item = TypeVar("Item")
 
 
-def epoch_batches(num_records: int, *, records_per_batch: int, seed: int, epoch: int) -> list[list[int]]:
+def epoch_batches(num_records: int, *, records_per_batch: int, seed: int, epoch: int) -> Iterator[list[int]]:
     """Record indices of each batch of an epoch: a permutation determined by (seed, epoch).
 
     Each record is in exactly one batch; the last batch may be smaller.
     """
-    order = np.random.default_rng((seed, epoch)).permutation(num_records).tolist()
-    return [order[start : start + records_per_batch] for start in range(0, num_records, records_per_batch)]
+    order = np.random.default_rng((seed, epoch)).permutation(num_records)
+    for start in range(0, num_records, records_per_batch):
+        yield order[start : start + records_per_batch].tolist()
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:
@@ -26,6 +27,18 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
     if len(items) <= count:
         return list(items)
     return [items[index * len(items) // count] for index in range(count)]
+
+
+def thinned(items: Iterable[Item], count: int) -> list[Item]:
+    """As `spread`, of items that are too many to be held: at most 2 `count` of them are at any time."""
+    kept: list[Item] = []
+    every = 1
+    for number, item in enumerate(items):
+        if number % every == 0:
+            kept.append(item)
+        if len(kept) > 2 * count:
+            kept, every = kept[::2], 2 * every
+    return spread(kept, count)
 
 
 def num_pairs(num_replies: int) -> int:

@@ -65,7 +65,7 @@ def measure(mine, causal: Path, scorer: Path, micro_batch_tokens: int, stages=ST
             learner = RecordingLearner(
                 model, LearnerConfig(zero_stage=stage, learning_rate=1e-3), dtype="float32", total_optimizer_steps=1
             )
-            rows = TokenRows(experience(), COLUMNS)
+            rows = TokenRows.of_table(experience(), COLUMNS)
             plan = plan_minibatches(
                 rows.lengths,
                 num_minibatches=1,

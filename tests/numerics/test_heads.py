@@ -100,7 +100,7 @@ def test_packing_reads_sliced_tables():
             "reward": pa.array([7.0, 8.0, 9.0], pa.float32()),
         }
     ).slice(1)
-    micro = TokenRows(table, ["values", "reward"]).pack([1, 0], CPU)
+    micro = TokenRows.of_table(table, ["values", "reward"]).pack([1, 0], CPU)
     assert micro.input_ids_BT.tolist() == [[11, 12, 13, 14, 0, 0], [9, 10, 0, 0, 0, 3]]
     assert micro.targets_N.tolist() == [14, 10, 0, 0, 0, 3]
     assert micro.state_index_N.tolist() == [2, 6, 7, 8, 9, 10]

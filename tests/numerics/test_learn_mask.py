@@ -104,9 +104,11 @@ def test_the_gradient_is_that_of_the_marked_terms_alone(folders, role):
     def plain(output, micro):
         return terms(output if role == "policy" else output[0], micro.columns)
 
-    by_hand = TokenRows(table.append_column("mark", marks), (*COLUMNS, "mark"))
+    by_hand = TokenRows.of_table(table.append_column("mark", marks), (*COLUMNS, "mark"))
     expected, means = update_of(folders, role, by_hand, picked, count=count)
-    found, other_means = update_of(folders, role, TokenRows(table, COLUMNS, learned_only=True), plain, count=count)
+    found, other_means = update_of(
+        folders, role, TokenRows.of_table(table, COLUMNS, learned_only=True), plain, count=count
+    )
     assert expected.norm() > 1e-2
     assert (found - expected).norm() / expected.norm() < 1e-5
     assert other_means == pytest.approx(means, rel=1e-5)

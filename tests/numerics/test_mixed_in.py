@@ -69,7 +69,7 @@ def test_the_metric_is_the_mean_negative_log_likelihood_of_learned_tokens(folder
     )
     model = PolicyModel(load_causal(folder, torch.float32), temperature=1.0)
     terms = [loss(model(micro), micro) for micro in micros]
-    rows = TokenRows(table, learned_only=True)
+    rows = TokenRows.of_table(table, learned_only=True)
     whole = rows.pack(range(6), CPU)
     expected = float(-model(whole)[0].detach().mean())
     assert sum(float(term.sums["ptx_loss"]) for term in terms) / 10.0 == pytest.approx(expected, rel=1e-5)

@@ -42,7 +42,7 @@ def learn(learner, steps):
     """Makes the updates `steps`, each on different samples; returns the learning rates."""
     rates = []
     for step in steps:
-        rows = TokenRows(experience(seed=step), COLUMNS)
+        rows = TokenRows.of_table(experience(seed=step), COLUMNS)
         job = LearnJob(step, 0.0, 1.0, 0.0, seed=1)
         plan = plan_minibatches(
             rows.lengths, num_minibatches=1, num_ranks=learner.world_size, micro_batch_tokens=60, seed=(1, step)
@@ -151,7 +151,7 @@ def test_nothing_is_applied_when_a_loss_or_a_gradient_is_not_finite(causal, stag
     distributed.join(group())
     learner = make(causal, stage, dtype)
     before = weights(learner)
-    rows = TokenRows(experience(), COLUMNS)
+    rows = TokenRows.of_table(experience(), COLUMNS)
     micros = [rows.pack([0, 1], torch.device("cpu")), rows.pack([2, 3], torch.device("cpu"))]
 
     def objective(output, micro):

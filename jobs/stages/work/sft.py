@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 from collections.abc import Mapping
@@ -11,14 +10,12 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
-import pyarrow as pa
-
 from actors.training.language_model import PolicyTraining
 from actors.training.sft import Fitted, SftTask
 from jobs.prepare import policy_chat
 from jobs.stages.sft import DEMONSTRATIONS, RESULT_FILE
 from jobs.stages.stage import POLICY, StageJob
-from jobs.stages.work.demonstrations import parts_of, read, rows_of
+from jobs.stages.work.demonstrations import store, stream
 from jobs.stages.work.training import Report, inputs_of, of_last_tenth, train_section, words
 from orchestrator.planning.demands import SFT
 from orchestrator.run.storage import write_json
@@ -75,23 +72,22 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     """
     started = monotonic()
     config = job.config
-    records, report = read(config, job.inputs.get(DEMONSTRATIONS))
-    train, held_out = parts_of(config, records)
-    chat = policy_chat(config)
-    rows, kept = rows_of(config, chat, train), rows_of(config, chat, held_out)
+    records = stream(config, job.inputs.get(DEMONSTRATIONS))
+    folder = job.output(POLICY).absolute()
+    stored = folder.with_name(f".{folder.name}.rows")
+    train, held_out = await store(config, policy_chat(config), records, stored, job.say)
     key = f"sft.max_length={config.sft.max_length}"
-    job.say(", ".join(filter(None, [f"sft: {report.summary()}", rows.describe(key)])))
-    data = rows.table(), kept.table()
-    settings = inputs_of(PolicyTraining, config, config.sft, job.output(POLICY), num_records=len(rows.rows))
+    job.say(", ".join(filter(None, [f"sft: {records.report().summary()}", train.rows.describe(key)])))
+    settings = inputs_of(PolicyTraining, config, config.sft, folder, num_records=train.writer.num_rows)
     fitted: Fitted
     steps, fitted = await train_section(
         config,
         config.sft,
         partial(SftTask, settings),
-        data,
+        (train.folder, held_out.folder),
         settings.work,
         Report(job.telemetry, job.say, SFT, settings.total_optimizer_steps, _RECORDED, words),
-        identity=(*settings.identity, *map(_digest, data)),
+        identity=(*settings.identity, train.writer.digest, held_out.writer.digest),
     )
     loss = fitted.held_out_loss
     if loss is not None:
@@ -101,25 +97,19 @@ async def run(job: StageJob) -> Mapping[str, Any]:
         held_out_loss=loss,
         held_out_perplexity=None if loss is None else math.exp(min(loss, 700.0)),
         loss=of_last_tenth(steps, "loss"),
-        num_records=len(train),
-        num_rows=len(rows.rows),
-        num_learned_tokens=sum(int(row.learn.sum()) for row in rows.rows),
-        num_held_out=len(held_out),
-        num_split=rows.num_split,
-        num_cut=rows.num_cut,
-        num_lost=rows.num_lost,
+        num_records=train.num_records,
+        num_rows=train.writer.num_rows,
+        num_learned_tokens=train.writer.num_learned,
+        num_held_out=held_out.num_records,
+        num_split=train.rows.num_split,
+        num_cut=train.rows.num_cut,
+        num_lost=train.rows.num_lost,
         optimizer_steps=len(steps),
         seconds=monotonic() - started,
     )
-    shutil.rmtree(settings.work, ignore_errors=True)
+    for unfinished in (settings.work, stored):
+        shutil.rmtree(unfinished, ignore_errors=True)
     write_json(job.run.place / RESULT_FILE, asdict(result))
     job.telemetry.event("trained", **asdict(result))
     job.say(f"sft: {result.describe()}")
     return asdict(result)
-
-
-def _digest(table: pa.Table) -> str:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as stream:
-        stream.write_table(table.combine_chunks())
-    return hashlib.sha256(sink.getvalue()).hexdigest()

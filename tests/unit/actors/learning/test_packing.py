@@ -38,7 +38,7 @@ def table(learn: list[list[bool]], *, filler: float = 0.0) -> pa.Table:
 
 
 def packed(learn: list[list[bool]], *, filler: float = 0.0, lines: list[tuple[int, ...]] | None = None) -> MicroBatch:
-    rows = TokenRows(table(learn, filler=filler), COLUMNS, learned_only=True)
+    rows = TokenRows.of_table(table(learn, filler=filler), COLUMNS, learned_only=True)
     return rows.pack_lines(lines or [(0,), (1,), (2,)], CPU)
 
 
@@ -63,16 +63,16 @@ def test_responses_that_share_their_prompt_keep_their_places() -> None:
 
 def test_all_learned_is_the_same_as_not_asking() -> None:
     found = packed(ALL)
-    plain = TokenRows(table(ALL), COLUMNS).pack_lines([(0,), (1,), (2,)], CPU)
+    plain = TokenRows.of_table(table(ALL), COLUMNS).pack_lines([(0,), (1,), (2,)], CPU)
     for name in ("input_ids_BT", "state_index_N", "targets_N", "last_index_B", "lengths_B"):
         one, other = getattr(found, name), getattr(plain, name)
         assert torch.equal(one, other) and one.dtype == other.dtype, name
     assert all(torch.equal(found.columns[name], plain.columns[name]) for name in COLUMNS)
-    assert TokenRows(table(LEARN)).learned_lengths.tolist() == [4, 2, 3], "scorers score every token"
+    assert TokenRows.of_table(table(LEARN)).learned_lengths.tolist() == [4, 2, 3], "scorers score every token"
 
 
 def test_lengths_and_columns_of_a_table_count_learned_tokens() -> None:
-    rows = TokenRows(table(LEARN), COLUMNS, learned_only=True)
+    rows = TokenRows.of_table(table(LEARN), COLUMNS, learned_only=True)
     assert rows.learned_lengths.tolist() == [2, 1, 3]
     assert rows.response_lengths.tolist() == [4, 2, 3], "the length of a forward does not change"
     assert len(rows.token_column("returns")) == 6

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,24 +13,25 @@ from orchestrator.algorithms.ranking import (
     kendall_tau,
     num_pairs,
     spread,
+    thinned,
     wilson_interval,
 )
 
 
 @given(num_records=st.integers(0, 40), size=st.integers(1, 9), seed=st.integers(0, 5), epoch=st.integers(0, 3))
 def test_every_record_is_in_exactly_one_batch(num_records: int, size: int, seed: int, epoch: int) -> None:
-    batches = epoch_batches(num_records, records_per_batch=size, seed=seed, epoch=epoch)
+    batches = list(epoch_batches(num_records, records_per_batch=size, seed=seed, epoch=epoch))
     assert sorted(number for batch in batches for number in batch) == list(range(num_records))
     assert all(len(batch) == size for batch in batches[:-1])
 
 
 def test_the_order_follows_from_seed_and_epoch_and_nothing_else() -> None:
     np.random.seed(3)
-    first = epoch_batches(20, records_per_batch=4, seed=1, epoch=0)
-    np.random.seed(4)
-    assert epoch_batches(20, records_per_batch=4, seed=1, epoch=0) == first
-    assert epoch_batches(20, records_per_batch=4, seed=1, epoch=1) != first
-    assert epoch_batches(20, records_per_batch=4, seed=2, epoch=0) != first
+    first, again, later, other = (
+        list(epoch_batches(20, records_per_batch=4, seed=seed, epoch=epoch))
+        for seed, epoch in ((1, 0), (1, 0), (1, 1), (2, 0))
+    )
+    assert again == first and later != first and other != first
 
 
 def test_spread_takes_evenly_spaced_items() -> None:
@@ -64,3 +67,12 @@ def test_kendall_tau_by_hand() -> None:
     # 6 pairs; one tie in the first list, none in the second: 5 concordant of sqrt(5 * 6).
     assert kendall_tau([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(5 / np.sqrt(30))
     assert kendall_tau([1, 1, 1], [1, 2, 3]) is None
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 13, 14, 15, 1000])
+def test_thinned_items_are_evenly_spread(count: int) -> None:
+    found = thinned(iter(range(count)), 7)
+    assert len(found) == min(count, 7) and found == sorted(set(found)) and found[0] == 0
+    assert all(later - earlier <= max(2 * count / 7, 1) for earlier, later in pairwise([*found, count]))
+    if count <= 14:
+        assert found == spread(range(count), 7)
