@@ -15,6 +15,7 @@ from pydantic_core import PydanticUndefined
 from jobs.command import say
 from orchestrator.config.base import ByName, by_name
 from orchestrator.config.config import Config
+from orchestrator.config.described import description_of
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -35,11 +36,14 @@ def configuration_markdown() -> str:
 
 
 def _tables(prefix: str, section: type[BaseModel]) -> Iterator[str]:
-    yield from _keys(prefix, f"## `{prefix}`" if prefix else "## At the top", section.model_fields)
+    yield from _keys(section, prefix, f"## `{prefix}`" if prefix else "## At the top", section.model_fields)
 
 
-def _keys(prefix: str, heading: str, fields: Mapping[str, FieldInfo], *rows: str) -> Iterator[str]:
-    """A table of the keys that hold values, after `rows`; then the tables of those that hold sections."""
+def _keys(
+    section: type[BaseModel], prefix: str, heading: str, fields: Mapping[str, FieldInfo], *rows: str
+) -> Iterator[str]:
+    """Of these fields of a section: a table of the keys that hold values, after `rows`; then the tables of those that
+    hold sections."""
     nested = {name: inner for name, field in fields.items() if (inner := _section_in(field.annotation))}
     plain = {name: field for name, field in fields.items() if name not in nested}
     if heading and (plain or rows):
@@ -48,7 +52,8 @@ def _keys(prefix: str, heading: str, fields: Mapping[str, FieldInfo], *rows: str
         yield "| key | type | default | meaning |\n|---|---|---|---|"
         yield from rows
         for name, field in plain.items():
-            yield f"| `{name}` | {_cell(_type_text(field))} | {_default(field)} | {_cell(field.description or '')} |"
+            text = _cell(description_of(section, name))
+            yield f"| `{name}` | {_cell(_type_text(field))} | {_default(field)} | {text} |"
         yield ""
     for name, inner in nested.items():
         repeated = typing.get_origin(fields[name].annotation) is tuple
@@ -62,11 +67,11 @@ def _choice(path: str, choice: ByName, shared: type[BaseModel]) -> Iterator[str]
     names = " or ".join(f"`{name}`" for name in choice.table)
     row = f"| `name` | {names} | `{choice.default}` | The keys below under its name are legal too, and no others. |"
     fields = {name: field for name, field in shared.model_fields.items() if name != "name"}
-    yield from _keys(path, f"## `{path}`", fields, row)
+    yield from _keys(shared, path, f"## `{path}`", fields, row)
     for name, section in choice.table.items():
         yield f"### `{path}`, name: `{name}`\n\n{_cell((section.__doc__ or '').strip())}\n"
         own = {key: field for key, field in section.model_fields.items() if key not in shared.model_fields}
-        yield from _keys(path, "", own)
+        yield from _keys(section, path, "", own)
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from orchestrator.config.base import ByName, Section, by_name
 from orchestrator.config.config import Config
+from orchestrator.config.described import description_of
 from orchestrator.config.stages import translated_stages
 from orchestrator.config.yaml_text import MAX_YAML_BYTES, parse_yaml
 from orchestrator.data.inputs import read_text
@@ -270,8 +271,7 @@ def _explain(error: Any, tree: Mapping[str, Any]) -> str:
         return str(error["ctx"]["error"])
     if error["type"] == "missing":
         *parents, key = (part for part in error["loc"] if isinstance(part, str))
-        field = _section_at(parents, tree)[0].model_fields[key]
-        return f"{location} is required: {field.description}"
+        return f"{location} is required: {description_of(_section_at(parents, tree)[0], key)}"
     return f"{location}: {error['msg'].lower()}, got {reprlib.repr(error['input'])}."
 
 
