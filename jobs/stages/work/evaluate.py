@@ -6,7 +6,7 @@ import asyncio
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from time import monotonic
@@ -22,13 +22,13 @@ from jobs.prepare import policy_chat, prepare
 from jobs.stages.evaluate import EVALUATION, RESULT_FILE
 from jobs.stages.settings import pair_template, rank_context, reward_path, samples_per_shard, sampling_of
 from jobs.stages.stage import StageJob
-from jobs.stages.work.demonstrations import MEASURED, Demonstration, parts_of, read, rows_of
+from jobs.stages.work.demonstrations import Demonstration, rows_of, sample
 from jobs.stages.work.preferences import rule_scores
 from jobs.stages.work.sample import sample_shards
 from jobs.stages.work.score import score_shards
 from jobs.stages.work.shards import ShardFiles
 from jobs.stages.work.wiring import EVALUATION_STEP, all_ready, starting, supervisor_of
-from orchestrator.algorithms.ranking import order, spread, wilson_interval
+from orchestrator.algorithms.ranking import order, wilson_interval
 from orchestrator.config.config import Config
 from orchestrator.config.loader import changed
 from orchestrator.config.rewards import ModelRewardConfig, PairJudgeConfig
@@ -39,6 +39,9 @@ from orchestrator.prompts import sample_requests
 from orchestrator.run.storage import write_json
 from orchestrator.sampler import cut_into_shards
 from orchestrator.types import Prompt
+
+LANGUAGE_FIELDS = ("language", "lang")
+"""Fields of a prompt that name its language."""
 
 _BOUND = re.compile(r"\s*(<=|>=|<|>)\s*(-?\d+(?:\.\d+)?)\s*")
 _COMPARE = {"<": float.__lt__, "<=": float.__le__, ">": float.__gt__, ">=": float.__ge__}
@@ -52,6 +55,10 @@ class Side:
     gold: Sequence[float | None]
     reward: Sequence[float | None]
 
+    def of(self, rows: Sequence[int]) -> Side:
+        gold, reward = ([scores[row] for row in rows] for scores in (self.gold, self.reward))
+        return Side(self.samples.take(rows), gold, reward)
+
 
 async def run(job: StageJob) -> Mapping[str, Any]:
     """Raises:
@@ -63,12 +70,15 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     against = config.evaluate.against or job.start_policy
     other_config = changed(config, {"model.path": against}, source="evaluate.against")
     mine, theirs = _same_prompts(job, other_config)
-    held_out = [] if config.demonstrations.path is None else spread(parts_of(config, read(config)[0])[1], MEASURED)
+    held_out = [] if config.demonstrations.path is None else sample(config, is_held_out=True)[0]
     policy = await _side(job, "policy", config, mine)
+    languages = _languages(mine, policy.samples)
     metrics = _alone(policy) | await _likelihood(job, config, held_out, "")
+    metrics |= _by_language(languages, lambda rows: _alone(policy.of(rows)))
     if against != config.model.path:
         other = await _side(job, "against", other_config, theirs)
         metrics |= _together(policy, other) | await _likelihood(job, other_config, held_out, "_against")
+        metrics |= _by_language(languages, lambda rows: _together(policy.of(rows), other.of(rows)))
         if config.evaluate.judge is not None:
             metrics |= await _judged(job, config.evaluate.judge, policy.samples, other.samples)
         if job.start_policy == against:  # the same vocabulary: every stage keeps it
@@ -232,6 +242,25 @@ def _together(policy: Side, other: Side) -> dict[str, float]:
     return metrics
 
 
+def _languages(prompts: Sequence[Prompt], samples: pa.Table) -> Mapping[str, Sequence[int]]:
+    """The rows of each language that the prompts name. Empty if they name fewer than two."""
+    language_of = {prompt.id: next(filter(None, map(prompt.meta.get, LANGUAGE_FIELDS)), None) for prompt in prompts}
+    found: dict[str, list[int]] = {}
+    for row, prompt_id in enumerate(samples["prompt_id"].to_pylist()):
+        if (language := language_of[prompt_id]) is not None:
+            found.setdefault(str(language), []).append(row)
+    return dict(sorted(found.items())) if len(found) > 1 else {}
+
+
+def _by_language(
+    languages: Mapping[str, Sequence[int]], measure: Callable[[Sequence[int]], Mapping[str, float]]
+) -> dict[str, float]:
+    """The metrics of each language's rows, as METRIC/LANGUAGE."""
+    return {
+        f"{name}/{language}": value for language, rows in languages.items() for name, value in measure(rows).items()
+    }
+
+
 def _row(number: int, score: float) -> EvaluationRow:
     return EvaluationRow(str(number), "", "", score, 0.0, 0)
 
@@ -251,4 +280,4 @@ def _unmet(metrics: Mapping[str, float], name: str, bound: str) -> str | None:
 
 
 def _lines(metrics: Mapping[str, float]) -> Sequence[str]:
-    return [f"  {name:<18} {value:.4g}" for name, value in metrics.items() if math.isfinite(value)]
+    return [f"  {name:<22} {value:.4g}" for name, value in metrics.items() if math.isfinite(value)]

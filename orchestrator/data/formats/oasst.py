@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -64,9 +65,16 @@ def trees(rows: Iterator[Row]) -> Iterator[Row]:
     """Rows that are trees, and trees made of rows that are messages. Memory holds one tree."""
     for tree_id, group in groupby(rows, key=_tree_id):
         if tree_id is None:
-            yield from group
+            yield from map(_with_language, group)
         else:
-            yield from _grown(group)
+            yield from map(_with_language, _grown(group))
+
+
+def _with_language(row: Row) -> Row:
+    """A tree with the language of its first message among its own fields."""
+    root = row.fields.get("prompt")
+    language = root.get("lang") if isinstance(root, dict) else None
+    return replace(row, fields={"lang": language, **row.fields}) if isinstance(language, str) else row
 
 
 def _tree_id(row: Row) -> str | None:

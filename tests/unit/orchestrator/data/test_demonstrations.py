@@ -140,6 +140,15 @@ def test_tools_calls_and_results_stay_turns(tmp_path: Path) -> None:
     )
 
 
+def test_a_prompt_of_a_tree_knows_its_language(tmp_path: Path) -> None:
+    tree = {**TREE, "prompt": {**TREE["prompt"], "lang": "zh"}}
+    for rows in ([tree], flat(tree)):
+        records, _ = read_prompts(write(tmp_path, *rows))
+        assert {record.meta["lang"] for record in records} == {"zh"}
+    records, _ = read_prompts(write(tmp_path, TREE))
+    assert not any("lang" in record.meta for record in records)
+
+
 def test_a_tree_gives_the_path_to_every_leaf_and_counts_the_rest(tmp_path: Path) -> None:
     expected = [["q", "a", "more?", "b"], ["q", "c"]]
     left_out = {"turns after the last reply": 1, "messages that were deleted": 1}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from actors.rewards.pair_judge import Comparison
-from jobs.stages.work.evaluate import Side, _alone, _together, _unmet, judge_metrics
+from jobs.stages.work.evaluate import Side, _alone, _by_language, _languages, _together, _unmet, judge_metrics
 from orchestrator.config.loader import config_from_tree
 from orchestrator.errors import ConfigError, DataError
+from orchestrator.types import Prompt
 
 
 def side(gold: list[float | None], reward: list[float | None] | None = None) -> Side:
@@ -28,6 +30,26 @@ def test_win_rates_are_by_prompt_and_ties_count_half() -> None:
     assert found["gold_delta"] == pytest.approx(0.0)
     assert found["reward_win_rate"] == 0.75
     assert 0.0 < found["reward_win_low"] < 0.75 < found["reward_win_high"] < 1.0
+
+
+def test_metrics_are_given_for_each_language_that_prompts_name() -> None:
+    samples = pa.table(
+        {
+            "prompt_id": ["b", "a", "c", "d"],
+            "response_tokens": [[1], [1, 2, 3], [1] * 5, [1]],
+            "finish_reason": ["stop", "stop", "length", "stop"],
+        }
+    )
+    metas = {"a": {"lang": "zh"}, "b": {"language": "en"}, "c": {"lang": "zh"}, "d": {}}
+    prompts = [Prompt(name, name, np.zeros(1, np.int32), meta) for name, meta in metas.items()]
+    languages = _languages(prompts, samples)
+    assert languages == {"en": [0], "zh": [1, 2]}
+    policy = Side(samples, [1.0, 2.0, 4.0, 0.0], [None] * 4)
+    other = Side(samples, [0.0, 3.0, None, 0.0], [None] * 4)
+    found = _by_language(languages, lambda rows: _alone(policy.of(rows)) | _together(policy.of(rows), other.of(rows)))
+    assert found["gold/en"] == 1.0 and found["gold/zh"] == 3.0 and found["length/zh"] == 4.0
+    assert found["gold_win_rate/en"] == 1.0 and found["gold_win_rate/zh"] == 0.0
+    assert _languages(prompts[1:2] + prompts[3:], samples.take([0, 3])) == {}, "one language needs no table"
 
 
 @pytest.mark.parametrize(
