@@ -15,11 +15,20 @@ from actors.learning.objectives.losses import LossTerms, likelihood_loss
 from actors.learning.packing import MicroBatch, row_sums
 from actors.training.artifact import make_artifact
 from actors.training.language_model import LearnedRows, PolicyTraining
+from actors.training.neftune import EmbeddingNoise
 from actors.training.row_values import row_values
 from actors.training.stored_rows import StoredRows
+from orchestrator.config.trainings import SftConfig
 
 SftData = tuple[Path, Path]
 """Folders of the rows to train on and of held-out ones (stored_rows.py)."""
+
+
+@dataclass(frozen=True)
+class SftTraining(PolicyTraining):
+    """Inputs of SftTask. `seed` decides the noise, too."""
+
+    stage: SftConfig
 
 
 @dataclass(frozen=True)
@@ -36,16 +45,20 @@ class SftTask:
         DataError: on all ranks, when one of them can't load the model.
     """
 
-    def __init__(self, settings: PolicyTraining, data: SftData, group: Group) -> None:
+    def __init__(self, settings: SftTraining, data: SftData, group: Group) -> None:
         self.settings, self.group = settings, group
         self.chat, model = all_or_none(settings.load, group)
         self.data, self._held_out = (LearnedRows(StoredRows(folder)) for folder in data)
-        steps = settings.total_optimizer_steps
+        stage, steps = settings.stage, settings.total_optimizer_steps
         self.learner = Learner(
-            model, settings.stage.learner(steps), dtype=settings.policy.compute_dtype, total_optimizer_steps=steps
+            model, stage.learner(steps), dtype=settings.policy.compute_dtype, total_optimizer_steps=steps
         )
+        alpha = stage.neftune_alpha
+        self._noise = EmbeddingNoise(model, alpha=alpha, seed=settings.seed) if alpha else None
 
-    def objective(self, records: Sequence[int]) -> Loss:  # noqa: ARG002 (every batch has the same)
+    def objective(self, records: Sequence[int]) -> Loss:
+        if self._noise is not None:
+            self._noise.begin_batch(records)
         return _loss
 
     def count(self, records: Sequence[int]) -> float:

@@ -22,11 +22,10 @@ from actors.models.model import EMBEDDED, load_scorer, resolve_model
 from actors.text.conversations import Chat, load_chat
 from actors.text.learned import Rows
 from actors.text.tokenizing import load_tokenizer
-from actors.training.language_model import PolicyTraining
 from actors.training.preference import PreferenceTask, PreferenceTraining
 from actors.training.ranked_rows import padding_token, ranked_rows
 from actors.training.reward_model import RewardModelTask, RewardTraining
-from actors.training.sft import SftTask
+from actors.training.sft import SftTask, SftTraining
 from actors.training.stored_rows import writing_rows
 from actors.training.trainer import Trainer, Training
 from actors.training.work import WorkFolder, open_work
@@ -108,7 +107,7 @@ def train(
         "seed": SEED,
     }
     makes: Mapping[str, Any] = {
-        "sft": lambda: partial(SftTask, PolicyTraining(stage=section, **shared)),
+        "sft": lambda: partial(SftTask, SftTraining(stage=section, **shared)),
         "reward_model": lambda: partial(
             RewardModelTask,
             RewardTraining(stage=section.model_copy(update={"base": str(scorer)}), **shared),

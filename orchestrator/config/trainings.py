@@ -114,6 +114,8 @@ class SftConfig(OfflineConfig):
     max_length: Positive = 512
     """Maximum length of a row, in tokens. Longer conversations are split before user turns, so that every reply is
     learned once; a single exchange that is longer is cut at its end. Both are counted."""
+    neftune_alpha: NonNegativeNumber = 0.0
+    """Size of noise on the embeddings, which can make replies better and longer (NEFTune, Jain 2023: 5 to 15)."""
 
 
 class PreferenceConfig(OfflineConfig):

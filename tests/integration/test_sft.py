@@ -102,7 +102,7 @@ def test_a_driver_that_is_killed_and_started_again_ends_with_the_same_bits(
 def test_two_ranks_learn_what_one_learns(cluster: str, base: Path, tmp_path: Path) -> None:
     losses = []
     for ranks in (1, 2):
-        keys = [f"sft.ranks={ranks}", "sft.epochs=1", "sft.micro_batch_tokens=80"]
+        keys = [f"sft.ranks={ranks}", "sft.epochs=1", "sft.micro_batch_tokens=80", "sft.neftune_alpha=5"]
         finish(start(write_config(base, tmp_path), cluster, f"of-{ranks}", *keys))
         lines = read_lines(tmp_path / f"of-{ranks}" / "metrics.jsonl")
         losses.append([line["metrics"]["sft/loss"] for line in lines if line["kind"] == "step"])

@@ -10,8 +10,7 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
-from actors.training.language_model import PolicyTraining
-from actors.training.sft import Fitted, SftTask
+from actors.training.sft import Fitted, SftTask, SftTraining
 from jobs.prepare import policy_chat
 from jobs.stages.sft import DEMONSTRATIONS, RESULT_FILE
 from jobs.stages.stage import POLICY, StageJob
@@ -78,7 +77,7 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     train, held_out = await store(config, policy_chat(config), records, stored, job.say)
     key = f"sft.max_length={config.sft.max_length}"
     job.say(", ".join(filter(None, [f"sft: {records.report().summary()}", train.rows.describe(key)])))
-    settings = inputs_of(PolicyTraining, config, config.sft, folder, num_records=train.writer.num_rows)
+    settings = inputs_of(SftTraining, config, config.sft, folder, num_records=train.writer.num_rows)
     fitted: Fitted
     steps, fitted = await train_section(
         config,
