@@ -255,10 +255,28 @@ class Learner:
         """
         expected = self.pass_through(probe(self._model, self.device))[0]
         state = {name: tensor for name, tensor in self.full_weights() if self.rank == 0}
+        self._on_rank_0(lambda: export_model(self._model, state, folder, tokenizer, expected))
+
+    def export_weights(
+        self, weights: Callable[[torch.dtype], Mapping[str, Tensor]], folder: Path, tokenizer: Any
+    ) -> None:
+        """The same with other weights, which rank 0 holds, instead of those that learn.
+
+        Args:
+            weights: the model's compute type -> (name, tensor) of all that `full_weights` gives.
+
+        Raises:
+            StorageError: as `export`.
+        """
+        dtype = self._pretrained.dtype
+        self._on_rank_0(lambda: export_model(self._model, weights(dtype), folder, tokenizer, None))
+
+    def _on_rank_0(self, work: Callable[[], None]) -> None:
+        """Raises a StorageError of rank 0 on all ranks."""
         problem: StorageError | None = None
         if self.rank == 0:
             try:
-                export_model(self._model, state, folder, tokenizer, expected)
+                work()
             except StorageError as error:
                 problem = error
         problems: list[StorageError | None] = [None] * self.world_size

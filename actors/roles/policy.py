@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from actors.learning import distributed
+from actors.learning.average import WeightAverage
 from actors.learning.distributed import Group
 from actors.learning.heads import PolicyModel
 from actors.learning.learner import Update
@@ -19,7 +21,7 @@ from actors.learning.worker import LearningWorker, MixedIn, RankContext, Share, 
 from actors.models.model import load_causal, resolve_model, torch_dtype
 from actors.text.conversations import load_chat
 from orchestrator import schema
-from orchestrator.config.sections import LearnerConfig
+from orchestrator.config.sections import PolicyConfig
 
 _FIRST_RATIOS = ("ratio_mean", "ratio_deviation_max")
 
@@ -28,7 +30,7 @@ class PolicyWorker(LearningWorker):
     """One rank of the policy."""
 
     def __init__(
-        self, policy: LearnerConfig, context: RankContext, group: Group, mixed_in: MixedIn | None = None
+        self, policy: PolicyConfig, context: RankContext, group: Group, mixed_in: MixedIn | None = None
     ) -> None:
         self._mixed_in = mixed_in
         distributed.join(group)
@@ -45,8 +47,24 @@ class PolicyWorker(LearningWorker):
             compares=context.algorithm.compares_samples,
         )
 
+        decay = policy.ema_decay
+        self._average = WeightAverage(decay, holds=group.rank == 0) if decay else None
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        if self._average is not None:
+            self._average.save(folder)
+
+    def load(self, folder: Path) -> None:
+        super().load(folder)
+        if self._average is not None:
+            self._average.load(folder)
+
     def export(self, folder: Path) -> None:
+        """The average, if there is one. Either was first exported as it learns, and proved so."""
         super().export(folder)
+        if self._average is not None and self._average.has_begun:
+            self.learner.export_weights(self._average.state, folder, self.tokenizer)
         if self.group.rank == 0:
             self._chat.save_stops(folder)
 
@@ -82,6 +100,9 @@ class PolicyWorker(LearningWorker):
         objective = objective_of(algorithm)
         rows = TokenRows.of_table(pa.concat_tables(tables), objective.policy_columns, learned_only=True)
 
+        if self._average is not None and not self._average.has_begun:
+            self._average.add(self.full_weights(torch.float32))
+
         def loss(output: tuple[Tensor, Tensor], micro: MicroBatch) -> LossTerms:
             return objective.policy_terms(*output, micro.columns, job)
 
@@ -97,6 +118,8 @@ class PolicyWorker(LearningWorker):
             enough=diverged,
             mixed_in=self._mixed_in,
         )
+        if self._average is not None:
+            self._average.add(self.full_weights(torch.float32))
         first = updates[0][2]
         ratios = {name: value for name, value in {**first.means, **first.maxima}.items() if name in _FIRST_RATIOS}
         return {**averaged(updates), **{f"first_{name}": value for name, value in ratios.items()}}

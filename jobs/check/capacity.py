@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import ray
@@ -21,6 +21,7 @@ from orchestrator.config.sections import LearnerConfig
 from orchestrator.config.trainings import OfflineConfig
 from orchestrator.planning.demands import PREFERENCE, REWARD_MODEL, SFT
 from orchestrator.planning.memory import (
+    AVERAGE_BYTES,
     GIB,
     RECORDER_PROCESS,
     RULES_PROCESS,
@@ -120,6 +121,12 @@ def memory_per_role(config: Config, sizes: _Sizes, roles: Collection[str]) -> di
     """Memory of one actor of each of these roles. Ignores models of other roles."""
     dtype, reference, reward, rollout = config.model.compute_dtype, config.reference, config.reward, config.rollout
 
+    def of_policy() -> Memory:
+        size = sizes.of(None)
+        memory = _learner(config, config.policy, size, logits=True)
+        average = AVERAGE_BYTES * size.num_params if config.policy.ema_decay else 0  # on the host
+        return replace(memory, process=memory.process + average)
+
     def of_reward() -> Memory:
         if not isinstance(reward, ModelRewardConfig):
             return Memory(process=RULES_PROCESS)
@@ -132,7 +139,7 @@ def memory_per_role(config: Config, sizes: _Sizes, roles: Collection[str]) -> di
         )
 
     memory_of: Mapping[str, Callable[[], Memory]] = {
-        "policy": lambda: _learner(config, config.policy, sizes.of(None), logits=True),
+        "policy": of_policy,
         "critic": lambda: _learner(config, config.critic, sizes.of(*critic_base(config)), logits=False),
         "reference": lambda: scorer_memory(
             sizes.of(reference.path),

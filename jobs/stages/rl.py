@@ -13,6 +13,7 @@ from jobs.stages.stage import POLICY, Artifact, Costs, Inputs, ModelUse, Row, Si
 from orchestrator.config.config import Config
 from orchestrator.planning.demands import all_demands
 from orchestrator.planning.disk import EXPORTED_BYTES_PER_PARAM, SAVED_BYTES_PER_PARAM, Disk, samples_disk
+from orchestrator.planning.memory import AVERAGE_BYTES
 from orchestrator.planning.placement import Node, Plan, place
 from orchestrator.run.checkpoints import is_complete
 from orchestrator.run.folder import RunFolder, has_finished
@@ -103,10 +104,11 @@ class Rl(Stage):
     def disk(self, config: Config, sizes: Sizes) -> Disk:
         """Checkpoints (those kept, the best, and one more while saving), exports, and the experience log."""
         num_params = sizes.of(config.model.path).num_params
+        average = AVERAGE_BYTES * num_params if config.policy.ema_decay else 0
         if config.algorithm.needs_critic:
             num_params += sizes.of(*imported("jobs.stages.settings:critic_base")(config)).num_params
         keeps_best = config.checkpoints.best_metric is not None and config.evaluation.every_steps > 0
-        saved = (config.checkpoints.keep + 1 + keeps_best) * SAVED_BYTES_PER_PARAM * num_params
+        saved = (config.checkpoints.keep + 1 + keeps_best) * (SAVED_BYTES_PER_PARAM * num_params + average)
         exported = EXPORTED_BYTES_PER_PARAM * num_params * (1 + keeps_best)
         experience = samples_disk(config.rl.steps * config.samples_per_step, config.model.max_length)
         return Disk(saved + exported + experience.kept)

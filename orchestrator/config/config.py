@@ -21,9 +21,9 @@ from orchestrator.config.sections import (
     EvaluationConfig,
     FailuresConfig,
     LabellerConfig,
-    LearnerConfig,
     ModelConfig,
     PlacementConfig,
+    PolicyConfig,
     PromptsConfig,
     PublishConfig,
     ReferenceConfig,
@@ -67,7 +67,7 @@ class Config(Section):
     preference: PreferenceConfig = PreferenceConfig()
     reward: Annotated[SerializeAsAny[RewardConfig], ByName(REWARDS, default="model")] = ModelRewardConfig()
     rule_limits: RuleLimits = RuleLimits()
-    policy: LearnerConfig = LearnerConfig()
+    policy: PolicyConfig = PolicyConfig()
     critic: CriticConfig = CriticConfig()
     reference: ReferenceConfig = ReferenceConfig()
     rollout: RolloutConfig = RolloutConfig()

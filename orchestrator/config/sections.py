@@ -160,6 +160,12 @@ class LearnerConfig(TrainingConfig):
     """CPU threads of one rank."""
 
 
+class PolicyConfig(LearnerConfig):
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share that an exponential moving average of the weights keeps per step, such as 0.99. With an average, the run
+    exports it as its policy, and samples from the weights that learn. 0: none."""
+
+
 class CriticConfig(LearnerConfig):
     path: str | None = None
     """Initial model of the critic; must have the policy's vocabulary. Equal to model.path: the policy with a new head.

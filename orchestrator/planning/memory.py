@@ -31,6 +31,7 @@ LOGIT_CHUNK = 512  # positions whose logits a learner or the reference holds at 
 
 BYTES_OF: Mapping[Dtype, int] = {"bfloat16": 2, "float32": 4}
 _MOMENTS, _MASTERS = 8, 4  # bytes per parameter of Adam's two moments and of master weights, in fp32
+AVERAGE_BYTES = 4  # bytes per parameter of a moving average, in fp32 on the host of rank 0
 _ADAM_TEMPORARIES = 8  # bytes per parameter of a shard during its update
 _ALIVE_IN_BACKWARD = (10, 4)  # values per token and layer that a Llama stores: × hidden size, × feed-forward size
 _LOGIT_COPIES = 4

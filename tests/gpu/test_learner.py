@@ -15,7 +15,7 @@ from actors.roles.policy import PolicyWorker
 from jobs.quickstart import CONFIG
 from orchestrator.algorithms.ppo import Ppo
 from orchestrator.config.loader import load_config
-from orchestrator.config.sections import LearnerConfig
+from orchestrator.config.sections import PolicyConfig
 from orchestrator.planning.memory import learner_memory
 from tests.integration.engine_scenarios import reference_logprobs
 from tests.numerics.ranks import context, group
@@ -28,7 +28,7 @@ FULL = [(64, 192)] * 16  # enough rows to fill micro-batches
 
 
 def policy_of(folder: Path, *, minibatches: int = 2) -> PolicyWorker:
-    learner = LearnerConfig(learning_rate=3e-3, micro_batch_tokens=MICRO_BATCH_TOKENS)
+    learner = PolicyConfig(learning_rate=3e-3, micro_batch_tokens=MICRO_BATCH_TOKENS)
     ppo = Ppo(minibatches=minibatches, epochs=2)
     return PolicyWorker(learner, context(folder, ppo, dtype="bfloat16"), group())
 

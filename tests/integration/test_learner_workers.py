@@ -10,7 +10,7 @@ from actors.roles.critic import CriticWorker
 from actors.roles.policy import PolicyWorker
 from actors.roles.reference import ReferenceWorker
 from orchestrator.algorithms.ppo import Ppo
-from orchestrator.config.sections import CriticConfig, LearnerConfig, ReferenceConfig
+from orchestrator.config.sections import CriticConfig, PolicyConfig, ReferenceConfig
 from tests.numerics.ranks import context, run_ranks
 from tests.numerics.samples import experience, rollout
 from tests.tiny import tiny_llama, tiny_scorer
@@ -23,7 +23,7 @@ ROWS = [(3, 9), (12, 30), (2, 1), (5, 14), (7, 4)]  # odd: the ranks' shares dif
 def one_step(mine, causal: Path, scorer: Path):
     learning = {"zero_stage": 3, "learning_rate": 1e-3, "gradient_checkpointing": True, "micro_batch_tokens": 40}
     parts = context(causal, PPO, dtype="bfloat16")
-    policy = PolicyWorker(LearnerConfig(**learning), parts, mine)
+    policy = PolicyWorker(PolicyConfig(**learning), parts, mine)
     critic = CriticWorker(CriticConfig(path=str(scorer), **learning), parts, mine)
     found = {"world": mine.world_size}
     for sharded in (True, False):

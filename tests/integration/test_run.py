@@ -158,11 +158,13 @@ def test_a_replay_may_start_from_a_checkpoint(launcher: Launcher, whole: Path, t
 def test_a_run_without_a_critic_learns_and_equals_its_replay(
     launcher: Launcher, tmp_path: Path, advantage: str
 ) -> None:
+    decay = 0.5 if advantage == "rloo" else 0.0
     keys = (f"algorithm.name={advantage}", "rl.prompts_per_step=4", "rl.samples_per_prompt=4", "rl.steps=2")
-    finish(launcher.ppo(advantage, *keys))
+    finish(launcher.ppo(advantage, *keys, f"policy.ema_decay={decay}"))
     folder = launcher.run_folder(advantage)
     last = "checkpoints/step-000002"
     assert not (folder / last / "critic").exists()
+    assert (folder / last / "policy" / "average.safetensors").exists() == bool(decay)
     metrics = [line["metrics"] for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "step"]
     assert metrics[0]["kl/per_token_k3"] == 0.0 < metrics[1]["kl/per_token_k3"], "the policy never learned"
     assert "busy/critic_s" not in metrics[0]

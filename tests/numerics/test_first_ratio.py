@@ -7,7 +7,7 @@ from actors.learning.objectives.objective import LearnJob
 from actors.roles.policy import PolicyWorker
 from actors.roles.reference import ReferenceWorker
 from orchestrator.algorithms.ppo import Ppo
-from orchestrator.config.sections import LearnerConfig, ReferenceConfig
+from orchestrator.config.sections import PolicyConfig, ReferenceConfig
 from tests.numerics.ranks import context, group
 from tests.numerics.samples import experience, rollout
 from tests.tiny import tiny_llama
@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
 
 
 def worker(folder, *, dtype, temperature, algorithm, micro_batch_tokens=2048):
-    learner = LearnerConfig(learning_rate=3e-3, micro_batch_tokens=micro_batch_tokens)
+    learner = PolicyConfig(learning_rate=3e-3, micro_batch_tokens=micro_batch_tokens)
     return PolicyWorker(learner, context(folder, algorithm, dtype=dtype, temperature=temperature), group())
 
 

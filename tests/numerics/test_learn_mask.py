@@ -15,7 +15,7 @@ from actors.roles.critic import CriticWorker
 from actors.roles.policy import PolicyWorker
 from orchestrator import schema
 from orchestrator.algorithms.ppo import Ppo
-from orchestrator.config.sections import CriticConfig, LearnerConfig
+from orchestrator.config.sections import CriticConfig, LearnerConfig, PolicyConfig
 from tests.numerics.ranks import context, group
 from tests.numerics.samples import LENGTHS, experience
 from tests.numerics.test_gradient_invariance import RecordingLearner
@@ -53,7 +53,7 @@ def learned(folders, role, table):
     around = context(folders[role], ppo, dtype="float32", total_optimizer_steps=4)
     keys = {"learning_rate": 3e-3, "micro_batch_tokens": 60}
     if role == "policy":
-        worker = PolicyWorker(LearnerConfig(**keys), around, group())
+        worker = PolicyWorker(PolicyConfig(**keys), around, group())
     else:
         worker = CriticWorker(CriticConfig(path=str(folders[role]), **keys), around, group())
     metrics = worker.learn([table], JOB)

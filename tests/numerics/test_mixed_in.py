@@ -18,7 +18,7 @@ from actors.learning.worker import MixedIn
 from actors.models.model import load_causal
 from actors.roles.policy import PolicyWorker
 from orchestrator.algorithms.ppo import Ppo
-from orchestrator.config.sections import LearnerConfig
+from orchestrator.config.sections import PolicyConfig
 from tests.numerics.ranks import context, group
 from tests.numerics.samples import experience
 from tests.tiny import tiny_llama
@@ -49,7 +49,7 @@ def demonstrations(count: int = 6) -> pa.Table:
 def learned(folder: Path, mixed_in: MixedIn | None, *, tokens: int = 60) -> tuple[dict[str, float], torch.Tensor]:
     algorithm = Ppo(epochs=1, minibatches=2)
     around = context(folder, algorithm, dtype="float32", total_optimizer_steps=2)
-    learner = LearnerConfig(learning_rate=1e-3, micro_batch_tokens=tokens)
+    learner = PolicyConfig(learning_rate=1e-3, micro_batch_tokens=tokens)
     worker = PolicyWorker(learner, around, group(), mixed_in)
     metrics = worker.learn([experience()], JOB)
     return metrics, torch.cat([tensor.flatten() for _, tensor in worker.full_weights()])

@@ -19,7 +19,7 @@ from actors.roles.policy import PolicyWorker
 from actors.text.conversations import load_chat
 from actors.text.tokenizing import load_tokenizer
 from orchestrator.algorithms.ppo import Ppo
-from orchestrator.config.sections import CriticConfig, LearnerConfig
+from orchestrator.config.sections import CriticConfig, LearnerConfig, PolicyConfig
 from orchestrator.errors import NonFiniteError, StorageError
 from orchestrator.planning.balance import plan_minibatches
 from tests.chaos.test_storage import fill, small_disk  # noqa: F401  a fixture
@@ -192,7 +192,7 @@ def test_an_export_is_asked_and_stops_as_the_policy_was(tmp_path):
     (base / "chat_template.jinja").unlink()
     (base / "generation_config.json").unlink()
     template = CHATML.replace("<|im_start|>", "<s>")
-    policy = PolicyWorker(LearnerConfig(zero_stage=0), context(base, PPO, dtype="float32", template=template), group())
+    policy = PolicyWorker(PolicyConfig(zero_stage=0), context(base, PPO, dtype="float32", template=template), group())
     policy.export(tmp_path / "export")
     asked = load_chat(base, template=template)
     exported = load_chat(tmp_path / "export")
