@@ -44,6 +44,7 @@ class Evaluate(Stage):
         "jobs.check.rewards:check_pair_judge",
         "jobs.check.prompts:enough_to_evaluate",
         "jobs.check.demonstrations:check_demonstrations",
+        "jobs.check.tasks:check_tasks",
     )
 
     def makes(self, config: Config) -> Sequence[Artifact]:

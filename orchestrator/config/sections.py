@@ -308,6 +308,8 @@ class EvaluateConfig(Section):
     """Model to compare the policy with: a folder, a Hugging Face name. Null: the run's initial policy, model.path."""
     judge: PairJudgeConfig | None = None
     """A judge that compares the replies of both models to each prompt, in both orders. Null: none."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval on which both models are measured: names, or YAML files. Needs the package lm-eval."""
     require: Mapping[str, Annotated[str, Field(pattern=r"^\s*(<=|>=|<|>)\s*-?\d+(\.\d+)?\s*$")]] = Field(
         default_factory=dict
     )

@@ -27,6 +27,7 @@ from jobs.stages.work.preferences import rule_scores
 from jobs.stages.work.sample import sample_shards
 from jobs.stages.work.score import score_shards
 from jobs.stages.work.shards import ShardFiles
+from jobs.stages.work.tasks import task_metrics
 from jobs.stages.work.wiring import EVALUATION_STEP, all_ready, starting, supervisor_of
 from orchestrator.algorithms.ranking import order, wilson_interval
 from orchestrator.config.config import Config
@@ -75,10 +76,12 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     languages = _languages(mine, policy.samples)
     metrics = _alone(policy) | await _likelihood(job, config, held_out, "")
     metrics |= _by_language(languages, lambda rows: _alone(policy.of(rows)))
+    metrics |= await task_metrics(job, config, "")
     if against != config.model.path:
         other = await _side(job, "against", other_config, theirs)
         metrics |= _together(policy, other) | await _likelihood(job, other_config, held_out, "_against")
         metrics |= _by_language(languages, lambda rows: _together(policy.of(rows), other.of(rows)))
+        metrics |= await task_metrics(job, other_config, "_against")
         if config.evaluate.judge is not None:
             metrics |= await _judged(job, config.evaluate.judge, policy.samples, other.samples)
         if job.start_policy == against:  # the same vocabulary: every stage keeps it
