@@ -27,7 +27,7 @@ from actors.training.stored_rows import StoredRows
 from benchmarks.harness import Figure, plain_figure
 from benchmarks.table import report
 from jobs.prepare import policy_chat
-from jobs.stages.work.demonstrations import store
+from jobs.stages.work.data.demonstrations import store
 from orchestrator.config.config import Config
 from orchestrator.config.trainings import DemonstrationsConfig
 from orchestrator.data.kinds import DEMONSTRATIONS, DOCUMENTS, Kind

@@ -14,7 +14,7 @@ from actors.text.tokenizing import has_tokenizer, load_tokenizer
 from actors.training.ranked_rows import judged
 from jobs.stages.settings import chat_template
 from jobs.stages.stage import Found
-from jobs.stages.work.judged import read_judged
+from jobs.stages.work.data.judged import read_judged
 from orchestrator.algorithms.ranking import spread
 from orchestrator.config.config import Config
 from orchestrator.config.losses import Judgement

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jobs.stages.stage import Found
-from jobs.stages.work.demonstrations import rows_of, sample
+from jobs.stages.work.data.demonstrations import rows_of, sample
 from orchestrator.config.config import Config
 
 

@@ -20,8 +20,8 @@ from actors.rewards.pair_judge import PairJudge
 from actors.rewards.rules import RuleReward
 from jobs.stages.settings import judge_template, pair_template, reward_base, reward_max_length
 from jobs.stages.stage import Found
-from jobs.stages.work.judged import read_judged, split_judged
-from jobs.stages.work.replies import read_replies, replies_table
+from jobs.stages.work.data.judged import read_judged, split_judged
+from jobs.stages.work.data.replies import read_replies, replies_table
 from orchestrator.config.config import Config
 from orchestrator.config.losses import Judgement
 from orchestrator.config.rewards import (

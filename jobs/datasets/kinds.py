@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
-from orchestrator.data.files import is_text, read_rows
 from orchestrator.data.kinds import KINDS
 from orchestrator.data.mixtures import is_mixture, sources_of
+from orchestrator.data.rows.files import is_text, read_rows
 from orchestrator.errors import DataError
 
 _FIRST_ROWS = 20

@@ -35,4 +35,4 @@ class Sft(PolicyTrainingStage):
         return Inputs(files={"demonstrations.path": config.demonstrations.path})
 
     def seconds(self, costs: Costs, prepared: Prepared) -> float:
-        return costs.sft(imported("jobs.stages.work.demonstrations:sizes")(costs.config, prepared))
+        return costs.sft(imported("jobs.stages.work.data.demonstrations:sizes")(costs.config, prepared))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.data.files import file_bytes
 from orchestrator.data.kinds import ANSWERED, DEMONSTRATIONS, DOCUMENTS, LABELS, PROMPTS, RANKINGS, SCORES, Kind, Record
 from orchestrator.data.limits import Kept
 from orchestrator.data.mixtures import is_mixture, sources_of, stream_of
@@ -17,6 +16,7 @@ from orchestrator.data.records import (
     ReadReport,
     ScoredRecord,
 )
+from orchestrator.data.rows.files import file_bytes
 
 
 def read_prompts(

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Generic
 
 from orchestrator.data.digests import Digests
-from orchestrator.data.files import is_text, read_rows, read_text
 from orchestrator.data.formats.documents import PLAIN
 from orchestrator.data.formats.format import LeftOut
-from orchestrator.data.json_rows import Row
 from orchestrator.data.kinds import Kind, New, Record, given_id
 from orchestrator.data.limits import check_share
 from orchestrator.data.messages import BadRow
 from orchestrator.data.records import ReadReport
+from orchestrator.data.rows.files import is_text, read_rows, read_text
+from orchestrator.data.rows.json_rows import Row
 from orchestrator.data.values import field_names
 from orchestrator.errors import DataError
 

@@ -16,7 +16,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from actors.text.conversations import load_chat
-from jobs.stages.work.judged import Records
+from jobs.stages.work.data.judged import Records
 from jobs.stages.work.preference import PreferenceResult, train_on_preferences
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree

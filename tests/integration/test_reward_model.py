@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from actors.rewards.model import RewardModel
 from actors.text.conversations import load_chat, reward_chat
-from jobs.stages.work.judged import Records
+from jobs.stages.work.data.judged import Records
 from jobs.stages.work.reward_model import RewardModelResult, train_reward_model
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree

@@ -22,11 +22,11 @@ from jobs.prepare import policy_chat, prepare
 from jobs.stages.evaluate import EVALUATION, RESULT_FILE
 from jobs.stages.settings import pair_template, rank_context, reward_path, samples_per_shard, sampling_of
 from jobs.stages.stage import StageJob
-from jobs.stages.work.demonstrations import Demonstration, rows_of, sample
+from jobs.stages.work.data.demonstrations import Demonstration, rows_of, sample
+from jobs.stages.work.data.shards import ShardFiles
 from jobs.stages.work.preferences import rule_scores
 from jobs.stages.work.sample import sample_shards
 from jobs.stages.work.score import score_shards
-from jobs.stages.work.shards import ShardFiles
 from jobs.stages.work.tasks import task_metrics
 from jobs.stages.work.wiring import EVALUATION_STEP, all_ready, starting, supervisor_of
 from orchestrator.algorithms.ranking import order, wilson_interval

@@ -17,8 +17,8 @@ from jobs.stages.preference import RESULT_FILE
 from jobs.stages.preferences import PREFERENCES
 from jobs.stages.sample import sample_sizes, sampled
 from jobs.stages.stage import POLICY, RowSizes, StageJob, row_sizes
-from jobs.stages.work.demonstrations import MEASURED
-from jobs.stages.work.judged import Records, measure_held_out, read_judged, split_judged
+from jobs.stages.work.data.demonstrations import MEASURED
+from jobs.stages.work.data.judged import Records, measure_held_out, read_judged, split_judged
 from jobs.stages.work.training import Report, inputs_of, of_last_tenth, train_section, words
 from orchestrator.algorithms.ranking import spread
 from orchestrator.config.config import Config

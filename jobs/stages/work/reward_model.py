@@ -20,7 +20,7 @@ from jobs.stages.preferences import PREFERENCES
 from jobs.stages.reward_model import RESULT_FILE
 from jobs.stages.settings import alone
 from jobs.stages.stage import StageJob
-from jobs.stages.work.judged import Records, measure_held_out, read_judged, split_judged
+from jobs.stages.work.data.judged import Records, measure_held_out, read_judged, split_judged
 from jobs.stages.work.labeller import read_gold
 from jobs.stages.work.training import Report, inputs_of, of_last_tenth, train_section, words
 from orchestrator.algorithms.calibration import Calibration

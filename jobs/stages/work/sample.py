@@ -14,7 +14,7 @@ from actors.roles.rollout import RolloutWorker
 from jobs.stages.sample import SAMPLES, Sample, prompts_of
 from jobs.stages.settings import samples_per_shard, sampling_of
 from jobs.stages.stage import StageJob
-from jobs.stages.work.shards import ShardFiles, spread
+from jobs.stages.work.data.shards import ShardFiles, spread
 from jobs.stages.work.wiring import all_ready, start_engines, starting, supervisor_of
 from orchestrator.config.config import Config
 from orchestrator.errors import DataError

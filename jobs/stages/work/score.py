@@ -17,8 +17,8 @@ from jobs.stages.sample import SAMPLES
 from jobs.stages.score import SCORES
 from jobs.stages.settings import reward_path, samples_per_shard
 from jobs.stages.stage import StageJob
-from jobs.stages.work.replies import read_replies, replies_table
-from jobs.stages.work.shards import ShardFiles, spread
+from jobs.stages.work.data.replies import read_replies, replies_table
+from jobs.stages.work.data.shards import ShardFiles, spread
 from jobs.stages.work.wiring import all_ready, start_reward, starting, supervisor_of
 from orchestrator.config.config import Config
 from orchestrator.errors import DataError, StorageError

@@ -14,7 +14,7 @@ from actors.training.sft import Fitted, SftTask, SftTraining
 from jobs.prepare import policy_chat
 from jobs.stages.sft import DEMONSTRATIONS, RESULT_FILE
 from jobs.stages.stage import POLICY, StageJob
-from jobs.stages.work.demonstrations import store, stream
+from jobs.stages.work.data.demonstrations import store, stream
 from jobs.stages.work.training import Report, inputs_of, of_last_tenth, train_section, words
 from orchestrator.planning.demands import SFT
 from orchestrator.run.storage import write_json

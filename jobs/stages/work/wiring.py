@@ -45,7 +45,7 @@ from jobs.stages.settings import (
     shards_per_step,
     within,
 )
-from jobs.stages.work.demonstrations import mixed_in
+from jobs.stages.work.data.demonstrations import mixed_in
 from orchestrator.concurrency import together
 from orchestrator.config.config import Config
 from orchestrator.config.sections import LearnerConfig

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from orchestrator.data.json_rows import Row
 from orchestrator.data.messages import Fields
+from orchestrator.data.rows.json_rows import Row
 
 FieldSets = Sequence[frozenset[str]]
 """A row that has all fields of one of these sets has the format."""

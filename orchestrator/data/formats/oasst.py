@@ -10,9 +10,9 @@ from typing import Any
 
 from orchestrator.data.formats.format import LeftOut, field_sets
 from orchestrator.data.formats.transcripts import TIE, Ranked, as_ranked
-from orchestrator.data.json_rows import Row
 from orchestrator.data.messages import BadRow, Fields, Messages, is_messages, number_of, required
 from orchestrator.data.records import Message
+from orchestrator.data.rows.json_rows import Row
 from orchestrator.data.values import describe
 
 OASST_FIELDS = field_sets("message_tree_id prompt", "message_id parent_id text role", "message_id text role")

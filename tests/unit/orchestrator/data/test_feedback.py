@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.data import text_rows
 from orchestrator.data.readers import read_documents, read_labels, read_rankings, read_scores
 from orchestrator.data.records import Message
+from orchestrator.data.rows import text_rows
 from orchestrator.errors import DataError
 from tests.unit.orchestrator.data.test_demonstrations import TREE, flat, write
 

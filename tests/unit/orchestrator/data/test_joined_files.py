@@ -10,8 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from orchestrator.data import json_rows
 from orchestrator.data.readers import read_prompts
+from orchestrator.data.rows import json_rows
 from orchestrator.errors import DataError
 
 A = b'[{"prompt": "a0"}, {"prompt": "a1"}]'

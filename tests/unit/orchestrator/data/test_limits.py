@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.data import limits, parquet
+from orchestrator.data import limits
 from orchestrator.data.readers import read_prompts, read_rankings
+from orchestrator.data.rows import parquet
 from orchestrator.errors import DataError
 
 MIB = 2**20

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.data import json_rows
 from orchestrator.data.readers import read_prompts, read_rankings
 from orchestrator.data.records import Message
+from orchestrator.data.rows import json_rows
 from orchestrator.errors import DataError
 
 ROWS: list[dict[str, Any]] = [{"id": f"p{i}", "prompt": f"Question {i}?", "answer": str(i)} for i in range(3)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from orchestrator.data.json_rows import BYTE_ORDER_MARK, Row
 from orchestrator.data.limits import MAX_RECORD_BYTES, mib
+from orchestrator.data.rows.json_rows import BYTE_ORDER_MARK, Row
 from orchestrator.errors import DataError
 
 SEPARATOR = "<|endoftext|>"

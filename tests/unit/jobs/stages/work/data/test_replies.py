@@ -11,7 +11,7 @@ import pytest
 from actors.text.conversations import chat_of
 from jobs.stages.sample import SAMPLES
 from jobs.stages.score import SCORES, ScoreSamples
-from jobs.stages.work.replies import read_replies, replies_table
+from jobs.stages.work.data.replies import read_replies, replies_table
 from orchestrator import schema
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree

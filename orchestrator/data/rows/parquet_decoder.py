@@ -1,6 +1,6 @@
 """`python parquet_decoder.py PATH MAX_BYTES`: the rows of a Parquet file as JSON lines on standard output.
 
-orchestrator/data/parquet.py runs it as a separate process, because memory can only be limited for a whole process.
+orchestrator/data/rows/parquet.py runs it as a separate process, because memory can only be limited for a whole process.
 Values that JSON does not support become text; bytes that are not text become an object {"base64": ...}. A null field of
 a struct counts as missing, because columns of structs give every row the fields of all rows.
 """

@@ -18,12 +18,12 @@ from typing import cast
 import pyarrow as pa
 from pyarrow import fs
 
-from orchestrator.data.hub import hub_rows, is_hub
 from orchestrator.data.inputs import at_home, size_of_file
-from orchestrator.data.json_rows import BYTE_ORDER_MARK, CHUNK_BYTES, Row, line_rows, value_rows
 from orchestrator.data.limits import max_unpacked_bytes, mib
-from orchestrator.data.parquet import parquet_rows, unpacked
-from orchestrator.data.text_rows import text_rows
+from orchestrator.data.rows.hub import hub_rows, is_hub
+from orchestrator.data.rows.json_rows import BYTE_ORDER_MARK, CHUNK_BYTES, Row, line_rows, value_rows
+from orchestrator.data.rows.parquet import parquet_rows, unpacked
+from orchestrator.data.rows.text_rows import text_rows
 from orchestrator.errors import DataError
 
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\x04\x22\x4d\x18": "lz4"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 
-from orchestrator.data.json_rows import Row
-from orchestrator.data.parquet_decoder import plain
+from orchestrator.data.rows.json_rows import Row
+from orchestrator.data.rows.parquet_decoder import plain
 from orchestrator.errors import DataError
 
 _PREFIX = "datasets:"

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from orchestrator.data import parquet_decoder
-from orchestrator.data.json_rows import CHUNK_BYTES, Row, line_rows
 from orchestrator.data.limits import MAX_DECODER_BYTES, MAX_SPOOLED_BYTES, max_unpacked_bytes, mib
+from orchestrator.data.rows import parquet_decoder
+from orchestrator.data.rows.json_rows import CHUNK_BYTES, Row, line_rows
 from orchestrator.errors import DataError
 
 SILENCE_S = 300.0  # without a byte from the decoder

@@ -14,8 +14,8 @@ from actors.learning.packing import TokenRows
 from actors.text.conversations import Chat, chat_of
 from actors.text.learned import Row
 from actors.training.stored_rows import StoredRows
-from jobs.stages.work import demonstrations
-from jobs.stages.work.demonstrations import Stored, marked, rows_of, sample, store, stream
+from jobs.stages.work.data import demonstrations
+from jobs.stages.work.data.demonstrations import Stored, marked, rows_of, sample, store, stream
 from orchestrator.config.config import Config
 from orchestrator.data.kinds import DEMONSTRATIONS
 from orchestrator.data.records import DemonstrationRecord

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.stages.work.judged import measure, measure_held_out, measure_singles
+from jobs.stages.work.data.judged import measure, measure_held_out, measure_singles
 from orchestrator.data.records import LabelledRecord, Message, RankingRecord
 from orchestrator.errors import DataError
 from orchestrator.prompts import split_held_out
