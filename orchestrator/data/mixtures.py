@@ -10,7 +10,7 @@ their source, so that those of different files stay distinct.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -91,7 +91,8 @@ def stream_of(
 
 
 class MixedStream(Generic[Record]):
-    """The records of a mixture, source after source. Iterate once, then request the report.
+    """The records of a mixture: its sources take turns, one record each, so that a limit takes of all of them. Iterate
+    once, then request the report.
 
     Raises:
         DataError: during reading, as Stream; or records of a kind with distinct ids are to be used several times.
@@ -113,14 +114,19 @@ class MixedStream(Generic[Record]):
                 )
 
     def __iter__(self) -> Iterator[Record]:
-        for source, stream in zip(self._sources, self._streams, strict=True):
-            self._num_begun += 1
-            for record in stream:
-                for _ in range(self._num_copies(source, record)):
-                    yield _renamed(record, source.prefix)
-                    self._num_records += 1
-                    if self._num_records == self._limit:
-                        return
+        turns = deque((source, iter(stream)) for source, stream in zip(self._sources, self._streams, strict=True))
+        while turns:
+            source, stream = turns.popleft()
+            self._num_begun = min(self._num_begun + 1, len(self._sources))
+            record = next(stream, None)
+            if record is None:
+                continue
+            turns.append((source, stream))
+            for _ in range(self._num_copies(source, record)):
+                yield _renamed(record, source.prefix)
+                self._num_records += 1
+                if self._num_records == self._limit:
+                    return
 
     def report(self) -> ReadReport:
         """The report after reading. Raises DataError if a source that was read had bad rows or no record."""

@@ -52,9 +52,10 @@ def test_a_record_of_two_sources_is_used_once_and_ids_stay_distinct(tmp_path: Pa
     source(tmp_path / "more", "b.jsonl", 3, first=2)
     path = mixture(tmp_path, "{path: a.jsonl}", f"{{path: {tmp_path}/more/b.jsonl, name: other}}")
     records, report = read_prompts(path)
-    assert [record.id for record in records] == ["a:0", "a:1", "a:2", "other:3", "other:4"]
+    assert [record.id for record in records] == ["a:0", "other:2", "a:1", "other:3", "other:4"]
     assert report.left_out == {"already read": 1}
-    assert [record.id for record in read_prompts(path, limit=2)[0]] == ["a:0", "a:1"]
+    assert [record.id for record in read_prompts(path, limit=2)[0]] == ["a:0", "other:2"]
+    assert [record.id for record in read_prompts(path, limit=1)[0]] == ["a:0"]
 
 
 @pytest.mark.parametrize(
