@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from orchestrator.errors import StorageError
-from orchestrator.run.storage import writing
+from orchestrator.run.storage import reading, writing
 
 FILE = "average.safetensors"
 
@@ -55,10 +55,11 @@ class WeightAverage:
         self.has_begun = (folder / FILE).exists()
         self.weights = {}
         if self._holds and self.has_begun:
-            try:
-                self.weights = load_file(folder / FILE)
-            except (OSError, SafetensorError) as error:
-                raise StorageError(f"{folder / FILE} can't be read ({error}): the checkpoint is damaged.") from error
+            with reading(folder / FILE):
+                try:
+                    self.weights = load_file(folder / FILE)
+                except SafetensorError as error:
+                    raise StorageError(f"{folder / FILE} is damaged ({error}).") from error
 
     def state(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The average in the model's type."""

@@ -110,7 +110,7 @@ class TokenRows:
             flatten(table["prompt_tokens"]),
             (responses, offsets),
             chosen,
-            np.diff(np.concatenate([[0], np.cumsum(chosen)])[offsets]),
+            num_marked(chosen, offsets),
             token_columns={name: flatten(table[name])[0] for name in columns if name in lists},
             row_columns={name: table[name].to_numpy() for name in columns if name not in lists},
             shares_prompts=shares_prompts,
@@ -250,6 +250,11 @@ def token_rows(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[in
     return TokenRows.of_table(
         pa.table({"prompt_tokens": pa.array(prompts, kind), "response_tokens": pa.array(responses, kind)})
     )
+
+
+def num_marked(marks: npt.NDArray[np.bool_], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Number of marks of each row; rows are laid end to end."""
+    return np.diff(np.concatenate([[0], np.cumsum(marks)])[offsets])
 
 
 def flatten(lists: pa.ChunkedArray) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from actors.learning.packing import TokenRows, flatten
+from actors.learning.packing import TokenRows, flatten, num_marked
 from orchestrator.run.storage import reading, replacing
 
 _TYPES: dict[str, type[np.generic]] = {"prompts": np.int32, "responses": np.int32, "learn": np.bool_, "ends": np.int64}
@@ -42,7 +42,7 @@ class RowsWriter:
             flatten(table[name]) for name in ("prompt_tokens", "response_tokens")
         )
         learn, _ = flatten(table["learn"])
-        learned = np.diff(np.concatenate([[0], np.cumsum(learn)])[response_ends])
+        learned = num_marked(learn, response_ends)
         ends = np.stack([self._ends[0] + prompt_ends[1:], self._ends[1] + response_ends[1:], learned], axis=1)
         for name, values in {"prompts": prompts, "responses": responses, "learn": learn, "ends": ends}.items():
             content = np.ascontiguousarray(values, dtype=_TYPES[name]).tobytes()
