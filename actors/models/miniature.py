@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from actors.learning.heads import PolicyModel, ValueModel, probed
+from actors.models.classifiers import provide_classifier
 from actors.models.export import export_model, named_state
 from actors.models.model import LOADING_ERRORS, require_score_head
 from actors.models.proofs import require_gradient, require_steady
@@ -74,6 +75,7 @@ def _prove_export(model: PolicyModel | ValueModel, tokenizer: Any, folder: Path)
 def _small(config: Any, *, scores: bool) -> Any:
     """A random model with few layers, narrow ones if possible; None if none can be built and run."""
     loader: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    provide_classifier(config)
     for divisor in (32, 16, 8, 4, 2, 1):
         try:
             small = _smaller(config, divisor)

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import logging as transformers_logging
 
 from actors.models.attention import use_short_attention
+from actors.models.classifiers import provide_classifier
 from actors.models.depth import shallow
 from actors.models.norms import use_quick_norms
 from orchestrator.config.base import Dtype
@@ -206,6 +207,7 @@ def _load(
 ) -> tuple[Any, list[str]]:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+        provide_classifier(config)
         model, info = loader.from_pretrained(
             folder,
             config=shallow(config, layers, folder),

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from actors.models.classifiers import provide_classifier
 from actors.models.files import read_config, read_headers, require_weights, window
 from actors.models.miniature import prove_small
 from actors.models.model import resolve_model
@@ -62,6 +63,7 @@ def _prove(config: Config, uses: Sequence[ModelUse]) -> bool:
     loader: Any = AutoModelForSequenceClassification if use.scores else AutoModelForCausalLM
     if use.scores:
         settings.num_labels = 1
+        provide_classifier(settings)
     require_weights(folder, loader, settings, read_headers(folder), may_lack=HEAD if use.scores else None)
     exports = any(use.exports for use in uses) and has_tokenizer(folder)
     return prove_small(

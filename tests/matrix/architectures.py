@@ -23,11 +23,11 @@ from transformers.utils import logging as transformers_logging
 from actors.engines.contract import EngineContext
 from actors.engines.hf_engine import HfEngine
 from actors.learning import distributed
-from actors.learning.heads import PolicyModel, probed
+from actors.learning.heads import PolicyModel, ValueModel, probed
 from actors.learning.learner import Learner
 from actors.learning.objectives.losses import LossTerms
 from actors.learning.packing import token_rows
-from actors.models.model import load_causal
+from actors.models.model import load_causal, load_scorer
 from actors.models.proofs import require_steady
 from actors.text.tokenizing import load_tokenizer
 from actors.weights.manifest import pack, plan
@@ -42,7 +42,7 @@ PROMPTS, RESPONSES = [[5, 6, 7], [9]], [[10, 11, 12], [13, 14, 15, 16]]
 MAX_LENGTH = 128
 TRIAL_S = scaled(120)
 TOLERANCE = 1e-4
-_COLUMNS = ("log-probs", "gradients", "no dropout", "export", "HF engine", "vLLM")
+_COLUMNS = ("log-probs", "gradients", "no dropout", "export", "reward model", "HF engine", "vLLM")
 _HEAD = f"""# Architectures
 
 Support for each architecture. `make architectures` writes this page; it tries every row with tiny random
@@ -51,6 +51,7 @@ models in fp32 on a CPU. The suite tries some of the rows and compares them with
 - log-probs: ours equal those of transformers' own forward. gradients: ours equal autograd's through its logits.
 - no dropout: a model that learns computes the same as when it scores, whatever dropouts its config sets.
 - export: the learned model is written, loaded by transformers, and gives the same outputs.
+- reward model: with a scalar head it learns, is written, read again, and gives the score of the sequence classifier.
 - HF engine, vLLM: the engine accepts and proves a publish, and its log-probs equal the trainer's. If vLLM fails this,
   `rollout.engine=auto` uses the HF engine and says why; `rollout.engine=vllm` is refused before anything starts.
 
@@ -75,7 +76,8 @@ class Row:
     def verdict(self) -> str:
         if self.problem is not None:
             return f"refused: {self.problem}"
-        return "works" if self.refusal is None else f"works with HF rollouts; vLLM: {self.refusal}"
+        found = "works" if self.refusal is None else f"works with HF rollouts; vLLM: {self.refusal}"
+        return found if self.right["reward model"] else f"{found}. Refused as a reward model and critic"
 
 
 def rows(names: Sequence[str]) -> list[Row]:
@@ -129,13 +131,34 @@ def _learn_and_roll_out(folder: Path, right: dict[str, bool]) -> None:
     found = _gradient(model.pretrained, logprobs)
     right["gradients"] = bool((found - expected_gradient).norm() < TOLERANCE * expected_gradient.norm())
 
-    learner = _learner(folder)
+    learner = _learner(PolicyModel(load_causal(folder, torch.float32), temperature=1.0))
     learner.update([micro], lambda output, _: LossTerms(output[0].sum(), {}, {}), count=7.0, what="a step")
     learned = learner.pass_through(micro)[0]
     learner.export(folder / "export", load_tokenizer(folder))
     exported, _ = _transformers_own(folder / "export")
     right["export"] = _close(exported, learned) and not _close(expected, learned)
     right["HF engine"] = _close(_hf_engine_logprobs(folder, learner), learned)
+    right["reward model"] = _learns_rewards(folder)
+
+
+def _learns_rewards(folder: Path) -> bool:
+    """Whether a reward model on this backbone learns, and is the same after export and loading."""
+    micro = token_rows(PROMPTS, RESPONSES).pack([0, 1], torch.device("cpu"))
+    try:
+        scorer = load_scorer(folder, torch.float32, new_head="normal")
+        scorer.config.pad_token_id = 1
+        learner = _learner(ValueModel(scorer))
+        before = learner.pass_through(micro)[1]
+        learner.update([micro], lambda output, _: LossTerms(output[1].sum(), {}, {}), count=2.0, what="a step")
+        learned = learner.pass_through(micro)[1]
+        learner.export(folder / "reward-model", load_tokenizer(folder))
+    except RlhfError:
+        return False
+    again = load_scorer(folder / "reward-model", torch.float32)
+    with torch.no_grad():
+        rows = [torch.tensor([prompt + response]) for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
+        scores = torch.stack([again(input_ids=row, use_cache=False).logits[0, 0] for row in rows])
+    return _close(scores, learned) and bool((learned < before).all())
 
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -158,9 +181,8 @@ def _gradient(model: Any, logprobs: torch.Tensor) -> torch.Tensor:
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
 
 
-def _learner(folder: Path) -> Learner:
+def _learner(model: PolicyModel | ValueModel) -> Learner:
     distributed.join(group())
-    model = PolicyModel(load_causal(folder, torch.float32), temperature=1.0)
     return Learner(model, LearnerConfig(zero_stage=1, learning_rate=1e-2), dtype="float32", total_optimizer_steps=1)
 
 
