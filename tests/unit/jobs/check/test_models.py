@@ -16,7 +16,7 @@ from actors.models.miniature import prove_small
 from jobs.check import models as preflight_models
 from jobs.check.models import check_models
 from orchestrator.config.loader import config_from_tree
-from orchestrator.errors import ConfigError, DataError, RlhfError
+from orchestrator.errors import ConfigError, DataError
 from tests.families import FAMILIES, tiny_folder
 from tests.tiny import tiny_llama, tiny_scorer, tiny_tokenizer
 
@@ -193,10 +193,10 @@ def test_an_export_that_would_not_come_back_is_found_before_the_run(
         check(llama, tmp_path)
 
 
-def test_an_architecture_without_a_scalar_head_is_refused_as_critic(tmp_path: Path) -> None:
-    folder = tiny_folder("Cohere", tmp_path / "model")
-    with pytest.raises(RlhfError, match="Cohere"):
-        check(folder, tmp_path)
+@pytest.mark.parametrize("name", ["Cohere", "Mamba"])
+def test_a_critic_of_an_architecture_without_a_classifier_in_transformers_is_tried(name: str, tmp_path: Path) -> None:
+    folder = tiny_folder(name, tmp_path / "model")
+    assert "critic (model.path) was tried small" in str(check(folder, tmp_path))
 
 
 def test_a_gradient_that_is_not_the_slope_is_refused(
