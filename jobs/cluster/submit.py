@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ import typer
 from jobs.cluster.jobs_api import STOP_GRACE_S, Job, connect, follow, submit
 from jobs.cluster.staging import stage_project
 from jobs.command import err, out, run_async, run_command, say
+from jobs.run import From, Only
 from orchestrator.config.loader import load_config
 from orchestrator.errors import ConfigError
 
@@ -32,6 +34,8 @@ def main(
     resource: Annotated[
         list[str] | None, typer.Option("--resource", help="NAME=AMOUNT that the coordinator's node must offer.")
     ] = None,
+    begin: From = None,
+    only: Only = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job to its end.")] = True,
 ) -> None:
     """Runs a job on a Ray cluster. Exit code: the job's; 2: bad config or no such cluster."""
@@ -47,7 +51,7 @@ def main(
             stage.mkdir()
             stage_project(ROOT, stage, include or (), say)
             shutil.copy2(config, stage / SENT_CONFIG)
-            command = shlex.join(["python", "-m", "jobs", "run", "--config", SENT_CONFIG, *(overrides or ())])
+            command = run_of(overrides or (), begin=begin, only=only)
             job_id = submit(client, Job(f"exec {command}", working_dir=stage, resources=resources))
         say(f"submitted {job_id} to {address}")
         if wait:
@@ -62,6 +66,13 @@ def main(
     if code:
         err.print(f"job failed with exit code {code}")
     raise typer.Exit(code)
+
+
+def run_of(overrides: Sequence[str], *, begin: str | None, only: str | None) -> str:
+    """The command of `rlhf run` with the sent config."""
+    options = {"--from": begin, "--only": only}
+    chosen = [word for name, value in options.items() if value is not None for word in (name, value)]
+    return shlex.join(["python", "-m", "jobs", "run", "--config", SENT_CONFIG, *chosen, *overrides])
 
 
 def write_raw(text: str) -> None:

@@ -9,6 +9,7 @@ import requests
 
 import jobs.cluster.jobs_api
 from jobs.cluster.jobs_api import Job, submit
+from jobs.cluster.submit import run_of
 from orchestrator.errors import CapacityError
 
 
@@ -71,3 +72,9 @@ def test_tries_end(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CapacityError, match="No available agent"):
         submit(server, Job("true"))  # type: ignore[arg-type]
     assert len(server.tries) == 4
+
+
+def test_what_to_run_again_is_sent_with_the_command() -> None:
+    again = run_of(["run.id=a b"], begin="rl", only=None)
+    assert again == "python -m jobs run --config submitted.yaml --from rl 'run.id=a b'"
+    assert run_of([], begin=None, only="rl") == "python -m jobs run --config submitted.yaml --only rl"
