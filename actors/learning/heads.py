@@ -147,7 +147,7 @@ def _answering(decoder: nn.Module, hidden_1ND: Tensor) -> Iterator[None]:
 
 
 class ScalarHead(nn.Module):
-    """One number per position, in fp32 whatever the weights' type."""
+    """One number per position, or one per head, in fp32 whatever the weights' type."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class ValueModel(SteadyModel):
     """Values of the states in which response tokens are chosen, and of the state after the last one.
 
     Args:
-        scorer: a one-label sequence classifier of transformers.
+        scorer: a sequence classifier of transformers with one label, or with one per head (reward_heads.py).
 
     Raises:
         DataError: the values would differ from the model's scores, see proofs.py.
@@ -226,7 +226,8 @@ class ValueModel(SteadyModel):
         return ValueModel(scorer)
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """(values_N, last_values_B) in fp32; a reward model's score of a sequence is its last value."""
+        """(values_N, last_values_B) in fp32; a reward model's score of a sequence is its last value. With several heads
+        (values_NH, last_values_BH)."""
         backbone = getattr(self.pretrained, self.pretrained.base_model_prefix)
         hidden_BTD = backbone(input_ids=micro.input_ids_BT, use_cache=False, **micro.shared).last_hidden_state
         wanted = torch.cat([micro.state_index_N, micro.last_index_B])

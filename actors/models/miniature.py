@@ -19,6 +19,7 @@ from actors.models.classifiers import provide_classifier
 from actors.models.export import export_model, named_state
 from actors.models.model import LOADING_ERRORS, require_score_head
 from actors.models.proofs import require_gradient, require_steady
+from actors.models.reward_heads import num_heads
 from orchestrator.errors import DataError, StorageError
 
 VOCABULARY = 512
@@ -80,7 +81,7 @@ def _small(config: Any, *, scores: bool) -> Any:
         try:
             small = _smaller(config, divisor)
             if scores:
-                small.num_labels = 1
+                small.num_labels = num_heads(small)
             with torch.device("meta"):
                 num_params = sum(p.numel() for p in loader.from_config(small, dtype=torch.float32).parameters())
             if num_params > _MAX_PARAMETERS:

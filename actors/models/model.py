@@ -22,6 +22,8 @@ from actors.models.attention import use_short_attention
 from actors.models.classifiers import provide_classifier
 from actors.models.depth import shallow
 from actors.models.norms import use_quick_norms
+from actors.models.reward_heads import fold_heads, num_heads, require_heads, with_heads
+from orchestrator.algorithms.ensemble import head_seeds
 from orchestrator.config.base import Dtype
 from orchestrator.data.inputs import at_home
 from orchestrator.errors import DataError
@@ -151,21 +153,23 @@ def load_scorer(
     *,
     new_head: NewHead | None = None,
     seed: int = 0,
+    heads: int | None = None,
     layers: int | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A model with one scalar per position: a reward model or a critic, in evaluation mode. Only safetensors are read.
+    """A model with scalars per position: a reward model or a critic, in evaluation mode. Only safetensors are read.
 
     Args:
         new_head: None: the folder must hold the head. Otherwise a head is made if (and only if) there is none:
             all zero, or N(0, 1/(d + 1)) from `seed` (Stiennon 2020, appendix B.1).
+        heads: number of scalars. 1 is the mean of an ensemble's heads; None: as many as the folder has.
         layers: number of layers that are kept, from the first on; None: all.
 
     Raises:
-        DataError: tensors are missing (named) or the files can't be read.
+        DataError: tensors are missing (named), the files can't be read, or they hold another number of heads.
         ConfigError: the model has fewer layers.
     """
-    model, missing = _load(AutoModelForSequenceClassification, folder, dtype, trust_remote_code, layers, num_labels=1)
+    model, missing = _load(AutoModelForSequenceClassification, folder, dtype, trust_remote_code, layers, scores=True)
     head = require_score_head(model, folder)
     head_missing = [name for name in missing if name.startswith("score.")]
     if len(missing) > len(head_missing):
@@ -176,7 +180,10 @@ def load_scorer(
             "score noise; give a trained reward model, or ask for a new head where one is to be trained."
         )
     if head_missing and new_head is not None:
-        _init_head(head, new_head, seed)
+        _init_head(with_heads(model, heads or 1), new_head, seed)
+    elif heads is not None and heads != head.out_features:
+        require_heads(head.out_features, heads, folder)
+        fold_heads(model)
     return model
 
 
@@ -192,10 +199,11 @@ def require_score_head(model: Any, folder: Path) -> torch.nn.Linear:
 
 
 def _init_head(head: torch.nn.Linear, kind: NewHead, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
     weight = torch.zeros(head.weight.shape)
     if kind == "normal":
-        weight.normal_(0.0, 1.0 / math.sqrt(head.in_features + 1), generator=generator)
+        for row, its_seed in zip(weight, head_seeds(seed, head.out_features), strict=True):
+            generator = torch.Generator().manual_seed(its_seed)
+            row.normal_(0.0, 1.0 / math.sqrt(head.in_features + 1), generator=generator)
     with torch.no_grad():
         head.weight.copy_(weight)
         if head.bias is not None:
@@ -203,11 +211,19 @@ def _init_head(head: torch.nn.Linear, kind: NewHead, seed: int) -> None:
 
 
 def _load(
-    loader: Any, folder: Path, dtype: torch.dtype, trust_remote_code: bool, layers: int | None = None, **options: Any
+    loader: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    layers: int | None = None,
+    *,
+    scores: bool = False,
 ) -> tuple[Any, list[str]]:
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
-        provide_classifier(config)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if scores:
+            provide_classifier(config)
+            config.num_labels = num_heads(config)
         model, info = loader.from_pretrained(
             folder,
             config=shallow(config, layers, folder),

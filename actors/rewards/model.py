@@ -1,4 +1,4 @@
-"""A reward model: a sequence classifier with one label that scores a transcript at its last token."""
+"""A reward model: a sequence classifier that scores a transcript at its last token, with one label or one per head."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 
@@ -16,8 +17,10 @@ from actors.learning.heads import ValueModel
 from actors.learning.packing import token_rows
 from actors.models.files import window
 from actors.models.model import load_scorer, resolve_model, torch_dtype
+from actors.models.reward_heads import num_heads
 from actors.rewards import RewardContext, Sample, Score, samples
 from actors.text.conversations import Chat, Transcript, load_chat, reward_chat
+from orchestrator.algorithms.ensemble import disagreement, mean_scores
 from orchestrator.config.rewards import ModelRewardConfig
 from orchestrator.data.records import messages_from_dicts
 from orchestrator.errors import ConfigError, DataError
@@ -106,13 +109,18 @@ class RewardModel:
         scorer = load_scorer(folder, dtype, trust_remote_code=trust_remote_code)
         self._num_embeddings = int(scorer.get_input_embeddings().num_embeddings)
         self._max_length = min((n for n in (max_length, window(scorer.config)) if n), default=None)
+        self._num_heads = num_heads(scorer.config)
         self._model = ValueModel(scorer).eval().requires_grad_(False).to(device)
         self._device, self._micro_batch_tokens = device, micro_batch_tokens
 
     def scores(self, table: pa.Table) -> list[Score]:
-        """A sample fails if its score is not finite or the model's chat template rejects its conversation."""
+        """A sample fails if its score is not finite or the model's chat template rejects its conversation.
+
+        The parts are the score before normalisation (`model`), and with several heads their standard deviation
+        (`disagreement`).
+        """
         transcripts = self._transcripts(table)
-        raw = iter(self.raw_scores([found for found in transcripts if isinstance(found, Transcript)]))
+        raw = iter(self.head_scores([found for found in transcripts if isinstance(found, Transcript)]))
         return [
             self._score(next(raw), found) if isinstance(found, Transcript) else Score(None, error=str(found))
             for found in transcripts
@@ -120,17 +128,21 @@ class RewardModel:
 
     def raw_scores(self, transcripts: Sequence[Transcript]) -> list[float]:
         """Scores before normalisation, in order."""
+        return [float(score) for score in mean_scores(self.head_scores(transcripts))]
+
+    def head_scores(self, transcripts: Sequence[Transcript]) -> npt.NDArray[np.float64]:
+        """The same by each head: one row per transcript."""
         if self._max_length is not None:
             transcripts = [transcript.last(self._max_length) for transcript in transcripts]
         rows = token_rows(
             [t.prompt_tokens.tolist() for t in transcripts], [t.response_tokens.tolist() for t in transcripts]
         )
-        scores = np.zeros(len(transcripts))
+        scores_BH = np.zeros((len(transcripts), self._num_heads))
         for batch in micro_batches(range(len(transcripts)), rows.lengths, self._micro_batch_tokens):
             with torch.no_grad():
                 _, last_B = self._model(rows.pack(batch, self._device))
-            scores[list(batch)] = last_B.float().cpu().numpy()
-        return [float(score) for score in scores]
+            scores_BH[list(batch)] = last_B.float().cpu().numpy().reshape(len(batch), -1)
+        return scores_BH
 
     def _transcripts(self, table: pa.Table) -> list[Transcript | DataError]:
         if not self.takes_tokens:
@@ -150,11 +162,13 @@ class RewardModel:
         except DataError as error:
             return error
 
-    def _score(self, raw: float, transcript: Transcript) -> Score:
+    def _score(self, heads_H: npt.NDArray[np.float64], transcript: Transcript) -> Score:
+        raw = float(mean_scores(heads_H))
         cut = max(len(transcript) - self._max_length, 0) if self._max_length is not None else 0
         if not math.isfinite(raw):
             return Score(None, error=f"the reward model's score is {raw}", tokens_cut=cut)
-        return Score(self._stats.normalised(raw) if self._stats else raw, {"model": raw}, tokens_cut=cut)
+        parts = {"model": raw} | ({"disagreement": float(disagreement(heads_H))} if len(heads_H) > 1 else {})
+        return Score(self._stats.normalised(raw) if self._stats else raw, parts, tokens_cut=cut)
 
 
 def build(reward: ModelRewardConfig, context: RewardContext) -> RewardModel:

@@ -21,7 +21,8 @@ from orchestrator.config.sections import CriticConfig
 
 
 class CriticWorker(LearningWorker):
-    """One rank of the critic. Without critic.path it is the policy with a new head."""
+    """One rank of the critic. Without critic.path it is the policy with a new head. From a reward model with several
+    heads it takes their mean."""
 
     def __init__(self, critic: CriticConfig, context: RankContext, group: Group) -> None:
         distributed.join(group)
@@ -30,6 +31,7 @@ class CriticWorker(LearningWorker):
             torch_dtype(context.model.compute_dtype),
             new_head=None if critic.path else "zero",
             seed=context.seed,
+            heads=1,
             trust_remote_code=context.model.trust_remote_code,
         )
         super().__init__(ValueModel(scorer), critic, context, group)

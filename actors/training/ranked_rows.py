@@ -21,7 +21,7 @@ from orchestrator.planning.balance import plan_minibatches
 JudgedRecord = RankingRecord | LabelledRecord | ScoredRecord
 Value = TypeVar("Value")
 
-_COLUMNS = ("quality", "group", "reference", "reply")
+_COLUMNS = ("quality", "strength", "group", "reference", "reply")
 _INT_LISTS = pa.list_(pa.int32())
 
 
@@ -110,7 +110,9 @@ def ranked_rows(records: Sequence[JudgedRecord], chat: Chat, *, max_length: int)
     Raises:
         DataError: the chat template refuses a conversation.
     """
-    prompts, responses, qualities, groups, first_row = [], [], [], [], [0]
+    prompts, responses, groups, first_row = [], [], [], [0]
+    qualities: list[float] = []
+    strengths: list[float] = []
     num_truncated = 0
     for number, record in enumerate(records):
         replies, found = judged(record)
@@ -121,8 +123,9 @@ def ranked_rows(records: Sequence[JudgedRecord], chat: Chat, *, max_length: int)
             responses.append(kept.response_tokens)
             groups.append(float(number))
         qualities += found
+        strengths += _strengths(record) or found
         first_row.append(len(prompts))
-    return RankedRows(_table(prompts, responses, qualities, groups), first_row, num_truncated)
+    return RankedRows(_table(prompts, responses, qualities, strengths, groups), first_row, num_truncated)
 
 
 def judged(record: JudgedRecord) -> tuple[Sequence[Reply], list[float]]:
@@ -130,6 +133,11 @@ def judged(record: JudgedRecord) -> tuple[Sequence[Reply], list[float]]:
     if isinstance(record, RankingRecord):
         return record.replies, [float(-place) for place in range(len(record.replies))]
     return (record.reply,), [float(record.label if isinstance(record, LabelledRecord) else record.score)]
+
+
+def _strengths(record: JudgedRecord) -> tuple[float, ...]:
+    """Scores whose differences say how much better a reply is; empty: only the order is known."""
+    return record.scores if isinstance(record, RankingRecord) else ()
 
 
 def mismatched_rows(ranked: RankedRows, pairs: Sequence[tuple[int, int]], *, max_length: int) -> RankedRows:
@@ -140,7 +148,8 @@ def mismatched_rows(ranked: RankedRows, pairs: Sequence[tuple[int, int]], *, max
         for i, j in pairs
     ]
     zeros = [0.0] * len(found)
-    table = _table([kept.prompt_tokens for kept in found], [kept.response_tokens for kept in found], zeros, zeros)
+    tokens = [kept.prompt_tokens for kept in found], [kept.response_tokens for kept in found]
+    table = _table(*tokens, zeros, zeros, zeros)
     return RankedRows(table, range(len(found) + 1), 0)
 
 
@@ -154,13 +163,18 @@ def _cut(whole: Transcript, max_length: int) -> Transcript:
 
 
 def _table(
-    prompts: Sequence[Tokens], responses: Sequence[Tokens], qualities: Sequence[float], groups: Sequence[float]
+    prompts: Sequence[Tokens],
+    responses: Sequence[Tokens],
+    qualities: Sequence[float],
+    strengths: Sequence[float],
+    groups: Sequence[float],
 ) -> pa.Table:
     return pa.table(
         {
             "prompt_tokens": pa.array(prompts, _INT_LISTS),
             "response_tokens": pa.array(responses, _INT_LISTS),
             "quality": pa.array(qualities, pa.float32()),
+            "strength": pa.array(strengths, pa.float32()),
             "group": pa.array(groups, pa.float32()),
         }
     )

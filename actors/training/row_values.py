@@ -27,9 +27,30 @@ def row_values(
     Args:
         values: (model output, micro-batch) -> one number per row of the micro-batch.
     """
+    found = row_vectors(
+        rows,
+        learner,
+        group,
+        micro_batch_tokens=micro_batch_tokens,
+        shares_prompts=shares_prompts,
+        values=lambda output, micro: values(output, micro).unsqueeze(-1),
+    )
+    return [value for (value,) in found]
+
+
+def row_vectors(
+    rows: TokenRows,
+    learner: Learner,
+    group: Group,
+    *,
+    micro_batch_tokens: int,
+    shares_prompts: bool = False,
+    values: Callable[[Any, MicroBatch], torch.Tensor],
+) -> list[list[float]]:
+    """As `row_values`, of several numbers per row."""
     if not rows.num_rows:
         return []
-    mine: dict[int, float] = {}
+    mine: dict[int, list[float]] = {}
     for micro, output in answers(
         rows,
         learner.pass_through,

@@ -32,7 +32,7 @@ from actors.learning.objectives.preference import (
     mismatched,
     replies_of,
 )
-from actors.learning.objectives.reward import REWARD_OBJECTIVES
+from actors.learning.objectives.reward import REWARD_OBJECTIVES, Judgements
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.models.model import load_causal, load_scorer
 from actors.training.ranked_rows import RankedRows, mismatched_rows
@@ -144,7 +144,7 @@ def our_scores(models: Models, trainer: Any, section: Pairwise) -> float:
     objective = REWARD_OBJECTIVES[section.name]
 
     def loss(output: Any, micro: MicroBatch) -> LossTerms:
-        return objective(section, output[1], micro.columns["quality"], micro.columns["group"])
+        return objective(section, output[1], Judgements.of(micro.columns))
 
     return total(ranked, model, loss) / ranked.num_records
 
@@ -295,6 +295,7 @@ def rows_of(
         "prompt_tokens": pa.array([prompt for prompt, _ in rows], lists),
         "response_tokens": pa.array([reply for _, reply in rows], lists),
         "quality": pa.array(qualities, pa.float32()),
+        "strength": pa.array(qualities, pa.float32()),
         "group": pa.array([float(group) for group in groups], pa.float32()),
     }
     first = [row for row in range(len(rows)) if not row or groups[row] != groups[row - 1]]

@@ -14,6 +14,7 @@ from actors.models.classifiers import provide_classifier
 from actors.models.files import read_config, read_headers, require_weights, window
 from actors.models.miniature import prove_small
 from actors.models.model import resolve_model
+from actors.models.reward_heads import num_heads, require_heads
 from actors.models.size import model_size
 from actors.text.tokenizing import has_tokenizer, load_tokenizer
 from jobs.stages.stage import ModelUse
@@ -35,6 +36,8 @@ def check_models(config: Config) -> str | None:
         folder = resolve_model(use.model, config.run.cache)
         settings = read_config(folder, trust_remote_code=config.model.trust_remote_code)
         _require_size(config, use, folder, settings)
+        if use.heads is not None and (head := read_headers(folder).get(f"{HEAD}weight")) is not None:
+            require_heads(head.shape[0], use.heads, folder)
         uses_of.setdefault((folder.resolve(), use.scores, use.checkpointing), []).append(use)
     tried = [_describe(uses, is_tried=_prove(config, uses)) for uses in uses_of.values()]
     return f"models: weights are whole; {', '.join(tried)}"
@@ -62,7 +65,7 @@ def _prove(config: Config, uses: Sequence[ModelUse]) -> bool:
     settings = read_config(folder, trust_remote_code=trust)
     loader: Any = AutoModelForSequenceClassification if use.scores else AutoModelForCausalLM
     if use.scores:
-        settings.num_labels = 1
+        settings.num_labels = num_heads(settings)
         provide_classifier(settings)
     require_weights(folder, loader, settings, read_headers(folder), may_lack=HEAD if use.scores else None)
     exports = any(use.exports for use in uses) and has_tokenizer(folder)

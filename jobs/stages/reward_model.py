@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,8 @@ class RewardModel(TrainingStage):
 
     def models(self, config: Config) -> Iterable[ModelUse]:
         base, layers = self.initial_model(config)
-        return (ModelUse("reward_model.base", base, scores=True, window=None, exports=True, layers=layers),)
+        use = ModelUse("reward_model.base", base, scores=True, window=None, exports=True, layers=layers)
+        return (replace(use, heads=config.reward_model.heads),)
 
     def seconds(self, costs: Costs, prepared: Prepared) -> float:
         return costs.reward_model(prepared.prompts.reward_model)

@@ -65,6 +65,7 @@ class ModelUse:
         scores: with a scalar head, which is created if there is none.
         window: number of positions that it must support, as `window_key` says. None: longer input is cut.
         layers: number of layers that are kept, from the first on. None: all.
+        heads: number of scalar heads that are trained. None: those that it has.
     """
 
     key: str
@@ -75,6 +76,7 @@ class ModelUse:
     checkpointing: bool = False
     exports: bool = False
     layers: int | None = None
+    heads: int | None = None
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,8 @@ class RankedScores(RewardLoss):
     """The keys of every loss of pairs of scores."""
 
     margin: NonNegativeNumber = 0.0
-    """Difference of scores asked for between neighbours of a ranking (Touvron 2023), twice as much two places apart."""
+    """Difference of scores asked for between neighbours of a ranking (Touvron 2023), twice as much two places apart.
+    Where a record says how much better a reply is (docs/data.md), it is times that difference instead."""
     centring: NonNegativeNumber = 0.0
     """Weight of the squared sum of a pair's scores, which keeps scores near zero (Eisenstein 2023); 0.01 is usual."""
 

@@ -101,6 +101,9 @@ class RewardModelConfig(OfflineConfig):
     loss: Annotated[SerializeAsAny[RewardLoss], ByName(REWARD_LOSSES, default="pairwise")] = Pairwise()
     base: str | None = None
     """Initial model of the reward model. Null: the policy."""
+    heads: Positive = 1
+    """Number of scalar heads on the model. The score is their mean; with several, each has its own random start and its
+    own random weights of the prompts, and their standard deviation is the disagreement."""
     layers: Positive | None = None
     """Number of layers to keep, counted from the input. Null: all. A shallow reward model trains and scores faster; few
     layers suffice for surface properties such as tone."""

@@ -36,6 +36,8 @@ def demonstration_row(record: DemonstrationRecord) -> Row:
 def ranking_row(record: RankingRecord) -> Row:
     row = _conversation(record.id, "messages", record.messages, record.tools)
     row["replies"] = [reply_json(reply) for reply in record.replies]
+    if record.scores:
+        row["scores"] = list(record.scores)
     return {**row, "continued": True} if is_begun(record.messages) else row
 
 

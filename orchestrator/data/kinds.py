@@ -121,10 +121,10 @@ def _rankings(fields: Fields, form: Format[Any]) -> Iterator[New[RankingRecord] 
         if isinstance(found, LeftOut):
             yield found
             continue
-        messages, replies = found
+        messages, replies, scores = found
         _check_messages(messages, tools, replies)
         digest = content_digest(identity_of(messages, tools), [reply_json(reply) for reply in replies])
-        yield RankingRecord(given or content_id(messages, tools), messages, replies, tools), digest
+        yield RankingRecord(given or content_id(messages, tools), messages, replies, tools, scores), digest
 
 
 def _judged(fields: Fields, form: Format[Any], make: Callable[..., Record]) -> Iterator[New[Record] | LeftOut]:
@@ -171,7 +171,7 @@ RANKINGS = Kind[RankingRecord](
     "preferences",
     RANKING_FORMATS,
     _rankings,
-    lambda record: (record.messages, record.replies, record.tools),
+    lambda record: (record.messages, record.replies, record.tools, record.scores),
     canonical.ranking_row,
 )
 

@@ -71,12 +71,16 @@ class RankingRecord:
     """K >= 2 distinct replies to one conversation, best first. Several records may share an id (one prompt).
 
     If the last message is the assistant's, every reply continues it.
+
+    `scores`: one per reply, never rising. Their differences say how much better a reply is. Empty: only the order is
+    known.
     """
 
     id: str
     messages: tuple[Message, ...]
     replies: tuple[Reply, ...]
     tools: Tools = ()
+    scores: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

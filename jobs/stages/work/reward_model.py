@@ -20,10 +20,11 @@ from jobs.stages.preferences import PREFERENCES
 from jobs.stages.reward_model import RESULT_FILE
 from jobs.stages.settings import alone
 from jobs.stages.stage import StageJob
-from jobs.stages.work.data.judged import Records, measure_held_out, read_judged, split_judged
+from jobs.stages.work.data.judged import Records, measure_heads, measure_held_out, read_judged, split_judged
 from jobs.stages.work.labeller import read_gold
 from jobs.stages.work.training import Report, inputs_of, of_last_tenth, train_section, words
 from orchestrator.algorithms.calibration import Calibration
+from orchestrator.algorithms.ensemble import Disagreement
 from orchestrator.config.config import Config
 from orchestrator.errors import ConfigError
 from orchestrator.planning.demands import REWARD_MODEL, plan_training
@@ -42,7 +43,7 @@ class RewardModelResult:
     """What the stage made and how good it is.
 
     Args:
-        path: the reward model, a Hugging Face folder (AutoModelForSequenceClassification, one label).
+        path: the reward model, a Hugging Face folder (AutoModelForSequenceClassification, one label per head).
         held_out_accuracy: share of held-out pairs in the right order, equal scores counting half; None: no pairs.
         interval: its 95 % interval (Wilson), as if pairs were independent; pairs of one prompt are not quite.
         num_pairs: held-out pairs.
@@ -51,6 +52,7 @@ class RewardModelResult:
         loss, accuracy: means over the last tenth of the optimizer steps, on training pairs; no accuracy of scores.
         num_truncated: transcripts that lost tokens at their start.
         score_mean, score_std: of raw scores of training replies, kept in reward_stats.json.
+        heads: how they judge held-out pairs; None: there is one.
     """
 
     path: str
@@ -68,6 +70,7 @@ class RewardModelResult:
     score_mean: float
     score_std: float
     seconds: float
+    heads: Disagreement | None = None
 
     def describe(self) -> str:
         parts = [f"{self.path}: {self.num_records} prompts, {self.optimizer_steps} optimizer steps"]
@@ -83,9 +86,19 @@ class RewardModelResult:
             parts.append(f"calibration error {self.calibration.expected_error:.2f}")
         if self.calibration.length_correlation is not None:
             parts.append(f"correlation with length {self.calibration.length_correlation:.2f}")
+        if self.heads is not None:
+            parts.append(_described(self.heads))
         if self.num_truncated:
             parts.append(f"{self.num_truncated} transcripts cut at their start to reward_model.max_length")
         return ", ".join([*parts, f"{self.seconds:.0f} s"])
+
+
+def _described(heads: Disagreement) -> str:
+    known = [accuracy for accuracy in heads.accuracies if accuracy is not None]
+    alone = f", alone {min(known):.1%} to {max(known):.1%} in order" if known else ""
+    means = {"right": heads.right, "wrong": heads.wrong}
+    apart = [f"{mean:.3g} on {name} pairs" for name, mean in means.items() if mean is not None]
+    return f"{len(heads.accuracies)} heads{alone}" + (f", disagreeing by {' and '.join(apart)}" if apart else "")
 
 
 async def run(job: StageJob) -> Mapping[str, Any]:
@@ -164,6 +177,7 @@ async def train_reward_model(
         score_mean=trained.stats.mean,
         score_std=trained.stats.std,
         seconds=monotonic() - started,
+        heads=measure_heads(trained.held_out_heads, held_out),
     )
     shutil.rmtree(settings.work, ignore_errors=True)
     return result

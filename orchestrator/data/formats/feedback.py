@@ -49,12 +49,13 @@ def ultrafeedback_ranking(fields: Fields) -> Iterator[Ranked | LeftOut]:
         else:
             ranked[found[2]] = found[1]
     messages = (Message("user", text_of(fields, "instruction")),)
-    yield as_ranked(messages, [ranked[score] for score in sorted(ranked, reverse=True)])
+    scores = sorted(ranked, reverse=True)
+    yield as_ranked(messages, [ranked[score] for score in scores], scores)
 
 
 def helpsteer_pair(fields: Fields) -> Sequence[Ranked]:
     """HelpSteer3 {context, response1, response2, overall_preference} and the pairs of HelpSteer2 {prompt, response_1,
-    response_2, preference_strength}. A negative preference is for the first response."""
+    response_2, preference_strength}. A negative preference is for the first response; its size is the strength."""
     key = present(fields, "overall_preference", "preference_strength")
     preference = number_of(fields, key, "the row")
     if preference is None:
@@ -64,7 +65,8 @@ def helpsteer_pair(fields: Fields) -> Sequence[Ranked]:
     names = [present(fields, f"response{number}", f"response_{number}") for number in (1, 2)]
     replies = [as_reply(required(fields, name), name) for name in names]
     messages = _asked(fields, "context", "prompt")
-    return [as_ranked(messages, after_begun(messages, replies if preference < 0 else replies[::-1]))]
+    ordered = after_begun(messages, replies if preference < 0 else replies[::-1])
+    return [as_ranked(messages, ordered, (abs(preference), 0.0))]
 
 
 def _scored(fields: Fields) -> Sequence[Scored]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from orchestrator.data.formats.feedback import helpsteer_pair, ultrafeedback_ranking
@@ -23,13 +24,14 @@ from orchestrator.data.messages import (
     BadRow,
     Fields,
     conversation,
+    number_of,
     required,
 )
 from orchestrator.data.values import describe
 
 
 def _ranking(fields: Fields) -> Iterable[Ranked]:
-    """{prompt | messages, replies: best first}. A reply that occurs twice keeps its better rank.
+    """{prompt | messages, replies: best first, scores?}. A reply that occurs twice keeps its better rank.
 
     `continued: true` says that replies to a begun turn never repeat its beginning.
     """
@@ -38,7 +40,8 @@ def _ranking(fields: Fields) -> Iterable[Ranked]:
     if len(replies) < 2:
         raise BadRow(f"'replies' must hold at least two replies, best first; found {len(replies)}")
     messages = waiting(conversation(required(fields, key), key), key)
-    return [as_ranked(messages, replies if fields.get("continued") is True else after_begun(messages, replies))]
+    scores = _scores(fields, len(replies))
+    return [as_ranked(messages, replies if fields.get("continued") is True else after_begun(messages, replies), scores)]
 
 
 def _pairwise(fields: Fields) -> Iterable[Ranked]:
@@ -48,18 +51,61 @@ def _pairwise(fields: Fields) -> Iterable[Ranked]:
     """
     key = "context" if "prompt" not in fields and "context" in fields else "prompt"
     chosen, rejected = required(fields, "chosen"), required(fields, "rejected")
+    scores = _pair_scores(fields)
     if not (is_conversation(chosen) or is_conversation(rejected)):
         messages = waiting(conversation(required(fields, key), key), key)
         good, bad = ([as_reply(v, k) for v in _listed(fields[k], k)] for k in ("chosen", "rejected"))
-        return [as_ranked(messages, after_begun(messages, (better, worse))) for better in good for worse in bad]
-    return [pair(*conversations(fields, key))]
+        return [as_ranked(messages, after_begun(messages, (better, worse)), scores) for better in good for worse in bad]
+    return [pair(*conversations(fields, key), scores)]
 
 
 def _hh_pair(fields: Fields) -> Iterable[Ranked]:
-    messages, replies = pair(*hh_transcripts(fields))
-    if messages[-1].role == "assistant":
+    found = pair(*hh_transcripts(fields), _pair_scores(fields))
+    if found[0][-1].role == "assistant":
         raise BadRow("'chosen' and 'rejected' end with two consecutive turns of the assistant")
-    return [(messages, replies)]
+    return [found]
+
+
+def _scores(fields: Fields, num_replies: int) -> Sequence[float]:
+    """`scores`, one per reply; or `margin`, the difference of neighbours. Empty: the row has neither.
+
+    Raises:
+        BadRow: not numbers, or they contradict the order of the replies.
+    """
+    value = fields.get("scores")
+    if value is None:
+        margin = _margin(fields)
+        return () if margin is None else [margin * place for place in reversed(range(num_replies))]
+    if not isinstance(value, list) or len(value) != num_replies:
+        raise BadRow(f"'scores' must be a list of {num_replies} numbers, one per reply, found {describe(value)}")
+    found = [number_of({"score": item}, "score", f"scores[{index}]") for index, item in enumerate(value)]
+    return _falling(found, "scores")
+
+
+def _pair_scores(fields: Fields) -> Sequence[float]:
+    """The same of a pair: `margin`, or `score_chosen` and `score_rejected`."""
+    margin = _margin(fields)
+    if margin is not None:
+        return margin, 0.0
+    found = [number_of(fields, key, "the row") for key in ("score_chosen", "score_rejected")]
+    return () if None in found else _falling(found, "score_chosen and score_rejected")
+
+
+def _margin(fields: Fields) -> float | None:
+    margin = number_of(fields, "margin", "the row")
+    if margin is not None and margin < 0:
+        raise BadRow(f"'margin' must not be negative, because the better reply is named; found {margin:g}")
+    return margin
+
+
+def _falling(scores: Sequence[float | None], name: str) -> Sequence[float]:
+    known = [score for score in scores if score is not None]
+    if len(known) < len(scores):
+        raise BadRow(f"{name}: one of them is null; give a number for every reply, or none")
+    for better, worse in pairwise(known):
+        if better < worse:
+            raise BadRow(f"{name} contradict the order: {better:g} of a reply that is ranked above one with {worse:g}")
+    return known
 
 
 def _listed(value: Any, key: str) -> Sequence[Any]:

@@ -20,7 +20,8 @@ from orchestrator.data.messages import (
 from orchestrator.data.records import Message, Reply
 from orchestrator.data.values import describe
 
-Ranked = tuple[Messages, tuple[Reply, ...]]
+Ranked = tuple[Messages, tuple[Reply, ...], tuple[float, ...]]
+"""A prompt, its replies, best first, and their scores, which may be unknown (see RankingRecord)."""
 
 
 TIE = "with equal replies"
@@ -38,7 +39,7 @@ def conversations(fields: Fields, key: str) -> tuple[Messages, Messages]:
     return _continued(start, fields["chosen"], "chosen"), _continued(start, fields["rejected"], "rejected")
 
 
-def pair(chosen: Messages, rejected: Messages) -> Ranked:
+def pair(chosen: Messages, rejected: Messages, scores: Sequence[float] = ()) -> Ranked:
     """Converts two transcripts that differ in their last reply to a prompt and two replies."""
     if chosen == rejected:
         raise LeftOut(TIE)
@@ -47,18 +48,21 @@ def pair(chosen: Messages, rejected: Messages) -> Ranked:
     if not common or any(len(tail) != 1 or tail[0].role != "assistant" for tail in tails):
         raise LeftOut(NOT_COMPARABLE)
     messages = waiting(chosen[:common], "chosen")
-    return as_ranked(messages, after_begun(messages, [_as_reply(tail[0]) for tail in tails]))
+    return as_ranked(messages, after_begun(messages, [_as_reply(tail[0]) for tail in tails]), scores)
 
 
 def num_before_reply(chosen: Messages, rejected: Messages) -> int:
     return min(num_common(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
 
 
-def as_ranked(messages: Messages, replies: Sequence[Reply]) -> Ranked:
-    distinct = tuple(dict.fromkeys(replies))
-    if len(distinct) < 2:
+def as_ranked(messages: Messages, replies: Sequence[Reply], scores: Sequence[float] = ()) -> Ranked:
+    """A reply that occurs twice keeps its better rank, and the score of that rank."""
+    place_of: dict[Reply, int] = {}
+    for place, reply in enumerate(replies):
+        place_of.setdefault(reply, place)
+    if len(place_of) < 2:
         raise LeftOut(TIE)
-    return messages, distinct
+    return messages, tuple(place_of), tuple(scores[place] for place in place_of.values() if scores)
 
 
 def after_begun(messages: Messages, replies: Sequence[Reply]) -> Sequence[Reply]:

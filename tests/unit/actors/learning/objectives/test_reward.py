@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from actors.learning.objectives.losses import ranking_loss
-from actors.learning.objectives.reward import REWARD_OBJECTIVES
+from actors.learning.objectives.reward import REWARD_OBJECTIVES, Judgements
 from orchestrator.config.losses import REWARD_LOSSES, LogExp, Ordinal, Pairwise, Regression, RewardLoss
 
 SCORES = torch.tensor([2.0, 1.0, 0.0, 0.0, 3.0])
@@ -21,8 +21,8 @@ def softplus(value: float) -> float:
 
 
 def loss(section: RewardLoss, scores: torch.Tensor = SCORES, quality: torch.Tensor = QUALITY) -> float:
-    terms = REWARD_OBJECTIVES[section.name](section, scores, quality, GROUP[: len(scores)])
-    return float(terms.loss)
+    judged = Judgements(quality, GROUP[: len(scores)], strength_B=quality)
+    return float(REWARD_OBJECTIVES[section.name](section, scores, judged).loss)
 
 
 def test_both_tables_have_the_same_names() -> None:
