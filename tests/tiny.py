@@ -8,6 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from actors.models.reward_heads import HEADS_ENTRY
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -74,10 +76,15 @@ def tiny_llama(folder: Path, tied: bool = True, *, seed: int = 0, dtype: torch.d
     return folder
 
 
-def tiny_scorer(folder: Path, *, seed: int = 1, dtype: torch.dtype = torch.float32) -> Path:
-    """Writes a one-label sequence classifier (a reward model or a critic) with its tokenizer to `folder`."""
+def tiny_scorer(
+    folder: Path, *, seed: int = 1, dtype: torch.dtype = torch.float32, labels: int = 1, heads: int = 1
+) -> Path:
+    """Writes a sequence classifier (a reward model or a critic) with its tokenizer to `folder`. `heads`: it is an
+    ensemble of ours; `labels`: it is another classifier."""
     config = tiny_config(tied=False)
-    config.num_labels = 1
+    config.num_labels = max(labels, heads)
+    if heads > 1:
+        setattr(config, HEADS_ENTRY, heads)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForSequenceClassification(config).to(dtype)

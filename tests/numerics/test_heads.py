@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from actors.learning.heads import PolicyModel, TokenLogProbs, ValueModel, states_at
 from actors.learning.packing import TokenRows, token_rows
 from actors.models.model import load_causal, load_scorer
+from actors.models.reward_heads import HEADS_ENTRY, num_heads
 from orchestrator.errors import DataError
 from tests.tiny import tiny_llama, tiny_scorer
 
@@ -119,6 +120,36 @@ def test_a_missing_head_is_refused_by_name_unless_asked_for(causal):
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert 0.5 < first.std() * 65**0.5 < 1.5
+
+
+def test_every_new_head_has_its_own_start_and_the_first_is_that_of_one_head(causal):
+    one, three = (load_scorer(causal, torch.float32, new_head="normal", seed=3, heads=n) for n in (1, 3))
+    assert torch.equal(three.score.weight[0], one.score.weight[0])
+    assert torch.corrcoef(three.score.weight).triu(1).abs().max() < 0.5
+    assert three.config.num_labels == 3 and num_heads(three.config) == 3
+    assert one.config.num_labels == 1 and HEADS_ENTRY not in one.config.to_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_head_of_several_is_their_mean(tmp_path, dtype):
+    folder = tiny_scorer(tmp_path, heads=3)
+    heads, folded = (load_scorer(folder, dtype, heads=n) for n in (None, 1))
+    rows = token_rows(PROMPTS, RESPONSES).pack([0, 1, 2], CPU)
+    with torch.no_grad():
+        (values_NH, last_BH), (values_N, last_B) = (ValueModel(model)(rows) for model in (heads, folded))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(values_N, values_NH.mean(-1), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(last_B, last_BH.mean(-1), rtol=tolerance, atol=tolerance)
+    assert folded.config.num_labels == 1 and num_heads(folded.config) == 1
+    folded.save_pretrained(tmp_path / "folded")
+    assert torch.equal(load_scorer(tmp_path / "folded", dtype).score.weight, folded.score.weight)
+
+
+def test_more_heads_than_there_are_can_t_start(scorer, tmp_path):
+    with pytest.raises(DataError, match=r"with 1 head, and reward_model\.heads=3\. Set reward_model\.heads=1"):
+        load_scorer(scorer, torch.float32, new_head="normal", heads=3)
+    with pytest.raises(DataError, match="with 3 heads"):
+        load_scorer(tiny_scorer(tmp_path, heads=3), torch.float32, new_head="normal", heads=2)
 
 
 def test_a_head_that_is_there_is_not_replaced(scorer):

@@ -84,7 +84,7 @@ def ordinal(loss: Ordinal, scores_B: Tensor, judged: Judgements) -> LossTerms:
 def _of_single(terms: Tensor, scores_B: Tensor, judged: Judgements) -> LossTerms:
     """Args: terms: of each reply, B or (B, K)."""
     weight_B = judged.weight_B
-    loss = (terms if weight_B is None else (weight_B * terms.T).T).sum()
+    loss = (terms if weight_B is None else weight_B[:, None] * terms.reshape(len(terms), -1)).sum()
     error = (scores_B - judged.quality_B).detach().abs().sum()
     return LossTerms(loss, {"loss": loss.detach(), "absolute_error": error})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import statistics
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from actors.models.reward_heads import HEADS_ENTRY
 from actors.rewards.model import STATS_FILE, RewardModel, read_stats, write_stats
 from actors.text.conversations import CHAT_FILE, Chat, chat_of, reward_chat
 from orchestrator.data.records import Message
@@ -47,12 +49,16 @@ def model(folder: Path, policy_tokenizer: Any = None, **options: Any) -> RewardM
 
 
 def classifier_scores(folder: Path, token_lists: list[list[int]]) -> list[float]:
+    return [score for (score,) in classifier_heads(folder, token_lists)]
+
+
+def classifier_heads(folder: Path, token_lists: list[list[int]]) -> list[list[float]]:
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     scores = []
     for ids in token_lists:
         with torch.no_grad():
             hidden = classifier.model(torch.tensor([ids])).last_hidden_state[0, -1]
-            scores.append(float(classifier.score(hidden)))
+            scores.append(classifier.score(hidden).tolist())
     return scores
 
 
@@ -141,6 +147,34 @@ def test_normalising_uses_the_recorded_statistics_and_keeps_the_raw_score(tmp_pa
     scores = model(folder, normalise=True).scores(table(closing=True))
     assert [score.value for score in scores] == pytest.approx([(value - 3.0) / 2.0 for value in raw])
     assert [score.parts["model"] for score in scores] == pytest.approx(raw)
+
+
+def test_the_score_of_several_heads_is_their_mean_and_their_deviation_is_a_part(tmp_path: Path) -> None:
+    folder = tiny_scorer(tmp_path, heads=3)
+    write_stats(folder, [1.0, 3.0, 5.0])
+    heads = classifier_heads(folder, expected_tokens(CHATML))
+    assert [len(of_heads) for of_heads in heads] == [3, 3, 3]
+    scores = model(folder, normalise=True).scores(table(closing=True))
+    means = [statistics.fmean(of_heads) for of_heads in heads]
+    assert [score.value for score in scores] == pytest.approx([(mean - 3.0) / 2.0 for mean in means], abs=1e-5)
+    assert [score.parts["model"] for score in scores] == pytest.approx(means, abs=1e-5)
+    expected = [statistics.pstdev(of_heads) for of_heads in heads]
+    assert [score.parts["disagreement"] for score in scores] == pytest.approx(expected, abs=1e-5)
+    assert min(expected) > 1e-3
+    assert all(list(score.parts) == ["model"] for score in model(tiny_scorer(tmp_path / "one")).scores(table(True)))
+
+
+def test_a_classifier_with_several_labels_is_no_ensemble(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="can't be loaded"):
+        model(tiny_scorer(tmp_path, labels=3))
+
+
+@pytest.mark.parametrize("entry", [0, -1, 2.5, True, "3", None])
+def test_a_damaged_number_of_heads_is_named(tmp_path: Path, entry: Any) -> None:
+    settings = json.loads((tiny_scorer(tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {HEADS_ENTRY: entry}))
+    with pytest.raises(DataError, match=rf"{HEADS_ENTRY} must be a number of heads, found"):
+        model(tmp_path)
 
 
 def test_a_non_finite_score_fails_its_sample(tmp_path: Path) -> None:

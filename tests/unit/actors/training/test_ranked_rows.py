@@ -36,6 +36,14 @@ def test_a_record_owns_its_replies_in_order() -> None:
     assert ranked.table["group"].to_pylist() == [0, 0, 1, 1, 1]
 
 
+def test_scores_of_a_record_are_its_strengths_and_places_where_it_has_none() -> None:
+    scored = replace(_record("Why?", "So.", "No.", "Or."), scores=(2.0, 2.0, 0.5))
+    ranked = ranked_rows([_record("Who?", "I.", "You."), scored], CHAT, max_length=200)
+    assert ranked.table["strength"].to_pylist() == [0, -1, 2, 2, 0.5]
+    assert ranked.table["quality"].to_pylist() == [0, -1, 0, -1, -2]
+    assert ranked.rows.pack((3, 4), torch.device("cpu")).columns["strength"].tolist() == [2, 0.5]
+
+
 def test_a_transcript_within_the_limit_is_what_a_sampled_response_looks_like() -> None:
     record = _record("How far is it?", "Two miles.", "Far.")
     ranked = ranked_rows([record], CHAT, max_length=200)

@@ -21,6 +21,7 @@ FEEDBACK = {
     "instruction": "q",
     "completions": [{"response": "a", "overall_score": 1}, {"response": "b", "overall_score": 0}],
 }
+RANKING = {"prompt": "q", "replies": ["a", "b"]}
 HELPSTEER = {"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": 1}
 
 # A good row of every format.
@@ -49,7 +50,7 @@ GOOD: dict[str, dict[str, dict[str, Any]]] = {
         "chosen": PAIR,
     },
     "preferences": {
-        "ranking": {"prompt": "q", "replies": ["a", "b"]},
+        "ranking": RANKING,
         "pairwise": PAIR,
         "hh-rlhf": HH,
         "oasst": TREE,
@@ -94,6 +95,17 @@ SHAREGPT_BAD = [
         "conversations[0].tool_calls is text but not JSON",
     ),
 ]
+
+
+def bad_margins(row: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    return [
+        ({**row, "margin": -0.5}, "'margin' must not be negative, because the better reply is named; found -0.5"),
+        ({**row, "margin": "1"}, "the row: 'margin' must be a number or null, found text"),
+        ({**row, "margin": True}, "the row: 'margin' must be a number or null, found true or false"),
+        ({**row, "margin": float("nan")}, "the row: 'margin' must be finite, found nan"),
+        ({**row, "margin": 10**400}, "the row: 'margin' must be finite, found inf"),
+    ]
+
 
 BAD: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
     "demonstrations": {
@@ -208,6 +220,15 @@ BAD: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
             ({"prompt": "q", "replies": ["a"]}, "'replies' must hold at least two replies, best first; found 1"),
             ({"prompt": "q", "replies": 3}, "'replies' must be text or a list of texts, found a number"),
             ({"prompt": "q", "replies": ["a", {"role": "user", "content": "b"}]}, "'replies' must be the assistant's"),
+            *bad_margins(RANKING),
+            (
+                {**RANKING, "scores": [1, 2]},
+                "scores contradict the order: 1 of a reply that is ranked above",
+            ),
+            ({**RANKING, "scores": [1]}, "'scores' must be a list of 2 numbers, one per reply, found a list"),
+            ({**RANKING, "scores": 1}, "'scores' must be a list of 2 numbers, one per reply, found a number"),
+            ({**RANKING, "scores": [1, None]}, "scores: one of them is null; give a number for every reply, or none"),
+            ({**RANKING, "scores": [1, "0"]}, "scores[1]: 'score' must be a number or null, found text"),
         ],
         "pairwise": [
             ({"prompt": "q", "chosen": "a"}, "field 'rejected' is missing"),
@@ -215,6 +236,12 @@ BAD: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
             ({"prompt": "q", "chosen": 3, "rejected": "b"}, "'chosen' must be text or a list of texts"),
             ({"prompt": "", "chosen": "a", "rejected": "b"}, "'prompt' is empty"),
             ({"prompt": "else", "chosen": TURNS, "rejected": "b"}, "'chosen' is a conversation that neither contains"),
+            *bad_margins(PAIR),
+            (
+                {**PAIR, "score_chosen": 6.5, "score_rejected": 7},
+                "score_chosen and score_rejected contradict the order: 6.5 of a reply that is ranked above one with 7",
+            ),
+            ({**PAIR, "score_chosen": "7"}, "the row: 'score_chosen' must be a number or null, found text"),
         ],
         "hh-rlhf": [
             ({"chosen": HH["chosen"]}, "field 'rejected' is missing"),
@@ -222,6 +249,7 @@ BAD: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
             ({"chosen": "", "rejected": ""}, "'chosen' is empty"),
             ({"chosen": 3, "rejected": 3}, "'chosen' must be text, found a number"),
             ({**HH, "video": "x"}, "the row contains 'video'"),
+            *bad_margins(HH),
         ],
         "oasst": [
             *OASST,

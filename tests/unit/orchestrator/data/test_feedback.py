@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from orchestrator.data.canonical import ranking_row
 from orchestrator.data.readers import read_documents, read_labels, read_rankings, read_scores
 from orchestrator.data.records import Message
 from orchestrator.data.rows import text_rows
@@ -71,7 +72,7 @@ def test_completions_of_ultrafeedback_are_scores_and_a_ranking(tmp_path: Path) -
     scores, score_report = read_scores(path)
     assert [(record.reply, record.score) for record in scores] == [("a", 3), ("b", 0), ("c", 8), ("e", 3)]
     (ranking,), report = read_rankings(path)
-    assert (ranking.messages, ranking.replies) == (ASKED, ("c", "a", "b"))
+    assert (ranking.messages, ranking.replies, ranking.scores) == (ASKED, ("c", "a", "b"), (8, 3, 0))
     assert score_report.left_out == {"replies without a score": 1}
     assert report.left_out == {"replies without a score": 1, "replies with the score of another": 1}
 
@@ -85,7 +86,55 @@ def test_helpsteer_prefers_the_first_reply_if_the_preference_is_negative(tmp_pat
     for rows in (three, two):
         records, report = read_rankings(write(tmp_path, *rows))
         assert [(record.messages, record.replies) for record in records] == [(ASKED, ("a", "b")), (ASKED, ("b", "a"))]
+        assert [record.scores for record in records] == [(3, 0), (2, 0)]
         assert (report.format, report.left_out) == ("helpsteer", {"with equal replies": 1})
+
+
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+HH = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
+RANKING = {"prompt": "q", "replies": ["a", "b", "a", "c"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "scores"),
+    [
+        (PAIR, ()),
+        ({**PAIR, "margin": None}, ()),
+        ({**PAIR, "margin": 0}, (0, 0)),
+        ({**PAIR, "margin": 2 / 3}, (2 / 3, 0)),
+        ({**PAIR, "score_chosen": 8.5, "score_rejected": 6}, (8.5, 6)),
+        ({**PAIR, "score_chosen": 8.5, "score_rejected": 8.5}, (8.5, 8.5)),
+        ({**PAIR, "score_chosen": 8.5}, ()),
+        ({**PAIR, "margin": 1, "score_chosen": 3, "score_rejected": 0}, (1, 0)),
+        ({**PAIR, "chosen": [{"role": "assistant", "content": "a"}], "margin": 3}, (3, 0)),
+        ({**HH, "margin": 1}, (1, 0)),
+        (RANKING, ()),
+        ({**RANKING, "margin": 0.5}, (1.5, 1, 0)),  # the reply that occurs twice keeps its better place
+        ({**RANKING, "scores": [4, 4, 2, -1]}, (4, 4, -1)),
+        ({**RANKING, "scores": None, "margin": None}, ()),
+    ],
+)
+def test_rows_can_say_how_much_better_a_reply_is(
+    tmp_path: Path, row: dict[str, Any], scores: tuple[float, ...]
+) -> None:
+    (record,), _ = read_rankings(write(tmp_path, row))
+    assert record.scores == pytest.approx(scores)
+    assert len(record.scores) in (0, len(record.replies))
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    assert read_rankings(tmp_path / "rows.parquet")[0] == (record,)
+    again, _ = read_rankings(write(tmp_path, ranking_row(record)))
+    assert again == (record,)
+
+
+def test_every_pair_of_a_row_has_its_margin(tmp_path: Path) -> None:
+    row = {"prompt": "q", "chosen": ["a", "b"], "rejected": ["c"], "margin": 2}
+    records, _ = read_rankings(write(tmp_path, row))
+    assert [(record.replies, record.scores) for record in records] == [(("a", "c"), (2, 0)), (("b", "c"), (2, 0))]
+
+
+def test_a_repeated_pair_is_one_whatever_its_margin(tmp_path: Path) -> None:
+    records, report = read_rankings(write(tmp_path, {**PAIR, "margin": 2}, {**PAIR, "margin": 1}, PAIR))
+    assert [record.scores for record in records] == [(2, 0)] and report.left_out == {"already read": 2}
 
 
 def test_prompts_of_helpsteer_hold_turns(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from jobs.stages.work.reward_model import RewardModelResult
 from orchestrator.algorithms.calibration import Calibration
+from orchestrator.algorithms.ensemble import Disagreement
 from orchestrator.config.loader import config_from_tree
 from orchestrator.errors import CapacityError
 from orchestrator.planning.demands import REWARD_MODEL, plan_training
@@ -45,6 +46,12 @@ def test_the_result_says_what_was_measured() -> None:
     text = _result(held_out_accuracy=0.625, interval=(0.5, 0.7), num_pairs=200, num_truncated=7).describe()
     assert "62.5% of 200 held-out pairs in order (95 %: 50.0% to 70.0%)" in text and "7 transcripts cut" in text
     assert "held-out" not in _result().describe()
+
+
+def test_the_result_says_what_heads_do_alone() -> None:
+    text = _result(heads=Disagreement([0.5, 0.625, None], 0.25, 0.5)).describe()
+    assert "3 heads, alone 50.0% to 62.5% in order, disagreeing by 0.25 on right pairs and 0.5 on wrong pairs" in text
+    assert "2 heads, 0 s" in _result(heads=Disagreement([None, None], None, None), seconds=0.0).describe()
 
 
 def test_a_missing_preference_file_is_exit_code_2(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.stages.work.data.judged import measure, measure_held_out, measure_singles
+from jobs.stages.work.data.judged import measure, measure_heads, measure_held_out, measure_singles
 from orchestrator.data.records import LabelledRecord, Message, RankingRecord
 from orchestrator.errors import DataError
 from orchestrator.prompts import split_held_out
@@ -51,3 +51,20 @@ def test_records_say_how_they_are_measured() -> None:
     assert measure_held_out([[0.0], [1.0], [2.0], [3.0]], labels).accuracy == 1.0
     assert measure_held_out([[0.0, 1.0]] * 200, RECORDS).accuracy == 0.0
     assert measure_held_out([], []).accuracy is None
+
+
+def test_heads_are_measured_alone_and_their_disagreement_by_whether_their_mean_is_right() -> None:
+    # Differences of the heads: 2 and 0 (mean 1, deviation 1), -4 and 1 (mean -1.5, deviation 2.5).
+    heads = [[[3.0, 1.0], [1.0, 1.0]], [[0.0, 2.0], [4.0, 1.0]]]
+    found = measure_heads(heads, RECORDS[:2])
+    assert found is not None
+    assert (found.accuracies, found.right, found.wrong) == ([0.5, 0.75], 1.0, 2.5)
+    assert measure_heads([[[1.0], [0.0]]] * 2, RECORDS[:2]) is None and measure_heads([], []) is None
+
+
+def test_heads_of_single_replies_are_measured_on_pairs_of_them() -> None:
+    labels = [LabelledRecord(str(n), (Message("user", "q"),), "a", n > 0) for n in range(3)]
+    found = measure_heads([[[0.0, 0.0]], [[1.0, 3.0]], [[-2.0, 1.0]]], labels)
+    assert found is not None
+    # Better less worse: 1 and 3 (right), -2 and 1 (wrong).
+    assert (found.accuracies, found.right, found.wrong) == ([0.5, 1.0], 1.0, 1.5)
