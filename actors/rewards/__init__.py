@@ -20,6 +20,9 @@ import pyarrow as pa
 from orchestrator.config.rewards import RuleLimits
 from orchestrator.config.sections import ModelConfig
 
+DISAGREEMENT = "disagreement"
+"""The part of a reward that holds the standard deviation over the heads of a reward model."""
+
 
 @dataclass(frozen=True)
 class Score:

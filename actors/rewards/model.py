@@ -18,7 +18,7 @@ from actors.learning.packing import token_rows
 from actors.models.files import window
 from actors.models.model import load_scorer, resolve_model, torch_dtype
 from actors.models.reward_heads import num_heads
-from actors.rewards import RewardContext, Sample, Score, samples
+from actors.rewards import DISAGREEMENT, RewardContext, Sample, Score, samples
 from actors.text.conversations import Chat, Transcript, load_chat, reward_chat
 from orchestrator.algorithms.ensemble import disagreement, mean_scores
 from orchestrator.config.rewards import ModelRewardConfig
@@ -117,7 +117,7 @@ class RewardModel:
         """A sample fails if its score is not finite or the model's chat template rejects its conversation.
 
         The parts are the score before normalisation (`model`), and with several heads their standard deviation
-        (`disagreement`).
+        (DISAGREEMENT).
         """
         transcripts = self._transcripts(table)
         raw = iter(self.head_scores([found for found in transcripts if isinstance(found, Transcript)]))
@@ -167,7 +167,7 @@ class RewardModel:
         cut = max(len(transcript) - self._max_length, 0) if self._max_length is not None else 0
         if not math.isfinite(raw):
             return Score(None, error=f"the reward model's score is {raw}", tokens_cut=cut)
-        parts = {"model": raw} | ({"disagreement": float(disagreement(heads_H))} if len(heads_H) > 1 else {})
+        parts = {"model": raw} | ({DISAGREEMENT: float(disagreement(heads_H))} if len(heads_H) > 1 else {})
         return Score(self._stats.normalised(raw) if self._stats else raw, parts, tokens_cut=cut)
 
 

@@ -50,9 +50,10 @@ def _demonstration(chat: Chat, record: DemonstrationRecord) -> list[Written]:
 
 
 def _ranking(chat: Chat, record: RankingRecord) -> list[Written]:
+    scores = [f", score {score:g}" for score in record.scores] or [""] * len(record.replies)
     return [
-        _reply(chat, f"reply {place}", record.messages, reply, record.tools)
-        for place, reply in enumerate(record.replies, 1)
+        _reply(chat, f"reply {place}{score}", record.messages, reply, record.tools)
+        for place, (reply, score) in enumerate(zip(record.replies, scores, strict=True), 1)
     ]
 
 

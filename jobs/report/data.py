@@ -264,7 +264,15 @@ def _detail(trained: Mapping[str, Any]) -> str:
         parts.append(f"95 % interval {100 * low:.1f} to {100 * high:.1f} %")
     if trained.get("kendall_tau") is not None:
         parts.append(f"Kendall tau against gold {trained['kendall_tau']:.2f}")
+    if heads := trained.get("heads"):
+        parts.append(_detail_of_heads(heads))
     return ", ".join(parts)
+
+
+def _detail_of_heads(heads: Mapping[str, Any]) -> str:
+    accuracies = [f"{100 * accuracy:.1f} %" for accuracy in heads["accuracies"] if accuracy is not None]
+    apart = [f"{name} {heads[name]:.3g}" for name in ("right", "wrong") if heads[name] is not None]
+    return f"heads alone {', '.join(accuracies)}; mean disagreement on pairs: {', '.join(apart) or 'unknown'}"
 
 
 def _status(events: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> str:

@@ -201,8 +201,10 @@ def _kill_a_worker() -> None:
     max((p for p in children if "RayTrainWorker" in "".join(p.cmdline())), key=lambda p: p.pid).kill()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_killed_workers_are_replaced_and_change_no_bit(cluster: str, base: Path, tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "heads"), [(1, 1), (2, 3)])
+def test_killed_workers_are_replaced_and_change_no_bit(
+    cluster: str, base: Path, tmp_path: Path, workers: int, heads: int
+) -> None:
     """Twice: near the beginning, and in the middle, just after a checkpoint."""
 
     def kill(text: str) -> None:
@@ -212,13 +214,14 @@ def test_killed_workers_are_replaced_and_change_no_bit(cluster: str, base: Path,
     runs = []
     for name, on_line in (("whole", lambda text: None), ("killed", kill)):
         (tmp_path / name).mkdir()
-        config = _config(base, tmp_path, records_per_batch=1, ranks=workers, checkpoint_every_steps=10)
+        config = _config(base, tmp_path, records_per_batch=1, ranks=workers, heads=heads, checkpoint_every_steps=10)
         runs.append(_train(config, tmp_path / name, _records(80), _records(2), on_line))
     (whole, whole_lines, _), (killed, killed_lines, said) = runs
     losses = [[line["metrics"].get("reward_model/loss") for line in lines] for lines in (whole_lines, killed_lines)]
     assert [line["step"] for line in killed_lines if line["kind"] == "step"] == list(range(160))
     assert losses[0] == losses[1]
     assert replace(killed, seconds=whole.seconds, path=whole.path) == whole
+    assert (whole.heads is None) == (heads == 1) and (whole.heads is None or len(whole.heads.accuracies) == heads)
     weights = [sha256(Path(result.path) / "model.safetensors") for result in (whole, killed)]
     assert weights[0] == weights[1]
     again = [int(text.split()[5]) for text in said if "continues after step" in text]

@@ -24,7 +24,7 @@ from actors.training.trainer import Trainer, Training
 from actors.training.work import WorkFolder, open_work
 from orchestrator.algorithms.ensemble import mean_scores
 from orchestrator.algorithms.ppo import Ppo
-from orchestrator.config.losses import Pairwise, Regression, RewardLoss
+from orchestrator.config.losses import Pairwise, Regression
 from orchestrator.config.sections import CriticConfig, ModelConfig
 from orchestrator.config.trainings import RewardModelConfig
 from orchestrator.data.records import Message, RankingRecord, ScoredRecord
@@ -126,11 +126,8 @@ def test_a_killed_training_ends_with_the_same_bits(trained: tuple[Path, Trained]
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path).items())
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
-def test_two_ranks_learn_what_one_learns(
-    trained: tuple[Path, Trained], base: Path, tmp_path: Path, zero_stage: int
-) -> None:
-    section = stage(loss=Pairwise(margin=0.5), zero_stage=zero_stage, micro_batch_tokens=300)
+def test_two_ranks_learn_what_one_learns(trained: tuple[Path, Trained], base: Path, tmp_path: Path) -> None:
+    section = stage(loss=Pairwise(margin=0.5), zero_stage=3, micro_batch_tokens=300)
     first, second = run_ranks(train, 2, base, tmp_path, section, DATA)
     assert first == second
     found, expected = (np.array(result.held_out_heads) for result in (first, trained[1]))
@@ -189,14 +186,15 @@ def test_a_trained_ensemble_is_trained_on_or_folded_into_one_head(
         assert theirs.config.num_labels == heads
 
 
-@pytest.mark.parametrize("loss", [Regression()])
-def test_scores_of_single_replies_are_learned_by_every_head(base: Path, tmp_path: Path, loss: RewardLoss) -> None:
+def test_scores_of_single_replies_are_learned_by_every_head(base: Path, tmp_path: Path) -> None:
     records = [
         ScoredRecord(record.id, record.messages, reply, 2.0 * place)
         for record in rankings(range(18))
         for place, reply in enumerate(record.replies)
     ]
-    found = train(group(), base, tmp_path, stage(loss=loss, records_per_batch=9, epochs=4), (records, records[:9]))
+    found = train(
+        group(), base, tmp_path, stage(loss=Regression(), records_per_batch=9, epochs=4), (records, records[:9])
+    )
     heads_BH = np.array([of_reply for replies in found.held_out_heads for of_reply in replies])
     for scores_B in heads_BH.T:
         assert np.corrcoef(scores_B, [record.score for record in records[:9]])[0, 1] > 0.8

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actors.rewards import DISAGREEMENT
 from actors.roles.reward import RewardWorker
 from jobs.stages.sample import SAMPLES
 from jobs.stages.score import SCORES
@@ -110,5 +111,8 @@ def _described(job: StageJob, table: pa.Table) -> Mapping[str, Any]:
             f"{num_failed} of {table.num_rows} samples could not be scored, more than reward.max_failed_fraction="
             f"{most:g} allows: {error}. Correct the reward, or raise that share."
         )
-    deviation = statistics.pstdev(scores)
-    return {"scored": len(scores), "failed": num_failed, "mean": statistics.fmean(scores), "std": deviation}
+    found = {"scored": len(scores), "failed": num_failed, "mean": statistics.fmean(scores)}
+    found["std"] = statistics.pstdev(scores)
+    parts = (dict(parts) for parts in table["reward_parts"].to_pylist())
+    apart = [of_sample[DISAGREEMENT] for of_sample in parts if DISAGREEMENT in of_sample]
+    return {**found, DISAGREEMENT: statistics.fmean(apart)} if apart else found

@@ -49,6 +49,31 @@ def test_a_good_model_is_tried_in_all_its_roles(llama: Path, tmp_path: Path) -> 
     assert "reward.path and critic (reward.path) were tried small" in note
 
 
+def test_an_ensemble_of_reward_heads_is_tried_in_all_its_roles(llama: Path, tmp_path: Path) -> None:
+    ensemble = tiny_scorer(tmp_path / "ensemble", heads=3)
+    note = check(llama, tmp_path, reward={"name": "model", "path": str(ensemble)})
+    assert note is not None and "reward.path and critic (reward.path) were tried small" in note
+    with pytest.raises(DataError, match=r"score\.weight \(3, 64\) for \(1, 64\)"):
+        check(llama, tmp_path, reward={"name": "model", "path": str(tiny_scorer(tmp_path / "labels", labels=3))})
+
+
+@pytest.mark.parametrize(("there", "wanted", "fits"), [(0, 3, True), (3, 3, True), (3, 1, True), (1, 3, False)])
+def test_the_base_of_an_ensemble_has_as_many_heads_or_none(
+    llama: Path, tmp_path: Path, there: int, wanted: int, fits: bool
+) -> None:
+    base = tiny_scorer(tmp_path / "base", heads=there) if there else llama
+    sections: dict[str, Any] = {
+        "stages": ["reward_model"],
+        "preferences": {"path": "/pairs.jsonl"},
+        "reward_model": {"base": str(base), "heads": wanted},
+    }
+    if fits:
+        assert "reward_model.base was tried small" in str(check(llama, tmp_path, **sections))
+    else:
+        with pytest.raises(DataError, match=r"with 1 head, and reward_model\.heads=3\. Set reward_model\.heads=1"):
+            check(llama, tmp_path, **sections)
+
+
 ROLES: dict[str, tuple[dict[str, Any], list[dict[str, bool]]]] = {
     "policy, critic and the base of the reward model": (
         {"stages": ["reward_model", "rl"], "preferences": {"path": "/pairs.jsonl"}, "reward": {"name": "model"}},
