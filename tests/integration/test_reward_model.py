@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
@@ -25,10 +27,10 @@ from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
 from orchestrator.data.records import Message, RankingRecord, ScoredRecord
 from orchestrator.errors import CapacityError, DataError, NonFiniteError
-from orchestrator.run.storage import sha256
+from orchestrator.run.storage import read_json, sha256
 from orchestrator.watching.telemetry import Telemetry, read_lines
 from tests.deadlines import of_a_run
-from tests.integration.pipelines import require_equal_after_a_kill
+from tests.integration.pipelines import finish, require_equal_after_a_kill, start
 from tests.tiny import CHATML, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -243,6 +245,36 @@ def test_a_driver_that_is_killed_and_started_again_continues_the_training(
         tmp_path / "config.yaml", cluster, keys, made="reward-model", result="reward_model.json", num_steps=300
     )
     assert not list(killed_folder.glob(".reward-model*"))
+
+
+def test_an_ensemble_is_trained_and_scores_replies_with_its_disagreement(
+    cluster: str, base: Path, tmp_path: Path
+) -> None:
+    moods = {"kind": 3, "plain": 1, "rude": 0}
+    rows = [
+        {"prompt": f"Say {n}.", "replies": [f"It is {n}, {mood}" for mood in moods], "scores": list(moods.values())}
+        for n in range(60)
+    ]
+    replies = [{"prompt": "Say 70.", "completion": f"It is 70, {mood}"} for mood in moods]
+    for name, content in (("preferences", rows), ("replies", replies)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    tree = _config(base, tmp_path, heads=3, epochs=4, loss={"name": "pairwise", "margin": 0.5}).model_dump(mode="json")
+    tree["preferences"] = {"path": str(tmp_path / "preferences.jsonl"), "held_out": 10}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    keys = ["stages=[reward_model,score]", f"score.path={tmp_path / 'replies.jsonl'}", f"run.cache={tmp_path}"]
+    output = finish(start(tmp_path / "config.yaml", cluster, "run", *keys))
+    assert re.search(r"3 heads, alone \S+% to \S+% in order, disagreeing by", output)
+    heads = read_json(tmp_path / "run" / "reward_model.json")["heads"]
+    assert len(heads["accuracies"]) == 3 and heads["right"] > 0
+    scored = pq.read_table(tmp_path / "run" / "scores.parquet")
+    parts = [dict(found) for found in scored["reward_parts"].to_pylist()]
+    rewards = scored["reward"].to_pylist()
+    assert rewards == sorted(rewards, reverse=True) and len(set(rewards)) == 3
+    stats = read_json(tmp_path / "run" / "reward-model" / "reward_stats.json")
+    assert [found["model"] for found in parts] == pytest.approx(
+        [reward * stats["std"] + stats["mean"] for reward in rewards], rel=1e-4
+    )
+    assert all(found["disagreement"] > 0 for found in parts)
 
 
 def test_a_loss_that_is_not_a_number_stops_it_and_leaves_no_model(cluster: str, base: Path, tmp_path: Path) -> None:

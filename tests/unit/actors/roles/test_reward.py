@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from actors.rewards import RewardContext, Score
+from actors.rewards import DISAGREEMENT, RewardContext, Score
 from actors.rewards.model import write_stats
 from actors.roles.reward import RewardWorker, rewards_table
 from orchestrator import schema
@@ -71,6 +71,17 @@ def test_a_model_scores_with_the_statistics_it_was_saved_with(tmp_path: Path) ->
     rollout = rollout_table(["x", "y"], prompt_tokens=[[5, 6], [7]], response_tokens=[[8, 0], [9, 10]])
     for row in worker(reward, policy).score(rollout).to_pylist():
         assert row["reward"] == pytest.approx(dict(row["reward_parts"])["model"] / 2**0.5)
+
+
+def test_the_disagreement_of_heads_is_written_beside_the_reward(tmp_path: Path) -> None:
+    scorer, policy = tiny_scorer(tmp_path / "scorer", heads=3), tiny_llama(tmp_path / "policy")
+    write_stats(scorer, [-1.0, 1.0])
+    rollout = rollout_table(["x", "y"], prompt_tokens=[[5, 6], [7]], response_tokens=[[8, 0], [9, 10]])
+    found = worker(ModelRewardConfig(path=str(scorer)), policy).score(rollout)
+    for row in found.to_pylist():
+        parts = dict(row["reward_parts"])
+        assert row["reward"] == pytest.approx(parts["model"] / 2**0.5)
+        assert list(parts) == ["model", DISAGREEMENT] and parts[DISAGREEMENT] > 1e-3
 
 
 def test_a_kind_says_what_it_lacks() -> None:

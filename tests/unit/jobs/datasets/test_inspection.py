@@ -114,6 +114,16 @@ def test_a_good_file_is_counted_measured_and_shown(
     assert shown.count("⟦a<|im_end|>⟧") == 3
 
 
+def test_scores_of_ranked_replies_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    shown, _ = run(write(tmp_path, {**row, "margin": 1.5}), monkeypatch, capsys)
+    assert "reply 1, score 1.5" in shown and "reply 2, score 0" in shown
+    shown, _ = run(write(tmp_path, row), monkeypatch, capsys)
+    assert "reply 1" in shown and "score" not in shown.partition("reply 1")[2]
+
+
 def test_rejected_rows_are_listed_with_reasons_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

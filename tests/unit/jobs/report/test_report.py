@@ -15,6 +15,7 @@ from jobs.report.command import write_report
 from jobs.report.data import read_run
 from orchestrator.errors import DataError
 from orchestrator.evaluation import EVALUATION
+from orchestrator.watching.telemetry import Telemetry
 from tests.deadlines import scaled
 from tests.unit.jobs.run_folder import HOSTILE, NUM_PROMPTS, NUM_STEPS, write_pipeline, write_run
 
@@ -286,3 +287,13 @@ def test_damaged_results_of_a_stage_are_noted(tmp_path: Path) -> None:
     (folder / "stages" / "score-2" / "scores.parquet").write_text("x")
     text = Page(write_report(folder).read_text(encoding="utf-8")).text
     assert "evaluate/result.json can't be read" in text and "score-2/scores.parquet can't be read" in text
+
+
+def test_heads_of_a_reward_model_are_told_beside_its_accuracy(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    heads = {"accuracies": [0.5, 0.625, None], "right": 0.25, "wrong": None}
+    with Telemetry(folder, "run", 2, stage="reward_model") as telemetry:
+        telemetry.event("trained", held_out_accuracy=0.75, num_pairs=8, heads=heads)
+    (accuracy,) = read_run(folder).accuracies
+    assert accuracy.value == 0.75
+    assert "heads alone 50.0 %, 62.5 %; mean disagreement on pairs: right 0.25" in accuracy.detail
