@@ -1,9 +1,10 @@
-"""`python -m benchmarks.reading [--rows N] [--tokens]`: rows/s and memory of streaming a file, by kind of file.
+"""`python -m benchmarks.reading [--rows N] [--tokens KIND]`: rows/s and memory of streaming a file, by kind of file.
 
-With --tokens those of stage sft, which writes the tokens of a JSONL file to disk.
+With --tokens those of a run, which writes the tokens of a JSONL file to disk and then reads some of them: demonstrations
+as stage sft, preferences as stage reward_model, prompts as those that sample.
 
 Every file has N synthetic rows (a million) and is read by a process of its own, which prints its resident memory as it
-goes. The growth is the digests by which repeated rows are found.
+goes. The growth is the digests by which repeated rows are found, and where each row ends.
 """
 
 from __future__ import annotations
@@ -15,26 +16,37 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
+from actors.learning.distributed import Group
+from actors.training.ranked_rows import stored_rankings
+from actors.training.ranked_tokens import RankedTokens
 from actors.training.stored_rows import StoredRows
+from actors.training.trainer import training_batches
 from benchmarks.harness import Figure, plain_figure
 from benchmarks.table import report
-from jobs.prepare import policy_chat
-from jobs.stages.work.data.demonstrations import store
+from jobs.prepare import policy_chat, prepared_from
+from jobs.stages.work.data import judged
+from jobs.stages.work.data.demonstrations import store_demonstrations
+from jobs.stages.work.data.storing import store
 from orchestrator.config.config import Config
-from orchestrator.config.trainings import DemonstrationsConfig
-from orchestrator.data.kinds import DEMONSTRATIONS, DOCUMENTS, Kind
+from orchestrator.config.sections import PromptsConfig
+from orchestrator.config.trainings import DemonstrationsConfig, PreferencesConfig
+from orchestrator.data.kinds import DEMONSTRATIONS, DOCUMENTS, PROMPTS, RANKINGS, Kind
 from orchestrator.data.streams import Stream
+from orchestrator.prompts import PromptSchedule
 
 ROWS = 1_000_000
 BATCH = 10_000
+STEPS = 200  # read after the tokens were written
 TARGET_MB = 1000.0
 MB = 1e6
 _WORDS = "a reward model ranks replies to prompts that people wrote and learns what they like about them".split()
@@ -43,11 +55,11 @@ _WORDS = "a reward model ranks replies to prompts that people wrote and learns w
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--rows", type=int, default=ROWS)
-    arguments.add_argument("--tokens", action="store_true")
+    arguments.add_argument("--tokens", choices=TOKENS, help="write the tokens of records of this kind")
     arguments.add_argument("--read", type=Path, help="read this file in this process")
     found = arguments.parse_args()
     if found.read:
-        asyncio.run(write_tokens(found.read)) if found.tokens else read(found.read)
+        asyncio.run(TOKENS[found.tokens](found.read)) if found.tokens else read(found.read)
         return
     kinds = ("jsonl",) if found.tokens else tuple(WRITERS)
     figures = [figure for kind in kinds for figure in measure(kind, found.rows, tokens=found.tokens)]
@@ -61,19 +73,29 @@ def rows(count: int) -> Iterator[dict[str, str]]:
         yield {"prompt": f"What is {number}? {words}", "response": f"{words} {number * 7}."}
 
 
-def _lines(stream: IO[bytes], count: int) -> None:
-    for row in rows(count):
+def pairs(count: int) -> Iterator[dict[str, str]]:
+    for number, row in enumerate(rows(count)):
+        yield {"prompt": row["prompt"], "chosen": row["response"], "rejected": f"{number}? I don't know."}
+
+
+def _lines(stream: IO[bytes], found: Iterable[dict[str, str]]) -> None:
+    for row in found:
         stream.write(json.dumps(row).encode() + b"\n")
 
 
 def _jsonl(path: Path, count: int) -> None:
     with path.open("wb") as stream:
-        _lines(stream, count)
+        _lines(stream, rows(count))
+
+
+def _pairs(path: Path, count: int) -> None:
+    with path.open("wb") as stream:
+        _lines(stream, pairs(count))
 
 
 def _compressed(path: Path, count: int) -> None:
     with pa.output_stream(str(path)) as stream:  # by the ending of its name
-        _lines(stream, count)
+        _lines(stream, rows(count))
 
 
 def _array(path: Path, count: int) -> None:
@@ -112,19 +134,21 @@ WRITERS: Mapping[str, Callable[[Path, int], None]] = {
 }
 
 
-def measure(kind: str, count: int, *, tokens: bool) -> list[Figure]:
+def measure(kind: str, count: int, *, tokens: str | None) -> list[Figure]:
     """Figures of one kind of file, from a fresh process."""
     with tempfile.TemporaryDirectory(prefix="reading") as folder:
         path = Path(folder) / f"rows.{kind}"
-        WRITERS[kind](path, count)
-        command = [sys.executable, "-m", "benchmarks.reading", "--read", str(path), *(["--tokens"] if tokens else [])]
+        (_pairs if tokens == "preferences" else WRITERS[kind])(path, count)
+        command = [sys.executable, "-m", "benchmarks.reading", "--rows", str(count), "--read", str(path)]
+        command += ["--tokens", tokens] if tokens else []
         root = Path(__file__).resolve().parent.parent
         done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
         detail = f"{count:,} rows, {path.stat().st_size / MB:.0f} MB"
-    first, *_, last = [json.loads(line) for line in done.stdout.splitlines()]
+    first, *between, last = [json.loads(line) for line in done.stdout.splitlines()]
+    third = min(between, key=lambda line: abs(line["rows"] - count / 3), default=first)
     if last["rows"] != count:
         raise RuntimeError(f"{kind}: {last['rows']:,} of {count:,} rows came out")
-    what = "write the tokens of" if tokens else "read"
+    what = f"write the tokens of {tokens} in" if tokens else "read"
     growth = (last["rss"] - first["rss"]) / max(count - first["rows"], 1)
     return [
         plain_figure(
@@ -139,8 +163,8 @@ def measure(kind: str, count: int, *, tokens: bool) -> list[Figure]:
             "MB",
             better="lower",
             target=TARGET_MB,
-            detail=f"RSS {first['rss'] / MB:.0f} MB at row {first['rows']:,}, {last['rss'] / MB:.0f} MB at the end: "
-            f"{growth:.0f} bytes a row",
+            detail=f"RSS {first['rss'] / MB:.0f} MB at row {first['rows']:,}, {third['rss'] / MB:.0f} MB at row "
+            f"{third['rows']:,}, {last['rss'] / MB:.0f} MB at the end: {growth:.0f} bytes a row",
         ),
     ]
 
@@ -154,14 +178,47 @@ def read(path: Path) -> None:
     stream.tell(stream.report().num_records)
 
 
-async def write_tokens(path: Path) -> None:
+async def write_demonstrations(path: Path) -> None:
     """The same, while stage sft writes the tokens of the file."""
     config = Config(demonstrations=DemonstrationsConfig(path=path))
     stream = Told(DEMONSTRATIONS, path)
     with tempfile.TemporaryDirectory(prefix="tokens") as folder:
-        train, held_out = await store(config, policy_chat(config), stream, Path(folder), lambda text: None)
-        rows = [StoredRows(part.folder) for part in (train, held_out)]  # what a worker holds
+        parts = await store_demonstrations(config, policy_chat(config), stream, Path(folder), lambda text: None)
+        rows = [StoredRows(part.folder) for part in parts]  # what a worker holds
         stream.tell(sum(found.num_rows for found in rows))
+
+
+async def write_preferences(path: Path) -> None:
+    """The same for stage reward_model; at the end the rows of some batches are packed."""
+    config = Config(preferences=PreferencesConfig(path=path))
+    section, chat = config.reward_model, policy_chat(config)
+    stream = Told(RANKINGS, path)
+    with tempfile.TemporaryDirectory(prefix="tokens") as folder:
+        tokens = RankedTokens(chat, section.max_length), RankedTokens(chat, section.max_length)
+        parts = await store(judged.marked(config, stream), tokens, Path(folder), lambda text: None, what="preferences")
+        ranked = [stored_rankings(part.folder) for part in parts]  # what a worker holds
+        for _, _, batch in islice(training_batches(ranked[0].num_records, section, 0), STEPS):
+            for rows in ranked[0].micro_batches(batch, Group(), section.micro_batch_tokens):
+                ranked[0].rows.pack(rows, torch.device("cpu"))
+        stream.tell(sum(found.num_records for found in ranked))
+
+
+async def write_prompts(path: Path) -> None:
+    """The same for prompts; at the end the requests of some steps are made."""
+    config = Config(prompts=PromptsConfig(path=path, format="prompt"))
+    stream = Told(PROMPTS, path)
+    prepared = prepared_from(config, stream, policy_chat(config))
+    schedule = PromptSchedule(prepared.prompts.train, seed=0, prompts_per_step=32, samples_per_prompt=4)
+    for step in range(STEPS):
+        schedule.requests(step)
+    stream.tell(stream.report().num_records)
+
+
+TOKENS: Mapping[str, Callable[[Path], Coroutine[Any, Any, None]]] = {
+    "demonstrations": write_demonstrations,
+    "preferences": write_preferences,
+    "prompts": write_prompts,
+}
 
 
 class Told(Stream[Any]):

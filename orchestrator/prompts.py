@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,19 +33,23 @@ class Identified(Protocol):
 Record = TypeVar("Record", bound=Identified)
 
 
+Part = Literal["train", "reward_model", "held_out"]
+
+
 @dataclass(frozen=True)
 class Splits(Generic[Record]):
     """Disjoint parts of the prompts, each in file order."""
 
-    train: tuple[Record, ...]
-    reward_model: tuple[Record, ...]
-    held_out: tuple[Record, ...]
+    train: Sequence[Record]
+    reward_model: Sequence[Record]
+    held_out: Sequence[Record]
 
 
 def split(
-    records: Sequence[Record], *, held_out_fraction: float, reward_model_fraction: float, salt: str = "prompts"
-) -> Splits[Record]:
-    """Splits by a hash of the prompt id: a prompt keeps its part when others are added, removed or reordered.
+    records: Iterable[Record], *, held_out_fraction: float, reward_model_fraction: float, salt: str = "prompts"
+) -> Iterator[tuple[Record, Part]]:
+    """Every record and its part, by a hash of the prompt id: a prompt keeps its part when others are added, removed or
+    reordered.
 
     Args:
         salt: part of the hash. To split a part again, use another salt: with the same salt all its prompts would fall
@@ -60,37 +64,23 @@ def split(
             f"prompts.held_out_fraction={held_out_fraction} and prompts.reward_model_fraction={reward_model_fraction} "
             "add up to more than 1: lower one of them."
         )
-    parts: tuple[list[Record], list[Record], list[Record]] = ([], [], [])
-    for record in records:
+
+    def part_of(record: Record) -> Part:
         place = _place(salt, record)
-        parts[0 if place < held_out_fraction else 1 if place < taken else 2].append(record)
-    held_out, reward_model, train = map(tuple, parts)
-    return Splits(train=train, reward_model=reward_model, held_out=held_out)
+        return "held_out" if place < held_out_fraction else "reward_model" if place < taken else "train"
+
+    return ((record, part_of(record)) for record in records)
 
 
-def split_held_out(
-    records: Sequence[Record], held_out: int | None, *, section: str
-) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
-    """(to train on, held out): the last `held_out` records, or (None) a tenth by a hash of the prompt.
+def marked_held_out(records: Iterable[Record], held_out: int | None, *, section: str) -> Iterator[tuple[Record, bool]]:
+    """Every record in order, and whether it is held out: the last `held_out` records are, or (None) a tenth by a hash
+    of the prompt. Memory holds `held_out` records.
 
     Args:
         section: of the config that has the key `held_out`; part of the hash.
 
     Raises:
-        DataError: nothing is left to train on.
-    """
-    train: list[Record] = []
-    kept: list[Record] = []
-    for record, is_held_out in marked_held_out(records, held_out, section=section):
-        (kept if is_held_out else train).append(record)
-    return tuple(train), tuple(kept)
-
-
-def marked_held_out(records: Iterable[Record], held_out: int | None, *, section: str) -> Iterator[tuple[Record, bool]]:
-    """Every record, and whether `split_held_out` holds it out. Holds `held_out` records at a time.
-
-    Raises:
-        DataError: at the end, as `split_held_out`.
+        DataError: at the end: nothing is left to train on.
     """
     counts = [0, 0]
     waiting: deque[Record] = deque()
@@ -179,7 +169,7 @@ class PromptSchedule:
         return self._prompts[int(_order(self._seed, epoch, len(self._prompts))[index])]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)  # a step may end in the next epoch
 def _order(seed: int, epoch: int, count: int) -> npt.NDArray[np.intp]:
     """A permutation. Sorts raw Philox words: unlike Generator.permutation, numpy promises never to change these."""
     words = np.random.Philox(np.random.SeedSequence(derive_seed("epoch", seed, epoch))).random_raw(count)

@@ -9,10 +9,11 @@ one row need no mask.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -77,7 +78,7 @@ class TokenRows:
         chosen: Flat,
         learned_lengths: npt.NDArray[np.int64],
         *,
-        token_columns: Mapping[str, npt.NDArray[Any]] = MappingProxyType({}),
+        token_columns: Mapping[str, Flat] = MappingProxyType({}),
         row_columns: Mapping[str, npt.NDArray[Any]] = MappingProxyType({}),
         shares_prompts: bool = False,
     ) -> None:
@@ -116,6 +117,35 @@ class TokenRows:
             shares_prompts=shares_prompts,
         )
 
+    def with_column(self, name: str, values: npt.NDArray[Any]) -> Self:
+        """With one more number per row."""
+        found = copy(self)
+        found._row_columns = {**self._row_columns, name: values}
+        return found
+
+    def sharing(self, shares_prompts: bool) -> Self:
+        """With this `shares_prompts`."""
+        found = copy(self)
+        found._shares_prompts = shares_prompts
+        return found
+
+    def take(self, rows: Sequence[int]) -> TokenRows:
+        """Only these rows, in memory."""
+        texts = [self.texts(row) for row in rows]
+        marks = [self._chosen_of(row) for row in rows]
+        spans = [slice(*self._response_offsets[row : row + 2]) for row in rows]
+        return TokenRows(
+            _end_to_end([prompt for prompt, _ in texts]),
+            _end_to_end([response for _, response in texts]),
+            _end_to_end(marks)[0],
+            self.learned_lengths[list(rows)],
+            token_columns={
+                name: _end_to_end([flat[span] for span in spans])[0] for name, flat in self._token_columns.items()
+            },
+            row_columns={name: values[list(rows)] for name, values in self._row_columns.items()},
+            shares_prompts=self._shares_prompts,
+        )
+
     @property
     def num_rows(self) -> int:
         return len(self._prompt_offsets) - 1
@@ -125,7 +155,7 @@ class TokenRows:
         """An id of each row's prompt; adjacent rows with the same prompt have the same id."""
         found, number = [0] * self.num_rows, 0
         for row in range(1, self.num_rows):
-            number += not np.array_equal(self._texts(row)[0], self._texts(row - 1)[0])
+            number += not np.array_equal(self.texts(row)[0], self.texts(row - 1)[0])
             found[row] = number
         return found
 
@@ -145,17 +175,18 @@ class TokenRows:
         total: list[int] = self.row_lengths.tolist()
         return total
 
-    def bundles(self, *, longest: int, shared: bool) -> list[tuple[int, ...]]:
+    def bundles(self, *, longest: int, shared: bool, part: range | None = None) -> list[tuple[int, ...]]:
         """The rows in lines of at most `longest` tokens: with `shared`, rows of one prompt together, otherwise one per
-        line."""
-        return self._bundles(range(self.num_rows), longest) if shared else [(row,) for row in range(self.num_rows)]
+        line. `part`: only these rows; None: all."""
+        rows = range(self.num_rows) if part is None else part
+        return self._bundles(rows, longest) if shared else [(row,) for row in rows]
 
     def lines(self, rows: Sequence[int]) -> list[tuple[int, ...]]:
         """The lines in which `pack` puts these rows."""
         return self._bundles(rows, _ANY_LENGTH) if self._shares_prompts else [(row,) for row in rows]
 
     def _bundles(self, rows: Sequence[int], longest: int) -> list[tuple[int, ...]]:
-        texts = [self._texts(row) for row in rows]
+        texts = [self.texts(row) for row in rows]
         found = sharing.bundles([prompt for prompt, _ in texts], [response for _, response in texts], longest=longest)
         return [tuple(rows[i] for i in line) for line in found]
 
@@ -165,8 +196,12 @@ class TokenRows:
         return int(prompt + self.response_lengths[list(line)].sum())
 
     def token_column(self, name: str) -> npt.NDArray[np.float32]:
-        """Of all rows laid end to end, the tokens that are learned from."""
-        return self._token_columns[name][cast(npt.NDArray[np.bool_], self._chosen)]
+        """Of all rows laid end to end, the tokens that are learned from. Of rows in memory."""
+        values = cast(npt.NDArray[np.float32], self._token_columns[name])
+        return values[cast(npt.NDArray[np.bool_], self._chosen)]
+
+    def row_column(self, name: str) -> npt.NDArray[Any]:
+        return self._row_columns[name]
 
     def pack(self, rows: Sequence[int], device: torch.device) -> MicroBatch:
         """Pads rows to the longest. Empty `rows` gives a one-row dummy of weight 0."""
@@ -177,7 +212,7 @@ class TokenRows:
         if not lines:
             return self._dummy(device)
         rows = [row for line in lines for row in line]
-        texts = {row: self._texts(row) for row in rows}
+        texts = {row: self.texts(row) for row in rows}
         width = max(self.line_length(line) for line in lines)
         input_ids_LT = np.zeros((len(lines), width), dtype=np.int64)
         states, last = [], []
@@ -208,7 +243,7 @@ class TokenRows:
             shared=self._shared(lines, width, device),
         )
 
-    def _texts(self, row: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def texts(self, row: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """(prompt, response)"""
         prompt = self._prompts[slice(*self._prompt_offsets[row : row + 2])]
         return prompt, self._responses[slice(*self._response_offsets[row : row + 2])]
@@ -255,6 +290,12 @@ def token_rows(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[in
 def num_marked(marks: npt.NDArray[np.bool_], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Number of marks of each row; rows are laid end to end."""
     return np.diff(np.concatenate([[0], np.cumsum(marks)])[offsets])
+
+
+def _end_to_end(parts: Sequence[npt.NDArray[Any]]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """The values of all parts, and where each part starts and the last one ends."""
+    offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+    return np.concatenate(parts) if parts else np.zeros(0, np.int32), offsets
 
 
 def flatten(lists: pa.ChunkedArray) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:

@@ -27,9 +27,10 @@ _PROMPT, _NOBODY = 0, -1
 _TOLERANCE = 0.1
 
 Ints = npt.NDArray[np.int64]
+Tokens = npt.NDArray[np.int32]
 
 
-def bundles(prompts: Sequence[Ints], responses: Sequence[Ints], *, longest: int) -> list[tuple[int, ...]]:
+def bundles(prompts: Sequence[Tokens], responses: Sequence[Tokens], *, longest: int) -> list[tuple[int, ...]]:
     """Adjacent rows with the same prompt, in lines of at most `longest` tokens, if that is less work."""
     found: list[tuple[int, ...]] = []
     start = 0

@@ -220,13 +220,15 @@ def answers(
     micro_batch_tokens: int,
     device: torch.device,
     shares_prompts: bool = False,
+    part: range | None = None,
 ) -> Iterator[tuple[MicroBatch, Any]]:
     """Yields (micro-batch, output) for this share of the rows. Dummies are run but not yielded.
 
     Args:
         shares_prompts: adjacent rows with the same prompt stay together, and their prompt is computed once.
+        part: only these rows. None: all.
     """
-    lines = rows.bundles(longest=micro_batch_tokens, shared=shares_prompts)
+    lines = rows.bundles(longest=micro_batch_tokens, shared=shares_prompts, part=part)
     lengths = [rows.line_length(line) for line in lines]
     plan = plan_forwards(lengths, num_ranks=share.count, micro_batch_tokens=micro_batch_tokens)
     for numbers in plan[share.index]:

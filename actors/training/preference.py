@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from actors.learning.distributed import Group, all_or_none, on_rank_0
@@ -27,17 +27,17 @@ from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.sharing import can_share
 from actors.training.artifact import make_artifact
 from actors.training.language_model import PolicyTraining
-from actors.training.ranked_rows import JudgedRecord, RankedRows, mismatched_rows, ranked_rows
+from actors.training.ranked_rows import Mismatched, RankedRows, stored_rankings
 from actors.training.row_values import row_values
-from actors.training.trainer import training_batches
 from orchestrator.config.losses import Orpo
 from orchestrator.config.trainings import PreferenceConfig
 from orchestrator.run.storage import reading, replacing
 
 REFERENCE_FILE = "reference.npy"
 
-JudgedData = tuple[Sequence[JudgedRecord], Sequence[JudgedRecord]]
-"""Records to train on, and held-out ones."""
+PreferenceData = tuple[Path, Path, Path | None]
+"""Folders (ranked_tokens.py) of the rows to train on, of held-out ones, and of mismatched ones if the loss needs them:
+the pairs of Mismatched."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,16 @@ class PreferenceTraining(PolicyTraining):
     stage: PreferenceConfig
 
 
+def learns_prompts(stage: PreferenceConfig) -> bool:
+    """Whether prompts of the best replies are learned, too."""
+    return isinstance(stage.loss, Orpo) and stage.loss.nll_of_prompt
+
+
 @dataclass(frozen=True)
 class Preferred:
     """What training found. `held_out_rewards` holds, per record, the implicit rewards of its replies, best first."""
 
     held_out_rewards: Sequence[Sequence[float]]
-    num_truncated: int
 
 
 class PreferenceTask:
@@ -62,33 +66,25 @@ class PreferenceTask:
     folder, for tries that follow a lost one.
 
     Raises:
-        DataError: on all ranks, when one of them can't load the model or tokenise the preferences.
+        DataError: on all ranks, when one of them can't load the model.
     """
 
-    def __init__(self, settings: PreferenceTraining, data: JudgedData, group: Group) -> None:
+    def __init__(self, settings: PreferenceTraining, data: PreferenceData, group: Group) -> None:
         self.settings, self.group = settings, group
         stage, steps = settings.stage, settings.total_optimizer_steps
-
-        def load() -> tuple[Any, Any, list[RankedRows]]:
-            chat, model = settings.load()
-            rows = [ranked_rows(part, chat, max_length=stage.max_length) for part in data]
-            shares = can_share(model.pretrained)
-            return chat, model, [replace(part, shares_prompts=shares) for part in rows]
-
-        self.chat, model, (train, held_out) = all_or_none(load, group)
+        self.chat, model = all_or_none(settings.load, group)
+        self._shares_prompts = can_share(model.pretrained)
+        added = ["reply"] if learns_prompts(stage) else []
+        train = stored_rankings(data[0], shares_prompts=self._shares_prompts, tokens_added=added)
+        held_out = stored_rankings(data[1], shares_prompts=self._shares_prompts)
         self.learner = Learner(
             model, stage.learner(steps), dtype=settings.policy.compute_dtype, total_optimizer_steps=steps
         )
-        self._shares_prompts = train.shares_prompts
-        batches = training_batches(train.num_records, stage, settings.seed) if stage.loss.judgement == "labels" else ()
-        pairs = dict.fromkeys(pair for _, _, batch in batches for pair in mismatched(batch))
-        self._mismatched_row = {pair: row for row, pair in enumerate(pairs)}
-        mixed = mismatched_rows(train, list(pairs), max_length=stage.max_length)
+        mixed = [] if data[2] is None else [stored_rankings(data[2])]
+        self._pairs = Mismatched(train.num_records if mixed else 0, stage, settings.seed)
         if stage.loss.needs_reference:
-            train, held_out, mixed = self._with_reference([train, held_out, mixed])
-        if isinstance(stage.loss, Orpo) and stage.loss.nll_of_prompt:
-            train = train.with_prompts_learned()
-        self.data, self._held_out, self._mismatched = train, held_out, mixed
+            train, held_out, *mixed = self._with_reference([train, held_out, *mixed])
+        self.data, self._held_out, self._mixed = train, held_out, mixed
 
     def objective(self, records: Sequence[int]) -> Loss:
         """Collective: for KTO, the policy's log-probs of mismatched replies are computed first."""
@@ -114,7 +110,7 @@ class PreferenceTask:
         held_out, settings = self._held_out, self.settings
         found = self._values(held_out.rows, lambda output, micro: self._rewards(replies_of(output[0], micro)))
         make_artifact(self.learner, self.chat, settings.folder, settings.work, self.group, self.chat.save_stops)
-        return Preferred(held_out.by_record(found), self.data.num_truncated + held_out.num_truncated)
+        return Preferred(held_out.by_record(found.tolist()))
 
     def _rewards(self, replies: Replies) -> torch.Tensor:
         loss = self.settings.stage.loss
@@ -126,24 +122,23 @@ class PreferenceTask:
 
     def _kl(self, records: Sequence[int]) -> float:
         """KTO's baseline for one batch; 0 for other losses."""
-        if self.settings.stage.loss.judgement != "labels":
+        if not self._mixed:
             return 0.0
-        mixed = self._mismatched.of_rows([self._mismatched_row[pair] for pair in mismatched(records)])
-        logprobs = torch.tensor(self._values(mixed.rows, _logprobs), dtype=torch.float64)
-        return float(kto_kl(logprobs, torch.tensor(mixed.table["reference"].to_pylist(), dtype=torch.float64)))
+        mixed = self._mixed[0].rows.take(self._pairs.rows_of(mismatched(records)))
+        logprobs = torch.tensor(self._values(mixed, _logprobs), dtype=torch.float64)
+        return float(kto_kl(logprobs, torch.tensor(mixed.row_column("reference"), dtype=torch.float64)))
 
     def _with_reference(self, parts: Sequence[RankedRows]) -> list[RankedRows]:
         """Reads the reference's log-probs from the work folder, or computes them and keeps them there."""
         file = self.settings.work / REFERENCE_FILE
         found = on_rank_0(lambda: _read(file), self.group)
         if found is None:
-            computed = [self._values(part.rows, _logprobs) for part in parts]
-            found = list(itertools.chain.from_iterable(computed))
+            found = np.concatenate([self._values(part.rows, _logprobs) for part in parts]).astype(np.float32)
             on_rank_0(lambda: _write(file, found), self.group)
-        logprobs = iter(found)
-        return [part.with_reference(list(itertools.islice(logprobs, part.table.num_rows))) for part in parts]
+        ends = np.cumsum([part.rows.num_rows for part in parts])
+        return [part.with_reference(its) for part, its in zip(parts, np.split(found, ends[:-1]), strict=True)]
 
-    def _values(self, rows: TokenRows, values: Callable[[Any, MicroBatch], torch.Tensor]) -> list[float]:
+    def _values(self, rows: TokenRows, values: Callable[[Any, MicroBatch], torch.Tensor]) -> npt.NDArray[np.float64]:
         budget = self.settings.stage.micro_batch_tokens
         return row_values(
             rows,
@@ -159,14 +154,14 @@ def _logprobs(output: tuple[torch.Tensor, torch.Tensor], micro: MicroBatch) -> t
     return replies_of(output[0], micro).logprob_B
 
 
-def _read(file: Path) -> list[float] | None:
+def _read(file: Path) -> npt.NDArray[np.float32] | None:
     if not file.exists():
         return None
     with reading(file):
-        found: list[float] = np.load(file, allow_pickle=False).tolist()
+        found: npt.NDArray[np.float32] = np.load(file, allow_pickle=False)
     return found
 
 
-def _write(file: Path, logprobs: Sequence[float]) -> None:
+def _write(file: Path, logprobs: npt.NDArray[np.float32]) -> None:
     with replacing(file) as temporary, temporary.open("wb") as stream:
-        np.save(stream, np.asarray(logprobs, dtype=np.float32))
+        np.save(stream, logprobs)

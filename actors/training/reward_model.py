@@ -14,17 +14,17 @@ from actors.learning.distributed import Group, all_or_none
 from actors.learning.heads import ValueModel
 from actors.learning.learner import Learner, Loss, Update
 from actors.learning.objectives.losses import LossTerms
-from actors.learning.objectives.reward import REWARD_OBJECTIVES, Judgements, over_heads
+from actors.learning.objectives.reward import REWARD_OBJECTIVES
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.models.model import load_scorer, resolve_model, torch_dtype
 from actors.rewards.model import RewardStats, write_stats
 from actors.text.conversations import Chat, base_chat
 from actors.training.artifact import make_artifact
-from actors.training.ranked_rows import JudgedRecord, RankedRows, padding_token, ranked_rows
-from actors.training.row_values import row_vectors
+from actors.training.ranked_rows import stored_rankings
+from actors.training.ranked_tokens import padding_token
+from actors.training.row_values import row_values
 from actors.training.task import TaskInputs
 from orchestrator.algorithms.calibration import Calibration, calibration
-from orchestrator.algorithms.ensemble import bootstrap_weights, mean_scores
 from orchestrator.algorithms.ranking import spread
 from orchestrator.config.trainings import RewardModelConfig
 from orchestrator.run.storage import write_json
@@ -32,8 +32,8 @@ from orchestrator.run.storage import write_json
 CALIBRATION_FILE = "calibration.json"
 CALIBRATION_REPLIES = 256  # the mean of that many scores is known to a sixteenth of their standard deviation
 
-JudgedData = tuple[Sequence[JudgedRecord], Sequence[JudgedRecord]]
-"""Records to train on, and held-out ones."""
+RankedData = tuple[Path, Path]
+"""Folders of the rows to train on and of held-out ones (ranked_tokens.py)."""
 
 
 @dataclass(frozen=True)
@@ -46,33 +46,26 @@ class RewardTraining(TaskInputs):
 
 @dataclass(frozen=True)
 class Trained:
-    """What training found.
-
-    Args:
-        held_out_scores: per record, of its replies, best reply first.
-        held_out_heads: the same, per head.
-    """
+    """What training found. `held_out_scores` holds, per record, the scores of its replies, best reply first."""
 
     held_out_scores: Sequence[Sequence[float]]
-    held_out_heads: Sequence[Sequence[Sequence[float]]]
     calibration: Calibration
     stats: RewardStats
-    num_truncated: int
 
 
 class RewardModelTask:
     """One rank of reward-model training; a Task (task.py). Complete when constructed.
 
     Raises:
-        DataError: on all ranks, when one of them can't load the model or tokenise the preferences.
+        DataError: on all ranks, when one of them can't load the model.
     """
 
-    def __init__(self, settings: RewardTraining, data: JudgedData, group: Group) -> None:
+    def __init__(self, settings: RewardTraining, data: RankedData, group: Group) -> None:
         self.settings, self.group = settings, group
         stage, policy = settings.stage, settings.policy
         dtype, trust = policy.compute_dtype, policy.trust_remote_code
 
-        def load() -> tuple[Chat, Any, RankedRows, RankedRows]:
+        def load() -> tuple[Chat, Any]:
             folder = resolve_model(stage.base or policy.path, settings.cache)
             chat = base_chat(folder, resolve_model(policy.path, settings.cache), policy, settings.template)
             scorer = load_scorer(
@@ -80,22 +73,18 @@ class RewardModelTask:
                 torch_dtype(dtype),
                 new_head="normal",
                 seed=settings.seed,
-                heads=stage.heads,
                 layers=stage.layers,
                 trust_remote_code=trust,
             )
-            rows = [ranked_rows(part, chat, max_length=stage.max_length) for part in data]
-            return chat, scorer, rows[0], rows[1]
+            return chat, scorer
 
-        self.chat, scorer, self.data, self._held_out = all_or_none(load, group)
+        self.chat, scorer = all_or_none(load, group)
+        self.data, self._held_out = (stored_rankings(folder) for folder in data)
         padding = padding_token(self.chat)
         self.chat.tokenizer.pad_token = self.chat.tokenizer.convert_ids_to_tokens(padding)
         scorer.config.pad_token_id = padding
         steps = settings.total_optimizer_steps
         self.learner = Learner(ValueModel(scorer), stage.learner(steps), dtype=dtype, total_optimizer_steps=steps)
-        ids = [record.id for record in data[0]] if stage.heads > 1 else []
-        weights_RH = bootstrap_weights(ids, stage.heads, settings.seed)
-        self._weights_RH = torch.tensor(weights_RH, dtype=torch.float32, device=self.learner.device)
 
     def objective(self, records: Sequence[int]) -> Loss:  # noqa: ARG002 (every batch has the same)
         return self._loss
@@ -117,29 +106,25 @@ class RewardModelTask:
     def finish(self) -> Trained:
         """Scores the held-out replies and some of the training replies, writes the finished model."""
         held_out = self._held_out
-        heads = self._scores(held_out.rows)
-        scores = held_out.by_record(mean_scores(heads).tolist())
+        scores = held_out.by_record(self._scores(held_out.rows))
         found = calibration(scores, held_out.by_record(held_out.rows.response_lengths.tolist()))
-        some = spread(range(self.data.first_row[-1]), CALIBRATION_REPLIES)
-        stats = self._export(mean_scores(self._scores(self.data.of_rows(some).rows)).tolist(), found)
-        num_truncated = self.data.num_truncated + held_out.num_truncated
-        return Trained(scores, held_out.by_record(heads), found, stats, num_truncated)
+        some = spread(range(self.data.rows.num_rows), CALIBRATION_REPLIES)
+        stats = self._export(self._scores(self.data.rows.take(some)), found)
+        return Trained(scores, found, stats)
 
     def _loss(self, output: tuple[torch.Tensor, torch.Tensor], micro: MicroBatch) -> LossTerms:
-        section, judged = self.settings.stage.loss, Judgements.of(micro.columns)
-        if self.settings.stage.heads == 1:
-            return REWARD_OBJECTIVES[section.name](section, output[1], judged)
-        return over_heads(section, output[1], judged, self._weights_RH[judged.group_B.long()])
+        section = self.settings.stage.loss
+        return REWARD_OBJECTIVES[section.name](section, output[1], micro.columns["quality"], micro.columns["group"])
 
-    def _scores(self, rows: TokenRows) -> list[list[float]]:
-        """Of every row, its score by each head."""
-        return row_vectors(
+    def _scores(self, rows: TokenRows) -> list[float]:
+        found: list[float] = row_values(
             rows,
             self.learner,
             self.group,
             micro_batch_tokens=self.settings.stage.micro_batch_tokens,
-            values=lambda output, micro: output[1].float().reshape(len(micro.rows), -1),
-        )
+            values=lambda output, _: output[1].float(),
+        ).tolist()
+        return found
 
     def _export(self, scores: Sequence[float], found: Calibration) -> RewardStats:
         settings = self.settings

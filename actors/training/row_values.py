@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from actors.learning.distributed import Group, from_all
 from actors.learning.learner import Learner
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.worker import Share, answers
+
+PLANNED_ROWS = 2**17  # rows whose micro-batches are planned together; a plan takes some 250 bytes a row
 
 
 def row_values(
@@ -21,44 +25,27 @@ def row_values(
     micro_batch_tokens: int,
     shares_prompts: bool = False,
     values: Callable[[Any, MicroBatch], torch.Tensor],
-) -> list[float]:
+) -> npt.NDArray[np.float64]:
     """Collective. Every rank returns one number per row.
 
     Args:
         values: (model output, micro-batch) -> one number per row of the micro-batch.
     """
-    found = row_vectors(
-        rows,
-        learner,
-        group,
-        micro_batch_tokens=micro_batch_tokens,
-        shares_prompts=shares_prompts,
-        values=lambda output, micro: values(output, micro).unsqueeze(-1),
-    )
-    return [value for (value,) in found]
-
-
-def row_vectors(
-    rows: TokenRows,
-    learner: Learner,
-    group: Group,
-    *,
-    micro_batch_tokens: int,
-    shares_prompts: bool = False,
-    values: Callable[[Any, MicroBatch], torch.Tensor],
-) -> list[list[float]]:
-    """As `row_values`, of several numbers per row."""
-    if not rows.num_rows:
-        return []
-    mine: dict[int, list[float]] = {}
-    for micro, output in answers(
-        rows,
-        learner.pass_through,
-        Share(group.rank, group.world_size),
-        micro_batch_tokens=micro_batch_tokens,
-        device=learner.device,
-        shares_prompts=shares_prompts,
-    ):
-        mine |= dict(zip(micro.rows, values(output, micro).cpu().tolist(), strict=True))
-    found = {row: value for part in from_all(mine, group) for row, value in part.items()}
-    return [found[row] for row in range(rows.num_rows)]
+    found = np.zeros(rows.num_rows, dtype=np.float64)
+    for start in range(0, rows.num_rows, PLANNED_ROWS):
+        mine: list[int] = []
+        computed: list[float] = []
+        for micro, output in answers(
+            rows,
+            learner.pass_through,
+            Share(group.rank, group.world_size),
+            micro_batch_tokens=micro_batch_tokens,
+            device=learner.device,
+            shares_prompts=shares_prompts,
+            part=range(start, min(start + PLANNED_ROWS, rows.num_rows)),
+        ):
+            mine += micro.rows
+            computed += values(output, micro).cpu().tolist()
+        for numbers, those in from_all((np.array(mine, dtype=np.int64), np.array(computed, dtype=np.float64)), group):
+            found[numbers] = those
+    return found

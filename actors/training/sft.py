@@ -91,7 +91,7 @@ class SftTask:
             micro_batch_tokens=self.settings.stage.micro_batch_tokens,
             values=lambda output, micro: row_sums(output[0].double(), micro.lengths_B),
         )
-        total = sum(logprobs)
+        total = sum(logprobs.tolist())
         return -total / held_out.num_learned(range(held_out.num_records))
 
 

@@ -5,6 +5,11 @@ A folder with one file of plain numbers per column, all rows laid end to end (do
 prompts, responses     tokens (int32); a row's prompt ends where its first learned token begins
 learn                  for every response token whether it is learned (bool)
 ends                   for every row where its prompt and its response end (2 x int64), and its learned tokens (int64)
+
+and, where a stage adds them:
+
+reply                  for every response token whether it is of the reply (bool); others are learned prompts
+quality, record        for every row the quality of a reply (float32) and the number of its record (int64)
 """
 
 from __future__ import annotations
@@ -12,9 +17,10 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,6 +31,7 @@ from actors.learning.packing import TokenRows, flatten, num_marked
 from orchestrator.run.storage import reading, replacing
 
 _TYPES: dict[str, type[np.generic]] = {"prompts": np.int32, "responses": np.int32, "learn": np.bool_, "ends": np.int64}
+_ADDED: dict[str, type[np.generic]] = {"reply": np.bool_, "quality": np.float32, "record": np.int64}
 
 
 class RowsWriter:
@@ -37,15 +44,18 @@ class RowsWriter:
         self.num_rows = self.num_learned = 0
 
     def append(self, table: pa.Table) -> None:
-        """Appends rows with the columns prompt_tokens, response_tokens and learn."""
+        """Appends rows with the columns prompt_tokens, response_tokens, learn, and those that were added."""
         (prompts, prompt_ends), (responses, response_ends) = (
             flatten(table[name]) for name in ("prompt_tokens", "response_tokens")
         )
         learn, _ = flatten(table["learn"])
         learned = num_marked(learn, response_ends)
         ends = np.stack([self._ends[0] + prompt_ends[1:], self._ends[1] + response_ends[1:], learned], axis=1)
-        for name, values in {"prompts": prompts, "responses": responses, "learn": learn, "ends": ends}.items():
-            content = np.ascontiguousarray(values, dtype=_TYPES[name]).tobytes()
+        columns = {"prompts": prompts, "responses": responses, "learn": learn, "ends": ends}
+        for name in self._files.keys() & _ADDED.keys():
+            columns[name] = flatten(table[name])[0] if pa.types.is_list(table[name].type) else table[name].to_numpy()
+        for name, values in columns.items():
+            content = np.ascontiguousarray(values, dtype=(_TYPES | _ADDED)[name]).tobytes()
             self._files[name].write(content)
             self._digests[name].update(content)
         self._ends += (len(prompts), len(responses))
@@ -58,21 +68,35 @@ class RowsWriter:
 
 
 @contextmanager
-def writing_rows(folder: Path) -> Iterator[RowsWriter]:
+def writing_rows(folder: Path, *added: str) -> Iterator[RowsWriter]:
     """The files appear in `folder` when the body has ended; workers of an earlier try can still read those before.
+
+    Args:
+        added: columns beside those that all rows have.
 
     Raises StorageError.
     """
     with ExitStack() as stack:
-        paths = {name: stack.enter_context(replacing(folder / name)) for name in _TYPES}
+        paths = {name: stack.enter_context(replacing(folder / name)) for name in (*_TYPES, *added)}
         with ExitStack() as opened:
             yield RowsWriter({name: opened.enter_context(path.open("wb")) for name, path in paths.items()})
 
 
 class StoredRows(TokenRows):
-    """The rows of a folder. Raises StorageError."""
+    """The rows of a folder. Raises StorageError.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        tokens_added: columns that were added, of one value per response token.
+        row_columns: see TokenRows.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tokens_added: Sequence[str] = (),
+        row_columns: Mapping[str, npt.NDArray[Any]] = MappingProxyType({}),
+    ) -> None:
         with reading(folder / "ends"):
             ends = np.fromfile(folder / "ends", dtype=np.int64).reshape(-1, 3)
         first = np.zeros((1, 2), dtype=np.int64)
@@ -82,7 +106,15 @@ class StoredRows(TokenRows):
             (_Column(folder / "responses"), response_offsets),
             _Column(folder / "learn"),
             ends[:, 2].copy(),
+            token_columns={name: _Column(folder / name) for name in tokens_added},
+            row_columns=row_columns,
         )
+
+
+def row_column(folder: Path, name: str) -> npt.NDArray[Any]:
+    """An added column of one number per row. Raises StorageError."""
+    with reading(folder / name):
+        return np.fromfile(folder / name, dtype=_ADDED[name])
 
 
 class _Column:
@@ -90,7 +122,7 @@ class _Column:
     memory, and after an epoch these are all pages of the file."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._type = path, np.dtype(_TYPES[path.name])
+        self._path, self._type = path, np.dtype((_TYPES | _ADDED)[path.name])
         with reading(path):
             self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)

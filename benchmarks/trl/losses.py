@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
@@ -32,10 +33,11 @@ from actors.learning.objectives.preference import (
     mismatched,
     replies_of,
 )
-from actors.learning.objectives.reward import REWARD_OBJECTIVES, Judgements
+from actors.learning.objectives.reward import REWARD_OBJECTIVES
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.models.model import load_causal, load_scorer
-from actors.training.ranked_rows import RankedRows, mismatched_rows
+from actors.training.ranked_rows import RankedRows, first_rows
+from actors.training.ranked_tokens import mismatched_table, with_prompts_learned
 from orchestrator.config.losses import Cpo, Dpo, Ipo, Kto, Orpo, Pairwise, PreferenceLoss, Simpo
 
 PAIRS = (
@@ -107,7 +109,7 @@ def sft(models: Models) -> list[Loss]:
         )
         for row in trainer.train_dataset
     ]
-    ranked = rows_of(found, groups=range(len(found)), qualities=[0.0] * len(found))
+    ranked = ranked_rows(rows_of(found, records=range(len(found)), qualities=[0.0] * len(found)))
     count = float(ranked.rows.learned_lengths.sum())
     model = PolicyModel(load_causal(models.policy, torch.float32), temperature=1.0)
     ours = total(ranked, model, lambda output, _: likelihood_loss(output[0])) / count
@@ -139,12 +141,12 @@ def reward_model(models: Models) -> list[Loss]:
 
 def our_scores(models: Models, trainer: Any, section: Pairwise) -> float:
     pairs = [(row[name][:1], row[name][1:]) for row in trainer.train_dataset for name in ("chosen_ids", "rejected_ids")]
-    ranked = ranked_pairs(pairs)
+    ranked = ranked_rows(ranked_pairs(pairs))
     model = ValueModel(load_scorer(models.scorer, torch.float32))
     objective = REWARD_OBJECTIVES[section.name]
 
     def loss(output: Any, micro: MicroBatch) -> LossTerms:
-        return objective(section, output[1], Judgements.of(micro.columns))
+        return objective(section, output[1], micro.columns["quality"], micro.columns["group"])
 
     return total(ranked, model, loss) / ranked.num_records
 
@@ -206,8 +208,8 @@ def kto(models: Models) -> list[Loss]:
     )
     pairs = [(row["prompt_ids"], row["completion_ids"]) for row in trainer.train_dataset]
     labels = [float(row["label"]) for row in trainer.train_dataset]
-    ranked = rows_of(pairs, groups=range(len(pairs)), qualities=labels)
-    return [Loss("kto", our_preference(models, section, ranked), theirs(trainer))]
+    table = rows_of(pairs, records=range(len(pairs)), qualities=labels)
+    return [Loss("kto", our_preference(models, section, table), theirs(trainer))]
 
 
 COMPARISONS: Sequence[Callable[[Models], list[Loss]]] = (sft, reward_model, dpo, without_reference, kto)
@@ -240,19 +242,19 @@ def theirs(trainer: Any) -> float:
         return float(trainer.compute_loss(trainer.model, batch))
 
 
-def our_preference(models: Models, section: PreferenceLoss, ranked: RankedRows) -> float:
+def our_preference(models: Models, section: PreferenceLoss, table: pa.Table) -> float:
     """As PreferenceTask does it, without workers."""
+    ranked = ranked_rows(with_prompts_learned(table) if isinstance(section, Orpo) else table)
     policy = PolicyModel(load_causal(models.policy, torch.float32), temperature=1.0)
     numbers = BatchNumbers()
     if section.needs_reference:
         reference = PolicyModel(load_causal(models.reference, torch.float32), temperature=1.0)
-        ranked = ranked.with_reference(logprobs(ranked.rows, reference))
+        ranked = ranked.with_reference(np.array(logprobs(ranked.rows, reference), dtype=np.float32))
         if section.judgement == "labels":
-            mixed = mismatched_rows(ranked, mismatched(range(ranked.num_records)), max_length=10_000).rows
+            pairs = mismatched(range(ranked.num_records))
+            mixed = TokenRows.of_table(mismatched_table(ranked, pairs, max_length=10_000))
             kl = kto_kl(torch.tensor(logprobs(mixed, policy)), torch.tensor(logprobs(mixed, reference)))
             numbers = BatchNumbers(kl=float(kl))
-    if isinstance(section, Orpo):
-        ranked = ranked.with_prompts_learned()
     if section.judgement != "labels":
         tokens = ranked.rows.learned_lengths[list(ranked.first_row[:-1])].sum()
         numbers = BatchNumbers(prompts_per_token=ranked.num_records / float(tokens))
@@ -273,7 +275,7 @@ def logprobs(rows: TokenRows, model: PolicyModel) -> list[float]:
 
 def total(ranked: RankedRows, model: Any, loss: Callable[[Any, MicroBatch], LossTerms]) -> float:
     """The sum of a batch, in micro-batches."""
-    longest = max(ranked.lengths)
+    longest = max(ranked.rows.lengths)
     micros = ranked.micro_batches(range(ranked.num_records), Group(), 4 * longest)
     assert len(micros) > 1
     with torch.no_grad():
@@ -281,25 +283,32 @@ def total(ranked: RankedRows, model: Any, loss: Callable[[Any, MicroBatch], Loss
         return sum(float(loss(model(micro), micro).loss) for micro in packed)
 
 
-def ranked_pairs(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> RankedRows:
+def ranked_pairs(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> pa.Table:
     """Rows of a better and a worse reply by turns."""
-    groups = [row // 2 for row in range(len(pairs))]
-    return rows_of(pairs, groups=groups, qualities=[float(-(row % 2)) for row in range(len(pairs))])
+    records = [row // 2 for row in range(len(pairs))]
+    return rows_of(pairs, records=records, qualities=[float(-(row % 2)) for row in range(len(pairs))])
 
 
 def rows_of(
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, groups: Sequence[int], qualities: Sequence[float]
-) -> RankedRows:
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, records: Sequence[int], qualities: Sequence[float]
+) -> pa.Table:
     lists = pa.list_(pa.int32())
     columns: Mapping[str, Any] = {
         "prompt_tokens": pa.array([prompt for prompt, _ in rows], lists),
         "response_tokens": pa.array([reply for _, reply in rows], lists),
+        "learn": pa.array([[True] * len(reply) for _, reply in rows], pa.list_(pa.bool_())),
         "quality": pa.array(qualities, pa.float32()),
-        "strength": pa.array(qualities, pa.float32()),
-        "group": pa.array([float(group) for group in groups], pa.float32()),
+        "record": pa.array(records, pa.int64()),
     }
-    first = [row for row in range(len(rows)) if not row or groups[row] != groups[row - 1]]
-    return RankedRows(pa.table(columns), [*first, len(rows)], 0)
+    return pa.table(columns)
+
+
+def ranked_rows(table: pa.Table) -> RankedRows:
+    """The rows of a table, in memory."""
+    records = table["record"].to_numpy()
+    names = [name for name in ("reply", "quality") if name in table.column_names]
+    rows = TokenRows.of_table(table, names, learned_only=True).with_column("group", records.astype(np.float32))
+    return RankedRows(rows, first_rows(records))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +24,7 @@ from actors.text.conversations import Chat, load_chat
 from actors.text.learned import Rows
 from actors.text.tokenizing import load_tokenizer
 from actors.training.preference import PreferenceTask, PreferenceTraining
-from actors.training.ranked_rows import padding_token, ranked_rows
+from actors.training.ranked_tokens import ADDED, RankedTokens, padding_token
 from actors.training.reward_model import RewardModelTask, RewardTraining
 from actors.training.sft import SftTask, SftTraining
 from actors.training.stored_rows import writing_rows
@@ -34,7 +35,8 @@ from orchestrator.algorithms.ranking import epoch_batches
 from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.config.sections import ModelConfig, PromptsConfig, RunConfig
 from orchestrator.config.trainings import PreferenceConfig, RewardModelConfig, SftConfig
-from orchestrator.data.readers import read_prompts
+from orchestrator.data.kinds import PROMPTS
+from orchestrator.data.readers import read_all
 from orchestrator.data.records import Message, RankingRecord
 
 SEED = 1
@@ -115,7 +117,7 @@ def train(
         "preference": lambda: partial(PreferenceTask, PreferenceTraining(stage=section, **shared)),
     }
     open_work(folder / "work", "benchmark")
-    data = stored(sft_rows(records, chat, section.max_length), folder) if kind == "sft" else (tuple(records), ())
+    data = stored(kind, records, chat, section.max_length, folder)
     claimed = WorkFolder(folder / "work", "benchmark")
     claimed.claim()
     training: Training[Any] = Training(
@@ -131,19 +133,30 @@ def train(
     Trainer(training, data, group, claimed).run()
 
 
-def stored(rows: Rows, folder: Path) -> tuple[Path, Path]:
-    """The folders of the rows to train on, and of none held out."""
+def stored(
+    kind: str, records: Sequence[RankingRecord], chat: Chat, max_length: int, folder: Path
+) -> tuple[Path | None, ...]:
+    """The folders of the rows to train on, of none held out, and none of mismatched ones."""
     found = folder / "train", folder / "held_out"
-    for place, part in zip(found, (rows, Rows()), strict=True):
+    for place, some in zip(found, (records, ()), strict=True):
         place.mkdir()
-        with writing_rows(place) as writer:
-            writer.append(part.table())
-    return found
+        with writing_rows(place, *(() if kind == "sft" else ADDED)) as writer:
+            writer.append(
+                sft_rows(some, chat, max_length).table() if kind == "sft" else ranked_table(some, chat, max_length)
+            )
+    return (*found, None) if kind == "preference" else found
+
+
+def ranked_table(records: Sequence[RankingRecord], chat: Chat, max_length: int) -> pa.Table:
+    tokens = RankedTokens(chat, max_length)
+    for record in records:
+        tokens.add(record)
+    return tokens.take()
 
 
 def records_of(count: int) -> list[RankingRecord]:
     """Prompts of the quickstart, answered by other prompts: text of some length, nothing more."""
-    prompts, _ = read_prompts(PromptsConfig().path)
+    prompts, _ = read_all(PROMPTS, PromptsConfig().path)
     texts = [prompt.text for prompt in prompts]
     return [
         RankingRecord(
@@ -174,7 +187,7 @@ def tokens_of(
             {"input_ids": row.tokens.tolist(), "labels": np.where(row.learn, row.tokens, -100).tolist()}
             for row in sft_rows(records, chat, max_length).rows
         ]
-    table = ranked_rows(records, chat, max_length=max_length).table
+    table = ranked_table(records, chat, max_length)
     prompts, replies = (table[name].to_pylist() for name in ("prompt_tokens", "response_tokens"))
     pairs = range(0, len(prompts), 2)
     if kind == "reward_model":

@@ -13,6 +13,7 @@ import torch
 from actors.groups.cluster import alive_nodes, connect, named_address
 from actors.models.model import resolve_model
 from actors.models.size import model_size
+from jobs.prepare import Prepared
 from jobs.stages.settings import critic_base, reward_base
 from jobs.stages.table import stages_of
 from orchestrator.config.config import Config
@@ -85,8 +86,11 @@ class Capacity:
     disk_bytes: float
 
 
-def capacity(config: Config, cluster: Cluster) -> Capacity:
+def capacity(config: Config, cluster: Cluster, prepared: Prepared | None = None) -> Capacity:
     """Places the config's roles and estimates their needs.
+
+    Args:
+        prepared: the prompts of a run whose data is good. None: its rows on disk are not counted.
 
     Raises:
         CapacityError: cores, GPUs or memory are short.
@@ -99,7 +103,7 @@ def capacity(config: Config, cluster: Cluster) -> Capacity:
     memory_of = memory_per_role(config, sizes, roles)
     found = needs(plan, memory_of, cluster.offers)
     warnings = dict.fromkeys(line for each in plans for line in too_much(needs(each, memory_of, cluster.offers)))
-    return Capacity(cluster, plan, memory_of, found, list(warnings), disk_bytes(config, sizes))
+    return Capacity(cluster, plan, memory_of, found, list(warnings), disk_bytes(config, sizes, prepared))
 
 
 class _Sizes:
@@ -177,7 +181,12 @@ def _learner(config: Config, learner: LearnerConfig | OfflineConfig, size: Model
     )
 
 
-def disk_bytes(config: Config, sizes: _Sizes) -> float:
+def disk_bytes(config: Config, sizes: _Sizes, prepared: Prepared | None) -> float:
     """Maximum disk space of a run: what its stages keep, and the most that one of them needs while it runs."""
-    uses = [entry.stage.disk(entry.config, sizes) for entry in stages_of(config)]
-    return sum(use.kept for use in uses) + max(use.working for use in uses)
+    stages = stages_of(config)
+    uses = [entry.stage.disk(entry.config, sizes) for entry in stages]
+    rows = [
+        0.0 if prepared is None else entry.stage.rows_disk(entry.config, prepared.of(entry.config)).working
+        for entry in stages
+    ]
+    return sum(use.kept for use in uses) + max(use.working + of_rows for use, of_rows in zip(uses, rows, strict=True))

@@ -11,12 +11,16 @@ def check_demonstrations(config: Config, found: Found) -> str | None:
     """Raises DataError, which names a bad row or a conversation that the chat template refuses."""
     if config.demonstrations.path is None:
         return None  # a stage of this run makes them
-    some, _, report = sample(config)
+    sampled = sample(config)
+    what = f"demonstrations: {sampled.report.summary()}"
     if found.chat is None:
-        return f"demonstrations: {report.summary()}"
-    rows = rows_of(config, found.chat, some)
+        return what
+    rows = rows_of(config, found.chat, sampled.some)
     learned, total = sum(int(row.learn.sum()) for row in rows.rows), sum(len(row.tokens) for row in rows.rows)
-    parts = [f"demonstrations: {report.summary()}", f"{learned} of {total} tokens are learned in a sample of them"]
+    parts = [
+        f"demonstrations: {sampled.report.summary()}",
+        f"{learned} of {total} tokens are learned in a sample of them",
+    ]
     return ", ".join([*parts, *filter(None, [rows.describe(f"sft.max_length={config.sft.max_length}")])])
 
 

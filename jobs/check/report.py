@@ -42,7 +42,7 @@ def check(config: Config, ray_address: str | None) -> None:
     problems = [*found.problems]
     try:
         cluster = find_cluster(ray_address, wait_s=config.placement.wait_s)
-        _show_capacity(config, capacity(config, cluster))
+        _show_capacity(config, capacity(config, cluster, None if problems else found.prepared))
     except RlhfError as error:
         if str(error) not in map(str, problems):
             problems.append(error)

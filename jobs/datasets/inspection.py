@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ from jobs.command import out, say
 from jobs.datasets.kinds import kinds_of
 from jobs.datasets.written import Written, written
 from jobs.prepare import find_data, policy_chat
-from orchestrator.algorithms.ranking import spread
+from orchestrator.algorithms.ranking import spread, thinned
 from orchestrator.config.config import Config
 from orchestrator.data.kinds import KINDS
 from orchestrator.data.mixtures import is_mixture, sources_of
@@ -60,17 +59,17 @@ def inspect(file: Path, kind: str | None, format: str, config: Config | None) ->
 
 
 def sample(stream: Iterable[Item]) -> tuple[list[Item], DataError | None]:
-    """A uniform sample of MEASURED records in file order, and what ended the reading early."""
-    draw = random.Random(0)
-    kept: dict[int, tuple[int, Item]] = {}
-    try:
-        for number, record in enumerate(stream):
-            place = number if number < MEASURED else draw.randint(0, number)
-            if place < MEASURED:
-                kept[place] = number, record
-    except DataError as error:
-        return [record for _, record in sorted(kept.values(), key=lambda item: item[0])], error
-    return [record for _, record in sorted(kept.values(), key=lambda item: item[0])], None
+    """At most MEASURED records, evenly spaced, and what ended the reading early."""
+    problem: DataError | None = None
+
+    def read() -> Iterator[Item]:
+        nonlocal problem
+        try:
+            yield from stream
+        except DataError as error:
+            problem = error
+
+    return thinned(read(), MEASURED), problem
 
 
 def _show(chat: Chat, records: Sequence[Any], num_records: int) -> None:

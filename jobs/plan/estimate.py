@@ -21,6 +21,7 @@ from jobs.prepare import Prepared, prepare
 from jobs.resolve import WITHOUT_TRIAL, resolved
 from jobs.stages.stage import RowSizes
 from jobs.stages.table import stages_of
+from orchestrator.algorithms.ranking import spread
 from orchestrator.config.config import Config
 from orchestrator.config.trainings import OfflineConfig
 from orchestrator.planning.costs import (
@@ -43,6 +44,7 @@ RAY_START_S = 10.0
 _SIMULATED_STEPS = 3
 _HELD_OUT = 0.1  # share of the preferences, as in jobs.stages.reward_model
 _ENOUGH_CACHE = 1e9
+_MEASURED = 10_000  # prompts
 BUSY = 0.7  # share of the cores, in runnable processes
 
 
@@ -213,4 +215,6 @@ class Costs:
 
 
 def _lengths(prompts: Sequence[Prompt]) -> Lengths:
-    return np.asarray([len(prompt.tokens) for prompt in prompts], dtype=np.int64)
+    """Those of some prompts stand for all."""
+    measured = np.asarray([len(prompt.tokens) for prompt in spread(prompts, _MEASURED)], dtype=np.int64)
+    return np.resize(measured, len(prompts))

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from jobs.command import imported
 from jobs.stages.preferences import PREFERENCES
-from jobs.stages.stage import POLICY, Artifact, Costs, Inputs
+from jobs.stages.stage import POLICY, Artifact, Costs, Inputs, RowSizes
 from jobs.stages.trainings import PolicyTrainingStage, unmade_judgements
 from orchestrator.config.config import Config
+from orchestrator.planning.disk import Disk
 
 if TYPE_CHECKING:
     from jobs.prepare import Prepared
@@ -22,7 +23,7 @@ class Preference(PolicyTrainingStage):
     kind = "preference"
     sections = ("preference", "preferences")
     leaves = (RESULT_FILE,)
-    checks = ("jobs.check.rewards:check_preferred", "jobs.check.conversations:check_preferred_conversations")
+    checks = ("jobs.check.rewards:check_preferred",)
     instead = MappingProxyType({PREFERENCES: "give a preference file: preferences.path"})
 
     def reads(self, config: Config) -> Sequence[str]:
@@ -38,5 +39,14 @@ class Preference(PolicyTrainingStage):
     def inputs(self, config: Config) -> Inputs:
         return Inputs(files={"preferences.path": config.preferences.path})
 
+    def rows(self, config: Config, prepared: Prepared) -> RowSizes:
+        found: RowSizes = imported("jobs.stages.work.preference:sizes")(config, prepared)
+        return found
+
+    def rows_disk(self, config: Config, prepared: Prepared) -> Disk:
+        """With the mismatched rows of KTO, as many in every epoch."""
+        once, stage = super().rows_disk(config, prepared).working, config.preference
+        return Disk(working=once * (1 + stage.epochs * (stage.loss.judgement == "labels")))
+
     def seconds(self, costs: Costs, prepared: Prepared) -> float:
-        return costs.preference(imported("jobs.stages.work.preference:sizes")(costs.config, prepared))
+        return costs.preference(self.rows(costs.config, prepared))

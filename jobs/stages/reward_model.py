@@ -7,8 +7,9 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from jobs.command import imported
 from jobs.stages.preferences import PREFERENCES
-from jobs.stages.stage import Artifact, Costs, Inputs, ModelUse
+from jobs.stages.stage import Artifact, Costs, Inputs, ModelUse, RowSizes
 from jobs.stages.trainings import TrainingStage, unmade_judgements
 from orchestrator.config.config import Config
 from orchestrator.planning.demands import REWARD_MODEL
@@ -47,6 +48,10 @@ class RewardModel(TrainingStage):
         base, layers = self.initial_model(config)
         use = ModelUse("reward_model.base", base, scores=True, window=None, exports=True, layers=layers)
         return (replace(use, heads=config.reward_model.heads),)
+
+    def rows(self, config: Config, prepared: Prepared) -> RowSizes:
+        found: RowSizes = imported("jobs.stages.work.reward_model:sizes")(config, prepared)
+        return found
 
     def seconds(self, costs: Costs, prepared: Prepared) -> float:
         return costs.reward_model(prepared.prompts.reward_model)

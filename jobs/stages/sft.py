@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from jobs.command import imported
-from jobs.stages.stage import POLICY, Artifact, Costs, Inputs
+from jobs.stages.stage import POLICY, Artifact, Costs, Inputs, RowSizes
 from jobs.stages.trainings import PolicyTrainingStage
 from orchestrator.config.config import Config
 
@@ -34,5 +34,9 @@ class Sft(PolicyTrainingStage):
     def inputs(self, config: Config) -> Inputs:
         return Inputs(files={"demonstrations.path": config.demonstrations.path})
 
+    def rows(self, config: Config, prepared: Prepared) -> RowSizes:
+        found: RowSizes = imported("jobs.stages.work.data.demonstrations:sizes")(config, prepared)
+        return found
+
     def seconds(self, costs: Costs, prepared: Prepared) -> float:
-        return costs.sft(imported("jobs.stages.work.data.demonstrations:sizes")(costs.config, prepared))
+        return costs.sft(self.rows(costs.config, prepared))

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from jobs.command import imported
 from orchestrator.config.changes import value_of
 from orchestrator.config.config import Config
-from orchestrator.planning.disk import Disk
+from orchestrator.planning.disk import Disk, rows_disk
 from orchestrator.planning.memory import ModelSize
 from orchestrator.planning.placement import Node, Plan
 from orchestrator.run.folder import RunFolder
@@ -226,6 +226,15 @@ class Stage:
     def disk(self, config: Config, sizes: Sizes) -> Disk:
         """What it writes at most."""
         return Disk()
+
+    def rows(self, config: Config, prepared: Prepared) -> RowSizes | None:
+        """The data of a training without rollouts. None: it is none."""
+        return None
+
+    def rows_disk(self, config: Config, prepared: Prepared) -> Disk:
+        """What the data of a training takes while it is read."""
+        rows = self.rows(config, prepared)
+        return Disk() if rows is None else rows_disk(float(rows.lengths.sum()), len(rows.lengths))
 
     def arithmetic(self, config: Config, prepared: Prepared) -> Sequence[Row]:
         """The sizes of its batches and the like, as (name, value)."""

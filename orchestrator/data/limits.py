@@ -35,7 +35,7 @@ def mib(num_bytes: int) -> str:
 
 
 class Kept:
-    """Counts the memory of the records of one file.
+    """Limits what is kept of the records of one file, in memory or in a temporary file.
 
     Args:
         path: the file, for messages.
@@ -45,23 +45,19 @@ class Kept:
 
     def __init__(self, path: str, section: str, file_bytes: Callable[[], int]) -> None:
         self._path, self._section, self._file_bytes = path, section, file_bytes
-        self._num_records = self._num_bytes = 0
         self._limit = SMALL_KEPT_BYTES
         self._knows_file = False
 
-    def add(self, messages: Iterable[Any], *others: Any) -> None:
-        """Counts one record. Raises DataError if the limit is exceeded."""
-        self._num_records += 1
-        self._num_bytes += _RECORD_BYTES + sum(_MESSAGE_BYTES + sys.getsizeof(turn.content) for turn in messages)
-        self._num_bytes += sum(size_of(other) for other in others if other)
-        if self._num_bytes <= self._limit:
+    def require(self, num_records: int, num_bytes: int) -> None:
+        """Raises DataError if so many records may not take so many bytes."""
+        if num_bytes <= self._limit:
             return
         if not self._knows_file:
             self._knows_file = True
             self._limit = max(SMALL_KEPT_BYTES, MAX_KEPT_EXPANSION * self._file_bytes())
             return
         raise DataError(
-            f"{self._path}: its first {self._num_records:,} records take {mib(self._num_bytes)} of memory, more than "
+            f"{self._path}: its first {num_records:,} records take {mib(num_bytes)}, more than "
             f"{MAX_KEPT_EXPANSION} times the file's own size. Unpack the file (plain JSONL has no such limit), or set "
             f"{self._section}.limit."
         )
@@ -74,6 +70,12 @@ def check_share(path: str, section: str, num_rows: int, num_records: int) -> Non
             f"{path}: of its first {num_rows:,} rows only {num_records:,} give a new record, the others are repeated. "
             f"Remove the repeated rows, or set {section}.limit."
         )
+
+
+def record_bytes(messages: Iterable[Any], *others: Any) -> int:
+    """Bytes that a record takes as Python objects."""
+    turns = sum(_MESSAGE_BYTES + sys.getsizeof(turn.content) for turn in messages)
+    return _RECORD_BYTES + turns + sum(size_of(other) for other in others if other)
 
 
 def size_of(value: Any) -> int:

@@ -11,7 +11,7 @@ their source, so that those of different files stay distinct.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Generic
@@ -24,6 +24,7 @@ from orchestrator.data.digests import Digests
 from orchestrator.data.inputs import at_home, read_text
 from orchestrator.data.kinds import Kind, Record
 from orchestrator.data.records import ReadReport
+from orchestrator.data.rows.files import file_bytes, file_stamp
 from orchestrator.data.streams import Stream
 from orchestrator.errors import DataError
 from orchestrator.prompts import derive_seed
@@ -88,6 +89,20 @@ def stream_of(
 ) -> Stream[Record] | MixedStream[Record]:
     """The records of a data file or of a mixture."""
     return (MixedStream if is_mixture(path) else Stream)(kind, path, format, limit)
+
+
+def size_of_data(path: str | Path) -> int:
+    """Bytes of a data file, or of all files of a mixture."""
+    return sum(map(file_bytes, _files(path)))
+
+
+def stamp_of_data(path: str | Path) -> tuple[object, ...]:
+    """Differs when a data file, or a mixture or one of its files, was changed."""
+    return tuple(file_stamp(file) for file in (path, *_files(path)))
+
+
+def _files(path: str | Path) -> Sequence[str | Path]:
+    return [source.path for source in sources_of(path)] if is_mixture(path) else [path]
 
 
 class MixedStream(Generic[Record]):

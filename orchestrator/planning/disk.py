@@ -7,6 +7,8 @@ from dataclasses import dataclass
 LOGGED_BYTES_PER_TOKEN = 40  # token id and some eight floats, before compression
 SAVED_BYTES_PER_PARAM = 14  # weights, masters, two moments
 EXPORTED_BYTES_PER_PARAM = 4
+STORED_BYTES_PER_TOKEN = 5  # token id and mark
+STORED_BYTES_PER_ROW = 36  # where it ends, its quality and its record
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,11 @@ class Disk:
 def training_disk(num_params: int, *, saves: bool) -> Disk:
     """Of a training without rollouts: its model and, if it saves any, its last checkpoint and the next one."""
     return Disk(EXPORTED_BYTES_PER_PARAM * num_params, 2 * SAVED_BYTES_PER_PARAM * num_params * saves)
+
+
+def rows_disk(num_tokens: float, num_rows: float) -> Disk:
+    """Of rows of tokens that a training reads (actors/training/stored_rows.py)."""
+    return Disk(working=STORED_BYTES_PER_TOKEN * num_tokens + STORED_BYTES_PER_ROW * num_rows)
 
 
 def samples_disk(num_samples: int, max_length: int) -> Disk:

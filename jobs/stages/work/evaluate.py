@@ -8,7 +8,7 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import compress, islice
 from time import monotonic
 from typing import Any
 
@@ -71,7 +71,7 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     against = config.evaluate.against or job.start_policy
     other_config = changed(config, {"model.path": against}, source="evaluate.against")
     mine, theirs = _same_prompts(job, other_config)
-    held_out = [] if config.demonstrations.path is None else sample(config, is_held_out=True)[0]
+    held_out = [] if config.demonstrations.path is None else sample(config, is_held_out=True).some
     policy = await _side(job, "policy", config, mine)
     languages = _languages(mine, policy.samples)
     metrics = _alone(policy) | await _likelihood(job, config, held_out, "")
@@ -102,14 +102,17 @@ async def run(job: StageJob) -> Mapping[str, Any]:
 def _same_prompts(job: StageJob, other: Config) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
     """The held-out prompts of both models, in one order: a template may make a prompt too long for one of them. All
     policies of a run have one template and vocabulary."""
-    mine = theirs = job.prepared.prompts.held_out
-    if other.model.path not in (job.start_policy, job.config.model.path):
+    mine, number = job.prepared.prompts.held_out, job.config.evaluation.prompts
+    if other.model.path in (job.start_policy, job.config.model.path):
+        common = {prompt.id for prompt in mine[:1]}
+        first = second = mine[:number]
+    else:
         theirs = prepare(other).prompts.held_out
-    common = {prompt.id for prompt in mine} & {prompt.id for prompt in theirs}
+        common = {prompt.id for prompt in mine} & {prompt.id for prompt in theirs}
+        shared = ((prompt for prompt in side if prompt.id in common) for side in (mine, theirs))
+        first, second = (list(islice(side, number)) for side in shared)
     if not common:
         raise DataError("no held-out prompt fits both models: raise prompts.max_prompt_tokens, or give more prompts.")
-    number = job.config.evaluation.prompts
-    first, second = ([prompt for prompt in side if prompt.id in common][:number] for side in (mine, theirs))
     return first, second
 
 

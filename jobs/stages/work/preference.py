@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,20 +12,21 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from actors.training.preference import PreferenceTask, PreferenceTraining, Preferred
-from actors.training.ranked_rows import judged
-from jobs.prepare import Prepared
+from actors.training.preference import PreferenceTask, PreferenceTraining, Preferred, learns_prompts
+from actors.training.ranked_rows import Mismatched, stored_rankings
+from actors.training.ranked_tokens import ADDED, RankedTokens, mismatched_table
+from actors.training.stored_rows import writing_rows
+from jobs.prepare import Prepared, policy_chat
 from jobs.stages.preference import RESULT_FILE
 from jobs.stages.preferences import PREFERENCES
-from jobs.stages.sample import sample_sizes, sampled
-from jobs.stages.stage import POLICY, RowSizes, StageJob, row_sizes
-from jobs.stages.work.data.demonstrations import MEASURED
-from jobs.stages.work.data.judged import Records, measure_held_out, read_judged, split_judged
+from jobs.stages.stage import POLICY, RowSizes, StageJob
+from jobs.stages.work.data import judged
+from jobs.stages.work.data.judged import StoredJudgements, measure_held_out, store_judged
+from jobs.stages.work.data.storing import APPENDED_ROWS
 from jobs.stages.work.training import Report, inputs_of, of_last_tenth, train_section, words
-from orchestrator.algorithms.ranking import spread
 from orchestrator.config.config import Config
 from orchestrator.planning.demands import PREFERENCE
-from orchestrator.run.storage import write_json
+from orchestrator.run.storage import write_json, writing
 from orchestrator.watching.telemetry import Telemetry
 
 _RECORDED = ("loss", "accuracy", "margin", "grad_norm", "learning_rate")
@@ -75,44 +78,74 @@ class PreferenceResult:
 
 async def run(job: StageJob) -> Mapping[str, Any]:
     """Reads the preferences, trains, and writes the result next to the policy."""
-    config = job.config
-    records, report = read_judged(config, config.preference.loss.judgement, job.inputs.get(PREFERENCES))
-    job.say(f"preference: {report.summary()}")
-    train, held_out = split_judged(config, records)
-    result = await train_on_preferences(config, train, held_out, job.output(POLICY), job.telemetry, job.say)
+    folder = job.output(POLICY).absolute()
+    data = await store_preferences(job.config, folder, job.say, made=job.inputs.get(PREFERENCES))
+    result = await train_on_preferences(job.config, data, folder, job.telemetry, job.say)
     write_json(job.run.place / RESULT_FILE, asdict(result))
     job.telemetry.event("policy_trained", **asdict(result))
     job.say(f"preference: {result.describe()}")
     return asdict(result)
 
 
+async def store_preferences(config: Config, folder: Path, say: Say, *, made: Path | None = None) -> StoredJudgements:
+    """Writes the preferences as rows of tokens, next to the policy that will be in `folder`.
+
+    Raises:
+        DataError: the preferences, or a conversation that the chat template refuses.
+        StorageError: writing.
+    """
+    stage, chat = config.preference, policy_chat(config)
+    train = RankedTokens(chat, stage.max_length, learns_prompts=learns_prompts(stage))
+    place = folder.with_name(f".{folder.name}.rows")
+    tokens = train, RankedTokens(chat, stage.max_length)
+    data = await store_judged(config, stage.loss.judgement, tokens, place, say, made=made)
+    say(f"preference: {data.report.summary()}")
+    return data
+
+
+async def store_mismatched(data: StoredJudgements, config: Config) -> Path:
+    """Writes the rows of mismatched replies of the whole training. Raises StorageError."""
+    stage, place = config.preference, data.folder / "mismatched"
+    train, pairs = stored_rankings(data.train.folder), Mismatched(data.train.num_records, stage, config.run.seed)
+    with writing(place):
+        place.mkdir(exist_ok=True)
+    with writing_rows(place, *ADDED) as writer:
+        left = iter(pairs)
+        while some := list(itertools.islice(left, APPENDED_ROWS)):
+            writer.append(mismatched_table(train, some, max_length=stage.max_length, first=writer.num_rows))
+            await asyncio.sleep(0)  # a stop is noticed here
+    return place
+
+
 async def train_on_preferences(
-    config: Config, records: Records, held_out: Records, folder: Path, telemetry: Telemetry, say: Say
+    config: Config, data: StoredJudgements, folder: Path, telemetry: Telemetry, say: Say
 ) -> PreferenceResult:
-    """Trains on `records`, measures on `held_out`, leaves the finished policy in `folder`.
+    """Trains on stored preferences, measures on those held out, leaves the finished policy in `folder`.
 
     Ray is connected. The policy appears in `folder` whole or not at all. Progress, the reference's log-probs and
-    checkpoints are in a work folder next to it, from which a later call continues.
+    checkpoints are in a work folder next to it, from which a later call continues; it and the rows are removed when the
+    training has finished.
 
     Raises:
         CapacityError: the workers do not fit into the cluster, or it has no room in time.
-        DataError: the model, its tokenizer, or a conversation that its chat template refuses.
+        DataError: the model or its tokenizer.
         NonFiniteError: loss or gradient; `folder` is untouched.
         RoleError: workers failed more often than `failures` allows, or reported nothing before their deadline.
     """
     started = monotonic()
-    settings = inputs_of(PreferenceTraining, config, config.preference, folder, num_records=len(records))
+    settings = inputs_of(PreferenceTraining, config, config.preference, folder, num_records=data.train.num_records)
+    mixed = await store_mismatched(data, config) if config.preference.loss.judgement == "labels" else None
     preferred: Preferred
     steps, preferred = await train_section(
         config,
         config.preference,
         partial(PreferenceTask, settings),
-        (tuple(records), tuple(held_out)),
+        (*data.folders, mixed),
         settings.work,
         Report(telemetry, say, PREFERENCE, settings.total_optimizer_steps, _RECORDED, words),
-        identity=(*settings.identity, tuple(records), tuple(held_out)),
+        identity=(*settings.identity, *data.digests),
     )
-    quality = measure_held_out(preferred.held_out_rewards, held_out)
+    quality = measure_held_out(preferred.held_out_rewards, data.held_out_qualities())
     if quality.accuracy is not None:
         telemetry.evaluation(len(steps), {"preference/held_out_accuracy": quality.accuracy})
     result = PreferenceResult(
@@ -124,29 +157,18 @@ async def train_on_preferences(
         loss=of_last_tenth(steps, "loss"),
         accuracy=of_last_tenth(steps, "accuracy"),
         margin=of_last_tenth(steps, "margin"),
-        num_records=len(records),
-        num_held_out=len(held_out),
-        num_truncated=preferred.num_truncated,
+        num_records=data.train.num_records,
+        num_held_out=data.held_out.num_records,
+        num_truncated=data.num_truncated,
         optimizer_steps=len(steps),
         seconds=monotonic() - started,
     )
-    shutil.rmtree(settings.work, ignore_errors=True)
+    for unfinished in (settings.work, data.folder):
+        shutil.rmtree(unfinished, ignore_errors=True)
     return result
 
 
 def sizes(config: Config, prepared: Prepared) -> RowSizes:
-    """Of the file, or of the samples that will be ranked. Raises DataError."""
-    if config.preferences.path is None:
-        prompts = sampled(config, prepared)
-        num_rows = len(prompts) * config.sample.samples_per_prompt
-        return sample_sizes(config, prompts, num_rows=num_rows, num_records=len(prompts))
-    records, _ = read_judged(config, config.preference.loss.judgement)
-    train, _ = split_judged(config, records)
-    longest = config.preference.max_length
-    transcripts = [
-        prepared.chat.reply(record.messages, reply, record.tools)
-        for record in spread(train, MEASURED)
-        for reply in judged(record)[0]
-    ]
-    measured = [(min(len(found), longest), min(len(found.response_tokens), longest)) for found in transcripts]
-    return row_sizes(measured, num_rows=sum(len(judged(record)[0]) for record in train), num_records=len(train))
+    """Of the records to train on. Raises DataError."""
+    stage = config.preference
+    return judged.sizes(config, prepared, stage.loss.judgement, prepared.chat, stage.max_length)

@@ -11,20 +11,22 @@ from time import monotonic
 from typing import Any
 
 from actors.groups.cluster import alive_nodes, named_address
+from actors.training.ranked_tokens import RankedTokens
 from actors.training.reward_model import RewardModelTask, RewardTraining, Trained
 from jobs.check.capacity import find_cluster
 from jobs.cluster.connection import cluster
 from jobs.command import imported, run_async, say
+from jobs.prepare import Prepared, start_chat
 from jobs.resolve import WITHOUT_TRIAL, resolved
 from jobs.stages.preferences import PREFERENCES
 from jobs.stages.reward_model import RESULT_FILE
 from jobs.stages.settings import alone
-from jobs.stages.stage import StageJob
-from jobs.stages.work.data.judged import Records, measure_heads, measure_held_out, read_judged, split_judged
+from jobs.stages.stage import RowSizes, StageJob
+from jobs.stages.work.data import judged
+from jobs.stages.work.data.judged import StoredJudgements, measure_held_out, store_judged
 from jobs.stages.work.labeller import read_gold
 from jobs.stages.work.training import Report, inputs_of, of_last_tenth, train_section, words
 from orchestrator.algorithms.calibration import Calibration
-from orchestrator.algorithms.ensemble import Disagreement
 from orchestrator.config.config import Config
 from orchestrator.errors import ConfigError
 from orchestrator.planning.demands import REWARD_MODEL, plan_training
@@ -43,7 +45,7 @@ class RewardModelResult:
     """What the stage made and how good it is.
 
     Args:
-        path: the reward model, a Hugging Face folder (AutoModelForSequenceClassification, one label per head).
+        path: the reward model, a Hugging Face folder (AutoModelForSequenceClassification, one label).
         held_out_accuracy: share of held-out pairs in the right order, equal scores counting half; None: no pairs.
         interval: its 95 % interval (Wilson), as if pairs were independent; pairs of one prompt are not quite.
         num_pairs: held-out pairs.
@@ -52,7 +54,6 @@ class RewardModelResult:
         loss, accuracy: means over the last tenth of the optimizer steps, on training pairs; no accuracy of scores.
         num_truncated: transcripts that lost tokens at their start.
         score_mean, score_std: of raw scores of training replies, kept in reward_stats.json.
-        heads: how they judge held-out pairs; None: there is one.
     """
 
     path: str
@@ -70,7 +71,6 @@ class RewardModelResult:
     score_mean: float
     score_std: float
     seconds: float
-    heads: Disagreement | None = None
 
     def describe(self) -> str:
         parts = [f"{self.path}: {self.num_records} prompts, {self.optimizer_steps} optimizer steps"]
@@ -86,79 +86,80 @@ class RewardModelResult:
             parts.append(f"calibration error {self.calibration.expected_error:.2f}")
         if self.calibration.length_correlation is not None:
             parts.append(f"correlation with length {self.calibration.length_correlation:.2f}")
-        if self.heads is not None:
-            parts.append(_described(self.heads))
         if self.num_truncated:
             parts.append(f"{self.num_truncated} transcripts cut at their start to reward_model.max_length")
         return ", ".join([*parts, f"{self.seconds:.0f} s"])
 
 
-def _described(heads: Disagreement) -> str:
-    known = [accuracy for accuracy in heads.accuracies if accuracy is not None]
-    alone = f", alone {min(known):.1%} to {max(known):.1%} in order" if known else ""
-    means = {"right": heads.right, "wrong": heads.wrong}
-    apart = [f"{mean:.3g} on {name} pairs" for name, mean in means.items() if mean is not None]
-    return f"{len(heads.accuracies)} heads{alone}" + (f", disagreeing by {' and '.join(apart)}" if apart else "")
-
-
 async def run(job: StageJob) -> Mapping[str, Any]:
     """Reads the preferences, trains, and writes the result next to the model."""
-    config = job.config
+    folder = job.output(REWARD_MODEL).absolute()
     path = job.inputs.get(PREFERENCES)
-    records, report = read_judged(config, config.reward_model.loss.judgement, path)
-    job.say(f"reward model: {report.summary()}")
-    train, held_out = split_judged(config, records)
+    data = await store_preferences(job.config, folder, job.say, made=path)
     gold = None
     if path is not None:
         gold_of_prompt = read_gold(path)
-        gold = [gold_of_prompt[record.id] for record in held_out]
-    result = await train_reward_model(
-        config, train, held_out, job.output(REWARD_MODEL), job.telemetry, job.say, gold=gold
-    )
+        gold = [gold_of_prompt[identity] for identity in data.held_out_ids]
+    result = await train_reward_model(job.config, data, folder, job.telemetry, job.say, gold=gold)
     write_json(job.run.place / RESULT_FILE, asdict(result))
     job.telemetry.event("trained", **asdict(result))
     job.say(f"reward model: {result.describe()}")
     return asdict(result)
 
 
+async def store_preferences(config: Config, folder: Path, say: Say, *, made: Path | None = None) -> StoredJudgements:
+    """Writes the preferences as rows of tokens, next to the model that will be in `folder`.
+
+    Raises:
+        DataError: the preferences, the base model, or a conversation that its chat template refuses.
+        StorageError: writing.
+    """
+    stage = config.reward_model
+    chat = start_chat(config)
+    place = folder.with_name(f".{folder.name}.rows")
+    tokens = RankedTokens(chat, stage.max_length), RankedTokens(chat, stage.max_length)
+    data = await store_judged(config, stage.loss.judgement, tokens, place, say, made=made)
+    say(f"reward model: {data.report.summary()}")
+    return data
+
+
 async def train_reward_model(
     config: Config,
-    records: Records,
-    held_out: Records,
+    data: StoredJudgements,
     folder: Path,
     telemetry: Telemetry,
     say: Say,
     *,
     gold: Sequence[Sequence[float]] | None = None,
 ) -> RewardModelResult:
-    """Trains on `records`, measures on `held_out`, leaves the finished model in `folder`.
+    """Trains on stored preferences, measures on those held out, leaves the finished model in `folder`.
 
     Ray is connected. The model appears in `folder` whole or not at all. Progress and checkpoints are in a work folder
-    next to it, from which a later call continues; it is removed when the training has finished.
+    next to it, from which a later call continues; it and the rows are removed when the training has finished.
 
     Args:
         gold: for every held-out record the true scores of its replies; None: the records' own order is the truth.
 
     Raises:
         CapacityError: the workers do not fit into the cluster, or it has no room in time.
-        DataError: the base model, its tokenizer, or a conversation that its chat template refuses.
+        DataError: the base model or its tokenizer.
         NonFiniteError: loss or gradient; `folder` is untouched.
         RoleError: workers failed more often than `failures` allows, or reported nothing before their deadline.
     """
     started = monotonic()
-    settings = inputs_of(RewardTraining, config, config.reward_model, folder, num_records=len(records))
+    settings = inputs_of(RewardTraining, config, config.reward_model, folder, num_records=data.train.num_records)
     recorded = _RECORDED if config.reward_model.loss.judgement == "rankings" else _RECORDED_OF_SCORES
     trained: Trained
     steps, trained = await train_section(
         config,
         config.reward_model,
         partial(RewardModelTask, settings),
-        (tuple(records), tuple(held_out)),
+        data.folders,
         settings.work,
         Report(telemetry, say, REWARD_MODEL, settings.total_optimizer_steps, recorded, words),
-        identity=(*settings.identity, tuple(records), tuple(held_out)),
+        identity=(*settings.identity, *data.digests),
     )
-    quality = measure_held_out(trained.held_out_scores, held_out, gold)
+    quality = measure_held_out(trained.held_out_scores, data.held_out_qualities(), gold)
     if quality.accuracy is not None:
         telemetry.evaluation(len(steps), {"reward_model/held_out_accuracy": quality.accuracy})
     result = RewardModelResult(
@@ -170,17 +171,23 @@ async def train_reward_model(
         calibration=trained.calibration,
         loss=of_last_tenth(steps, "loss"),
         accuracy=of_last_tenth(steps, "accuracy") if "accuracy" in recorded else None,
-        num_records=len(records),
-        num_held_out=len(held_out),
-        num_truncated=trained.num_truncated,
+        num_records=data.train.num_records,
+        num_held_out=data.held_out.num_records,
+        num_truncated=data.num_truncated,
         optimizer_steps=len(steps),
         score_mean=trained.stats.mean,
         score_std=trained.stats.std,
         seconds=monotonic() - started,
-        heads=measure_heads(trained.held_out_heads, held_out),
     )
-    shutil.rmtree(settings.work, ignore_errors=True)
+    for unfinished in (settings.work, data.folder):
+        shutil.rmtree(unfinished, ignore_errors=True)
     return result
+
+
+def sizes(config: Config, prepared: Prepared) -> RowSizes:
+    """Of the records to train on. Raises DataError."""
+    stage = config.reward_model
+    return judged.sizes(config, prepared, stage.loss.judgement, start_chat(config), stage.max_length)
 
 
 def run_alone(config: Config, ray_address: str | None) -> None:

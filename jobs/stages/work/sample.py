@@ -60,7 +60,7 @@ def _chosen(job: StageJob) -> tuple[Sequence[Prompt], int]:
     if job.name != Sample.kind:
         seed = derive_seed("sample", seed, job.name)
         order = np.random.default_rng(seed).permutation(len(prompts))
-        prompts = [prompts[number] for number in order]
+        prompts = [prompts[number] for number in order[: config.sample.prompts]]
     return prompts[: config.sample.prompts], seed
 
 

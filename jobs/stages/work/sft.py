@@ -14,7 +14,7 @@ from actors.training.sft import Fitted, SftTask, SftTraining
 from jobs.prepare import policy_chat
 from jobs.stages.sft import DEMONSTRATIONS, RESULT_FILE
 from jobs.stages.stage import POLICY, StageJob
-from jobs.stages.work.data.demonstrations import store, stream
+from jobs.stages.work.data.demonstrations import store_demonstrations, stream
 from jobs.stages.work.training import Report, inputs_of, of_last_tenth, train_section, words
 from orchestrator.planning.demands import SFT
 from orchestrator.run.storage import write_json
@@ -74,9 +74,9 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     records = stream(config, job.inputs.get(DEMONSTRATIONS))
     folder = job.output(POLICY).absolute()
     stored = folder.with_name(f".{folder.name}.rows")
-    train, held_out = await store(config, policy_chat(config), records, stored, job.say)
+    train, held_out = await store_demonstrations(config, policy_chat(config), records, stored, job.say)
     key = f"sft.max_length={config.sft.max_length}"
-    job.say(", ".join(filter(None, [f"sft: {records.report().summary()}", train.rows.describe(key)])))
+    job.say(", ".join(filter(None, [f"sft: {records.report().summary()}", train.tokens.rows.describe(key)])))
     settings = inputs_of(SftTraining, config, config.sft, folder, num_records=train.writer.num_rows)
     fitted: Fitted
     steps, fitted = await train_section(
@@ -100,9 +100,9 @@ async def run(job: StageJob) -> Mapping[str, Any]:
         num_rows=train.writer.num_rows,
         num_learned_tokens=train.writer.num_learned,
         num_held_out=held_out.num_records,
-        num_split=train.rows.num_split,
-        num_cut=train.rows.num_cut,
-        num_lost=train.rows.num_lost,
+        num_split=train.tokens.rows.num_split,
+        num_cut=train.tokens.rows.num_cut,
+        num_lost=train.tokens.rows.num_lost,
         optimizer_steps=len(steps),
         seconds=monotonic() - started,
     )

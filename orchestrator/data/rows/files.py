@@ -88,6 +88,15 @@ def file_bytes(path: str | Path) -> int:
     return int(filesystem.get_file_info(inner).size or 0)
 
 
+def file_stamp(path: str | Path) -> tuple[int | None, int | None]:
+    """(size, time of the last change in ns) in the file's storage; None: unknown."""
+    if is_hub(str(path)):
+        return None, None
+    filesystem, inner = _locate(str(path))
+    found = filesystem.get_file_info(inner)
+    return found.size, found.mtime_ns
+
+
 @contextmanager
 def _opened(name: str) -> Iterator[_Source]:
     """The open file. Failures to read it become DataError."""

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import pyarrow as pa
 
 from actors.text.conversations import Chat
 from actors.text.learned import Rows
-from actors.training.stored_rows import RowsWriter, writing_rows
 from jobs.prepare import Prepared, find_data, policy_chat
 from jobs.stages.sample import sample_sizes, sampled
 from jobs.stages.stage import RowSizes, Say, row_sizes
-from orchestrator.algorithms.ranking import thinned
+from jobs.stages.work.data.sampling import Sampled, sample_file
+from jobs.stages.work.data.storing import Stored, store
 from orchestrator.config.config import Config
 from orchestrator.data.kinds import DEMONSTRATIONS, DOCUMENTS
 from orchestrator.data.mixtures import MixedStream, stream_of
-from orchestrator.data.records import DemonstrationRecord, DocumentRecord, ReadReport
+from orchestrator.data.records import DemonstrationRecord, DocumentRecord
 from orchestrator.data.streams import Stream
 from orchestrator.errors import DataError
 from orchestrator.prompts import marked_held_out
-from orchestrator.run.storage import writing
 
-MEASURED = 200  # records whose length stands for that of all
-APPENDED_ROWS = 1024  # are held before they are written
-SAID_S = 30.0  # between two lines about a long file
 Demonstration = DemonstrationRecord | DocumentRecord
 Demonstrations = Stream[Any] | MixedStream[Any]
 
@@ -65,23 +58,12 @@ def marked(config: Config, records: Demonstrations) -> Iterator[tuple[Demonstrat
     return marked_held_out(read(), config.demonstrations.held_out, section="demonstrations")
 
 
-def sample(config: Config, *, is_held_out: bool = False) -> tuple[Sequence[Demonstration], int, ReadReport]:
-    """Of the records to train on, or of those held out: at most MEASURED, evenly spaced; and the number of all.
-
-    Raises DataError.
-    """
-    found = stream(config)
-    num_records = 0
-
-    def counted() -> Iterator[Demonstration]:
-        nonlocal num_records
-        for record, mark in marked(config, found):
-            if mark == is_held_out:
-                num_records += 1
-                yield record
-
-    some = thinned(counted(), MEASURED)
-    return some, num_records, found.report()
+def sample(config: Config, *, is_held_out: bool = False) -> Sampled[Demonstration]:
+    """Of the records to train on, or of those held out. Raises DataError."""
+    found, section = stream(config), config.demonstrations
+    assert section.path is not None, "else stream raises"
+    records = (record for record, mark in marked(config, found) if mark == is_held_out)
+    return sample_file(find_data(section.path), (section, is_held_out), records, found.report)
 
 
 def sizes(config: Config, prepared: Prepared) -> RowSizes:
@@ -90,9 +72,9 @@ def sizes(config: Config, prepared: Prepared) -> RowSizes:
         prompts, select = sampled(config, prepared), config.select
         each = config.sample.samples_per_prompt * select.share if select.keep == "top" else 1
         return sample_sizes(config, prompts, num_rows=math.ceil(len(prompts) * each))
-    some, num_records, _ = sample(config)
-    rows = rows_of(config, prepared.chat, some).rows
-    num_rows = round(len(rows) * num_records / len(some))
+    found = sample(config)
+    rows = rows_of(config, prepared.chat, found.some).rows
+    num_rows = round(len(rows) * found.num_records / len(found.some))
     measured = [(len(row.tokens), int(row.learn.sum())) for row in rows]
     return row_sizes(measured, num_rows=num_rows, num_records=num_rows)
 
@@ -107,48 +89,43 @@ def rows_of(config: Config, chat: Chat, records: Sequence[Demonstration]) -> Row
 
 
 @dataclass
-class Stored:
-    """Demonstrations as rows of tokens in a folder (stored_rows.py). `rows` counts what did not fit."""
+class DemonstrationTokens:
+    """Rows of demonstrations (storing.py). `rows` counts what did not fit."""
 
-    folder: Path
-    writer: RowsWriter
-    num_records: int = 0
+    config: Config
+    chat: Chat
     rows: Rows = field(default_factory=Rows)
+    added: Sequence[str] = ()
 
-    def append(self) -> None:
-        self.writer.append(self.rows.table())
+    def __len__(self) -> int:
+        return len(self.rows.rows)
+
+    def add(self, record: Demonstration) -> None:
+        _add(self.rows, self.config, self.chat, record)
+
+    def take(self) -> pa.Table:
+        table = self.rows.table()
         self.rows.rows.clear()
+        return table
 
 
-async def store(config: Config, chat: Chat, records: Demonstrations, folder: Path, say: Say) -> tuple[Stored, Stored]:
-    """Writes the rows to train on, and those held out, while the records are read: memory holds few of them.
+StoredDemonstrations = Stored[DemonstrationTokens]
+
+
+async def store_demonstrations(
+    config: Config, chat: Chat, records: Demonstrations, folder: Path, say: Say
+) -> tuple[StoredDemonstrations, StoredDemonstrations]:
+    """Writes the rows to train on, and those held out.
 
     Raises:
         DataError: reading, a record that the chat template refuses, or no reply fits.
         StorageError: writing.
     """
-    said = monotonic()
-    with ExitStack() as stack:
-        parts = []
-        for name in ("train", "held_out"):
-            with writing(folder / name):
-                (folder / name).mkdir(parents=True, exist_ok=True)
-            parts.append(Stored(folder / name, stack.enter_context(writing_rows(folder / name))))
-        for record, is_held_out in marked(config, records):
-            part = parts[is_held_out]
-            part.num_records += 1
-            _add(part.rows, config, chat, record)
-            if len(part.rows.rows) >= APPENDED_ROWS:
-                part.append()
-                await asyncio.sleep(0)  # a stop is noticed here
-                if monotonic() - said > SAID_S:
-                    said = monotonic()
-                    say(f"demonstrations: {sum(part.num_records for part in parts):,} written as tokens ...")
-        for part in parts:
-            part.append()
-            _require_rows(config, part.num_records, part.writer.num_rows)
-    train, held_out = parts
-    return train, held_out
+    tokens = DemonstrationTokens(config, chat), DemonstrationTokens(config, chat)
+    parts = await store(marked(config, records), tokens, folder, say, what="demonstrations")
+    for part in parts:
+        _require_rows(config, part.num_records, part.writer.num_rows)
+    return parts
 
 
 def _add(rows: Rows, config: Config, chat: Chat, record: Demonstration) -> None:

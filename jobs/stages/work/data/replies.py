@@ -11,8 +11,8 @@ from actors.engines.contract import Sample, rollout_table
 from actors.text.conversations import Chat
 from jobs.prepare import find_data, prompt_meta
 from orchestrator.config.config import Config
-from orchestrator.data.kinds import reply_in
-from orchestrator.data.readers import read_answered
+from orchestrator.data.kinds import ANSWERED, reply_in
+from orchestrator.data.readers import read_all
 from orchestrator.data.records import PromptRecord, ReadReport
 from orchestrator.types import Prompt, SampleRequest
 
@@ -21,7 +21,7 @@ def read_replies(config: Config) -> tuple[tuple[PromptRecord, ...], ReadReport]:
     """Raises DataError."""
     path = config.score.path
     assert path is not None
-    return read_answered(find_data(path), config.score.format)
+    return read_all(ANSWERED, find_data(path), config.score.format)
 
 
 def replies_table(records: Sequence[PromptRecord], chat: Chat) -> pa.Table:
