@@ -1,7 +1,7 @@
 """`python -m benchmarks.reading [--rows N] [--tokens KIND]`: rows/s and memory of streaming a file, by kind of file.
 
-With --tokens those of a run, which writes the tokens of a JSONL file to disk and then reads some of them: demonstrations
-as stage sft, preferences as stage reward_model, prompts as those that sample.
+With --tokens those of a run, which writes the tokens of a JSONL file to disk and then reads some of them:
+demonstrations as stage sft, preferences as stage reward_model, prompts as stages that sample.
 
 Every file has N synthetic rows (a million) and is read by a process of its own, which prints its resident memory as it
 goes. The growth is the digests by which repeated rows are found, and where each row ends.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date, datetime
@@ -111,9 +111,27 @@ class Chat:
         Raises:
             DataError: the template refuses the conversation, or writes it differently once it is answered.
         """
-        asked = self.prompt_text(messages, tools)
-        text = reply if isinstance(reply, str) else self._answer(asked, messages, reply, tools)
-        return Transcript(self._tokens(asked), self.closed(self._tokens(text)))
+        return self.replies([(messages, [reply], tools)])[0][0]
+
+    def replies(
+        self, asked: Iterable[tuple[Sequence[Message], Sequence[Reply], Sequence[Mapping[str, Any]]]]
+    ) -> list[list[Transcript]]:
+        """As `reply`, for every reply to each of many conversations; these are tokenised together, which is faster."""
+        texts: list[str] = []
+        counts: list[int] = []
+        for messages, replies, tools in asked:
+            prompt = self.prompt_text(messages, tools)
+            texts.append(prompt)
+            texts += [
+                reply if isinstance(reply, str) else self._answer(prompt, messages, reply, tools) for reply in replies
+            ]
+            counts.append(len(replies))
+        tokens = (np.array(found, dtype=np.int32) for found in encode(texts, self.tokenizer))
+        found = []
+        for count in counts:
+            prompt_tokens = next(tokens)
+            found.append([Transcript(prompt_tokens, self.closed(next(tokens))) for _ in range(count)])
+        return found
 
     def answered(
         self, messages: Sequence[Message], reply: Message, tools: Sequence[Mapping[str, Any]] = ()

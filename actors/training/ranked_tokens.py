@@ -33,12 +33,11 @@ class RankedTokens:
     learns_prompts: bool = False
     num_truncated: int = 0
     num_records: int = 0
-    _kept: list[Transcript] = field(default_factory=list)
-    _qualities: list[float] = field(default_factory=list)
-    _records: list[int] = field(default_factory=list)
+    _waiting: list[JudgedRecord] = field(default_factory=list)
+    _num_replies: int = 0
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return self._num_replies
 
     @property
     def added(self) -> Sequence[str]:
@@ -46,20 +45,23 @@ class RankedTokens:
         return (*ADDED, "reply") if self.learns_prompts else ADDED
 
     def add(self, record: JudgedRecord) -> None:
-        """Raises DataError: the chat template refuses the conversation."""
-        replies, qualities = judged(record)
-        for whole in _transcripts(record, replies, self.chat):
-            kept = _cut(whole, self.max_length)
-            self.num_truncated += len(kept) < len(whole)
-            self._kept.append(kept)
-        self._qualities += qualities
-        self._records += [self.num_records] * len(qualities)
-        self.num_records += 1
+        self._waiting.append(record)
+        self._num_replies += len(judged(record)[0])
 
     def take(self) -> pa.Table:
-        """The rows since the last call."""
-        table = _table(self._kept, self._qualities, self._records)
-        self._kept, self._qualities, self._records = [], [], []
+        """The rows since the last call. Raises DataError: the chat template refuses a conversation."""
+        kept: list[Transcript] = []
+        qualities: list[float] = []
+        numbers: list[int] = []
+        for record, transcripts in zip(self._waiting, _transcripts(self._waiting, self.chat), strict=True):
+            for whole in transcripts:
+                kept.append(_cut(whole, self.max_length))
+                self.num_truncated += len(kept[-1]) < len(whole)
+            qualities += judged(record)[1]
+            numbers += [self.num_records] * len(transcripts)
+            self.num_records += 1
+        self._waiting, self._num_replies = [], 0
+        table = _table(kept, qualities, numbers)
         return with_prompts_learned(table) if self.learns_prompts else table
 
 
@@ -117,15 +119,16 @@ def _table(kept: Sequence[Transcript], qualities: Sequence[float], records: Sequ
     )
 
 
-def _transcripts(record: JudgedRecord, replies: Sequence[Reply], chat: Chat) -> list[Transcript]:
+def _transcripts(records: Sequence[JudgedRecord], chat: Chat) -> list[list[Transcript]]:
     """Raises DataError where replies differ in nothing that the template writes: one can't be better than the other."""
-    found = [chat.reply(record.messages, reply, record.tools) for reply in replies]
-    distinct = {tuple(transcript.response_tokens) for transcript in found}
-    if len(distinct) < len(found) and any(isinstance(reply, Message) for reply in replies):
-        raise DataError(
-            f"preference {record.id!r}: the chat template of {chat.template.name} writes two of its replies alike. "
-            "Remove the record, or set model.chat_template=FILE to a template that writes what they differ in."
-        )
+    found = chat.replies((record.messages, judged(record)[0], record.tools) for record in records)
+    for record, transcripts in zip(records, found, strict=True):
+        has_messages = any(isinstance(reply, Message) for reply in judged(record)[0])
+        if has_messages and len({each.response_tokens.tobytes() for each in transcripts}) < len(transcripts):
+            raise DataError(
+                f"preference {record.id!r}: the chat template of {chat.template.name} writes two of its replies alike. "
+                "Remove the record, or set model.chat_template=FILE to a template that writes what they differ in."
+            )
     return found
 
 

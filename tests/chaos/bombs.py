@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 
 from orchestrator.config.loader import load_config
 from orchestrator.data.inputs import read_text
-from orchestrator.data.readers import read_prompts, read_rankings
+from orchestrator.data.kinds import PROMPTS, RANKINGS
+from orchestrator.data.readers import read_all
 from orchestrator.errors import DataError
 
 Work = tuple[Callable[..., object], tuple[Any, ...]]

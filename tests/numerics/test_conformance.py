@@ -30,7 +30,8 @@ from orchestrator.algorithms.ppo import Ppo
 from orchestrator.algorithms.table import ALGORITHMS
 from orchestrator.config.rewards import RuleConfig, RuleLimits
 from orchestrator.config.sections import ModelConfig, SelectConfig
-from orchestrator.data.readers import read_demonstrations, read_rankings
+from orchestrator.data.kinds import DEMONSTRATIONS, RANKINGS
+from orchestrator.data.readers import read_all
 from orchestrator.prompts import PromptSchedule
 from orchestrator.sampler import cut_into_shards
 from orchestrator.types import Prompt, SampleRequest, Sampling, ShardRequest
@@ -154,10 +155,10 @@ def test_chinese_text_survives_selection(tmp_path: Path, kept: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     if kept == "best":
-        [whole] = read_demonstrations(path)[0]
+        [whole] = read_all(DEMONSTRATIONS, path)[0]
         assert [message.content for message in whole.messages] == [CHINESE, CHINESE]
     else:
-        [ranked] = read_rankings(path)[0]
+        [ranked] = read_all(RANKINGS, path)[0]
         assert [*(message.content for message in ranked.messages), *ranked.replies] == [CHINESE, CHINESE, "不好"]
 
 

@@ -85,9 +85,8 @@ def sizes(config: Config, prepared: Prepared, judgement: Judgement, chat: Chat, 
         num_rows = len(prompts) * config.sample.samples_per_prompt
         return sample_sizes(config, prompts, num_rows=num_rows, num_records=len(prompts))
     found = sample(config, judgement)
-    transcripts = [
-        chat.reply(record.messages, reply, record.tools) for record in found.some for reply in judged(record)[0]
-    ]
+    replies = chat.replies((record.messages, judged(record)[0], record.tools) for record in found.some)
+    transcripts = itertools.chain.from_iterable(replies)
     measured = [(min(len(each), max_length), min(len(each.response_tokens), max_length)) for each in transcripts]
     return row_sizes(measured, num_rows=found.num_replies, num_records=found.num_records)
 

@@ -19,7 +19,7 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Sampled(Generic[Record]):
-    """At most MEASURED records, evenly spaced; the numbers of all records and of their replies. The report is that of the
+    """At most MEASURED records, evenly spaced; the numbers of all records and of their replies. The report is of the
     whole file."""
 
     some: Sequence[Record]

@@ -12,7 +12,8 @@ import pytest
 from actors.text.conversations import Chat, chat_of
 from actors.training.ranked_rows import ranked_rows
 from jobs.prepare import prepare_prompts
-from orchestrator.data.readers import read_prompts, read_rankings
+from orchestrator.data.kinds import PROMPTS, RANKINGS
+from orchestrator.data.readers import read_all
 from orchestrator.data.records import Message, PromptRecord, RankingRecord, ToolCall, message_dicts
 from orchestrator.errors import DataError
 from tests.tiny import CHATML, tiny_tokenizer
@@ -126,19 +127,19 @@ def test_replies_that_a_template_writes_alike_are_refused() -> None:
 @pytest.mark.skipif(not CASES.is_dir(), reason=f"{CASES} is absent: it holds inputs that were misread")
 def test_shared_cases_as_models_read_them() -> None:
     plain, tools = chat(CHATML), chat(template(JSON))
-    (begun,), _ = read_prompts(CASES / "prompt_ends_with_assistant.jsonl")
+    (begun,), _ = read_all(PROMPTS, CASES / "prompt_ends_with_assistant.jsonl")
     prompts, _ = prepare_prompts([begun], plain, 200)
     assert plain.text(prompts[0].tokens).endswith("<|im_start|>assistant\nRoses are")
-    (pair,), _ = read_rankings(CASES / "pairs_end_with_assistant.jsonl")
+    (pair,), _ = read_all(RANKINGS, CASES / "pairs_end_with_assistant.jsonl")
     rows = ranked_rows([pair], plain, max_length=500).table.to_pylist()
     assert [plain.text(row["prompt_tokens"])[-9:] for row in rows] == ["Roses are"] * 2
     assert [plain.text(row["response_tokens"]) for row in rows] == [" red<|im_end|>", " dead<|im_end|>"]
-    (called,), _ = read_prompts(CASES / "tool_calls_prompts.jsonl")
+    (called,), _ = read_all(PROMPTS, CASES / "tool_calls_prompts.jsonl")
     text = tools.prompt_text(called.messages, called.tools)
     assert '<call>get_weather {"city": "Oslo"}</call>' in text and "4 degrees" in text
     with pytest.raises(DataError, match="not made for tools"):
         prepare_prompts([called], plain, 200)
-    pairs, _ = read_rankings(CASES / "tool_calls_pairs.jsonl")
+    pairs, _ = read_all(RANKINGS, CASES / "tool_calls_pairs.jsonl")
     answers = [[tools.text(tools.reply(p.messages, r, p.tools).response_tokens) for r in p.replies] for p in pairs]
     assert answers[0] == ["<call>get_weather {}</call><|im_end|>", "<call>send_mail {}</call><|im_end|>"]
     assert answers[1][1] == "I can't know.<|im_end|>"

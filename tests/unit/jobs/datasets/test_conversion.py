@@ -9,8 +9,8 @@ import pytest
 
 from jobs.datasets.conversion import convert
 from jobs.datasets.kinds import kinds_of
-from orchestrator.data.kinds import KINDS
-from orchestrator.data.readers import read_prompts
+from orchestrator.data.kinds import KINDS, PROMPTS
+from orchestrator.data.readers import read_all
 from orchestrator.data.streams import Stream
 from orchestrator.errors import ConfigError, DataError
 from tests.unit.orchestrator.data.test_bad_rows import GOOD
@@ -54,7 +54,7 @@ def test_a_file_of_different_rows_becomes_one_parquet_file(tmp_path: Path) -> No
     rows = [{"prompt": "a", "answer": 1}, MORE["prompts"] | {"answer": 0.5}, {"prompt": "b", "level": "easy"}]
     path, out = write(tmp_path, *rows), tmp_path / "out"
     convert(path, out, "parquet", "prompts", "auto")
-    assert [record.meta for record in read_prompts(out)[0]] == [
+    assert [record.meta for record in read_all(PROMPTS, out)[0]] == [
         {"answer": 1.0},
         {"answer": 0.5, "tests": [{"in": 1}]},
         {"level": "easy"},
@@ -64,8 +64,8 @@ def test_a_file_of_different_rows_becomes_one_parquet_file(tmp_path: Path) -> No
 def test_fields_that_a_row_needs_for_itself_get_another_name(tmp_path: Path) -> None:
     path, out = write(tmp_path, {"messages": TURNS, "prompt": "q", "source": "x"}), tmp_path / "out.jsonl"
     convert(path, out, None, "prompts", "auto")
-    (before,), _ = read_prompts(path)
-    (after,), report = read_prompts(out)
+    (before,), _ = read_all(PROMPTS, path)
+    (after,), report = read_all(PROMPTS, out)
     assert (report.format, after.messages) == ("prompt", before.messages)
     assert after.meta == {"prompt_": "q", "source": "x"}
 

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.data.readers import read_prompts, read_rankings
+from orchestrator.data.kinds import PROMPTS, RANKINGS
+from orchestrator.data.readers import read_all
 from orchestrator.data.records import Message, ToolCall, content_id, message_dicts, messages_from_dicts
 from orchestrator.errors import DataError
 
@@ -133,7 +134,7 @@ def plain(*messages: Turn) -> list[tuple[str, str]]:
 def test_the_conversation_of_a_pair_comes_once_and_whole(
     tmp_path: Path, row: dict[str, Any], expected: list[Turn], replies: tuple[str, ...]
 ) -> None:
-    (record,), _ = read_rankings(write(tmp_path, row))
+    (record,), _ = read_all(RANKINGS, write(tmp_path, row))
     assert turns(record.messages) == plain(*expected)
     assert record.replies == replies
 
@@ -163,15 +164,15 @@ def test_the_conversation_of_a_pair_comes_once_and_whole(
 )
 def test_pairs_that_can_be_read_in_two_ways_are_bad_rows(tmp_path: Path, row: dict[str, Any], fault: str) -> None:
     with pytest.raises(DataError, match="row 1") as caught:
-        read_rankings(write(tmp_path, row))
+        read_all(RANKINGS, write(tmp_path, row))
     assert fault in str(caught.value)
 
 
 def test_a_begun_turn_stays_at_the_end_of_a_prompt(tmp_path: Path) -> None:
-    (record,), _ = read_prompts(write(tmp_path, {"prompt": POEM}))
+    (record,), _ = read_all(PROMPTS, write(tmp_path, {"prompt": POEM}))
     assert (turns(record.messages), record.text) == (plain(*POEM), "Write a poem")
     with pytest.raises(DataError, match="two consecutive turns of the assistant"):
-        read_prompts(write(tmp_path, {"prompt": [*POEM, assistant("x")]}))
+        read_all(PROMPTS, write(tmp_path, {"prompt": [*POEM, assistant("x")]}))
 
 
 def test_prompts_of_a_preference_file_are_those_that_its_replies_answer(tmp_path: Path) -> None:
@@ -180,8 +181,8 @@ def test_prompts_of_a_preference_file_are_those_that_its_replies_answer(tmp_path
         {"prompt": "q", "chosen": [assistant("6")], "rejected": [assistant("7")]},
         {"prompt": "\n\nHuman: hi\n\nAssistant: ho\n\nHuman: hm\n\nAssistant:", "chosen": "a", "rejected": "b"},
     )
-    prompts, _ = read_prompts(write(tmp_path, *rows))
-    pairs, _ = read_rankings(write(tmp_path, *rows))
+    prompts, _ = read_all(PROMPTS, write(tmp_path, *rows))
+    pairs, _ = read_all(RANKINGS, write(tmp_path, *rows))
     assert [turns(prompt.messages) for prompt in prompts] == [turns(pair.messages) for pair in pairs]
     assert [prompt.id for prompt in prompts] == [pair.id for pair in pairs]
     assert turns(prompts[0].messages) == plain(*SUM)
@@ -206,7 +207,7 @@ def test_prompts_of_a_preference_file_are_those_that_its_replies_answer(tmp_path
 @pytest.mark.parametrize("tools", [[TOOL], [TOOL["function"]], json.dumps([TOOL])])
 def test_calls_results_and_tools_reach_the_record_in_one_form(tmp_path: Path, call: Turn, tools: Any) -> None:
     key = "functions" if tools == [TOOL["function"]] else "tools"
-    (record,), _ = read_prompts(write(tmp_path, {"messages": [USER, call, RESULT], key: tools, "answer": 4}))
+    (record,), _ = read_all(PROMPTS, write(tmp_path, {"messages": [USER, call, RESULT], key: tools, "answer": 4}))
     assert record.messages[1] == Message("assistant", "", (ToolCall("get_weather", '{"city": "Oslo"}'),))
     assert record.messages[2] == Message("tool", "4 degrees", name="get_weather")
     assert (record.tools, dict(record.meta)) == ((TOOL,), {"answer": 4})
@@ -219,7 +220,7 @@ def test_results_of_tools_and_ids_of_calls_are_kept(tmp_path: Path) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "function": {"name": "f"}}]}
     result = {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "4"}]}
     old = {"role": "function", "name": "f", "content": "4"}
-    (record,), _ = read_prompts(write(tmp_path, {"prompt": [USER, call, result, old]}))
+    (record,), _ = read_all(PROMPTS, write(tmp_path, {"prompt": [USER, call, result, old]}))
     assert record.messages[1].tool_calls == (ToolCall("f", "{}", "c1"),)
     assert record.messages[2:] == (Message("tool", "4", tool_call_id="c1"), Message("tool", "4", name="f"))
     assert messages_from_dicts(message_dicts(record.messages)) == record.messages
@@ -234,21 +235,21 @@ def test_replies_that_differ_only_in_their_call_are_two(tmp_path: Path) -> None:
         {"prompt": [USER], "chosen": [calling("a", x=1)], "rejected": [calling("a", x=2)], "tools": [TOOL]},
         {"prompt": [USER], "chosen": [calling("a")], "rejected": [assistant("I can't know.")]},
     )
-    records, report = read_rankings(write(tmp_path, *rows))
-    (ranked,), _ = read_rankings(write(tmp_path, {"prompt": "q", "replies": [calling("a"), calling("b"), "no"]}))
+    records, report = read_all(RANKINGS, write(tmp_path, *rows))
+    (ranked,), _ = read_all(RANKINGS, write(tmp_path, {"prompt": "q", "replies": [calling("a"), calling("b"), "no"]}))
     assert (len(records), report.left_out) == (3, {})
     names = [[r if isinstance(r, str) else r.tool_calls[0].name for r in record.replies] for record in records]
     assert names == [["a", "b"], ["a", "a"], ["a", "I can't know."]]
     assert records[1].tools == (TOOL,)
     assert [r if isinstance(r, str) else r.tool_calls[0].name for r in ranked.replies] == ["a", "b", "no"]
     with pytest.raises(DataError, match="1 with equal replies"):
-        read_rankings(write(tmp_path, {"prompt": "q", "chosen": [calling("a", x=1)], "rejected": [calling("a", x=1)]}))
+        read_all(RANKINGS, write(tmp_path, {"prompt": "q", "chosen": [calling("a", x=1)], "rejected": [calling("a", x=1)]}))
 
 
 def test_other_fields_of_messages_are_kept_for_the_template(tmp_path: Path) -> None:
     thought = {"role": "assistant", "content": "4", "reasoning_content": "2 and 2", "weight": 0, "refusal": None}
     rows = ({"messages": [user("2+2?"), thought, user("sure?")]}, {"messages": SUM})
-    (record, other), _ = read_prompts(write(tmp_path, *rows))
+    (record, other), _ = read_all(PROMPTS, write(tmp_path, *rows))
     assert message_dicts(record.messages)[1] == {
         **assistant("4"),
         "reasoning_content": "2 and 2",
@@ -256,14 +257,14 @@ def test_other_fields_of_messages_are_kept_for_the_template(tmp_path: Path) -> N
     }
     assert all(message.extra is None for message in other.messages)
     pair = {"prompt": "q", "chosen": [thought], "rejected": [{**thought, "reasoning_content": "hm"}]}
-    (ranking,), _ = read_rankings(write(tmp_path, pair))
+    (ranking,), _ = read_all(RANKINGS, write(tmp_path, pair))
     thoughts = [reply.extra for reply in ranking.replies if isinstance(reply, Message)]
     assert [json.loads(thought or "")["reasoning_content"] for thought in thoughts] == ["2 and 2", "hm"]
 
 
 def test_text_parts_are_joined(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "Read this."}, {"type": "text", "text": "And that."}]
-    (record,), _ = read_prompts(write(tmp_path, {"messages": [{"role": "user", "content": parts}]}))
+    (record,), _ = read_all(PROMPTS, write(tmp_path, {"messages": [{"role": "user", "content": parts}]}))
     assert turns(record.messages) == [("user", "Read this.\nAnd that.")]
 
 
@@ -298,13 +299,13 @@ IMAGE = {"type": "image_url", "image_url": {"url": "http://x/y.png"}}
 )
 def test_what_a_text_model_can_not_be_shown_is_a_bad_row(tmp_path: Path, row: dict[str, Any], fault: str) -> None:
     with pytest.raises(DataError, match="row 1: ") as caught:
-        read_prompts(write(tmp_path, row))
+        read_all(PROMPTS, write(tmp_path, row))
     assert fault in str(caught.value)
 
 
 @pytest.mark.parametrize("empty", [[], None, ""])
 def test_empty_images_and_tools_are_none(tmp_path: Path, empty: Any) -> None:
-    (record,), _ = read_prompts(write(tmp_path, {"prompt": "q", "images": empty, "tools": empty}))
+    (record,), _ = read_all(PROMPTS, write(tmp_path, {"prompt": "q", "images": empty, "tools": empty}))
     assert record.tools == () and turns(record.messages) == plain(user("q"))
 
 
@@ -314,7 +315,7 @@ def test_columns_of_parquet_structs_equal_the_same_rows_as_lines(tmp_path: Path)
         {"messages": [user("q")], "tools": [], "answer": {"text": "x"}},
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    as_parquet, _ = read_prompts(tmp_path / "rows.parquet")
-    as_lines, _ = read_prompts(write(tmp_path, *rows))
+    as_parquet, _ = read_all(PROMPTS, tmp_path / "rows.parquet")
+    as_lines, _ = read_all(PROMPTS, write(tmp_path, *rows))
     assert as_parquet == as_lines
     assert as_parquet[1].meta == {"answer": {"text": "x"}}

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from orchestrator.data.formats.demonstrations import DEMONSTRATION_FORMATS
-from orchestrator.data.readers import read_demonstrations, read_prompts
+from orchestrator.data.kinds import DEMONSTRATIONS, PROMPTS
+from orchestrator.data.readers import read_all
 from orchestrator.data.records import Message, ToolCall, content_id
 
 SYSTEM, ASKED, REPLY = Message("system", "s"), Message("user", "q"), Message("assistant", "a")
@@ -87,7 +88,7 @@ def test_each_format_is_detected_and_gives_whole_conversations(
     tmp_path: Path, name: str, row: dict[str, Any], expected: list[Message]
 ) -> None:
     for format in ("auto", name):
-        (record,), report = read_demonstrations(write(tmp_path, row), format)
+        (record,), report = read_all(DEMONSTRATIONS, write(tmp_path, row), format)
         assert (report.format, record.messages) == (name, tuple(expected))
         assert record.id == content_id(expected) and not report.left_out
 
@@ -108,13 +109,13 @@ def test_the_templates_of_stanford_alpaca_are_word_for_word_and_the_same_for_pro
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nSing.\n\n### Response:"
     )
-    records, _ = read_demonstrations(path, "alpaca-template")
+    records, _ = read_all(DEMONSTRATIONS, path, "alpaca-template")
     assert [record.messages for record in records] == [
         (Message("user", with_input), Message("assistant", "3")),
         (Message("user", without), Message("assistant", "La")),
     ]
     for format in ("alpaca", "alpaca-template"):
-        prompts, conversations = read_prompts(path, format)[0], read_demonstrations(path, format)[0]
+        prompts, conversations = read_all(PROMPTS, path, format)[0], read_all(DEMONSTRATIONS, path, format)[0]
         assert [prompt.messages for prompt in prompts] == [record.messages[:-1] for record in conversations]
 
 
@@ -130,7 +131,7 @@ def test_tools_calls_and_results_stay_turns(tmp_path: Path) -> None:
         ],
         "tools": json.dumps(tools),
     }
-    (record,), _ = read_demonstrations(write(tmp_path, row))
+    (record,), _ = read_all(DEMONSTRATIONS, write(tmp_path, row))
     assert record.tools == tuple(tools)
     assert record.messages == (
         Message("user", "1+1?"),
@@ -143,9 +144,9 @@ def test_tools_calls_and_results_stay_turns(tmp_path: Path) -> None:
 def test_a_prompt_of_a_tree_knows_its_language(tmp_path: Path) -> None:
     tree = {**TREE, "prompt": {**TREE["prompt"], "lang": "zh"}}
     for rows in ([tree], flat(tree)):
-        records, _ = read_prompts(write(tmp_path, *rows))
+        records, _ = read_all(PROMPTS, write(tmp_path, *rows))
         assert {record.meta["lang"] for record in records} == {"zh"}
-    records, _ = read_prompts(write(tmp_path, TREE))
+    records, _ = read_all(PROMPTS, write(tmp_path, TREE))
     assert not any("lang" in record.meta for record in records)
 
 
@@ -153,7 +154,7 @@ def test_a_tree_gives_the_path_to_every_leaf_and_counts_the_rest(tmp_path: Path)
     expected = [["q", "a", "more?", "b"], ["q", "c"]]
     left_out = {"turns after the last reply": 1, "messages that were deleted": 1}
     for rows in ([TREE], flat(TREE)):
-        records, report = read_demonstrations(write(tmp_path, *rows))
+        records, report = read_all(DEMONSTRATIONS, write(tmp_path, *rows))
         assert [[turn.content for turn in record.messages] for record in records] == expected
         assert {record.id for record in records} == {"t"}
         assert (report.format, report.num_rows, report.left_out) == ("oasst", len(rows), left_out)
@@ -161,13 +162,13 @@ def test_a_tree_gives_the_path_to_every_leaf_and_counts_the_rest(tmp_path: Path)
 
 def test_trees_of_a_flat_table_are_kept_apart(tmp_path: Path) -> None:
     other = {"message_tree_id": "u", "prompt": node("u", "prompter", "x", node("v", "assistant", "y"))}
-    records, _ = read_demonstrations(write(tmp_path, *flat(TREE), *flat(other)))
+    records, _ = read_all(DEMONSTRATIONS, write(tmp_path, *flat(TREE), *flat(other)))
     assert [record.id for record in records] == ["t", "t", "u"]
 
 
 def test_prompts_of_a_tree_end_with_the_prompter(tmp_path: Path) -> None:
     for rows in ([TREE], flat(TREE)):
-        records, report = read_prompts(write(tmp_path, *rows))
+        records, report = read_all(PROMPTS, write(tmp_path, *rows))
         found = [[turn.content for turn in record.messages] for record in records]
         assert found == [["q"], ["q", "a", "more?"], ["q", "c", "why?"]]
         assert len({record.id for record in records}) == 3 and report.format == "oasst"
@@ -182,7 +183,7 @@ def test_what_teaches_nothing_is_left_out_and_counted(tmp_path: Path) -> None:
         {"messages": [*TURNS[:2], {"role": "assistant", "content": " "}]},
         {"messages": [TURNS[1], TURNS[2], TURNS[1]]},
     ]
-    records, report = read_demonstrations(write(tmp_path, *rows))
+    records, report = read_all(DEMONSTRATIONS, write(tmp_path, *rows))
     assert [record.messages for record in records] == [(SYSTEM, ASKED, REPLY), (ASKED, REPLY)]
     assert report.left_out == {
         "already read": 1,
@@ -194,5 +195,5 @@ def test_what_teaches_nothing_is_left_out_and_counted(tmp_path: Path) -> None:
 
 def test_a_conversation_may_begin_with_the_assistant(tmp_path: Path) -> None:
     turns = [{"from": "gpt", "value": "a"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    (record,), _ = read_demonstrations(write(tmp_path, {"conversations": turns}))
+    (record,), _ = read_all(DEMONSTRATIONS, write(tmp_path, {"conversations": turns}))
     assert record.messages == (REPLY, ASKED, REPLY)

@@ -11,7 +11,8 @@ from orchestrator.config.loader import load_config
 from orchestrator.data.formats.format import Format
 from orchestrator.data.formats.prompts import PROMPT_FORMATS
 from orchestrator.data.messages import Fields, Messages, text_of
-from orchestrator.data.readers import read_prompts
+from orchestrator.data.kinds import PROMPTS
+from orchestrator.data.readers import read_all
 from orchestrator.data.records import Message
 from orchestrator.errors import ConfigError
 
@@ -33,7 +34,7 @@ def test_a_format_takes_fewer_than_fifteen_lines_and_is_read_checked_and_guessed
     monkeypatch.setitem(PROMPT_FORMATS, "riddle", RIDDLE)
     assert load_config(None, ["prompts.format=riddle", "reward.path=x"]).prompts.format == "riddle"
     for format in ("auto", "riddle"):
-        (record,), report = read_prompts(path, format)
+        (record,), report = read_all(PROMPTS, path, format)
         assert record.messages == (Message("user", "What has keys and opens nothing?"),)
         assert record.meta == {"answer": "a piano"} and report.format == "riddle"
     assert len(inspect.getsource(riddle).splitlines()) + 1 < 15

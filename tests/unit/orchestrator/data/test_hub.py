@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.data.readers import read_demonstrations, read_documents
+from orchestrator.data.kinds import DEMONSTRATIONS, DOCUMENTS
+from orchestrator.data.readers import read_all
 from orchestrator.errors import DataError
 
 
@@ -32,7 +33,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "asked"), [("openai/gsm8k:main:train", "openai/gsm8k main train?"), ("x:test", "x None test?")]
 )
 def test_rows_of_a_split_are_read_as_those_of_a_file(name: str, asked: str) -> None:
-    records, report = read_demonstrations(f"datasets:{name}")
+    records, report = read_all(DEMONSTRATIONS, f"datasets:{name}")
     assert [record.messages[0].content for record in records] == [asked, "2?"]
     assert (report.format, report.num_rows) == ("question", 2)
 
@@ -41,7 +42,7 @@ def test_rows_of_a_split_are_read_as_those_of_a_file(name: str, asked: str) -> N
 @pytest.mark.parametrize("name", ["x", "x:", "a:b:c:d", ":train"])
 def test_names_have_two_or_three_parts(name: str) -> None:
     with pytest.raises(DataError, match="must be datasets:NAME:SPLIT or datasets:NAME:CONFIG:SPLIT"):
-        read_demonstrations(f"datasets:{name}")
+        read_all(DEMONSTRATIONS, f"datasets:{name}")
 
 
 @pytest.mark.usefixtures("installed")
@@ -49,12 +50,12 @@ def test_what_the_package_raises_and_rows_that_do_not_fit_are_named() -> None:
     with pytest.raises(
         DataError, match="datasets:nobody/none:train can't be loaded: FileNotFoundError: no such data set"
     ):
-        read_demonstrations("datasets:nobody/none:train")
+        read_all(DEMONSTRATIONS, "datasets:nobody/none:train")
     with pytest.raises(DataError, match="datasets:x:train: row 1 fits no known format; its fields are: question"):
-        read_documents("datasets:x:train")
+        read_all(DOCUMENTS, "datasets:x:train")
 
 
 def test_without_the_package_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="needs the package `datasets`.*pip install datasets, or give a file"):
-        read_demonstrations("datasets:x:train")
+        read_all(DEMONSTRATIONS, "datasets:x:train")

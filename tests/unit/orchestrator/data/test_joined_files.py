@@ -10,7 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from orchestrator.data.readers import read_prompts
+from orchestrator.data.kinds import PROMPTS
+from orchestrator.data.readers import read_all
 from orchestrator.data.rows import json_rows
 from orchestrator.errors import DataError
 
@@ -58,7 +59,7 @@ def test_every_record_of_a_joined_file_is_read(
     monkeypatch.setattr(json_rows, "CHUNK_BYTES", chunk)
     path = tmp_path / "file"
     path.write_bytes(content)
-    records, report = read_prompts(path)
+    records, report = read_all(PROMPTS, path)
     assert [record.text for record in records] == expected
     assert report.num_rows == len(expected)
 
@@ -94,5 +95,5 @@ def test_what_can_not_be_read_is_named(tmp_path: Path, content: bytes, fault: st
     path = tmp_path / "file"
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
-        read_prompts(path)
+        read_all(PROMPTS, path)
     assert fault in str(caught.value) and str(path) in str(caught.value)

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.data import limits
-from orchestrator.data.readers import read_prompts, read_rankings
+from orchestrator.data.kinds import PROMPTS, RANKINGS
+from orchestrator.data.readers import read_all
 from orchestrator.data.rows import parquet
 from orchestrator.errors import DataError
 
@@ -51,13 +52,13 @@ def test_a_small_parquet_file_can_not_ask_for_much(tmp_path: Path, name: str) ->
     path = bomb(tmp_path / "file", columns())
     assert path.stat().st_size < 10_000
     with pytest.raises(DataError) as caught:
-        read_prompts(path)
+        read_all(PROMPTS, path)
     assert fault in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_no_decoder_is_left_when_reading_stops_early(tmp_path: Path) -> None:
     path = bomb(tmp_path / "file", {"prompt": [f"q{i}" for i in range(20_000)]})
-    assert read_prompts(path, limit=1)[1].num_rows == 1
+    assert read_all(PROMPTS, path, limit=1)[1].num_rows == 1
     left = [child.cmdline() for child in psutil.Process().children()]
     assert not [command for command in left if any("parquet_decoder" in part for part in command)]
 
@@ -79,7 +80,7 @@ def test_a_decoder_that_ends_or_stands_still_is_a_damaged_file(
     monkeypatch.setattr(parquet.parquet_decoder, "__file__", str(decoder))
     monkeypatch.setattr(parquet, "SILENCE_S", 1.0 if "sleep" in program else 60.0)
     with pytest.raises(DataError) as caught:
-        read_prompts(bomb(tmp_path / "file", {"prompt": ["q"]}))
+        read_all(PROMPTS, bomb(tmp_path / "file", {"prompt": ["q"]}))
     assert fault in str(caught.value) and str(tmp_path / "file") in str(caught.value)
 
 
@@ -90,7 +91,7 @@ def test_a_compressed_parquet_file_fills_no_disk(tmp_path: Path, monkeypatch: py
     path = tmp_path / "file"
     path.write_bytes(gzip.compress(b"PAR1" + bytes(20 * MIB)))
     with pytest.raises(DataError, match="compressed Parquet file of more than 3 MiB: unpack it"):
-        read_prompts(path)
+        read_all(PROMPTS, path)
     assert list((tmp_path / "spool").iterdir()) == []
 
 
@@ -99,12 +100,12 @@ def test_what_a_file_unpacks_to_has_a_limit(tmp_path: Path, monkeypatch: pytest.
     path = tmp_path / "file"
     path.write_bytes(bz2.compress((b" " * MIB + b"\n") * 40))
     with pytest.raises(DataError, match="unpacks to more than 10 MiB: refused as a decompression bomb"):
-        read_prompts(path)
+        read_all(PROMPTS, path)
     path.write_bytes(b" " * 40 * MIB + b'{"prompt": "q"}')  # not compressed: any length
     with pytest.raises(DataError, match="row 1: longer than 8 MiB"):
-        read_prompts(path)
+        read_all(PROMPTS, path)
     path.write_bytes((b" " * MIB + b"\n") * 40 + b'{"prompt": "q"}')
-    assert len(read_prompts(path)[0]) == 1
+    assert len(read_all(PROMPTS, path)[0]) == 1
 
 
 def test_kept_records_have_a_limit_by_the_size_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,13 +113,13 @@ def test_kept_records_have_a_limit_by_the_size_of_the_file(tmp_path: Path, monke
     path = tmp_path / "file"
     plain = "".join(f'{{"prompt":"{i}","chosen":"{i}","rejected":"x"}}\n' for i in range(20_000)).encode()
     path.write_bytes(plain)
-    assert len(read_prompts(path)[0]) == len(read_rankings(path)[0]) == 20_000
+    assert len(read_all(PROMPTS, path)[0]) == len(read_all(RANKINGS, path)[0]) == 20_000
     monkeypatch.setattr(limits, "MAX_KEPT_EXPANSION", 20)
     path.write_bytes(gzip.compress(plain))
     for read, section in ((read_prompts, "prompts"), (read_rankings, "preferences")):
         with pytest.raises(DataError, match=rf"20 times the file's own size. Unpack .* set {section}\.limit"):
             read(path)  # type: ignore[operator]
-    assert len(read_prompts(path, limit=100)[0]) == 100
+    assert len(read_all(PROMPTS, path, limit=100)[0]) == 100
 
 
 @pytest.mark.parametrize("content", [b"\n" * (limits.MAX_BLANK_LINES + 2), b'{"prompt": "q"}\n' * 300_000])
@@ -126,4 +127,4 @@ def test_files_that_say_nothing_end_early(tmp_path: Path, content: bytes) -> Non
     path = tmp_path / "file"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"blank lines before line|give a new record"):
-        read_prompts(path)
+        read_all(PROMPTS, path)

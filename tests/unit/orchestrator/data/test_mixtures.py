@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.data.mixtures import sources_of
-from orchestrator.data.readers import read_demonstrations, read_prompts
+from orchestrator.data.kinds import DEMONSTRATIONS, PROMPTS
+from orchestrator.data.readers import read_all
 from orchestrator.errors import DataError
 
 
@@ -30,7 +31,7 @@ def test_weights_say_how_often_records_are_used(tmp_path: Path) -> None:
     source(tmp_path, "a.jsonl", 400)
     source(tmp_path, "b.jsonl", 400, first=400)
     path = mixture(tmp_path, "{path: a.jsonl, weight: 2.25}", "{path: b.jsonl, weight: 0.5, format: prompt}")
-    records, report = read_demonstrations(path)
+    records, report = read_all(DEMONSTRATIONS, path)
     counts = Counter(record.id for record in records)
     assert len([name for name in counts if name.startswith("a:")]) == 400
     assert {count for name, count in counts.items() if name.startswith("a:")} == {2, 3}
@@ -43,7 +44,7 @@ def test_weights_say_how_often_records_are_used(tmp_path: Path) -> None:
         800,
         len(records),
     )
-    assert read_demonstrations(path)[0] == records
+    assert read_all(DEMONSTRATIONS, path)[0] == records
 
 
 def test_a_record_of_two_sources_is_used_once_and_ids_stay_distinct(tmp_path: Path) -> None:
@@ -51,11 +52,11 @@ def test_a_record_of_two_sources_is_used_once_and_ids_stay_distinct(tmp_path: Pa
     (tmp_path / "more").mkdir()
     source(tmp_path / "more", "b.jsonl", 3, first=2)
     path = mixture(tmp_path, "{path: a.jsonl}", f"{{path: {tmp_path}/more/b.jsonl, name: other}}")
-    records, report = read_prompts(path)
+    records, report = read_all(PROMPTS, path)
     assert [record.id for record in records] == ["a:0", "other:2", "a:1", "other:3", "other:4"]
     assert report.left_out == {"already read": 1}
-    assert [record.id for record in read_prompts(path, limit=2)[0]] == ["a:0", "other:2"]
-    assert [record.id for record in read_prompts(path, limit=1)[0]] == ["a:0"]
+    assert [record.id for record in read_all(PROMPTS, path, limit=2)[0]] == ["a:0", "other:2"]
+    assert [record.id for record in read_all(PROMPTS, path, limit=1)[0]] == ["a:0"]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_faults_of_a_mixture_are_named(tmp_path: Path, lines: list[str], fault: 
     (tmp_path / "bad.jsonl").write_text('{"prompt": 1}\n')
     (tmp_path / "blank.jsonl").write_text("\n")
     with pytest.raises(DataError) as caught:
-        read_prompts(mixture(tmp_path, *lines))
+        read_all(PROMPTS, mixture(tmp_path, *lines))
     assert fault in str(caught.value)
 
 

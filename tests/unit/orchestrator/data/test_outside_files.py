@@ -13,7 +13,8 @@ import pytest
 from jobs.prepare import find_data
 from orchestrator.config.loader import load_config
 from orchestrator.data.inputs import MAX_SETTINGS_BYTES, read_text
-from orchestrator.data.readers import read_prompts, read_rankings
+from orchestrator.data.kinds import PROMPTS, RANKINGS
+from orchestrator.data.readers import read_all
 from orchestrator.errors import ConfigError, DataError
 
 
@@ -64,7 +65,7 @@ def test_no_file_but_a_regular_one_is_opened(short_folder: Path, kind: str) -> N
 def test_impossible_names_are_errors_of_ours(short_folder: Path, name: str) -> None:
     (short_folder / "file").write_bytes(b"x")
     with pytest.raises(DataError):
-        read_prompts(find_data(Path(name)))
+        read_all(PROMPTS, find_data(Path(name)))
     with pytest.raises(ConfigError):
         load_config(Path(name))
 
@@ -72,7 +73,7 @@ def test_impossible_names_are_errors_of_ours(short_folder: Path, name: str) -> N
 def test_a_link_to_a_file_is_followed(short_folder: Path) -> None:
     (short_folder / "real").write_text('{"prompt": "q"}')
     (short_folder / "link").symlink_to("real")
-    assert len(read_prompts(short_folder / "link")[0]) == 1
+    assert len(read_all(PROMPTS, short_folder / "link")[0]) == 1
 
 
 def test_settings_have_a_longest_length(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.data.readers import read_prompts, read_rankings
+from orchestrator.data.kinds import PROMPTS, RANKINGS
+from orchestrator.data.readers import read_all
 from orchestrator.data.records import Message
 from orchestrator.data.rows import json_rows
 from orchestrator.errors import DataError
@@ -48,7 +49,7 @@ def test_every_kind_of_file_gives_the_same_records(
 ) -> None:
     path = tmp_path / "prompts"  # detected from the bytes, not from the name
     path.write_bytes(pack(encode(ROWS)))
-    records, report = read_prompts(path)
+    records, report = read_all(PROMPTS, path)
     assert [(r.id, r.messages, r.text, dict(r.meta)) for r in records] == [
         (f"p{i}", (Message("user", f"Question {i}?"),), f"Question {i}?", {"answer": str(i)}) for i in range(3)
     ]
@@ -57,8 +58,8 @@ def test_every_kind_of_file_gives_the_same_records(
 
 def test_a_file_uri_is_read_even_after_pathlib_has_folded_its_slashes(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "p.jsonl", ROWS)
-    assert len(read_prompts(f"file://{path}")[0]) == 3
-    assert len(read_prompts(Path(f"file://{path}"))[0]) == 3
+    assert len(read_all(PROMPTS, f"file://{path}")[0]) == 3
+    assert len(read_all(PROMPTS, Path(f"file://{path}"))[0]) == 3
 
 
 def test_a_json_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +67,7 @@ def test_a_json_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "p.json"
     rows = [{"prompt": f'è\u2028 {i} \\ " ] , [ {{'} for i in range(50)]
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-    assert [record.text for record in read_prompts(path)[0]] == [row["prompt"] for row in rows]
+    assert [record.text for record in read_all(PROMPTS, path)[0]] == [row["prompt"] for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_prompt_formats_are_told_by_their_fields(
     tmp_path: Path, row: dict[str, Any], name: str, expected: list[str], meta: dict[str, Any]
 ) -> None:
     for chosen_format in ("auto", name):
-        (record,), report = read_prompts(jsonl(tmp_path / "p.jsonl", [row]), chosen_format)
+        (record,), report = read_all(PROMPTS, jsonl(tmp_path / "p.jsonl", [row]), chosen_format)
         assert report.format == name
         assert [message.content for message in record.messages] == expected
         assert (record.text, dict(record.meta)) == (expected[-1], meta)
@@ -124,7 +125,7 @@ def test_prompt_formats_are_told_by_their_fields(
     ],
 )
 def test_preference_formats(tmp_path: Path, row: dict[str, Any], name: str, expected: list[tuple[str, ...]]) -> None:
-    records, report = read_rankings(jsonl(tmp_path / "p.jsonl", [row]))
+    records, report = read_all(RANKINGS, jsonl(tmp_path / "p.jsonl", [row]))
     assert report.format == name
     assert [record.replies for record in records] == expected
     assert {record.messages[-1].role for record in records} == {"user"}
@@ -143,7 +144,7 @@ def test_bad_rows_are_named_together_with_file_and_row(tmp_path: Path) -> None:
         b'{"text": "x"}\n'
     )
     with pytest.raises(DataError) as caught:
-        read_prompts(path)
+        read_all(PROMPTS, path)
     message = str(caught.value)
     assert str(path) in message and "prompts.format" in message
     for part in (
@@ -171,7 +172,7 @@ def test_bad_rows_are_named_together_with_file_and_row(tmp_path: Path) -> None:
 )
 def test_faults_of_a_row(tmp_path: Path, rows: list[Any], format: str, fault: str) -> None:
     with pytest.raises(DataError, match="row 2" if len(rows) == 2 else "row 1") as caught:
-        read_prompts(jsonl(tmp_path / "p.jsonl", rows), format)
+        read_all(PROMPTS, jsonl(tmp_path / "p.jsonl", rows), format)
     assert fault in str(caught.value)
 
 
@@ -193,31 +194,31 @@ def test_faults_of_a_file(tmp_path: Path, content: bytes, fault: str) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
-        read_prompts(path)
+        read_all(PROMPTS, path)
     assert fault in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_a_missing_file_and_an_unknown_format_are_data_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist: check the path"):
-        read_prompts(tmp_path / "none.jsonl")
+        read_all(PROMPTS, tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="can't be read"):
-        read_prompts(tmp_path)
+        read_all(PROMPTS, tmp_path)
     with pytest.raises(DataError, match="choose one of auto, ranking, pairwise, hh-rlhf"):
-        read_rankings(tmp_path, "csv")
+        read_all(RANKINGS, tmp_path, "csv")
 
 
 def test_parquet_columns_of_a_wrong_type_are_bad_rows_and_dates_become_text(tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
     pq.write_table(pa.table({"prompt": [1, 2]}), path)
     with pytest.raises(DataError, match=r"row 1: 'prompt' must be text[^\n]*\n  row 2: "):
-        read_prompts(path)
+        read_all(PROMPTS, path)
     pq.write_table(pa.table({"prompt": ["x"], "day": pa.array([0], pa.date32())}), path)
-    assert read_prompts(path)[0][0].meta == {"day": "1970-01-01"}
+    assert read_all(PROMPTS, path)[0][0].meta == {"day": "1970-01-01"}
 
 
 def test_duplicate_prompts_are_kept_once_and_counted(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}])
-    records, report = read_prompts(path)
+    records, report = read_all(PROMPTS, path)
     assert [record.text for record in records] == ["a", "b"]
     assert report.left_out == {"already read": 1}
     assert "2 records from 3 rows; left out: 1 already read" in report.summary()
@@ -229,20 +230,20 @@ def test_equal_and_incomparable_pairs_are_counted_not_fatal(tmp_path: Path) -> N
         {"chosen": HH + " x", "rejected": HH + " x"},
         {"chosen": HH + " x\n\nHuman: more\n\nAssistant: z", "rejected": HH + " y"},
     ]
-    records, report = read_rankings(jsonl(tmp_path / "p.jsonl", rows))
+    records, report = read_all(RANKINGS, jsonl(tmp_path / "p.jsonl", rows))
     assert len(records) == 1
     assert sorted(report.left_out.values()) == [1, 1]
 
 
 def test_neighbouring_turns_of_one_speaker_become_one_message(tmp_path: Path) -> None:
     row = {"chosen": HH + " x\n\nAssistant: and more", "rejected": HH + " y"}
-    (record,), _ = read_rankings(jsonl(tmp_path / "p.jsonl", [row]))
+    (record,), _ = read_all(RANKINGS, jsonl(tmp_path / "p.jsonl", [row]))
     assert record.replies == ("x\n\nand more", "y")
 
 
 def test_ids_follow_from_the_messages_alone(tmp_path: Path) -> None:
-    with_meta, _ = read_prompts(jsonl(tmp_path / "a.jsonl", [{"prompt": "same", "answer": 1}]))
-    as_messages, _ = read_prompts(
+    with_meta, _ = read_all(PROMPTS, jsonl(tmp_path / "a.jsonl", [{"prompt": "same", "answer": 1}]))
+    as_messages, _ = read_all(PROMPTS, 
         jsonl(tmp_path / "b.jsonl", [{"messages": [{"role": "user", "content": "same"}], "source": "x"}])
     )
     assert with_meta[0].id == as_messages[0].id == hashlib.sha256(b'[[["user","same"]]]').hexdigest()[:16]
@@ -250,6 +251,6 @@ def test_ids_follow_from_the_messages_alone(tmp_path: Path) -> None:
 
 def test_limit_stops_reading_before_a_bad_row(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "p.jsonl", [*ROWS, {"nothing": 0}])
-    assert read_prompts(path, limit=3)[1].num_rows == 3
+    assert read_all(PROMPTS, path, limit=3)[1].num_rows == 3
     with pytest.raises(DataError, match="row 4"):
-        read_prompts(path, limit=4)
+        read_all(PROMPTS, path, limit=4)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.data.readers import read_prompts, read_rankings
+from orchestrator.data.kinds import PROMPTS, RANKINGS
+from orchestrator.data.readers import read_all
 from orchestrator.data.records import Message, ToolCall
 
 FOLDER = Path(__file__).parents[5] / "shared" / "cases"
@@ -21,7 +22,7 @@ def turns(messages: tuple[Message, ...]) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("name", ["two_arrays.json", "array_then_lines.json"])
 def test_joined_arrays_give_four_records(name: str) -> None:
-    assert [record.text for record in read_prompts(FOLDER / name)[0]] == ["a0", "a1", "b0", "b1"]
+    assert [record.text for record in read_all(PROMPTS, FOLDER / name)[0]] == ["a0", "a1", "b0", "b1"]
 
 
 @pytest.mark.parametrize(
@@ -33,24 +34,24 @@ def test_joined_arrays_give_four_records(name: str) -> None:
     ],
 )
 def test_pairs_come_once_and_whole(name: str, expected: list[tuple[str, str]], replies: tuple[str, str]) -> None:
-    (pair,), _ = read_rankings(FOLDER / name)
-    (prompt,), _ = read_prompts(FOLDER / name)
+    (pair,), _ = read_all(RANKINGS, FOLDER / name)
+    (prompt,), _ = read_all(PROMPTS, FOLDER / name)
     assert turns(pair.messages) == turns(prompt.messages) == expected
     assert pair.replies == replies
 
 
 def test_a_begun_turn_is_kept() -> None:
-    assert turns(read_prompts(FOLDER / "prompt_ends_with_assistant.jsonl")[0][0].messages) == POEM
+    assert turns(read_all(PROMPTS, FOLDER / "prompt_ends_with_assistant.jsonl")[0][0].messages) == POEM
 
 
 def test_calls_and_tools_are_kept() -> None:
-    (prompt,), _ = read_prompts(FOLDER / "tool_calls_prompts.jsonl")
+    (prompt,), _ = read_all(PROMPTS, FOLDER / "tool_calls_prompts.jsonl")
     assert prompt.messages == (
         Message("user", "Weather in Oslo?"),
         Message("assistant", "", (ToolCall("get_weather", '{"city": "Oslo"}'),)),
         Message("tool", "4 degrees", name="get_weather"),
     )
     assert prompt.tools == ({"type": "function", "function": {"name": "get_weather"}},)
-    pairs, report = read_rankings(FOLDER / "tool_calls_pairs.jsonl")
+    pairs, report = read_all(RANKINGS, FOLDER / "tool_calls_pairs.jsonl")
     assert (len(pairs), report.left_out) == (2, {})
     assert pairs[0].replies == tuple(Message("assistant", "", (ToolCall(n),)) for n in ("get_weather", "send_mail"))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.data.readers import read_demonstrations, read_prompts, read_rankings
+from orchestrator.data.kinds import DEMONSTRATIONS, PROMPTS, RANKINGS
+from orchestrator.data.readers import read_all
 
 FOLDER = Path(__file__).parents[5] / "shared" / "data"
 pytestmark = pytest.mark.skipif(
@@ -17,14 +18,14 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_gsm8k_questions_keep_their_answers() -> None:
-    records, report = read_prompts(FOLDER / "gsm8k-train.jsonl.gz")
+    records, report = read_all(PROMPTS, FOLDER / "gsm8k-train.jsonl.gz")
     assert (report.format, report.num_records) == ("question", 4000)
     assert all("####" in record.meta["answer"] for record in records)
 
 
 def test_hh_rlhf_gives_prompts_and_pairs_that_end_with_the_user() -> None:
-    prompts, prompt_report = read_prompts(FOLDER / "hh-rlhf-harmless.jsonl.gz")
-    pairs, pair_report = read_rankings(FOLDER / "hh-rlhf-harmless.jsonl.gz")
+    prompts, prompt_report = read_all(PROMPTS, FOLDER / "hh-rlhf-harmless.jsonl.gz")
+    pairs, pair_report = read_all(RANKINGS, FOLDER / "hh-rlhf-harmless.jsonl.gz")
     assert (prompt_report.num_records, prompt_report.left_out) == (1798, {"already read": 2})
     assert (pair_report.num_records, pair_report.left_out) == (1800, {})
     for record in [*prompts, *pairs]:
@@ -34,14 +35,14 @@ def test_hh_rlhf_gives_prompts_and_pairs_that_end_with_the_user() -> None:
 
 
 def test_gsm8k_answers_are_replies() -> None:
-    records, report = read_demonstrations(FOLDER / "gsm8k-train.jsonl.gz")
+    records, report = read_all(DEMONSTRATIONS, FOLDER / "gsm8k-train.jsonl.gz")
     assert (report.format, report.num_records, report.left_out) == ("question", 4000, {})
     assert all("####" in record.messages[1].content for record in records)
 
 
 def test_sharegpt_loses_no_turn() -> None:
     path = FOLDER / "sharegpt-fastchat.json.gz"
-    records, report = read_demonstrations(path)
+    records, report = read_all(DEMONSTRATIONS, path)
     with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = json.load(file)
     assert (report.format, report.num_records, report.left_out) == ("sharegpt", 300, {})
@@ -51,7 +52,7 @@ def test_sharegpt_loses_no_turn() -> None:
 
 
 def test_seeds_are_conversations() -> None:
-    records, report = read_demonstrations(FOLDER / "self-instruct-seeds.jsonl")
+    records, report = read_all(DEMONSTRATIONS, FOLDER / "self-instruct-seeds.jsonl")
     assert (report.format, report.num_records, report.left_out) == ("seeds", 175, {})
     assert records[0].id == "seed_task_0"
 
@@ -64,14 +65,14 @@ def test_every_reply_of_the_oasst_trees_is_learned_and_every_prompt_asked() -> N
     for node in nodes:
         nodes.extend(node["replies"])
     texts = {role: {node["text"] for node in nodes if node["role"] == role} for role in ("prompter", "assistant")}
-    records, report = read_demonstrations(path)
+    records, report = read_all(DEMONSTRATIONS, path)
     assert report.num_rows == len({record.id for record in records}) == 60
     assert {t.content for record in records for t in record.messages if t.role == "assistant"} == texts["assistant"]
     leaves = sum(not node["replies"] for node in nodes)
     assert leaves == report.num_records + report.left_out["already read"]
-    prompts, prompt_report = read_prompts(path)
+    prompts, prompt_report = read_all(PROMPTS, path)
     assert {record.text for record in prompts} == texts["prompter"]
-    ranked, ranked_report = read_rankings(path)
+    ranked, ranked_report = read_all(RANKINGS, path)
     assert {reply for record in ranked for reply in record.replies} == {
         reply["text"] for node in nodes for reply in node["replies"] if reply.get("rank") is not None
     }

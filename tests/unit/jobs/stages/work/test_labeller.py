@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from jobs.stages.work.labeller import ScoredReplies, _noise, label, rank, write_rankings
-from orchestrator.data.readers import read_rankings
+from orchestrator.data.kinds import RANKINGS
+from orchestrator.data.readers import read_all
 from orchestrator.data.records import Message, ToolCall
 from orchestrator.errors import DataError
 
@@ -72,7 +73,7 @@ def test_what_is_written_is_read_back_without_the_gold_scores(tmp_path: Path) ->
     rankings, _ = label([scored("p", "abc", [0.1, 0.9, 0.5]), scored("q", "é\n", [0.0, 1.0])], noise_std=0.0, seed=1)
     path = tmp_path / "preferences.jsonl"
     write_rankings(path, rankings)
-    records, report = read_rankings(path)
+    records, report = read_all(RANKINGS, path)
     assert list(records) == [ranking.record for ranking in rankings]
     assert report.format == "ranking"
     assert '"gold": [0.9, 0.5, 0.1]' in path.read_text(encoding="utf-8").splitlines()[0]
@@ -87,5 +88,5 @@ def test_begun_turns_calls_and_tools_come_back_from_the_file_as_they_were(tmp_pa
         scores = ScoredReplies("p", begun, replies, (0.9, 0.5, 0.1)[: len(replies)], tools)
         rankings, _ = label([scores], noise_std=0.0, seed=1)
         write_rankings(tmp_path / "file.jsonl", rankings)
-        (record,), _ = read_rankings(tmp_path / "file.jsonl")
+        (record,), _ = read_all(RANKINGS, tmp_path / "file.jsonl")
         assert (record.messages, record.replies, record.tools) == (begun, replies, tools)

@@ -11,7 +11,8 @@ import pytest
 
 from jobs.stages.work.select import _KINDS, Scored, _usable
 from orchestrator.config.sections import SelectConfig
-from orchestrator.data.readers import read_demonstrations, read_rankings
+from orchestrator.data.kinds import DEMONSTRATIONS, RANKINGS
+from orchestrator.data.readers import read_all
 
 
 def sample(prompt: str, reply: str, score: float, *, begun: str = "") -> Scored:
@@ -86,9 +87,9 @@ def test_what_is_written_is_read_back(tmp_path: Path, kept: str) -> None:
     rows = list(_KINDS[kept](SAMPLES, SelectConfig(keep=kept, share=1.0), Counter()))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if kept in ("best", "top"):
-        demonstrations, _ = read_demonstrations(tmp_path / "rows.jsonl")
+        demonstrations, _ = read_all(DEMONSTRATIONS, tmp_path / "rows.jsonl")
         assert demonstrations[-1].messages[-1].content == "I say high"
     else:
-        rankings, _ = read_rankings(tmp_path / "rows.jsonl")
+        rankings, _ = read_all(RANKINGS, tmp_path / "rows.jsonl")
         assert [record.replies[0] for record in rankings] == ["good", "high"]
         assert rankings[1].messages[-1].content == "I say "
