@@ -47,6 +47,9 @@ def encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
         DataError: the tokenizer fails on a text, or takes too long.
     """
 
+    if not texts:
+        return []
+
     def run() -> list[list[int]]:
         ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return ids

@@ -32,7 +32,7 @@ MIB = 2**20
 
 
 def read(path: Path, as_prompts: bool) -> object:
-    return (read_prompts if as_prompts else read_rankings)(path)
+    return read_all(PROMPTS if as_prompts else RANKINGS, path)
 
 
 def _reading(path: Path, random: Random) -> Work:

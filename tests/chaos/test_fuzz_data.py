@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
-from orchestrator.data.kinds import KINDS as KINDS_OF_DATA, PROMPTS, RANKINGS
+from orchestrator.data.kinds import KINDS as KINDS_OF_DATA
 from orchestrator.data.readers import read_all
 from orchestrator.data.records import ROLES, Message, message_dicts, reply_json
 from orchestrator.data.streams import Stream
@@ -72,14 +72,14 @@ def read_damaged(test: str, folder: Path, data: bytes, rows: dict[str, list[dict
     path.write_bytes(data)
     with example(test, path.parent, names=path):
         if rows is PROMPTS:
-            prompts, report = read_all(PROMPTS, path)
+            prompts, report = read_all(KINDS_OF_DATA["prompts"], path)
             assert report.num_records == len(prompts) > 0
             for prompt in prompts:
                 check_messages(prompt.messages)
                 assert prompt.id.encode() and prompt.text.encode()
                 json.dumps(prompt.meta, ensure_ascii=False, allow_nan=False).encode()
         else:
-            rankings, report = read_all(RANKINGS, path)
+            rankings, report = read_all(KINDS_OF_DATA["preferences"], path)
             assert report.num_records == len(rankings) > 0
             for ranking in rankings:
                 check_messages(ranking.messages)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
 from orchestrator.data.records import PromptRecord
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.prompts import PromptSchedule, derive_seed, split
+from orchestrator.prompts import PromptSchedule, Splits, derive_seed, split
 from orchestrator.types import Prompt
 
 GOLDEN = [(0, "p1", 0, 5998576260272155929), (1, "p4", 0, 7961698260705629268)]
@@ -77,9 +79,16 @@ def records(count: int) -> list[PromptRecord]:
     return [PromptRecord(f"id{i}", (), "") for i in range(count)]
 
 
+def parts_of(records: Sequence[PromptRecord], **settings: Any) -> Splits[PromptRecord]:
+    found: dict[str, list[PromptRecord]] = {"train": [], "reward_model": [], "held_out": []}
+    for record, part in split(records, **settings):
+        found[part].append(record)
+    return Splits(**found)
+
+
 def test_split_is_disjoint_complete_and_near_its_fractions() -> None:
     everything = records(5000)
-    parts = split(everything, held_out_fraction=0.2, reward_model_fraction=0.4)
+    parts = parts_of(everything, held_out_fraction=0.2, reward_model_fraction=0.4)
     sizes = [len(parts.held_out), len(parts.reward_model), len(parts.train)]
     assert sum(sizes) == 5000
     assert sorted(r.id for part in (parts.held_out, parts.reward_model, parts.train) for r in part) == sorted(
@@ -89,22 +98,22 @@ def test_split_is_disjoint_complete_and_near_its_fractions() -> None:
 
 
 def test_a_prompt_keeps_its_part_when_the_others_change() -> None:
-    whole = split(records(100), held_out_fraction=0.3, reward_model_fraction=0.3)
-    half = split(records(100)[::-2], held_out_fraction=0.3, reward_model_fraction=0.3)
+    whole = parts_of(records(100), held_out_fraction=0.3, reward_model_fraction=0.3)
+    half = parts_of(records(100)[::-2], held_out_fraction=0.3, reward_model_fraction=0.3)
     assert {r.id for r in half.held_out} <= {r.id for r in whole.held_out}
     assert {r.id for r in half.train} <= {r.id for r in whole.train}
 
 
 def test_a_part_splits_again_under_another_salt() -> None:
-    part = split(records(2000), held_out_fraction=0.2, reward_model_fraction=0.4).reward_model
-    again = split(part, held_out_fraction=0.1, reward_model_fraction=0.0, salt="again")
+    part = parts_of(records(2000), held_out_fraction=0.2, reward_model_fraction=0.4).reward_model
+    again = parts_of(part, held_out_fraction=0.1, reward_model_fraction=0.0, salt="again")
     assert 0.05 < len(again.held_out) / len(part) < 0.15
-    assert not split(part, held_out_fraction=0.1, reward_model_fraction=0.0).held_out
+    assert not parts_of(part, held_out_fraction=0.1, reward_model_fraction=0.0).held_out
 
 
 def test_fractions_of_nothing_and_of_all() -> None:
-    assert len(split(records(50), held_out_fraction=0.0, reward_model_fraction=0.0).train) == 50
-    assert len(split(records(50), held_out_fraction=0.0, reward_model_fraction=1.0).reward_model) == 50
-    assert not split(records(500), held_out_fraction=0.7, reward_model_fraction=0.3).train
+    assert len(parts_of(records(50), held_out_fraction=0.0, reward_model_fraction=0.0).train) == 50
+    assert len(parts_of(records(50), held_out_fraction=0.0, reward_model_fraction=1.0).reward_model) == 50
+    assert not parts_of(records(500), held_out_fraction=0.7, reward_model_fraction=0.3).train
     with pytest.raises(ConfigError, match="add up to more than 1"):
-        split(records(1), held_out_fraction=0.7, reward_model_fraction=0.4)
+        parts_of(records(1), held_out_fraction=0.7, reward_model_fraction=0.4)

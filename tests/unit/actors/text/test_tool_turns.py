@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from actors.text.conversations import Chat, chat_of
-from actors.training.ranked_rows import ranked_rows
-from jobs.prepare import prepare_prompts
+from jobs.prepare import TooLong, prepare_prompts
 from orchestrator.data.kinds import PROMPTS, RANKINGS
 from orchestrator.data.readers import read_all
 from orchestrator.data.records import Message, PromptRecord, RankingRecord, ToolCall, message_dicts
 from orchestrator.errors import DataError
+from orchestrator.types import Prompt
+from tests.rows import ranked_table
 from tests.tiny import CHATML, tiny_tokenizer
 
 CASES = Path(__file__).parents[5] / "shared" / "cases"
@@ -24,6 +25,10 @@ CALL = Message("assistant", "", (ToolCall("get_weather", '{"city": "Oslo"}'),))
 RESULT = Message("tool", "4 degrees", name="get_weather")
 TOOLS = ({"type": "function", "function": {"name": "get_weather", "parameters": {}}},)
 CONVERSATION = (USER, CALL, RESULT)
+
+
+def prompts_of(record: PromptRecord, chat: Chat) -> list[Prompt]:
+    return list(prepare_prompts([record], chat, 200, TooLong()))
 
 
 def template(arguments: str, *, calls: bool = True, results: bool = True, tools: bool = True) -> str:
@@ -96,7 +101,7 @@ def test_what_a_template_leaves_out_is_refused_even_where_the_user_names_it(
         chat(text).prompt_text(messages, tools)
     assert fault in str(caught.value) and "model.chat_template=FILE" in str(caught.value)
     with pytest.raises(DataError, match="prompt 'p': "):
-        prepare_prompts([PromptRecord("p", tuple(messages), "", tools=tuple(tools))], chat(text), 200)
+        prompts_of(PromptRecord("p", tuple(messages), "", tools=tuple(tools)), chat(text))
 
 
 def test_a_call_without_arguments_needs_none() -> None:
@@ -107,8 +112,8 @@ def test_a_call_without_arguments_needs_none() -> None:
 def test_replies_that_differ_in_their_call_are_two_in_tokens() -> None:
     tools = chat(template(JSON))
     oslo, rome = (replace(CALL, tool_calls=(ToolCall("get_weather", f'{{"city": "{c}"}}'),)) for c in ("Oslo", "Rome"))
-    rows = ranked_rows([RankingRecord("p", (USER,), (oslo, rome, "No."), TOOLS)], tools, max_length=500)
-    texts = [tools.text(tokens) for tokens in rows.table["response_tokens"].to_pylist()]
+    rows = ranked_table([RankingRecord("p", (USER,), (oslo, rome, "No."), TOOLS)], tools, max_length=500)
+    texts = [tools.text(tokens) for tokens in rows["response_tokens"].to_pylist()]
     assert texts == [
         '<call>get_weather {"city": "Oslo"}</call><|im_end|>',
         '<call>get_weather {"city": "Rome"}</call><|im_end|>',
@@ -119,26 +124,26 @@ def test_replies_that_differ_in_their_call_are_two_in_tokens() -> None:
 def test_replies_that_a_template_writes_alike_are_refused() -> None:
     one, two = (Message("assistant", "4", extra=f'{{"reasoning_content": "{text}"}}') for text in ("a", "b"))
     record = RankingRecord("p", (USER,), (one, two))
-    assert ranked_rows([record], chat(template(JSON)), max_length=500).num_records == 1
+    assert ranked_table([record], chat(template(JSON)), max_length=500)["record"].to_pylist() == [0, 0]
     with pytest.raises(DataError, match="preference 'p': .* writes two of its replies alike"):
-        ranked_rows([record], chat(CHATML), max_length=500)
+        ranked_table([record], chat(CHATML), max_length=500)
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason=f"{CASES} is absent: it holds inputs that were misread")
 def test_shared_cases_as_models_read_them() -> None:
     plain, tools = chat(CHATML), chat(template(JSON))
     (begun,), _ = read_all(PROMPTS, CASES / "prompt_ends_with_assistant.jsonl")
-    prompts, _ = prepare_prompts([begun], plain, 200)
-    assert plain.text(prompts[0].tokens).endswith("<|im_start|>assistant\nRoses are")
+    (prompt,) = prompts_of(begun, plain)
+    assert plain.text(prompt.tokens).endswith("<|im_start|>assistant\nRoses are")
     (pair,), _ = read_all(RANKINGS, CASES / "pairs_end_with_assistant.jsonl")
-    rows = ranked_rows([pair], plain, max_length=500).table.to_pylist()
+    rows = ranked_table([pair], plain, max_length=500).to_pylist()
     assert [plain.text(row["prompt_tokens"])[-9:] for row in rows] == ["Roses are"] * 2
     assert [plain.text(row["response_tokens"]) for row in rows] == [" red<|im_end|>", " dead<|im_end|>"]
     (called,), _ = read_all(PROMPTS, CASES / "tool_calls_prompts.jsonl")
     text = tools.prompt_text(called.messages, called.tools)
     assert '<call>get_weather {"city": "Oslo"}</call>' in text and "4 degrees" in text
     with pytest.raises(DataError, match="not made for tools"):
-        prepare_prompts([called], plain, 200)
+        prompts_of(called, plain)
     pairs, _ = read_all(RANKINGS, CASES / "tool_calls_pairs.jsonl")
     answers = [[tools.text(tools.reply(p.messages, r, p.tools).response_tokens) for r in p.replies] for p in pairs]
     assert answers[0] == ["<call>get_weather {}</call><|im_end|>", "<call>send_mail {}</call><|im_end|>"]

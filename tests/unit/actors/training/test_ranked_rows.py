@@ -1,17 +1,21 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.learning.distributed import Group
+from actors.learning.objectives.preference import mismatched
 from actors.text.conversations import chat_of
-from actors.training.ranked_rows import RankedRows, mismatched_rows, padding_token, ranked_rows
+from actors.training.ranked_rows import Mismatched
+from actors.training.ranked_tokens import RankedTokens, mismatched_table, padding_token
+from actors.training.trainer import training_batches
+from orchestrator.config.trainings import PreferenceConfig
 from orchestrator.data.records import Message, RankingRecord
+from tests.rows import ranked_rows, ranked_table
 from tests.tiny import tiny_tokenizer
 
 CHAT = chat_of(tiny_tokenizer())
@@ -22,18 +26,20 @@ def _record(question: str, *replies: str) -> RankingRecord:
     return RankingRecord(question, (Message("user", question),), replies)
 
 
-def _rows(*num_replies: int, max_length: int = 200) -> RankedRows:
+def _table(*num_replies: int, learns_prompts: bool = False) -> pa.Table:
     records = [
         _record("why " * (i + 1), *(f"{'so ' * (k + i)}{k}" for k in range(n))) for i, n in enumerate(num_replies)
     ]
-    return ranked_rows(records, CHAT, max_length=max_length)
+    return ranked_table(records, CHAT, max_length=200, learns_prompts=learns_prompts)
 
 
 def test_a_record_owns_its_replies_in_order() -> None:
-    ranked = _rows(2, 3)
+    ranked = ranked_rows(_table(2, 3))
     assert [list(ranked.rows_of(i)) for i in range(ranked.num_records)] == [[0, 1], [2, 3, 4]]
-    assert ranked.table["quality"].to_pylist() == [0, -1, 0, -1, -2]
-    assert ranked.table["group"].to_pylist() == [0, 0, 1, 1, 1]
+    assert ranked.rows.row_column("quality").tolist() == [0, -1, 0, -1, -2]
+    assert ranked.rows.row_column("group").tolist() == [0, 0, 1, 1, 1]
+    assert ranked.by_record("abcde") == [["a", "b"], ["c", "d", "e"]]
+    assert ranked.num_tokens([1]) == sum(ranked.rows.lengths[2:])
 
 
 def test_scores_of_a_record_are_its_strengths_and_places_where_it_has_none() -> None:
@@ -46,23 +52,27 @@ def test_scores_of_a_record_are_its_strengths_and_places_where_it_has_none() -> 
 
 def test_a_transcript_within_the_limit_is_what_a_sampled_response_looks_like() -> None:
     record = _record("How far is it?", "Two miles.", "Far.")
-    ranked = ranked_rows([record], CHAT, max_length=200)
+    tokens = RankedTokens(CHAT, 200)
+    tokens.add(record)
+    table = tokens.take()
     for row, reply in enumerate(record.replies):
         transcript = CHAT.reply(record.messages, reply)
-        assert ranked.table["prompt_tokens"][row].as_py() == transcript.prompt_tokens.tolist()
-        assert ranked.table["response_tokens"][row].as_py() == transcript.response_tokens.tolist()
+        assert table["prompt_tokens"][row].as_py() == transcript.prompt_tokens.tolist()
+        assert table["response_tokens"][row].as_py() == transcript.response_tokens.tolist()
         assert transcript.response_tokens[-1] == TOKENIZER.eos_token_id
-    assert ranked.num_truncated == 0
+    assert tokens.num_truncated == 0
 
 
 @pytest.mark.parametrize("max_length", [30, 12, 5, 2])
 def test_a_longer_transcript_keeps_its_end_and_is_counted(max_length: int) -> None:
     record = _record("How far is it to the sea from here, please?", "Two miles.", "It is far away.")
-    ranked = ranked_rows([record], CHAT, max_length=max_length)
-    assert ranked.num_truncated == 2
+    tokens = RankedTokens(CHAT, max_length)
+    tokens.add(record)
+    table = tokens.take()
+    assert tokens.num_truncated == 2
     for row, reply in enumerate(record.replies):
         whole = CHAT.reply(record.messages, reply).tokens
-        prompt, response = (ranked.table[name][row].as_py() for name in ("prompt_tokens", "response_tokens"))
+        prompt, response = (table[name][row].as_py() for name in ("prompt_tokens", "response_tokens"))
         assert prompt and response
         assert prompt + response == whole[-max_length:].tolist()
 
@@ -75,7 +85,7 @@ def test_a_longer_transcript_keeps_its_end_and_is_counted(max_length: int) -> No
 def test_micro_batches_hold_whole_records_within_the_budget(
     num_replies: list[int], world_size: int, budget: int
 ) -> None:
-    ranked = _rows(*num_replies)
+    ranked = ranked_rows(_table(*num_replies))
     records = list(range(len(num_replies)))
     plans = [ranked.micro_batches(records, Group(rank, world_size), budget) for rank in range(world_size)]
     assert len({len(plan) for plan in plans}) == 1
@@ -85,7 +95,7 @@ def test_micro_batches_hold_whole_records_within_the_budget(
         held = {owner[row] for row in micro}
         assert sorted(micro) == sorted(row for record in held for row in ranked.rows_of(record))
         if len(held) > 1:
-            assert len(micro) * max(ranked.lengths[row] for row in micro) <= budget
+            assert len(micro) * max(ranked.rows.lengths[row] for row in micro) <= budget
 
 
 def test_padding_never_ends_a_transcript() -> None:
@@ -98,7 +108,7 @@ def test_padding_never_ends_a_transcript() -> None:
 
 
 def test_rows_are_packed_with_their_rank_and_record() -> None:
-    ranked = _rows(2, 2)
+    ranked = ranked_rows(_table(2, 2))
     micro = ranked.rows.pack((2, 3), torch.device("cpu"))
     assert micro.columns["quality"].tolist() == [0, -1]
     assert micro.columns["group"].tolist() == [1, 1]
@@ -107,41 +117,69 @@ def test_rows_are_packed_with_their_rank_and_record() -> None:
 
 
 def test_log_probs_of_the_reference_go_with_the_rows() -> None:
-    ranked = _rows(2, 2).with_reference([-1.0, -2.0, -3.0, -4.0])
+    ranked = ranked_rows(_table(2, 2)).with_reference(np.array([-1, -2, -3, -4], dtype=np.float32))
     assert ranked.rows.pack((2, 1), torch.device("cpu")).columns["reference"].tolist() == [-3, -2]
+    assert ranked.rows.take([3, 0]).row_column("reference").tolist() == [-4, -1]
 
 
 def test_a_learned_prompt_is_that_of_the_best_reply_without_its_first_token() -> None:
-    plain, ranked = _rows(2, 3), _rows(2, 3).with_prompts_learned()
-    assert ranked.lengths == plain.lengths
+    table = _table(2, 3)
+    plain, ranked = ranked_rows(table), ranked_rows(_table(2, 3, learns_prompts=True))
+    assert ranked.rows.lengths == plain.rows.lengths
     for row in range(5):
-        prompt, reply = (plain.table[name][row].as_py() for name in ("prompt_tokens", "response_tokens"))
+        prompt, reply = (table[name][row].as_py() for name in ("prompt_tokens", "response_tokens"))
         micro = ranked.rows.pack((row,), torch.device("cpu"))
         assert micro.input_ids_BT.tolist() == [prompt + reply]
         is_best = row in (0, 2)
         assert micro.targets_N.tolist() == (prompt[1:] if is_best else []) + reply
         assert micro.columns["reply"].tolist() == [0.0] * (len(prompt) - 1) * is_best + [1.0] * len(reply)
         assert micro.lengths_B.tolist() == [len(micro.targets_N)]
-        assert micro.columns["quality"].tolist() == [plain.table["quality"][row].as_py()]
+        assert micro.columns["quality"].tolist() == [table["quality"][row].as_py()]
 
 
 def test_a_mismatched_row_is_a_prompt_with_the_best_reply_to_another() -> None:
-    ranked = _rows(2, 2, 2)
-    mixed = mismatched_rows(ranked, [(0, 2), (1, 0)], max_length=200)
-    prompts, replies = (ranked.table[name].to_pylist() for name in ("prompt_tokens", "response_tokens"))
-    assert mixed.table["prompt_tokens"].to_pylist() == [prompts[0], prompts[2]]
-    assert mixed.table["response_tokens"].to_pylist() == [replies[4], replies[0]]
-    (short,) = mismatched_rows(ranked, [(0, 2)], max_length=5).lengths
-    assert short == 5
+    table = _table(2, 2, 2)
+    ranked = ranked_rows(table)
+    mixed = mismatched_table(ranked, [(0, 2), (1, 0)], max_length=200, first=7)
+    prompts, replies = (table[name].to_pylist() for name in ("prompt_tokens", "response_tokens"))
+    assert mixed["prompt_tokens"].to_pylist() == [prompts[0], prompts[2]]
+    assert mixed["response_tokens"].to_pylist() == [replies[4], replies[0]]
+    assert mixed["record"].to_pylist() == [7, 8]
+    assert ranked_rows(mismatched_table(ranked, [(0, 2)], max_length=5)).rows.lengths == [5]
+
+
+@pytest.mark.parametrize(("num_records", "epochs", "per_batch"), [(7, 3, 2), (2, 5, 2), (5, 2, 1), (0, 1, 4)])
+def test_every_mismatched_pair_of_a_training_has_one_row(num_records: int, epochs: int, per_batch: int) -> None:
+    passes = PreferenceConfig(epochs=epochs, records_per_batch=per_batch)
+    pairs = Mismatched(num_records, passes, 3)
+    used = [mismatched(records) for _, _, records in training_batches(num_records, passes, 3)]
+    expected = list(dict.fromkeys(pair for batch in used for pair in batch))
+    assert list(pairs) == expected and len(pairs) == len(expected)
+    for batch in used:
+        assert pairs.rows_of(batch) == [expected.index(pair) for pair in batch]
+
+
+def test_rows_that_are_taken_are_packed_as_before() -> None:
+    ranked = ranked_rows(_table(2, 3, 2, learns_prompts=True))
+    chosen = [5, 0, 3]
+    one, other = (
+        ranked.rows.pack(chosen, torch.device("cpu")),
+        ranked.rows.take(chosen).pack((0, 1, 2), torch.device("cpu")),
+    )
+    for name in ("input_ids_BT", "state_index_N", "targets_N", "last_index_B", "lengths_B"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert {name: column.tolist() for name, column in one.columns.items()} == {
+        name: column.tolist() for name, column in other.columns.items()
+    }
 
 
 def test_replies_share_their_prompt_where_that_is_less_work() -> None:
     record = _record("How far is it to the sea from here, please? " * 3, "Two miles.", "It is far.", "Far.")
-    apart = ranked_rows([record, record], CHAT, max_length=400)
-    together = replace(apart, shares_prompts=True)
+    table = ranked_table([record, record], CHAT, max_length=400)
+    apart, together = (ranked_rows(table, shares_prompts=shares) for shares in (False, True))
     micro = together.rows.pack(range(6), torch.device("cpu"))
     assert micro.rows == (0, 1, 2, 3, 4, 5)
-    assert len(micro.input_ids_BT) < 6 and micro.input_ids_BT.numel() < 6 * max(apart.lengths)
+    assert len(micro.input_ids_BT) < 6 and micro.input_ids_BT.numel() < 6 * max(apart.rows.lengths)
     assert micro.targets_N.tolist() == apart.rows.pack(range(6), torch.device("cpu")).targets_N.tolist()
     budget = together.rows.line_length((0, 1, 2))
     assert together.micro_batches([0, 1], Group(), budget) == [(0, 1, 2), (3, 4, 5)]

@@ -243,7 +243,9 @@ def test_replies_that_differ_only_in_their_call_are_two(tmp_path: Path) -> None:
     assert records[1].tools == (TOOL,)
     assert [r if isinstance(r, str) else r.tool_calls[0].name for r in ranked.replies] == ["a", "b", "no"]
     with pytest.raises(DataError, match="1 with equal replies"):
-        read_all(RANKINGS, write(tmp_path, {"prompt": "q", "chosen": [calling("a", x=1)], "rejected": [calling("a", x=1)]}))
+        read_all(
+            RANKINGS, write(tmp_path, {"prompt": "q", "chosen": [calling("a", x=1)], "rejected": [calling("a", x=1)]})
+        )
 
 
 def test_other_fields_of_messages_are_kept_for_the_template(tmp_path: Path) -> None:

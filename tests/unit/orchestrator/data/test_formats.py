@@ -10,8 +10,8 @@ import pytest
 from orchestrator.config.loader import load_config
 from orchestrator.data.formats.format import Format
 from orchestrator.data.formats.prompts import PROMPT_FORMATS
-from orchestrator.data.messages import Fields, Messages, text_of
 from orchestrator.data.kinds import PROMPTS
+from orchestrator.data.messages import Fields, Messages, text_of
 from orchestrator.data.readers import read_all
 from orchestrator.data.records import Message
 from orchestrator.errors import ConfigError

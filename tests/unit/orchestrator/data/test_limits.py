@@ -116,9 +116,9 @@ def test_kept_records_have_a_limit_by_the_size_of_the_file(tmp_path: Path, monke
     assert len(read_all(PROMPTS, path)[0]) == len(read_all(RANKINGS, path)[0]) == 20_000
     monkeypatch.setattr(limits, "MAX_KEPT_EXPANSION", 20)
     path.write_bytes(gzip.compress(plain))
-    for read, section in ((read_prompts, "prompts"), (read_rankings, "preferences")):
-        with pytest.raises(DataError, match=rf"20 times the file's own size. Unpack .* set {section}\.limit"):
-            read(path)  # type: ignore[operator]
+    for kind in (PROMPTS, RANKINGS):
+        with pytest.raises(DataError, match=rf"20 times the file's own size. Unpack .* set {kind.section}\.limit"):
+            read_all(kind, path)
     assert len(read_all(PROMPTS, path, limit=100)[0]) == 100
 
 

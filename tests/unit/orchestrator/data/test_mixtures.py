@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.data.mixtures import sources_of
 from orchestrator.data.kinds import DEMONSTRATIONS, PROMPTS
+from orchestrator.data.mixtures import sources_of
 from orchestrator.data.readers import read_all
 from orchestrator.errors import DataError
 

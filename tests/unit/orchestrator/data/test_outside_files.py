@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,14 @@ def test_no_file_but_a_regular_one_is_opened(short_folder: Path, kind: str) -> N
     make, fault = KINDS[kind]
     path = short_folder / "file"
     make(path)
-    for read, error in ((read_prompts, DataError), (read_rankings, DataError), (load_config, ConfigError)):
+    reads: tuple[tuple[Callable[[Path], object], type[Exception]], ...] = (
+        (partial(read_all, PROMPTS), DataError),
+        (partial(read_all, RANKINGS), DataError),
+        (load_config, ConfigError),
+    )
+    for read, error in reads:
         with pytest.raises(error) as caught:
-            read(find_data(path))  # type: ignore[operator]
+            read(find_data(path))
         assert fault in str(caught.value) and "file" in str(caught.value)
 
 

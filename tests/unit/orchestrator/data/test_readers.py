@@ -243,8 +243,8 @@ def test_neighbouring_turns_of_one_speaker_become_one_message(tmp_path: Path) ->
 
 def test_ids_follow_from_the_messages_alone(tmp_path: Path) -> None:
     with_meta, _ = read_all(PROMPTS, jsonl(tmp_path / "a.jsonl", [{"prompt": "same", "answer": 1}]))
-    as_messages, _ = read_all(PROMPTS, 
-        jsonl(tmp_path / "b.jsonl", [{"messages": [{"role": "user", "content": "same"}], "source": "x"}])
+    as_messages, _ = read_all(
+        PROMPTS, jsonl(tmp_path / "b.jsonl", [{"messages": [{"role": "user", "content": "same"}], "source": "x"}])
     )
     assert with_meta[0].id == as_messages[0].id == hashlib.sha256(b'[[["user","same"]]]').hexdigest()[:16]
 

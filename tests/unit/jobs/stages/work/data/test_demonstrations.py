@@ -14,8 +14,15 @@ from actors.learning.packing import TokenRows
 from actors.text.conversations import Chat, chat_of
 from actors.text.learned import Row
 from actors.training.stored_rows import StoredRows
-from jobs.stages.work.data import demonstrations
-from jobs.stages.work.data.demonstrations import Stored, marked, rows_of, sample, store, stream
+from jobs.stages.work.data import sampling, storing
+from jobs.stages.work.data.demonstrations import (
+    StoredDemonstrations,
+    marked,
+    rows_of,
+    sample,
+    store_demonstrations,
+    stream,
+)
 from orchestrator.config.config import Config
 from orchestrator.data.kinds import DEMONSTRATIONS
 from orchestrator.data.records import DemonstrationRecord
@@ -38,8 +45,8 @@ def config_of(folder: Path, num_records: int = NUM_RECORDS, **keys: object) -> C
     return Config.model_validate({"demonstrations": {"path": str(path), **keys}, "sft": {"max_length": 64}})
 
 
-def stored(config: Config, chat: Chat, folder: Path) -> tuple[Stored, Stored]:
-    return asyncio.run(store(config, chat, stream(config), folder, lambda text: None))
+def stored(config: Config, chat: Chat, folder: Path) -> tuple[StoredDemonstrations, StoredDemonstrations]:
+    return asyncio.run(store_demonstrations(config, chat, stream(config), folder, lambda text: None))
 
 
 @pytest.mark.parametrize("held_out", [None, 0, 13])
@@ -47,7 +54,7 @@ def stored(config: Config, chat: Chat, folder: Path) -> tuple[Stored, Stored]:
 def test_the_stored_rows_are_those_of_the_records(
     chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: int | None, appended: int
 ) -> None:
-    monkeypatch.setattr(demonstrations, "APPENDED_ROWS", appended)
+    monkeypatch.setattr(storing, "APPENDED_ROWS", appended)
     config = config_of(tmp_path, held_out=held_out)
     found = stored(config, chat, tmp_path)
     assert sum(part.num_records for part in found) == NUM_RECORDS
@@ -61,7 +68,7 @@ def test_the_stored_rows_are_those_of_the_records(
 
 
 def test_few_records_and_rows_are_held_at_a_time(chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demonstrations, "APPENDED_ROWS", 8)
+    monkeypatch.setattr(storing, "APPENDED_ROWS", 8)
     held: list[int] = []
 
     class Counting(Stream[DemonstrationRecord]):
@@ -73,7 +80,7 @@ def test_few_records_and_rows_are_held_at_a_time(chat: Chat, tmp_path: Path, mon
 
     config = config_of(tmp_path, 300, held_out=5)
     records = Counting(DEMONSTRATIONS, str(config.demonstrations.path))
-    train, _ = asyncio.run(store(config, chat, records, tmp_path, lambda text: None))
+    train, _ = asyncio.run(store_demonstrations(config, chat, records, tmp_path, lambda text: None))
     assert train.writer.num_rows == 295
     assert len(held) == 6 and max(held) < 30, "5 wait to be held out, 8 rows to be written"
 
@@ -90,9 +97,16 @@ def test_bad_rows_are_told_before_that_none_is_left(chat: Chat, tmp_path: Path) 
 
 
 def test_a_sample_stands_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demonstrations, "MEASURED", 10)
+    monkeypatch.setattr(sampling, "MEASURED", 10)
     config = config_of(tmp_path, held_out=5)
-    some, num_records, report = sample(config)
-    assert len(some) == 10 and num_records == NUM_RECORDS - 5 and report.num_records == NUM_RECORDS
-    some, num_records, _ = sample(config, is_held_out=True)
-    assert len(some) == num_records == 5
+    found = sample(config)
+    assert len(found.some) == 10 and found.num_records == NUM_RECORDS - 5 and found.report.num_records == NUM_RECORDS
+    held_out = sample(config, is_held_out=True)
+    assert len(held_out.some) == held_out.num_records == 5
+
+
+def test_a_file_is_sampled_once_unless_it_changes(tmp_path: Path) -> None:
+    found = sample(config_of(tmp_path))
+    assert sample(Config.model_validate({"demonstrations": {"path": str(tmp_path / "talks.jsonl")}})) is found
+    assert sample(config_of(tmp_path, NUM_RECORDS + 1)).report.num_records == NUM_RECORDS + 1
+    assert sample(config_of(tmp_path, NUM_RECORDS + 1, held_out=3)).num_records == NUM_RECORDS - 2

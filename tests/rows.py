@@ -1,0 +1,33 @@
+"""Rows of tokens of judged replies, as stages store them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from actors.text.conversations import Chat
+from actors.training.ranked_rows import RankedRows, stored_rankings
+from actors.training.ranked_tokens import JudgedRecord, RankedTokens
+from actors.training.stored_rows import writing_rows
+
+
+def ranked_table(
+    records: Sequence[JudgedRecord], chat: Chat, *, max_length: int, learns_prompts: bool = False
+) -> pa.Table:
+    tokens = RankedTokens(chat, max_length, learns_prompts=learns_prompts)
+    for record in records:
+        tokens.add(record)
+    return tokens.take()
+
+
+def ranked_rows(table: pa.Table, *, shares_prompts: bool = False) -> RankedRows:
+    """The rows of a table, through files; they stay open."""
+    added = [name for name in ("quality", "record", "reply") if name in table.column_names]
+    with tempfile.TemporaryDirectory() as folder:
+        with writing_rows(Path(folder), *added) as writer:
+            writer.append(table)
+        of_tokens = [name for name in added if name == "reply"]
+        return stored_rankings(Path(folder), shares_prompts=shares_prompts, tokens_added=of_tokens)
