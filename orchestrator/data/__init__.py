@@ -5,5 +5,5 @@ rows       a file as a stream of rows: JSONL, JSON array, Parquet, text; plain, 
 formats    one row of one format -> canonical records
 kinds      which formats each kind of record is read from
 streams    the records of a file one by one: bad rows gathered, duplicates counted
-readers    read_prompts, read_demonstrations, read_rankings, ...: whole files
+readers    a whole file in memory, for one that is known to be short
 """

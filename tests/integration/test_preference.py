@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from actors.text.conversations import load_chat
-from jobs.stages.work.data.judged import Records
+from actors.training.preference import learns_prompts
+from actors.training.ranked_tokens import JudgedRecord, RankedTokens
+from jobs.prepare import policy_chat
 from jobs.stages.work.preference import PreferenceResult, train_on_preferences
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
@@ -25,6 +27,7 @@ from orchestrator.run.storage import sha256
 from orchestrator.watching.telemetry import Telemetry, read_lines
 from tests.deadlines import of_a_run
 from tests.integration.pipelines import require_equal_after_a_kill
+from tests.rows import store_records
 
 ROOT = Path(__file__).resolve().parents[2]
 _MOODS = ("kind", "plain", "rude")
@@ -69,8 +72,8 @@ def _config(base: Path, folder: Path, **stage: Any) -> Config:
 def _train(
     config: Config,
     folder: Path,
-    records: Records,
-    held_out: Records,
+    records: Sequence[JudgedRecord],
+    held_out: Sequence[JudgedRecord],
     on_line: Callable[[str], None] = lambda text: None,
 ) -> tuple[PreferenceResult, list[dict[str, Any]], list[str]]:
     said: list[str] = []
@@ -79,9 +82,16 @@ def _train(
         said.append(text)
         on_line(text)
 
+    async def run(telemetry: Telemetry) -> PreferenceResult:
+        stage, chat = config.preference, policy_chat(config)
+        train = RankedTokens(chat, stage.max_length, learns_prompts=learns_prompts(stage))
+        tokens = train, RankedTokens(chat, stage.max_length)
+        data = await store_records(records, held_out, tokens, folder / ".preferred.rows")
+        return await train_on_preferences(config, data, folder / "preferred", telemetry, say)
+
     folder.mkdir(exist_ok=True)
     with Telemetry(folder, "test", 1, stage="preference") as telemetry:
-        result = asyncio.run(train_on_preferences(config, records, held_out, folder / "preferred", telemetry, say))
+        result = asyncio.run(run(telemetry))
     return result, read_lines(folder / "metrics.jsonl"), said
 
 

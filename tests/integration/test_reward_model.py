@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -21,7 +21,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from actors.rewards.model import RewardModel
 from actors.text.conversations import load_chat, reward_chat
-from jobs.stages.work.data.judged import Records
+from actors.training.ranked_tokens import JudgedRecord, RankedTokens
+from jobs.prepare import start_chat
 from jobs.stages.work.reward_model import RewardModelResult, train_reward_model
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
@@ -31,6 +32,7 @@ from orchestrator.run.storage import read_json, sha256
 from orchestrator.watching.telemetry import Telemetry, read_lines
 from tests.deadlines import of_a_run
 from tests.integration.pipelines import finish, require_equal_after_a_kill, start
+from tests.rows import store_records
 from tests.tiny import CHATML, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,8 +75,8 @@ def _config(base: Path, folder: Path, **stage: Any) -> Config:
 def _train(
     config: Config,
     folder: Path,
-    records: Records,
-    held_out: Records,
+    records: Sequence[JudgedRecord],
+    held_out: Sequence[JudgedRecord],
     on_line: Callable[[str], None] = lambda text: None,
 ) -> tuple[RewardModelResult, list[dict[str, Any]], list[str]]:
     said: list[str] = []
@@ -83,8 +85,14 @@ def _train(
         said.append(text)
         on_line(text)
 
+    async def run(telemetry: Telemetry) -> RewardModelResult:
+        chat, longest = start_chat(config), config.reward_model.max_length
+        tokens = RankedTokens(chat, longest), RankedTokens(chat, longest)
+        data = await store_records(records, held_out, tokens, folder / ".reward-model.rows")
+        return await train_reward_model(config, data, folder / "reward-model", telemetry, say)
+
     with Telemetry(folder, "test", 1, stage="reward_model") as telemetry:
-        result = asyncio.run(train_reward_model(config, records, held_out, folder / "reward-model", telemetry, say))
+        result = asyncio.run(run(telemetry))
     return result, read_lines(folder / "metrics.jsonl"), said
 
 
