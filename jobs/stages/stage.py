@@ -21,6 +21,7 @@ from orchestrator.config.config import Config
 from orchestrator.planning.disk import Disk, rows_disk
 from orchestrator.planning.memory import ModelSize
 from orchestrator.planning.placement import Node, Plan
+from orchestrator.prompts import HELD_OUT_FRACTION
 from orchestrator.run.folder import RunFolder
 from orchestrator.types import Prompt
 from orchestrator.watching.telemetry import Shown, Telemetry
@@ -232,9 +233,9 @@ class Stage:
         return None
 
     def rows_disk(self, config: Config, prepared: Prepared) -> Disk:
-        """What the data of a training takes while it is read."""
-        rows = self.rows(config, prepared)
-        return Disk() if rows is None else rows_disk(float(rows.lengths.sum()), len(rows.lengths))
+        """What the data of a training takes while it is read, with the part that is held out."""
+        rows, share = self.rows(config, prepared), 1.0 + HELD_OUT_FRACTION
+        return Disk() if rows is None else rows_disk(share * float(rows.lengths.sum()), share * len(rows.lengths))
 
     def arithmetic(self, config: Config, prepared: Prepared) -> Sequence[Row]:
         """The sizes of its batches and the like, as (name, value)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from jobs.check.batches import batch_rows
 from jobs.check.capacity import Cluster, capacity
 from jobs.check.preflight import preflight
 from jobs.check.report import check
+from jobs.prepare import policy_chat, without_prompts
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
+from orchestrator.data.records import Message
 from orchestrator.errors import CapacityError, ConfigError, DataError
 from orchestrator.planning.memory import MIB, NodeOffer
 from orchestrator.planning.placement import Node
@@ -208,6 +211,36 @@ def test_the_disk_of_a_run_is_that_of_its_stages(tree: dict[str, Any], model: Pa
     assert disk("rl", **keys) == (3 * 14 + 4) * num_params + 40 * tokens
     sampled = 40 * found.sample.prompts * found.sample.samples_per_prompt * found.model.max_length
     assert disk("sample", "rl", **keys) == disk("rl", **keys) + sampled
+
+
+def test_rows_on_disk_are_counted_while_a_training_reads_them(tree: dict[str, Any], tmp_path: Path) -> None:
+    talks, pairs, labels = (tmp_path / f"{name}.jsonl" for name in ("talks", "pairs", "labels"))
+    write(talks, [{"prompt": f"number {n}?", "response": "yes"} for n in range(300)])
+    write(pairs, [{"prompt": f"number {n}?", "chosen": "yes", "rejected": "no"} for n in range(300)])
+    write(labels, [{"prompt": f"number {n}?", "completion": "yes", "label": n % 2 == 0} for n in range(300)])
+
+    def rows(stage: str, **sections: Any) -> float:
+        config = config_of(tree, stages=[stage], **sections)
+        machine = Cluster("a toy", [Node("a", 8.0)], {"a": NodeOffer(None)})
+        prepared = without_prompts(policy_chat(config))
+        return capacity(config, machine, prepared).disk_bytes - capacity(config, machine).disk_bytes
+
+    chat = policy_chat(config_of(tree))
+    num_tokens = sum(len(chat.reply((Message("user", f"number {n}?"),), "yes")) for n in range(300))
+    whole = 1.1 * (5 * num_tokens + 36 * 300)
+    length = {"max_length": 100}
+    found = rows("sft", demonstrations={"path": str(talks), "held_out": 0}, sft=length)
+    assert found == pytest.approx(whole, rel=0.05)
+    given = {"path": str(pairs), "held_out": 0}
+    for stage in ("reward_model", "preference"):
+        assert rows(stage, preferences=given, **{stage: length}) == pytest.approx(2 * whole, rel=0.05)
+    kto = {**length, "loss": {"name": "kto"}, "epochs": 3}
+    found = rows("preference", preferences={"path": str(labels), "held_out": 0}, preference=kto)
+    assert found == pytest.approx(4 * whole, rel=0.05)
+
+
+def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def test_an_address_of_another_kind_is_refused_with_the_command_that_takes_it(tree: dict[str, Any]) -> None:

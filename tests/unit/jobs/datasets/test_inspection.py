@@ -71,7 +71,7 @@ def test_the_histogram_has_a_line_per_power_of_two() -> None:
     ]
 
 
-def test_the_sample_is_uniform_in_order_and_keeps_what_was_read_before_a_fault() -> None:
+def test_the_sample_is_evenly_spaced_and_keeps_what_was_read_before_a_fault() -> None:
     found, problem = sample(range(MEASURED * 10))
     assert problem is None and len(found) == MEASURED and found == sorted(set(found))
     assert abs(sum(found) / len(found) / (MEASURED * 10) - 0.5) < 0.05
