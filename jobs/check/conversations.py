@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +11,13 @@ from actors.models.model import resolve_model
 from actors.models.size import num_embeddings
 from actors.text.conversations import Chat, reward_chat
 from actors.text.tokenizing import has_tokenizer, load_tokenizer
-from actors.training.ranked_tokens import JudgedRecord, judged
+from actors.training.ranked_tokens import judged
 from jobs.prepare import start_chat
 from jobs.stages.stage import Found
+from jobs.stages.work.data.judged import sample
 from orchestrator.algorithms.ranking import spread
 from orchestrator.config.config import Config
+from orchestrator.config.losses import Judgement
 from orchestrator.config.rewards import ModelRewardConfig
 from orchestrator.data.records import Message, messages_from_dicts
 from orchestrator.errors import DataError, RlhfError
@@ -72,13 +74,22 @@ def check_training_conversations(config: Config, found: Found) -> str | None:
     """
     if found.chat is None:
         return None
-    model = config.reward_model.base or config.model.path
-    return _written(config, found, "reward_model.base", model, start_chat(config))
+    model, chat = config.reward_model.base or config.model.path, start_chat(config)
+    _write_judged(config, config.reward_model.loss.judgement, chat)
+    return _written(config, found, "reward_model.base", model, chat)
 
 
-def write_judged(records: Sequence[JudgedRecord], chat: Chat) -> None:
-    """Writes preferences as training will. Raises DataError: the template refuses one."""
-    for record in records:
+def check_preferred_conversations(config: Config, found: Found) -> str | None:
+    """Writes conversations as the training of the policy on preferences will. Raises DataError as above."""
+    if found.chat is not None:
+        _write_judged(config, config.preference.loss.judgement, found.chat)
+    return None
+
+
+def _write_judged(config: Config, judgement: Judgement, chat: Chat) -> None:
+    if config.preferences.path is None:
+        return
+    for record in sample(config, judgement).some:
         with _naming(f"preference {record.id!r}"):
             for reply in judged(record)[0]:
                 chat.reply(record.messages, reply, record.tools)

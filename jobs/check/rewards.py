@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -18,9 +18,6 @@ from actors.rewards.judge import JudgeReward
 from actors.rewards.model import read_stats
 from actors.rewards.pair_judge import PairJudge
 from actors.rewards.rules import RuleReward
-from actors.text.conversations import Chat
-from jobs.check.conversations import write_judged
-from jobs.prepare import start_chat
 from jobs.stages.settings import judge_template, pair_template, reward_base, reward_max_length
 from jobs.stages.stage import Found
 from jobs.stages.work.data.judged import sample
@@ -45,24 +42,19 @@ Judging = TypeVar("Judging", bound=JudgeConfig)
 
 
 def check_rewarded(config: Config, found: Found) -> str | None:
-    """The file that the reward model is trained on, and some of its records as training will write them."""
-    chat = found.chat
-    return _judged_file(config, config.reward_model.loss.judgement, lambda: chat and start_chat(config))
+    """The file that the reward model is trained on."""
+    return _judged_file(config, config.reward_model.loss.judgement)
 
 
 def check_preferred(config: Config, found: Found) -> str | None:
-    """The same for the file that the policy is trained on without a reward model."""
-    return _judged_file(config, config.preference.loss.judgement, lambda: found.chat)
+    """The file that the policy is trained on without a reward model."""
+    return _judged_file(config, config.preference.loss.judgement)
 
 
-def _judged_file(config: Config, judgement: Judgement, load_chat: Callable[[], Chat | None]) -> str | None:
-    """Raises DataError: the file, or the chat template refuses a record."""
+def _judged_file(config: Config, judgement: Judgement) -> str | None:
     if config.preferences.path is None:
         return None
-    found = sample(config, judgement)
-    if (chat := load_chat()) is not None:
-        write_judged(found.some, chat)
-    return f"preferences: {found.report.summary()}"
+    return f"preferences: {sample(config, judgement).report.summary()}"
 
 
 def check_replies(config: Config, found: Found) -> str | None:

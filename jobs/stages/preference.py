@@ -23,7 +23,7 @@ class Preference(PolicyTrainingStage):
     kind = "preference"
     sections = ("preference", "preferences")
     leaves = (RESULT_FILE,)
-    checks = ("jobs.check.rewards:check_preferred",)
+    checks = ("jobs.check.rewards:check_preferred", "jobs.check.conversations:check_preferred_conversations")
     instead = MappingProxyType({PREFERENCES: "give a preference file: preferences.path"})
 
     def reads(self, config: Config) -> Sequence[str]:
