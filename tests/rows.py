@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from actors.text.conversations import Chat
 from actors.training.ranked_rows import RankedRows, stored_rankings
-from actors.training.ranked_tokens import JudgedRecord, RankedTokens
+from actors.training.ranked_tokens import ADDED, JudgedRecord, RankedTokens
 from actors.training.stored_rows import writing_rows
 from jobs.stages.work.data.judged import StoredJudgements
 from jobs.stages.work.data.storing import store
@@ -28,7 +28,7 @@ def ranked_table(
 
 def ranked_rows(table: pa.Table, *, shares_prompts: bool = False) -> RankedRows:
     """The rows of a table, through files; they stay open."""
-    added = [name for name in ("quality", "record", "reply") if name in table.column_names]
+    added = [name for name in (*ADDED, "reply") if name in table.column_names]
     with tempfile.TemporaryDirectory() as folder:
         with writing_rows(Path(folder), *added) as writer:
             writer.append(table)

@@ -76,9 +76,23 @@ def stored_rankings(folder: Path, *, shares_prompts: bool = False, tokens_added:
     rows = StoredRows(
         folder,
         tokens_added=tokens_added,
-        row_columns={"quality": row_column(folder, "quality"), "group": (record % _EXACT).astype(np.float32)},
+        row_columns={
+            "quality": row_column(folder, "quality"),
+            "strength": row_column(folder, "strength"),
+            "group": (record % _EXACT).astype(np.float32),
+        },
     )
     return RankedRows(rows.sharing(shares_prompts), first_rows(record))
+
+
+def stored_weights(folder: Path, num_heads: int) -> npt.NDArray[np.float32]:
+    """Weights (R, H) of records in the loss of each head; of as many records as `group` tells apart.
+
+    Raises StorageError.
+    """
+    first = first_rows(row_column(folder, "record"))[:-1][:_EXACT]
+    found: npt.NDArray[np.float32] = row_column(folder, "weights").reshape(-1, num_heads)[first]
+    return found
 
 
 def first_rows(record: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -10,12 +10,13 @@ import pyarrow as pa
 
 from actors.text.conversations import Chat, Transcript
 from actors.training.ranked_rows import RankedRows
+from orchestrator.algorithms.ensemble import bootstrap_weights
 from orchestrator.data.records import LabelledRecord, Message, RankingRecord, Reply, ScoredRecord
 from orchestrator.errors import DataError
 
 JudgedRecord = RankingRecord | LabelledRecord | ScoredRecord
 
-ADDED = ("quality", "record")
+ADDED = ("quality", "strength", "record")
 """The columns of every table."""
 _TOKENS, _MARKS = pa.list_(pa.int32()), pa.list_(pa.bool_())
 
@@ -26,11 +27,14 @@ class RankedTokens:
 
     Args:
         learns_prompts: also the prompt of every record's best reply is learned, see `with_prompts_learned`.
+        heads, seed: of a reward model; with several heads, records have weights (ensemble.bootstrap_weights).
     """
 
     chat: Chat
     max_length: int
     learns_prompts: bool = False
+    heads: int = 1
+    seed: int = 0
     num_truncated: int = 0
     num_records: int = 0
     _waiting: list[JudgedRecord] = field(default_factory=list)
@@ -42,7 +46,7 @@ class RankedTokens:
     @property
     def added(self) -> Sequence[str]:
         """The columns that are added to those of all rows."""
-        return (*ADDED, "reply") if self.learns_prompts else ADDED
+        return (*ADDED, *["reply"] * self.learns_prompts, *["weights"] * (self.heads > 1))
 
     def add(self, record: JudgedRecord) -> None:
         self._waiting.append(record)
@@ -52,16 +56,22 @@ class RankedTokens:
         """The rows since the last call. Raises DataError: the chat template refuses a conversation."""
         kept: list[Transcript] = []
         qualities: list[float] = []
+        strengths: list[float] = []
         numbers: list[int] = []
         for record, transcripts in zip(self._waiting, _transcripts(self._waiting, self.chat), strict=True):
             for whole in transcripts:
                 kept.append(_cut(whole, self.max_length))
                 self.num_truncated += len(kept[-1]) < len(whole)
             qualities += judged(record)[1]
+            strengths += _strengths(record) or judged(record)[1]
             numbers += [self.num_records] * len(transcripts)
             self.num_records += 1
+        table = _table(kept, qualities, strengths, numbers)
+        if self.heads > 1:
+            ids = [record.id for record in self._waiting for _ in judged(record)[0]]
+            weights = bootstrap_weights(ids, self.heads, self.seed)
+            table = table.append_column("weights", pa.array(list(weights), pa.list_(pa.float32())))
         self._waiting, self._num_replies = [], 0
-        table = _table(kept, qualities, numbers)
         return with_prompts_learned(table) if self.learns_prompts else table
 
 
@@ -70,6 +80,11 @@ def judged(record: JudgedRecord) -> tuple[Sequence[Reply], list[float]]:
     if isinstance(record, RankingRecord):
         return record.replies, [float(-place) for place in range(len(record.replies))]
     return (record.reply,), [float(record.label if isinstance(record, LabelledRecord) else record.score)]
+
+
+def _strengths(record: JudgedRecord) -> tuple[float, ...]:
+    """Scores whose differences say how much better a reply is; empty: only the order is known."""
+    return record.scores if isinstance(record, RankingRecord) else ()
 
 
 def with_prompts_learned(table: pa.Table) -> pa.Table:
@@ -95,7 +110,8 @@ def mismatched_table(
     """For every pair (i, j), the prompt of record i with the best reply of record j, as records from number `first`."""
     rows, best = ranked.rows, ranked.first_row
     found = [_cut(Transcript(rows.texts(best[i])[0], rows.texts(best[j])[1]), max_length) for i, j in pairs]
-    return _table(found, [0.0] * len(found), range(first, first + len(found)))
+    zeros = [0.0] * len(found)
+    return _table(found, zeros, zeros, range(first, first + len(found)))
 
 
 def _cut(whole: Transcript, max_length: int) -> Transcript:
@@ -107,13 +123,16 @@ def _cut(whole: Transcript, max_length: int) -> Transcript:
     return kept
 
 
-def _table(kept: Sequence[Transcript], qualities: Sequence[float], records: Sequence[int]) -> pa.Table:
+def _table(
+    kept: Sequence[Transcript], qualities: Sequence[float], strengths: Sequence[float], records: Sequence[int]
+) -> pa.Table:
     return pa.table(
         {
             "prompt_tokens": pa.array([each.prompt_tokens for each in kept], _TOKENS),
             "response_tokens": pa.array([each.response_tokens for each in kept], _TOKENS),
             "learn": pa.array([np.ones(len(each.response_tokens), np.bool_) for each in kept], _MARKS),
             "quality": pa.array(qualities, pa.float32()),
+            "strength": pa.array(strengths, pa.float32()),
             "record": pa.array(records, pa.int64()),
         }
     )

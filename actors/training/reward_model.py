@@ -8,23 +8,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from actors.learning.distributed import Group, all_or_none
 from actors.learning.heads import ValueModel
 from actors.learning.learner import Learner, Loss, Update
 from actors.learning.objectives.losses import LossTerms
-from actors.learning.objectives.reward import REWARD_OBJECTIVES
+from actors.learning.objectives.reward import REWARD_OBJECTIVES, Judgements, over_heads
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.models.model import load_scorer, resolve_model, torch_dtype
 from actors.rewards.model import RewardStats, write_stats
 from actors.text.conversations import Chat, base_chat
 from actors.training.artifact import make_artifact
-from actors.training.ranked_rows import stored_rankings
+from actors.training.ranked_rows import stored_rankings, stored_weights
 from actors.training.ranked_tokens import padding_token
-from actors.training.row_values import row_values
+from actors.training.row_values import row_vectors
 from actors.training.task import TaskInputs
 from orchestrator.algorithms.calibration import Calibration, calibration
+from orchestrator.algorithms.ensemble import mean_scores
 from orchestrator.algorithms.ranking import spread
 from orchestrator.config.trainings import RewardModelConfig
 from orchestrator.run.storage import write_json
@@ -46,9 +49,15 @@ class RewardTraining(TaskInputs):
 
 @dataclass(frozen=True)
 class Trained:
-    """What training found. `held_out_scores` holds, per record, the scores of its replies, best reply first."""
+    """What training found.
+
+    Args:
+        held_out_scores: per record, of its replies, best reply first.
+        held_out_heads: the same, per head.
+    """
 
     held_out_scores: Sequence[Sequence[float]]
+    held_out_heads: Sequence[Sequence[Sequence[float]]]
     calibration: Calibration
     stats: RewardStats
 
@@ -73,6 +82,7 @@ class RewardModelTask:
                 torch_dtype(dtype),
                 new_head="normal",
                 seed=settings.seed,
+                heads=stage.heads,
                 layers=stage.layers,
                 trust_remote_code=trust,
             )
@@ -85,6 +95,9 @@ class RewardModelTask:
         scorer.config.pad_token_id = padding
         steps = settings.total_optimizer_steps
         self.learner = Learner(ValueModel(scorer), stage.learner(steps), dtype=dtype, total_optimizer_steps=steps)
+
+        weights_RH = stored_weights(data[0], stage.heads) if stage.heads > 1 else np.zeros((0, 1), np.float32)
+        self._weights_RH = torch.from_numpy(weights_RH).to(self.learner.device)
 
     def objective(self, records: Sequence[int]) -> Loss:  # noqa: ARG002 (every batch has the same)
         return self._loss
@@ -106,25 +119,29 @@ class RewardModelTask:
     def finish(self) -> Trained:
         """Scores the held-out replies and some of the training replies, writes the finished model."""
         held_out = self._held_out
-        scores = held_out.by_record(self._scores(held_out.rows))
+        heads = self._scores(held_out.rows)
+        scores = held_out.by_record(mean_scores(heads).tolist())
         found = calibration(scores, held_out.by_record(held_out.rows.response_lengths.tolist()))
         some = spread(range(self.data.rows.num_rows), CALIBRATION_REPLIES)
-        stats = self._export(self._scores(self.data.rows.take(some)), found)
-        return Trained(scores, found, stats)
+        stats = self._export(mean_scores(self._scores(self.data.rows.take(some))).tolist(), found)
+        return Trained(scores, held_out.by_record(heads.tolist()), found, stats)
 
     def _loss(self, output: tuple[torch.Tensor, torch.Tensor], micro: MicroBatch) -> LossTerms:
-        section = self.settings.stage.loss
-        return REWARD_OBJECTIVES[section.name](section, output[1], micro.columns["quality"], micro.columns["group"])
+        section, judged = self.settings.stage.loss, Judgements.of(micro.columns)
+        if self.settings.stage.heads == 1:
+            return REWARD_OBJECTIVES[section.name](section, output[1], judged)
+        return over_heads(section, output[1], judged, self._weights_RH[judged.group_B.long()])
 
-    def _scores(self, rows: TokenRows) -> list[float]:
-        found: list[float] = row_values(
+    def _scores(self, rows: TokenRows) -> npt.NDArray[np.float64]:
+        """Of every row, its score by each head."""
+        return row_vectors(
             rows,
             self.learner,
             self.group,
             micro_batch_tokens=self.settings.stage.micro_batch_tokens,
-            values=lambda output, _: output[1].float(),
-        ).tolist()
-        return found
+            values=lambda output, micro: output[1].float().reshape(len(micro.rows), -1),
+            width=self.settings.stage.heads,
+        )
 
     def _export(self, scores: Sequence[float], found: Calibration) -> RewardStats:
         settings = self.settings

@@ -31,10 +31,33 @@ def row_values(
     Args:
         values: (model output, micro-batch) -> one number per row of the micro-batch.
     """
-    found = np.zeros(rows.num_rows, dtype=np.float64)
+    found = row_vectors(
+        rows,
+        learner,
+        group,
+        micro_batch_tokens=micro_batch_tokens,
+        shares_prompts=shares_prompts,
+        values=lambda output, micro: values(output, micro).unsqueeze(-1),
+        width=1,
+    )
+    return found[:, 0]
+
+
+def row_vectors(
+    rows: TokenRows,
+    learner: Learner,
+    group: Group,
+    *,
+    micro_batch_tokens: int,
+    shares_prompts: bool = False,
+    values: Callable[[Any, MicroBatch], torch.Tensor],
+    width: int,
+) -> npt.NDArray[np.float64]:
+    """As `row_values`, of `width` numbers per row."""
+    found = np.zeros((rows.num_rows, width), dtype=np.float64)
     for start in range(0, rows.num_rows, PLANNED_ROWS):
         mine: list[int] = []
-        computed: list[float] = []
+        computed: list[list[float]] = []
         for micro, output in answers(
             rows,
             learner.pass_through,
@@ -46,6 +69,7 @@ def row_values(
         ):
             mine += micro.rows
             computed += values(output, micro).cpu().tolist()
-        for numbers, those in from_all((np.array(mine, dtype=np.int64), np.array(computed, dtype=np.float64)), group):
-            found[numbers] = those
+        those = np.array(mine, dtype=np.int64), np.array(computed, dtype=np.float64).reshape(len(mine), width)
+        for numbers, of_rank in from_all(those, group):
+            found[numbers] = of_rank
     return found

@@ -9,7 +9,9 @@ ends                   for every row where its prompt and its response end (2 x 
 and, where a stage adds them:
 
 reply                  for every response token whether it is of the reply (bool); others are learned prompts
-quality, record        for every row the quality of a reply (float32) and the number of its record (int64)
+quality, strength      for every row the quality of a reply, and its score where records have some (float32)
+record                 for every row the number of its record (int64)
+weights                for every row the weight of its record in the loss of each head of a reward model (float32)
 """
 
 from __future__ import annotations
@@ -31,7 +33,13 @@ from actors.learning.packing import TokenRows, flatten, num_marked
 from orchestrator.run.storage import reading, replacing
 
 _TYPES: dict[str, type[np.generic]] = {"prompts": np.int32, "responses": np.int32, "learn": np.bool_, "ends": np.int64}
-_ADDED: dict[str, type[np.generic]] = {"reply": np.bool_, "quality": np.float32, "record": np.int64}
+_ADDED: dict[str, type[np.generic]] = {
+    "reply": np.bool_,
+    "quality": np.float32,
+    "strength": np.float32,
+    "record": np.int64,
+    "weights": np.float32,
+}
 
 
 class RowsWriter:

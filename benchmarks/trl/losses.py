@@ -33,7 +33,7 @@ from actors.learning.objectives.preference import (
     mismatched,
     replies_of,
 )
-from actors.learning.objectives.reward import REWARD_OBJECTIVES
+from actors.learning.objectives.reward import REWARD_OBJECTIVES, Judgements
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.models.model import load_causal, load_scorer
 from actors.training.ranked_rows import RankedRows, first_rows
@@ -146,7 +146,7 @@ def our_scores(models: Models, trainer: Any, section: Pairwise) -> float:
     objective = REWARD_OBJECTIVES[section.name]
 
     def loss(output: Any, micro: MicroBatch) -> LossTerms:
-        return objective(section, output[1], micro.columns["quality"], micro.columns["group"])
+        return objective(section, output[1], Judgements.of(micro.columns))
 
     return total(ranked, model, loss) / ranked.num_records
 
@@ -298,6 +298,7 @@ def rows_of(
         "response_tokens": pa.array([reply for _, reply in rows], lists),
         "learn": pa.array([[True] * len(reply) for _, reply in rows], pa.list_(pa.bool_())),
         "quality": pa.array(qualities, pa.float32()),
+        "strength": pa.array(qualities, pa.float32()),
         "record": pa.array(records, pa.int64()),
     }
     return pa.table(columns)
@@ -306,7 +307,7 @@ def rows_of(
 def ranked_rows(table: pa.Table) -> RankedRows:
     """The rows of a table, in memory."""
     records = table["record"].to_numpy()
-    names = [name for name in ("reply", "quality") if name in table.column_names]
+    names = [name for name in ("reply", "quality", "strength") if name in table.column_names]
     rows = TokenRows.of_table(table, names, learned_only=True).with_column("group", records.astype(np.float32))
     return RankedRows(rows, first_rows(records))
 

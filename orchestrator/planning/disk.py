@@ -8,7 +8,7 @@ LOGGED_BYTES_PER_TOKEN = 40  # token id and some eight floats, before compressio
 SAVED_BYTES_PER_PARAM = 14  # weights, masters, two moments
 EXPORTED_BYTES_PER_PARAM = 4
 STORED_BYTES_PER_TOKEN = 5  # token id and mark
-STORED_BYTES_PER_ROW = 36  # where it ends, its quality and its record
+STORED_BYTES_PER_ROW = 40  # where it ends, its quality, its strength and its record
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ def _train(
 
     async def run(telemetry: Telemetry) -> RewardModelResult:
         chat, longest = start_chat(config), config.reward_model.max_length
-        tokens = RankedTokens(chat, longest), RankedTokens(chat, longest)
+        train = RankedTokens(chat, longest, heads=config.reward_model.heads, seed=config.run.seed)
+        tokens = train, RankedTokens(chat, longest)
         data = await store_records(records, held_out, tokens, folder / ".reward-model.rows")
         return await train_reward_model(config, data, folder / "reward-model", telemetry, say)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -18,7 +19,8 @@ from actors.learning import distributed
 from actors.learning.distributed import Group
 from actors.rewards.model import RewardModel, read_stats
 from actors.roles.critic import CriticWorker
-from actors.text.conversations import load_chat
+from actors.text.conversations import base_chat, load_chat
+from actors.training.ranked_tokens import RankedTokens
 from actors.training.reward_model import RewardModelTask, RewardTraining, Trained
 from actors.training.trainer import Trainer, Training
 from actors.training.work import WorkFolder, open_work
@@ -30,6 +32,7 @@ from orchestrator.config.trainings import RewardModelConfig
 from orchestrator.data.records import Message, RankingRecord, ScoredRecord
 from tests.numerics.ranks import context, group, run_ranks
 from tests.numerics.samples import experience
+from tests.rows import store_records
 from tests.tiny import tiny_llama
 
 MOODS = ("kind", "plain", "rude")
@@ -85,11 +88,17 @@ def train(
     torch.distributed.barrier()
     make = partial(RewardModelTask, settings)
     training = Training("reward_model", make, section, SEED, settings.work, 1, 1, mine.timeout_s)
+    chat = base_chat(base, base, settings.policy, None)
+    tokens = (
+        RankedTokens(chat, section.max_length, heads=section.heads, seed=SEED),
+        RankedTokens(chat, section.max_length),
+    )
+    rows = asyncio.run(store_records(*data, tokens, place / f"rows-{mine.rank}"))
     work = kind(settings.work, "writer")
     if mine.rank == 0:
         work.claim()
     torch.distributed.barrier()
-    return Trainer(training, data, mine, work).run()
+    return Trainer(training, rows.folders, mine, work).run()
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,11 @@ from jobs.stages.reward_model import RESULT_FILE
 from jobs.stages.settings import alone
 from jobs.stages.stage import RowSizes, StageJob
 from jobs.stages.work.data import judged
-from jobs.stages.work.data.judged import StoredJudgements, measure_held_out, store_judged
+from jobs.stages.work.data.judged import StoredJudgements, measure_heads, measure_held_out, store_judged
 from jobs.stages.work.labeller import read_gold
 from jobs.stages.work.training import Report, inputs_of, of_last_tenth, train_section, words
 from orchestrator.algorithms.calibration import Calibration
+from orchestrator.algorithms.ensemble import Disagreement
 from orchestrator.config.config import Config
 from orchestrator.errors import ConfigError
 from orchestrator.planning.demands import REWARD_MODEL, plan_training
@@ -45,7 +46,7 @@ class RewardModelResult:
     """What the stage made and how good it is.
 
     Args:
-        path: the reward model, a Hugging Face folder (AutoModelForSequenceClassification, one label).
+        path: the reward model, a Hugging Face folder (AutoModelForSequenceClassification, one label per head).
         held_out_accuracy: share of held-out pairs in the right order, equal scores counting half; None: no pairs.
         interval: its 95 % interval (Wilson), as if pairs were independent; pairs of one prompt are not quite.
         num_pairs: held-out pairs.
@@ -54,6 +55,7 @@ class RewardModelResult:
         loss, accuracy: means over the last tenth of the optimizer steps, on training pairs; no accuracy of scores.
         num_truncated: transcripts that lost tokens at their start.
         score_mean, score_std: of raw scores of training replies, kept in reward_stats.json.
+        heads: how they judge held-out pairs; None: there is one.
     """
 
     path: str
@@ -71,6 +73,7 @@ class RewardModelResult:
     score_mean: float
     score_std: float
     seconds: float
+    heads: Disagreement | None = None
 
     def describe(self) -> str:
         parts = [f"{self.path}: {self.num_records} prompts, {self.optimizer_steps} optimizer steps"]
@@ -86,9 +89,19 @@ class RewardModelResult:
             parts.append(f"calibration error {self.calibration.expected_error:.2f}")
         if self.calibration.length_correlation is not None:
             parts.append(f"correlation with length {self.calibration.length_correlation:.2f}")
+        if self.heads is not None:
+            parts.append(_described(self.heads))
         if self.num_truncated:
             parts.append(f"{self.num_truncated} transcripts cut at their start to reward_model.max_length")
         return ", ".join([*parts, f"{self.seconds:.0f} s"])
+
+
+def _described(heads: Disagreement) -> str:
+    known = [accuracy for accuracy in heads.accuracies if accuracy is not None]
+    alone = f", alone {min(known):.1%} to {max(known):.1%} in order" if known else ""
+    means = {"right": heads.right, "wrong": heads.wrong}
+    apart = [f"{mean:.3g} on {name} pairs" for name, mean in means.items() if mean is not None]
+    return f"{len(heads.accuracies)} heads{alone}" + (f", disagreeing by {' and '.join(apart)}" if apart else "")
 
 
 async def run(job: StageJob) -> Mapping[str, Any]:
@@ -117,7 +130,8 @@ async def store_preferences(config: Config, folder: Path, say: Say, *, made: Pat
     stage = config.reward_model
     chat = start_chat(config)
     place = folder.with_name(f".{folder.name}.rows")
-    tokens = RankedTokens(chat, stage.max_length), RankedTokens(chat, stage.max_length)
+    train = RankedTokens(chat, stage.max_length, heads=stage.heads, seed=config.run.seed)
+    tokens = train, RankedTokens(chat, stage.max_length)
     data = await store_judged(config, stage.loss.judgement, tokens, place, say, made=made)
     say(f"reward model: {data.report.summary()}")
     return data
@@ -159,7 +173,8 @@ async def train_reward_model(
         Report(telemetry, say, REWARD_MODEL, settings.total_optimizer_steps, recorded, words),
         identity=(*settings.identity, *data.digests),
     )
-    quality = measure_held_out(trained.held_out_scores, data.held_out_qualities(), gold)
+    qualities = data.held_out_qualities()
+    quality = measure_held_out(trained.held_out_scores, qualities, gold)
     if quality.accuracy is not None:
         telemetry.evaluation(len(steps), {"reward_model/held_out_accuracy": quality.accuracy})
     result = RewardModelResult(
@@ -178,6 +193,7 @@ async def train_reward_model(
         score_mean=trained.stats.mean,
         score_std=trained.stats.std,
         seconds=monotonic() - started,
+        heads=measure_heads(trained.held_out_heads, qualities),
     )
     for unfinished in (settings.work, data.folder):
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from actors.text.conversations import Chat
 from actors.training.ranked_rows import first_rows
@@ -18,6 +21,7 @@ from jobs.stages.sample import sample_sizes, sampled
 from jobs.stages.stage import RowSizes, Say, row_sizes
 from jobs.stages.work.data.sampling import Sampled, sample_file
 from jobs.stages.work.data.storing import Stored, store
+from orchestrator.algorithms.ensemble import Disagreement, mean_disagreement
 from orchestrator.algorithms.ranking import (
     concordant_pairs,
     kendall_tau,
@@ -38,6 +42,9 @@ from orchestrator.prompts import marked_held_out
 _MOST_COMPARED = 500
 
 Judgements = Stream[Any] | MixedStream[Any]
+Value = TypeVar("Value")
+Qualities = Sequence[Sequence[float]]
+"""Per record, of its replies (ranked_tokens.judged)."""
 
 _KINDS: Mapping[Judgement, Kind[Any]] = {"rankings": RANKINGS, "labels": LABELS, "scores": SCORES}
 
@@ -191,8 +198,7 @@ def measure_singles(scores: Sequence[float], judgements: Sequence[float]) -> Qua
     """The same for single replies with a label or a score: pairs are those of two replies that were judged differently.
     The interval is that of as many independent pairs as there are replies. At most 500 replies are compared."""
     some = spread(list(zip(scores, judgements, strict=True)), _MOST_COMPARED)
-    by_judgement = sorted(some, key=lambda item: -item[1])
-    found = [(a, b) for (a, mine), (b, others) in itertools.combinations(by_judgement, 2) if mine > others]
+    found = _differently_judged(some)
     correct = sum(order(better, worse) for better, worse in found)
     accuracy = correct / len(found) if found else None
     return Quality(
@@ -203,12 +209,47 @@ def measure_singles(scores: Sequence[float], judgements: Sequence[float]) -> Qua
     )
 
 
+def _differently_judged(judged: Sequence[tuple[Value, float]]) -> list[tuple[Value, Value]]:
+    """Pairs of a better and a worse one, from values with their judgements."""
+    by_judgement = sorted(judged, key=lambda item: -item[1])
+    return [(a, b) for (a, mine), (b, others) in itertools.combinations(by_judgement, 2) if mine > others]
+
+
 def measure_held_out(
-    scores: Sequence[Sequence[float]],
-    qualities: Sequence[Sequence[float]],
-    gold: Sequence[Sequence[float]] | None = None,
+    scores: Sequence[Sequence[float]], qualities: Qualities, gold: Sequence[Sequence[float]] | None = None
 ) -> Quality:
     """`measure`, or `measure_singles` where records hold one reply each. `qualities` are by record, as `scores`."""
-    if any(len(replies) > 1 for replies in qualities):
+    if _are_ranked(qualities):
         return measure(scores, gold)
     return measure_singles([score for (score,) in scores], [quality for (quality,) in qualities])
+
+
+def measure_heads(heads: Sequence[Sequence[Sequence[float]]], qualities: Qualities) -> Disagreement | None:
+    """How several heads judge held-out replies; None: there is only one head.
+
+    Args:
+        heads: per record, of its replies, best reply first, the score by each head.
+    """
+    num_heads = max((len(of_reply) for replies in heads for of_reply in replies), default=1)
+    if num_heads == 1:
+        return None
+    alone = [[[reply[head] for reply in replies] for replies in heads] for head in range(num_heads)]
+    right, wrong = mean_disagreement(_differences(heads, qualities))
+    return Disagreement([measure_held_out(scores, qualities).accuracy for scores in alone], right, wrong)
+
+
+def _differences(heads: Sequence[Sequence[Sequence[float]]], qualities: Qualities) -> npt.NDArray[np.float64]:
+    """Per pair of held-out replies and head, the score of the better reply less that of the worse one."""
+    pairs: Iterable[tuple[Sequence[float], Sequence[float]]]
+    if _are_ranked(qualities):
+        pairs = itertools.chain.from_iterable(itertools.combinations(replies, 2) for replies in heads)
+    else:
+        singles = zip((reply for (reply,) in heads), (quality for (quality,) in qualities), strict=True)
+        pairs = _differently_judged(spread(list(singles), _MOST_COMPARED))
+    found = [(better, worse) for better, worse in pairs]
+    better_PH, worse_PH = np.asarray(found, np.float64).reshape(len(found), 2, -1).transpose(1, 0, 2)
+    return better_PH - worse_PH
+
+
+def _are_ranked(qualities: Qualities) -> bool:
+    return any(len(replies) > 1 for replies in qualities)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -44,9 +46,10 @@ def test_a_record_owns_its_replies_in_order() -> None:
 
 def test_scores_of_a_record_are_its_strengths_and_places_where_it_has_none() -> None:
     scored = replace(_record("Why?", "So.", "No.", "Or."), scores=(2.0, 2.0, 0.5))
-    ranked = ranked_rows([_record("Who?", "I.", "You."), scored], CHAT, max_length=200)
-    assert ranked.table["strength"].to_pylist() == [0, -1, 2, 2, 0.5]
-    assert ranked.table["quality"].to_pylist() == [0, -1, 0, -1, -2]
+    table = ranked_table([_record("Who?", "I.", "You."), scored], CHAT, max_length=200)
+    assert table["strength"].to_pylist() == [0, -1, 2, 2, 0.5]
+    assert table["quality"].to_pylist() == [0, -1, 0, -1, -2]
+    ranked = ranked_rows(table)
     assert ranked.rows.pack((3, 4), torch.device("cpu")).columns["strength"].tolist() == [2, 0.5]
 
 

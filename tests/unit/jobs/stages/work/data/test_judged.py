@@ -17,6 +17,7 @@ from jobs.stages.work.data import sampling, storing
 from jobs.stages.work.data.judged import (
     StoredJudgements,
     measure,
+    measure_heads,
     measure_held_out,
     measure_singles,
     sample,
@@ -91,6 +92,23 @@ def test_records_say_how_they_are_measured() -> None:
     assert measure_held_out([[0.0], [1.0], [2.0], [3.0]], [[0.0], [0.0], [1.0], [1.0]]).accuracy == 1.0
     assert measure_held_out([[0.0, 1.0]] * 200, [[0.0, -1.0]] * 200).accuracy == 0.0
     assert measure_held_out([], []).accuracy is None
+
+
+def test_heads_are_measured_alone_and_their_disagreement_by_whether_their_mean_is_right() -> None:
+    # Differences of the heads: 2 and 0 (mean 1, deviation 1), -4 and 1 (mean -1.5, deviation 2.5).
+    heads = [[[3.0, 1.0], [1.0, 1.0]], [[0.0, 2.0], [4.0, 1.0]]]
+    pairs = [[0.0, -1.0]] * 2
+    found = measure_heads(heads, pairs)
+    assert found is not None
+    assert (found.accuracies, found.right, found.wrong) == ([0.5, 0.75], 1.0, 2.5)
+    assert measure_heads([[[1.0], [0.0]]] * 2, pairs) is None and measure_heads([], []) is None
+
+
+def test_heads_of_single_replies_are_measured_on_pairs_of_them() -> None:
+    found = measure_heads([[[0.0, 0.0]], [[1.0, 3.0]], [[-2.0, 1.0]]], [[0.0], [1.0], [1.0]])
+    assert found is not None
+    # Better less worse: 1 and 3 (right), -2 and 1 (wrong).
+    assert (found.accuracies, found.right, found.wrong) == ([0.5, 1.0], 1.0, 1.5)
 
 
 def config_of(path: Path, **keys: object) -> Config:
