@@ -70,9 +70,9 @@ def writing_rows(folder: Path) -> Iterator[RowsWriter]:
 
 
 class StoredRows(TokenRows):
-    """The rows of a folder. Raises StorageError."""
+    """The rows of a folder; `is_packed` as in TokenRows. Raises StorageError."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, is_packed: bool = False) -> None:
         with reading(folder / "ends"):
             ends = np.fromfile(folder / "ends", dtype=np.int64).reshape(-1, 3)
         first = np.zeros((1, 2), dtype=np.int64)
@@ -82,6 +82,7 @@ class StoredRows(TokenRows):
             (_Column(folder / "responses"), response_offsets),
             _Column(folder / "learn"),
             ends[:, 2].copy(),
+            is_packed=is_packed,
         )
 
 
