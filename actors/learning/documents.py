@@ -6,7 +6,7 @@
 
 The result equals that of separate rows up to rounding. `arguments` is the one place that says where rows begin, in
 the terms of transformers' kernels for sequences of different lengths (`cu_seq_lens_q` and so on; Dao 2023,
-FlashAttention-2). On CPUs actors/models/attention.py reads them (docs/adr/0015-packing.md).
+FlashAttention-2). On CPUs actors/models/attention.py reads them (docs/adr/0017-packing.md).
 
 Shapes: T tokens of all rows of a micro-batch.
 """

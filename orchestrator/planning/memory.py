@@ -68,8 +68,8 @@ class Memory:
 
 
 def effective_zero_stage(zero_stage: int, *, dtype: Dtype, ranks: int) -> int:
-    """The stage that a learner uses: 0 instead of 1 and 2 on a single rank in fp32. It has nothing to shard and no master
-    weights, so these stages would only copy gradients and weights."""
+    """The stage that a learner uses: 0 instead of 1 and 2 on a single rank in fp32, which has nothing to shard and no
+    master weights. These stages would only copy gradients and weights."""
     return 0 if ranks == 1 and dtype == "float32" and zero_stage < 3 else zero_stage
 
 

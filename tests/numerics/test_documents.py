@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from actors.learning.distributed import Group
 from actors.learning.documents import arguments, can_pack
 from actors.learning.heads import PolicyModel
+from actors.learning.objectives.losses import likelihood_loss
 from actors.learning.packing import TokenRows, token_rows
 from actors.models.model import load_causal
+from actors.training.language_model import LearnedRows
 from tests.families import FAMILIES, tiny_folder
 from tests.tiny import tiny_llama
 
@@ -126,3 +129,30 @@ def test_in_bf16_each_row_has_the_kernel_of_its_length(tmp_path: Path, length: i
     (apart, expected), (packed, gradient) = found
     assert (packed - apart).abs().max() < 0.1
     assert (gradient - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize(("num_ranks", "budget"), [(1, 1000), (1, 9), (2, 1000), (2, 9)])
+def test_the_gradient_of_a_batch_does_not_depend_on_packing_ranks_or_micro_batches(
+    tmp_path: Path, num_ranks: int, budget: int
+) -> None:
+    model = PolicyModel(load_causal(tiny_llama(tmp_path), torch.float32), temperature=1.0)
+
+    def loss_and_gradient(data: LearnedRows, num_ranks: int, budget: int) -> tuple[float, Tensor, int]:
+        loss, sizes = 0.0, set()
+        model.zero_grad()
+        for rank in range(num_ranks):
+            plan = data.micro_batches(range(data.num_records), Group(rank, num_ranks), budget)
+            sizes.add(len(plan))
+            for micro in (data.rows.pack(found, CPU) for found in plan):
+                term = likelihood_loss(model(micro)[0]).loss * micro.weight
+                term.backward()
+                loss += term.item()
+        (size,) = sizes
+        gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+        return loss, torch.cat(gradients), size
+
+    expected, expected_gradient, _ = loss_and_gradient(LearnedRows(rows(is_packed=False)), 1, 1000)
+    loss, gradient, size = loss_and_gradient(LearnedRows(rows(is_packed=True)), num_ranks, budget)
+    assert size == (1 if budget == 1000 else 3 if num_ranks == 1 else 2)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert (gradient - expected_gradient).norm() <= 1e-5 * expected_gradient.norm()
