@@ -69,7 +69,7 @@ class TokenRows:
         learned_lengths: number of each row's marked tokens.
         token_columns, row_columns: what else a loss reads: one number per response token, or per row.
         shares_prompts: `pack` puts neighbours with the same prompt in one line where that is less work.
-        is_packed: rows that do not share their prompt are laid end to end in one line, without padding.
+        is_packed: rows that do not share their prompt are laid end to end in one line, unless they are equally long.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class TokenRows:
     ) -> tuple[list[int], tuple[int, int], dict[str, Any]]:
         """(where each line begins in the flattened input, shape of the input, further arguments of the forward)"""
         lengths = [self.line_length(line) for line in lines]
-        if all(len(line) == 1 for line in lines) and self.is_packed and len(lines) > 1:
+        if self.is_packed and all(len(line) == 1 for line in lines) and len(set(lengths)) > 1:
             return [0, *np.cumsum(lengths)[:-1].tolist()], (1, sum(lengths)), documents.arguments(lengths, device)
         width = max(lengths)
         begins, shape = [i * width for i in range(len(lines))], (len(lines), width)
