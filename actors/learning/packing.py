@@ -1,13 +1,14 @@
 """From Arrow rows to padded micro-batches. Lengths locate everything; padding contents never matter.
 
 Shapes: B rows of a micro-batch, L lines of its input, T tokens of the longest line (padding on the right), N = response
-tokens of all rows, concatenated, or only those that are learned from. A line is one row (then B = L), or several rows
-of one prompt (sharing.py). Padding follows the last real token, which causal attention never reads, so lines of
-one row need no mask.
+tokens of all rows, concatenated, or only those that are learned from. A line is one row (then B = L), several rows
+of one prompt (sharing.py), or all rows of the micro-batch without padding (documents.py). Padding follows the last real
+token, which causal attention never reads, so lines of one row need no mask.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from actors.learning import sharing
+from actors.learning import documents, sharing
 
 Tensor = torch.Tensor
 
@@ -40,7 +41,7 @@ class MicroBatch:
         lengths_B: number of each row's tokens among the N.
         columns: per-token columns (float32, N) and per-row columns (float32, B) that the loss reads.
         weight: 1, or 0 for a dummy.
-        shared: position_ids (L, T) and attention_mask (L, 1, T, T) of the forward, if lines hold several rows.
+        shared: further arguments of the forward if lines hold several rows, among them position_ids (L, T).
     """
 
     rows: tuple[int, ...]
@@ -51,7 +52,7 @@ class MicroBatch:
     lengths_B: Tensor
     columns: Mapping[str, Tensor]
     weight: float = 1.0
-    shared: Mapping[str, Tensor] = field(default_factory=dict)
+    shared: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Flat(Protocol):
@@ -69,6 +70,7 @@ class TokenRows:
         learned_lengths: number of each row's marked tokens.
         token_columns, row_columns: what else a loss reads: one number per response token, or per row.
         shares_prompts: `pack` puts neighbours with the same prompt in one line where that is less work.
+        is_packed: rows that do not share their prompt are laid end to end in one line, unless they are equally long.
     """
 
     def __init__(
@@ -81,12 +83,13 @@ class TokenRows:
         token_columns: Mapping[str, Flat] = MappingProxyType({}),
         row_columns: Mapping[str, npt.NDArray[Any]] = MappingProxyType({}),
         shares_prompts: bool = False,
+        is_packed: bool = False,
     ) -> None:
         self._prompts, self._prompt_offsets = prompts
         self._responses, self._response_offsets = responses
         self._chosen, self.learned_lengths = chosen, learned_lengths
         self._token_columns, self._row_columns = token_columns, row_columns
-        self._shares_prompts = shares_prompts
+        self._shares_prompts, self.is_packed = shares_prompts, is_packed
 
     @classmethod
     def of_table(
@@ -204,7 +207,7 @@ class TokenRows:
         return self._row_columns[name]
 
     def pack(self, rows: Sequence[int], device: torch.device) -> MicroBatch:
-        """Pads rows to the longest. Empty `rows` gives a one-row dummy of weight 0."""
+        """Pads rows to the longest, or lays them end to end. Empty `rows` gives a one-row dummy of weight 0."""
         return self.pack_lines(self.lines(rows), device)
 
     def pack_lines(self, lines: Sequence[Sequence[int]], device: torch.device) -> MicroBatch:
@@ -213,34 +216,34 @@ class TokenRows:
             return self._dummy(device)
         rows = [row for line in lines for row in line]
         texts = {row: self.texts(row) for row in rows}
-        width = max(self.line_length(line) for line in lines)
-        input_ids_LT = np.zeros((len(lines), width), dtype=np.int64)
+        begins, shape, shared = self._places(lines, device)
+        input_ids = np.zeros(math.prod(shape), dtype=np.int64)
         states, last = [], []
-        for i, line in enumerate(lines):
+        for begin, line in zip(begins, lines, strict=True):
             prompt = texts[line[0]][0]
-            input_ids_LT[i, : len(prompt)] = prompt
-            start = len(prompt)
+            input_ids[begin : begin + len(prompt)] = prompt
+            prompt_end = start = begin + len(prompt)
             for row in line:
                 end = start + len(texts[row][1])
-                input_ids_LT[i, start:end] = texts[row][1]
+                input_ids[start:end] = texts[row][1]
                 before = np.arange(start - 1, end - 1)
                 # The first token is chosen where the prompt ends. Without a prompt nothing chooses it; only a scorer
                 # has such rows (of a transcript that lost its start), and it reads the last state alone.
-                before[:1] = max(len(prompt) - 1, 0)
-                states.append(i * width + before[self._chosen_of(row)])
-                last.append(i * width + (end if end > start else len(prompt)) - 1)
+                before[:1] = max(prompt_end - 1, begin)
+                states.append(before[self._chosen_of(row)])
+                last.append((end if end > start else prompt_end) - 1)
                 start = end
         tokens = {name: self._rows_of(flat, rows) for name, flat in self._token_columns.items()}
         per_row = {name: values[list(rows)] for name, values in self._row_columns.items()}
         return MicroBatch(
             tuple(rows),
-            torch.from_numpy(input_ids_LT).to(device),
+            torch.from_numpy(input_ids.reshape(shape)).to(device),
             torch.from_numpy(np.concatenate(states)).to(device),
             torch.from_numpy(self._rows_of(self._responses, rows).astype(np.int64)).to(device),
             torch.tensor(last, device=device),
             torch.tensor(self.learned_lengths[rows].tolist(), device=device),
             {name: torch.from_numpy(array.astype(np.float32)).to(device) for name, array in (tokens | per_row).items()},
-            shared=self._shared(lines, width, device),
+            shared=shared,
         )
 
     def texts(self, row: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
@@ -248,9 +251,18 @@ class TokenRows:
         prompt = self._prompts[slice(*self._prompt_offsets[row : row + 2])]
         return prompt, self._responses[slice(*self._response_offsets[row : row + 2])]
 
-    def _shared(self, lines: Sequence[Sequence[int]], width: int, device: torch.device) -> dict[str, Tensor]:
-        if all(len(line) == 1 for line in lines):
-            return {}
+    def _places(
+        self, lines: Sequence[Sequence[int]], device: torch.device
+    ) -> tuple[list[int], tuple[int, int], dict[str, Any]]:
+        """(where each line begins in the flattened input, shape of the input, further arguments of the forward)"""
+        lengths = [self.line_length(line) for line in lines]
+        if self.is_packed and all(len(line) == 1 for line in lines) and len(set(lengths)) > 1:
+            return [0, *np.cumsum(lengths)[:-1].tolist()], (1, sum(lengths)), documents.arguments(lengths, device)
+        width = max(lengths)
+        begins, shape = [i * width for i in range(len(lines))], (len(lines), width)
+        return begins, shape, {} if all(len(line) == 1 for line in lines) else self._shared(lines, width, device)
+
+    def _shared(self, lines: Sequence[Sequence[int]], width: int, device: torch.device) -> dict[str, Any]:
         found = []
         for line in lines:
             responses = self.response_lengths[list(line)].tolist()

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from actors.models.attention import NAME
+from actors.models.attention import NAME, has_full_attention
 from orchestrator.planning.balance import share_prompt
 
 _PROMPT, _NOBODY = 0, -1
@@ -70,11 +70,8 @@ def can_share(language_model: Any) -> bool:
 
     Models whose attention has windows, or uses other kernels than torch's, are not tried.
     """
-    config = language_model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if config._attn_implementation not in ("sdpa", NAME) or kinds != {"full_attention"}:
-        return False
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+    kernel = language_model.config.get_text_config()._attn_implementation
+    if kernel not in ("sdpa", NAME) or not has_full_attention(language_model):
         return False
     prompt, responses = [1, 2, 3], [[4, 5, 6], [7, 8, 9]]
     owner, position = (torch.from_numpy(array)[None] for array in owners(3, [3, 3], 9))

@@ -230,7 +230,12 @@ def answers(
     """
     lines = rows.bundles(longest=micro_batch_tokens, shared=shares_prompts, part=part)
     lengths = [rows.line_length(line) for line in lines]
-    plan = plan_forwards(lengths, num_ranks=share.count, micro_batch_tokens=micro_batch_tokens)
+    plan = plan_forwards(
+        lengths,
+        num_ranks=share.count,
+        micro_batch_tokens=micro_batch_tokens,
+        is_packed=rows.is_packed and not shares_prompts,
+    )
     for numbers in plan[share.index]:
         micro = rows.pack_lines([lines[number] for number in numbers], device)
         output = forward(micro)

@@ -1,4 +1,4 @@
-"""Attention with a fast backward for short sequences in bf16 on the CPU.
+"""Attention on the CPU: row by row where a line holds several, and with a fast backward for short rows in bf16.
 
 For short sequences, torch's CPU kernel spends most of its time in the backward: 16 rows of 57 tokens and 9 heads in
 bf16 take 20 ms forward and backward, 9 ms here. From about 150 tokens on torch's kernel is faster. Forward is torch's
@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 NAME = "sdpa_short"
 SHORT = 128
 SHORT_MASKED = 384
+_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class ShortCausalAttention(torch.autograd.Function):
@@ -81,7 +82,17 @@ def attend(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function for transformers; unsupported cases use transformers' own."""
+    """An attention function for transformers; unsupported cases use transformers' own.
+
+    With `cu_seq_lens_q` (actors/learning/documents.py) each row of the line is computed as if it were alone.
+    """
+    bounds = options.get("cu_seq_lens_q")
+    if bounds is not None:
+        sizes = bounds.diff().tolist()
+        rest = {name: value for name, value in options.items() if name not in _BOUNDS}
+        parts = zip(*(x.split(sizes, dim=2) for x in (query_BHTK, key_BGTK, value_BGTK)), strict=True)
+        rows = [attend(module, q, k, v, None, dropout, scaling, **rest)[0] for q, k, v in parts]
+        return torch.cat(rows, dim=1), None
     length = query_BHTK.shape[2]
     is_ours = (
         torch.is_grad_enabled()
@@ -101,6 +112,14 @@ def attend(
     scale = query_BHTK.shape[-1] ** -0.5 if scaling is None else scaling
     out_BHTK = ShortCausalAttention.apply(query_BHTK, key_BGTK, value_BGTK, scale, attention_mask)
     return out_BHTK.transpose(1, 2).contiguous(), None
+
+
+def has_full_attention(language_model: Any) -> bool:
+    """Whether all layers have attention, and without windows."""
+    config = language_model.config.get_text_config()
+    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        return False
+    return not (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
 
 
 def use_short_attention(model: Any) -> None:

@@ -51,5 +51,6 @@ class LearnedRows:
             num_ranks=group.world_size,
             micro_batch_tokens=micro_batch_tokens,
             seed=0,
+            is_packed=self.rows.is_packed,
         )
         return [tuple(records[number] for number in micro) for micro in ranks[group.rank]]

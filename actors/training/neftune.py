@@ -39,9 +39,12 @@ class EmbeddingNoise:
             return None
         _, width, size = embedded_BTD.shape
         noise_BTD = torch.zeros(embedded_BTD.shape)
-        for place, (row, last) in enumerate(zip(self._micro.rows, self._micro.last_index_B.tolist(), strict=False)):
-            length = last - place * width + 1
+        noise_ND = noise_BTD.view(-1, size)
+        last_B = self._micro.last_index_B
+        position_B = self._micro.shared["position_ids"].flatten()[last_B] if self._micro.shared else last_B % width
+        for row, last, position in zip(self._micro.rows, last_B.tolist(), position_B.tolist(), strict=False):
+            length = position + 1
             draw = torch.Generator().manual_seed(derive_seed("row", self._batch, row))
             uniform_LD = torch.rand(length, size, generator=draw) * 2.0 - 1.0
-            noise_BTD[place, :length] = uniform_LD * (self._alpha / math.sqrt(length * size))
+            noise_ND[last - position : last + 1] = uniform_LD * (self._alpha / math.sqrt(length * size))
         return embedded_BTD + noise_BTD.to(embedded_BTD)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from actors.learning.distributed import Group, all_or_none
+from actors.learning.documents import can_pack
 from actors.learning.learner import Learner, Loss, Update
 from actors.learning.objectives.losses import LossTerms, likelihood_loss
 from actors.learning.packing import MicroBatch, row_sums
@@ -48,7 +49,8 @@ class SftTask:
     def __init__(self, settings: SftTraining, data: SftData, group: Group) -> None:
         self.settings, self.group = settings, group
         self.chat, model = all_or_none(settings.load, group)
-        self.data, self._held_out = (LearnedRows(StoredRows(folder)) for folder in data)
+        packs = can_pack(model.pretrained)
+        self.data, self._held_out = (LearnedRows(StoredRows(folder, is_packed=packs)) for folder in data)
         stage, steps = settings.stage, settings.total_optimizer_steps
         self.learner = Learner(
             model, stage.learner(steps), dtype=settings.policy.compute_dtype, total_optimizer_steps=steps

@@ -95,7 +95,7 @@ class StoredRows(TokenRows):
 
     Args:
         tokens_added: columns that were added, of one value per response token.
-        row_columns: see TokenRows.
+        row_columns, is_packed: see TokenRows.
     """
 
     def __init__(
@@ -104,6 +104,7 @@ class StoredRows(TokenRows):
         *,
         tokens_added: Sequence[str] = (),
         row_columns: Mapping[str, npt.NDArray[Any]] = MappingProxyType({}),
+        is_packed: bool = False,
     ) -> None:
         with reading(folder / "ends"):
             ends = np.fromfile(folder / "ends", dtype=np.int64).reshape(-1, 3)
@@ -116,6 +117,7 @@ class StoredRows(TokenRows):
             ends[:, 2].copy(),
             token_columns={name: _Column(folder / name) for name in tokens_added},
             row_columns=row_columns,
+            is_packed=is_packed,
         )
 
 

@@ -22,6 +22,7 @@ def plan_minibatches(
     micro_batch_tokens: int,
     seed: int | Sequence[int],
     groups: Sequence[int] | None = None,
+    is_packed: bool = False,
 ) -> list[list[RankPlan]]:
     """Splits rows into minibatches, over ranks, and into micro-batches.
 
@@ -33,6 +34,7 @@ def plan_minibatches(
         micro_batch_tokens: largest rows × longest row; a longer single row is a separate micro-batch.
         seed: seed of the permutation.
         groups: group id of each row; the rows of a group stay in one minibatch. None: each row is its own group.
+        is_packed: micro-batches have no padding.
 
     Returns:
         plan[minibatch][rank] = micro-batches, longest rows first.
@@ -47,17 +49,19 @@ def plan_minibatches(
         for part in np.array_split(permutation, num_minibatches)
         if len(part)
     ]
+    cut = packed_micro_batches if is_packed else micro_batches
     return [
-        _level([micro_batches(rows, lengths, micro_batch_tokens) for rows in _balance(part, lengths, num_ranks)])
+        _level([cut(rows, lengths, micro_batch_tokens) for rows in _balance(part, lengths, num_ranks)])
         for part in parts
     ]
 
 
-def plan_forwards(lengths: Sequence[int], *, num_ranks: int, micro_batch_tokens: int) -> list[RankPlan]:
+def plan_forwards(
+    lengths: Sequence[int], *, num_ranks: int, micro_batch_tokens: int, is_packed: bool = False
+) -> list[RankPlan]:
     """plan[rank] = micro-batches of the rows i with i % num_ranks == rank, equally many on all ranks."""
-    return _level(
-        [micro_batches(range(rank, len(lengths), num_ranks), lengths, micro_batch_tokens) for rank in range(num_ranks)]
-    )
+    cut = packed_micro_batches if is_packed else micro_batches
+    return _level([cut(range(rank, len(lengths), num_ranks), lengths, micro_batch_tokens) for rank in range(num_ranks)])
 
 
 def micro_batches(rows: Sequence[int], lengths: Sequence[int], micro_batch_tokens: int) -> RankPlan:
@@ -83,6 +87,23 @@ def micro_batches(rows: Sequence[int], lengths: Sequence[int], micro_batch_token
         plan.append(tuple(ordered[start : end_of[start]]))
         start = end_of[start]
     return plan
+
+
+def packed_micro_batches(rows: Sequence[int], lengths: Sequence[int], micro_batch_tokens: int) -> RankPlan:
+    """As `micro_batches` for rows without padding: each row, longest first, goes where the least room remains (best
+    fit, Johnson 1974), so that micro-batches are few. A row that is longer than the budget gets its own."""
+    plan: list[list[int]] = []
+    rooms: list[int] = []
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        fits = [number for number, room in enumerate(rooms) if lengths[row] <= room]
+        if fits:
+            best = min(fits, key=lambda number: rooms[number])
+            plan[best].append(row)
+            rooms[best] -= lengths[row]
+        else:
+            plan.append([row])
+            rooms.append(micro_batch_tokens - lengths[row])
+    return [tuple(micro) for micro in plan]
 
 
 def share_prompt(prompt: int, responses: Sequence[int], *, longest: int) -> list[list[int]]:

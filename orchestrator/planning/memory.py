@@ -67,6 +67,12 @@ class Memory:
         return self.on_device + self.process
 
 
+def effective_zero_stage(zero_stage: int, *, dtype: Dtype, ranks: int) -> int:
+    """The stage that a learner uses: 0 instead of 1 and 2 on a single rank in fp32, which has nothing to shard and no
+    master weights. These stages would only copy gradients and weights."""
+    return 0 if ranks == 1 and dtype == "float32" and zero_stage < 3 else zero_stage
+
+
 def learner_memory(
     size: ModelSize,
     *,
@@ -81,7 +87,7 @@ def learner_memory(
 
     Stage 1 shards moments and master weights, stage 2 also gradients, stage 3 also weights.
     """
-    held = BYTES_OF[dtype]
+    held, zero_stage = BYTES_OF[dtype], effective_zero_stage(zero_stage, dtype=dtype, ranks=ranks)
     optimizer = _MOMENTS + (_MASTERS if dtype == "bfloat16" or zero_stage else 0)
     gradients = held + (4 if dtype == "bfloat16" and zero_stage else 0)
     per_param = (

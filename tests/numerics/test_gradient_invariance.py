@@ -35,7 +35,7 @@ class RecordingLearner(Learner):
 
     def _apply(self, what):
         parameters = list(self._pretrained.parameters())
-        if self.config.zero_stage:
+        if self._stage:
             gradients = [safe_get_full_grad(parameter) for parameter in parameters]
         else:
             gradients = [parameter.grad for parameter in parameters]

@@ -108,15 +108,29 @@ def test_steps_after_a_reload_equal_bit_for_bit(measured, world, stage, dtype):
     assert len(set(rates)) == 4, "the schedule must change, so that its position is visible"
 
 
+@pytest.mark.parametrize("max_grad_norm", [0.01, 1e3])
+def test_a_single_rank_in_fp32_computes_the_bits_of_zero_without_it(causal, monkeypatch, max_grad_norm):
+    monkeypatch.setitem(globals(), "CONFIG", CONFIG.model_copy(update={"max_grad_norm": max_grad_norm}))
+    distributed.join(group())
+    plain = make(causal, 1, "float32")
+    monkeypatch.setattr("actors.learning.learner.effective_zero_stage", lambda stage, **_: stage)
+    zero = make(causal, 1, "float32")
+    assert type(plain._engine.optimizer) is torch.optim.AdamW and type(zero._engine.optimizer) is not torch.optim.AdamW
+    rates = [learn(learner, range(3)) for learner in (plain, zero)]
+    assert rates[0] == rates[1]
+    expected = dict(zero.full_weights())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in plain.full_weights())
+
+
 def test_another_shape_is_refused_by_name(causal, tmp_path):
     distributed.join(group())
-    make(causal, 1, "float32").save(tmp_path)
+    make(causal, 1, "bfloat16").save(tmp_path)
     with pytest.raises(StorageError, match=r"zero_stage=1 \(now 2\)"):
-        make(causal, 2, "float32").load(tmp_path)
-    with pytest.raises(StorageError, match=r"dtype=float32 \(now bfloat16\)"):
-        make(causal, 1, "bfloat16").load(tmp_path)
+        make(causal, 2, "bfloat16").load(tmp_path)
+    with pytest.raises(StorageError, match=r"dtype=bfloat16 \(now float32\)"):
+        make(causal, 1, "float32").load(tmp_path)
     with pytest.raises(StorageError, match="no complete learner checkpoint"):
-        make(causal, 1, "float32").load(tmp_path / "nothing")
+        make(causal, 1, "bfloat16").load(tmp_path / "nothing")
 
 
 class _Attack:

@@ -79,6 +79,16 @@ def test_it_follows_from_seed_batch_and_row_and_not_from_micro_batches(folder: P
     assert not torch.allclose(logprobs(other_seed, 0, 1, 2), together, atol=1e-3)
 
 
+def test_rows_in_one_line_get_the_noise_of_separate_rows(folder: Path) -> None:
+    packed = token_rows([[5, 6, 7], [8], [9, 10]], [[11, 12], [13, 14, 15, 16], [17]])
+    packed.is_packed = True
+    micro = packed.pack([0, 1, 2], CPU)
+    assert micro.input_ids_BT.shape == (1, 13)
+    model, noise = noisy(folder)
+    noise.begin_batch([0, 1, 2])
+    assert torch.allclose(model(micro)[0].detach(), logprobs(model, 0, 1, 2), atol=1e-5)
+
+
 def test_without_gradient_there_is_no_noise(folder: Path) -> None:
     plain = PolicyModel(load_causal(folder, torch.float32), temperature=1.0)
     model, noise = noisy(folder)

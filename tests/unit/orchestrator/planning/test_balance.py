@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.planning.balance import micro_batches, plan_forwards, plan_minibatches
+from orchestrator.planning.balance import micro_batches, packed_micro_batches, plan_forwards, plan_minibatches
 
 LENGTHS = st.lists(st.integers(1, 300), max_size=60)
 
@@ -116,3 +116,19 @@ def test_forwards_give_each_rank_its_own_rows_and_as_many_forwards(lengths, rank
 def test_fewer_rows_than_minibatches_leave_no_empty_one(num_minibatches):
     plan = plan_minibatches([5, 6], num_minibatches=num_minibatches, num_ranks=2, micro_batch_tokens=64, seed=0)
     assert len(plan) == 2
+
+
+@given(LENGTHS, st.integers(1, 1000))
+def test_packed_micro_batches_hold_every_row_once_and_no_more_tokens_than_they_may(lengths, budget):
+    plan = packed_micro_batches(range(len(lengths)), lengths, budget)
+    assert sorted(row for micro in plan for row in micro) == list(range(len(lengths)))
+    assert all(len(micro) == 1 or sum(lengths[row] for row in micro) <= budget for micro in plan)
+    # No two micro-batches would fit in one.
+    loads = sorted(sum(lengths[row] for row in micro) for micro in plan)
+    assert len(loads) < 2 or loads[0] + loads[1] > budget
+
+
+def test_packed_micro_batches_fill_the_room_that_is_left():
+    assert packed_micro_batches([0, 1, 2, 3, 4], [10, 30, 20, 9, 60], 60) == [(4,), (1, 2, 0), (3,)]
+    plan = plan_forwards([10, 30, 20, 9, 60], num_ranks=1, micro_batch_tokens=70, is_packed=True)
+    assert plan == [[(4, 0), (1, 2, 3)]]

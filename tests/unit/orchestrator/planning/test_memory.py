@@ -43,6 +43,8 @@ def learner(size: ModelSize = SIZE, **changes: Any) -> Memory:
         ("bfloat16", 2, 4, 2 + (2 + 4 + 4 + 8) / 4),
         ("bfloat16", 3, 4, (2 + 2 + 4 + 4 + 8) / 4),
         ("float32", 0, 1, 4 + 4 + 8),
+        ("float32", 1, 1, 4 + 4 + 8),
+        ("float32", 1, 2, 4 + 4 + (4 + 8) / 2),
         ("float32", 3, 2, (4 + 4 + 4 + 8) / 2),
     ],
 )
