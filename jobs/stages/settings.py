@@ -113,7 +113,8 @@ def initial_state(config: Config) -> State:
 
 
 def experience_settings(config: Config) -> ExperienceSettings:
-    return ExperienceSettings(config.algorithm, config.rl.samples_per_prompt, config.reward.clip)
+    samples = config.rl.samples_per_prompt + config.algorithm.greedy_samples
+    return ExperienceSettings(config.algorithm, samples, config.reward.clip, config.rollout.max_new_tokens)
 
 
 def critic_section(config: Config, reward_path: str | None) -> CriticConfig:
@@ -133,6 +134,7 @@ def rank_context(config: Config) -> RankContext:
         temperature=config.rollout.temperature,
         seed=config.run.seed,
         total_optimizer_steps=config.rl.steps * algorithm.epochs * algorithm.minibatches,
+        max_new_tokens=config.rollout.max_new_tokens,
     )
 
 
