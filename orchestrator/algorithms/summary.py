@@ -44,6 +44,9 @@ def merge_metrics(records: Sequence[ShardRecord]) -> Metrics:
         "critic/explained_variance": explained_variance(sums),
         "tokens/generated": sums["response_tokens"],
     }
+    if "prompts_sampled" in sums:
+        metrics["filter/prompts_sampled"] = sums["prompts_sampled"]
+        metrics["filter/prompts_kept"] = sums["prompts_kept"]
     return {**metrics, **_reward_parts(sums)}
 
 
