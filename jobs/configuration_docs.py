@@ -69,7 +69,7 @@ def _choice(path: str, choice: ByName, shared: type[BaseModel]) -> Iterator[str]
     fields = {name: field for name, field in shared.model_fields.items() if name != "name"}
     yield from _keys(shared, path, f"## `{path}`", fields, row)
     for name, section in choice.table.items():
-        yield f"### `{path}`, name: `{name}`\n\n{_cell((section.__doc__ or '').strip())}\n"
+        yield f"### `{path}`, name: `{name}`\n\n{_cell(' '.join((section.__doc__ or '').split()))}\n"
         changed = [
             f"`{key}` {_default(field)}"
             for key, field in section.model_fields.items()

@@ -12,8 +12,8 @@ from pydantic import BaseModel
 
 
 def description_of(section: type[BaseModel], key: str) -> str:
-    """That of the section, or of the next one that it inherits from, where it only changes the default. Empty if the key
-    has none.
+    """That of the section; where it only changes the default, that of the section that it inherits from. Empty if the
+    key has none.
 
     pydantic reads these texts itself with `use_attribute_docstrings`, but for all sections whenever a command starts.
     """
