@@ -55,13 +55,13 @@ class Group:
 
     Args:
         number: of the prompt in its step.
-        mean_reward: of the samples whose reward did not fail; NaN if all failed.
+        mean_reward: of the samples whose reward did not fail; None if all failed.
         is_mixed: whether at least two rewards differ.
     """
 
     number: int
     prompt_id: str
-    mean_reward: float
+    mean_reward: float | None
     is_mixed: bool
 
 
@@ -77,7 +77,7 @@ def groups_of(rollout: pa.Table, rewards: Sequence[pa.Table], settings: Experien
     for number in np.unique(group_R).tolist():
         rows = np.flatnonzero(group_R == number)
         valid = reward_R[rows][~np.isnan(reward_R[rows])]
-        mean = float(valid.mean()) if len(valid) else math.nan
+        mean = float(valid.mean()) if len(valid) else None
         is_mixed = bool(len(valid) and valid.min() < valid.max())
         found.append(Group(number, rollout["prompt_id"][int(rows[0])].as_py(), mean, is_mixed))
     return found
