@@ -71,10 +71,8 @@ class DynamicSampling:
             self._telemetry.event("filtered", step=step, rounds=rounds, sampled=len(groups), same_reward=same)
         if num_chosen < self._prompts_per_step:
             few = f"{num_chosen} of {self._prompts_per_step} prompts have samples with different rewards"
-            shown = ", ".join(
-                f"{prompt} ({'failed' if reward is None else f'{reward:g}'})"
-                for prompt, reward in list(same.items())[:_SHOWN]
-            )
+            rewards = {prompt: "failed" if mean is None else f"{mean:g}" for prompt, mean in same.items()}
+            shown = ", ".join(f"{prompt} ({reward})" for prompt, reward in list(rewards.items())[:_SHOWN])
             self._telemetry.tell(
                 f"WARNING step {step}: only {few} after {rounds} further rounds. All samples have the same reward for "
                 f"{len(same)} of {len(groups)} prompts, among them {shown}. Raise algorithm.filter_rounds or "

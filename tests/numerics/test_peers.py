@@ -9,6 +9,7 @@ import itertools
 import math
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +205,7 @@ def openrlhf_advantages(data: Batch) -> Results:
     return found
 
 
+@cache
 def ours(seed: int) -> Results:
     data, whole = batch(seed, gaps=True), batch(seed, gaps=False)
     common = losses(data)

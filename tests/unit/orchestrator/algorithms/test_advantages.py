@@ -12,7 +12,7 @@ import pytest
 from orchestrator import schema
 from orchestrator.algorithms.advantages import Responses
 from orchestrator.algorithms.algorithm import Algorithm
-from orchestrator.algorithms.experience import ExperienceSettings, Group, groups_of
+from orchestrator.algorithms.experience import ExperienceSettings, Group, assemble, groups_of
 from orchestrator.algorithms.shaping import overlong_share, shaped_rewards, token_rewards
 from orchestrator.algorithms.table import ALGORITHMS
 from orchestrator.config.sections import RlConfig, RolloutConfig
@@ -130,8 +130,6 @@ def test_prompts_that_are_left_out_are_not_counted_as_failed() -> None:
 
 
 def _assembled(settings: ExperienceSettings, groups: list[int]) -> tuple[pa.Table, int]:
-    from orchestrator.algorithms.experience import assemble
-
     return assemble(
         rollout(),
         logprobs=[logprobs(-1.0)],

@@ -125,11 +125,9 @@ def test_which_gradients_are_those_of_the_kl(estimator: str, is_exact: bool) -> 
     """In expectation over the tokens of the old policy, which is the current one, except for the unbiased form."""
     logits = torch.tensor([0.3, -0.5, 0.9], requires_grad=True)
     ref = torch.tensor([0.1, 0.6, -0.2]).log_softmax(0)
-    old = (
-        torch.tensor([-0.4, 0.2, 0.1]).log_softmax(0)
-        if estimator == "unbiased-loss"
-        else logits.detach().log_softmax(0)
-    )
+    old = logits.detach().log_softmax(0)
+    if estimator == "unbiased-loss":
+        old = torch.tensor([-0.4, 0.2, 0.1]).log_softmax(0)
     new = logits.log_softmax(0)
     (found,) = torch.autograd.grad((old.exp() * KL_LOSSES[estimator](new, ref, old)).sum(), logits, retain_graph=True)
     (true,) = torch.autograd.grad((new.exp() * (new - ref)).sum(), logits)
