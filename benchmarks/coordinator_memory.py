@@ -119,7 +119,7 @@ class Requests:
     samples: int
     prompts: Sequence[Prompt]
 
-    def requests(self, step: int) -> Sequence[SampleRequest]:
+    def requests(self, step: int, _refill: int = 0) -> Sequence[SampleRequest]:
         count = SIZES[0] if step < WARM_UP_STEPS else self.samples
         num_prompts = len(self.prompts)
         return [

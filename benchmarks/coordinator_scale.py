@@ -111,7 +111,7 @@ class _Requests:
         prompts = [Prompt(f"p{row}", "What is it?", tokens) for row in range(self.samples)]
         self._requests = [SampleRequest(row, prompt, 0, row) for row, prompt in enumerate(prompts)]
 
-    def requests(self, step: int) -> Sequence[SampleRequest]:
+    def requests(self, step: int, _refill: int = 0) -> Sequence[SampleRequest]:
         if step == WARM_UP_STEPS:
             self.started = process_time()
         return self._requests

@@ -69,7 +69,14 @@ def _choice(path: str, choice: ByName, shared: type[BaseModel]) -> Iterator[str]
     fields = {name: field for name, field in shared.model_fields.items() if name != "name"}
     yield from _keys(shared, path, f"## `{path}`", fields, row)
     for name, section in choice.table.items():
-        yield f"### `{path}`, name: `{name}`\n\n{_cell((section.__doc__ or '').strip())}\n"
+        yield f"### `{path}`, name: `{name}`\n\n{_cell(' '.join((section.__doc__ or '').split()))}\n"
+        changed = [
+            f"`{key}` {_default(field)}"
+            for key, field in section.model_fields.items()
+            if key != "name" and key in shared.model_fields and field.default != shared.model_fields[key].default
+        ]
+        if changed:
+            yield f"Its own defaults: {', '.join(changed)}.\n"
         own = {key: field for key, field in section.model_fields.items() if key not in shared.model_fields}
         yield from _keys(section, path, "", own)
 

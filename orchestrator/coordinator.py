@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from orchestrator.concurrency import both, together
 from orchestrator.failures import Supervisor
+from orchestrator.filtering import Filter, as_sampled
 from orchestrator.held_out import Evaluation
 from orchestrator.roles import Learners, Roles
 from orchestrator.run.checkpoints import Checkpoints
@@ -72,13 +73,18 @@ class Relearning:
 
 @dataclass(frozen=True, kw_only=True)
 class Coordinator(Relearning):
-    """Runs all steps. No part holds a reference to the coordinator."""
+    """Runs all steps. No part holds a reference to the coordinator.
+
+    Args:
+        filtered: (step, scored shards, score) -> the shards that are learned from, see filtering.py.
+    """
 
     roles: Roles
     sampler: Sampler
     checkpoints: Checkpoints
     evaluation: Evaluation
     meter: Callable[[int], Awaitable[Metrics]]
+    filtered: Filter = as_sampled
     supervisor: Supervisor
 
     async def run(self, initial: State) -> State:
@@ -102,7 +108,7 @@ class Coordinator(Relearning):
                         rollouts = await self.sampler.next()
                     await self.checkpoints.settled()
                     with self.telemetry.phase("score"):
-                        scored = await self.score(rollouts)
+                        scored = await self.filtered(state.step, await self.score(rollouts), self.score)
                     with self.telemetry.phase("commit"):
                         experience = await self.log.commit(state, scored)
                     record(experience.metrics)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.errors import ConfigError, DataError
+from orchestrator.schema import GREEDY
 from orchestrator.types import Prompt, SampleRequest
 
 # The largest unsigned integer that both schema.ROLLOUT (int64) and a torch generator accept: with 63 bits no two
@@ -117,20 +118,31 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def sample_requests(
-    prompts: Sequence[Prompt], *, samples_per_prompt: int, seed: int, step: int
+    prompts: Sequence[Prompt],
+    *,
+    samples_per_prompt: int,
+    seed: int,
+    step: int,
+    greedy_samples: int = 0,
+    refill: int = 0,
 ) -> tuple[SampleRequest, ...]:
-    """Requests for `samples_per_prompt` samples of every prompt, rows numbered from 0.
+    """Requests for `samples_per_prompt` samples of every prompt, followed by the greedy ones.
 
     The samples of a repeated prompt are numbered continuously, so that no two requests of a step have the same seed.
+
+    Args:
+        refill: which requests of the step, see PromptSchedule.requests; rows are numbered on from those before.
     """
     requests: list[SampleRequest] = []
     drawn: dict[str, int] = {}
+    before = refill * len(prompts) * (samples_per_prompt + greedy_samples)
+    again = (refill,) if refill else ()
     for prompt in prompts:
         first = drawn.get(prompt.id, 0)
         drawn[prompt.id] = first + samples_per_prompt
-        for sample_index in range(first, first + samples_per_prompt):
-            sample_seed = derive_seed("sample", seed, step, prompt.id, sample_index)
-            requests.append(SampleRequest(len(requests), prompt, sample_index, sample_seed))
+        for sample_index in [*range(first, first + samples_per_prompt), *[GREEDY] * greedy_samples]:
+            sample_seed = derive_seed("sample", seed, step, prompt.id, sample_index, *again)
+            requests.append(SampleRequest(before + len(requests), prompt, sample_index, sample_seed))
     return tuple(requests)
 
 
@@ -142,9 +154,18 @@ class PromptSchedule:
         seed: the run seed.
         prompts_per_step: may exceed the number of prompts: then some occur twice in one step.
         samples_per_prompt: samples per prompt.
+        greedy_samples: samples per prompt in addition, at temperature 0.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int, prompts_per_step: int, samples_per_prompt: int) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: int,
+        prompts_per_step: int,
+        samples_per_prompt: int,
+        greedy_samples: int = 0,
+    ) -> None:
         if not prompts:
             raise DataError(
                 "no prompts are left to train on: lower prompts.held_out_fraction or prompts.reward_model_fraction, "
@@ -153,12 +174,24 @@ class PromptSchedule:
         self._prompts = prompts
         self._seed = seed
         self._prompts_per_step = prompts_per_step
-        self._samples_per_prompt = samples_per_prompt
+        self._samples_per_prompt, self._greedy_samples = samples_per_prompt, greedy_samples
 
-    def requests(self, step: int) -> tuple[SampleRequest, ...]:
+    def requests(self, step: int, refill: int = 0) -> tuple[SampleRequest, ...]:
+        """The step's requests, or (refill > 0) those of as many other prompts, drawn by (seed, step, refill) alone, for
+        prompts that are left out (orchestrator/filtering.py)."""
         start = step * self._prompts_per_step
         chosen = [self._at(position) for position in range(start, start + self._prompts_per_step)]
-        return sample_requests(chosen, samples_per_prompt=self._samples_per_prompt, seed=self._seed, step=step)
+        if refill:
+            order = _permutation(derive_seed("refill", self._seed, step, refill), len(self._prompts))
+            chosen = [self._prompts[int(order[place % len(order)])] for place in range(self._prompts_per_step)]
+        return sample_requests(
+            chosen,
+            samples_per_prompt=self._samples_per_prompt,
+            seed=self._seed,
+            step=step,
+            greedy_samples=self._greedy_samples,
+            refill=refill,
+        )
 
     def epoch(self, step: int) -> int:
         """The epoch in which a step begins."""
@@ -171,8 +204,12 @@ class PromptSchedule:
 
 @lru_cache(maxsize=2)  # a step may end in the next epoch
 def _order(seed: int, epoch: int, count: int) -> npt.NDArray[np.intp]:
-    """A permutation. Sorts raw Philox words: unlike Generator.permutation, numpy promises never to change these."""
-    words = np.random.Philox(np.random.SeedSequence(derive_seed("epoch", seed, epoch))).random_raw(count)
-    order = np.argsort(words, kind="stable")
+    order = _permutation(derive_seed("epoch", seed, epoch), count)
     order.flags.writeable = False
     return order
+
+
+def _permutation(seed: int, count: int) -> npt.NDArray[np.intp]:
+    """Sorts raw Philox words: unlike Generator.permutation, numpy promises never to change these."""
+    words = np.random.Philox(np.random.SeedSequence(seed)).random_raw(count)
+    return np.argsort(words, kind="stable")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from orchestrator.algorithms.experience import Group
 from orchestrator.types import (
     EvaluatedShard,
     Experience,
@@ -107,6 +108,13 @@ class Recorder(Protocol):
 
     async def evaluate(self, shards: Sequence[EvaluatedShard], *, file: str) -> Metrics:
         """Joins held-out samples with their scores and gold scores, writes `file`, returns `evaluation/*` metrics."""
+
+
+class Grouping(Protocol):
+    """Reads scored shards where the data is. Only dynamic sampling needs it (filtering.py)."""
+
+    async def groups(self, shard: ScoredShard) -> Sequence[Group]:
+        """The prompts of a shard, with whether the rewards of their samples differ."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from orchestrator.types import RolloutShard, SampleRequest, Sampling, ShardReque
 class Schedule(Protocol):
     """The samples of each step: a pure function of the step."""
 
-    def requests(self, step: int) -> Sequence[SampleRequest]: ...
+    def requests(self, step: int, refill: int = 0) -> Sequence[SampleRequest]:
+        """Args: refill: 0: the step's samples; above: those of other prompts, see PromptSchedule."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,13 +29,13 @@ class StepRollouts:
 
 
 def cut_into_shards(
-    step: int, requests: Sequence[SampleRequest], *, samples_per_shard: int, sampling: Sampling
+    step: int, requests: Sequence[SampleRequest], *, samples_per_shard: int, sampling: Sampling, first_index: int = 0
 ) -> list[ShardRequest]:
     """Splits requests in order. The split does not depend on the number of engines."""
     starts = range(0, len(requests), samples_per_shard)
     return [
         ShardRequest(step, index, requests[start : start + samples_per_shard], sampling)
-        for index, start in enumerate(starts)
+        for index, start in enumerate(starts, start=first_index)
     ]
 
 
@@ -89,6 +90,14 @@ class Sampler:
             raise ready
         return ready
 
+    async def more(self, step: int, refill: int, *, first_index: int) -> StepRollouts:
+        """Samples further prompts for a step that `next` returned.
+
+        Args:
+            first_index: number of the first of these shards in the step.
+        """
+        return await self._sample(step, refill, first_index)
+
     async def announce(self, version: int) -> None:
         """Records that all engines now hold `version`."""
         async with self._published:
@@ -109,12 +118,13 @@ class Sampler:
         async with self._published:
             await self._published.wait_for(lambda: self._version >= max(version, 0))
 
-    async def _sample(self, step: int) -> StepRollouts:
+    async def _sample(self, step: int, refill: int = 0, first_index: int = 0) -> StepRollouts:
         requests = cut_into_shards(
             step,
-            self._schedule.requests(step),
+            self._schedule.requests(step, refill),
             samples_per_shard=self._samples_per_shard,
             sampling=self._sampling,
+            first_index=first_index,
         )
         if self._takes_turns:
             await self._rollouts.wake()

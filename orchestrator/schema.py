@@ -19,11 +19,13 @@ import pyarrow as pa
 _TOKENS = pa.list_(pa.int32())
 _FLOATS = pa.list_(pa.float32())
 
+GREEDY = -1  # sample_index of a sample at temperature 0, whose reward is a baseline; it is not learned from
+
 ROLLOUT = pa.schema(
     [
         pa.field("row", pa.int32(), nullable=False),  # number of the sample in its step
         pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("sample_index", pa.int32(), nullable=False),  # 0 .. samples_per_prompt - 1
+        pa.field("sample_index", pa.int32(), nullable=False),  # 0 .. samples_per_prompt - 1; GREEDY: a baseline
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("prompt_text", pa.string(), nullable=False),  # as the user wrote it, before the chat template
         pa.field("response_text", pa.string(), nullable=False),  # without the tokens that end it

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.schema import GREEDY
+
 Handle = Any  # opaque to the orchestrator
 Metrics = Mapping[str, float]
 
@@ -37,12 +39,17 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class SampleRequest:
-    """One sample to draw; all its randomness derives from `seed`."""
+    """One sample to draw; all its randomness derives from `seed`. A sample whose index is schema.GREEDY is drawn at
+    temperature 0."""
 
     row: int
     prompt: Prompt
     sample_index: int
     seed: int
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.sample_index == GREEDY
 
 
 @dataclass(frozen=True)
@@ -82,13 +89,18 @@ class RolloutShard:
 
 @dataclass(frozen=True, eq=False)
 class ScoredShard:
-    """A rollout shard with its scores. Each sequence has one handle per part (rank)."""
+    """A rollout shard with its scores. Each sequence has one handle per part (rank).
+
+    Args:
+        groups: numbers of the prompts that are learned from; None: all.
+    """
 
     rollout: RolloutShard
     old_logprobs: Sequence[Handle]
     ref_logprobs: Sequence[Handle]
     values: Sequence[Handle]
     rewards: Sequence[Handle]
+    groups: tuple[int, ...] | None = None
 
     def scores(self) -> dict[str, list[Handle]]:
         """The handles by content, the input of a recorder."""

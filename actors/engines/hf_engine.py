@@ -136,7 +136,10 @@ class HfEngine:
             cache = output.past_key_values
             logprobs_BV = processed_logprobs(output.logits[:, -1].float(), sampling)
             tokens = torch.cat(
-                [torch.multinomial(row.exp(), 1, generator=g) for row, g in zip(logprobs_BV, generators, strict=True)]
+                [
+                    row.argmax()[None] if item.is_greedy else torch.multinomial(row.exp(), 1, generator=generator)
+                    for row, item, generator in zip(logprobs_BV, requests, generators, strict=True)
+                ]
             )[:, None]
             chosen.append(tokens)
             chosen_logprobs.append(logprobs_BV.gather(1, tokens))

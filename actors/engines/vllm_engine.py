@@ -30,7 +30,7 @@ from actors.weights import cpu, gpu
 from actors.weights.manifest import Bucket, WeightHeader
 from orchestrator.errors import ConfigError, RlhfError
 from orchestrator.garbage import collect_seldom
-from orchestrator.types import Sampling, ShardRequest
+from orchestrator.types import SampleRequest, Sampling, ShardRequest
 
 _GIB = 1 << 30
 _CPU_BATCH_TOKENS = 4096  # vLLM's own default there
@@ -60,7 +60,7 @@ class VllmEngine:
         started = perf_counter()
         outputs = self._llm.generate(
             [TokensPrompt(prompt_token_ids=item.prompt.tokens.tolist()) for item in requests],
-            [self._parameters(request.sampling, item.seed) for item in requests],
+            [self._parameters(request.sampling, item) for item in requests],
             use_tqdm=False,
         )
         samples = [_sample(output) for output in outputs]
@@ -116,13 +116,13 @@ class VllmEngine:
     def _call(self, method: str | Callable[..., Any], **kwargs: Any) -> Any:
         return self._llm.collective_rpc(method, kwargs=kwargs)[0]
 
-    def _parameters(self, sampling: Sampling, seed: int) -> SamplingParams:
+    def _parameters(self, sampling: Sampling, item: SampleRequest) -> SamplingParams:
         return SamplingParams(
-            temperature=sampling.temperature,
+            temperature=0.0 if item.is_greedy else sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             max_tokens=sampling.max_new_tokens,
-            seed=seed,
+            seed=item.seed,
             stop_token_ids=list(self._chat.stops),
             logprobs=0,
             detokenize=False,

@@ -291,6 +291,11 @@ def row_sums(values_N: Tensor, lengths_B: Tensor) -> Tensor:
     return torch.stack([row.sum() for row in values_N.split(lengths_B.tolist())])
 
 
+def row_maxima(values_N: Tensor, lengths_B: Tensor) -> Tensor:
+    """The largest of each row's values; each row has at least one."""
+    return torch.stack([row.max() for row in values_N.split(lengths_B.tolist())])
+
+
 def token_rows(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> TokenRows:
     """TokenRows of plain token lists (preference pairs, demonstrations)."""
     kind = pa.list_(pa.int32())

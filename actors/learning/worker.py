@@ -27,6 +27,8 @@ from orchestrator.config.sections import LearnerConfig, ModelConfig
 from orchestrator.planning.balance import plan_forwards, plan_minibatches
 
 Forward = Callable[[MicroBatch], Any]
+MinibatchLoss = Callable[[Any, MicroBatch, float], LossTerms]
+"""(model output, micro-batch, learned tokens per row of its whole minibatch over all ranks) -> sums"""
 _MIXED_IN = 0x707478  # part of the seeds by which rows are mixed in
 
 
@@ -49,6 +51,7 @@ class RankContext:
         temperature: sampling temperature, also used for all log-probs.
         seed: seed of a new head.
         total_optimizer_steps: optimizer steps of the whole run.
+        max_new_tokens: longest response, in tokens.
     """
 
     model: ModelConfig
@@ -58,6 +61,7 @@ class RankContext:
     temperature: float
     seed: int
     total_optimizer_steps: int
+    max_new_tokens: int
 
 
 class MixedIn:
@@ -161,7 +165,7 @@ class LearningWorker:
     def run_epochs(
         self,
         rows: TokenRows,
-        objective: Loss,
+        objective: MinibatchLoss,
         job: LearnJob,
         *,
         epochs: int,
@@ -188,11 +192,11 @@ class LearningWorker:
             for number, ranks in enumerate(plan):
                 minibatch = [row for micros in ranks for micro in micros for line in micro for row in lines[line]]
                 count = float(rows.learned_lengths[minibatch].sum())
-                device, loss = self.learner.device, objective
+                device, loss = self.learner.device, _of_minibatch(objective, count / len(minibatch))
                 micros = [rows.pack_lines([lines[i] for i in micro], device) for micro in ranks[self.group.rank]]
                 if mixed_in is not None:
                     more, loss = mixed_in.step(
-                        objective,
+                        loss,
                         (job.seed, job.step, epoch, number),
                         self.group,
                         count=count,
@@ -210,6 +214,10 @@ class LearningWorker:
                 if enough(update):
                     return updates
         return updates
+
+
+def _of_minibatch(objective: MinibatchLoss, mean_length: float) -> Loss:
+    return lambda output, micro: objective(output, micro, mean_length)
 
 
 def answers(

@@ -20,6 +20,7 @@ from actors.learning.worker import Share
 from actors.remote.publisher import PolicyWeights
 from actors.roles.recorder import RecorderWorker
 from actors.roles.rollout import RolloutWorker
+from orchestrator.algorithms.experience import Group
 from orchestrator.concurrency import together
 from orchestrator.errors import RoleError
 from orchestrator.types import (
@@ -244,7 +245,17 @@ class RayRecorder:
                 shard.scores(),
                 kl_coefficient=kl_coefficient,
                 file=file,
+                groups=shard.groups,
             ),
+        )
+
+    async def groups(self, shard: ScoredShard) -> Sequence[Group]:
+        rank = next(self._turn)
+        handles = (shard.rollout.handle, list(shard.rewards))
+        return await _kept(
+            self._supervisor,
+            self._group,
+            lambda: self._group.call(rank, RecorderWorker.groups, self._record_s, *handles),
         )
 
     async def load(self, record: ShardRecord, *, file: str) -> Handle:

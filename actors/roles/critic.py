@@ -65,7 +65,7 @@ class CriticWorker(LearningWorker):
         objective = objective_of(algorithm)
         rows = TokenRows.of_table(pa.concat_tables(tables), objective.critic_columns, learned_only=True)
 
-        def loss(output: tuple[Tensor, Tensor], micro: MicroBatch) -> LossTerms:
+        def loss(output: tuple[Tensor, Tensor], micro: MicroBatch, _mean_length: float) -> LossTerms:
             return objective.critic_terms(output[0], micro.columns)
 
         updates = self.run_epochs(rows, loss, job, epochs=algorithm.epochs, num_minibatches=algorithm.minibatches)

@@ -14,7 +14,7 @@ from actors.learning.distributed import Group
 from actors.learning.heads import PolicyModel
 from actors.learning.learner import Update
 from actors.learning.objectives.losses import LossTerms
-from actors.learning.objectives.objective import LearnJob
+from actors.learning.objectives.objective import LearnJob, Rows
 from actors.learning.objectives.table import objective_of
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.worker import LearningWorker, MixedIn, RankContext, Share, answers, averaged, token_lists
@@ -32,7 +32,7 @@ class PolicyWorker(LearningWorker):
     def __init__(
         self, policy: PolicyConfig, context: RankContext, group: Group, mixed_in: MixedIn | None = None
     ) -> None:
-        self._mixed_in = mixed_in
+        self._mixed_in, self._max_new_tokens = mixed_in, context.max_new_tokens
         distributed.join(group)
         trust, dtype = context.model.trust_remote_code, torch_dtype(context.model.compute_dtype)
         folder = resolve_model(context.model.path, context.cache)
@@ -103,8 +103,9 @@ class PolicyWorker(LearningWorker):
         if self._average is not None and not self._average.has_begun:
             self._average.add(self.full_weights(torch.float32))
 
-        def loss(output: tuple[Tensor, Tensor], micro: MicroBatch) -> LossTerms:
-            return objective.policy_terms(*output, micro.columns, job)
+        def loss(output: tuple[Tensor, Tensor], micro: MicroBatch, mean_length: float) -> LossTerms:
+            read = Rows(micro.columns, micro.lengths_B, mean_length, self._max_new_tokens)
+            return objective.policy_terms(*output, read, job)
 
         def diverged(update: Update) -> bool:
             return algorithm.early_stop_kl is not None and update.means["approx_kl"] > algorithm.early_stop_kl

@@ -15,7 +15,7 @@ import ray
 
 from actors.rewards.rules import RuleReward
 from orchestrator import schema
-from orchestrator.algorithms.experience import ExperienceSettings, assemble, summarise
+from orchestrator.algorithms.experience import ExperienceSettings, Group, assemble, groups_of, summarise
 from orchestrator.config.rewards import RuleConfig, RuleLimits
 from orchestrator.errors import RewardError, StorageError
 from orchestrator.evaluation import EVALUATION, evaluation_metrics
@@ -52,11 +52,20 @@ class RecorderWorker:
         self._gold = RuleReward([RuleConfig(function=gold)], limits, total_s=gold_s) if gold else None
 
     def record(
-        self, rollout: pa.Table, scores: dict[str, list[Any]], *, kl_coefficient: float, file: str
+        self,
+        rollout: pa.Table,
+        scores: dict[str, list[Any]],
+        *,
+        kl_coefficient: float,
+        file: str,
+        groups: tuple[int, ...] | None = None,
     ) -> tuple[pa.Table, ShardRecord]:
-        """Writes one shard of experience. `scores` maps parameter names of assemble() to object references."""
+        """Writes one shard of experience. `scores` maps parameter names of assemble() to object references, `groups` is
+        as there."""
         parts = {name: _fetch(handles) for name, handles in scores.items()}
-        table, num_dropped = assemble(rollout, **parts, settings=self._settings, kl_coefficient=kl_coefficient)
+        table, num_dropped = assemble(
+            rollout, **parts, settings=self._settings, kl_coefficient=kl_coefficient, groups=groups
+        )
         path = Path(file)
         if num_dropped:
             _write_failures(failures_file(path), pa.concat_tables(parts["rewards"]))
@@ -65,6 +74,9 @@ class RecorderWorker:
         num_cut = sum(map(_num_cut, parts["rewards"]))
         if num_cut:
             sums = {**sums, "reward_cut_sum": float(num_cut)}
+        if groups is not None:
+            num_sampled = len(np.unique(self._settings.group_of(rollout)))
+            sums = {**sums, "prompts_sampled": float(num_sampled), "prompts_kept": float(len(groups))}
         record = ShardRecord(
             file=path.name,
             sha256=sha256(path),
@@ -77,6 +89,10 @@ class RecorderWorker:
             extremes=extremes,
         )
         return table, record
+
+    def groups(self, rollout: pa.Table, rewards: list[Any]) -> list[Group]:
+        """The prompts of a shard, see groups_of. `rewards` are object references."""
+        return groups_of(rollout, _fetch(rewards), self._settings)
 
     def load(self, record: ShardRecord, *, file: str) -> tuple[pa.Table, int]:
         """Reads a shard. Raises StorageError if the file is missing or differs from the committed one."""

@@ -54,14 +54,23 @@ def samples_per_shard(config: Config) -> int:
     if config.rollout.reproducible:
         return config.rollout.samples_per_shard
     if config.algorithm.compares_samples:
-        return math.ceil(config.rl.prompts_per_step / config.rollout.replicas) * config.rl.samples_per_prompt
+        return math.ceil(config.rl.prompts_per_step / config.rollout.replicas) * requests_per_prompt(config)
     return math.ceil(config.samples_per_step / config.rollout.replicas)
+
+
+def requests_per_prompt(config: Config) -> int:
+    """Samples of a prompt in one step, with those that are not learned from."""
+    return config.rl.samples_per_prompt + config.algorithm.greedy_samples
 
 
 def shards_per_step(config: Config, *, is_sharded: bool) -> int | None:
     """The number of shards among which the ranks of a role are split; None if `is_sharded`: each shard needs all
     ranks."""
-    return None if is_sharded else math.ceil(config.samples_per_step / samples_per_shard(config))
+    return (
+        None
+        if is_sharded
+        else math.ceil(config.rl.prompts_per_step * requests_per_prompt(config) / samples_per_shard(config))
+    )
 
 
 def reward_path(config: Config, inputs: Mapping[str, Path]) -> str | None:
@@ -113,7 +122,9 @@ def initial_state(config: Config) -> State:
 
 
 def experience_settings(config: Config) -> ExperienceSettings:
-    return ExperienceSettings(config.algorithm, config.rl.samples_per_prompt, config.reward.clip)
+    return ExperienceSettings(
+        config.algorithm, requests_per_prompt(config), config.reward.clip, config.rollout.max_new_tokens
+    )
 
 
 def critic_section(config: Config, reward_path: str | None) -> CriticConfig:
@@ -133,6 +144,7 @@ def rank_context(config: Config) -> RankContext:
         temperature=config.rollout.temperature,
         seed=config.run.seed,
         total_optimizer_steps=config.rl.steps * algorithm.epochs * algorithm.minibatches,
+        max_new_tokens=config.rollout.max_new_tokens,
     )
 
 

@@ -7,7 +7,7 @@ where a group is the rows of one prompt.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ class Responses:
         group_R: arbitrary id of each row's prompt.
         values_N: the critic's V(s_t) in the state in which token t is chosen; empty without a critic.
         last_values_R: V after the last token, 0 if the response is complete; empty without a critic.
+        greedy_rewards_R: sequence reward of the greedy sample of each row's prompt; empty if the algorithm draws none.
     """
 
     token_rewards_N: Floats
@@ -35,6 +36,13 @@ class Responses:
     group_R: Groups
     values_N: Floats
     last_values_R: Floats
+    greedy_rewards_R: Doubles = field(default_factory=lambda: np.zeros(0))
+
+    @property
+    def token_rows(self) -> npt.NDArray[np.intp]:
+        """The row of each token."""
+        lengths_R = np.diff(self.offsets_R1)
+        return np.repeat(np.arange(len(lengths_R)), lengths_R)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +64,17 @@ def per_response(responses: Responses, compare: Callable[[Doubles, Groups], tupl
     Args:
         compare: (returns_R, group_R) -> (advantages_R, baselines_R)
     """
-    lengths_R = np.diff(responses.offsets_R1)
-    row_N = np.repeat(np.arange(len(lengths_R)), lengths_R)
-    returns_R = np.bincount(row_N, weights=responses.token_rewards_N, minlength=len(lengths_R)).astype(np.float64)
+    row_N, num_rows = responses.token_rows, len(responses.group_R)
+    returns_R = np.bincount(row_N, weights=responses.token_rewards_N, minlength=num_rows).astype(np.float64)
     advantages_R, baselines_R = compare(returns_R, responses.group_R)
     return Advantages(*(column_R.astype(np.float32)[row_N] for column_R in (advantages_R, baselines_R, returns_R)))
+
+
+def returns_to_go(responses: Responses) -> Doubles:
+    """Per token, the sum of the rewards of this token and of all later tokens of its response, undiscounted."""
+    sums_N1 = np.concatenate([[0.0], np.cumsum(responses.token_rewards_N, dtype=np.float64)])
+    after_N: Doubles = sums_N1[responses.offsets_R1[1:]][responses.token_rows] - sums_N1[:-1]
+    return after_N
 
 
 def group_means(returns_R: Doubles, group_R: Groups) -> tuple[Doubles, Doubles, Groups]:

@@ -6,7 +6,8 @@ R + 1 offsets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,9 @@ import pyarrow.compute as pc
 
 from orchestrator import schema
 from orchestrator.algorithms import kl
-from orchestrator.algorithms.advantages import Floats, Offsets, Responses
+from orchestrator.algorithms.advantages import Doubles, Floats, Offsets, Responses
 from orchestrator.algorithms.algorithm import Algorithm
+from orchestrator.algorithms.shaping import shaped_rewards, token_rewards_rows
 from orchestrator.errors import DataError, NonFiniteError
 from orchestrator.types import Moments
 
@@ -31,18 +33,54 @@ TRUNCATED = "length"  # finish_reason of a response without EOS
 class ExperienceSettings:
     """Args:
     reward_clip: clips the sequence reward to ± this before token rewards are computed.
-    samples_per_prompt: number of consecutive rows of a step that share a prompt.
+    samples_per_prompt: number of consecutive rows of a step that share a prompt, with a greedy one if the algorithm
+        draws it.
+    max_new_tokens: longest response, in tokens.
     """
 
     algorithm: Algorithm
     samples_per_prompt: int
     reward_clip: float | None = None
+    max_new_tokens: int = 0
+
+    def group_of(self, table: pa.Table) -> Offsets:
+        """The number of each row's prompt in its step."""
+        group_R: Offsets = table["row"].to_numpy().astype(np.int64) // self.samples_per_prompt
+        return group_R
 
 
-def token_rewards(reward: float, old_logprobs: Floats, ref_logprobs: Floats, kl_coefficient: float) -> Floats:
-    """Token rewards of one response: -kl_coefficient · k1 for each token, plus the sequence reward for the last."""
-    offsets_R1 = np.array([0, len(old_logprobs)], dtype=np.int64)
-    return _token_rewards_rows(np.array([reward]), old_logprobs, ref_logprobs, offsets_R1, kl_coefficient)
+@dataclass(frozen=True)
+class Group:
+    """The samples of one prompt.
+
+    Args:
+        number: of the prompt in its step.
+        mean_reward: of the samples whose reward did not fail; None if all failed.
+        is_mixed: whether at least two rewards differ.
+    """
+
+    number: int
+    prompt_id: str
+    mean_reward: float | None
+    is_mixed: bool
+
+
+def groups_of(rollout: pa.Table, rewards: Sequence[pa.Table], settings: ExperienceSettings) -> list[Group]:
+    """The groups of a shard in ascending order, by the rewards before any shaping.
+
+    Args:
+        rewards: as for `assemble`.
+    """
+    reward_R = _aligned("rewards", rewards, rollout["row"].to_numpy())["reward"].to_numpy().astype(np.float64)
+    group_R = settings.group_of(rollout)
+    found = []
+    for number in np.unique(group_R).tolist():
+        rows = np.flatnonzero(group_R == number)
+        valid = reward_R[rows][~np.isnan(reward_R[rows])]
+        mean = float(valid.mean()) if len(valid) else None
+        is_mixed = bool(len(valid) and valid.min() < valid.max())
+        found.append(Group(number, rollout["prompt_id"][int(rows[0])].as_py(), mean, is_mixed))
+    return found
 
 
 def assemble(
@@ -54,17 +92,22 @@ def assemble(
     rewards: Sequence[pa.Table],
     settings: ExperienceSettings,
     kl_coefficient: float,
+    groups: Collection[int] | None = None,
 ) -> tuple[pa.Table, int]:
     """Joins a shard's scores and computes token rewards, advantages and returns.
 
     Args:
         rollout: table of schema.ROLLOUT.
         logprobs, ref_logprobs, values, rewards: parts (in any order) that together contain each row once. Without a
-            critic `values` is empty; the output's `values` are then group baselines and `returns` whole returns.
+            critic `values` is empty; the output's `values`
+            are then baselines and `returns` are whole
+            returns or returns-to-go.
+        groups: numbers of the prompts that are learned from; None: all.
 
     Returns:
-        (table of schema.EXPERIENCE in the rollout's row order, number of rows dropped because scoring failed or they
-        have no learned tokens). Computed columns are 0 at tokens that are not learned.
+        (table of schema.EXPERIENCE in the rollout's row order, number of rows dropped because scoring failed, of the
+        row or of its greedy baseline, or because they have no learned tokens). Computed columns are 0 at
+        tokens that are not learned.
 
     Raises:
         DataError: a row is missing or duplicated, or the length of a list differs from its response.
@@ -77,8 +120,8 @@ def assemble(
     }
     reward_table = _aligned("rewards", rewards, rows)
     _check_lengths("learn", rollout["learn"], rollout["row"], _offsets(rollout["response_tokens"]))
-    learned_R = np.diff(_learned(rollout)[1])
-    keep = pa.array(reward_table["reward"].is_valid().to_numpy() & (learned_R > 0))
+    keep_R, final_R, greedy_rewards_R = _rewards_of_rows(rollout, reward_table["reward"], settings, groups)
+    keep = pa.array(keep_R)
     table = rollout.select(schema.ROLLOUT.names).filter(keep)
     columns = {name: column.filter(keep) for name, column in columns.items()}
     reward_table = reward_table.filter(keep)
@@ -89,20 +132,21 @@ def assemble(
     flat = {name: _flat(name, column, table["row"], offsets_R1, learn_N) for name, column in columns.items()}
     reward_R = reward_table["reward"].to_numpy()
     _check_rows_finite("reward", reward_R, table["row"])
-    truncated_R = pc.equal(table["finish_reason"], TRUNCATED).to_numpy()
+    truncated_R = _truncated(table)
     algorithm = settings.algorithm
-    coefficient = kl_coefficient if algorithm.kl_in_reward else 0.0
-    final_R = _final_rewards(reward_R, truncated_R, settings)
+    coefficient, estimator = (kl_coefficient, algorithm.kl_estimator[:2]) if algorithm.kl_in_reward else (0.0, "k1")
     old_L, ref_L = (flat[name][learn_N] for name in ("old_logprobs", "ref_logprobs"))
-    token_rewards_L = _token_rewards_rows(final_R, old_L, ref_L, learned_R1, coefficient)
+    token_rewards_L = token_rewards_rows(final_R, old_L, ref_L, learned_R1, coefficient, estimator)
     values_L = last_values_R = np.zeros(0, np.float32)
     if algorithm.needs_critic:
         value_table = _aligned("values", values, rows).filter(keep)
         bootstrapped_R = truncated_R & (algorithm.truncated == "bootstrap")
         last_values_R = _last_values(value_table["bootstrap_value"].to_numpy(), bootstrapped_R, table["row"])
         values_L = _flat("values", value_table["values"], table["row"], offsets_R1, learn_N)[learn_N]
-    group_R = table["row"].to_numpy() // settings.samples_per_prompt
-    found = algorithm.advantages(Responses(token_rewards_L, learned_R1, group_R, values_L, last_values_R))
+    group_R = settings.group_of(table)
+    found = algorithm.advantages(
+        Responses(token_rewards_L, learned_R1, group_R, values_L, last_values_R, greedy_rewards_R)
+    )
     learned = {
         "token_rewards": token_rewards_L,
         "values": found.values_N,
@@ -114,7 +158,7 @@ def assemble(
     arrays |= {name: _lists(flat_N, offsets_R1) for name, flat_N in computed.items()}
     arrays |= {name: reward_table[name] for name in ("reward", "reward_parts")}
     experience = pa.table([arrays[name] for name in schema.EXPERIENCE.names], schema=schema.EXPERIENCE)
-    return experience.combine_chunks(), rollout.num_rows - experience.num_rows
+    return experience.combine_chunks(), int((_learnable(rollout, settings, groups) & ~keep_R).sum())
 
 
 def summarise(table: pa.Table) -> tuple[Moments, Mapping[str, float], Mapping[str, float]]:
@@ -146,6 +190,7 @@ def summarise(table: pa.Table) -> tuple[Moments, Mapping[str, float], Mapping[st
         "reward_squares_sum": float((reward_R**2).sum()),
         "kl_k1_token_sum": float(reference_k1_N.sum()),
         "kl_k3_token_sum": float(kl.k3(old_N, flat["ref_logprobs"]).sum()),
+        "kl_beyond_bound_token_sum": float((np.abs(reference_k1_N) > kl.LOG_RATIO_BOUND).sum()),
         "mismatch_abs_token_sum": float(mismatch_N.sum()),
         "mismatch_k3_token_sum": float(kl.k3(engine_N, old_N).sum()),
         "logprob_token_sum": float(old_N.sum()),
@@ -180,13 +225,40 @@ def explained_variance(sums: Mapping[str, float]) -> float:
     return 1.0 - unexplained / variance if variance > 0.0 else 0.0
 
 
-def _final_rewards(reward_R: Floats, truncated_R: Mask, settings: ExperienceSettings) -> npt.NDArray[np.float64]:
-    final_R = reward_R.astype(np.float64)
-    if settings.reward_clip is not None:
-        final_R = np.clip(final_R, -settings.reward_clip, settings.reward_clip)
-    if settings.algorithm.truncated == "penalise":
-        final_R = final_R - settings.algorithm.truncation_penalty * truncated_R
-    return final_R
+def _learnable(rollout: pa.Table, settings: ExperienceSettings, groups: Collection[int] | None) -> Mask:
+    """The rows that are learned from unless something failed."""
+    learnable_R: Mask = rollout["sample_index"].to_numpy() != schema.GREEDY
+    return learnable_R if groups is None else learnable_R & np.isin(settings.group_of(rollout), list(groups))
+
+
+def _rewards_of_rows(
+    rollout: pa.Table, rewards: pa.ChunkedArray, settings: ExperienceSettings, groups: Collection[int] | None
+) -> tuple[Mask, Doubles, Doubles]:
+    """(rows that are learned from; of these, the shaped rewards; and those of their prompts' greedy rows, if any)"""
+    learned_R = np.diff(_learned(rollout)[1])
+    final_R = shaped_rewards(
+        rewards.to_numpy(),
+        _truncated(rollout),
+        learned_R,
+        settings.algorithm,
+        reward_clip=settings.reward_clip,
+        max_new_tokens=settings.max_new_tokens,
+    )
+    keep_R = _learnable(rollout, settings, groups) & rewards.is_valid().to_numpy() & (learned_R > 0)
+    if not settings.algorithm.greedy_samples:
+        return keep_R, final_R[keep_R], np.zeros(0)
+    group_R, greedy_R = settings.group_of(rollout), rollout["sample_index"].to_numpy() == schema.GREEDY
+    scored_R = greedy_R & rewards.is_valid().to_numpy()
+    _check_rows_finite("reward", final_R[scored_R], rollout["row"].filter(pa.array(scored_R)))
+    found = dict(zip(group_R[scored_R].tolist(), final_R[scored_R].tolist(), strict=True))
+    greedy_rewards_R = np.array([found.get(group, math.nan) for group in group_R.tolist()])
+    keep_R &= np.isfinite(greedy_rewards_R)
+    return keep_R, final_R[keep_R], greedy_rewards_R[keep_R]
+
+
+def _truncated(table: pa.Table) -> Mask:
+    truncated_R: Mask = pc.equal(table["finish_reason"], TRUNCATED).to_numpy()
+    return truncated_R
 
 
 def _last_values(bootstrap_R: Floats, bootstrapped_R: Mask, rows: pa.ChunkedArray) -> Floats:
@@ -194,15 +266,6 @@ def _last_values(bootstrap_R: Floats, bootstrapped_R: Mask, rows: pa.ChunkedArra
     _check_rows_finite("bootstrap_value", bootstrap_R, rows)
     last_values_R: Floats = np.where(bootstrapped_R, bootstrap_R, 0.0).astype(np.float32)
     return last_values_R
-
-
-def _token_rewards_rows(
-    reward_R: npt.NDArray[np.float64], old_N: Floats, ref_N: Floats, offsets_R1: Offsets, kl_coefficient: float
-) -> Floats:
-    rewards_N = -kl_coefficient * kl.k1(np.asarray(old_N, np.float64), np.asarray(ref_N, np.float64))
-    filled_R = np.diff(offsets_R1) > 0
-    rewards_N[offsets_R1[1:][filled_R] - 1] += reward_R[filled_R]
-    return rewards_N.astype(np.float32)
 
 
 def _aligned(what: str, parts: Sequence[pa.Table], rows: npt.NDArray[np.int32]) -> pa.Table:

@@ -11,6 +11,14 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 
 
+LOG_RATIO_BOUND = 20.0
+"""Log-ratios are clipped to ± this before they are exponents of a loss or a reward, as in verl and OpenRLHF."""
+
+
+def bounded(log_ratio: Floats) -> Floats:
+    return np.clip(log_ratio, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
+
 def k1(logprobs: Floats, other_logprobs: Floats) -> Floats:
     """log p - log q: unbiased, can be negative."""
     return logprobs - other_logprobs
@@ -22,8 +30,8 @@ def k2(logprobs: Floats, other_logprobs: Floats) -> Floats:
 
 
 def k3(logprobs: Floats, other_logprobs: Floats) -> Floats:
-    """q/p - 1 - log(q/p): unbiased, never negative."""
-    log_ratio = other_logprobs - logprobs
+    """q/p - 1 - log(q/p): unbiased, never negative. log(q/p) is bounded."""
+    log_ratio = bounded(other_logprobs - logprobs)
     estimate: Floats = np.expm1(log_ratio) - log_ratio
     return estimate
 

@@ -29,6 +29,10 @@ class Ppo(Algorithm):
     clip_value: PositiveNumber | None = 0.2
     """Value clip range. Null: off."""
 
+    @property
+    def whitens(self) -> bool:
+        return self.whiten_advantages
+
     def advantages(self, responses: Responses) -> Advantages:
         advantages_N, returns_N = gae_rows(
             responses.token_rewards_N,

@@ -27,6 +27,7 @@ def merge_metrics(records: Sequence[ShardRecord]) -> Metrics:
         "kl/per_response": sums["kl_k1_token_sum"] / samples,
         "kl/per_token": sums["kl_k1_token_sum"] / tokens,
         "kl/per_token_k3": sums["kl_k3_token_sum"] / tokens,
+        "kl/beyond_bound": sums.get("kl_beyond_bound_token_sum", 0.0) / tokens,
         "response/length_mean": tokens / samples,
         "response/length_std": _std(tokens, sums["response_length_squares_sum"], samples),
         "response/length_min": extremes.get("response_length_min", 0.0),
@@ -43,6 +44,9 @@ def merge_metrics(records: Sequence[ShardRecord]) -> Metrics:
         "critic/explained_variance": explained_variance(sums),
         "tokens/generated": sums["response_tokens"],
     }
+    if "prompts_sampled" in sums:
+        metrics["filter/prompts_sampled"] = sums["prompts_sampled"]
+        metrics["filter/prompts_kept"] = sums["prompts_kept"]
     return {**metrics, **_reward_parts(sums)}
 
 

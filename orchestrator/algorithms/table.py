@@ -5,8 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from orchestrator.algorithms.algorithm import Algorithm
-from orchestrator.algorithms.grpo import Grpo
+from orchestrator.algorithms.cispo import Cispo
+from orchestrator.algorithms.grpo import Dapo, DrGrpo, Grpo
+from orchestrator.algorithms.gspo import Gspo
 from orchestrator.algorithms.ppo import Ppo
+from orchestrator.algorithms.reinforce import ReinforcePlusPlus, ReinforcePlusPlusBaseline
+from orchestrator.algorithms.remax import Remax
 from orchestrator.algorithms.rloo import Rloo
 
-ALGORITHMS: Mapping[str, type[Algorithm]] = {"ppo": Ppo, "grpo": Grpo, "rloo": Rloo}
+ALGORITHMS: Mapping[str, type[Algorithm]] = {
+    "ppo": Ppo,
+    "grpo": Grpo,
+    "dr-grpo": DrGrpo,
+    "dapo": Dapo,
+    "gspo": Gspo,
+    "cispo": Cispo,
+    "rloo": Rloo,
+    "reinforce++": ReinforcePlusPlus,
+    "reinforce++-baseline": ReinforcePlusPlusBaseline,
+    "remax": Remax,
+}

@@ -12,13 +12,14 @@ from pydantic import BaseModel
 
 
 def description_of(section: type[BaseModel], key: str) -> str:
-    """Empty if the key has none.
+    """That of the section; where it only changes the default, that of the section that it inherits from. Empty if the
+    key has none.
 
     pydantic reads these texts itself with `use_attribute_docstrings`, but for all sections whenever a command starts.
     """
     for kind in section.__mro__:
-        if key in inspect.get_annotations(kind):
-            return _descriptions(kind).get(key, "")
+        if key in inspect.get_annotations(kind) and (text := _descriptions(kind).get(key, "")):
+            return text
     return ""
 
 

@@ -31,6 +31,7 @@ from actors.weights.readback import ignores_its_parameter
 from orchestrator.config.base import Section
 from orchestrator.config.sections import ModelConfig, PublishConfig, RolloutConfig
 from orchestrator.errors import RlhfError
+from orchestrator.schema import GREEDY
 from orchestrator.types import Prompt, SampleRequest, Sampling, ShardRequest
 from tests.families import tiny_model
 from tests.tiny import tiny_config, tiny_tokenizer
@@ -388,6 +389,26 @@ def reference_logprobs(folder: Path, rows: Sequence[Mapping[str, Any]], temperat
         logprobs = torch.log_softmax(logits[start - 1 : -1] / temperature, dim=-1)
         results.append(logprobs.gather(1, tokens[start:, None])[:, 0].tolist())
     return results
+
+
+def with_greedy(request: ShardRequest) -> ShardRequest:
+    """The same requests, every third of them greedy."""
+    requests = [
+        dataclasses.replace(item, sample_index=GREEDY) if number % 3 == 2 else item
+        for number, item in enumerate(request.requests)
+    ]
+    return dataclasses.replace(request, requests=requests)
+
+
+def is_likeliest(folder: Path, row: Mapping[str, Any]) -> list[bool]:
+    """Of each response token: whether no other token is likelier, but for rounding."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = [*row["prompt_tokens"], *row["response_tokens"]]
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits[0, len(row["prompt_tokens"]) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(row["response_tokens"])[:, None])[:, 0]
+    found: list[bool] = (chosen > logits.max(1).values - 1e-3).tolist()
+    return found
 
 
 def samples_of_one_engine(

@@ -51,6 +51,18 @@ def test_logprobs_are_those_of_the_model_at_the_sampling_temperature(folder: Pat
         assert 0 not in row["response_tokens"][:-1]
 
 
+def test_greedy_samples_take_the_likeliest_token_and_leave_others_as_they_were(folder: Path) -> None:
+    plain = scenarios.shard(sampling=Sampling(max_new_tokens=16))
+    engine = HfEngine(folder, scenarios.context())
+    before, rows = (engine.generate(request)[0].to_pylist() for request in (plain, scenarios.with_greedy(plain)))
+    for row, other in zip(rows, before, strict=True):
+        if row["sample_index"] == schema.GREEDY:
+            assert all(scenarios.is_likeliest(folder, row))
+        else:
+            assert row["response_tokens"] == other["response_tokens"]
+    assert [row["sample_index"] for row in rows].count(schema.GREEDY) == len(rows) // 3
+
+
 def test_top_k_and_top_p_cut_and_renormalise() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     assert processed_logprobs(logits, Sampling(top_k=2)).exp()[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])

@@ -99,6 +99,14 @@ def test_logprobs_are_those_of_the_model_at_the_sampling_temperature(
         assert row["engine_logprobs"] == pytest.approx(reference, abs=2e-4)
 
 
+def test_greedy_samples_take_the_likeliest_token(apart: Apart, folder: Path) -> None:
+    request = scenarios.with_greedy(scenarios.shard(sampling=Sampling(max_new_tokens=16)))
+    table, _ = apart(scenarios.samples_of_one_engine, folder, [request], dtype="float32")[0]
+    greedy = [row for row in table.to_pylist() if row["sample_index"] == schema.GREEDY]
+    assert len(greedy) == 4
+    assert all(all(scenarios.is_likeliest(folder, row)) for row in greedy)
+
+
 def test_engines_refuse_what_they_can_not_do_right(apart: Apart, folder: Path) -> None:
     seen = apart(scenarios.refusals, folder)
     assert "serves no published version: it was started without a version" in seen["unpublished"]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -113,6 +114,13 @@ def steps_written(folder: Path) -> list[int]:
     return [line["step"] for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "step"]
 
 
+def shards(folder: Path, step: int) -> list[dict[str, Any]]:
+    """The manifest's entries of a committed step."""
+    manifest = json.loads((folder / "log" / f"step-{step:06d}" / "manifest.json").read_text(encoding="utf-8"))
+    found: list[dict[str, Any]] = manifest["shards"]
+    return found
+
+
 def assert_same_bits(one: Path, other: Path) -> None:
     """Weights, fp32 master weights and optimizers of the last checkpoint, and the exported policy."""
     last = f"checkpoints/step-{STEPS:06d}"
@@ -154,12 +162,16 @@ def test_a_replay_may_start_from_a_checkpoint(launcher: Launcher, whole: Path, t
     assert steps_written(tmp_path / "copy" / "replay") == [2, 3]
 
 
-@pytest.mark.parametrize("advantage", ["grpo", "rloo"])
+@pytest.mark.parametrize("advantage", ["grpo", "rloo", "remax", "dapo"])
 def test_a_run_without_a_critic_learns_and_equals_its_replay(
     launcher: Launcher, tmp_path: Path, advantage: str
 ) -> None:
+    """With ReMax the fourth sample of a prompt is the greedy one; with DAPO prompts are replaced."""
     decay = 0.5 if advantage == "rloo" else 0.0
-    keys = (f"algorithm.name={advantage}", "rl.prompts_per_step=4", "rl.samples_per_prompt=4", "rl.steps=2")
+    samples = 3 if advantage == "remax" else 4
+    keys = (f"algorithm.name={advantage}", "rl.prompts_per_step=4", f"rl.samples_per_prompt={samples}", "rl.steps=2")
+    if advantage in {"remax", "dapo"}:
+        keys = (*keys, "rollout.engine=hf")  # starts faster; both engines draw greedy samples in tests of their own
     finish(launcher.ppo(advantage, *keys, f"policy.ema_decay={decay}"))
     folder = launcher.run_folder(advantage)
     last = "checkpoints/step-000002"
@@ -168,6 +180,10 @@ def test_a_run_without_a_critic_learns_and_equals_its_replay(
     metrics = [line["metrics"] for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "step"]
     assert metrics[0]["kl/per_token_k3"] == 0.0 < metrics[1]["kl/per_token_k3"], "the policy never learned"
     assert "busy/critic_s" not in metrics[0]
+    kept = [sum(record["num_samples"] for record in shards(folder, step)) for step in (0, 1)]
+    assert kept == [4 * samples] * 2
+    if advantage == "dapo":
+        assert metrics[0]["filter/prompts_kept"] == 4 <= metrics[0]["filter/prompts_sampled"]
     output = finish(launcher.start("replay", str(folder), "--to", str(tmp_path / "again")))
     assert output.count("equal to the run's own step-000002") == 1, output
     assert fingerprint(folder / last, "policy") == fingerprint(tmp_path / "again" / last, "policy")

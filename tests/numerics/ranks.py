@@ -30,7 +30,8 @@ def group(rank: int = 0, world_size: int = 1, port: int | None = None) -> Group:
 def context(folder: Path, algorithm: Algorithm, *, dtype: Dtype, **changes: Any) -> RankContext:
     """The context of a worker of the model in `folder`; `changes` are fields of the context."""
     model = ModelConfig(path=str(folder), dtype=dtype)
-    fields = {"template": None, "temperature": 1.0, "seed": 0, "total_optimizer_steps": 1, **changes}
+    fixed = {"template": None, "temperature": 1.0, "seed": 0, "total_optimizer_steps": 1, "max_new_tokens": 16}
+    fields = {**fixed, **changes}
     return RankContext(model=model, algorithm=algorithm, cache=folder, **fields)
 
 

@@ -5,9 +5,16 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
+from actors.learning.objectives.objective import Rows
+from actors.learning.packing import MicroBatch
 from orchestrator import schema
 
 LENGTHS = [(3, 9), (12, 30), (2, 1), (5, 14), (7, 4), (4, 22), (9, 3), (6, 6)]  # (prompt, response) tokens
+
+
+def rows_of(micro: MicroBatch, *, mean_length: float = 1.0, max_new_tokens: int = 16) -> Rows:
+    """What an objective reads of a micro-batch."""
+    return Rows(micro.columns, micro.lengths_B, mean_length, max_new_tokens)
 
 
 def rollout(lengths: Sequence[tuple[int, int]] = LENGTHS, *, seed: int = 0, vocabulary: int = 377) -> pa.Table:

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from actors.engines.contract import EngineContext, Sample, rollout_table
 from actors.engines.hf_engine import HfEngine
 from actors.learning import distributed
-from actors.learning.objectives.objective import LearnJob
+from actors.learning.objectives.objective import LearnJob, Rows
 from actors.learning.objectives.table import OBJECTIVES, objective_of
 from actors.rewards import Score
 from actors.rewards.rules import RuleReward
@@ -116,7 +116,8 @@ def gradient(algorithm: Algorithm, *, advantages: list[float], ref: list[float],
         "advantages": torch.tensor(advantages),
     }
     job = LearnJob(0, advantage_mean=0.0, advantage_std=1.0, kl_coefficient=kl, seed=0)
-    objective_of(algorithm).policy_terms(logprobs, torch.zeros(len(ref)), columns, job).loss.backward()
+    rows = Rows(columns, torch.tensor([len(ref)]), mean_length=len(ref), max_new_tokens=len(ref))
+    objective_of(algorithm).policy_terms(logprobs, torch.zeros(len(ref)), rows, job).loss.backward()
     assert logprobs.grad is not None
     return logprobs.grad.tolist()
 

@@ -18,7 +18,7 @@ from orchestrator.algorithms.ppo import Ppo
 from orchestrator.config.sections import LearnerConfig
 from orchestrator.planning.balance import plan_minibatches
 from tests.numerics.ranks import group, run_ranks
-from tests.numerics.samples import experience
+from tests.numerics.samples import experience, rows_of
 from tests.tiny import tiny_llama, tiny_scorer
 
 PPO = Ppo(entropy_coefficient=0.01, kl_estimator="k3-loss", kl_coefficient=0.1, importance_cap=2.0, clip_value=0.2)
@@ -44,7 +44,7 @@ class RecordingLearner(Learner):
 
 
 def policy_objective(output, micro):
-    return objective_of(PPO).policy_terms(*output, micro.columns, JOB)
+    return objective_of(PPO).policy_terms(*output, rows_of(micro), JOB)
 
 
 def critic_objective(output, micro):

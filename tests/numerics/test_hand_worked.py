@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from actors.learning.objectives.corrections import importance_weights
+from actors.learning.objectives.kl import KL_LOSSES
 from actors.learning.objectives.losses import (
-    importance_weights,
-    kl_loss,
     policy_loss,
     ranking_loss,
     sft_loss,
@@ -17,11 +17,11 @@ from actors.learning.objectives.losses import (
     whiten,
 )
 from orchestrator.algorithms import kl
-from orchestrator.algorithms.experience import token_rewards
-from orchestrator.algorithms.grpo import grpo
+from orchestrator.algorithms.grpo import Grpo, grpo
 from orchestrator.algorithms.ppo import gae, gae_rows
 from orchestrator.algorithms.rloo import rloo
 from orchestrator.algorithms.schedule import learning_rate
+from orchestrator.algorithms.shaping import token_rewards
 
 
 def f32(*numbers):
@@ -92,7 +92,8 @@ def test_kl_estimators():
     assert kl.k2(p, q)[0] == pytest.approx(math.log(2) ** 2 / 2, rel=1e-6)
     assert kl.k3(p, q)[0] == pytest.approx(-0.5 + math.log(2), rel=1e-6)
     assert kl.k3(q, p)[0] == pytest.approx(2 - 1 - math.log(2), rel=1e-6)
-    assert float(kl_loss(torch.tensor(p), torch.tensor(q))) == pytest.approx(-0.5 + math.log(2), rel=1e-6)
+    k3 = KL_LOSSES["k3-loss"](torch.tensor(p), torch.tensor(q), torch.tensor(p))
+    assert float(k3) == pytest.approx(-0.5 + math.log(2), rel=1e-6)
 
 
 def test_k1_and_k3_estimate_the_true_kl():
@@ -148,9 +149,9 @@ def test_clipped_policy_loss():
 def test_truncated_importance_weights_scale_the_surrogate():
     # exp(old - engine): exp(0) = 1, exp(ln 4) = 4 capped at 2, exp(-ln 2) = 0.5
     old = torch.tensor([-1.0, -1.0, -1.0])
-    weights = importance_weights(old, old - torch.tensor([0.0, math.log(4), -math.log(2)]), 2.0)
+    weights = importance_weights(Grpo(importance_cap=2.0), torch.tensor([0.0, math.log(4), -math.log(2)]), None)
     assert weights.tolist() == pytest.approx([1.0, 2.0, 0.5], rel=1e-6)
-    terms = policy_loss(old, old, torch.tensor([1.0, 10.0, 100.0]), clip_ratio=0.2, importance_weights_N=weights)
+    terms = policy_loss(old, old, torch.tensor([1.0, 10.0, 100.0]), clip_ratio=0.2, weights_N=weights)
     assert terms.loss.item() == pytest.approx(-(1 + 20 + 50), rel=1e-6)
 
 

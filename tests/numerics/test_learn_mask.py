@@ -7,7 +7,7 @@ import torch
 
 from actors.learning import distributed
 from actors.learning.heads import PolicyModel, ValueModel
-from actors.learning.objectives.objective import LearnJob
+from actors.learning.objectives.objective import LearnJob, Rows
 from actors.learning.objectives.table import objective_of
 from actors.learning.packing import TokenRows
 from actors.models.model import load_causal, load_scorer
@@ -93,7 +93,8 @@ def test_the_gradient_is_that_of_the_marked_terms_alone(folders, role):
 
     def terms(output, columns):
         if role == "policy":
-            return objective.policy_terms(*output, columns, JOB)
+            rows = Rows(columns, torch.tensor([len(output[0])]), mean_length=1.0, max_new_tokens=16)
+            return objective.policy_terms(*output, rows, JOB)
         return objective.critic_terms(output, columns)
 
     def picked(output, micro):

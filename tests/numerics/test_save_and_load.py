@@ -24,7 +24,7 @@ from orchestrator.errors import NonFiniteError, StorageError
 from orchestrator.planning.balance import plan_minibatches
 from tests.chaos.test_storage import fill, small_disk  # noqa: F401  a fixture
 from tests.numerics.ranks import context, group, run_ranks
-from tests.numerics.samples import experience, rollout
+from tests.numerics.samples import experience, rollout, rows_of
 from tests.tiny import CHATML, tiny_llama, tiny_scorer, tiny_tokenizer
 
 PPO = Ppo()
@@ -50,7 +50,7 @@ def learn(learner, steps):
         micros = [rows.pack(micro, torch.device("cpu")) for micro in plan[0][learner.rank]]
         update = learner.update(
             micros,
-            lambda output, micro, job=job: objective_of(PPO).policy_terms(*output, micro.columns, job),
+            lambda output, micro, job=job: objective_of(PPO).policy_terms(*output, rows_of(micro), job),
             count=float(rows.response_lengths.sum()),
             what=f"step {step}",
         )
@@ -169,7 +169,7 @@ def test_nothing_is_applied_when_a_loss_or_a_gradient_is_not_finite(causal, stag
     micros = [rows.pack([0, 1], torch.device("cpu")), rows.pack([2, 3], torch.device("cpu"))]
 
     def objective(output, micro):
-        terms = objective_of(PPO).policy_terms(*output, micro.columns, LearnJob(7, 0.0, 1.0, 0.0, seed=1))
+        terms = objective_of(PPO).policy_terms(*output, rows_of(micro), LearnJob(7, 0.0, 1.0, 0.0, seed=1))
         if micro.rows != (2, 3):
             return terms
         # The gradient of the square root is infinite at 0, although its value is finite.

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from orchestrator.algorithms.kl import LOG_RATIO_BOUND
+
 PairTerm = Callable[[Tensor], Tensor]
 
 
@@ -29,33 +31,65 @@ class LossTerms:
     maxima: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+def bounded(log_ratio: Tensor) -> Tensor:
+    """Clipped to ± LOG_RATIO_BOUND, before it is an exponent."""
+    return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
+
 def policy_loss(
     logprobs_N: Tensor,
     old_logprobs_N: Tensor,
     advantages_N: Tensor,
     *,
     clip_ratio: float,
-    importance_weights_N: Tensor | None = None,
+    clip_ratio_high: float | None = None,
+    dual_clip: float | None = None,
+    weights_N: Tensor | None = None,
 ) -> LossTerms:
-    """Clipped surrogate (Schulman 2017, eq. 7), negated: sum of -w · min(r A, clip(r, 1 ± ε) A), r = exp(new - old).
+    """Clipped surrogate (Schulman 2017, eq. 7), negated: sum of -w · min(r A, clip(r, 1 - ε, 1 + ε_high) A), with
+    r = exp(new - old). With a dual clip c (Ye 2020), the minimum is at least c A where A < 0.
 
-    `approx_kl` is k3 of KL(old || new); `clip_fraction` counts ratios outside 1 ± ε.
+    `approx_kl` is k3 of KL(old || new); `clip_fraction` counts ratios outside 1 - ε and 1 + ε_high.
     """
-    log_ratio_N = logprobs_N - old_logprobs_N
-    ratio_N = log_ratio_N.exp()
-    clipped_N = ratio_N.clamp(1.0 - clip_ratio, 1.0 + clip_ratio)
+    ratio_N = bounded(logprobs_N - old_logprobs_N).exp()
+    clipped_N = clipped(ratio_N, clip_ratio, clip_ratio_high)
     surrogate_N = torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
-    if importance_weights_N is not None:
-        surrogate_N = surrogate_N * importance_weights_N
+    sums = {}
+    if dual_clip is not None:
+        is_bounded_N = (advantages_N < 0) & (surrogate_N < dual_clip * advantages_N)
+        surrogate_N = torch.where(is_bounded_N, dual_clip * advantages_N, surrogate_N)
+        sums["dual_clip_fraction"] = is_bounded_N.sum()
+    terms = surrogate_terms(surrogate_N, ratio_N, clipped_N, logprobs_N.detach() - old_logprobs_N, weights_N)
+    return LossTerms(terms.loss, {**terms.sums, **sums}, terms.maxima)
+
+
+def clipped(ratio: Tensor, clip_ratio: float, clip_ratio_high: float | None) -> Tensor:
+    return ratio.clamp(1.0 - clip_ratio, 1.0 + (clip_ratio if clip_ratio_high is None else clip_ratio_high))
+
+
+def surrogate_terms(
+    surrogate_N: Tensor, ratio_N: Tensor, clipped_N: Tensor, log_ratio_N: Tensor, weights_N: Tensor | None
+) -> LossTerms:
+    """The weighted sum of a surrogate, negated, and the metrics of its ratios.
+
+    Args:
+        ratio_N, clipped_N: the ratio that the surrogate clips, before and after.
+        log_ratio_N: new - old of each token, detached and not bounded.
+    """
+    if weights_N is not None:
+        surrogate_N = surrogate_N * weights_N
     loss = -surrogate_N.sum()
     with torch.no_grad():
+        token_log_ratio_N = bounded(log_ratio_N)
         sums = {
             "policy_loss": loss.detach(),
             "clip_fraction": (ratio_N != clipped_N).sum(),
-            "approx_kl": (torch.expm1(log_ratio_N) - log_ratio_N).sum(),
+            "approx_kl": (torch.expm1(token_log_ratio_N) - token_log_ratio_N).sum(),
             "ratio_mean": ratio_N.sum(),
+            "ratio_bounded_fraction": (log_ratio_N.abs() > LOG_RATIO_BOUND).sum(),
         }
-        return LossTerms(loss, sums, {"ratio_max": ratio_N.max(), "ratio_deviation_max": log_ratio_N.abs().max().exp()})
+        maxima = {"ratio_max": ratio_N.max(), "ratio_deviation_max": token_log_ratio_N.abs().max().exp()}
+        return LossTerms(loss, sums, maxima)
 
 
 def likelihood_loss(logprobs_N: Tensor) -> LossTerms:
@@ -67,17 +101,6 @@ def likelihood_loss(logprobs_N: Tensor) -> LossTerms:
 def whiten(advantages_N: Tensor, mean: float, std: float) -> Tensor:
     """(a - mean) / (std + 1e-8) with moments of the whole batch, so the result does not depend on sharding."""
     return (advantages_N - mean) / (std + 1e-8)
-
-
-def importance_weights(old_logprobs_N: Tensor, engine_logprobs_N: Tensor, cap: float) -> Tensor:
-    """Truncated importance weights between learner and engine: min(exp(old - engine), cap), without gradient."""
-    return (old_logprobs_N - engine_logprobs_N).exp().clamp(max=cap).detach()
-
-
-def kl_loss(logprobs_N: Tensor, ref_logprobs_N: Tensor) -> Tensor:
-    """Sum of k3 of KL(policy || reference), differentiable: exp(ref - new) - 1 - (ref - new)."""
-    log_ratio_N = ref_logprobs_N - logprobs_N
-    return (torch.expm1(log_ratio_N) - log_ratio_N).sum()
 
 
 def value_loss(values_N: Tensor, old_values_N: Tensor, returns_N: Tensor, *, clip_value: float | None) -> LossTerms:

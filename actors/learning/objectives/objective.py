@@ -31,10 +31,27 @@ class LearnJob:
     seed: int
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of one micro-batch.
+
+    Args:
+        columns: per-token columns of schema.EXPERIENCE.
+        lengths_B: number of learned tokens of each row.
+        mean_length: learned tokens per row of the whole minibatch, over all ranks.
+        max_new_tokens: longest response, in tokens.
+    """
+
+    columns: Columns
+    lengths_B: Tensor
+    mean_length: float
+    max_new_tokens: int
+
+
 class Objective(ABC):
     """The losses of the policy and of the critic, if there is one. Built from the section `algorithm`.
 
-    Shapes: N learned tokens of a micro-batch, concatenated.
+    Shapes: N learned tokens of a micro-batch, concatenated; B rows.
 
     `policy_columns`, `critic_columns`: columns of schema.EXPERIENCE that the losses read; the critic's always include
     `values` and `returns`.
@@ -44,8 +61,8 @@ class Objective(ABC):
     critic_columns: tuple[str, ...] = ("values", "returns")
 
     @abstractmethod
-    def policy_terms(self, logprobs_N: Tensor, entropy_N: Tensor, columns: Columns, job: LearnJob) -> LossTerms:
-        """The policy's loss of one micro-batch."""
+    def policy_terms(self, logprobs_N: Tensor, entropy_N: Tensor, rows: Rows, job: LearnJob) -> LossTerms:
+        """The policy's loss of one micro-batch: a sum, to be divided by the learned tokens of the whole minibatch."""
 
     def critic_terms(self, values_N: Tensor, columns: Columns) -> LossTerms:
         """The critic's loss of one micro-batch, if the algorithm needs a critic."""

@@ -51,11 +51,12 @@ from orchestrator.config.config import Config
 from orchestrator.config.sections import LearnerConfig
 from orchestrator.coordinator import Coordinator
 from orchestrator.failures import FailurePolicy
+from orchestrator.filtering import DynamicSampling, Filter, as_sampled
 from orchestrator.held_out import Evaluation
 from orchestrator.planning.demands import all_demands
 from orchestrator.planning.placement import Demand, Slot
 from orchestrator.prompts import PromptSchedule, Splits, sample_requests
-from orchestrator.roles import Learners, Recorder, Roles
+from orchestrator.roles import Grouping, Learners, Recorder, Roles
 from orchestrator.run.best import Best, BestByEvaluation
 from orchestrator.run.checkpoints import Checkpoints
 from orchestrator.run.experience_log import ExperienceLog
@@ -253,6 +254,7 @@ def _coordinator(
         seed=config.run.seed,
         prompts_per_step=rl.prompts_per_step,
         samples_per_prompt=rl.samples_per_prompt,
+        greedy_samples=config.algorithm.greedy_samples,
     )
     held_out = sample_requests(
         prompts.held_out[: config.evaluation.prompts],
@@ -261,18 +263,20 @@ def _coordinator(
         step=EVALUATION_STEP,
     )
     log = experience_log(config, run, roles.recorder)
+    sampler = Sampler(
+        roles.rollouts,
+        schedule,
+        sampling=sampling_of(config),
+        samples_per_shard=samples_per_shard(config),
+        max_staleness=rl.max_staleness,
+        takes_turns=config.placement.mode == "colocated",
+    )
     return Coordinator(
         steps=rl.steps,
         critic_warmup_steps=critic_warmup_steps(config),
         next_kl_coefficient=config.algorithm.next_kl_coefficient,
-        sampler=Sampler(
-            roles.rollouts,
-            schedule,
-            sampling=sampling_of(config),
-            samples_per_shard=samples_per_shard(config),
-            max_staleness=rl.max_staleness,
-            takes_turns=config.placement.mode == "colocated",
-        ),
+        sampler=sampler,
+        filtered=filtered_of(config, recorder_of(config, groups["recorder"], supervisor), sampler, telemetry),
         roles=roles,
         log=log,
         guards=Guards(
@@ -310,6 +314,14 @@ def _coordinator(
         ),
         supervisor=supervisor,
     )
+
+
+def filtered_of(config: Config, grouping: Grouping, sampler: Sampler, telemetry: Telemetry) -> Filter:
+    """Chooses the prompts of a step that are learned from."""
+    rounds = config.algorithm.filter_rounds
+    if rounds is None:
+        return as_sampled
+    return DynamicSampling(grouping, sampler, telemetry, prompts_per_step=config.rl.prompts_per_step, rounds=rounds)
 
 
 def best_of(config: Config, run: RunFolder) -> Callable[[Iterable[int]], Best | None]:

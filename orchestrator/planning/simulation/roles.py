@@ -110,7 +110,7 @@ class SimulatedSchedule:
     def _requests(self) -> Sequence[SampleRequest]:
         return [SampleRequest(row, _NO_PROMPT, 0, row) for row in range(self.samples)]
 
-    def requests(self, step: int) -> Sequence[SampleRequest]:  # noqa: ARG002  equal in all steps
+    def requests(self, step: int, _refill: int = 0) -> Sequence[SampleRequest]:  # noqa: ARG002  equal in all steps
         return self._requests
 
 

@@ -158,6 +158,6 @@ class FakeSchedule:
     def __init__(self, samples: int) -> None:
         self._samples = samples
 
-    def requests(self, step: int) -> Sequence[SampleRequest]:
+    def requests(self, step: int, refill: int = 0) -> Sequence[SampleRequest]:
         prompt = Prompt("p", "text", np.array([1, 2, 3], dtype=np.int32))
         return [SampleRequest(row, prompt, row, 100 * step + row) for row in range(self._samples)]

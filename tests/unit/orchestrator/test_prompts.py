@@ -117,3 +117,26 @@ def test_fractions_of_nothing_and_of_all() -> None:
     assert not parts_of(records(500), held_out_fraction=0.7, reward_model_fraction=0.3).train
     with pytest.raises(ConfigError, match="add up to more than 1"):
         parts_of(records(1), held_out_fraction=0.7, reward_model_fraction=0.4)
+
+
+def test_greedy_samples_follow_those_of_their_prompt() -> None:
+    plan = PromptSchedule(prompts(5), seed=1, prompts_per_step=2, samples_per_prompt=2, greedy_samples=1)
+    found = plan.requests(3)
+    assert [request.row for request in found] == list(range(6))
+    assert [request.is_greedy for request in found] == [False, False, True] * 2
+    assert len({request.prompt.id for request in found[:3]}) == 1
+    plain = schedule(5, seed=1, per_step=2, samples=2).requests(3)
+    assert [request.seed for request in found if not request.is_greedy] == [request.seed for request in plain]
+
+
+def test_refills_are_other_draws_that_depend_on_the_step_alone() -> None:
+    plan = schedule(10)
+    step = plan.requests(2)
+    refills = [plan.requests(2, refill) for refill in (1, 2)]
+    everything = [*step, *refills[0], *refills[1]]
+    assert [request.row for request in everything] == list(range(3 * len(step)))
+    assert len({request.seed for request in everything}) == len(everything)
+    assert [request.seed for request in refills[0]] == [request.seed for request in schedule(10).requests(2, 1)]
+    assert {request.prompt.id for request in refills[0]} != {request.prompt.id for request in refills[1]}
+    # More prompts than there are: some occur twice.
+    assert len(schedule(3, per_step=5).requests(0, 1)) == 10

@@ -12,6 +12,7 @@ from actors.learning.objectives.table import objective_of
 from actors.learning.packing import MicroBatch, TokenRows
 from orchestrator.algorithms.grpo import Grpo
 from orchestrator.algorithms.ppo import Ppo
+from tests.numerics.samples import rows_of
 
 CPU = torch.device("cpu")
 PROMPTS = [[1, 2, 3], [1, 2, 3], [4]]
@@ -87,7 +88,7 @@ def test_no_loss_reads_a_token_that_is_not_learned_from(algorithm: Ppo | Grpo, f
     objective = objective_of(algorithm)
     log_probs, entropy, values = (torch.randn(6, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
     plain, filled = packed(LEARN), packed(LEARN, filler=filler)
-    one, other = (objective.policy_terms(log_probs, entropy, micro.columns, JOB) for micro in (plain, filled))
+    one, other = (objective.policy_terms(log_probs, entropy, rows_of(micro), JOB) for micro in (plain, filled))
     assert torch.isfinite(one.loss) and torch.equal(one.loss, other.loss)
     assert {name: float(value) for name, value in one.sums.items()} == {
         name: float(value) for name, value in other.sums.items()
@@ -102,5 +103,5 @@ def test_the_surrogate_by_hand() -> None:
     micro = packed([[True, False, False, False], [False, True], [False] * 2 + [True]], filler=1e6)
     advantages = micro.columns["advantages"]
     assert advantages.shape == (3,)
-    terms = objective_of(Grpo()).policy_terms(micro.columns["old_logprobs"], torch.zeros(3), micro.columns, JOB)
+    terms = objective_of(Grpo()).policy_terms(micro.columns["old_logprobs"], torch.zeros(3), rows_of(micro), JOB)
     assert terms.loss.item() == pytest.approx(-float(advantages.sum()))

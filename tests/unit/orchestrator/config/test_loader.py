@@ -10,6 +10,7 @@ import yaml
 
 from orchestrator.algorithms.grpo import Grpo
 from orchestrator.algorithms.ppo import Ppo
+from orchestrator.algorithms.table import ALGORITHMS
 from orchestrator.config.base import by_name
 from orchestrator.config.changes import changed_keys, value_of
 from orchestrator.config.config import Config
@@ -49,7 +50,7 @@ def test_a_key_of_another_algorithm_is_refused_and_says_whose_it_is(name: str) -
 
 def test_mistakes_in_a_section_chosen_by_name_are_explained() -> None:
     assert "did you mean 'algorithm.gamma'?" in refused("algorithm.gama=1")
-    assert "algorithm.name: must be one of ppo, grpo, rloo, got 'gpro'." in refused("algorithm.name=gpro")
+    assert f"algorithm.name: must be one of {', '.join(ALGORITHMS)}, got 'gpro'." in refused("algorithm.name=gpro")
     assert "algorithm.name: must be one of" in refused("algorithm.name=[]")
     assert "algorithm.epochs: " in refused("algorithm.epochs=0")
     assert "algorithm: " in refused("algorithm=3")
@@ -61,7 +62,25 @@ def test_a_config_with_another_algorithm_comes_back_whole() -> None:
     assert [str(change) for change in changed_keys(config, load_config(None, [*BASE, "algorithm.name=grpo"]))] == [
         'algorithm.name: "rloo" -> "grpo"',
         "algorithm.epochs: 3 -> 1",
+        "algorithm.divide_by_std: null -> true",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("dapo", {"clip_ratio_high": 0.28, "filter_rounds": 3, "overlong_fraction": 0.2, "kl_coefficient": 0.0}),
+        ("dr-grpo", {"divide_by_std": False, "aggregation": "constant", "kl_coefficient": 0.0}),
+        ("gspo", {"clip_ratio": 3e-4, "clip_ratio_high": 4e-4, "aggregation": "sample"}),
+        ("cispo", {"clip_ratio": 1.0, "clip_ratio_high": 4.0}),
+        ("reinforce++-baseline", {"kl_estimator": "k2-loss"}),
+    ],
+)
+def test_a_name_sets_the_defaults_of_its_paper_and_keys_win(name: str, keys: dict[str, object]) -> None:
+    overrides = [*BASE, "rl.samples_per_prompt=4", f"algorithm.name={name}"]
+    chosen = load_config(None, overrides).algorithm
+    assert {key: getattr(chosen, key) for key in keys} == keys
+    assert load_config(None, [*overrides, "algorithm.kl_coefficient=0.3"]).algorithm.kl_coefficient == 0.3
 
 
 @pytest.mark.parametrize("old", RENAMED)

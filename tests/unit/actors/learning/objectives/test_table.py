@@ -12,7 +12,7 @@ from torch import Tensor
 
 from actors.learning.objectives import table as torch_half
 from actors.learning.objectives.losses import LossTerms
-from actors.learning.objectives.objective import Columns, LearnJob, Objective
+from actors.learning.objectives.objective import Columns, LearnJob, Objective, Rows
 from actors.learning.objectives.table import OBJECTIVES, objective_of
 from orchestrator import schema
 from orchestrator.algorithms import table as numpy_half
@@ -38,6 +38,10 @@ COLUMNS = {
 }
 
 
+def rows_with(columns: Columns) -> Rows:
+    return Rows(columns, torch.tensor([2]), mean_length=2.0, max_new_tokens=2)
+
+
 def test_both_tables_have_the_same_names() -> None:
     assert list(OBJECTIVES) == list(ALGORITHMS)
     assert {name: section().name for name, section in ALGORITHMS.items()} == {name: name for name in ALGORITHMS}
@@ -47,14 +51,15 @@ def test_both_tables_have_the_same_names() -> None:
 def test_every_objective_reads_columns_that_the_log_has(name: str) -> None:
     objective = objective_of(ALGORITHMS[name]())
     assert {*objective.policy_columns, *objective.critic_columns} <= set(schema.EXPERIENCE.names)
-    terms = objective.policy_terms(LOGPROBS, ENTROPY, {key: COLUMNS[key] for key in objective.policy_columns}, JOB)
+    columns = {key: COLUMNS[key] for key in objective.policy_columns}
+    terms = objective.policy_terms(LOGPROBS, ENTROPY, rows_with(columns), JOB)
     assert torch.isfinite(terms.loss)
 
 
 def test_only_ppo_whitens_and_only_if_it_is_asked_to() -> None:
     # On policy the ratio is 1, so the loss is minus the sum of advantages: 3 - 1 = 2, whitened (3-1)/2 + (-1-1)/2 = 0.
     def loss(algorithm: Algorithm) -> float:
-        return objective_of(algorithm).policy_terms(LOGPROBS, ENTROPY, COLUMNS, JOB).loss.item()
+        return objective_of(algorithm).policy_terms(LOGPROBS, ENTROPY, rows_with(COLUMNS), JOB).loss.item()
 
     assert loss(Ppo()) == pytest.approx(0.0, abs=1e-6)
     assert loss(Ppo(whiten_advantages=False)) == loss(Grpo()) == -2.0
@@ -80,7 +85,7 @@ class IdleObjective(Objective):
     def __init__(self, algorithm: Idle) -> None:
         pass
 
-    def policy_terms(self, logprobs_N: Tensor, entropy_N: Tensor, columns: Columns, job: LearnJob) -> LossTerms:
+    def policy_terms(self, logprobs_N: Tensor, entropy_N: Tensor, rows: Rows, job: LearnJob) -> LossTerms:
         return LossTerms(0.0 * logprobs_N.sum(), {})
 
 
@@ -108,7 +113,7 @@ def test_an_algorithm_is_two_small_classes_and_two_table_lines() -> None:
     assert table["advantages"].to_pylist() == [[0.0, 0.0], [0.0] * 3, [0.0]]
     assert table["token_rewards"].to_pylist() == [[0.0, 1.0], [0.0, 0.0, 2.0], [3.0]]
     logprobs_N = LOGPROBS.clone().requires_grad_()
-    objective_of(algorithm).policy_terms(logprobs_N, ENTROPY, {}, JOB).loss.backward()
+    objective_of(algorithm).policy_terms(logprobs_N, ENTROPY, rows_with({}), JOB).loss.backward()
     assert logprobs_N.grad is not None and not logprobs_N.grad.any()
 
 
