@@ -47,7 +47,7 @@ class RankContext:
         cache: folder of converted models.
         template: text of model.chat_template, exported with the policy; None: the tokenizer's own.
         temperature: sampling temperature, also used for all log-probs.
-        seed: seed of a new head.
+        seed: of a new head and of adapters.
         total_optimizer_steps: optimizer steps of the whole run.
     """
 
@@ -142,6 +142,7 @@ class LearningWorker:
             learner,
             dtype=context.model.compute_dtype,
             total_optimizer_steps=context.total_optimizer_steps,
+            seed=context.seed,
         )
         self.tokenizer = tokenizer
         self.micro_batch_tokens = learner.micro_batch_tokens

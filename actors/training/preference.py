@@ -77,7 +77,11 @@ class PreferenceTask:
 
         self.chat, model, (train, held_out) = all_or_none(load, group)
         self.learner = Learner(
-            model, stage.learner(steps), dtype=settings.policy.compute_dtype, total_optimizer_steps=steps
+            model,
+            stage.learner(steps),
+            dtype=settings.policy.compute_dtype,
+            total_optimizer_steps=steps,
+            seed=settings.seed,
         )
         self._shares_prompts = train.shares_prompts
         batches = training_batches(train.num_records, stage, settings.seed) if stage.loss.judgement == "labels" else ()

@@ -92,7 +92,9 @@ class RewardModelTask:
         self.chat.tokenizer.pad_token = self.chat.tokenizer.convert_ids_to_tokens(padding)
         scorer.config.pad_token_id = padding
         steps = settings.total_optimizer_steps
-        self.learner = Learner(ValueModel(scorer), stage.learner(steps), dtype=dtype, total_optimizer_steps=steps)
+        self.learner = Learner(
+            ValueModel(scorer), stage.learner(steps), dtype=dtype, total_optimizer_steps=steps, seed=settings.seed
+        )
         ids = [record.id for record in data[0]] if stage.heads > 1 else []
         weights_RH = bootstrap_weights(ids, stage.heads, settings.seed)
         self._weights_RH = torch.tensor(weights_RH, dtype=torch.float32, device=self.learner.device)
