@@ -25,7 +25,7 @@ from actors.learning.objectives.losses import LossTerms
 from actors.learning.packing import MicroBatch
 from actors.models.adapter_files import FOLDER as ADAPTER
 from actors.models.adapter_files import write_adapter
-from actors.models.adapters import adapt, adapters_of
+from actors.models.adapters import adapt, adapters_of, without_adapters
 from actors.models.export import export_model, named_state
 from actors.models.proofs import require_steady
 from actors.models.safe_loading import SafeCheckpointEngine
@@ -114,6 +114,11 @@ class Learner:
         self._engine.eval()
         with torch.no_grad():
             return self._engine(micro)
+
+    def pass_through_trunk(self, micro: MicroBatch) -> Any:
+        """The same without adapters: the output of the model before learning."""
+        with without_adapters(self._model):
+            return self.pass_through(micro)
 
     def update(self, micros: Sequence[MicroBatch], objective: Loss, *, count: float, what: str) -> Update:
         """One optimizer step on this rank's micro-batches of a minibatch.
@@ -245,7 +250,9 @@ class Learner:
 
     def full_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """(name, full tensor on the CPU) of the state under transformers' names: all parameters (tied ones once),
-        merged with their adapters in fp32, and all saved buffers. With ZeRO-3 all ranks gather each tensor together, so all must exhaust the iterator.
+        merged with their adapters in fp32, and all saved buffers.
+
+        With ZeRO-3 all ranks gather each tensor together, so all must exhaust the iterator.
 
         Args:
             dtype: of floating-point tensors; None: the model's compute type.

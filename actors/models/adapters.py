@@ -93,7 +93,7 @@ class Adapted(nn.Module):
 
 
 @cache
-def _with_adapter(kind: type) -> type:
+def _with_adapter(kind: Any) -> type:
     return type(f"Adapted{kind.__name__}", (Adapted, kind), {})
 
 
@@ -143,10 +143,7 @@ def linear_layers(model: Any, forward: Callable[[], Tensor]) -> list[LinearLayer
     # By module: for each of its calls, whether it was a product with the transposed weight, and with the weight itself.
     calls: dict[Any, list[tuple[bool, bool]]] = {module: [] for module in candidates}
     hooks = [
-        module.register_forward_hook(
-            lambda module, inputs, output: calls[module].append(_products(module, inputs, output))
-        )
-        for module in candidates
+        module.register_forward_hook(lambda *call: calls[call[0]].append(_products(*call))) for module in candidates
     ]
     try:
         with torch.no_grad():

@@ -17,7 +17,7 @@ from actors.learning.objectives.losses import LossTerms
 from actors.learning.objectives.objective import LearnJob
 from actors.learning.objectives.table import objective_of
 from actors.learning.packing import MicroBatch, TokenRows
-from actors.learning.worker import LearningWorker, MixedIn, RankContext, Share, answers, averaged, token_lists
+from actors.learning.worker import Forward, LearningWorker, MixedIn, RankContext, Share, answers, averaged, token_lists
 from actors.models.model import load_causal, resolve_model, torch_dtype
 from actors.text.conversations import load_chat
 from orchestrator import schema
@@ -71,13 +71,20 @@ class PolicyWorker(LearningWorker):
     def logprobs(self, table: pa.Table, share: Share | None = None) -> pa.Table:
         """Table of schema.LOGPROBS for a share of a rollout or experience table. None: this rank's share in its group;
         with ZeRO-3 all ranks must compute together."""
+        return self._logprobs(table, share, self.learner.pass_through)
+
+    def reference_logprobs(self, table: pa.Table, share: Share | None = None) -> pa.Table:
+        """The same of the policy before learning, which a policy with adapters still holds: its trunk."""
+        return self._logprobs(table, share, self.learner.pass_through_trunk)
+
+    def _logprobs(self, table: pa.Table, share: Share | None, forward: Forward) -> pa.Table:
         return logprobs_table(
             table,
             [
                 (micro, output[0])
                 for micro, output in answers(
                     TokenRows.of_table(table),
-                    self.learner.pass_through,
+                    forward,
                     share or self.share,
                     micro_batch_tokens=self.micro_batch_tokens,
                     device=self.learner.device,

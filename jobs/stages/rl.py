@@ -89,7 +89,7 @@ class Rl(Stage):
     def models(self, config: Config) -> Iterable[ModelUse]:
         longest = config.model.max_length
         yield policy_use(config, exports=True)
-        if config.reference.path is not None:
+        if config.reference.path is not None and not config.reference_is_trunk:
             yield ModelUse("reference.path", config.reference.path, scores=False, window=longest)
         yield from reward_uses(config)
         if config.algorithm.needs_critic:

@@ -88,6 +88,11 @@ class Config(Section):
     def samples_per_step(self) -> int:
         return self.rl.samples_per_step
 
+    @property
+    def reference_is_trunk(self) -> bool:
+        """Whether the policy answers for the reference, which is then the policy without its adapters."""
+        return self.policy.lora.rank > 0 and self.reference.path in (None, self.model.path)
+
     @model_validator(mode="after")
     def _keys_fit_together(self) -> Config:
         for complaint in _contradictions(self):

@@ -205,7 +205,8 @@ class CriticConfig(LearnerConfig):
 
 class ReferenceConfig(Section):
     path: str | None = None
-    """Reference model. Null: model.path."""
+    """Reference model. Null: model.path. If policy.lora.rank is set and this is null or model.path, no reference model
+    is loaded: the policy computes without its adapters, and the other keys have no effect."""
     ranks: Positive = 1
     """Data-parallel ranks."""
     sharded: bool = False

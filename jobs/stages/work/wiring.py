@@ -120,12 +120,12 @@ async def start_learners(config: Config, starter: Starter, reward_path: str | No
 
 
 async def start_scorers(config: Config, starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
-    """Reference and reward, starting at once."""
-    reference = {"reference": config.reference, "context": rank_context(config)}
-    return {
-        "reference": await starter.ranks("reference", ReferenceWorker, reference),
-        "reward": await start_reward(config, starter, reward_path),
-    }
+    """Reward and reference, if it is not the policy's trunk, starting at once."""
+    groups = {"reward": await start_reward(config, starter, reward_path)}
+    if not config.reference_is_trunk:
+        reference = {"reference": config.reference, "context": rank_context(config)}
+        groups["reference"] = await starter.ranks("reference", ReferenceWorker, reference)
+    return groups
 
 
 async def start_reward(config: Config, starter: Starter, reward_path: str | None) -> ActorGroup:
@@ -203,13 +203,6 @@ def roles_of(config: Config, groups: Mapping[str, ActorGroup], supervisor: RaySu
     limits = config.deadlines
     weights = PolicyWeights()
     learners = learners_of(config, groups, weights)
-    reference = ShardedScorer(
-        groups["reference"],
-        ReferenceWorker.logprobs,
-        shards_per_step=shards_per_step(config, is_sharded=config.reference.sharded),
-        score_s=limits.score_s,
-        supervisor=supervisor,
-    )
     reward = ReplicatedScorer(groups["reward"], RewardWorker.score, score_s=limits.score_s, supervisor=supervisor)
     publisher = BucketPublisher(
         groups["policy"],
@@ -231,10 +224,26 @@ def roles_of(config: Config, groups: Mapping[str, ActorGroup], supervisor: RaySu
         policy=learners.policy,
         critic=learners.critic,
         rollouts=rollouts,
-        reference=reference,
+        reference=_reference_of(config, groups, supervisor),
         reward=reward,
         recorder=recorder,
         publisher=publisher,
+    )
+
+
+def _reference_of(config: Config, groups: Mapping[str, ActorGroup], supervisor: RaySupervisor) -> ShardedScorer:
+    score_s = config.deadlines.score_s
+    if config.reference_is_trunk:  # what the policy's ranks have learned would be lost in a restart: none is tried
+        shards = shards_per_step(config, is_sharded=config.policy.zero_stage == 3)
+        return ShardedScorer(
+            groups["policy"], PolicyWorker.reference_logprobs, shards_per_step=shards, score_s=score_s
+        )
+    return ShardedScorer(
+        groups["reference"],
+        ReferenceWorker.logprobs,
+        shards_per_step=shards_per_step(config, is_sharded=config.reference.sharded),
+        score_s=score_s,
+        supervisor=supervisor,
     )
 
 
