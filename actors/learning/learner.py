@@ -4,10 +4,8 @@ all ranks call them in the same order."""
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +21,10 @@ from actors.learning.distributed import deepspeed
 from actors.learning.heads import PolicyModel, ValueModel, probe, probed
 from actors.learning.objectives.losses import LossTerms
 from actors.learning.packing import MicroBatch
+from actors.learning.saving import drop_frozen, full_disks, load_learned
 from actors.models.adapter_files import FOLDER as ADAPTER
 from actors.models.adapter_files import write_adapter
-from actors.models.adapters import adapt, adapters_of, without_adapters
+from actors.models.adapters import adapt, adapters_of, select, switched_off
 from actors.models.export import export_model, named_state
 from actors.models.proofs import require_steady
 from actors.models.safe_loading import SafeCheckpointEngine
@@ -63,6 +62,7 @@ class Learner:
         dtype: compute type.
         total_optimizer_steps: length of the learning-rate schedule, in optimizer steps of the whole run or training.
         seed: of new adapters (config.lora); the model's own weights are then frozen, and have no optimizer state.
+        name: of the adapters. Learners of one process may share a trunk under different names, without ZeRO-3.
 
     Raises:
         DataError: the model can't learn, or can't have adapters.
@@ -77,15 +77,16 @@ class Learner:
         dtype: Dtype,
         total_optimizer_steps: int,
         seed: int = 0,
+        name: str = "default",
     ) -> None:
         self.config, self.dtype, self._total_optimizer_steps = config, dtype, total_optimizer_steps
         self.optimizer_steps = 0
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._model, self._pretrained = model, model.pretrained
         if config.lora.rank:
-            adapt(model, config.lora, seed=seed, forward=partial(probed, model))
-            model.register_state_dict_post_hook(_drop_frozen)
-        self._adapters = adapters_of(self._pretrained)
+            adapt(model, config.lora, name=name, seed=seed, forward=partial(probed, model))
+            model.register_state_dict_post_hook(drop_frozen)
+        self._name, self._adapters = name, adapters_of(self._pretrained, name)
         if config.gradient_checkpointing:
             model.checkpoint_gradients()
         require_steady(model, partial(probed, model))
@@ -109,16 +110,26 @@ class Learner:
             self._engine.optimizer.optimizer.state.clear()
         self.device: torch.device = self._engine.device
 
+    def _take_turn(self) -> None:
+        """Makes a shared trunk compute with this learner's adapters."""
+        if self._adapters:
+            select(self._model, self._name)
+
     def pass_through(self, micro: MicroBatch) -> Any:
         """The model's output without gradient. With ZeRO-3, all ranks must make the same number of calls."""
+        self._take_turn()
+        return self._forward(micro)
+
+    def _forward(self, micro: MicroBatch) -> Any:
         self._engine.eval()
         with torch.no_grad():
             return self._engine(micro)
 
     def pass_through_trunk(self, micro: MicroBatch) -> Any:
         """The same without adapters: the output of the model before learning."""
-        with without_adapters(self._model):
-            return self.pass_through(micro)
+        self._take_turn()
+        with switched_off(self._adapters.values()):
+            return self._forward(micro)
 
     def update(self, micros: Sequence[MicroBatch], objective: Loss, *, count: float, what: str) -> Update:
         """One optimizer step on this rank's micro-batches of a minibatch.
@@ -133,6 +144,7 @@ class Learner:
             NonFiniteError: a loss or the global gradient norm is NaN or infinite. Raised on all ranks before the
                 update is applied; this learner can't be used afterwards.
         """
+        self._take_turn()
         self._engine.train()
         sums: dict[str, float] = {}
         maxima: dict[str, float] = {}
@@ -200,7 +212,8 @@ class Learner:
         Raises:
             StorageError: full disk or missing permission.
         """
-        with writing(folder), _full_disks(folder):
+        self._take_turn()
+        with writing(folder), full_disks(folder):
             self._engine.save_checkpoint(
                 str(folder),
                 tag=_TAG,
@@ -232,8 +245,9 @@ class Learner:
                 f"{folder} was saved with {', '.join(wrong)}. Optimizer shards fit only the saved shape: "
                 "continue with that shape, or start a new run from the exported weights."
             )
+        self._take_turn()
         loaded, client_state = self._engine.load_checkpoint(
-            str(folder), tag=_TAG, custom_load_fn=_load_learned if self._adapters else None
+            str(folder), tag=_TAG, custom_load_fn=load_learned if self._adapters else None
         )
         if loaded is None:
             raise StorageError(f"{folder / _TAG} contains no DeepSpeed checkpoint of rank {self.rank}.")
@@ -280,6 +294,7 @@ class Learner:
 
     def _learned_weights(self) -> Mapping[str, Tensor]:
         """Copies of the tensors that learn, on the CPU, by their names in the model."""
+        self._take_turn()
         found = {}
         for name, tensor in self._pretrained.named_parameters():
             if tensor.requires_grad:
@@ -330,41 +345,6 @@ class Learner:
         dist.all_gather_object(problems, problem)
         if problems[0] is not None:
             raise problems[0]
-
-
-def _drop_frozen(model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """Of a state that is saved. A frozen weight has several names if it is tied."""
-    for name, parameter in model.named_parameters(prefix.removesuffix("."), remove_duplicate=False):
-        if not parameter.requires_grad:
-            state.pop(name, None)
-
-
-def _load_learned(src: Mapping[str, Tensor], dst: nn.Module) -> None:
-    """Loads a state without frozen weights.
-
-    Raises:
-        StorageError: it lacks something that learns, or holds something else.
-    """
-    found = dst.load_state_dict(src, strict=False)
-    frozen = {name for name, tensor in dst.named_parameters(remove_duplicate=False) if not tensor.requires_grad}
-    wrong = [*sorted(set(found.missing_keys) - frozen), *found.unexpected_keys]
-    if wrong:
-        raise StorageError(
-            f"the checkpoint and the model have other adapters: {', '.join(wrong[:5])}. Continue with the model and "
-            "lora.targets of the run."
-        )
-
-
-@contextlib.contextmanager
-def _full_disks(folder: Path) -> Iterator[None]:
-    """Converts the RuntimeError that torch's archive writer raises on a full disk, which does not mention the disk."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
-            raise
-        free = shutil.disk_usage(folder).free
-        raise OSError(errno.ENOSPC, f"torch stopped writing, {free >> 20} MiB are free there", str(folder)) from error
 
 
 def _engine_config(config: LearnerConfig, dtype: Dtype) -> dict[str, Any]:

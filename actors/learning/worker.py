@@ -118,6 +118,7 @@ class LearningWorker:
 
     Args:
         tokenizer: exported with the model; None: the model is never exported.
+        name: of the adapters, where critic and policy share a trunk.
         compares: the algorithm compares the samples of a prompt: they stay in one minibatch, and their prompt is
             computed once if the model supports it.
     """
@@ -130,6 +131,7 @@ class LearningWorker:
         group: Group,
         *,
         tokenizer: Any = None,
+        name: str = "default",
         compares: bool = False,
     ) -> None:
         self.group = group
@@ -143,6 +145,7 @@ class LearningWorker:
             dtype=context.model.compute_dtype,
             total_optimizer_steps=context.total_optimizer_steps,
             seed=context.seed,
+            name=name,
         )
         self.tokenizer = tokenizer
         self.micro_batch_tokens = learner.micro_batch_tokens

@@ -20,15 +20,11 @@ _NAMES = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitu
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def adapter_names(pretrained: Any) -> Mapping[str, str]:
-    """peft's name of each tensor that learns, by its name in the model."""
-    found = {
-        f"{name}.adapter.{part}": f"base_model.model.{name}.{_NAMES[part]}"
-        for name, module in adapted_layers(pretrained)
-        for part, _ in module.adapter.named_parameters()
-    }
-    heads = [name for name, parameter in pretrained.named_parameters() if parameter.requires_grad and name not in found]
-    return found | {name: f"base_model.model.{name}" for name in heads}
+def _peft_name(name: str) -> str:
+    """Of a tensor that learns: A, B or magnitude of an adapter, or a part of the head."""
+    layer, is_adapter, rest = name.rpartition(".adapters.")
+    part = _NAMES[rest.rpartition(".")[2]] if is_adapter else ""
+    return f"base_model.model.{layer}.{part}" if is_adapter else f"base_model.model.{name}"
 
 
 def write_adapter(pretrained: Any, config: LoraConfig, state: Mapping[str, Tensor], folder: Path) -> None:
@@ -41,19 +37,20 @@ def write_adapter(pretrained: Any, config: LoraConfig, state: Mapping[str, Tenso
         StorageError: it can't be written.
     """
     folder.mkdir()
-    settings = json.dumps(_settings(pretrained, config), indent=2)
+    heads = sorted({name.rpartition(".")[0] for name in state if ".adapters." not in name})
+    layers = sorted({name.partition(".adapters.")[0] for name in state if ".adapters." in name})
+    settings = json.dumps(_settings(pretrained, config, layers, heads), indent=2)
     (folder / _CONFIG).write_text(settings, encoding="utf-8")
-    named = {theirs: state[ours].contiguous() for ours, theirs in adapter_names(pretrained).items()}
+    named = {_peft_name(name): tensor.contiguous() for name, tensor in state.items()}
     try:
         save_file(named, folder / _WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
         raise StorageError(f"{folder} can't be written ({error}): is the disk full?") from error
 
 
-def _settings(pretrained: Any, config: LoraConfig) -> Mapping[str, Any]:
-    layers = dict(adapted_layers(pretrained))
-    adapters = [name for name, _ in pretrained.named_parameters() if ".adapter." in name]
-    heads = {name.rpartition(".")[0] for name in adapter_names(pretrained) if name not in adapters}
+def _settings(pretrained: Any, config: LoraConfig, layers: list[str], heads: list[str]) -> Mapping[str, Any]:
+    modules = dict(adapted_layers(pretrained))
+    adapters = [adapter for layer in layers for adapter in modules[layer].adapters.values()]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if pretrained.can_generate() else "SEQ_CLS",
@@ -64,9 +61,9 @@ def _settings(pretrained: Any, config: LoraConfig) -> Mapping[str, Any]:
         "use_dora": config.dora,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": all(module.adapter.transposed for module in layers.values()),
-        "target_modules": _targets(pretrained, list(layers)),
-        "modules_to_save": sorted(heads) or None,
+        "fan_in_fan_out": all(adapter.transposed for adapter in adapters),
+        "target_modules": _targets(pretrained, layers),
+        "modules_to_save": heads or None,
         "inference_mode": True,
     }
 

@@ -1,7 +1,9 @@
 """Low-rank adapters of a model's linear layers (LoRA, Hu 2021; DoRA, Liu 2024), added in place.
 
-An adapted layer stays what it was, under the same names, with one more child: `adapter`. Which layers are adapted is
-proved on a few tokens: a module is a linear layer if it multiplies its inputs with its weight, whatever its class.
+An adapted layer stays what it was, under the same names, with one more child: `adapters`, one of each name. Several
+models may share a trunk, each with adapters of a name of its own; `select` says whose turn it is. Which layers are
+adapted is proved on a few tokens: a module is a linear layer if it multiplies its inputs with its weight, whatever
+its class.
 
 Shapes: R rank, I inputs and O outputs of a layer.
 """
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -41,7 +43,7 @@ class Adapter(nn.Module):
     def __init__(self, weight: Tensor, config: LoraConfig, *, transposed: bool, seed: int) -> None:
         super().__init__()
         self.scale, self.transposed = config.scale, transposed
-        self.is_off = False
+        self.is_on = True
         num_outputs, num_inputs = weight.T.shape if transposed else weight.shape
         # As in the authors' code: U(-1/√I, 1/√I).
         drawn = torch.rand(config.rank, num_inputs, generator=torch.Generator().manual_seed(seed))
@@ -80,20 +82,20 @@ class Adapter(nn.Module):
 class Adapted(nn.Module):
     """Mixed into the class of a linear layer."""
 
-    adapter: Adapter
+    adapters: nn.ModuleDict
     weight: Tensor
     bias: Tensor | None
 
     def forward(self, inputs: Tensor) -> Tensor:
         output: Tensor = super().forward(inputs)
-        if self.adapter.is_off:
-            return output
-        adapted: Tensor = self.adapter(inputs, output, self.weight, self.bias)
-        return adapted
+        for adapter in self.adapters.values():  # at most one is on
+            if adapter.is_on:
+                output = adapter(inputs, output, self.weight, self.bias)
+        return output
 
 
 @cache
-def _with_adapter(kind: Any) -> type:
+def _with_adapters(kind: Any) -> type:
     return type(f"Adapted{kind.__name__}", (Adapted, kind), {})
 
 
@@ -106,10 +108,11 @@ class LinearLayer:
     transposed: bool
 
 
-def adapt(model: Any, config: LoraConfig, *, seed: int, forward: Callable[[], Tensor]) -> None:
-    """Freezes a PolicyModel or ValueModel and adds adapters. A scalar head goes on learning.
+def adapt(model: Any, config: LoraConfig, *, name: str, seed: int, forward: Callable[[], Tensor]) -> None:
+    """Freezes a PolicyModel or ValueModel, adds adapters, and selects them. A scalar head goes on learning.
 
     Args:
+        name: of the adapters; the trunk may have others.
         seed: of the run. An adapter's start depends on it and on the layer's name alone.
         forward: the model's output on a few tokens.
 
@@ -118,6 +121,7 @@ def adapt(model: Any, config: LoraConfig, *, seed: int, forward: Callable[[], Te
         DataError: the model has no linear layers, or uses them in a way that adapters would not see.
     """
     pretrained = model.pretrained
+    select(model, None)
     layers = chosen(linear_layers(model, forward), config, pretrained)
     pretrained.requires_grad_(False)
     for parameter in model.learned_head():
@@ -126,9 +130,12 @@ def adapt(model: Any, config: LoraConfig, *, seed: int, forward: Callable[[], Te
         module = layer.module
         start = derive_seed("lora", seed, layer.name)
         adapter = Adapter(module.weight, config, transposed=layer.transposed, seed=start)
-        module.__class__ = _with_adapter(type(module))
-        module.adapter = adapter
-    _require_gradients(model, forward)
+        if not isinstance(module, Adapted):
+            module.__class__ = _with_adapters(type(module))
+            module.adapters = nn.ModuleDict()
+        module.adapters[name] = adapter
+    select(model, name)
+    _require_gradients(model, name, forward)
 
 
 def linear_layers(model: Any, forward: Callable[[], Tensor]) -> list[LinearLayer]:
@@ -173,7 +180,12 @@ def _may_be_linear(module: Any) -> bool:
     parameters = module._parameters
     weight = parameters.get("weight")
     others = set(parameters) - {"weight", "bias"}
-    return weight is not None and weight.ndim == 2 and not others and not list(module.children())
+    children = [child for name, child in module.named_children() if not (name == "adapters" and _is_adapted(module))]
+    return weight is not None and weight.ndim == 2 and not others and not children
+
+
+def _is_adapted(module: Any) -> bool:
+    return isinstance(module, Adapted)
 
 
 def _products(module: Any, inputs: tuple[Any, ...], output: Any) -> tuple[bool, bool]:
@@ -229,23 +241,23 @@ def chosen(layers: Sequence[LinearLayer], config: LoraConfig, pretrained: Any) -
     return [layer for layer in layers if not config.targets or layer.name.rpartition(".")[2] in config.targets]
 
 
-def _require_gradients(model: Any, forward: Callable[[], Tensor]) -> None:
+def _require_gradients(model: Any, name: str, forward: Callable[[], Tensor]) -> None:
     """Raises DataError if the output of a learning model does not depend on an adapter: its layer was bypassed."""
     was_training = model.training
     model.train()
     with torch.enable_grad():
-        layers = dict(adapted_layers(model.pretrained))
+        adapters = adapters_of(model.pretrained, name)
         gradients = torch.autograd.grad(
-            forward().float().sum(), [module.adapter.B for module in layers.values()], allow_unused=True
+            forward().float().sum(), [adapter.B for adapter in adapters.values()], allow_unused=True
         )
     model.train(was_training)
-    bypassed = [name for name, gradient in zip(layers, gradients, strict=True) if gradient is None]
+    bypassed = [weight for weight, gradient in zip(adapters, gradients, strict=True) if gradient is None]
     if bypassed:
         pretrained = model.pretrained
         raise DataError(
-            f"{pretrained.name_or_path} ({type(pretrained).__name__}): in training, the weights of {len(bypassed)} "
-            f"layers such as {bypassed[0]} are read without calling them, so adapters there would not learn. Name "
-            "other layers in lora.targets."
+            f"{pretrained.name_or_path} ({type(pretrained).__name__}): in training, {len(bypassed)} weights such as "
+            f"{bypassed[0]} are read without calling their layers, so adapters there would not learn. Name other "
+            "layers in lora.targets."
         )
 
 
@@ -254,19 +266,32 @@ def adapted_layers(pretrained: Any) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in pretrained.named_modules() if isinstance(module, Adapted))
 
 
-def adapters_of(pretrained: Any) -> Mapping[str, Adapter]:
-    """Adapters by the name of the weight that they change."""
-    return {f"{name}.weight": module.adapter for name, module in adapted_layers(pretrained)}
+def adapters_of(pretrained: Any, name: str) -> Mapping[str, Adapter]:
+    """The adapters of one name, by the weight that they change."""
+    return {
+        f"{layer}.weight": module.adapters[name]
+        for layer, module in adapted_layers(pretrained)
+        if name in module.adapters
+    }
+
+
+def select(model: nn.Module, name: str | None) -> None:
+    """Only the adapters of this name compute and learn from now on; None: no adapter does."""
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            for key, adapter in module.adapters.items():
+                adapter.is_on = key == name
+                adapter.requires_grad_(key == name)
 
 
 @contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The model computes as if it had none."""
-    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
-    for adapter in adapters:
-        adapter.is_off = True
+def switched_off(adapters: Iterable[Adapter]) -> Iterator[None]:
+    """The model computes as if it did not have these, which were on."""
+    found = list(adapters)
+    for adapter in found:
+        adapter.is_on = False
     try:
         yield
     finally:
-        for adapter in adapters:
-            adapter.is_off = False
+        for adapter in found:
+            adapter.is_on = True

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from actors.learning.heads import PolicyModel, ValueModel, probed
-from actors.models.adapters import adapters_of
+from actors.models.adapters import adapted_layers
 from actors.models.model import load_causal, load_scorer
 from actors.text.tokenizing import load_tokenizer
 from orchestrator.errors import DataError, StorageError
@@ -30,7 +30,7 @@ _TOLERANCES = {torch.float32: 1e-2, torch.bfloat16: 0.5}
 def named_state(pretrained: Any) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of everything that a model's file holds: parameters without adapters', tied ones once, then
     buffers that are saved."""
-    adapters = {id(tensor) for adapter in adapters_of(pretrained).values() for tensor in adapter.parameters()}
+    adapters = {id(tensor) for _, layer in adapted_layers(pretrained) for tensor in layer.adapters.parameters()}
     yield from ((name, tensor) for name, tensor in pretrained.named_parameters() if id(tensor) not in adapters)
     unsaved = {
         f"{prefix}.{name}" if prefix else name

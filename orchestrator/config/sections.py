@@ -198,7 +198,9 @@ class PolicyConfig(LearnerConfig):
 class CriticConfig(LearnerConfig):
     path: str | None = None
     """Initial model of the critic; must have the policy's vocabulary. Equal to model.path: the policy with a new head.
-    Null: the reward model if there is one, else the policy with a new head."""
+    Null: the reward model if there is one, else the policy with a new head. A policy with a new head, if policy and
+    critic have adapters, as many ranks and no ZeRO-3, is no model of its own: the critic's adapters are on the policy's
+    trunk, in its processes."""
     warmup_steps: NonNegative = 0
     """Number of initial steps in which only the critic learns."""
 

@@ -41,7 +41,7 @@ def all_demands(config: Config) -> list[Demand]:
     return [
         engine_demand(config),
         Demand("policy", policy.ranks, policy.cpus_per_rank, policy.gpus_per_rank),
-        *(critics if config.algorithm.needs_critic else []),
+        *(critics if config.algorithm.needs_critic and not config.critic_is_on_trunk else []),
         *(references if not config.reference_is_trunk else []),
         reward_demand(config),
         Demand("recorder", 1, RECORDER_CPUS),

@@ -9,16 +9,21 @@ from peft import PeftModel
 from actors.learning import distributed
 from actors.learning.heads import PolicyModel, ValueModel, probed
 from actors.learning.learner import Learner
+from actors.learning.objectives.objective import LearnJob
 from actors.learning.packing import TokenRows
-from actors.models.adapters import adapt, adapted_layers, linear_layers, without_adapters
+from actors.models.adapters import adapt, adapted_layers, linear_layers, switched_off
 from actors.models.model import load_causal, load_scorer, torch_dtype
+from actors.roles.critic import CriticWorker
+from actors.roles.policy import PolicyWorker
+from actors.roles.reference import ReferenceWorker
 from actors.text.tokenizing import load_tokenizer
-from orchestrator.config.sections import LearnerConfig, LoraConfig
+from orchestrator.algorithms.ppo import Ppo
+from orchestrator.config.sections import CriticConfig, LearnerConfig, LoraConfig, PolicyConfig, ReferenceConfig
 from orchestrator.errors import ConfigError, DataError, StorageError
 from tests.families import tiny_folder, tiny_model
-from tests.numerics.ranks import group, run_ranks
-from tests.numerics.samples import rollout
-from tests.numerics.test_save_and_load import COLUMNS, learn, weights
+from tests.numerics.ranks import context, group, run_ranks
+from tests.numerics.samples import experience, rollout
+from tests.numerics.test_save_and_load import learn, weights
 from tests.tiny import tiny_llama, tiny_scorer
 
 KINDS = {
@@ -35,13 +40,13 @@ def stirred(pretrained):
     """Random numbers in place of new adapters, which change nothing."""
     generator = torch.Generator().manual_seed(3)
     for _, module in adapted_layers(pretrained):
-        for parameter in module.adapter.parameters():
+        for parameter in module.adapters.parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
             parameter.data.add_(noise, alpha=0.05)
 
 
 def adapted(model, config, **more):
-    adapt(model, config, forward=partial(probed, model), **{"seed": 1, **more})
+    adapt(model, config, forward=partial(probed, model), **{"seed": 1, "name": "default", **more})
     return model
 
 
@@ -71,10 +76,10 @@ def test_one_function_learned_merged_and_read_by_peft(tmp_path, family, kind):
     stirred(learner._pretrained)
     with torch.no_grad():
         expected = learner._pretrained(input_ids=PROMPT).logits
-        with without_adapters(learner._model):
+        with switched_off(learner._adapters.values()):
             plain = learner._pretrained(input_ids=PROMPT).logits
     for name, parameter in learner._pretrained.named_parameters():
-        parameter.requires_grad_(".adapter." in name)
+        parameter.requires_grad_(".adapters." in name)
     learner.export(tmp_path / "export", load_tokenizer(source))
     with torch.no_grad():
         merged = load_causal(tmp_path / "export", torch.float32)(input_ids=PROMPT).logits
@@ -101,11 +106,11 @@ def test_gradients_are_those_of_the_merged_weights(causal):
     plain = load_causal(causal, torch.float32)
     layers = dict(adapted_layers(model.pretrained))
     for name, module in layers.items():
-        plain.get_parameter(f"{name}.weight").data.copy_(module.adapter.merged(module.weight))
+        plain.get_parameter(f"{name}.weight").data.copy_(module.adapters.default.merged(module.weight))
     plain = PolicyModel(plain, temperature=1.0)
     probed(plain).sum().backward()
     for name, module in layers.items():
-        slope, adapter = plain.pretrained.get_parameter(f"{name}.weight").grad, module.adapter
+        slope, adapter = plain.pretrained.get_parameter(f"{name}.weight").grad, module.adapters.default
         torch.testing.assert_close(adapter.B.grad, adapter.scale * slope @ adapter.A.T, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(adapter.A.grad, adapter.scale * adapter.B.T @ slope, rtol=1e-3, atol=1e-5)
     assert model.pretrained.get_input_embeddings().weight.grad is None
@@ -125,12 +130,10 @@ def test_the_layers_that_are_adapted_are_the_decoders_products(family):
 def test_a_layer_that_is_bypassed_in_training_is_refused():
     pretrained = tiny_model("Llama")
     layer = pretrained.model.layers[1].mlp.down_proj
-    own = layer.forward
     layer.forward = lambda x: torch.nn.functional.linear(x, layer.weight)  # the adapter is not seen
     model = PolicyModel(pretrained, temperature=1.0)
-    with pytest.raises(DataError, match=r"model\.layers\.1\.mlp\.down_proj are read without calling them"):
+    with pytest.raises(DataError, match=r"layers\.1\.mlp\.down_proj\.weight are read without calling their"):
         adapted(model, KINDS["lora"])
-    assert own is not None
 
 
 def test_layers_that_some_tokens_do_not_use_are_refused():
@@ -153,7 +156,10 @@ def test_an_adapters_start_follows_from_the_seed_and_its_name_alone(causal):
     def starts(config, seed):
         model = PolicyModel(load_causal(causal, torch.float32), temperature=1.0)
         torch.manual_seed(seed * 7 + config.rank)
-        return {name: module.adapter.A for name, module in adapted_layers(adapted(model, config, seed=seed).pretrained)}
+        return {
+            name: module.adapters.default.A
+            for name, module in adapted_layers(adapted(model, config, seed=seed).pretrained)
+        }
 
     all_layers, few = starts(LoraConfig(rank=4), 1), starts(LoraConfig(rank=4, targets=("q_proj",)), 1)
     assert few and all(torch.equal(all_layers[name], tensor) for name, tensor in few.items())
@@ -180,8 +186,8 @@ def interrupted_and_not(mine, causal, folder, cases):
     return found
 
 
-CASES = [(stage, dtype, "lora") for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16")]
-CASES += [(stage, "float32", "dora") for stage in (0, 1, 3)]
+CASES = [(stage, "float32", "lora") for stage in (0, 1, 2, 3)]
+CASES += [(0, "bfloat16", "lora"), (1, "bfloat16", "lora"), (3, "bfloat16", "dora"), (1, "float32", "dora")]
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +222,7 @@ def test_the_optimizer_holds_adapters_only(causal):
     learner = make(causal, KINDS["lora"], 0)
     learn(learner, [0])
     held = {id(parameter) for g in learner._engine.optimizer.param_groups for parameter in g["params"]}
-    adapters = {id(p) for _, module in adapted_layers(learner._pretrained) for p in module.adapter.parameters()}
+    adapters = {id(p) for _, module in adapted_layers(learner._pretrained) for p in module.adapters.parameters()}
     assert held == adapters
     assert all((p.grad is None) or p.requires_grad for p in learner._pretrained.parameters())
 
@@ -260,7 +266,7 @@ def test_a_scalar_head_learns_beside_adapters_and_is_exported_with_them(tmp_path
     scorer = load_scorer(folder, torch.float32)
     settings = LEARNER.model_copy(update={"zero_stage": 1, "lora": KINDS["lora"]})
     learner = Learner(ValueModel(scorer), settings, dtype="float32", total_optimizer_steps=4)
-    assert [name for name, p in scorer.named_parameters() if p.requires_grad and ".adapter." not in name] == [
+    assert [name for name, p in scorer.named_parameters() if p.requires_grad and ".adapters." not in name] == [
         "score.weight"
     ]
     stirred(scorer)
@@ -275,4 +281,59 @@ def test_a_scalar_head_learns_beside_adapters_and_is_exported_with_them(tmp_path
     torch.testing.assert_close(by_peft, expected, rtol=1e-4, atol=1e-4)
 
 
-assert COLUMNS
+def both_learn(mine, causal, folder, cases):
+    """Per case: what a policy and a critic on one trunk have learned after two steps, and after a reload and two more;
+    and a policy and a critic with models of their own."""
+    found = {}
+    for stage, dtype in cases:
+        more = {"zero_stage": stage, "lora": KINDS["lora"], "learning_rate": 1e-2}
+        sections = PolicyConfig(**more), CriticConfig(**more)
+        inputs = context(causal, Ppo(minibatches=1), dtype=dtype, seed=1, total_optimizer_steps=8)
+        shared = PolicyWorker(sections[0], inputs, mine, critic=sections[1])
+        apart = PolicyWorker(sections[0], inputs, mine), CriticWorker(sections[1], inputs, mine)
+        seen = [both_step(shared, shared.critic, step) for step in range(2)]
+        expected = [both_step(*apart, step) for step in range(2)]
+        for role, worker in (("policy", shared), ("critic", shared.critic)):
+            place = folder / f"{stage}-{dtype}-{role}"
+            place.mkdir(exist_ok=True)
+            worker.save(place)
+        again = PolicyWorker(sections[0], inputs, mine, critic=sections[1])
+        again.critic_load(folder / f"{stage}-{dtype}-critic")
+        again.load(folder / f"{stage}-{dtype}-policy")
+        longer = [[both_step(worker, worker.critic, step) for step in (2, 3)] for worker in (shared, again)]
+        reference = shared.reference_logprobs(rollout())["logprobs"].to_pylist()
+        alone = ReferenceWorker(ReferenceConfig(micro_batch_tokens=2048), inputs, mine)
+        separate = alone.logprobs(rollout())["logprobs"].to_pylist()
+        assert shared.critic.learner._pretrained.model is shared.learner._pretrained.model
+        found[stage, dtype] = (seen, expected, longer, reference, separate)
+    return found
+
+
+def both_step(policy, critic, step):
+    """Critic and policy in turns: (values, log-probs, metrics)."""
+    table, job = experience(seed=step), LearnJob(step, 0.0, 1.0, 0.0, seed=1)
+    values, logprobs = critic.values(rollout()), policy.logprobs(rollout())
+    metrics = policy.learn([table], job), critic.learn([table], job)
+    return values["values"].to_pylist(), logprobs["logprobs"].to_pylist(), metrics
+
+
+TRUNKS = [(0, "float32"), (1, "float32"), (1, "bfloat16"), (2, "bfloat16")]
+
+
+@pytest.fixture(scope="module")
+def on_trunk(causal, tmp_path_factory):
+    distributed.join(group())
+    two = run_ranks(both_learn, 2, causal, tmp_path_factory.mktemp("two"), TRUNKS)
+    one = both_learn(group(), causal, tmp_path_factory.mktemp("one"), TRUNKS)
+    return {"one": one, "two": two[0]}
+
+
+@pytest.mark.parametrize("case", TRUNKS, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("world", ["one", "two"])
+def test_policy_and_critic_on_one_trunk_learn_as_two_models_do(on_trunk, causal, world, case):
+    """Bit for bit, in turns and after a reload; the trunk stays as it was."""
+    seen, expected, longer, reference, expected_reference = on_trunk[world][case]
+    assert seen == expected
+    assert seen[0][0] != seen[1][0] and seen[0][1] != seen[1][1]
+    assert longer[0] == longer[1]
+    assert reference == expected_reference
