@@ -131,7 +131,7 @@ def adapt(model: Any, config: LoraConfig, *, name: str, seed: int, forward: Call
         start = derive_seed("lora", seed, layer.name)
         adapter = Adapter(module.weight, config, transposed=layer.transposed, seed=start)
         if not isinstance(module, Adapted):
-            module.__class__ = _with_adapters(type(module))
+            module.__class__ = _with_adapters(module.__class__)
             module.adapters = nn.ModuleDict()
         module.adapters[name] = adapter
     select(model, name)
@@ -279,6 +279,7 @@ def select(model: nn.Module, name: str | None) -> None:
     """Only the adapters of this name compute and learn from now on; None: no adapter does."""
     for module in model.modules():
         if isinstance(module, Adapted):
+            adapter: Any
             for key, adapter in module.adapters.items():
                 adapter.is_on = key == name
                 adapter.requires_grad_(key == name)

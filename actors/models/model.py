@@ -196,6 +196,7 @@ def scorer_on_trunk(language_model: Any, folder: Path, *, trust_remote_code: boo
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, num_labels=1)
+        provide_classifier(config)
         with torch.device("meta"):
             scorer = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:

@@ -46,7 +46,7 @@ class RewardModel(TrainingStage):
     def models(self, config: Config) -> Iterable[ModelUse]:
         base, layers = self.initial_model(config)
         use = ModelUse("reward_model.base", base, scores=True, window=None, exports=True, layers=layers)
-        return (replace(use, heads=config.reward_model.heads),)
+        return (replace(use, heads=config.reward_model.heads, lora=config.reward_model.lora),)
 
     def seconds(self, costs: Costs, prepared: Prepared) -> float:
         return costs.reward_model(prepared.prompts.reward_model)

@@ -105,7 +105,6 @@ class Config(Section):
             and starts_from_policy
             and min(policy.lora.rank, critic.lora.rank) > 0
             and max(policy.zero_stage, critic.zero_stage) < 3
-            and policy.ranks == critic.ranks
         )
 
     @model_validator(mode="after")

@@ -198,9 +198,9 @@ class PolicyConfig(LearnerConfig):
 class CriticConfig(LearnerConfig):
     path: str | None = None
     """Initial model of the critic; must have the policy's vocabulary. Equal to model.path: the policy with a new head.
-    Null: the reward model if there is one, else the policy with a new head. A policy with a new head, if policy and
-    critic have adapters, as many ranks and no ZeRO-3, is no model of its own: the critic's adapters are on the policy's
-    trunk, in its processes."""
+    Null: the reward model if there is one, else the policy with a new head. If it is the policy with a new
+    head, and both have adapters (lora.rank) and no ZeRO-3, it is no model of its own: its adapters are on the policy's
+    trunk, in the policy's processes, and keys about ranks and their resources have no effect."""
     warmup_steps: NonNegative = 0
     """Number of initial steps in which only the critic learns."""
 
