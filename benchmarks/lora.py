@@ -31,7 +31,7 @@ from orchestrator.watching.telemetry import resident_bytes
 
 OVERRIDES = (
     "model.dtype=float32",
-    "rl.prompts_per_step=16",
+    "rl.prompts_per_step=8",
     "algorithm.minibatches=1",
     "policy.zero_stage=0",
     "critic.zero_stage=0",
