@@ -31,7 +31,7 @@ from orchestrator.watching.telemetry import resident_bytes
 
 OVERRIDES = (
     "model.dtype=float32",
-    "rl.prompts_per_step=8",
+    "rl.prompts_per_step=4",
     "algorithm.minibatches=1",
     "policy.zero_stage=0",
     "critic.zero_stage=0",
@@ -39,6 +39,7 @@ OVERRIDES = (
 MODELS = ("policy", "critic", "reference")
 GIB = 1 << 30
 AIM = 0.6
+DEADLINE_S = 1800.0  # a process starts, loads and computes for every turn, on a machine that may be busy
 
 
 def main() -> None:
@@ -90,7 +91,8 @@ def measure(rank: int, rounds: int) -> list[Figure]:
 
 def _asked(role: str, rank: int) -> Answer:
     variables = environment(torch.get_num_threads(), on_gpu=torch.cuda.is_available())
-    with Contender("benchmarks.lora", {"role": role, "rank": rank}, variables) as contender:
+    options = {"role": role, "rank": rank}
+    with Contender("benchmarks.lora", options, variables, deadline_s=DEADLINE_S) as contender:
         contender.ask()
         return contender.ask()
 

@@ -122,7 +122,7 @@ def adapt(model: Any, config: LoraConfig, *, name: str, seed: int, forward: Call
     """
     pretrained = model.pretrained
     select(model, None)
-    layers = chosen(linear_layers(model, forward), config, pretrained)
+    layers = _chosen(*linear_layers(model, forward), config, pretrained)
     pretrained.requires_grad_(False)
     for parameter in model.learned_head():
         parameter.requires_grad_(True)
@@ -138,12 +138,8 @@ def adapt(model: Any, config: LoraConfig, *, name: str, seed: int, forward: Call
     _require_gradients(model, name, forward)
 
 
-def linear_layers(model: Any, forward: Callable[[], Tensor]) -> list[LinearLayer]:
-    """The linear layers of a PolicyModel's or ValueModel's decoder.
-
-    Raises:
-        DataError: some layers of a kind were used and others were not, such as experts.
-    """
+def linear_layers(model: Any, forward: Callable[[], Tensor]) -> tuple[list[LinearLayer], list[str]]:
+    """(linear layers of a PolicyModel's or ValueModel's decoder, names of possible ones that `forward` did not use)"""
     pretrained = model.pretrained
     names = {module: name for name, module in pretrained.named_modules()}
     candidates = [module for module in model.decoder().modules() if module in names and _may_be_linear(module)]
@@ -171,8 +167,7 @@ def linear_layers(model: Any, forward: Callable[[], Tensor]) -> list[LinearLayer
             if calls[module] and all(call[transposed] for call in calls[module]):
                 found.append(LinearLayer(names[module], module, transposed))
                 break
-    _require_all_used(pretrained, found, unused)
-    return found
+    return found, unused
 
 
 def _may_be_linear(module: Any) -> bool:
@@ -205,26 +200,18 @@ def _is_product(inputs: tuple[Any, ...], output: Any, weight_OI: Tensor, bias: T
     return output.shape == expected.shape and bool(((output - expected).abs() <= tolerance).all())
 
 
-def _require_all_used(pretrained: Any, found: Sequence[LinearLayer], unused: Sequence[str]) -> None:
-    kinds = {_kind(layer.name) for layer in found}
-    left_out = [name for name in unused if _kind(name) in kinds]
-    if left_out:
-        raise DataError(
-            f"{pretrained.name_or_path}: {len(left_out)} layers such as {left_out[0]} were not used on a few tokens, "
-            "as experts are, so adapters on them can't be proved. Name other layers in lora.targets."
-        )
-
-
 def _kind(name: str) -> str:
     return _NUMBER.sub("*", name)
 
 
-def chosen(layers: Sequence[LinearLayer], config: LoraConfig, pretrained: Any) -> Sequence[LinearLayer]:
+def _chosen(
+    layers: Sequence[LinearLayer], unused: Sequence[str], config: LoraConfig, pretrained: Any
+) -> Sequence[LinearLayer]:
     """The layers that a config names.
 
     Raises:
         ConfigError: a target names none of them.
-        DataError: there are no layers.
+        DataError: there are no layers, or some of a kind were used and others were not, such as experts.
     """
     if not layers:
         raise DataError(
@@ -238,7 +225,16 @@ def chosen(layers: Sequence[LinearLayer], config: LoraConfig, pretrained: Any) -
             f"lora.targets: {', '.join(unknown)} names no linear layer of {pretrained.name_or_path}. It has "
             f"{', '.join(sorted(last_parts))}."
         )
-    return [layer for layer in layers if not config.targets or layer.name.rpartition(".")[2] in config.targets]
+    found = [layer for layer in layers if not config.targets or layer.name.rpartition(".")[2] in config.targets]
+    kinds = {_kind(layer.name) for layer in found}
+    left_out = [name for name in unused if _kind(name) in kinds]
+    if left_out:
+        others = sorted(last_parts - {name.rpartition(".")[2] for name in left_out})
+        raise DataError(
+            f"{pretrained.name_or_path}: {len(left_out)} layers such as {left_out[0]} were not used on a few tokens, "
+            f"as experts may be, so adapters on them can't be proved. Set lora.targets to others: {', '.join(others)}."
+        )
+    return found
 
 
 def _require_gradients(model: Any, name: str, forward: Callable[[], Tensor]) -> None:

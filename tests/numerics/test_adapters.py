@@ -120,7 +120,9 @@ def test_gradients_are_those_of_the_merged_weights(causal):
 def test_the_layers_that_are_adapted_are_the_decoders_products(family):
     pretrained = tiny_model(family)
     model = PolicyModel(pretrained, temperature=1.0)
-    found = {layer.name for layer in linear_layers(model, partial(probed, model))}
+    layers, unused = linear_layers(model, partial(probed, model))
+    found = {layer.name for layer in layers}
+    assert not unused
     kinds = ("Linear", "Conv1D")
     named = {name for name, module in pretrained.named_modules() if type(module).__name__.endswith(kinds)}
     heads = {name for name, module in pretrained.named_modules() if module is pretrained.get_output_embeddings()}
@@ -136,12 +138,17 @@ def test_a_layer_that_is_bypassed_in_training_is_refused():
         adapted(model, KINDS["lora"])
 
 
-def test_layers_that_some_tokens_do_not_use_are_refused():
-    pretrained = tiny_model("Llama")
-    pretrained.model.layers[1].forward = lambda hidden, *_, **__: hidden
-    model = PolicyModel(pretrained, temperature=1.0)
-    with pytest.raises(DataError, match=r"7 layers such as model\.layers\.1\.\S+ were not used"):
-        adapted(model, KINDS["lora"])
+def test_layers_that_some_tokens_do_not_use_are_refused_unless_others_are_chosen():
+    def model():
+        pretrained = tiny_model("Llama")
+        mlp = pretrained.model.layers[1].mlp
+        mlp.forward = lambda hidden: hidden
+        return PolicyModel(pretrained, temperature=1.0)
+
+    with pytest.raises(DataError, match=r"3 layers such as model\.layers\.1\.mlp\.gate_proj were not used"):
+        adapted(model(), KINDS["lora"])
+    chosen = adapted(model(), LoraConfig(rank=2, targets=("q_proj",)))
+    assert len(list(adapted_layers(chosen.pretrained))) == 2
 
 
 def test_targets_choose_layers_and_an_unknown_one_is_refused(causal):
