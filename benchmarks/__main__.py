@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS: Mapping[str, Sequence[str]] = {
     "rollout": (),
     "learner": (),
+    "lora": (),
     "scoring": (),
     "publish": (),
     "cold_start": (),

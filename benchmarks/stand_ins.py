@@ -17,7 +17,7 @@ import pyarrow as pa
 from actors.groups.group import ActorGroup
 from actors.learning.objectives.objective import LearnJob
 from actors.learning.worker import Share
-from actors.remote.roles import RayLearner, RayRecorder, RayRollouts, ReplicatedScorer, ShardedScorer
+from actors.remote.roles import LearnMethods, RayLearner, RayRecorder, RayRollouts, ReplicatedScorer, ShardedScorer
 from orchestrator import schema
 from orchestrator.coordinator import Coordinator
 from orchestrator.failures import Unsupervised
@@ -140,8 +140,8 @@ def coordinator(
     rollouts = RayRollouts(groups["rollout"], generate_s=DEADLINE_S, sleeps=False)
     shards = math.ceil(len(schedule.requests(0)) / SAMPLES_PER_SHARD)
     limits: Mapping[str, Any] = {"score_s": DEADLINE_S, "learn_s": DEADLINE_S, "save_s": DEADLINE_S}
-    policy = RayLearner(groups["policy"], StandInModel.logprobs, seed=0, shards_per_step=shards, **limits)
-    critic = RayLearner(groups["critic"], StandInModel.values, seed=0, shards_per_step=shards, **limits)
+    policy = RayLearner(groups["policy"], LearnMethods(StandInModel.logprobs), seed=0, shards_per_step=shards, **limits)
+    critic = RayLearner(groups["critic"], LearnMethods(StandInModel.values), seed=0, shards_per_step=shards, **limits)
     reference = ShardedScorer(groups["reference"], StandInModel.logprobs, shards_per_step=shards, score_s=DEADLINE_S)
     reward = ReplicatedScorer(groups["reward"], StandInModel.score, score_s=DEADLINE_S)
     telemetry = Telemetry(folder, "benchmark", 1)

@@ -30,9 +30,18 @@ class Contender:
     Args:
         options: passed by `serve` to the module.
         environment: added to this process's environment without its allocator and thread settings.
+        deadline_s: of an answer; the first one includes the start.
     """
 
-    def __init__(self, module: str, options: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        module: str,
+        options: Mapping[str, Any],
+        environment: Mapping[str, str],
+        *,
+        deadline_s: float = DEADLINE_S,
+    ) -> None:
+        self._deadline_s = deadline_s
         inherited = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
         self._what = f"{module} {json.dumps(options)}"
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  # closed with the process
@@ -47,7 +56,7 @@ class Contender:
         )
 
     def ask(self, **question: Any) -> Answer:
-        """Raises RuntimeError with the end of the error output if the process died or did not answer in DEADLINE_S."""
+        """Raises RuntimeError with the end of the error output if the process died or did not answer in time."""
         self.begin(**question)
         return self.answer()
 
@@ -62,10 +71,10 @@ class Contender:
 
     def answer(self) -> Answer:
         assert self._process.stdout
-        ready, _, _ = select.select([self._process.stdout], [], [], DEADLINE_S)
+        ready, _, _ = select.select([self._process.stdout], [], [], self._deadline_s)
         line = self._process.stdout.readline() if ready else ""
         if not line:
-            raise self._failure("ended" if ready else f"did not answer in {DEADLINE_S:.0f} s")
+            raise self._failure("ended" if ready else f"did not answer in {self._deadline_s:.0f} s")
         answer: Answer = json.loads(line)
         return answer
 

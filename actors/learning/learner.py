@@ -4,10 +4,8 @@ all ranks call them in the same order."""
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +21,16 @@ from actors.learning.distributed import deepspeed
 from actors.learning.heads import PolicyModel, ValueModel, probe, probed
 from actors.learning.objectives.losses import LossTerms
 from actors.learning.packing import MicroBatch
+from actors.learning.saving import drop_frozen, full_disks, load_learned
+from actors.models.adapter_files import FOLDER as ADAPTER
+from actors.models.adapter_files import write_adapter
+from actors.models.adapters import adapt, adapters_of, select, switched_off
 from actors.models.export import export_model, named_state
 from actors.models.proofs import require_steady
 from actors.models.safe_loading import SafeCheckpointEngine
 from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.config.base import Dtype
-from orchestrator.config.sections import LearnerConfig
+from orchestrator.config.sections import LearnerConfig, LoraConfig
 from orchestrator.errors import NonFiniteError, StorageError
 from orchestrator.planning.memory import effective_zero_stage
 from orchestrator.run.storage import writing
@@ -61,6 +63,12 @@ class Learner:
         model: PolicyModel or ValueModel; its `pretrained` is saved, exported and published.
         dtype: compute type.
         total_optimizer_steps: length of the learning-rate schedule, in optimizer steps of the whole run or training.
+        seed: of new adapters (config.lora); the model's own weights are then frozen, and have no optimizer state.
+        name: of the adapters. Learners of one process may share a trunk under different names, without ZeRO-3.
+
+    Raises:
+        DataError: the model can't learn, or can't have adapters.
+        ConfigError: lora.targets names a layer that the model does not have.
     """
 
     def __init__(
@@ -70,12 +78,18 @@ class Learner:
         *,
         dtype: Dtype,
         total_optimizer_steps: int,
+        seed: int = 0,
+        name: str = "default",
     ) -> None:
         self.config, self.dtype, self._total_optimizer_steps = config, dtype, total_optimizer_steps
         self.optimizer_steps = 0
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._stage = effective_zero_stage(config.zero_stage, dtype=dtype, ranks=self.world_size)
         self._model, self._pretrained = model, model.pretrained
+        if config.lora.rank:
+            adapt(model, config.lora, name=name, seed=seed, forward=partial(probed, model))
+            model.register_state_dict_post_hook(drop_frozen)
+        self._name, self._adapters = name, adapters_of(self._pretrained, name)
         if config.gradient_checkpointing:
             model.checkpoint_gradients()
         require_steady(model, partial(probed, model))
@@ -103,11 +117,26 @@ class Learner:
             self._engine.optimizer.optimizer.state.clear()
         self.device: torch.device = self._engine.device
 
+    def _take_turn(self) -> None:
+        """Makes a shared trunk compute with this learner's adapters."""
+        if self._adapters:
+            select(self._model, self._name)
+
     def pass_through(self, micro: MicroBatch) -> Any:
         """The model's output without gradient. With ZeRO-3, all ranks must make the same number of calls."""
+        self._take_turn()
+        return self._forward(micro)
+
+    def _forward(self, micro: MicroBatch) -> Any:
         self._engine.eval()
         with torch.no_grad():
             return self._engine(micro)
+
+    def pass_through_trunk(self, micro: MicroBatch) -> Any:
+        """The same without adapters: the output of the model before learning."""
+        self._take_turn()
+        with switched_off(self._adapters.values()):
+            return self._forward(micro)
 
     def update(self, micros: Sequence[MicroBatch], objective: Loss, *, count: float, what: str) -> Update:
         """One optimizer step on this rank's micro-batches of a minibatch.
@@ -122,6 +151,7 @@ class Learner:
             NonFiniteError: a loss or the global gradient norm is NaN or infinite. Raised on all ranks before the
                 update is applied; this learner can't be used afterwards.
         """
+        self._take_turn()
         self._engine.train()
         sums: dict[str, float] = {}
         maxima: dict[str, float] = {}
@@ -202,9 +232,14 @@ class Learner:
         Raises:
             StorageError: full disk or missing permission.
         """
-        with writing(folder), _full_disks(folder):
+        self._take_turn()
+        with writing(folder), full_disks(folder):
             self._engine.save_checkpoint(
-                str(folder), tag=_TAG, client_state={"optimizer_steps": self.optimizer_steps}, save_latest=False
+                str(folder),
+                tag=_TAG,
+                client_state={"optimizer_steps": self.optimizer_steps},
+                save_latest=False,
+                exclude_frozen_parameters=bool(self._adapters),
             )
             if self.rank == 0:
                 (folder / _SUMMARY).write_text(json.dumps(self._shape(), indent=1), encoding="utf-8")
@@ -223,13 +258,17 @@ class Learner:
                 f"{folder / _SUMMARY} can't be read ({error}): no complete learner checkpoint."
             ) from error
         mine = self._shape()
+        saved.setdefault("lora", LoraConfig().describe())  # older ones have no adapters
         wrong = [f"{key}={saved.get(key)} (now {mine[key]})" for key in mine if saved.get(key) != mine[key]]
         if wrong:
             raise StorageError(
                 f"{folder} was saved with {', '.join(wrong)}. Optimizer shards fit only the saved shape: "
                 "continue with that shape, or start a new run from the exported weights."
             )
-        loaded, client_state = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        self._take_turn()
+        loaded, client_state = self._engine.load_checkpoint(
+            str(folder), tag=_TAG, custom_load_fn=load_learned if self._adapters else None
+        )
         if loaded is None:
             raise StorageError(f"{folder / _TAG} contains no DeepSpeed checkpoint of rank {self.rank}.")
         self.optimizer_steps = int(client_state["optimizer_steps"])
@@ -240,19 +279,24 @@ class Learner:
             "zero_stage": self._stage,
             "dtype": self.dtype,
             "architecture": type(self._pretrained).__name__,
+            "lora": self.config.lora.describe(),
         }
 
     def full_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(name, full tensor on the CPU) of the state under transformers' names: all parameters (tied ones once)
-        and all saved buffers. With ZeRO-3 all ranks gather each tensor together, so all must exhaust the iterator.
+        """(name, full tensor on the CPU) of the state under transformers' names: all parameters (tied ones once),
+        merged with their adapters in fp32, and all saved buffers.
+
+        With ZeRO-3 all ranks gather each tensor together, so all must exhaust the iterator.
 
         Args:
             dtype: of floating-point tensors; None: the model's compute type.
         """
         for name, tensor in named_state(self._pretrained):
-            with self._gathered(tensor):
+            adapter = self._adapters.get(name)
+            with self._gathered([tensor, *(adapter.parameters() if adapter else ())]):
                 wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-                copy = tensor.detach().to("cpu", wanted, copy=True)
+                value = adapter.merged(tensor) if adapter else tensor.detach()
+                copy = value.to("cpu", wanted, copy=True)
             yield name, copy
 
     def weight_specs(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
@@ -261,21 +305,39 @@ class Learner:
             # With ZeRO-3 a parameter is empty between uses; ds_shape is its full shape.
             yield name, tensor.dtype, tuple(getattr(tensor, "ds_shape", tensor.shape))
 
-    def _gathered(self, tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-        if hasattr(tensor, "ds_id"):
-            gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([tensor])
+    def _gathered(self, tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:
+        sharded = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+        if sharded:
+            gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(sharded)
             return gathered
         return contextlib.nullcontext()
 
+    def _learned_weights(self) -> Mapping[str, Tensor]:
+        """Copies of the tensors that learn, on the CPU, by their names in the model."""
+        self._take_turn()
+        found = {}
+        for name, tensor in self._pretrained.named_parameters():
+            if tensor.requires_grad:
+                with self._gathered([tensor]):
+                    found[name] = tensor.detach().to("cpu", copy=True)
+        return found
+
     def export(self, folder: Path, tokenizer: Any) -> None:
-        """Writes a Hugging Face folder: safetensors, config, generation config, tokenizer.
+        """Writes a Hugging Face folder: safetensors, config, generation config, tokenizer. Adapters are merged, and
+        beside that also written alone, in peft's format.
 
         Raises:
             StorageError: see export_model; raised on all ranks.
         """
         expected = self.pass_through(probe(self._model, self.device))[0]
         state = {name: tensor for name, tensor in self.full_weights() if self.rank == 0}
-        self._on_rank_0(lambda: export_model(self._model, state, folder, tokenizer, expected))
+        learned = self._learned_weights() if self._adapters else {}
+
+        def write_alone(unfinished: Path) -> None:
+            if learned:
+                write_adapter(self._pretrained, self.config.lora, learned, unfinished / ADAPTER)
+
+        self._on_rank_0(lambda: export_model(self._model, state, folder, tokenizer, expected, write_alone))
 
     def export_weights(
         self, weights: Callable[[torch.dtype], Mapping[str, Tensor]], folder: Path, tokenizer: Any
@@ -303,18 +365,6 @@ class Learner:
         dist.all_gather_object(problems, problem)
         if problems[0] is not None:
             raise problems[0]
-
-
-@contextlib.contextmanager
-def _full_disks(folder: Path) -> Iterator[None]:
-    """Converts the RuntimeError that torch's archive writer raises on a full disk, which does not mention the disk."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
-            raise
-        free = shutil.disk_usage(folder).free
-        raise OSError(errno.ENOSPC, f"torch stopped writing, {free >> 20} MiB are free there", str(folder)) from error
 
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:

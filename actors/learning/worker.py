@@ -49,7 +49,7 @@ class RankContext:
         cache: folder of converted models.
         template: text of model.chat_template, exported with the policy; None: the tokenizer's own.
         temperature: sampling temperature, also used for all log-probs.
-        seed: seed of a new head.
+        seed: of a new head and of adapters.
         total_optimizer_steps: optimizer steps of the whole run.
         max_new_tokens: longest response, in tokens.
     """
@@ -122,6 +122,7 @@ class LearningWorker:
 
     Args:
         tokenizer: exported with the model; None: the model is never exported.
+        name: of the adapters, where critic and policy share a trunk.
         compares: the algorithm compares the samples of a prompt: they stay in one minibatch, and their prompt is
             computed once if the model supports it.
     """
@@ -134,6 +135,7 @@ class LearningWorker:
         group: Group,
         *,
         tokenizer: Any = None,
+        name: str = "default",
         compares: bool = False,
     ) -> None:
         self.group = group
@@ -146,6 +148,8 @@ class LearningWorker:
             learner,
             dtype=context.model.compute_dtype,
             total_optimizer_steps=context.total_optimizer_steps,
+            seed=context.seed,
+            name=name,
         )
         self.tokenizer = tokenizer
         self.micro_batch_tokens = learner.micro_batch_tokens

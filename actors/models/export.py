@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from actors.learning.heads import PolicyModel, ValueModel, probed
+from actors.models.adapters import adapted_layers
 from actors.models.model import load_causal, load_scorer
 from actors.text.tokenizing import load_tokenizer
 from orchestrator.errors import DataError, StorageError
@@ -27,9 +28,10 @@ _TOLERANCES = {torch.float32: 1e-2, torch.bfloat16: 0.5}
 
 
 def named_state(pretrained: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of everything that a model's file holds: parameters, tied ones once, then buffers that are
-    saved."""
-    yield from pretrained.named_parameters()
+    """(name, tensor) of everything that a model's file holds: parameters without adapters', tied ones once, then
+    buffers that are saved."""
+    adapters = {id(tensor) for _, layer in adapted_layers(pretrained) for tensor in layer.adapters.parameters()}
+    yield from ((name, tensor) for name, tensor in pretrained.named_parameters() if id(tensor) not in adapters)
     unsaved = {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in pretrained.named_modules()
@@ -39,19 +41,26 @@ def named_state(pretrained: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def export_model(
-    model: PolicyModel | ValueModel, state: Mapping[str, Tensor], folder: Path, tokenizer: Any, expected: Tensor | None
+    model: PolicyModel | ValueModel,
+    state: Mapping[str, Tensor],
+    folder: Path,
+    tokenizer: Any,
+    expected: Tensor | None,
+    beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Writes `folder`; replaces an existing one.
 
     Args:
-        state: of named_state, on the CPU.
+        state: of named_state, on the CPU; merged with the adapters, if the model has any.
         expected: the model's output on a few tokens, see heads.probed. None: unknown, only the tensors are compared.
+        beside: writes more into the folder.
 
     Raises:
         StorageError: it can't be written, or reading it back gives a different model. `folder` is then unchanged.
     """
     with replacing_folder(folder) as unfinished:
         write_files(model.pretrained, state, unfinished, tokenizer)
+        beside(unfinished)
         _require_same(model, state, unfinished, tokenizer, expected)
 
 

@@ -15,15 +15,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from actors.learning.heads import PolicyModel, ValueModel, probed
+from actors.models.adapters import adapt, adapters_of
 from actors.models.classifiers import provide_classifier
 from actors.models.export import export_model, named_state
 from actors.models.model import LOADING_ERRORS, require_score_head
 from actors.models.proofs import require_gradient, require_steady
 from actors.models.reward_heads import num_heads
+from orchestrator.config.sections import LoraConfig
 from orchestrator.errors import DataError, StorageError
 
 VOCABULARY = 512
 _LAYERS, _EXPERTS = 4, 16
+_ADAPTERS = "default"
 _MAX_PARAMETERS = 20_000_000
 _DIMENSION = re.compile(
     r"(^|_)(size|dim|rank|width|embd|inner|model|ffn|ff|ssm|d_head)$|^(hidden|intermediate)_|_dim_|^lru_"
@@ -32,7 +35,16 @@ _NO_DIMENSION = re.compile(r"vocab|position|window|chunk|seq|conv|kernel|block_s
 _SPECIAL = re.compile(r"^(pad|bos|eos|sep|decoder_start)_token_id$")
 
 
-def prove_small(folder: Path, config: Any, tokenizer: Any, *, scores: bool, checkpointing: bool, exports: bool) -> bool:
+def prove_small(
+    folder: Path,
+    config: Any,
+    tokenizer: Any,
+    *,
+    scores: bool,
+    checkpointing: bool,
+    exports: bool,
+    lora: LoraConfig = LoraConfig(),  # noqa: B008  frozen
+) -> bool:
     """Proves on a small model what this program relies on; False if none can be made of this architecture.
 
     Args:
@@ -40,9 +52,11 @@ def prove_small(folder: Path, config: Any, tokenizer: Any, *, scores: bool, chec
         scores: a sequence classifier, otherwise a causal LM.
         checkpointing: layers recompute their activations.
         exports: whether the learned model is exported.
+        lora: the adapters that it gets; then they learn, and are merged into the export.
 
     Raises:
         DataError: a proof fails.
+        ConfigError: lora.targets names a layer that the model does not have.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -55,6 +69,9 @@ def prove_small(folder: Path, config: Any, tokenizer: Any, *, scores: bool, chec
     if scores:
         require_score_head(pretrained, folder)
     model = ValueModel(pretrained) if scores else PolicyModel(pretrained, temperature=0.7)
+    if lora.rank:
+        adapt(model, lora, name=_ADAPTERS, seed=0, forward=partial(probed, model))
+        _stir_adapters(pretrained)
     if checkpointing:
         model.checkpoint_gradients()
     require_steady(model, partial(probed, model))
@@ -66,7 +83,11 @@ def prove_small(folder: Path, config: Any, tokenizer: Any, *, scores: bool, chec
 
 def _prove_export(model: PolicyModel | ValueModel, tokenizer: Any, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as place, torch.no_grad():
-        state = {name: tensor.detach() for name, tensor in named_state(model.pretrained)}
+        adapters = adapters_of(model.pretrained, _ADAPTERS)
+        state = {
+            name: adapters[name].merged(tensor) if name in adapters else tensor.detach()
+            for name, tensor in named_state(model.pretrained)
+        }
         try:
             export_model(model, state, Path(place) / "export", tokenizer, probed(model))
         except StorageError as error:
@@ -105,6 +126,13 @@ def _stir(model: Any) -> None:
         if tensor.is_floating_point():
             tensor.add_(0.02 * torch.randn(tensor.shape, generator=generator))
     model.tie_weights()
+
+
+def _stir_adapters(pretrained: Any) -> None:
+    """New ones change nothing, so they would prove nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for adapter in adapters_of(pretrained, _ADAPTERS).values():
+        adapter.B.data.add_(0.02 * torch.randn(adapter.B.shape, generator=generator))
 
 
 def _smaller(config: Any, divisor: int) -> Any:

@@ -187,6 +187,34 @@ def load_scorer(
     return model
 
 
+def scorer_on_trunk(language_model: Any, folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """A model with one scalar per position, with a new head of zeros, that computes with the decoder of a loaded causal
+    LM: no weights are copied.
+
+    Raises:
+        DataError: the architecture's sequence classifier has another decoder.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, num_labels=1)
+        provide_classifier(config)
+        with torch.device("meta"):
+            scorer = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+    except LOADING_ERRORS as error:
+        raise DataError(f"{folder} has no sequence classifier that could be the critic: {error}.") from error
+    head, trunk = require_score_head(scorer, folder), language_model.get_decoder()
+    own = getattr(scorer, scorer.base_model_prefix, None)
+    if type(own) is not type(trunk):
+        raise DataError(
+            f"{folder}: the decoder of {type(scorer).__name__} is a {type(own).__name__}, that of the policy a "
+            f"{type(trunk).__name__}, so the critic can't share the policy's trunk. Set critic.lora.rank=0."
+        )
+    setattr(scorer, scorer.base_model_prefix, trunk)
+    scorer.score = head.to_empty(device=language_model.device).to(language_model.dtype)
+    _init_head(scorer.score, "zero", 0)
+    scorer.name_or_path = str(folder)
+    return scorer.eval()
+
+
 def require_score_head(model: Any, folder: Path) -> torch.nn.Linear:
     """The scalar head of a sequence classifier. Raises DataError if it has none of the supported kind."""
     head = getattr(model, "score", None)

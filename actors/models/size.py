@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -43,4 +45,19 @@ def model_size(folder: Path, *, layers: int | None = None, trust_remote_code: bo
         hidden=text.hidden_size,
         feed_forward=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocabulary=text.vocab_size,
+        linear=_linear(model.get_decoder()),
     )
+
+
+def _linear(decoder: Any) -> tuple[tuple[str, int, int, int], ...]:
+    """The layers with a matrix `weight` that are no embeddings: about those that adapters would find by their outputs,
+    see actors/models/adapters.py. Transposed ones count with inputs and outputs exchanged, which adds up equally
+    without DoRA."""
+    counts = Counter(
+        (name.rpartition(".")[2], *reversed(module.weight.shape))
+        for name, module in decoder.named_modules()
+        if isinstance(getattr(module, "weight", None), torch.Tensor)
+        and module.weight.ndim == 2
+        and not isinstance(module, torch.nn.Embedding)
+    )
+    return tuple((name, count, inputs, outputs) for (name, inputs, outputs), count in counts.items())

@@ -22,6 +22,14 @@ class SteadyModel(nn.Module):
 
     pretrained: Any
 
+    def decoder(self) -> Any:
+        """The part of `pretrained` that computes hidden states."""
+        raise NotImplementedError
+
+    def learned_head(self) -> list[nn.Parameter]:
+        """What learns beside adapters."""
+        return []
+
     def train(self, mode: bool = True) -> SteadyModel:
         """Evaluation mode everywhere, except for layers that recompute their activations."""
         super().train(False)

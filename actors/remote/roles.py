@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -178,6 +179,16 @@ class Learns(Protocol):
     def export(self, folder: Path) -> None: ...
 
 
+@dataclass(frozen=True)
+class LearnMethods:
+    """The methods of a worker that a learner calls. A critic on the policy's trunk is called by others."""
+
+    score: ScoreMethod
+    learn: Callable[..., dict[str, float]] = Learns.learn
+    save: Callable[..., None] = Learns.save
+    load: Callable[..., None] = Learns.load
+
+
 class RayLearner(ShardedScorer):
     """The policy or the critic: all ranks score, learn and save together. Calls are not retried after a failure: the
     state of the ranks would be lost or ahead.
@@ -189,7 +200,7 @@ class RayLearner(ShardedScorer):
     def __init__(
         self,
         group: ActorGroup,
-        method: ScoreMethod,
+        methods: LearnMethods,
         *,
         seed: int,
         shards_per_step: int | None,
@@ -198,9 +209,9 @@ class RayLearner(ShardedScorer):
         save_s: float,
         weights: PolicyWeights | None = None,
     ) -> None:
-        super().__init__(group, method, shards_per_step=shards_per_step, score_s=score_s)
+        super().__init__(group, methods.score, shards_per_step=shards_per_step, score_s=score_s)
         self._seed, self._learn_s, self._save_s = seed, learn_s, save_s
-        self._weights = weights or PolicyWeights()
+        self._weights, self._methods = weights or PolicyWeights(), methods
 
     async def learn(self, experience: Experience) -> Metrics:
         job = LearnJob(
@@ -211,15 +222,15 @@ class RayLearner(ShardedScorer):
             seed=self._seed,
         )
         async with self._weights.lock:
-            metrics = await self._group.call_all(Learns.learn, self._learn_s, Several(experience.handles), job)
+            metrics = await self._group.call_all(self._methods.learn, self._learn_s, Several(experience.handles), job)
             self._weights.version = experience.step + 1
         return metrics[0]
 
     async def save(self, folder: Path) -> None:
-        await self._group.call_all(Learns.save, self._save_s, folder)
+        await self._group.call_all(self._methods.save, self._save_s, folder)
 
     async def load(self, folder: Path) -> None:
-        await self._group.call_all(Learns.load, self._save_s, folder)
+        await self._group.call_all(self._methods.load, self._save_s, folder)
 
     async def export(self, folder: Path) -> None:
         await self._group.call_all(Learns.export, self._save_s, folder)

@@ -20,21 +20,8 @@ from orchestrator import schema
 from orchestrator.config.sections import CriticConfig
 
 
-class CriticWorker(LearningWorker):
-    """One rank of the critic. Without critic.path it is the policy with a new head. From a reward model with several
-    heads it takes their mean."""
-
-    def __init__(self, critic: CriticConfig, context: RankContext, group: Group) -> None:
-        distributed.join(group)
-        scorer = load_scorer(
-            resolve_model(critic.path or context.model.path, context.cache),
-            torch_dtype(context.model.compute_dtype),
-            new_head=None if critic.path else "zero",
-            seed=context.seed,
-            heads=1,
-            trust_remote_code=context.model.trust_remote_code,
-        )
-        super().__init__(ValueModel(scorer), critic, context, group)
+class Critic(LearningWorker):
+    """One rank of a critic, whatever its model."""
 
     def values(self, table: pa.Table, share: Share | None = None) -> pa.Table:
         """Table of schema.VALUES for a share of a rollout or experience table; see PolicyWorker.logprobs."""
@@ -74,6 +61,23 @@ class CriticWorker(LearningWorker):
         variance = float(returns_N.var())
         explained = 1.0 - float(residuals_N.var()) / variance if variance > 0.0 else 0.0
         return {**averaged(updates), "explained_variance": explained}
+
+
+class CriticWorker(Critic):
+    """A critic in a process of its own. Without critic.path it is the policy with a new head. From a reward model with
+    several heads it takes their mean."""
+
+    def __init__(self, critic: CriticConfig, context: RankContext, group: Group) -> None:
+        distributed.join(group)
+        scorer = load_scorer(
+            resolve_model(critic.path or context.model.path, context.cache),
+            torch_dtype(context.model.compute_dtype),
+            new_head=None if critic.path else "zero",
+            seed=context.seed,
+            heads=1,
+            trust_remote_code=context.model.trust_remote_code,
+        )
+        super().__init__(ValueModel(scorer), critic, context, group)
 
 
 def _per_row(found: list[tuple[MicroBatch, tuple[Tensor, Tensor]]]) -> list[float]:

@@ -11,26 +11,36 @@ from torch import Tensor
 from actors.learning import distributed
 from actors.learning.average import WeightAverage
 from actors.learning.distributed import Group
-from actors.learning.heads import PolicyModel
+from actors.learning.heads import PolicyModel, ValueModel
 from actors.learning.learner import Update
 from actors.learning.objectives.losses import LossTerms
 from actors.learning.objectives.objective import LearnJob, Rows
 from actors.learning.objectives.table import objective_of
 from actors.learning.packing import MicroBatch, TokenRows
-from actors.learning.worker import LearningWorker, MixedIn, RankContext, Share, answers, averaged, token_lists
-from actors.models.model import load_causal, resolve_model, torch_dtype
+from actors.learning.worker import Forward, LearningWorker, MixedIn, RankContext, Share, answers, averaged, token_lists
+from actors.models.model import load_causal, resolve_model, scorer_on_trunk, torch_dtype
+from actors.roles.critic import Critic
 from actors.text.conversations import load_chat
 from orchestrator import schema
-from orchestrator.config.sections import PolicyConfig
+from orchestrator.config.sections import CriticConfig, PolicyConfig
 
 _FIRST_RATIOS = ("ratio_mean", "ratio_deviation_max")
 
 
 class PolicyWorker(LearningWorker):
-    """One rank of the policy."""
+    """One rank of the policy.
+
+    Args:
+        critic: section of a critic that shares the policy's trunk, with adapters and a head of its own; null: none.
+    """
 
     def __init__(
-        self, policy: PolicyConfig, context: RankContext, group: Group, mixed_in: MixedIn | None = None
+        self,
+        policy: PolicyConfig,
+        context: RankContext,
+        group: Group,
+        mixed_in: MixedIn | None = None,
+        critic: CriticConfig | None = None,
     ) -> None:
         self._mixed_in, self._max_new_tokens = mixed_in, context.max_new_tokens
         distributed.join(group)
@@ -49,6 +59,28 @@ class PolicyWorker(LearningWorker):
 
         decay = policy.ema_decay
         self._average = WeightAverage(decay, holds=group.rank == 0) if decay else None
+        self._critic: Critic | None = None
+        if critic is not None:
+            scorer = scorer_on_trunk(language_model, folder, trust_remote_code=trust)
+            self._critic = Critic(ValueModel(scorer), critic, context, group, name="critic")
+
+    @property
+    def critic(self) -> Critic:
+        """The critic on this trunk."""
+        assert self._critic is not None, "the critic has a process of its own"
+        return self._critic
+
+    def critic_values(self, table: pa.Table, share: Share | None = None) -> pa.Table:
+        return self.critic.values(table, share)
+
+    def critic_learn(self, tables: list[pa.Table], job: LearnJob) -> dict[str, float]:
+        return self.critic.learn(tables, job)
+
+    def critic_save(self, folder: Path) -> None:
+        self.critic.save(folder)
+
+    def critic_load(self, folder: Path) -> None:
+        self.critic.load(folder)
 
     def save(self, folder: Path) -> None:
         super().save(folder)
@@ -71,13 +103,20 @@ class PolicyWorker(LearningWorker):
     def logprobs(self, table: pa.Table, share: Share | None = None) -> pa.Table:
         """Table of schema.LOGPROBS for a share of a rollout or experience table. None: this rank's share in its group;
         with ZeRO-3 all ranks must compute together."""
+        return self._logprobs(table, share, self.learner.pass_through)
+
+    def reference_logprobs(self, table: pa.Table, share: Share | None = None) -> pa.Table:
+        """The same of the policy before learning, which a policy with adapters still holds: its trunk."""
+        return self._logprobs(table, share, self.learner.pass_through_trunk)
+
+    def _logprobs(self, table: pa.Table, share: Share | None, forward: Forward) -> pa.Table:
         return logprobs_table(
             table,
             [
                 (micro, output[0])
                 for micro, output in answers(
                     TokenRows.of_table(table),
-                    self.learner.pass_through,
+                    forward,
                     share or self.share,
                     micro_batch_tokens=self.micro_batch_tokens,
                     device=self.learner.device,

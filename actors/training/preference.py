@@ -78,7 +78,11 @@ class PreferenceTask:
         train = stored_rankings(data[0], shares_prompts=self._shares_prompts, tokens_added=added)
         held_out = stored_rankings(data[1], shares_prompts=self._shares_prompts)
         self.learner = Learner(
-            model, stage.learner(steps), dtype=settings.policy.compute_dtype, total_optimizer_steps=steps
+            model,
+            stage.learner(steps),
+            dtype=settings.policy.compute_dtype,
+            total_optimizer_steps=steps,
+            seed=settings.seed,
         )
         mixed = [] if data[2] is None else [stored_rankings(data[2])]
         self._pairs = Mismatched(train.num_records if mixed else 0, stage, settings.seed)

@@ -94,8 +94,9 @@ class RewardModelTask:
         self.chat.tokenizer.pad_token = self.chat.tokenizer.convert_ids_to_tokens(padding)
         scorer.config.pad_token_id = padding
         steps = settings.total_optimizer_steps
-        self.learner = Learner(ValueModel(scorer), stage.learner(steps), dtype=dtype, total_optimizer_steps=steps)
-
+        self.learner = Learner(
+            ValueModel(scorer), stage.learner(steps), dtype=dtype, total_optimizer_steps=steps, seed=settings.seed
+        )
         weights_RH = stored_weights(data[0], stage.heads) if stage.heads > 1 else np.zeros((0, 1), np.float32)
         self._weights_RH = torch.from_numpy(weights_RH).to(self.learner.device)
 

@@ -53,7 +53,11 @@ class SftTask:
         self.data, self._held_out = (LearnedRows(StoredRows(folder, is_packed=packs)) for folder in data)
         stage, steps = settings.stage, settings.total_optimizer_steps
         self.learner = Learner(
-            model, stage.learner(steps), dtype=settings.policy.compute_dtype, total_optimizer_steps=steps
+            model,
+            stage.learner(steps),
+            dtype=settings.policy.compute_dtype,
+            total_optimizer_steps=steps,
+            seed=settings.seed,
         )
         alpha = stage.neftune_alpha
         self._noise = EmbeddingNoise(model, alpha=alpha, seed=settings.seed) if alpha else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import psutil
@@ -18,9 +18,10 @@ from jobs.stages.settings import critic_base, reward_base
 from jobs.stages.table import stages_of
 from orchestrator.config.config import Config
 from orchestrator.config.rewards import ModelRewardConfig
-from orchestrator.config.sections import LearnerConfig
+from orchestrator.config.sections import LearnerConfig, LoraConfig
 from orchestrator.config.trainings import OfflineConfig
-from orchestrator.planning.demands import PREFERENCE, REWARD_MODEL, SFT
+from orchestrator.failures import LEARNERS
+from orchestrator.planning.demands import PREFERENCE, REWARD_MODEL, SFT, all_demands
 from orchestrator.planning.memory import (
     AVERAGE_BYTES,
     GIB,
@@ -31,8 +32,10 @@ from orchestrator.planning.memory import (
     NodeNeed,
     NodeOffer,
     engine_memory,
+    gib,
     learner_memory,
     needs,
+    on_trunk_memory,
     scorer_memory,
     too_much,
 )
@@ -129,6 +132,11 @@ def memory_per_role(config: Config, sizes: _Sizes, roles: Collection[str]) -> di
         size = sizes.of(None)
         memory = _learner(config, config.policy, size, logits=True)
         average = AVERAGE_BYTES * size.num_params if config.policy.ema_decay else 0  # on the host
+        if config.critic_is_on_trunk:
+            critic = config.critic
+            adapters, zero = size.adapter_params(critic.lora), critic.zero_stage
+            more = on_trunk_memory(adapters, dtype=dtype, zero_stage=zero, ranks=config.policy.ranks)
+            memory = replace(memory, state=memory.state + more.state)
         return replace(memory, process=memory.process + average)
 
     def of_reward() -> Memory:
@@ -178,7 +186,42 @@ def _learner(config: Config, learner: LearnerConfig | OfflineConfig, size: Model
         micro_batch_tokens=learner.micro_batch_tokens,
         gradient_checkpointing=learner.gradient_checkpointing,
         logits=logits,
+        adapters=size.adapter_params(learner.lora) if learner.lora.rank else 0,
     )
+
+
+def adapter_lines(config: Config) -> Iterator[str]:
+    """What adapters of reinforcement learning save; nothing if there are none."""
+    if not config.policy.lora.rank and not config.critic.lora.rank:
+        return
+    sizes = _Sizes(config)
+    roles: dict[str, tuple[LearnerConfig, ModelSize]] = {"policy": (config.policy, sizes.of(None))}
+    if config.algorithm.needs_critic:
+        roles["critic"] = (config.critic, sizes.of(*critic_base(config)))
+    for role, (section, size) in roles.items():
+        if section.lora.rank:
+            learned, frozen = size.adapter_params(section.lora) / 1e6, size.num_params / 1e6
+            yield f"{role}: {section.lora.describe()}: {learned:.1f} million parameters learn, {frozen:.0f} are frozen"
+    shared = [
+        name
+        for name, is_shared in (("critic", config.critic_is_on_trunk), ("reference", config.reference_is_trunk))
+        if is_shared
+    ]
+    if shared:
+        yield f"{' and '.join(shared)} on the policy's trunk: no weights of their own"
+    off = {"lora": LoraConfig()}
+    full = config.model_copy(
+        update={"policy": config.policy.model_copy(update=off), "critic": config.critic.model_copy(update=off)}
+    )
+    mine, whole = (_states(one, sizes) for one in (config, full))
+    yield f"weights and states of policy, critic and reference: {gib(mine)}, and {gib(whole)} without adapters"
+
+
+def _states(config: Config, sizes: _Sizes) -> float:
+    """Bytes over all actors of policy, critic and reference."""
+    demands = [demand for demand in all_demands(config) if demand.role in (*LEARNERS, "reference")]
+    memory_of = memory_per_role(config, sizes, {demand.role for demand in demands})
+    return sum(demand.count * memory_of[demand.role].state for demand in demands)
 
 
 def disk_bytes(config: Config, sizes: _Sizes, prepared: Prepared | None) -> float:

@@ -20,6 +20,7 @@ from actors.text.tokenizing import has_tokenizer, load_tokenizer
 from jobs.stages.stage import ModelUse
 from jobs.stages.table import stages_of
 from orchestrator.config.config import Config
+from orchestrator.config.sections import LoraConfig
 from orchestrator.errors import ConfigError
 
 HEAD = "score."
@@ -31,14 +32,14 @@ def check_models(config: Config) -> str | None:
     Raises:
         DataError, ConfigError: name the model and a remedy.
     """
-    uses_of: dict[tuple[Path, bool, bool], list[ModelUse]] = {}
+    uses_of: dict[tuple[Path, bool, bool, LoraConfig], list[ModelUse]] = {}
     for use in _uses(config):
         folder = resolve_model(use.model, config.run.cache)
         settings = read_config(folder, trust_remote_code=config.model.trust_remote_code)
         _require_size(config, use, folder, settings)
         if use.heads is not None and (head := read_headers(folder).get(f"{HEAD}weight")) is not None:
             require_heads(head.shape[0], use.heads, folder)
-        uses_of.setdefault((folder.resolve(), use.scores, use.checkpointing), []).append(use)
+        uses_of.setdefault((folder.resolve(), use.scores, use.checkpointing, use.lora), []).append(use)
     tried = [_describe(uses, is_tried=_prove(config, uses)) for uses in uses_of.values()]
     return f"models: weights are whole; {', '.join(tried)}"
 
@@ -47,7 +48,8 @@ def _describe(uses: Sequence[ModelUse], *, is_tried: bool) -> str:
     keys = " and ".join(use.key for use in uses)
     if not is_tried:
         return f"{keys} will be proved when loaded"
-    return f"{keys} {'were' if len(uses) > 1 else 'was'} tried small"
+    adapters = ", with adapters" if uses[0].lora.rank else ""
+    return f"{keys} {'were' if len(uses) > 1 else 'was'} tried small{adapters}"
 
 
 def _uses(config: Config) -> Iterator[ModelUse]:
@@ -76,6 +78,7 @@ def _prove(config: Config, uses: Sequence[ModelUse]) -> bool:
         scores=use.scores,
         checkpointing=use.checkpointing,
         exports=exports,
+        lora=use.lora,
     )
 
 

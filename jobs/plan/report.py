@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 from actors.machine.probe import machine_speed
-from jobs.check.capacity import Cluster, capacity, find_cluster
+from jobs.check.capacity import Cluster, adapter_lines, capacity, find_cluster
 from jobs.command import out, say
 from jobs.plan.work import layout_of, learning_of, work_of
 from jobs.resolve import WITHOUT_TRIAL, resolved
@@ -156,11 +156,14 @@ def settings_of(layout: Layout, models: Collection[str]) -> list[str]:
         f"rollout.replicas={layout.engines}",
         f"rollout.tensor_parallel_size={layout.width('rollout')}",
         f"rollout.samples_per_shard={layout.samples_per_shard}",
-        f"reference.ranks={layout.width('reference')}",
-        f"reference.sharded={str(layout.learning['reference'].zero_stage == 3).lower()}",
-        f"reference.micro_batch_tokens={layout.learning['reference'].micro_batch_tokens}",
         f"reward.replicas={layout.reward_replicas}",
     ]
+    if "reference" in models:
+        lines += [
+            f"reference.ranks={layout.width('reference')}",
+            f"reference.sharded={str(layout.learning['reference'].zero_stage == 3).lower()}",
+            f"reference.micro_batch_tokens={layout.learning['reference'].micro_batch_tokens}",
+        ]
     if "reward" in models:
         lines.append(f"reward.micro_batch_tokens={layout.learning['reward'].micro_batch_tokens}")
     for role in (role for role in LEARNERS if role in models):
@@ -182,6 +185,8 @@ def _show_work(config: Config, work: Work, lengths: MeanLengths) -> None:
         f"prompts of {work.prompt.mean:g}, responses of {work.response.mean:g} tokens{guess}; "
         f"{config.rl.steps} steps"
     )
+    for line in adapter_lines(config):
+        say(line)
 
 
 def _show(config: Config, found: Search, what: str) -> None:

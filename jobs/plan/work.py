@@ -78,7 +78,14 @@ def work_of(config: Config, *, prompt_tokens: float | None, response_tokens: flo
         Spread(prompt_tokens or longest_prompt, longest_prompt),
         Spread(response_tokens or longest, longest, deviation if response_tokens else 0.0),
         sharing=sharing_of(config),
+        on_trunk=on_trunk(config),
     )
+
+
+def on_trunk(config: Config) -> frozenset[str]:
+    """The roles without weights of their own."""
+    shared = {"critic": config.critic_is_on_trunk, "reference": config.reference_is_trunk}
+    return frozenset(role for role, is_shared in shared.items() if is_shared)
 
 
 def sharing_of(config: Config) -> int:
@@ -87,20 +94,24 @@ def sharing_of(config: Config) -> int:
 
 
 def learning_of(config: Config) -> Mapping[str, LearnSettings]:
+    """Raises DataError as models_of does, if policy or critic have adapters."""
     reward = config.reward
+    has_adapters = config.policy.lora.rank or config.critic.lora.rank
+    models = models_of(config) if has_adapters else {}
 
-    def learner(section: LearnerConfig) -> LearnSettings:
+    def learner(section: LearnerConfig, size: Dimensions | None) -> LearnSettings:
         return LearnSettings(
             section.zero_stage,
             config.algorithm.epochs,
             config.algorithm.minibatches,
             section.micro_batch_tokens,
             section.gradient_checkpointing,
+            size.adapter_params(section.lora) if size and section.lora.rank else 0,
         )
 
     return {
-        "policy": learner(config.policy),
-        "critic": learner(config.critic),
+        "policy": learner(config.policy, models.get("policy")),
+        "critic": learner(config.critic, models.get("critic")),
         "reference": LearnSettings(
             3 if config.reference.sharded else 0, micro_batch_tokens=config.reference.micro_batch_tokens
         ),

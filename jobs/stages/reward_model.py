@@ -47,7 +47,7 @@ class RewardModel(TrainingStage):
     def models(self, config: Config) -> Iterable[ModelUse]:
         base, layers = self.initial_model(config)
         use = ModelUse("reward_model.base", base, scores=True, window=None, exports=True, layers=layers)
-        return (replace(use, heads=config.reward_model.heads),)
+        return (replace(use, heads=config.reward_model.heads, lora=config.reward_model.lora),)
 
     def rows(self, config: Config, prepared: Prepared) -> RowSizes:
         found: RowSizes = imported("jobs.stages.work.reward_model:sizes")(config, prepared)

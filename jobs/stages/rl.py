@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,13 @@ from jobs.stages.sample import policy_use
 from jobs.stages.stage import POLICY, Artifact, Costs, Inputs, ModelUse, Row, Sizes, Stage
 from orchestrator.config.config import Config
 from orchestrator.planning.demands import all_demands
-from orchestrator.planning.disk import EXPORTED_BYTES_PER_PARAM, SAVED_BYTES_PER_PARAM, Disk, samples_disk
+from orchestrator.planning.disk import (
+    EXPORTED_BYTES_PER_PARAM,
+    SAVED_BYTES_PER_PARAM,
+    Disk,
+    learned_params,
+    samples_disk,
+)
 from orchestrator.planning.memory import AVERAGE_BYTES
 from orchestrator.planning.placement import Node, Plan, place
 from orchestrator.run.checkpoints import is_complete
@@ -88,8 +95,8 @@ class Rl(Stage):
 
     def models(self, config: Config) -> Iterable[ModelUse]:
         longest = config.model.max_length
-        yield policy_use(config, exports=True)
-        if config.reference.path is not None:
+        yield replace(policy_use(config, exports=True), lora=config.policy.lora)
+        if config.reference.path is not None and not config.reference_is_trunk:
             yield ModelUse("reference.path", config.reference.path, scores=False, window=longest)
         yield from reward_uses(config)
         if config.algorithm.needs_critic:
@@ -103,12 +110,15 @@ class Rl(Stage):
 
     def disk(self, config: Config, sizes: Sizes) -> Disk:
         """Checkpoints (those kept, the best, and one more while saving), exports, and the experience log."""
-        num_params = sizes.of(config.model.path).num_params
+        size = sizes.of(config.model.path)
+        num_params, num_saved = size.num_params, learned_params(size, config.policy)
         average = AVERAGE_BYTES * num_params if config.policy.ema_decay else 0
         if config.algorithm.needs_critic:
-            num_params += sizes.of(*imported("jobs.stages.settings:critic_base")(config)).num_params
+            critic = sizes.of(*imported("jobs.stages.settings:critic_base")(config))
+            num_params += critic.num_params
+            num_saved += learned_params(critic, config.critic)
         keeps_best = config.checkpoints.best_metric is not None and config.evaluation.every_steps > 0
-        saved = (config.checkpoints.keep + 1 + keeps_best) * (SAVED_BYTES_PER_PARAM * num_params + average)
+        saved = (config.checkpoints.keep + 1 + keeps_best) * (SAVED_BYTES_PER_PARAM * num_saved + average)
         exported = EXPORTED_BYTES_PER_PARAM * num_params * (1 + keeps_best)
         experience = samples_disk(config.rl.steps * config.samples_per_step, config.model.max_length)
         return Disk(saved + exported + experience.kept)
@@ -138,4 +148,5 @@ def _critic_use(config: Config) -> ModelUse:
         scores=True,
         window=config.model.max_length,
         checkpointing=config.critic.gradient_checkpointing,
+        lora=config.critic.lora,
     )

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from jobs.command import imported
 from orchestrator.config.changes import value_of
 from orchestrator.config.config import Config
+from orchestrator.config.sections import LoraConfig
 from orchestrator.planning.disk import Disk, rows_disk
 from orchestrator.planning.memory import ModelSize
 from orchestrator.planning.placement import Node, Plan
@@ -78,6 +79,7 @@ class ModelUse:
     exports: bool = False
     layers: int | None = None
     heads: int | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from orchestrator.config.config import Config
 from orchestrator.config.losses import PreferenceLoss, RewardLoss
 from orchestrator.config.trainings import OfflineConfig
 from orchestrator.planning.demands import plan_training
-from orchestrator.planning.disk import Disk, training_disk
+from orchestrator.planning.disk import Disk, learned_params, training_disk
 from orchestrator.planning.placement import Node, Plan
 from orchestrator.run.folder import RunFolder
 
@@ -35,7 +35,9 @@ class TrainingStage(Stage):
 
     def disk(self, config: Config, sizes: Sizes) -> Disk:
         size = sizes.of(*self.initial_model(config))
-        return training_disk(size.num_params, saves=self.section(config).checkpoint_every_steps > 0)
+        section = self.section(config)
+        num_saved = learned_params(size, section) if section.checkpoint_every_steps else 0
+        return training_disk(size.num_params, num_saved)
 
     def is_finished(self, config: Config, run: RunFolder) -> bool:
         return (run.place / self.leaves[0]).exists()
@@ -62,6 +64,7 @@ class PolicyTrainingStage(TrainingStage):
             window_key=f"{self.kind}.max_length",
             checkpointing=section.gradient_checkpointing,
             exports=True,
+            lora=section.lora,
         )
 
 

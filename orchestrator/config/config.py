@@ -88,6 +88,25 @@ class Config(Section):
     def samples_per_step(self) -> int:
         return self.rl.samples_per_step
 
+    @property
+    def reference_is_trunk(self) -> bool:
+        """Whether the policy answers for the reference, which is then the policy without its adapters."""
+        return self.policy.lora.rank > 0 and self.reference.path in (None, self.model.path)
+
+    @property
+    def critic_is_on_trunk(self) -> bool:
+        """Whether the critic is a second set of adapters, with a head, on the policy's trunk, in its processes."""
+        policy, critic = self.policy, self.critic
+        starts_from_policy = critic.path == self.model.path or (
+            critic.path is None and not isinstance(self.reward, ModelRewardConfig)
+        )
+        return (
+            self.algorithm.needs_critic
+            and starts_from_policy
+            and min(policy.lora.rank, critic.lora.rank) > 0
+            and max(policy.zero_stage, critic.zero_stage) < 3
+        )
+
     @model_validator(mode="after")
     def _keys_fit_together(self) -> Config:
         for complaint in _contradictions(self):

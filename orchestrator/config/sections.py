@@ -126,6 +126,34 @@ class SelectConfig(Section):
     """Pairs whose scores differ by less are skipped and counted."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA, Hu 2021): the model's own weights are frozen, and only adapters of its linear layers
+    learn."""
+
+    rank: NonNegative = 0
+    """Rank of the adapters, such as 16; they need about ten times the learning rate of full training. 0: all weights
+    learn."""
+    alpha: PositiveNumber = 32.0
+    """Scale: what an adapter adds is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Linear layers that get adapters, by the last part of their names, such as [q_proj, v_proj]. Empty: all of the
+    decoder; never the output head."""
+    dora: bool = False
+    """Learn the length of every row of the weights, too (DoRA, Liu 2024). Slower."""
+    rank_stabilised: bool = False
+    """Divide alpha by the square root of the rank instead of the rank (rsLoRA, Kalajdzievski 2023)."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+
+    def describe(self) -> str:
+        if not self.rank:
+            return "off"
+        kind = "DoRA" if self.dora else "LoRA"
+        return f"{kind} of rank {self.rank}, scale {self.scale:g}, on {', '.join(self.targets) or 'all layers'}"
+
+
 class TrainingConfig(Section):
     """The keys of all training."""
 
@@ -141,6 +169,7 @@ class TrainingConfig(Section):
     """Largest padded micro-batch, in tokens."""
     gpus_per_rank: NonNegativeNumber = 0.0
     """GPUs of one rank."""
+    lora: LoraConfig = LoraConfig()
 
 
 class LearnerConfig(TrainingConfig):
@@ -169,14 +198,17 @@ class PolicyConfig(LearnerConfig):
 class CriticConfig(LearnerConfig):
     path: str | None = None
     """Initial model of the critic; must have the policy's vocabulary. Equal to model.path: the policy with a new head.
-    Null: the reward model if there is one, else the policy with a new head."""
+    Null: the reward model if there is one, else the policy with a new head. If it is the policy with a new
+    head, and both have adapters (lora.rank) and no ZeRO-3, it is no model of its own: its adapters are on the policy's
+    trunk, in the policy's processes, and keys about ranks and their resources have no effect."""
     warmup_steps: NonNegative = 0
     """Number of initial steps in which only the critic learns."""
 
 
 class ReferenceConfig(Section):
     path: str | None = None
-    """Reference model. Null: model.path."""
+    """Reference model. Null: model.path. If policy.lora.rank is set and this is null or model.path, no reference model
+    is loaded: the policy computes without its adapters, and the other keys have no effect."""
     ranks: Positive = 1
     """Data-parallel ranks."""
     sharded: bool = False

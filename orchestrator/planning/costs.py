@@ -73,13 +73,21 @@ def line_lengths(prompts: Lengths, responses: Lengths, *, sharing: int, longest:
 
 @dataclass(frozen=True)
 class LearnSettings:
-    """Settings of learning or scoring; see the config keys of the same names."""
+    """Settings of learning or scoring; see the config keys of the same names.
+
+    `adapters`: their parameters, which learn instead of the model's own; 0: there are none.
+    """
 
     zero_stage: int = 1
     epochs: int = 1
     minibatches: int = 1
     micro_batch_tokens: int = 16384
     gradient_checkpointing: bool = False
+    adapters: int = 0
+
+    def learned_share(self, size: Dimensions) -> float:
+        """Share of the parameters that learn."""
+        return self.adapters / size.num_params if self.adapters else 1.0
 
 
 def score_seconds(
@@ -120,23 +128,25 @@ def learn_seconds(
     """
     gathers = 2 * exchange_seconds(size.weight_bytes, device, ranks) if settings.zero_stage == 3 else 0.0
     seconds = settings.minibatches * optimizer_seconds(size, device, settings, ranks=ranks)
-    passes = 4 if settings.gradient_checkpointing else 3
+    share = settings.learned_share(size)  # frozen weights have no gradient
+    passes = (3 if settings.gradient_checkpointing else 2) + share
+    touched = device.efficiency.micro_batch_bytes * (0.25 + 0.75 * share)  # a quarter reads the weights
     longest_first = np.sort(lengths)[::-1]
     for minibatch in range(settings.minibatches):
         rows = longest_first[minibatch :: settings.minibatches][::ranks]
         plan = micro_batches(range(len(rows)), rows.tolist(), settings.micro_batch_tokens)
         flops = passes * forward_flops(size, _padded(plan, rows), head_tokens=head_tokens * len(rows) / len(lengths))
         seconds += max(flops / (device.flops * device.efficiency.learn), len(plan) * gathers)
-        seconds += len(plan) * _touch_seconds(size, device, device.efficiency.micro_batch_bytes)
+        seconds += len(plan) * _touch_seconds(size, device, touched)
     return settings.epochs * seconds
 
 
 def optimizer_seconds(size: Dimensions, device: Device, settings: LearnSettings, *, ranks: int) -> float:
     """Reducing gradients, updating this rank's shard, gathering weights (ZeRO-3 gathers them in the forward)."""
-    shards = ranks if settings.zero_stage else 1
-    update = _touch_seconds(size, device, device.efficiency.optimizer_bytes) / shards
+    shards, share = ranks if settings.zero_stage else 1, settings.learned_share(size)
+    update = _touch_seconds(size, device, device.efficiency.optimizer_bytes * share) / shards
     exchanges = 1 if settings.zero_stage == 3 else 2
-    return update + exchanges * exchange_seconds(size.weight_bytes, device, ranks)
+    return update + exchanges * exchange_seconds(size.weight_bytes * share, device, ranks)
 
 
 def exchange_seconds(num_bytes: float, device: Device, ranks: int) -> float:

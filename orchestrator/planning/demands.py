@@ -37,11 +37,12 @@ def all_demands(config: Config) -> list[Demand]:
     """All roles of reinforcement learning."""
     policy, critic, reference = config.policy, config.critic, config.reference
     critics = [Demand("critic", critic.ranks, critic.cpus_per_rank, critic.gpus_per_rank)]
+    references = [Demand("reference", reference.ranks, reference.cpus_per_rank, reference.gpus_per_rank)]
     return [
         engine_demand(config),
         Demand("policy", policy.ranks, policy.cpus_per_rank, policy.gpus_per_rank),
-        *(critics if config.algorithm.needs_critic else []),
-        Demand("reference", reference.ranks, reference.cpus_per_rank, reference.gpus_per_rank),
+        *(critics if config.algorithm.needs_critic and not config.critic_is_on_trunk else []),
+        *(references if not config.reference_is_trunk else []),
         reward_demand(config),
         Demand("recorder", 1, RECORDER_CPUS),
     ]

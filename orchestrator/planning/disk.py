@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from orchestrator.config.sections import TrainingConfig
+from orchestrator.planning.memory import ModelSize
+
 LOGGED_BYTES_PER_TOKEN = 40  # token id and some eight floats, before compression
 SAVED_BYTES_PER_PARAM = 14  # weights, masters, two moments
 EXPORTED_BYTES_PER_PARAM = 4
@@ -19,9 +22,14 @@ class Disk:
     working: float = 0.0
 
 
-def training_disk(num_params: int, *, saves: bool) -> Disk:
-    """Of a training without rollouts: its model and, if it saves any, its last checkpoint and the next one."""
-    return Disk(EXPORTED_BYTES_PER_PARAM * num_params, 2 * SAVED_BYTES_PER_PARAM * num_params * saves)
+def learned_params(size: ModelSize, section: TrainingConfig) -> int:
+    """The parameters that learn and are saved: all, or those of adapters."""
+    return size.adapter_params(section.lora) if section.lora.rank else size.num_params
+
+
+def training_disk(num_params: int, num_saved: int) -> Disk:
+    """Of a training without rollouts: its model and, if it saves any parameters, its last checkpoint and the next."""
+    return Disk(EXPORTED_BYTES_PER_PARAM * num_params, 2 * SAVED_BYTES_PER_PARAM * num_saved)
 
 
 def rows_disk(num_tokens: float, num_rows: float) -> Disk:

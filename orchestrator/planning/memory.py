@@ -8,10 +8,11 @@ one chunk, temporaries of the optimizer) is needed in addition while a role comp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from orchestrator.config.base import Dtype
+from orchestrator.config.sections import LoraConfig
 from orchestrator.errors import CapacityError
 from orchestrator.planning.placement import Plan, Slot
 
@@ -39,13 +40,26 @@ _LOGIT_COPIES = 4
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The sizes that determine a model's memory. `feed_forward` is the inner width of its MLP."""
+    """The sizes that determine a model's memory. `feed_forward` is the inner width of its MLP.
+
+    Args:
+        linear: the decoder's linear layers: (last part of the name, number of these, inputs, outputs).
+    """
 
     num_params: int
     num_layers: int
     hidden: int
     feed_forward: int
     vocabulary: int
+    linear: tuple[tuple[str, int, int, int], ...] = field(default=(), kw_only=True)
+
+    def adapter_params(self, lora: LoraConfig) -> int:
+        """Parameters of the adapters that a config puts on this model."""
+        return sum(
+            count * (lora.rank * (inputs + outputs) + (outputs if lora.dora else 0))
+            for name, count, inputs, outputs in self.linear
+            if not lora.targets or name in lora.targets
+        )
 
 
 @dataclass(frozen=True)
@@ -82,11 +96,39 @@ def learner_memory(
     micro_batch_tokens: int,
     gradient_checkpointing: bool,
     logits: bool,
+    adapters: int = 0,
 ) -> Memory:
     """One rank of a policy or a critic (`logits` off) under ZeRO (Rajbhandari 2020, section 3).
 
     Stage 1 shards moments and master weights, stage 2 also gradients, stage 3 also weights.
+
+    Args:
+        adapters: parameters of adapters, which then learn instead of the model's own; 0: there are none.
     """
+    held, zero_stage = BYTES_OF[dtype], effective_zero_stage(zero_stage, dtype=dtype, ranks=ranks)
+    learned = adapters or size.num_params
+    state = learned_bytes(learned, dtype=dtype, zero_stage=zero_stage, ranks=ranks)
+    if adapters:
+        state += held * size.num_params / (ranks if zero_stage == 3 else 1)
+    temporaries = _ADAM_TEMPORARIES * learned / (ranks if zero_stage else 1)
+    layers = 1 if gradient_checkpointing else size.num_layers
+    working = (
+        temporaries
+        + layers * _layer_bytes(size, dtype, micro_batch_tokens)
+        + (size.num_layers * size.hidden * micro_batch_tokens * held if gradient_checkpointing else 0)
+        + (_logit_bytes(size, micro_batch_tokens) if logits else 0)
+        + (4 * size.vocabulary * size.hidden if logits and not adapters else 0)
+    )
+    return Memory(state, working, process=LEARNER_PROCESS)
+
+
+def on_trunk_memory(adapters: int, *, dtype: Dtype, zero_stage: int, ranks: int) -> Memory:
+    """What a critic or a reference adds to a rank of the policy whose trunk it shares."""
+    return Memory(learned_bytes(adapters, dtype=dtype, zero_stage=zero_stage, ranks=ranks))
+
+
+def learned_bytes(num_params: float, *, dtype: Dtype, zero_stage: int, ranks: int) -> float:
+    """Weights that learn, with their gradients, masters and moments, on one rank."""
     held, zero_stage = BYTES_OF[dtype], effective_zero_stage(zero_stage, dtype=dtype, ranks=ranks)
     optimizer = _MOMENTS + (_MASTERS if dtype == "bfloat16" or zero_stage else 0)
     gradients = held + (4 if dtype == "bfloat16" and zero_stage else 0)
@@ -95,15 +137,7 @@ def learner_memory(
         + gradients / (ranks if zero_stage >= 2 else 1)
         + optimizer / (ranks if zero_stage else 1)
     )
-    temporaries = _ADAM_TEMPORARIES * size.num_params / (ranks if zero_stage else 1)
-    layers = 1 if gradient_checkpointing else size.num_layers
-    working = (
-        temporaries
-        + layers * _layer_bytes(size, dtype, micro_batch_tokens)
-        + (size.num_layers * size.hidden * micro_batch_tokens * held if gradient_checkpointing else 0)
-        + (_logit_bytes(size, micro_batch_tokens) + 4 * size.vocabulary * size.hidden if logits else 0)
-    )
-    return Memory(per_param * size.num_params, working, process=LEARNER_PROCESS)
+    return per_param * num_params
 
 
 def scorer_memory(size: ModelSize, *, dtype: Dtype, shards: int, micro_batch_tokens: int, logits: bool) -> Memory:

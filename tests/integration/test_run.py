@@ -206,6 +206,28 @@ def test_a_run_whose_folder_is_lost_goes_on_from_its_mirror(launcher: Launcher, 
     assert f"checkpoints/step-{STEPS:06d}/COMPLETE" in newest_files(mirror)
 
 
+def test_a_killed_run_on_one_trunk_ends_as_an_undisturbed_one(launcher: Launcher) -> None:
+    keys = ("policy.lora.rank=4", "critic.lora.rank=4", "policy.learning_rate=0.01", "model.dtype=float32")
+    output = finish(launcher.ppo("trunk", *keys))
+    assert "policy 0:" in output and "reference 0:" not in output and "critic 0:" not in output
+    whole, folder = launcher.run_folder("trunk"), launcher.run_folder("trunk-killed")
+    metrics = [line["metrics"] for line in read_lines(whole / "metrics.jsonl") if line["kind"] == "step"]
+    assert metrics[0]["kl/per_token_k3"] == 0.0 < metrics[-1]["kl/per_token_k3"]
+    assert all(line["publish/tensors_verified"] > 10 for line in metrics)
+    assert all(line["engine/mismatch_max"] < 1e-4 for line in metrics), "merged weights compute something else"
+    killed = launcher.ppo("trunk-killed", *keys)
+    wait_until(killed, (folder / "checkpoints" / "step-000002" / "COMPLETE").exists)
+    killed.kill()
+    killed.communicate()
+    finish(launcher.ppo("trunk-killed", *keys))
+    assert steps_written(folder) == list(range(STEPS))
+    assert_same_bits(whole, folder)
+    adapter = Path("export", "adapter", "adapter_model.safetensors")
+    assert sha256(whole / adapter) == sha256(folder / adapter)
+    output = finish(launcher.start("replay", str(whole), "--to", str(launcher.folder / "trunk-again")))
+    assert output.count(f"equal to the run's own step-{STEPS:06d}") == 2, output
+
+
 def newest_files(mirror: Mirror) -> Mapping[str, str]:
     names = mirror.names()
     return mirror.read(names[-1]).files if names else {}

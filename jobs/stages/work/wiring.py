@@ -15,6 +15,7 @@ from actors.learning.worker import MixedIn
 from actors.remote.publisher import BucketPublisher, PolicyWeights
 from actors.remote.roles import (
     ClusterMeter,
+    LearnMethods,
     RayLearner,
     RayRecorder,
     RayRollouts,
@@ -66,6 +67,9 @@ from orchestrator.types import Prompt
 from orchestrator.watching.guards import Guards, acted_before, guard_table
 from orchestrator.watching.telemetry import Telemetry
 
+_CRITIC_ON_TRUNK = LearnMethods(
+    PolicyWorker.critic_values, PolicyWorker.critic_learn, PolicyWorker.critic_save, PolicyWorker.critic_load
+)
 EVALUATION_STEP = -1  # used instead of a step in the seeds of held-out samples: the same at every evaluation
 
 
@@ -108,25 +112,26 @@ async def start_engines(config: Config, starter: Starter, *, version: int | None
 
 
 async def start_learners(config: Config, starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
-    """Policy and critic, if there is one, starting at once."""
+    """Policy and critic, if there is one in processes of its own, starting at once."""
     context = rank_context(config)
     table, ptx = mixed_in(config), config.ptx
     rows = None if table is None else MixedIn(table, coefficient=ptx.coefficient, num_rows=ptx.records)
-    policy = {"policy": config.policy, "context": context, "mixed_in": rows}
+    critic = critic_section(config, reward_path) if config.algorithm.needs_critic else None
+    shared = critic if config.critic_is_on_trunk else None
+    policy = {"policy": config.policy, "context": context, "mixed_in": rows, "critic": shared}
     groups = {"policy": await starter.ranks("policy", PublishingPolicy, policy)}
-    if not config.algorithm.needs_critic:
+    if critic is None or shared is not None:
         return groups
-    critic = {"critic": critic_section(config, reward_path), "context": context}
-    return {**groups, "critic": await starter.ranks("critic", CriticWorker, critic)}
+    return {**groups, "critic": await starter.ranks("critic", CriticWorker, {"critic": critic, "context": context})}
 
 
 async def start_scorers(config: Config, starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
-    """Reference and reward, starting at once."""
-    reference = {"reference": config.reference, "context": rank_context(config)}
-    return {
-        "reference": await starter.ranks("reference", ReferenceWorker, reference),
-        "reward": await start_reward(config, starter, reward_path),
-    }
+    """Reward and reference, if it is not the policy's trunk, starting at once."""
+    groups = {"reward": await start_reward(config, starter, reward_path)}
+    if not config.reference_is_trunk:
+        reference = {"reference": config.reference, "context": rank_context(config)}
+        groups["reference"] = await starter.ranks("reference", ReferenceWorker, reference)
+    return groups
 
 
 async def start_reward(config: Config, starter: Starter, reward_path: str | None) -> ActorGroup:
@@ -204,13 +209,6 @@ def roles_of(config: Config, groups: Mapping[str, ActorGroup], supervisor: RaySu
     limits = config.deadlines
     weights = PolicyWeights()
     learners = learners_of(config, groups, weights)
-    reference = ShardedScorer(
-        groups["reference"],
-        ReferenceWorker.logprobs,
-        shards_per_step=shards_per_step(config, is_sharded=config.reference.sharded),
-        score_s=limits.score_s,
-        supervisor=supervisor,
-    )
     reward = ReplicatedScorer(groups["reward"], RewardWorker.score, score_s=limits.score_s, supervisor=supervisor)
     publisher = BucketPublisher(
         groups["policy"],
@@ -232,10 +230,24 @@ def roles_of(config: Config, groups: Mapping[str, ActorGroup], supervisor: RaySu
         policy=learners.policy,
         critic=learners.critic,
         rollouts=rollouts,
-        reference=reference,
+        reference=_reference_of(config, groups, supervisor),
         reward=reward,
         recorder=recorder,
         publisher=publisher,
+    )
+
+
+def _reference_of(config: Config, groups: Mapping[str, ActorGroup], supervisor: RaySupervisor) -> ShardedScorer:
+    score_s = config.deadlines.score_s
+    if config.reference_is_trunk:  # what the policy's ranks have learned would be lost in a restart: none is tried
+        shards = shards_per_step(config, is_sharded=config.policy.zero_stage == 3)
+        return ShardedScorer(groups["policy"], PolicyWorker.reference_logprobs, shards_per_step=shards, score_s=score_s)
+    return ShardedScorer(
+        groups["reference"],
+        ReferenceWorker.logprobs,
+        shards_per_step=shards_per_step(config, is_sharded=config.reference.sharded),
+        score_s=score_s,
+        supervisor=supervisor,
     )
 
 
@@ -336,10 +348,10 @@ def learners_of(config: Config, groups: Mapping[str, ActorGroup], weights: Polic
     """The policy and, if the algorithm needs one, the critic."""
     limits = config.deadlines
 
-    def learner(role: str, settings: LearnerConfig, method: Callable[..., Any], **more: Any) -> RayLearner:
+    def learner(role: str, settings: LearnerConfig, methods: LearnMethods, **more: Any) -> RayLearner:
         return RayLearner(
             groups[role],
-            method,
+            methods,
             seed=config.run.seed,
             shards_per_step=shards_per_step(config, is_sharded=settings.zero_stage == 3),
             score_s=limits.score_s,
@@ -348,10 +360,14 @@ def learners_of(config: Config, groups: Mapping[str, ActorGroup], weights: Polic
             **more,
         )
 
-    policy = learner("policy", config.policy, PolicyWorker.logprobs, weights=weights)
+    policy = learner("policy", config.policy, LearnMethods(PolicyWorker.logprobs), weights=weights)
     if not config.algorithm.needs_critic:
         return Learners(policy=policy)
-    return Learners(policy=policy, critic=learner("critic", config.critic, CriticWorker.values))
+    if config.critic_is_on_trunk:
+        critic = learner("policy", config.policy, _CRITIC_ON_TRUNK)
+    else:
+        critic = learner("critic", config.critic, LearnMethods(CriticWorker.values))
+    return Learners(policy=policy, critic=critic)
 
 
 def recorder_of(config: Config, recorders: ActorGroup, supervisor: RaySupervisor | None = None) -> RayRecorder:

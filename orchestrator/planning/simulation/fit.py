@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from orchestrator.config.base import Dtype
 from orchestrator.errors import CapacityError
-from orchestrator.planning.memory import Memory, engine_memory, gib, learner_memory, scorer_memory
+from orchestrator.planning.memory import Memory, engine_memory, gib, learner_memory, on_trunk_memory, scorer_memory
 from orchestrator.planning.simulation.scenario import MODELS, Layout, Pool, Work
 
 USABLE = 0.85  # share of a GPU's memory, as rollout.gpu_memory_utilization
@@ -66,10 +66,13 @@ def _of_pool(work: Work, layout: Layout, pool: Pool, dtype: Dtype) -> DeviceMemo
 def _memory_of_roles(work: Work, layout: Layout, pool: Pool, dtype: Dtype) -> dict[str, Memory]:
     found: dict[str, Memory] = {}
     for role in MODELS:
-        size = work.models[role]
-        if role not in pool.widths or size is None:
+        size, place = work.models[role], "policy" if role in work.on_trunk else role
+        if place not in pool.widths or size is None:
             continue
-        settings, ranks = layout.learning[role], pool.widths[role]
+        settings, ranks = layout.learning[role], pool.widths[place]
+        if role in work.on_trunk:
+            found[role] = on_trunk_memory(settings.adapters, dtype=dtype, zero_stage=settings.zero_stage, ranks=ranks)
+            continue
         if role in ("policy", "critic"):
             found[role] = learner_memory(
                 size,
@@ -79,6 +82,7 @@ def _memory_of_roles(work: Work, layout: Layout, pool: Pool, dtype: Dtype) -> di
                 micro_batch_tokens=settings.micro_batch_tokens,
                 gradient_checkpointing=settings.gradient_checkpointing,
                 logits=role in HAS_LOGITS,
+                adapters=settings.adapters,
             )
         else:
             found[role] = scorer_memory(

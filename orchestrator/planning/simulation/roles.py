@@ -171,12 +171,17 @@ class SimulatedModel:
     role: str
     has_head: bool
 
+    @property
+    def _place(self) -> str:
+        """The role on whose ranks it computes."""
+        return "policy" if self.role in self.cluster.work.on_trunk else self.role
+
     async def score(self, shard: RolloutShard) -> Sequence[Handle]:
         size, layout = self.cluster.work.models[self.role], self.cluster.layout
         if size is None:
             return [None]
         prompts, responses = shard.handle
-        ranks = layout.scoring_ranks(self.role, self.cluster.work.samples)
+        ranks = layout.scoring_ranks(self._place, self.cluster.work.samples)
         seconds = costs.score_seconds(
             size,
             layout.device,
@@ -186,7 +191,7 @@ class SimulatedModel:
             head_tokens=self._head_tokens(responses),
             evenly=layout.deals_on,
         )
-        await self.cluster.call(self.role, seconds, ranks=ranks)
+        await self.cluster.call(self._place, seconds, ranks=ranks)
         return [None]
 
     async def learn(self, experience: Experience) -> Metrics:
@@ -197,11 +202,11 @@ class SimulatedModel:
                 size,
                 layout.device,
                 layout.learning[self.role],
-                ranks=layout.width(self.role),
+                ranks=layout.width(self._place),
                 lengths=self._lines(prompts, responses),
                 head_tokens=self._head_tokens(responses),
             )
-            await self.cluster.call(self.role, seconds, ranks=layout.width(self.role))
+            await self.cluster.call(self._place, seconds, ranks=layout.width(self._place))
         return {"epochs": 1.0}
 
     def _lines(self, prompts: Lengths, responses: Lengths) -> Lengths:

@@ -46,10 +46,15 @@ def simulate(work: Work, layout: Layout, *, cache_tokens: float) -> Prediction:
     return Prediction(
         step_s=step_s,
         phases_s={phase: mean[f"time/{phase}_s"] for phase in PHASES},
-        idle={role: mean[f"idle/{role}"] for role in ROLES if work.models.get(role) or role == "rollout"},
+        idle={role: mean[f"idle/{role}"] for role in _alone(work)},
         idle_devices=max(0.0, 1.0 - busy / (layout.devices * step_s)),
         generated_per_s=mean["tokens/generated"] / step_s,
     )
+
+
+def _alone(work: Work) -> list[str]:
+    """The roles with ranks of their own."""
+    return [role for role in ROLES if (work.models.get(role) or role == "rollout") and role not in work.on_trunk]
 
 
 def simulate_steps(work: Work, layout: Layout, *, cache_tokens: float, steps: int) -> Sequence[Mapping[str, float]]:

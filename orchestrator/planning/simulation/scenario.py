@@ -38,6 +38,7 @@ class Work:
         models: sizes of policy, critic, reference and reward.
         samples: samples per step; those of one prompt are adjacent.
         sharing: number of samples for which policy and reference compute a prompt once.
+        on_trunk: roles without weights of their own: they compute on the policy's ranks.
     """
 
     models: Mapping[str, Dimensions | None]
@@ -45,6 +46,7 @@ class Work:
     prompt: Spread
     response: Spread
     sharing: int = field(default=1, kw_only=True)
+    on_trunk: frozenset[str] = field(default=frozenset(), kw_only=True)
 
     @property
     def policy(self) -> Dimensions:

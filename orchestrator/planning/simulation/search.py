@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from orchestrator.config.base import Dtype
 from orchestrator.errors import CapacityError
+from orchestrator.failures import LEARNERS
 from orchestrator.planning.costs import LearnSettings
 from orchestrator.planning.hardware import Device
 from orchestrator.planning.simulation.fit import DeviceMemory, cache_tokens, memory_per_device
@@ -77,7 +78,7 @@ def layouts(
     work: Work, device: Device, devices: int, *, learning: Mapping[str, LearnSettings], widths: Sequence[int]
 ) -> Iterator[Layout]:
     """Colocated layouts for each engine width; separate layouts for each width and share of GPUs for engines."""
-    roles = [role for role in MODELS if work.models[role] is not None]
+    roles = [role for role in MODELS if work.models[role] is not None and role not in work.on_trunk]
     for width in (width for width in widths if width <= min(devices, device.per_node)):
         if devices % width == 0:
             pool = Pool(devices, dict.fromkeys(MODELS, devices) | {"rollout": width, "reward": 1})
@@ -113,7 +114,7 @@ def _fitting(work: Work, layout: Layout, dtype: Dtype) -> tuple[Layout, list[Dev
     """The first learning settings that leave room for a whole shard in an engine's cache, else the first that fit, with
     the largest micro-batch that allows it. Raises CapacityError if none fit."""
     fits, error = None, None
-    for tried in _ways_to_learn(layout):
+    for tried in _ways_to_learn(work, layout):
         try:
             memory = memory_per_device(work, tried, dtype=dtype)
         except CapacityError as too_small:
@@ -129,8 +130,10 @@ def _fitting(work: Work, layout: Layout, dtype: Dtype) -> tuple[Layout, list[Dev
     return fits
 
 
-def _ways_to_learn(layout: Layout) -> Iterator[Layout]:
-    """The given settings, then with ZeRO-3, with checkpointing, and with both; each with decreasing micro-batches."""
+def _ways_to_learn(work: Work, layout: Layout) -> Iterator[Layout]:
+    """The given settings, then with ZeRO-3 (which no trunk with two learners can have), with checkpointing, and with
+    both; each with decreasing micro-batches."""
+    kept = {"reward", *(LEARNERS if "critic" in work.on_trunk else ())}
     for (zero, checkpointing), tokens in itertools.product(
         ((None, None), (3, None), (None, True), (3, True)), MICRO_BATCH_TOKENS
     ):
@@ -138,7 +141,7 @@ def _ways_to_learn(layout: Layout) -> Iterator[Layout]:
             role: replace(
                 settings,
                 micro_batch_tokens=tokens,
-                zero_stage=settings.zero_stage if zero is None or role == "reward" else zero,
+                zero_stage=settings.zero_stage if zero is None or role in kept else zero,
                 gradient_checkpointing=settings.gradient_checkpointing if checkpointing is None else checkpointing,
             )
             for role, settings in layout.learning.items()

@@ -261,3 +261,21 @@ def test_more_layers_than_the_reward_base_has_are_refused(llama: Path, tmp_path:
     assert "reward_model.base was tried small" in (tried(depth) or "")
     with pytest.raises(ConfigError, match=rf"reward_model\.layers={depth + 1}, but .* set {depth} or less"):
         tried(depth + 1)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "Mixtral", "BLOOM"])
+def test_architectures_are_tried_small_with_adapters(name: str, tmp_path: Path) -> None:
+    lora = {"rank": 4, "dora": name == "GPT-2"}
+    note = check(
+        tiny_folder(name, tmp_path / "model"),
+        tmp_path,
+        policy={"gradient_checkpointing": True, "lora": lora},
+        algorithm={"name": "grpo"},
+        rl={"samples_per_prompt": 4},
+    )
+    assert note is not None and "model.path was tried small, with adapters" in note
+
+
+def test_adapters_of_a_layer_that_the_model_does_not_have_are_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"lora\.targets: c_attn names no linear layer .* It has down_proj, "):
+        check(llama, tmp_path, policy={"lora": {"rank": 4, "targets": ["c_attn"]}})

@@ -18,6 +18,7 @@ from jobs.plan.work import dimensions, layout_of, work_of
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree, load_config
 from orchestrator.errors import CapacityError, ConfigError
+from orchestrator.planning.demands import all_demands
 from orchestrator.planning.hardware import CPU_CORE
 
 LLAMA_8B = {
@@ -134,3 +135,45 @@ def test_a_bad_config_ends_with_exit_code_2(tree: dict[str, Any], tmp_path: Path
     assert runner.invoke(app, ["rl.stepz=3"]).exit_code == 2
     model = f"model.path={tree['model']['path']}"
     assert runner.invoke(app, ["--gpus", "1", "--gpu-kind", "abacus", model, "reward.path=x"]).exit_code == 2
+
+
+LORA = {"policy": {"lora": {"rank": 16}}, "critic": {"lora": {"rank": 8, "targets": ["q_proj", "v_proj"]}}}
+
+
+def test_adapters_are_planned_as_what_they_are(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Parameters: rank × (inputs + outputs) of each layer; q, k, v, o, gate, up and down of Llama-3-8B."""
+    layer = (4096 + 4096) * 2 + (4096 + 1024) * 2 + (4096 + 14336) * 3
+    plan(config_of({**tree, **LORA}), on(8, "h100"), ANY)
+    text = capsys.readouterr().out
+    assert f"LoRA of rank 16, scale 2, on all layers: {32 * 16 * layer / 1e6:.1f} million parameters learn" in text
+    of_critic = 32 * 8 * (4096 + 4096 + 4096 + 1024) / 1e6
+    assert f"LoRA of rank 8, scale 4, on q_proj, v_proj: {of_critic:.1f} million parameters learn" in text
+    assert "critic and reference on the policy's trunk: no weights of their own" in text
+    (proposal,) = re.findall(r"best: (.*)", text)
+    assert "reference." not in proposal and "critic." not in proposal
+    assert re.search(r"memory of a GPU of [^:]*policy, critic, reference[^:]*: states", text)
+    with_adapters, without = map(float, re.findall(r"critic and reference: ([\d.]+) GiB, and ([\d.]+) GiB", text)[0])
+    assert with_adapters < 0.1 * without
+
+
+@pytest.mark.parametrize(
+    ("changes", "reference", "critic"),
+    [
+        ({}, True, True),
+        ({"policy": {"lora": {"rank": 0}}}, False, False),
+        ({"critic": {"lora": {"rank": 0}}}, True, False),
+        ({"reference": {"path": "/another"}}, False, True),
+        ({"critic": {"lora": {"rank": 8}, "path": "/another"}}, True, False),
+        ({"policy": {"lora": {"rank": 8}, "zero_stage": 3}}, True, False),
+        ({"reward": {"name": "model", "path": "/reward"}}, True, False),
+        ({"algorithm": {"name": "grpo"}, "rl": {"prompts_per_step": 64, "samples_per_prompt": 2}}, True, False),
+    ],
+)
+def test_roles_share_the_trunk_where_they_start_from_it(
+    tree: dict[str, Any], changes: dict[str, Any], reference: bool, critic: bool
+) -> None:
+    config = config_of({**tree, **LORA, **changes})
+    assert (config.reference_is_trunk, config.critic_is_on_trunk) == (reference, critic)
+    roles = {demand.role for demand in all_demands(config)}
+    assert ("reference" in roles) is not reference
+    assert ("critic" in roles) is (config.algorithm.needs_critic and not critic)

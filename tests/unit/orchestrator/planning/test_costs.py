@@ -161,3 +161,10 @@ def test_a_minibatch_costs_what_its_own_rows_cost() -> None:
     ]
     together = learn_seconds(SIZE, DEVICE, settings, ranks=1, lengths=np.asarray([3, 5, 7, 9]), head_tokens=0.0)
     assert together == pytest.approx(sum(apart))
+
+
+def test_frozen_weights_cost_no_gradients() -> None:
+    adapted = LearnSettings(micro_batch_tokens=10, adapters=20)  # a tenth of the parameters
+    seconds = learn_seconds(SIZE, DEVICE, adapted, ranks=1, lengths=LENGTHS, head_tokens=4.0)
+    added, updated = 16 * (0.25 + 0.075) * 200 / 50, 30 * 0.1 * 200 / 50
+    assert seconds == pytest.approx(2.1 * PADDED / 500 + added + updated)

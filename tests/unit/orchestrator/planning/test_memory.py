@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from orchestrator.config.sections import LoraConfig
 from orchestrator.errors import CapacityError
 from orchestrator.planning import memory
 from orchestrator.planning.memory import (
@@ -17,6 +19,7 @@ from orchestrator.planning.memory import (
     engine_memory,
     learner_memory,
     needs,
+    on_trunk_memory,
     scorer_memory,
     too_much,
 )
@@ -112,3 +115,19 @@ def test_what_certainly_does_not_fit_is_an_error_and_what_may_not_a_warning() ->
     short = NodeNeed("b", "GPU memory", certain=9 * GIB, needed=9 * GIB, available=8 * GIB)
     with pytest.raises(CapacityError, match=r"b has 8.0 GiB of GPU memory, .* take 9.0 GiB.*smaller model"):
         too_much([tight, short])
+
+
+def test_frozen_weights_have_neither_gradients_nor_optimizer_states() -> None:
+    full = learner(dtype="float32", zero_stage=0).state
+    adapted = learner(dtype="float32", zero_stage=0, adapters=50)
+    assert (full, adapted.state) == (1000 * 16, 1000 * 4 + 50 * 16)
+    plain = learner(dtype="float32", zero_stage=0)
+    assert plain.working - adapted.working == 8 * (1000 - 50) + 4 * 100 * 8  # of Adam, and of the head's gradient
+    assert on_trunk_memory(50, dtype="float32", zero_stage=0, ranks=1).state == 50 * 16
+
+
+def test_adapters_are_counted() -> None:
+    size = replace(SIZE, linear=(("q_proj", 3, 8, 6), ("down_proj", 3, 16, 8)))
+    assert size.adapter_params(LoraConfig(rank=2)) == 3 * 2 * (8 + 6) + 3 * 2 * (16 + 8)
+    assert size.adapter_params(LoraConfig(rank=2, targets=("q_proj",))) == 84
+    assert size.adapter_params(LoraConfig(rank=2, targets=("q_proj",), dora=True)) == 84 + 3 * 6

@@ -148,3 +148,14 @@ def test_samples_that_share_a_prompt_cost_less_where_it_is_computed_once() -> No
     apart_s, shared_s = (simulate(work, colocated(1), cache_tokens=CACHE).phases_s for work in (alone, shared))
     assert shared_s["learn"] < 0.9 * apart_s["learn"]
     assert shared_s["score"] < apart_s["score"]
+
+
+def test_roles_on_the_policys_trunk_compute_on_its_ranks() -> None:
+    """Colocated on one device it makes no difference; on devices of their own they would compute at the same time."""
+    shared = replace(WORK, on_trunk=frozenset({"critic", "reference"}))
+    one, other = (simulate(work, colocated(1), cache_tokens=CACHE) for work in (WORK, shared))
+    assert other.step_s == pytest.approx(one.step_s)
+    assert set(other.idle) == {"policy", "reward", "rollout"}
+    apart = simulate(WORK, separate(max_staleness=0), cache_tokens=CACHE)
+    together = simulate(shared, separate(max_staleness=0), cache_tokens=CACHE)
+    assert together.step_s > apart.step_s
