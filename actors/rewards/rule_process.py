@@ -1,13 +1,13 @@
 """The process that runs rules and environments. It is run by path and needs only the standard library, so it starts in
 milliseconds.
 
-It forks into two processes. The worker imports and calls the user's functions. The keeper kills the worker and all its descendants
-when the caller closes the keeper's standard input or ends, or when a limit is exceeded; it then prints the reason to
-standard output. Output of rules goes to standard error.
+It forks into two processes. The worker imports and calls the user's functions. The keeper kills the worker and all its
+descendants when the caller closes the keeper's standard input or ends, or when a limit is exceeded; it then prints the
+reason to standard output. Output of rules goes to standard error.
 
 Arguments: file descriptors of requests and answers, memory limit in bytes (0: none), limit of processes.
-Requests are pickles with an 8-byte length prefix; answers are lines of JSON. The first request holds the import path and
-either the rules' names or a module that serves all further requests, see Channel.
+Requests are pickles with an 8-byte length prefix; answers are lines of JSON. The first request holds the import path
+and either the rules' names or a module that serves all further requests, see Channel.
 """
 
 from __future__ import annotations

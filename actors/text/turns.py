@@ -67,7 +67,8 @@ class Conversation:
         written = chat.tokens_of(closing + rest)
         if not np.array_equal(written[: len(chat.closing)], chat.closing):
             raise DataError(
-                f"the tokenizer joins {closing!r}, which ends a reply, with the text after it, {rest[:20]!r}. {_WAY_OUT}."
+                f"the tokenizer joins {closing!r}, which ends a reply, with the text after it, {rest[:20]!r}. "
+                f"{_WAY_OUT}."
             )
         self._messages, self._text = messages, whole
         return np.concatenate([self._missing(turn), written[len(chat.closing) :]])
