@@ -14,7 +14,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from actors.environments.contract import Step, Task
 from actors.rewards.rules import exact_answer, formatted_answer
@@ -97,7 +97,7 @@ def _expressions(action: str) -> Iterator[str]:
 def _value(node: ast.AST) -> float | int:
     """The value of an expression of numbers, in which no part is larger than a few hundred bits."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        found: float | int = node.value
+        found = cast("float | int", node.value)
     elif isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:
         found = _OPERATORS[type(node.op)](_value(node.operand))
     elif isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:

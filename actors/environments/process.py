@@ -128,14 +128,9 @@ class Episodes:
         except ProcessEndedError as error:
             return f"was played again after its process had ended, and {error}"
         same = all(_compared(now) == _compared(before) for now, (_, before) in zip(found, played, strict=True))
-        return (
-            ""
-            if same
-            else (
-                "was played again after its process had ended, and answered differently: its answers must depend only on "
-                "the task and the actions"
-            )
-        )
+        if same:
+            return ""
+        return "was played again after its process had ended, and answered differently: it has to be deterministic"
 
     def _started(self) -> tuple[ContainedProcess, bool]:
         environment = self._environment

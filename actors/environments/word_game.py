@@ -9,24 +9,25 @@ import re
 from actors.environments.contract import Step, Task
 
 WORDS = """
-acid acorn actor agent album anchor angel ankle ant apple apron arch arena arm arrow ash atlas attic aunt axis
-baby badge bag ball band bank barn basket bath beach bean bear bed bee bell belt bench bird boat body bone book boot
-bottle bowl box boy brain branch bread brick bridge broom brush bucket bus button cabin cable cake camel camp candle
-candy cap car card cat cave chain chair chalk cheese chest child church circle city clay clock cloud coat coin comb cook
+acid acorn actor agent album anchor angel ankle ant apple apron arch arena arm arrow ash atlas attic aunt axis baby
+badge bag ball band bank barn basket bath beach bean bear bed bee bell belt bench bird boat body bone book boot bottle
+bowl box boy brain branch bread brick bridge broom brush bucket bus button cabin cable cake camel camp candle candy
+cap car card cat cave chain chair chalk cheese chest child church circle city clay clock cloud coat coin comb cook
 corn cow crab crown cup curtain dance day deer desk diamond dinner dish doctor dog doll door dragon drawer dream dress
 drum duck dust eagle ear earth east echo edge egg elbow elephant engine error evening event eye face family fan farm
-father feather fence field finger fire fish flag floor flower fly fog foot forest fork fox frog fruit game garage garden
-gate ghost giant gift girl glass glove goat gold grape grass guest guitar hair hall hammer hand harbor hat hawk heart hen
-hill hole honey horn horse hotel house ice idea image inch ink insect iron island ivory ivy jacket jar jelly jewel job
-joke judge juice jungle jury kettle key king kiss kitchen kite kitten knee knife knot ladder lake lamb lamp leaf leg
-lemon letter lion lip lizard lock log lunch machine magnet map market mask meal milk mirror money monkey moon mother
-mountain mouse mouth movie mud nail name neck needle nest net night noise noon north nose note nurse nut oak ocean
-office oil olive onion orange orbit oven owl ox page paint palace pan paper park path pear pen pencil piano picture pig
-pilot pin pipe plane plant plate pocket poem pond potato queen question quilt rabbit radio rain ram rat ring river road
-robot rock roof room root rope rose ruler salt sand school sea seed sheep shelf ship shirt shoe shop silk sister sky
-snake snow soap sock song soup spider spoon star stone storm street sugar sun table tail tea tent test thumb tiger time
-toe tomato tool tooth town toy train tree truck uncle unit urn valley van vase vest view village violin voice wagon wall
-watch water wave west wheel wind window wing winter wolf wood wool yard yarn year yellow zebra zero zone zoo
+father feather fence field finger fire fish flag floor flower fly fog foot forest fork fox frog fruit game garage
+garden gate ghost giant gift girl glass glove goat gold grape grass guest guitar hair hall hammer hand harbor hat hawk
+heart hen hill hole honey horn horse hotel house ice idea image inch ink insect iron island ivory ivy jacket jar jelly
+jewel job joke judge juice jungle jury kettle key king kiss kitchen kite kitten knee knife knot ladder lake lamb lamp
+leaf leg lemon letter lion lip lizard lock log lunch machine magnet map market mask meal milk mirror money monkey moon
+mother mountain mouse mouth movie mud nail name neck needle nest net night noise noon north nose note nurse nut oak
+ocean office oil olive onion orange orbit oven owl ox page paint palace pan paper park path pear pen pencil piano
+picture pig pilot pin pipe plane plant plate pocket poem pond potato queen question quilt rabbit radio rain ram rat
+ring river road robot rock roof room root rope rose ruler salt sand school sea seed sheep shelf ship shirt shoe shop
+silk sister sky snake snow soap sock song soup spider spoon star stone storm street sugar sun table tail tea tent test
+thumb tiger time toe tomato tool tooth town toy train tree truck uncle unit urn valley van vase vest view village
+violin voice wagon wall watch water wave west wheel wind window wing winter wolf wood wool yard yarn year yellow zebra
+zero zone zoo
 """.split()  # fmt: skip
 _WORD = re.compile(r"[a-z]+")
 

@@ -86,10 +86,11 @@ class Rl(Stage):
         gold = {evaluation.gold} if evaluation.gold and evaluation.prompts else set()
         files = {"demonstrations.path": config.demonstrations.path} if config.ptx.coefficient else {}
         own = {"critic.path": config.critic.path, "reference.path": config.reference.path}
+        rules = reward.rules | gold | environments(config)
         return Inputs(
             files={**reward.files, **files},
             models={**reward.models, **own},
-            rules=reward.rules | gold | environments(config),
+            rules=rules,
         )
 
     def models(self, config: Config) -> Iterable[ModelUse]:
