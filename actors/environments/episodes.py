@@ -9,7 +9,7 @@ So the requests of a shard depend only on its first requests, the weights and th
 lost is sampled again with the same result, if the environment answers the same.
 
 A row has the first prompt as `prompt_tokens`, and everything after it as response: `learn` marks what was sampled, the
-environment's turns and headers have log-prob 0. Its meta["environment"] is what `Episode.record` returns.
+environment's turns and headers have log-prob 0. Its meta["episode"] is what `Episode.record` returns.
 """
 
 from __future__ import annotations

@@ -1,15 +1,23 @@
-"""Rewards of episodes: what the environment returned while a sample was drawn (meta["environment"])."""
+"""Rewards of episodes: what the environment returned while a sample was drawn (meta["episode"])."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 
 from actors.rewards import RewardContext, RewardSource, Score, samples
 from orchestrator.config.rewards import EnvironmentRewardConfig
 
-EPISODE = "environment"  # key of `meta`
+EPISODE = "episode"  # key of `meta`
+_KEYS = {"reward", "parts", "error", "spans"}
+
+
+def episode_of(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What actors.environments.episodes recorded. None: the sample was drawn without an environment."""
+    episode = meta.get(EPISODE)
+    return episode if isinstance(episode, Mapping) and episode.keys() >= _KEYS else None
 
 
 class EpisodeReward:
@@ -18,7 +26,7 @@ class EpisodeReward:
     def scores(self, table: pa.Table) -> list[Score]:
         scores = []
         for sample in samples(table):
-            episode = sample.meta.get(EPISODE)
+            episode = episode_of(sample.meta)
             if episode is None:
                 scores.append(Score(None, error="the sample has no episode: it was drawn without an environment"))
             elif episode["error"] is not None:
@@ -37,7 +45,7 @@ class WithEpisodes:
 
     def scores(self, table: pa.Table) -> Sequence[Score]:
         pairs = zip(self._source.scores(table), EpisodeReward().scores(table), samples(table), strict=True)
-        return [_sum(score, episode) if EPISODE in sample.meta else score for score, episode, sample in pairs]
+        return [_sum(score, episode) if episode_of(sample.meta) else score for score, episode, sample in pairs]
 
 
 def build(reward: EnvironmentRewardConfig, context: RewardContext) -> EpisodeReward:

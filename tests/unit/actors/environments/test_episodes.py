@@ -83,7 +83,7 @@ def play(
 
 
 def episode_of(row: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(row["meta"])["environment"]
+    found: dict[str, Any] = json.loads(row["meta"])["episode"]
     return found
 
 
