@@ -72,7 +72,7 @@ def test_a_killed_run_ends_with_the_bits_of_a_whole_one(launcher: Launcher) -> N
     finish(launcher.ppo("whole"))
     whole, killed = launcher.run_folder("whole"), launcher.run_folder("killed")
     process = launcher.ppo("killed")
-    wait_until(process, lambda: (killed / "log" / "step-000000" / "manifest.json").exists())
+    wait_until(process, (killed / "log" / "step-000000" / "manifest.json").exists)
     process.kill()
     process.communicate()
     finish(launcher.ppo("killed"))
