@@ -31,6 +31,15 @@ class EnvironmentConfig(Section):
         """Most turns of one sample."""
         return self.max_turns if self.name is not None else 1
 
+    def longest(self, turn: int, window: int) -> int:
+        """The most tokens that a sample may have.
+
+        Args:
+            turn: most tokens of one turn.
+            window: most tokens beside the prompt.
+        """
+        return turn if self.name is None else max(turn, min(turn * self.max_turns, window))
+
     def contradictions(self, reward: RewardConfig) -> Iterator[str]:
         if isinstance(reward, EnvironmentRewardConfig) and self.name is None:
             yield (
