@@ -19,7 +19,8 @@ from orchestrator.data.records import Message, is_begun
 from orchestrator.errors import DataError
 
 _TRIED = ("314159265", "271828182", "141421356", "173205080")  # digits come through any filter of a template
-_THOUGHT = "<think>\n577215664\n</think>\n\n"
+_THOUGHT = "577215664\n</think>\n\n"
+_BEGINS = "<think>\n"
 _WAY_OUT = "Set model.chat_template=FILE to a template that repeats earlier turns as they were sampled"
 
 
@@ -84,36 +85,41 @@ class Conversation:
 
 
 def prove_turns(chat: Chat, role: str) -> str:
-    """Continues an invented conversation. Returns a warning, or "".
+    """Continues an invented conversation, whose replies have thoughts or none. Returns a warning, or "".
 
     Raises:
-        DataError: the template can't continue conversations, or does not write the environment's turns.
+        DataError: the template can't continue any, or does not write the environment's turns.
     """
-    first, reply, answer, second = _TRIED
-    if problem := _problem(chat, role, reply, second):
-        raise problem
+    first, reply, answer, _ = _TRIED
+    forms = {"without thoughts": "", "with thoughts (<think>)": _BEGINS + _THOUGHT}
+    if chat.prompt_text([Message("user", first)]).rstrip().endswith(_BEGINS.rstrip()):
+        forms = {"that end the thought which the prompt begins": _THOUGHT}
+    problems = {name: _problem(chat, role, before) for name, before in forms.items()}
+    works = [name for name, problem in problems.items() if problem is None]
+    if not works:
+        raise next(problem for problem in problems.values() if problem is not None)
     conversation = Conversation(chat, [Message("user", first)])
-    written = chat.text(conversation.continued(chat.tokens_of(reply), role, answer))
+    written = chat.text(conversation.continued(chat.tokens_of(forms[works[0]] + reply), role, answer))
     if answer not in written:
         raise DataError(
             f"the chat template of {chat.template.name} does not write a turn of role {role!r} (environment.role). Set "
             "the other role, or model.chat_template=FILE."
         )
-    if _problem(chat, role, _THOUGHT + reply, second) is None:
+    if len(works) == len(forms):
         return ""
     return (
-        f"the chat template of {chat.template.name} leaves thoughts (<think>) out of earlier turns: samples in which a "
-        "turn before the last has one will fail, and count in reward.max_failed_fraction"
+        f"the chat template of {chat.template.name} repeats only turns {works[0]} as they were sampled: samples in "
+        "which a turn before the last is different will fail, and count in reward.max_failed_fraction"
     )
 
 
-def _problem(chat: Chat, role: str, reply: str, second: str) -> DataError | None:
-    """Why two turns with these replies can't follow each other."""
-    first, _, answer, _ = _TRIED
+def _problem(chat: Chat, role: str, before: str) -> DataError | None:
+    """Why two replies that begin with `before` can't follow each other."""
+    first, reply, answer, second = _TRIED
     try:
         conversation = Conversation(chat, [Message("user", first)])
         for text in (reply, second):
-            conversation.continued(np.concatenate([chat.tokens_of(text), chat.closing]), role, answer)
+            conversation.continued(chat.closed(chat.tokens_of(before + text)), role, answer)
     except DataError as error:
         return error
     return None

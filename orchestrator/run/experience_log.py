@@ -157,8 +157,10 @@ class ExperienceLog:
             )
 
     def _first_failure(self, step: int) -> str:
-        files = sorted(self._step_folder(step).glob("failed-*.jsonl"))
-        lines = [line for file in files[:1] for line in file.read_text(encoding="utf-8").splitlines()]
+        folder = self._step_folder(step)
+        with reading(folder):
+            files = sorted(folder.glob("failed-*.jsonl"))
+            lines = [line for file in files[:1] for line in file.read_text(encoding="utf-8").splitlines()]
         return f"The first: {json.loads(lines[0])['reward_error']}. " if lines else ""
 
     def _shard_name(self, index: int) -> str:

@@ -107,10 +107,34 @@ def test_thoughts_that_a_template_drops_are_refused_and_announced(template: str)
     with pytest.raises(DataError, match=r"leave out its thoughts.*Set model\.chat_template=FILE"):
         played(chat, [thought, thought], ["why?"])
     if template == THINKING:
-        assert "leaves thoughts (<think>) out of earlier turns" in prove_turns(chat, "user")
+        assert "repeats only turns without thoughts as they were sampled" in prove_turns(chat, "user")
     else:  # its generation prompt begins a thought, which the next prompt drops
         with pytest.raises(DataError, match="writes an earlier turn differently"):
             prove_turns(chat, "user")
+
+
+KEEPING = (
+    "{% for m in messages %}{% set given = m['content'] %}{% if m['role'] == 'assistant' and '</think>' not in given %}"
+    "{% set given = '<think>\n\n</think>\n\n' + given %}{% elif m['role'] == 'assistant' and '<think>' not in given %}"
+    "{% set given = '<think>\n' + given %}{% endif %}{{ '<|im_start|>' + m['role'] + '\n' + given + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "reply", "warning"),
+    [
+        (KEEPING, "<think>\nhm\n</think>\n\nyes", "repeats only turns with thoughts (<think>)"),
+        (KEEPING.replace("assistant\n' }}", "assistant\n<think>\n' }}"), "hm\n</think>\n\nyes", ""),
+    ],
+)
+def test_templates_that_give_every_turn_a_thought_continue(template: str, reply: str, warning: str) -> None:
+    """As those that TRL has for training: an earlier turn always has a thought, if an empty one."""
+    chat = chat_of(letters(template, "<|im_end|>"))
+    found = prove_turns(chat, "user")
+    assert warning in found and bool(found) == bool(warning)
+    turn = chat.closed(chat.tokens_of(reply))
+    assert chat.text(played(chat, [turn, turn], ["why?"])).count("<think>\nhm\n</think>\n\nyes<|im_end|>") == 2
 
 
 def test_the_environment_may_speak_as_a_tool_if_the_template_lets_it() -> None:
