@@ -55,7 +55,6 @@ def test_the_chat_template_is_tried() -> None:
     line = check_environment(config_of(CALCULATOR), found(dropping, answer="42"))
     assert line is not None and "repeats only turns without thoughts" in line
     with pytest.raises(DataError, match=r"it is not made for tools|does not write a turn of role 'tool'"):
-        silent = CHATML.replace(
-            "{% for message in messages %}", "{% for message in messages if message.role != 'tool' %}"
-        )
+        loop = "{% for message in messages %}"
+        silent = CHATML.replace(loop, "{% for message in messages if message.role != 'tool' %}")
         check_environment(config_of(CALCULATOR, role="tool"), found(silent, answer="42"))
