@@ -43,6 +43,8 @@ def merge_metrics(records: Sequence[ShardRecord]) -> Metrics:
         "critic/explained_variance": explained_variance(sums),
         "tokens/generated": sums["response_tokens"],
     }
+    if "later_turns_sum" in sums:
+        metrics["response/turns_mean"] = 1.0 + sums["later_turns_sum"] / samples
     return {**metrics, **_reward_parts(sums)}
 
 
