@@ -59,14 +59,17 @@ class Calculator:
         calls = list(_expressions(action))[:_MOST_CALLS]
         if not calls or _MARKED.search(action):
             form = formatted_answer("", action, self._meta)["format"]
-            return "", {"answer": exact_answer("", action, self._meta), "format": form}, True, {}
+            answer = exact_answer("", action, self._meta)
+            return "", self._parts(answer=answer, format=form), True, {}
         results = [calculated(call) for call in calls]
-        reward: dict[str, float] = {}
-        if self._call_reward:
-            is_first = not self._has_called and any(" = " in result for result in results)
-            self._has_called = self._has_called or is_first
-            reward["call"] = self._call_reward if is_first else 0.0
-        return "\n".join(results), reward or 0.0, False, {"calls": calls}
+        is_first = not self._has_called and any(" = " in result for result in results)
+        self._has_called = self._has_called or is_first
+        return "\n".join(results), self._parts(call=self._call_reward * is_first), False, {"calls": calls}
+
+    def _parts(self, *, answer: float = 0.0, format: float = 0.0, call: float = 0.0) -> dict[str, float]:
+        """Every step has every part, so that their means are over all episodes."""
+        parts = {"answer": answer, "format": format}
+        return {**parts, "call": call} if self._call_reward else parts
 
 
 def calculated(expression: str) -> str:

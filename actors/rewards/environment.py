@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -55,5 +56,5 @@ def build(reward: EnvironmentRewardConfig, context: RewardContext) -> EpisodeRew
 def _sum(score: Score, episode: Score) -> Score:
     if score.value is None or episode.value is None:
         error = episode.error if episode.value is None else score.error
-        return Score(None, error=error, tokens_cut=score.tokens_cut)
-    return Score(score.value + episode.value, {**score.parts, **episode.parts}, tokens_cut=score.tokens_cut)
+        return replace(score, value=None, parts={}, error=error)
+    return replace(score, value=score.value + episode.value, parts={**score.parts, **episode.parts})

@@ -42,9 +42,10 @@ def test_a_call_is_answered_and_a_marked_number_ends_the_episode() -> None:
     game.reset(TASK)
     observation, reward, done, info = game.step("I need <calc>6*7</calc> and <calc>1+</calc>")
     assert observation == "6*7 = 42\n1+: no result, it is no arithmetic"
-    assert (reward, done, info) == ({"call": 0.2}, False, {"calls": ["6*7", "1+"]})
-    assert game.step("<calc>6*7</calc>")[1] == {"call": 0.0}, "only the first call is rewarded"
-    assert game.step("It is\n#### 42") == ("", {"answer": 1.0, "format": 0.1}, True, {})
+    nothing = {"answer": 0.0, "format": 0.0, "call": 0.0}
+    assert (reward, done, info) == ({**nothing, "call": 0.2}, False, {"calls": ["6*7", "1+"]})
+    assert game.step("<calc>6*7</calc>")[1] == nothing, "only the first call is rewarded"
+    assert game.step("It is\n#### 42") == ("", {"answer": 1.0, "format": 0.1, "call": 0.0}, True, {})
 
 
 @pytest.mark.parametrize(
