@@ -18,6 +18,8 @@ import pyarrow as pa
 from actors.text.conversations import Chat
 from actors.weights.manifest import Bucket, WeightHeader
 from orchestrator import schema
+from orchestrator.config.environments import EnvironmentConfig
+from orchestrator.config.rewards import RuleLimits
 from orchestrator.config.sections import ModelConfig, PublishConfig, RolloutConfig
 from orchestrator.errors import DataError, PublishError
 from orchestrator.types import SampleRequest, ShardRequest
@@ -97,6 +99,9 @@ class EngineContext:
         max_samples: maximum number of concurrent samples.
         version: version of the weights in the model's folder; None: serve only after the first publish.
         sleeps: whether the engine frees its GPU memory while others compute.
+        environment: what the samples are conversations with, if it has a name.
+        limits: of the environment's process.
+        environment_s: time limit of a shard, after which the environment is not asked any more.
     """
 
     model: ModelConfig
@@ -108,6 +113,9 @@ class EngineContext:
     seed: int = 0
     version: int | None = 0
     sleeps: bool = False
+    environment: EnvironmentConfig = EnvironmentConfig()  # noqa: RUF009  frozen
+    limits: RuleLimits = RuleLimits()  # noqa: RUF009  frozen
+    environment_s: float = 480.0
 
 
 @dataclass
@@ -149,10 +157,19 @@ class ServedVersion:
 
 @dataclass(frozen=True)
 class Sample:
-    """Response tokens, including a sampled end token, and their log-probs at the sampling temperature."""
+    """Response tokens, including a sampled end token, and their log-probs at the sampling temperature.
+
+    Args:
+        learn: whether the policy sampled the token; None: all of them.
+        is_cut: the response is not finished, even if its last token ends a turn.
+        meta: added to the prompt's.
+    """
 
     tokens: Sequence[int]
     logprobs: Sequence[float]
+    learn: Sequence[bool] | None = None
+    is_cut: bool = False
+    meta: Mapping[str, Any] = field(default_factory=dict)
 
 
 def ordered_requests(request: ShardRequest, max_length: int) -> list[SampleRequest]:
@@ -185,7 +202,10 @@ def rollout_table(
     """
     raw = [chat.text(sample.tokens) for sample in samples]
     texts = [chat.text(chat.body(np.array(sample.tokens, np.int32))) for sample in samples]
-    metas = [{**item.prompt.meta, RAW_RESPONSE: text} for item, text in zip(requests, raw, strict=True)]
+    metas = [
+        {**item.prompt.meta, **sample.meta, RAW_RESPONSE: text}
+        for item, sample, text in zip(requests, samples, raw, strict=True)
+    ]
     columns: dict[str, Sequence[Any]] = {
         "row": [item.row for item in requests],
         "prompt_id": [item.prompt.id for item in requests],
@@ -195,13 +215,17 @@ def rollout_table(
         "response_text": texts,
         "prompt_tokens": [item.prompt.tokens for item in requests],
         "response_tokens": [sample.tokens for sample in samples],
-        "learn": [[True] * len(sample.tokens) for sample in samples],
+        "learn": [sample.learn or [True] * len(sample.tokens) for sample in samples],
         "engine_logprobs": [sample.logprobs for sample in samples],
-        "finish_reason": ["stop" if sample.tokens[-1] in chat.stops else "length" for sample in samples],
+        "finish_reason": ["stop" if _is_finished(sample, chat) else "length" for sample in samples],
         "version": [version] * len(samples),
         "meta": [json.dumps(meta, ensure_ascii=False, sort_keys=True) for meta in metas],
     }
     return pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema.ROLLOUT}, schema.ROLLOUT)
+
+
+def _is_finished(sample: Sample, chat: Chat) -> bool:
+    return not sample.is_cut and sample.tokens[-1] in chat.stops
 
 
 def summary(table: pa.Table, *, version: int, seconds: float) -> dict[str, Any]:

@@ -5,6 +5,7 @@ rules   functions of (prompt, response, meta)
 http    an endpoint
 judge   a language model at an endpoint
 gold    the rule that simulates a human labeller
+environment   the environment with which the sample was drawn
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class RewardContext:
         total_s: time limit of rules and endpoints for one shard.
         judge_template: text of the judge's template, if it replaces the shipped one.
         threads: CPU threads of the replica.
+        adds_episodes: samples may be episodes of an environment, whose rewards are added.
     """
 
     policy: ModelConfig
@@ -62,6 +64,7 @@ class RewardContext:
     total_s: float
     threads: int = 1
     judge_template: str | None = None
+    adds_episodes: bool = False
 
 
 @dataclass(frozen=True)

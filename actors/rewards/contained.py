@@ -1,4 +1,5 @@
-"""Runs rules in a separate process: a rule that exits, hangs, crashes or exceeds limits fails only its own sample."""
+"""Runs the user's code in a separate process: a call that exits, hangs, crashes or exceeds limits fails only its own
+sample. RuleProcess runs rules; actors/environments/process.py runs environments."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import IO, Any
@@ -32,10 +33,10 @@ _GREETING = 1  # number of answers before the first sample's
 
 
 class ProcessEndedError(Exception):
-    """The process ended. The text names the rule that was running and the reason.
+    """The process ended. The text names the code that was running and the reason.
 
     Args:
-        is_certain: the current sample is the cause. Otherwise the cause may be left over from an earlier sample.
+        is_certain: the current call is the cause. Otherwise the cause may be left over from an earlier one.
     """
 
     def __init__(self, text: str, *, is_certain: bool) -> None:
@@ -43,17 +44,25 @@ class ProcessEndedError(Exception):
         self.is_certain = is_certain
 
 
-class RuleProcess:
+class ContainedProcess:
     """Args:
-        rules: imported by the process.
-        limits: the process is ended when it exceeds a limit of call time, memory or processes.
+        kind: what runs there, for messages: "rule", "environment".
+        names: of the code that runs there, for messages.
+        hello: first message to the process, which imports the code.
+        call: time limit of one call in seconds, and the key that sets it.
+        limits: the process is ended when it exceeds a limit of memory or processes.
+
+    Attributes:
+        greeting: the process's answer to `hello`; it names a "problem", or None.
 
     Raises:
-        ConfigError: a rule is not a function, or can't be imported within limits.import_s.
+        ConfigError: the code can't be imported within limits.import_s.
     """
 
-    def __init__(self, rules: Sequence[NamedRule], limits: RuleLimits) -> None:
-        self._rules, self._limits = rules, limits
+    def __init__(
+        self, kind: str, names: Sequence[str], hello: Mapping[str, Any], call: tuple[float, str], limits: RuleLimits
+    ) -> None:
+        self._kind, self._names, self._call, self._limits = kind, names, call, limits
         requests, self._requests = socket.socketpair()
         self._answers, answers = socket.socketpair()
         with requests, answers:
@@ -73,29 +82,30 @@ class RuleProcess:
         assert keeper.stdout is not None
         self._control, self._report = keeper.stdin, keeper.stdout
         self._end = weakref.finalize(self, _end, keeper, self._requests, self._answers)
-        self._greet()
+        self._greet(hello)
 
-    def ask(self, rows: Sequence[Row], until: float) -> Iterator[Any]:
-        """Yields the answers of rule_process in order, one per row, as they arrive.
+    def ask(self, calls: Sequence[Any], until: float, request: Any = None) -> Iterator[Any]:
+        """Yields the answers of rule_process in order, one per call, as they arrive.
 
         Args:
+            request: what is sent for the calls, if not the calls themselves.
             until: deadline on the monotonic clock, at which the process is ended.
 
         Raises:
-            ProcessEndedError: the process ended before all rows were answered.
+            ProcessEndedError: the process ended before all calls were answered.
         """
         answered = 0
         try:
-            self._send(rows)
-            for _ in rows:
+            self._send(calls if request is None else request)
+            for _ in calls:
                 yield self._answer(*self._call_limit(until))
                 answered += 1
         finally:
-            if answered < len(rows):
+            if answered < len(calls):
                 self.close()
 
     def is_alive(self) -> bool:
-        """Whether the process accepts requests. A thread of a rule may end it after the last answer."""
+        """Whether the process accepts requests. A thread may end it after the last answer."""
         return self._end.alive and not select.select([self._report], [], [], 0)[0]
 
     def close(self) -> None:
@@ -103,21 +113,22 @@ class RuleProcess:
         self._end()
 
     def _call_limit(self, until: float) -> tuple[float, str]:
-        by = monotonic() + self._limits.call_s
+        limit, key = self._call
+        by = monotonic() + limit
         if until < by:
             return until, "what was left of its shard's time"
-        return by, f"rule_limits.call_s={self._limits.call_s:g} s"
+        return by, f"{key}={limit:g} s"
 
-    def _greet(self) -> None:
+    def _greet(self, hello: Mapping[str, Any]) -> None:
         limit = self._limits.import_s
         try:
-            self._send({"path": sys.path, "rules": list(self._rules)})
-            problem = self._answer(monotonic() + limit, f"rule_limits.import_s={limit:g} s")["problem"]
+            self._send({"path": sys.path, **hello})
+            self.greeting: Mapping[str, Any] = self._answer(monotonic() + limit, f"rule_limits.import_s={limit:g} s")
         except ProcessEndedError as error:
             raise ConfigError(f"{error} while it was imported. Correct its module.") from None
-        if problem:
+        if self.greeting["problem"]:
             self.close()
-            raise ConfigError(f"rule {problem}")
+            raise ConfigError(f"{self._kind} {self.greeting['problem']}")
 
     def _send(self, message: Any) -> None:
         data = pickle.dumps(message)
@@ -154,10 +165,23 @@ class RuleProcess:
         last: dict[str, Any] = {"reason": "ended its process and its keeper", "rule": -1}
         if said:
             last = json.loads(said)
-        names = [name for name, _, _ in self._rules]
-        name = names[last["rule"]] if last["rule"] >= 0 else ", ".join(names)
+        name = self._names[last["rule"]] if last["rule"] >= 0 else ", ".join(self._names)
         is_first = self._num_answers == _GREETING
-        return ProcessEndedError(f"rule {name} {reason or last['reason']}", is_certain=bool(reason) or is_first)
+        return ProcessEndedError(f"{self._kind} {name} {reason or last['reason']}", is_certain=bool(reason) or is_first)
+
+
+class RuleProcess(ContainedProcess):
+    """Args:
+        rules: imported by the process.
+        limits: the process is ended when it exceeds a limit of call time, memory or processes.
+
+    Raises:
+        ConfigError: a rule is not a function, or can't be imported within limits.import_s.
+    """
+
+    def __init__(self, rules: Sequence[NamedRule], limits: RuleLimits) -> None:
+        names = [name for name, _, _ in rules]
+        super().__init__("rule", names, {"rules": list(rules)}, (limits.call_s, "rule_limits.call_s"), limits)
 
 
 def _end(keeper: subprocess.Popen[bytes], *sockets: socket.socket) -> None:

@@ -1,11 +1,13 @@
-"""The process that runs rules. It is run by path and needs only the standard library, so it starts in milliseconds.
+"""The process that runs rules and environments. It is run by path and needs only the standard library, so it starts in
+milliseconds.
 
-It forks into two processes. The worker imports and calls the rules. The keeper kills the worker and all its descendants
-when the caller closes the keeper's standard input or ends, or when a limit is exceeded; it then prints the reason to
-standard output. Output of rules goes to standard error.
+It forks into two processes. The worker imports and calls the user's functions. The keeper kills the worker and all its
+descendants when the caller closes the keeper's standard input or ends, or when a limit is exceeded; it then prints the
+reason to standard output. Output of rules goes to standard error.
 
 Arguments: file descriptors of requests and answers, memory limit in bytes (0: none), limit of processes.
-Requests are pickles with an 8-byte length prefix; answers are lines of JSON.
+Requests are pickles with an 8-byte length prefix; answers are lines of JSON. The first request holds the import path
+and either the rules' names or a module that serves all further requests, see Channel.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -46,6 +49,27 @@ _CLONE_NEWNS, _CLONE_NEWPID = 0x20000, 0x20000000
 _MS_REC, _MS_SLAVE = 1 << 14, 1 << 19
 
 Rule = Callable[[str, str, Mapping[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Channel:
+    """What a server in the worker uses; `serve(hello, channel)` is the function of its module.
+
+    Args:
+        read: the next request. Ends the process when there is none.
+        answer: sends one answer.
+        at: records the position, in its request, of the call that runs, for the message if the process ends.
+        load: the callable named `package.module:name`, or an error text; the second argument says what is expected.
+        described: the text of an exception.
+        numbers: (the finite numbers that a call returned, by part, or an error text)
+    """
+
+    read: Callable[[], Any]
+    answer: Callable[[Any], None]
+    at: Callable[[int], None]
+    load: Callable[[str, str], Any]
+    described: Callable[[BaseException], str]
+    numbers: Callable[[str, Any], tuple[dict[str, float], str]]
 
 
 def finite_number(value: object) -> float | None:
@@ -252,14 +276,21 @@ def _serve(requests: int, answers: int, position: mmap.mmap) -> None:
         while data:
             data = data[os.write(answers, data) :]
 
+    def at(place: int) -> None:
+        _POSITION.pack_into(position, 0, place, 0)
+
     stream = os.fdopen(requests, "rb")
     hello = _read(stream)
     sys.path[:], sys.argv = hello["path"], [""]
     _POSITION.pack_into(position, 0, -1, -1)
+    if "server" in hello:
+        channel = Channel(partial(_read, stream), answer, at, _loaded, _described, _named_numbers)
+        importlib.import_module(hello["server"]).serve(hello, channel)
+        return
     rules: list[tuple[str, Rule, float]] = []
     for index, (name, function, weight) in enumerate(hello["rules"]):
         _POSITION.pack_into(position, 0, -1, index)
-        rule = _loaded(function)
+        rule = _loaded(function, "a function of (prompt, response, meta)")
         if isinstance(rule, str):
             answer({"problem": f"{function!r}: {rule}"})
             return
@@ -278,8 +309,8 @@ def _read(stream: Any) -> Any:
     return pickle.loads(stream.read(*LENGTH.unpack(head)))  # trusted: written by the caller
 
 
-def _loaded(name: str) -> Rule | str:
-    """The function named `package.module:function`, or an error text."""
+def _loaded(name: str, expected: str) -> Rule | str:
+    """What is named `package.module:name`, or an error text."""
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -293,7 +324,7 @@ def _loaded(name: str) -> Rule | str:
         known = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         return f"{module_name!r} has no {attribute!r}; it has: {known[:_LONGEST_TEXT] or 'no functions'}."
     if not callable(rule):
-        return f"it is a {type(rule).__name__}, not a function of (prompt, response, meta)."
+        return f"it is a {type(rule).__name__}, not {expected}."
     known_rule: Rule = rule
     return known_rule
 

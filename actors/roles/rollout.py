@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from actors.engines.contract import Engine, EngineContext, UpdateReport
+from actors.environments.episodes import playing
 from actors.models.model import resolve_model
 from actors.weights.manifest import Bucket, WeightHeader
 from orchestrator.types import ShardRequest
@@ -22,15 +23,21 @@ ENGINES: Mapping[str, str] = {
 
 
 class RolloutWorker:
-    """Serves one engine."""
+    """Serves one engine, and plays episodes on it if the context names an environment.
+
+    Raises:
+        ConfigError, DataError: the environment or the model's chat template; see actors.environments.episodes.
+    """
 
     def __init__(self, context: EngineContext, cache: Path) -> None:
         module, _, name = ENGINES[context.rollout.engine_kind].partition(":")
         engine = getattr(importlib.import_module(module), name)
-        self._engine: Engine = engine(resolve_model(context.model.path, cache), context)
+        folder = resolve_model(context.model.path, cache)
+        self._engine: Engine = engine(folder, context)
+        self._sampler = playing(self._engine, folder, context) if context.environment.name else self._engine
 
     def generate(self, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
-        return self._engine.generate(request)
+        return self._sampler.generate(request)
 
     def begin_update(self, header: WeightHeader) -> None:
         self._engine.begin_update(header)

@@ -100,7 +100,7 @@ class Chat:
         return text
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Tokens:
-        return self._tokens(self.prompt_text(messages, tools))
+        return self.tokens_of(self.prompt_text(messages, tools))
 
     def reply(self, messages: Sequence[Message], reply: Reply, tools: Sequence[Mapping[str, Any]] = ()) -> Transcript:
         """A conversation and a reply, closed once. Prompt and reply are tokenised separately, as in sampling.
@@ -151,9 +151,9 @@ class Chat:
             body = self._written(asked, messages, reply, tools)
         if body is None:
             body = self._answer(asked, messages, reply, tools)
-        prompt, whole = self._tokens(asked), self._tokens(asked + body)
+        prompt, whole = self.tokens_of(asked), self.tokens_of(asked + body)
         follows = np.array_equal(whole[: len(prompt)], prompt)
-        return prompt, self.closed(whole[len(prompt) :] if follows else self._tokens(body))
+        return prompt, self.closed(whole[len(prompt) :] if follows else self.tokens_of(body))
 
     def body(self, response: Tokens) -> Tokens:
         """A response without its end: the closing, or stop tokens."""
@@ -260,7 +260,8 @@ class Chat:
         whole = self._render([*self._turns(messages), turn], tools, add_generation_prompt=False)
         return whole[len(asked) :].rpartition(_BEGUN)[0]
 
-    def _tokens(self, text: str) -> Tokens:
+    def tokens_of(self, text: str) -> Tokens:
+        """Tokens of a text as it is, which may contain special tokens."""
         return np.array(encode([text], self.tokenizer)[0], dtype=np.int32)
 
 
@@ -294,7 +295,7 @@ def chat_of(
         return written.render(messages, add_generation_prompt=ask)
 
     require_content(write, written.name)
-    closing = draft._tokens(find_closing(write, marks_of(ends, tokenizer), written.name))
+    closing = draft.tokens_of(find_closing(write, marks_of(ends, tokenizer), written.name))
     if not len(closing):
         if tokenizer.eos_token_id is None and not ends:
             raise DataError(

@@ -71,7 +71,8 @@ def work_of(config: Config, *, prompt_tokens: float | None, response_tokens: flo
     prompt_tokens, response_tokens: means. None: all have the maximum length.
     deviation: of response lengths, relative to their mean.
     """
-    longest_prompt, longest = config.prompts.max_prompt_tokens, config.rollout.max_new_tokens
+    longest_prompt = config.prompts.max_prompt_tokens
+    longest = config.environment.longest(config.rollout.max_new_tokens, config.model.max_length - longest_prompt)
     return Work(
         models_of(config),
         config.samples_per_step,

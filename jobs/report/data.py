@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import json
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actors.rewards.environment import episode_of
 from jobs.stages.table import logged_name, logged_place, named_kinds, num_steps_of
 from orchestrator.config.loader import translated
 from orchestrator.config.yaml_text import parse_yaml
@@ -23,17 +25,19 @@ from orchestrator.run.checkpoints import read_best
 from orchestrator.watching.telemetry import EVENTS_FILE, METRICS_FILE, read_lines
 
 NUM_EXTREMES = 3
-_SAMPLE_COLUMNS = ["prompt_id", "prompt_text", "response_text", "reward"]
+_SAMPLE_COLUMNS = ["prompt_id", "prompt_text", "response_text", "reward", "meta"]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One response with the score by which it is ranked, and the step that sampled it (or the evaluated version)."""
+    """One response with the score by which it is ranked, and the step that sampled it (or the evaluated version).
+    `spans`: its parts in a conversation with an environment, as (whether it is learned, text)."""
 
     step: int
     prompt_text: str
     response_text: str
     score: float
+    spans: Sequence[tuple[bool, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,13 @@ def _logged_samples(folder: Path, notes: list[str]) -> Iterator[Sample]:
     for path in sorted((folder / "log").glob("step-*/**/*.parquet")):
         number = re.search(r"\d+", path.relative_to(folder / "log").parts[0])
         for row in read_table(path, _SAMPLE_COLUMNS, folder, notes):
-            yield Sample(int(number.group()) if number else 0, row["prompt_text"], row["response_text"], row["reward"])
+            step = int(number.group()) if number else 0
+            yield Sample(step, row["prompt_text"], row["response_text"], row["reward"], _spans(row["meta"]))
+
+
+def _spans(meta: str) -> Sequence[tuple[bool, str]]:
+    episode = episode_of(json.loads(meta))
+    return () if episode is None else tuple((learned, text) for learned, text in episode["spans"])
 
 
 def _evaluated_samples(evaluations: Mapping[int, Sequence[EvaluationRow]]) -> Iterator[Sample]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from jobs.stages.rewarding import reward_inputs, reward_uses
+from jobs.stages.rewarding import environments, reward_inputs, reward_uses
 from jobs.stages.sample import policy_use
 from jobs.stages.stage import Artifact, Costs, Inputs, ModelUse, Stage
 from orchestrator.config.config import Config
@@ -26,6 +26,7 @@ class Evaluate(Stage):
     start_s = 40.0
     sections = (
         "demonstrations",
+        "environment",
         "evaluate",
         "evaluation",
         "prompts",
@@ -41,6 +42,7 @@ class Evaluate(Stage):
     checks = (
         "jobs.check.rewards:check_gold",
         "jobs.check.rewards:check_reward",
+        "jobs.check.environments:check_environment",
         "jobs.check.rewards:check_pair_judge",
         "jobs.check.prompts:enough_to_evaluate",
         "jobs.check.demonstrations:check_demonstrations",
@@ -60,7 +62,7 @@ class Evaluate(Stage):
             "demonstrations.path": config.demonstrations.path,
         }
         files = {**reward.files, **own}
-        return Inputs(files=files, models=models, rules=reward.rules | gold)
+        return Inputs(files=files, models=models, rules=reward.rules | gold | environments(config))
 
     def models(self, config: Config) -> Iterable[ModelUse]:
         yield policy_use(config, exports=False)

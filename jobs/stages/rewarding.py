@@ -26,6 +26,11 @@ def reward_inputs(config: Config) -> Inputs:
     return Inputs(files={"reward.template": template}, models={"reward.path": path}, rules=frozenset(rules))
 
 
+def environments(config: Config) -> frozenset[str]:
+    """The environment's class, whose file is part of a run's input."""
+    return frozenset({config.environment.name} if config.environment.name else ())
+
+
 def reward_uses(config: Config) -> Iterable[ModelUse]:
     reward = model_reward(config)
     if reward is not None and reward.path is not None:

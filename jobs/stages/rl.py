@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from jobs.command import imported
-from jobs.stages.rewarding import INSTEAD, model_reward, reward_inputs, reward_reads, reward_uses
+from jobs.stages.rewarding import INSTEAD, environments, model_reward, reward_inputs, reward_reads, reward_uses
 from jobs.stages.sample import policy_use
 from jobs.stages.stage import POLICY, Artifact, Costs, Inputs, ModelUse, Row, Sizes, Stage
 from orchestrator.config.config import Config
@@ -40,6 +40,7 @@ class Rl(Stage):
         "checkpoints",
         "critic",
         "demonstrations",
+        "environment",
         "evaluation",
         "policy",
         "prompts",
@@ -59,6 +60,7 @@ class Rl(Stage):
         "jobs.check.prompts:enough_to_train",
         "jobs.check.rewards:check_reward",
         "jobs.check.rewards:check_gold",
+        "jobs.check.environments:check_environment",
         "jobs.check.conversations:check_vocabularies",
         "jobs.check.conversations:check_scoring_conversations",
         "jobs.check.rewards:check_reward_window",
@@ -91,7 +93,12 @@ class Rl(Stage):
         gold = {evaluation.gold} if evaluation.gold and evaluation.prompts else set()
         files = {"demonstrations.path": config.demonstrations.path} if config.ptx.coefficient else {}
         own = {"critic.path": config.critic.path, "reference.path": config.reference.path}
-        return Inputs(files={**reward.files, **files}, models={**reward.models, **own}, rules=reward.rules | gold)
+        rules = reward.rules | gold | environments(config)
+        return Inputs(
+            files={**reward.files, **files},
+            models={**reward.models, **own},
+            rules=rules,
+        )
 
     def models(self, config: Config) -> Iterable[ModelUse]:
         longest = config.model.max_length

@@ -201,6 +201,8 @@ def summarise(table: pa.Table) -> tuple[Moments, Mapping[str, float], Mapping[st
         "residual_squares_token_sum": float((residual_N**2).sum()),
         **_reward_part_sums(table["reward_parts"]),
     }
+    if later_turns := _num_later_turns(learn_N, _offsets(table["learn"])):
+        sums["later_turns_sum"] = float(later_turns)
     extremes: dict[str, float] = {}
     for name, array in {
         "reward": reward_R,
@@ -296,6 +298,14 @@ def _learned(table: pa.Table) -> tuple[Mask, Offsets]:
     learn_N: Mask = table["learn"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     num_before_N1 = np.concatenate([[0], np.cumsum(learn_N)]).astype(np.int64)
     return learn_N, num_before_N1[_offsets(table["learn"])]
+
+
+def _num_later_turns(learn_N: Mask, offsets_R1: Offsets) -> int:
+    """The number of learned runs that follow tokens of an environment in their row."""
+    begins_N = learn_N.copy()
+    begins_N[1:] &= ~learn_N[:-1]
+    begins_N[offsets_R1[:-1][np.diff(offsets_R1) > 0]] = False
+    return int(np.count_nonzero(begins_N))
 
 
 def _placed(values_L: Floats, learn_N: Mask) -> Floats:

@@ -47,6 +47,8 @@ def merge_metrics(records: Sequence[ShardRecord]) -> Metrics:
     if "prompts_sampled" in sums:
         metrics["filter/prompts_sampled"] = sums["prompts_sampled"]
         metrics["filter/prompts_kept"] = sums["prompts_kept"]
+    if "later_turns_sum" in sums:
+        metrics["response/turns_mean"] = 1.0 + sums["later_turns_sum"] / samples
     return {**metrics, **_reward_parts(sums)}
 
 

@@ -11,6 +11,7 @@ from orchestrator.algorithms.algorithm import Algorithm
 from orchestrator.algorithms.ppo import Ppo
 from orchestrator.algorithms.table import ALGORITHMS
 from orchestrator.config.base import ByName, Section
+from orchestrator.config.environments import EnvironmentConfig
 from orchestrator.config.guards import GuardsConfig
 from orchestrator.config.rewards import REWARDS, ModelRewardConfig, RewardConfig, RuleLimits
 from orchestrator.config.sections import (
@@ -67,6 +68,7 @@ class Config(Section):
     preference: PreferenceConfig = PreferenceConfig()
     reward: Annotated[SerializeAsAny[RewardConfig], ByName(REWARDS, default="model")] = ModelRewardConfig()
     rule_limits: RuleLimits = RuleLimits()
+    environment: EnvironmentConfig = EnvironmentConfig()
     policy: PolicyConfig = PolicyConfig()
     critic: CriticConfig = CriticConfig()
     reference: ReferenceConfig = ReferenceConfig()
@@ -120,4 +122,6 @@ def _contradictions(config: Config) -> Iterable[str]:
     yield from config.algorithm.contradictions(config.rl, config.rollout)
     yield from config.rollout.contradictions(config.model)
     yield from config.placement.contradictions(config.rl)
-    yield from config.guards.contradictions(config.rl, config.rollout, config.reward)
+    yield from config.environment.contradictions(config.reward)
+    turns = config.environment.turns()
+    yield from config.guards.contradictions(config.rl, config.rollout, config.reward, turns)

@@ -64,17 +64,19 @@ class GuardsConfig(Section):
     mismatch: MismatchGuardConfig = MismatchGuardConfig()
     failed_rewards: FailedRewardsGuardConfig = FailedRewardsGuardConfig()
 
-    def contradictions(self, rl: RlConfig, rollout: RolloutConfig, reward: RewardConfig) -> Iterator[str]:
-        """Bounds that every step violates, or that no step can violate."""
-        length, longest = self.length, rollout.max_new_tokens
+    def contradictions(
+        self, rl: RlConfig, rollout: RolloutConfig, reward: RewardConfig, turns: int = 1
+    ) -> Iterator[str]:
+        """Bounds that every step violates, or that no step can violate. `turns`: the most turns of a response."""
+        length, longest = self.length, rollout.max_new_tokens * turns
+        limit = f"rollout.max_new_tokens={rollout.max_new_tokens}" + (f" in {turns} turns" if turns > 1 else "")
         if length.min is not None and length.min > (length.max or longest):
-            key = "guards.length.max" if length.max else "rollout.max_new_tokens"
-            above = f"{key}={length.max or longest:g}"
+            above = f"guards.length.max={length.max:g}" if length.max else limit
             yield f"guards.length.min={length.min:g} is above {above}: every step would violate it. Lower it."
         if length.max is not None and length.max >= longest:
             yield (
                 f"guards.length.max={length.max:g} can never trip: no response is longer than "
-                f"rollout.max_new_tokens={longest}. Lower it or remove it."
+                f"{limit}. Lower it or remove it."
             )
         jump = self.reward_jump
         if jump.max is not None and jump.window >= rl.steps:

@@ -154,6 +154,12 @@ class JudgeRewardConfig(JudgeConfig, RewardConfig):
     """Lowest and highest score. A score outside is a failure."""
 
 
+class EnvironmentRewardConfig(RewardConfig):
+    """The rewards of the environment alone. Beside any other source they are added to its scores."""
+
+    name: Literal["environment"] = "environment"
+
+
 class PairJudgeConfig(JudgeConfig):
     """A language model that compares two replies."""
 
@@ -166,4 +172,5 @@ REWARDS: Mapping[str, type[RewardConfig]] = {
     "rules": RulesRewardConfig,
     "http": HttpRewardConfig,
     "judge": JudgeRewardConfig,
+    "environment": EnvironmentRewardConfig,
 }

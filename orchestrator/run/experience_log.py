@@ -11,6 +11,7 @@ columns and shows how to open a log in pyarrow, pandas and DuckDB.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import uuid
 from collections.abc import Callable, Sequence
@@ -150,9 +151,17 @@ class ExperienceLog:
         if dropped and (dropped == total or dropped / total > self._max_failed_fraction):
             raise RewardError(
                 f"step {step}: the reward of {dropped} of {total} samples failed, more than "
-                f"reward.max_failed_fraction={self._max_failed_fraction:g}. The column reward_error in "
-                f"{self._step_folder(step)}/failed-*.jsonl says why; correct the reward source, then resume."
+                f"reward.max_failed_fraction={self._max_failed_fraction:g}. {self._first_failure(step)}The column "
+                f"reward_error in {self._step_folder(step)}/failed-*.jsonl says why; correct the reward source, then "
+                "resume."
             )
+
+    def _first_failure(self, step: int) -> str:
+        folder = self._step_folder(step)
+        with reading(folder):
+            files = sorted(folder.glob("failed-*.jsonl"))
+            lines = [line for file in files[:1] for line in file.read_text(encoding="utf-8").splitlines()]
+        return f"The first: {json.loads(lines[0])['reward_error']}. " if lines else ""
 
     def _shard_name(self, index: int) -> str:
         suffix = f"-attempt-{self._attempt:03d}" if self._attempt > 1 else ""

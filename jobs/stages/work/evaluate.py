@@ -123,7 +123,7 @@ async def _side(job: StageJob, name: str, config: Config, prompts: Sequence[Prom
         EVALUATION_STEP, requests, samples_per_shard=samples_per_shard(config), sampling=sampling_of(config)
     )
     folder = job.output(EVALUATION)
-    samples = await sample_shards(job, config, shards, ShardFiles(config, folder / f"{name}.parquet"))
+    samples = await sample_shards(job, config, shards, ShardFiles(config, folder / f"{name}.parquet"), plays=True)
     gold: Sequence[float | None] = [None] * samples.num_rows
     if config.evaluation.gold is not None:
         scores = await asyncio.to_thread(rule_scores, config, config.evaluation.gold, samples)

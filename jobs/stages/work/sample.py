@@ -64,19 +64,31 @@ def _chosen(job: StageJob) -> tuple[Sequence[Prompt], int]:
     return prompts[: config.sample.prompts], seed
 
 
-async def sample_shards(job: StageJob, config: Config, shards: Sequence[ShardRequest], files: ShardFiles) -> pa.Table:
-    """The samples of all shards; those in `files` are not sampled again."""
+async def sample_shards(
+    job: StageJob, config: Config, shards: Sequence[ShardRequest], files: ShardFiles, *, plays: bool = False
+) -> pa.Table:
+    """The samples of all shards; those in `files` are not sampled again.
+
+    Args:
+        plays: samples are episodes of the config's environment, if there is one; otherwise they are single replies.
+    """
     if missing := files.missing(len(shards)):
-        await _sample(job, config, shards, missing, files)
+        await _sample(job, config, shards, missing, files, plays=plays)
     return files.finish(len(shards))
 
 
 async def _sample(
-    job: StageJob, config: Config, shards: Sequence[ShardRequest], missing: Sequence[int], files: ShardFiles
+    job: StageJob,
+    config: Config,
+    shards: Sequence[ShardRequest],
+    missing: Sequence[int],
+    files: ShardFiles,
+    *,
+    plays: bool,
 ) -> None:
     async with starting(config, [engine_demand(config)]) as starter:
         job.watch(starter.groups)
-        engines = await start_engines(config, starter, version=0)
+        engines = await start_engines(config, starter, version=0, plays=plays)
         await all_ready({"rollout": engines}, config.deadlines.start_s)
         supervisor = supervisor_of(config, starter, job.telemetry, job.run)
         started, done = monotonic(), 0

@@ -49,6 +49,7 @@ from jobs.stages.settings import (
 from jobs.stages.work.data.demonstrations import mixed_in
 from orchestrator.concurrency import together
 from orchestrator.config.config import Config
+from orchestrator.config.environments import EnvironmentConfig
 from orchestrator.config.sections import LearnerConfig
 from orchestrator.coordinator import Coordinator
 from orchestrator.failures import FailurePolicy
@@ -91,8 +92,12 @@ def starting(
     )
 
 
-async def start_engines(config: Config, starter: Starter, *, version: int | None) -> ActorGroup:
-    """The rollout engines, at `version` from the start, or (None) out of service until the first publish."""
+async def start_engines(config: Config, starter: Starter, *, version: int | None, plays: bool = True) -> ActorGroup:
+    """The rollout engines, at `version` from the start, or (None) out of service until the first publish.
+
+    Args:
+        plays: samples are episodes of the config's environment, if there is one.
+    """
 
     def arguments(slot: Slot) -> Mapping[str, Any]:
         context = EngineContext(
@@ -105,6 +110,9 @@ async def start_engines(config: Config, starter: Starter, *, version: int | None
             seed=config.run.seed,
             version=version,
             sleeps=engines_sleep(config),
+            environment=config.environment if plays else EnvironmentConfig(),
+            limits=config.rule_limits,
+            environment_s=within(config.deadlines.generate_s),
         )
         return {"context": context, "cache": config.run.cache}
 
@@ -143,6 +151,7 @@ async def start_reward(config: Config, starter: Starter, reward_path: str | None
         limits=config.rule_limits,
         total_s=within(config.deadlines.score_s),
         judge_template=judge_template(config),
+        adds_episodes=config.environment.name is not None,
     )
     return await starter.group(
         "reward", RewardWorker, lambda slot: {"reward": reward, "context": replace(context, threads=slot.threads)}

@@ -297,3 +297,20 @@ def test_heads_of_a_reward_model_are_told_beside_its_accuracy(tmp_path: Path) ->
     (accuracy,) = read_run(folder).accuracies
     assert accuracy.value == 0.75
     assert "heads alone 50.0 %, 62.5 %; mean disagreement on pairs: right 0.25" in accuracy.detail
+
+
+def test_turns_of_an_environment_are_told_from_what_is_learned(tmp_path):
+    folder = write_run(tmp_path / "turns")
+    shard = next((folder / "log" / "step-000003").rglob("*.parquet"))
+    rows = pq.read_table(shard).to_pylist()
+    spans = [[True, "<calc>6*7</calc>"], [False, "\n42 & <b>\n"], [True, "#### 42"]]
+    episode = {"reward": 9.0, "parts": {}, "error": None, "spans": spans}
+    rows[0] |= {"reward": 99.0, "response_text": "all", "meta": json.dumps({"episode": episode})}
+    rows[1] |= {"meta": json.dumps({"episode": "a field of the user's data"})}
+    pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(shard)), shard)
+    assert read_run(folder).rewards.best[0].spans == tuple(map(tuple, spans))
+    html = write_report(folder).read_text(encoding="utf-8")
+    parts = re.findall(r'<span class="(learned|written)">([^<]*)</span>', html)
+    assert ("learned", "&lt;calc&gt;6*7&lt;/calc&gt;") in parts and ("learned", "#### 42") in parts
+    assert ("written", "\n42 &amp; &lt;b&gt;\n") in parts
+    assert Page(html).text.count("6*7") == 1

@@ -125,7 +125,9 @@ def test_learned_tokens_have_the_same_bits_as_without_the_others(algorithm: Algo
     again = run_short(short, algorithm)
     for name in COMPUTED:
         assert flat(short, name).tobytes() == flat(again, name).tobytes(), name
-    assert summarise(table) == summarise(short)
+    moments, sums, extremes = summarise(table)
+    turns = {"later_turns_sum": 1.0}
+    assert (moments, sums, extremes) == (summarise(short)[0], {**summarise(short)[1], **turns}, summarise(short)[2])
 
 
 def run_short(short: pa.Table, algorithm: Algorithm) -> pa.Table:
@@ -167,6 +169,14 @@ def test_lengths_and_statistics_count_learned_tokens() -> None:
     record = ShardRecord("a", "b", 1, 2, 0, 5, moments, sums, extremes)
     metrics = merge_metrics([record])
     assert (metrics["response/length_mean"], metrics["tokens/generated"]) == (2.5, 5.0)
+    assert metrics["response/turns_mean"] == 1.5
+
+
+def test_turns_are_counted_within_rows() -> None:
+    """A row that begins with a learned token after one that ends with another is no later turn of its own."""
+    marks = [[True, False, True, False, True, False], [True, True]]
+    assert summarise(shard(marks, algorithm=Rloo()))[1]["later_turns_sum"] == 2.0
+    assert "later_turns_sum" not in summarise(shard([[True] * 6, [True] * 2], algorithm=Rloo()))[1]
 
 
 def test_a_response_of_which_nothing_is_learned_is_left_out() -> None:

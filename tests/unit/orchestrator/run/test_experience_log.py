@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +72,16 @@ async def test_more_failed_rewards_than_the_budget_stop_the_run_uncommitted(
     with pytest.raises(RewardError, match=rf"step 4: the reward of {3 * dropped} of 30 samples failed"):
         await log.commit(State(4, 0.1), scored(4))
     assert not log.holds(4)
+
+
+async def test_the_first_failure_is_part_of_the_error(tmp_path: Path) -> None:
+    log = log_in(tmp_path, dropped=2, budget=0.0)
+    (tmp_path / "log" / "step-000004").mkdir()
+    reasons = [{"row": 3, "reward_error": "rule x: ValueError: no"}, {"row": 5, "reward_error": "another"}]
+    text = "".join(json.dumps(reason) + "\n" for reason in reasons)
+    (tmp_path / "log" / "step-000004" / "failed-shard-0000.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(RewardError, match=r"The first: rule x: ValueError: no\. The column reward_error"):
+        await log.commit(State(4, 0.1), scored(4))
 
 
 async def test_failed_rewards_within_the_budget_are_counted(tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""Rewards of episodes: what the environment returned while a sample was drawn (meta["episode"])."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+
+from actors.rewards import RewardContext, RewardSource, Score, samples
+from orchestrator.config.rewards import EnvironmentRewardConfig
+
+EPISODE = "episode"  # key of `meta`
+_KEYS = {"reward", "parts", "error", "spans"}
+
+
+def episode_of(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What actors.environments.episodes recorded. None: the sample was drawn without an environment."""
+    episode = meta.get(EPISODE)
+    return episode if isinstance(episode, Mapping) and episode.keys() >= _KEYS else None
+
+
+class EpisodeReward:
+    """The sum of an episode's rewards. An episode that failed has no score."""
+
+    def scores(self, table: pa.Table) -> list[Score]:
+        scores = []
+        for sample in samples(table):
+            episode = episode_of(sample.meta)
+            if episode is None:
+                scores.append(Score(None, error="the sample has no episode: it was drawn without an environment"))
+            elif episode["error"] is not None:
+                scores.append(Score(None, error=episode["error"]))
+            else:
+                scores.append(Score(episode["reward"], episode["parts"]))
+        return scores
+
+
+class WithEpisodes:
+    """Another source's score plus the episode's reward, if the sample has an episode. Either's failure is the
+    sample's."""
+
+    def __init__(self, source: RewardSource) -> None:
+        self._source = source
+
+    def scores(self, table: pa.Table) -> Sequence[Score]:
+        pairs = zip(self._source.scores(table), EpisodeReward().scores(table), samples(table), strict=True)
+        return [_sum(score, episode) if episode_of(sample.meta) else score for score, episode, sample in pairs]
+
+
+def build(reward: EnvironmentRewardConfig, context: RewardContext) -> EpisodeReward:
+    return EpisodeReward()
+
+
+def _sum(score: Score, episode: Score) -> Score:
+    if score.value is None or episode.value is None:
+        error = episode.error if episode.value is None else score.error
+        return replace(score, value=None, parts={}, error=error)
+    return replace(score, value=score.value + episode.value, parts={**score.parts, **episode.parts})

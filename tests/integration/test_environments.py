@@ -1,0 +1,110 @@
+"""Runs with an environment and real vLLM, DeepSpeed and Ray: a killed run ends with the bits of a whole one; episodes
+that fail are dropped and counted, or stop the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+import yaml
+
+from jobs.stages.work.replay import fingerprint
+from orchestrator.watching.telemetry import read_lines
+from tests.deadlines import of_a_run
+from tests.integration.test_run import RUN_S, Launcher, finish, wait_until
+from tests.tiny import tiny_llama
+
+pytestmark = [pytest.mark.ray, pytest.mark.heavy, pytest.mark.slow]
+
+STEPS = 2
+ENVIRONMENTS = "tests.integration.environments"
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    folder = tmp_path_factory.mktemp("run")
+    rows = [{"question": f"What is {n} + 1?", "answer": str(n + 1), "number": n} for n in range(12)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = {
+        "stages": ["rl"],
+        "run": {"root": str(folder / "runs")},
+        "model": {"path": str(tiny_llama(folder / "model")), "max_length": 256, "dtype": "float32"},
+        "prompts": {"path": str(folder / "sums.jsonl"), "format": "question", "max_prompt_tokens": 100,
+                    "held_out_fraction": 0.0, "reward_model_fraction": 0.0},
+        "environment": {"name": f"{ENVIRONMENTS}:Counting", "max_turns": 3},
+        "reward": {"name": "environment"},
+        "policy": {"learning_rate": 1e-3},
+        "rollout": {"engine": "vllm", "max_new_tokens": 12, "samples_per_shard": 8, "kv_cache_gib": 0.1},
+        "rl": {"steps": STEPS, "prompts_per_step": 4, "samples_per_prompt": 4},
+        "algorithm": {"name": "grpo"},
+        "checkpoints": {"every_steps": 1, "export": False},
+        "evaluation": {"prompts": 0},
+        "telemetry": {"prometheus_port": None, "tensorboard": False},
+        "deadlines": of_a_run(),
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    temporary = Path("/tmp") / f"en{os.getpid()}"  # Ray's socket paths must be short
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=200_000_000,
+        _temp_dir=str(temporary),
+    )
+    yield Launcher(folder, ray.get_runtime_context().gcs_address)
+    ray.shutdown()
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    files = sorted((folder / "log").glob("step-*/*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+def test_a_killed_run_ends_with_the_bits_of_a_whole_one(launcher: Launcher) -> None:
+    finish(launcher.ppo("whole"))
+    whole, killed = launcher.run_folder("whole"), launcher.run_folder("killed")
+    process = launcher.ppo("killed")
+    wait_until(process, (killed / "log" / "step-000000" / "manifest.json").exists)
+    process.kill()
+    process.communicate()
+    finish(launcher.ppo("killed"))
+    rows = logged(whole)
+    assert rows == logged(killed) and len(rows) == 4 * 4 * STEPS
+    last = f"checkpoints/step-{STEPS:06d}"
+    assert fingerprint(whole / last, "policy") == fingerprint(killed / last, "policy")
+    for row in rows:
+        episode = json.loads(row["meta"])["episode"]
+        assert episode["turns"] == 3 and row["reward"] == pytest.approx(episode["reward"])
+        assert " = " in "".join(text for learned, text in episode["spans"] if not learned)
+        assert not all(row["learn"])
+        assert not any(value for value, learn in zip(row["advantages"], row["learn"], strict=True) if not learn)
+    metrics = [line["metrics"] for line in read_lines(whole / "metrics.jsonl") if line["kind"] == "step"]
+    assert metrics[0]["kl/per_token_k3"] == 0.0 < metrics[1]["kl/per_token_k3"], "the policy never learned"
+    assert metrics[0]["engine/mismatch"] < 1e-3
+
+
+@pytest.mark.parametrize("how", ["raise", "kill"])
+def test_failed_episodes_are_dropped_and_counted(launcher: Launcher, how: str) -> None:
+    keys = ("rl.steps=1", f"environment.name={ENVIRONMENTS}:FailsOnSome", f"environment.options={{how: {how}}}")
+    finish(launcher.ppo(f"some-{how}", *keys, "reward.max_failed_fraction=0.6", "environment.step_s=20"))
+    folder = launcher.run_folder(f"some-{how}")
+    rows = logged(folder)
+    assert 0 < len(rows) < 16 and {json.loads(row["meta"])["number"] % 2 for row in rows} == {0}
+    (line,) = [line["metrics"] for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "step"]
+    assert line["reward/failed_fraction"] == pytest.approx(1 - len(rows) / 16)
+
+
+def test_a_run_stops_above_the_budget_and_names_environment_prompt_and_turn(launcher: Launcher) -> None:
+    keys = ("rl.steps=1", f"environment.name={ENVIRONMENTS}:FailsOnSome", "environment.options={how: freeze}")
+    process = launcher.ppo("over", *keys, "reward.max_failed_fraction=0.0", "environment.step_s=2")
+    output, _ = process.communicate(timeout=RUN_S)
+    assert process.returncode not in (0, None), output
+    assert "environment.step_s=2" in output and "FailsOnSome" in output and "turn 1" in output, output
