@@ -101,7 +101,7 @@ async def test_what_failed_in_an_engine_is_raised_to_who_waits(takes_turns: bool
 
 async def test_a_schedule_that_raises_is_raised_to_who_waits() -> None:
     class Broken:
-        def requests(self, step: int) -> list[object]:
+        def requests(self, step: int, _refill: int = 0) -> list[object]:
             raise ValueError(f"no prompts for step {step}")
 
     sampler = Sampler(

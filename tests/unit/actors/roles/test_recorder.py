@@ -117,6 +117,23 @@ def test_samples_whose_reward_failed_are_left_out_and_listed(recorder: RecorderW
     assert [json.loads(line) for line in listed] == [{"row": 11, "reward_error": "grader died"}]
 
 
+def test_prompts_that_are_left_out_are_counted(recorder: RecorderWorker, tmp_path: Path) -> None:
+    file = tmp_path / "shard-0000.parquet"
+    given = scores([1.0, 2.0, 3.0])
+    groups = recorder.groups(rollout(), given["rewards"])
+    assert [(group.number, group.mean_reward, group.is_mixed) for group in groups] == [
+        (10, 1.0, False),
+        (11, 2.0, False),
+        (12, 3.0, False),
+    ]
+    table, record = recorder.record(rollout(), given, kl_coefficient=0.1, file=str(file), groups=(10, 12))
+    assert (table["row"].to_pylist(), record.num_samples, record.num_dropped) == ([10, 12], 2, 0)
+    metrics = merge_metrics([record])
+    assert (metrics["filter/prompts_sampled"], metrics["filter/prompts_kept"]) == (3, 2)
+    _, empty = recorder.record(rollout(), given, kl_coefficient=0.1, file=str(tmp_path / "shard-1.parquet"), groups=())
+    assert merge_metrics([record, empty])["filter/prompts_sampled"] == 6
+
+
 def test_a_shard_of_nothing_but_failures_is_recorded_empty(recorder: RecorderWorker, tmp_path: Path) -> None:
     file = tmp_path / "shard-0000.parquet"
     table, record = recorder.record(rollout(), scores([None] * 3), kl_coefficient=0.1, file=str(file))
