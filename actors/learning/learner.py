@@ -258,8 +258,13 @@ class Learner:
                 f"{folder / _SUMMARY} can't be read ({error}): no complete learner checkpoint."
             ) from error
         mine = self._shape()
-        saved.setdefault("lora", LoraConfig().describe())  # older ones have no adapters
-        wrong = [f"{key}={saved.get(key)} (now {mine[key]})" for key in mine if saved.get(key) != mine[key]]
+        off = LoraConfig().describe()
+        known = {"lora": off, **saved}
+        wrong = [
+            f"{key}={known.get(key)} (now {mine.get(key, off)})"
+            for key in {"lora": off, **mine}
+            if known.get(key) != mine.get(key, off)
+        ]
         if wrong:
             raise StorageError(
                 f"{folder} was saved with {', '.join(wrong)}. Optimizer shards fit only the saved shape: "
@@ -279,7 +284,7 @@ class Learner:
             "zero_stage": self._stage,
             "dtype": self.dtype,
             "architecture": type(self._pretrained).__name__,
-            "lora": self.config.lora.describe(),
+            **({"lora": self.config.lora.describe()} if self._adapters else {}),
         }
 
     def full_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
