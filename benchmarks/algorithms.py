@@ -7,7 +7,9 @@ run is compared with the optimum of its own objective, see `optimum`. Draws docs
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,7 +238,10 @@ def draw(curves: Mapping[str, Mapping[str, list[float]]], path: Path) -> None:
         figure.supxlabel("step")
         figure.supylabel("distance from the optimum (total variation)")
         figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-        figure.savefig(path, metadata={"Date": None, "Creator": None})
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    # One line per curve, and two decimals.
+    path.write_text(re.sub(r"(\.\d\d)\d+", r"\1", re.sub(r" *\n(?=L )", " ", buffer.getvalue())), encoding="utf-8")
 
 
 def main(
