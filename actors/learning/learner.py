@@ -28,12 +28,12 @@ from actors.models.adapters import adapt, adapters_of, select, switched_off
 from actors.models.export import export_model, named_state
 from actors.models.proofs import require_steady
 from actors.models.safe_loading import SafeCheckpointEngine
-from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.config.base import Dtype
 from orchestrator.config.sections import LearnerConfig, LoraConfig
 from orchestrator.errors import NonFiniteError, StorageError
 from orchestrator.planning.memory import effective_zero_stage
 from orchestrator.run.storage import writing
+from orchestrator.training.schedule import learning_rate
 
 Loss = Callable[[Any, MicroBatch], LossTerms]
 

@@ -23,11 +23,11 @@ from actors.models.classifiers import provide_classifier
 from actors.models.depth import shallow
 from actors.models.norms import use_quick_norms
 from actors.models.reward_heads import fold_heads, num_heads, require_heads, with_heads
-from orchestrator.algorithms.ensemble import head_seeds
 from orchestrator.config.base import Dtype
 from orchestrator.data.inputs import at_home
 from orchestrator.errors import DataError
 from orchestrator.run.storage import follow_umask
+from orchestrator.training.ensemble import head_seeds
 
 transformers_logging.disable_progress_bar()  # a progress bar fills a job's log with text
 

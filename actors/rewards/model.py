@@ -20,12 +20,12 @@ from actors.models.model import load_scorer, resolve_model, torch_dtype
 from actors.models.reward_heads import num_heads
 from actors.rewards import DISAGREEMENT, RewardContext, Sample, Score, samples
 from actors.text.conversations import Chat, Transcript, load_chat, reward_chat
-from orchestrator.algorithms.ensemble import disagreement, mean_scores
 from orchestrator.config.rewards import ModelRewardConfig
 from orchestrator.data.records import messages_from_dicts
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.planning.balance import micro_batches
 from orchestrator.run.storage import write_json
+from orchestrator.training.ensemble import disagreement, mean_scores
 
 STATS_FILE = "reward_stats.json"
 

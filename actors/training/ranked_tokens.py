@@ -10,9 +10,9 @@ import pyarrow as pa
 
 from actors.text.conversations import Chat, Transcript
 from actors.training.ranked_rows import RankedRows
-from orchestrator.algorithms.ensemble import bootstrap_weights
 from orchestrator.data.records import LabelledRecord, Message, RankingRecord, Reply, ScoredRecord
 from orchestrator.errors import DataError
+from orchestrator.training.ensemble import bootstrap_weights
 
 JudgedRecord = RankingRecord | LabelledRecord | ScoredRecord
 

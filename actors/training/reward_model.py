@@ -26,11 +26,11 @@ from actors.training.ranked_rows import stored_rankings, stored_weights
 from actors.training.ranked_tokens import padding_token
 from actors.training.row_values import row_vectors
 from actors.training.task import TaskInputs
-from orchestrator.algorithms.calibration import Calibration, calibration
-from orchestrator.algorithms.ensemble import mean_scores
-from orchestrator.algorithms.ranking import spread
 from orchestrator.config.trainings import RewardModelConfig
 from orchestrator.run.storage import write_json
+from orchestrator.training.calibration import Calibration, calibration
+from orchestrator.training.ensemble import mean_scores
+from orchestrator.training.ranking import spread
 
 CALIBRATION_FILE = "calibration.json"
 CALIBRATION_REPLIES = 256  # the mean of that many scores is known to a sixteenth of their standard deviation

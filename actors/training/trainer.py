@@ -12,7 +12,7 @@ from actors.learning.distributed import Group, on_rank_0
 from actors.training.checkpoints import TrainingCheckpoints
 from actors.training.task import Task
 from actors.training.work import WorkFolder
-from orchestrator.algorithms.ranking import epoch_batches
+from orchestrator.training.ranking import epoch_batches
 
 Made = TypeVar("Made")
 

@@ -31,13 +31,13 @@ from actors.training.stored_rows import writing_rows
 from actors.training.trainer import Trainer, Training
 from actors.training.work import WorkFolder, open_work
 from benchmarks.trl import work
-from orchestrator.algorithms.ranking import epoch_batches
-from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.config.sections import ModelConfig, PromptsConfig, RunConfig
 from orchestrator.config.trainings import PreferenceConfig, RewardModelConfig, SftConfig
 from orchestrator.data.kinds import PROMPTS
 from orchestrator.data.readers import read_all
 from orchestrator.data.records import Message, RankingRecord
+from orchestrator.training.ranking import epoch_batches
+from orchestrator.training.schedule import learning_rate
 
 SEED = 1
 LONGEST_REPLY = 12  # texts

@@ -6,9 +6,9 @@ import math
 
 from jobs.stages.settings import critic_warmup_steps
 from jobs.stages.stage import Row
-from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.config.config import Config
 from orchestrator.config.sections import LearnerConfig
+from orchestrator.training.schedule import learning_rate
 
 
 def batch_rows(config: Config, num_prompts: int) -> list[Row]:

@@ -15,12 +15,12 @@ from actors.training.ranked_tokens import judged
 from jobs.prepare import start_chat
 from jobs.stages.stage import Found
 from jobs.stages.work.data.judged import sample
-from orchestrator.algorithms.ranking import spread
 from orchestrator.config.config import Config
 from orchestrator.config.losses import Judgement
 from orchestrator.config.rewards import ModelRewardConfig
 from orchestrator.data.records import Message, messages_from_dicts
 from orchestrator.errors import DataError, RlhfError
+from orchestrator.training.ranking import spread
 
 TRIED = 200  # number of conversations to format for the reward model
 _QUESTION = (Message("user", "Is it?"),)

@@ -14,12 +14,12 @@ from jobs.command import out, say
 from jobs.datasets.kinds import kinds_of
 from jobs.datasets.written import Written, written
 from jobs.prepare import find_data, policy_chat
-from orchestrator.algorithms.ranking import spread, thinned
 from orchestrator.config.config import Config
 from orchestrator.data.kinds import KINDS
 from orchestrator.data.mixtures import is_mixture, sources_of
 from orchestrator.data.streams import Stream
 from orchestrator.errors import DataError
+from orchestrator.training.ranking import spread, thinned
 
 MEASURED = 2000  # records whose tokens are counted
 SHOWN = 3

@@ -21,7 +21,6 @@ from jobs.prepare import Prepared, prepare
 from jobs.resolve import WITHOUT_TRIAL, resolved
 from jobs.stages.stage import RowSizes
 from jobs.stages.table import stages_of
-from orchestrator.algorithms.ranking import spread
 from orchestrator.config.config import Config
 from orchestrator.config.trainings import OfflineConfig
 from orchestrator.planning.costs import (
@@ -35,6 +34,7 @@ from orchestrator.planning.costs import (
 from orchestrator.planning.hardware import Device, cpu_core
 from orchestrator.planning.simulation.run import simulate_steps
 from orchestrator.planning.simulation.scenario import Layout
+from orchestrator.training.ranking import spread
 from orchestrator.types import Prompt
 from orchestrator.watching.telemetry import clock_text
 

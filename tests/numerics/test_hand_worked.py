@@ -20,8 +20,8 @@ from orchestrator.algorithms import kl
 from orchestrator.algorithms.grpo import Grpo, grpo
 from orchestrator.algorithms.ppo import gae, gae_rows
 from orchestrator.algorithms.rloo import rloo
-from orchestrator.algorithms.schedule import learning_rate
 from orchestrator.algorithms.shaping import token_rewards
+from orchestrator.training.schedule import learning_rate
 
 
 def f32(*numbers):

@@ -24,12 +24,12 @@ from actors.training.ranked_tokens import RankedTokens
 from actors.training.reward_model import RewardModelTask, RewardTraining, Trained
 from actors.training.trainer import Trainer, Training
 from actors.training.work import WorkFolder, open_work
-from orchestrator.algorithms.ensemble import mean_scores
 from orchestrator.algorithms.ppo import Ppo
 from orchestrator.config.losses import Pairwise, Regression
 from orchestrator.config.sections import CriticConfig, ModelConfig
 from orchestrator.config.trainings import RewardModelConfig
 from orchestrator.data.records import Message, RankingRecord, ScoredRecord
+from orchestrator.training.ensemble import mean_scores
 from tests.numerics.ranks import context, group, run_ranks
 from tests.numerics.samples import experience
 from tests.rows import store_records

@@ -29,7 +29,6 @@ from jobs.stages.work.sample import sample_shards
 from jobs.stages.work.score import score_shards
 from jobs.stages.work.tasks import task_metrics
 from jobs.stages.work.wiring import EVALUATION_STEP, all_ready, starting, supervisor_of
-from orchestrator.algorithms.ranking import order, wilson_interval
 from orchestrator.config.config import Config
 from orchestrator.config.loader import changed
 from orchestrator.config.rewards import ModelRewardConfig, PairJudgeConfig
@@ -39,6 +38,7 @@ from orchestrator.planning.demands import reference_demand
 from orchestrator.prompts import sample_requests
 from orchestrator.run.storage import write_json
 from orchestrator.sampler import cut_into_shards
+from orchestrator.training.ranking import order, wilson_interval
 from orchestrator.types import Prompt
 
 LANGUAGE_FIELDS = ("language", "lang")

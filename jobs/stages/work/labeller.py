@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator.algorithms.ranking import concordant_pairs, num_pairs
 from orchestrator.data.canonical import scored_ranking_row
 from orchestrator.data.records import Message, RankingRecord, Tools
 from orchestrator.errors import DataError
 from orchestrator.prompts import derive_seed
 from orchestrator.run.storage import replacing
+from orchestrator.training.ranking import concordant_pairs, num_pairs
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,13 @@ from jobs.stages.work.data import judged
 from jobs.stages.work.data.judged import StoredJudgements, measure_heads, measure_held_out, store_judged
 from jobs.stages.work.labeller import read_gold
 from jobs.stages.work.training import Report, inputs_of, of_last_tenth, train_section, words
-from orchestrator.algorithms.calibration import Calibration
-from orchestrator.algorithms.ensemble import Disagreement
 from orchestrator.config.config import Config
 from orchestrator.errors import ConfigError
 from orchestrator.planning.demands import REWARD_MODEL, plan_training
 from orchestrator.run.folder import open_run
 from orchestrator.run.storage import write_json
+from orchestrator.training.calibration import Calibration
+from orchestrator.training.ensemble import Disagreement
 from orchestrator.watching.telemetry import Telemetry
 
 _RECORDED = ("loss", "accuracy", "grad_norm", "learning_rate")

@@ -21,15 +21,6 @@ from jobs.stages.sample import sample_sizes, sampled
 from jobs.stages.stage import RowSizes, Say, row_sizes
 from jobs.stages.work.data.sampling import Sampled, sample_file
 from jobs.stages.work.data.storing import Stored, store
-from orchestrator.algorithms.ensemble import Disagreement, mean_disagreement
-from orchestrator.algorithms.ranking import (
-    concordant_pairs,
-    kendall_tau,
-    num_pairs,
-    order,
-    spread,
-    wilson_interval,
-)
 from orchestrator.config.config import Config
 from orchestrator.config.losses import Judgement
 from orchestrator.data.kinds import LABELS, RANKINGS, SCORES, Kind
@@ -38,6 +29,15 @@ from orchestrator.data.records import ReadReport
 from orchestrator.data.streams import Stream
 from orchestrator.errors import DataError
 from orchestrator.prompts import marked_held_out
+from orchestrator.training.ensemble import Disagreement, mean_disagreement
+from orchestrator.training.ranking import (
+    concordant_pairs,
+    kendall_tau,
+    num_pairs,
+    order,
+    spread,
+    wilson_interval,
+)
 
 _MOST_COMPARED = 500
 

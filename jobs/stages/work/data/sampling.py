@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from orchestrator.algorithms.ranking import thinned
 from orchestrator.data.mixtures import stamp_of_data
 from orchestrator.data.records import ReadReport
+from orchestrator.training.ranking import thinned
 
 MEASURED = 200  # records that stand for all
 _KEPT = 8

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from jobs.stages.work.reward_model import RewardModelResult
-from orchestrator.algorithms.calibration import Calibration
-from orchestrator.algorithms.ensemble import Disagreement
 from orchestrator.config.loader import config_from_tree
 from orchestrator.errors import CapacityError
 from orchestrator.planning.demands import REWARD_MODEL, plan_training
 from orchestrator.planning.placement import Node
+from orchestrator.training.calibration import Calibration
+from orchestrator.training.ensemble import Disagreement
 from tests.deadlines import scaled
 
 

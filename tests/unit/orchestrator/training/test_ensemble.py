@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from orchestrator.algorithms.ensemble import (
+from orchestrator.training.ensemble import (
     bootstrap_weights,
     disagreement,
     head_seeds,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orchestrator.algorithms.ranking import order
+from orchestrator.training.ranking import order
 
 _BINS = 10
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.algorithms.ranking import (
+from orchestrator.training.ranking import (
     concordant_pairs,
     epoch_batches,
     kendall_tau,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from orchestrator.algorithms.calibration import Bin, calibration, correlation
+from orchestrator.training.calibration import Bin, calibration, correlation
 
 
 def logit(probability: float) -> float:

@@ -1,0 +1,1 @@
+"""What trainings compute with, in numpy: batches, learning rates, calibration, ensembles."""
