@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
-from orchestrator.algorithms.experience import Group
 from orchestrator.concurrency import together
 from orchestrator.roles import Grouping
 from orchestrator.sampler import Sampler, StepRollouts
-from orchestrator.types import ScoredShard
+from orchestrator.types import PromptGroup, ScoredShard
 from orchestrator.watching.telemetry import Telemetry
 
 Score = Callable[[StepRollouts], Awaitable[list[ScoredShard]]]
@@ -57,14 +56,14 @@ class DynamicSampling:
             for shard, of_shard in zip(scored, found, strict=True)
         ]
 
-    async def _groups(self, scored: Sequence[ScoredShard]) -> list[Sequence[Group]]:
+    async def _groups(self, scored: Sequence[ScoredShard]) -> list[Sequence[PromptGroup]]:
         return await together(self._grouping.groups(shard) for shard in scored)
 
     @staticmethod
-    def _num_mixed(found: Sequence[Sequence[Group]]) -> int:
+    def _num_mixed(found: Sequence[Sequence[PromptGroup]]) -> int:
         return sum(group.is_mixed for shard in found for group in shard)
 
-    def _tell(self, step: int, groups: Sequence[Group], *, num_chosen: int, rounds: int) -> None:
+    def _tell(self, step: int, groups: Sequence[PromptGroup], *, num_chosen: int, rounds: int) -> None:
         """An event that names the prompts that teach nothing, and a line if too few are left."""
         same = {group.prompt_id: group.mean_reward for group in groups if not group.is_mixed}
         if same:

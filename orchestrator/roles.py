@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from orchestrator.algorithms.experience import Group
 from orchestrator.types import (
     EvaluatedShard,
     Experience,
     Handle,
     Metrics,
+    PromptGroup,
     PublishReport,
     RolloutShard,
     ScoredShard,
@@ -113,7 +113,7 @@ class Recorder(Protocol):
 class Grouping(Protocol):
     """Reads scored shards where the data is. Only dynamic sampling needs it (filtering.py)."""
 
-    async def groups(self, shard: ScoredShard) -> Sequence[Group]:
+    async def groups(self, shard: ScoredShard) -> Sequence[PromptGroup]:
         """The prompts of a shard, with whether the rewards of their samples differ."""
 
 

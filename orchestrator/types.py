@@ -212,3 +212,19 @@ class PublishReport:
     seconds: float
     verify_s: float
     apply_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class PromptGroup:
+    """The samples of one prompt.
+
+    Args:
+        number: of the prompt in its step.
+        mean_reward: of the samples whose reward did not fail; None if all failed.
+        is_mixed: whether at least two rewards differ.
+    """
+
+    number: int
+    prompt_id: str
+    mean_reward: float | None
+    is_mixed: bool

@@ -21,7 +21,6 @@ from actors.learning.worker import Share
 from actors.remote.publisher import PolicyWeights
 from actors.roles.recorder import RecorderWorker
 from actors.roles.rollout import RolloutWorker
-from orchestrator.algorithms.experience import Group
 from orchestrator.concurrency import together
 from orchestrator.errors import RoleError
 from orchestrator.types import (
@@ -29,6 +28,7 @@ from orchestrator.types import (
     Experience,
     Handle,
     Metrics,
+    PromptGroup,
     RolloutShard,
     ScoredShard,
     ShardRecord,
@@ -260,7 +260,7 @@ class RayRecorder:
             ),
         )
 
-    async def groups(self, shard: ScoredShard) -> Sequence[Group]:
+    async def groups(self, shard: ScoredShard) -> Sequence[PromptGroup]:
         rank = next(self._turn)
         handles = (shard.rollout.handle, list(shard.rewards))
         return await _kept(

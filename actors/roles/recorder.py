@@ -15,13 +15,13 @@ import ray
 
 from actors.rewards.rules import RuleReward
 from orchestrator import schema
-from orchestrator.algorithms.experience import ExperienceSettings, Group, assemble, groups_of, summarise
+from orchestrator.algorithms.experience import ExperienceSettings, assemble, groups_of, summarise
 from orchestrator.config.rewards import RuleConfig, RuleLimits
 from orchestrator.errors import RewardError, StorageError
 from orchestrator.evaluation import EVALUATION, evaluation_metrics
 from orchestrator.held_out import failures_file
 from orchestrator.run.storage import reading, replacing, sha256
-from orchestrator.types import Handle, Metrics, Moments, ShardRecord
+from orchestrator.types import Handle, Metrics, Moments, PromptGroup, ShardRecord
 
 _WAY_OUT = "restore it from a copy, or delete its folder."
 
@@ -90,7 +90,7 @@ class RecorderWorker:
         )
         return table, record
 
-    def groups(self, rollout: pa.Table, rewards: list[Any]) -> list[Group]:
+    def groups(self, rollout: pa.Table, rewards: list[Any]) -> list[PromptGroup]:
         """The prompts of a shard, see groups_of. `rewards` are object references."""
         return groups_of(rollout, _fetch(rewards), self._settings)
 

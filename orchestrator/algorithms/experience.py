@@ -22,7 +22,7 @@ from orchestrator.algorithms.advantages import Doubles, Floats, Offsets, Respons
 from orchestrator.algorithms.algorithm import Algorithm
 from orchestrator.algorithms.shaping import shaped_rewards, token_rewards_rows
 from orchestrator.errors import DataError, NonFiniteError
-from orchestrator.types import Moments
+from orchestrator.types import Moments, PromptGroup
 
 Mask = npt.NDArray[np.bool_]
 
@@ -49,23 +49,7 @@ class ExperienceSettings:
         return group_R
 
 
-@dataclass(frozen=True)
-class Group:
-    """The samples of one prompt.
-
-    Args:
-        number: of the prompt in its step.
-        mean_reward: of the samples whose reward did not fail; None if all failed.
-        is_mixed: whether at least two rewards differ.
-    """
-
-    number: int
-    prompt_id: str
-    mean_reward: float | None
-    is_mixed: bool
-
-
-def groups_of(rollout: pa.Table, rewards: Sequence[pa.Table], settings: ExperienceSettings) -> list[Group]:
+def groups_of(rollout: pa.Table, rewards: Sequence[pa.Table], settings: ExperienceSettings) -> list[PromptGroup]:
     """The groups of a shard in ascending order, by the rewards before any shaping.
 
     Args:
@@ -79,7 +63,7 @@ def groups_of(rollout: pa.Table, rewards: Sequence[pa.Table], settings: Experien
         valid = reward_R[rows][~np.isnan(reward_R[rows])]
         mean = float(valid.mean()) if len(valid) else None
         is_mixed = bool(len(valid) and valid.min() < valid.max())
-        found.append(Group(number, rollout["prompt_id"][int(rows[0])].as_py(), mean, is_mixed))
+        found.append(PromptGroup(number, rollout["prompt_id"][int(rows[0])].as_py(), mean, is_mixed))
     return found
 
 

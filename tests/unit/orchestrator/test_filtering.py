@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.algorithms.experience import Group
 from orchestrator.concurrency import together
 from orchestrator.filtering import DynamicSampling, as_sampled
 from orchestrator.sampler import Sampler, StepRollouts
-from orchestrator.types import Sampling, ScoredShard
+from orchestrator.types import PromptGroup, Sampling, ScoredShard
 from orchestrator.watching.telemetry import Telemetry, read_lines
 from tests.unit.orchestrator.fakes import Diary, FakeRollouts, FakeSchedule
 
@@ -26,11 +25,11 @@ class Rewards:
     mixed: Sequence[Sequence[bool]]
     asked: list[int] = field(default_factory=list)
 
-    async def groups(self, shard: ScoredShard) -> list[Group]:
+    async def groups(self, shard: ScoredShard) -> list[PromptGroup]:
         self.asked.append(shard.rollout.index)
         flags = [flag for of_round in self.mixed for flag in of_round]
         numbers = range(2 * shard.rollout.index, 2 * shard.rollout.index + 2)
-        return [Group(number, f"p{number}", 1.0, is_mixed=flags[number]) for number in numbers]
+        return [PromptGroup(number, f"p{number}", 1.0, is_mixed=flags[number]) for number in numbers]
 
 
 async def score(rollouts: StepRollouts) -> list[ScoredShard]:

@@ -154,7 +154,7 @@ def test_coroutines_wait_at_the_same_time_and_the_one_that_kills_is_found() -> N
 
 def test_what_is_left_of_a_shards_time_is_a_limit(obedient: Episodes) -> None:
     begin(obedient, 2)
-    answers = obedient.step({0: "freeze", 1: "a"}, monotonic() + 0.2)
+    answers = obedient.step({0: "freeze", 1: "a"}, monotonic() + STEP_S / 10)
     assert "gave no answer within what was left of its shard's time" in str(answers[0])
     assert "nothing was left of its shard's time" in str(answers[1])
 

@@ -12,11 +12,12 @@ import pytest
 from orchestrator import schema
 from orchestrator.algorithms.advantages import Responses
 from orchestrator.algorithms.algorithm import Algorithm
-from orchestrator.algorithms.experience import ExperienceSettings, Group, assemble, groups_of
+from orchestrator.algorithms.experience import ExperienceSettings, assemble, groups_of
 from orchestrator.algorithms.shaping import overlong_share, shaped_rewards, token_rewards
 from orchestrator.algorithms.table import ALGORITHMS
 from orchestrator.config.sections import RlConfig, RolloutConfig
 from orchestrator.errors import NonFiniteError
+from orchestrator.types import PromptGroup
 from tests.unit.orchestrator.algorithms.test_experience import logprobs, rewards, rollout, run
 
 
@@ -40,7 +41,7 @@ def advantages(name: str, **keys: Any) -> list[float]:
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "cispo"])
 def test_group_relative_advantages_divide_by_the_deviation(name: str) -> None:
-    # Group 7: 1 and 3, mean 2, deviation √2. Group 9: 5 and 5.
+    # PromptGroup 7: 1 and 3, mean 2, deviation √2. PromptGroup 9: 5 and 5.
     one = 1 / (2**0.5 + 1e-4)
     assert advantages(name) == pytest.approx([-one, -one, one, 0, 0, 0])
     assert advantages(name, divide_by_std=False) == pytest.approx([-1, -1, 1, 0, 0, 0])
@@ -145,12 +146,12 @@ def _assembled(settings: ExperienceSettings, groups: list[int]) -> tuple[pa.Tabl
 def test_groups_say_whether_their_rewards_differ() -> None:
     settings = ExperienceSettings(algorithm("dapo"), samples_per_prompt=2)
     assert groups_of(rollout(), [rewards([1.0, 2.0, 3.0])], settings) == [
-        Group(5, "a", 1.5, is_mixed=True),
-        Group(6, "a", 3.0, is_mixed=False),
+        PromptGroup(5, "a", 1.5, is_mixed=True),
+        PromptGroup(6, "a", 3.0, is_mixed=False),
     ]
     assert groups_of(rollout(), [rewards([1.0, None, None])], settings) == [
-        Group(5, "a", 1.0, is_mixed=False),
-        Group(6, "a", None, is_mixed=False),
+        PromptGroup(5, "a", 1.0, is_mixed=False),
+        PromptGroup(6, "a", None, is_mixed=False),
     ]
 
 
