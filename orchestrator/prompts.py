@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.schema import GREEDY
-from orchestrator.types import Prompt, SampleRequest
+from orchestrator.types import GREEDY, Prompt, SampleRequest
 
 # The largest unsigned integer that both schema.ROLLOUT (int64) and a torch generator accept: with 63 bits no two
 # samples of a run share a seed by chance.

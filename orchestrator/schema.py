@@ -19,7 +19,6 @@ import pyarrow as pa
 _TOKENS = pa.list_(pa.int32())
 _FLOATS = pa.list_(pa.float32())
 
-GREEDY = -1  # sample_index of a sample at temperature 0, whose reward is a baseline; it is not learned from
 
 ROLLOUT = pa.schema(
     [

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.schema import GREEDY
-
 Handle = Any  # opaque to the orchestrator
 Metrics = Mapping[str, float]
+
+GREEDY = -1  # sample_index of a sample at temperature 0, whose reward is a baseline; it is not learned from
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class SampleRequest:
-    """One sample to draw; all its randomness derives from `seed`. A sample whose index is schema.GREEDY is drawn at
+    """One sample to draw; all its randomness derives from `seed`. A sample whose index is GREEDY is drawn at
     temperature 0."""
 
     row: int

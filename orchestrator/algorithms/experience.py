@@ -22,7 +22,7 @@ from orchestrator.algorithms.advantages import Doubles, Floats, Offsets, Respons
 from orchestrator.algorithms.algorithm import Algorithm
 from orchestrator.algorithms.shaping import shaped_rewards, token_rewards_rows
 from orchestrator.errors import DataError, NonFiniteError
-from orchestrator.types import Moments, PromptGroup
+from orchestrator.types import GREEDY, Moments, PromptGroup
 
 Mask = npt.NDArray[np.bool_]
 
@@ -213,7 +213,7 @@ def explained_variance(sums: Mapping[str, float]) -> float:
 
 def _learnable(rollout: pa.Table, settings: ExperienceSettings, groups: Collection[int] | None) -> Mask:
     """The rows that are learned from unless something failed."""
-    learnable_R: Mask = rollout["sample_index"].to_numpy() != schema.GREEDY
+    learnable_R: Mask = rollout["sample_index"].to_numpy() != GREEDY
     return learnable_R if groups is None else learnable_R & np.isin(settings.group_of(rollout), list(groups))
 
 
@@ -233,7 +233,7 @@ def _rewards_of_rows(
     keep_R = _learnable(rollout, settings, groups) & rewards.is_valid().to_numpy() & (learned_R > 0)
     if not settings.algorithm.greedy_samples:
         return keep_R, final_R[keep_R], np.zeros(0)
-    group_R, greedy_R = settings.group_of(rollout), rollout["sample_index"].to_numpy() == schema.GREEDY
+    group_R, greedy_R = settings.group_of(rollout), rollout["sample_index"].to_numpy() == GREEDY
     scored_R = greedy_R & rewards.is_valid().to_numpy()
     _check_rows_finite("reward", final_R[scored_R], rollout["row"].filter(pa.array(scored_R)))
     found = dict(zip(group_R[scored_R].tolist(), final_R[scored_R].tolist(), strict=True))

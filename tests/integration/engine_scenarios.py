@@ -31,8 +31,7 @@ from actors.weights.readback import ignores_its_parameter
 from orchestrator.config.base import Section
 from orchestrator.config.sections import ModelConfig, PublishConfig, RolloutConfig
 from orchestrator.errors import RlhfError
-from orchestrator.schema import GREEDY
-from orchestrator.types import Prompt, SampleRequest, Sampling, ShardRequest
+from orchestrator.types import GREEDY, Prompt, SampleRequest, Sampling, ShardRequest
 from tests.families import tiny_model
 from tests.tiny import tiny_config, tiny_tokenizer
 

@@ -12,7 +12,7 @@ from actors.engines.hf_engine import HfEngine, processed_logprobs
 from actors.weights.manifest import pack, plan
 from orchestrator import schema
 from orchestrator.errors import DataError, PublishError
-from orchestrator.types import Sampling
+from orchestrator.types import GREEDY, Sampling
 from tests.integration import engine_scenarios as scenarios
 
 
@@ -56,11 +56,11 @@ def test_greedy_samples_take_the_likeliest_token_and_leave_others_as_they_were(f
     engine = HfEngine(folder, scenarios.context())
     before, rows = (engine.generate(request)[0].to_pylist() for request in (plain, scenarios.with_greedy(plain)))
     for row, other in zip(rows, before, strict=True):
-        if row["sample_index"] == schema.GREEDY:
+        if row["sample_index"] == GREEDY:
             assert all(scenarios.is_likeliest(folder, row))
         else:
             assert row["response_tokens"] == other["response_tokens"]
-    assert [row["sample_index"] for row in rows].count(schema.GREEDY) == len(rows) // 3
+    assert [row["sample_index"] for row in rows].count(GREEDY) == len(rows) // 3
 
 
 def test_top_k_and_top_p_cut_and_renormalise() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from orchestrator import schema
-from orchestrator.types import Sampling
+from orchestrator.types import GREEDY, Sampling
 from tests.integration import engine_scenarios as scenarios
 from tests.tiny import tiny_tokenizer
 
@@ -102,7 +102,7 @@ def test_logprobs_are_those_of_the_model_at_the_sampling_temperature(
 def test_greedy_samples_take_the_likeliest_token(apart: Apart, folder: Path) -> None:
     request = scenarios.with_greedy(scenarios.shard(sampling=Sampling(max_new_tokens=16)))
     table, _ = apart(scenarios.samples_of_one_engine, folder, [request], dtype="float32")[0]
-    greedy = [row for row in table.to_pylist() if row["sample_index"] == schema.GREEDY]
+    greedy = [row for row in table.to_pylist() if row["sample_index"] == GREEDY]
     assert len(greedy) == 4
     assert all(all(scenarios.is_likeliest(folder, row)) for row in greedy)
 

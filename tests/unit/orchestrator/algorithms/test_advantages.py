@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from orchestrator import schema
 from orchestrator.algorithms.advantages import Responses
 from orchestrator.algorithms.algorithm import Algorithm
 from orchestrator.algorithms.experience import ExperienceSettings, assemble, groups_of
@@ -17,7 +16,7 @@ from orchestrator.algorithms.shaping import overlong_share, shaped_rewards, toke
 from orchestrator.algorithms.table import ALGORITHMS
 from orchestrator.config.sections import RlConfig, RolloutConfig
 from orchestrator.errors import NonFiniteError
-from orchestrator.types import PromptGroup
+from orchestrator.types import GREEDY, PromptGroup
 from tests.unit.orchestrator.algorithms.test_experience import logprobs, rewards, rollout, run
 
 
@@ -98,7 +97,7 @@ def test_the_exponent_of_k3_is_bounded() -> None:
 
 def greedy(table: pa.Table, marked: list[int]) -> pa.Table:
     """The table with these rows as greedy samples."""
-    index = [schema.GREEDY if row in marked else 0 for row in table["row"].to_pylist()]
+    index = [GREEDY if row in marked else 0 for row in table["row"].to_pylist()]
     place = table.schema.get_field_index("sample_index")
     return table.set_column(place, table.schema.field(place), pa.array(index, pa.int32()))
 
