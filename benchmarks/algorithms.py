@@ -40,6 +40,7 @@ PROMPTS, TOKENS, SAMPLES = 4, 6, 64
 STEPS, RATE, BETA = 80, 0.1, 0.4
 FORMS = ("k1-reward", "k2-reward", "k3-reward", "k1-loss", "k2-loss", "k3-loss", "unbiased-loss", "none")
 WITHOUT_OPTIMUM = ("k2-reward", "k3-reward")
+PART = "all"  # the one part of the reward
 TOLERANCE = 0.08  # of the distance at the end
 
 
@@ -64,8 +65,15 @@ def settings(name: str, form: str) -> Algorithm:
     keys: dict[str, Any] = {"epochs": 2, "overlong_fraction": 0.0}
     if name == "gspo":  # its own range is for the geometric mean over a long response
         keys |= {"clip_ratio": 0.2, "clip_ratio_high": 0.2}
+    if name == "gdpo":
+        keys |= {"part_weights": {PART: 1.0}}
     keys |= {"kl_coefficient": 0.0} if form == "none" else {"kl_coefficient": BETA, "kl_estimator": form}
     return ALGORITHMS[name].model_validate(keys)
+
+
+def forms_of(name: str) -> list[str]:
+    """The forms of the KL that an algorithm takes."""
+    return [form for form in FORMS if name != "gdpo" or not form.endswith("-reward")]
 
 
 def train(name: str, form: str, problem: Problem, *, steps: int = STEPS, seed: int = 0) -> list[Table]:
@@ -126,6 +134,8 @@ def _sample(
             values.detach()[prompt_R].numpy(),
             np.zeros(len(prompt_R), np.float32),
             greedy_P[prompt_R.numpy()],
+            {PART: rewards_R},
+            np.zeros(len(prompt_R)),
         )
     )
     columns = {"old_logprobs": old_R, "ref_logprobs": ref_R, "engine_logprobs": old_R}
@@ -255,11 +265,12 @@ def main(
     curves: dict[str, dict[str, list[float]]] = {}
     say(f"{'':22}" + "".join(f"{form:>15}" for form in FORMS))
     for name in ALGORITHMS:
-        for form in FORMS:
+        for form in forms_of(name):
             policies = train(name, form, problem, steps=steps, seed=seed)
             best = optimum(name, form, problem)
             curves.setdefault(form, {})[name] = [distance(policy, best) for policy in policies]
-        say(f"{name:22}" + "".join(f"{curves[form][name][-1]:15.3f}" for form in FORMS))
+        ends = [f"{curves[form][name][-1]:.3f}" if form in forms_of(name) else "" for form in FORMS]
+        say(f"{name:22}" + "".join(f"{end:>15}" for end in ends))
     draw(curves, picture)
     checked = [of_form for form, of_form in curves.items() if form not in WITHOUT_OPTIMUM]
     worst = max(values[-1] for of_form in checked for values in of_form.values())

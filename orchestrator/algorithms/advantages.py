@@ -6,7 +6,7 @@ where a group is the rows of one prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,6 +29,8 @@ class Responses:
         values_N: the critic's V(s_t) in the state in which token t is chosen; empty without a critic.
         last_values_R: V after the last token, 0 if the response is complete; empty without a critic.
         greedy_rewards_R: sequence reward of the greedy sample of each row's prompt; empty if the algorithm draws none.
+        parts: parts of each row's reward, those that the algorithm names.
+        shaping_R: what shaping (clip, penalties of length) adds to each row's reward; empty if it names no parts.
     """
 
     token_rewards_N: Floats
@@ -37,6 +39,8 @@ class Responses:
     values_N: Floats
     last_values_R: Floats
     greedy_rewards_R: Doubles = field(default_factory=lambda: np.zeros(0))
+    parts: Mapping[str, Doubles] = field(default_factory=dict)
+    shaping_R: Doubles = field(default_factory=lambda: np.zeros(0))
 
     @property
     def token_rows(self) -> npt.NDArray[np.intp]:

@@ -97,6 +97,11 @@ class Algorithm(Section):
     """Upper bound of the gate. Required with a gate."""
 
     @property
+    def reward_parts(self) -> tuple[str, ...]:
+        """Names of the parts of the reward that advantages are computed from; empty: from the reward."""
+        return ()
+
+    @property
     def kl_in_reward(self) -> bool:
         """Whether -kl_coefficient times the estimate of KL(old || reference) is added to each token's reward."""
         return self.kl_estimator.endswith("-reward")

@@ -128,8 +128,10 @@ def assemble(
         last_values_R = _last_values(value_table["bootstrap_value"].to_numpy(), bootstrapped_R, table["row"])
         values_L = _flat("values", value_table["values"], table["row"], offsets_R1, learn_N)[learn_N]
     group_R = settings.group_of(table)
+    parts = _parts(reward_table["reward_parts"], algorithm.reward_parts, table["row"])
+    shaping_R = final_R - reward_R if parts else np.zeros(0)
     found = algorithm.advantages(
-        Responses(token_rewards_L, learned_R1, group_R, values_L, last_values_R, greedy_rewards_R)
+        Responses(token_rewards_L, learned_R1, group_R, values_L, last_values_R, greedy_rewards_R, parts, shaping_R)
     )
     learned = {
         "token_rewards": token_rewards_L,
@@ -333,6 +335,22 @@ def _check_rows_finite(name: str, values_R: Floats, rows: pa.ChunkedArray) -> No
 def _lists(flat_N: Floats, offsets_R1: Offsets) -> pa.ListArray:
     offsets = pa.array(offsets_R1.astype(np.int32))
     return pa.ListArray.from_arrays(offsets, pa.array(flat_N, pa.float32()))
+
+
+def _parts(parts: pa.ChunkedArray, names: Sequence[str], rows: pa.ChunkedArray) -> dict[str, Doubles]:
+    """Of every row, the parts of its reward with these names. Raises DataError: a row lacks one."""
+    if not names:
+        return {}
+    found = [dict(pairs or ()) for pairs in parts.to_pylist()]
+    for number, there in enumerate(found):
+        for name in names:
+            if there.get(name) is None:
+                raise DataError(
+                    f"row {rows[number].as_py()}: its reward has no part {name!r}; it has "
+                    f"{', '.join(map(repr, sorted(there))) or 'none'}. Correct algorithm.part_weights, or let the "
+                    "reward return that part for every sample."
+                )
+    return {name: np.array([there[name] for there in found], dtype=np.float64) for name in names}
 
 
 def _reward_part_sums(parts: pa.ChunkedArray) -> dict[str, float]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from orchestrator.algorithms.algorithm import Algorithm
 from orchestrator.algorithms.cispo import Cispo
+from orchestrator.algorithms.gdpo import Gdpo
 from orchestrator.algorithms.grpo import Dapo, DrGrpo, Grpo
 from orchestrator.algorithms.gspo import Gspo
 from orchestrator.algorithms.ppo import Ppo
@@ -18,6 +19,7 @@ ALGORITHMS: Mapping[str, type[Algorithm]] = {
     "grpo": Grpo,
     "dr-grpo": DrGrpo,
     "dapo": Dapo,
+    "gdpo": Gdpo,
     "gspo": Gspo,
     "cispo": Cispo,
     "rloo": Rloo,

@@ -13,6 +13,7 @@ from benchmarks.algorithms import (
     WITHOUT_OPTIMUM,
     Problem,
     distance,
+    forms_of,
     optimum,
     settings,
     train,
@@ -21,9 +22,10 @@ from orchestrator.algorithms.table import ALGORITHMS
 
 PROBLEM = Problem.seeded()
 CHOSEN = [
-    *((name, "k1-reward") for name in ALGORITHMS),
+    *((name, "k1-reward") for name in ALGORITHMS if "k1-reward" in forms_of(name)),
     *(("rloo", form) for form in FORMS if form not in {"k1-reward", *WITHOUT_OPTIMUM}),
     ("grpo", "k3-loss"),
+    ("gdpo", "k3-loss"),
     ("ppo", "unbiased-loss"),
     ("gspo", "k2-loss"),
     ("reinforce++", "unbiased-loss"),

@@ -9,6 +9,7 @@ import itertools
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -29,11 +30,13 @@ from orchestrator.types import Moments
 from tests.deadlines import scaled
 from tests.peers.batch import (
     MAX_NEW_TOKENS,
+    PART_WEIGHTS,
     SAMPLES_PER_PROMPT,
     Batch,
     batch,
     differentiated,
     laid_end_to_end,
+    parts_of,
 )
 from tests.peers.wheels import fetch
 
@@ -168,12 +171,18 @@ def on_last(rewards_B: Tensor, mask_BT: Tensor) -> Tensor:
     return found_BT
 
 
-def verl_advantages(data: Batch) -> Results:
+def verl_advantages(data: Batch, whole: Batch) -> Results:
     rewards_BT = on_last(data["rewards_B"], data["mask_BT"]) + 0.1 * data["values_BT"] * data["mask_BT"]
     found = responses(data, rewards_BT)
     names = ("grpo", "dr-grpo", "rloo", "reinforce++", "reinforce++-baseline", "remax")
     without = {f"advantages {name}": [advantages(name, found)[0]] for name in names}
-    return {**without, "advantages ppo": [*advantages("ppo", found, gamma=0.9, lam=0.8)]}
+    parts = {name: part_B.double().numpy() for name, part_B in parts_of(whole).items()}
+    in_parts = replace(responses(whole, whole["values_BT"]), parts=parts, shaping_R=np.zeros(len(whole["mask_BT"])))
+    return {
+        **without,
+        "advantages ppo": [*advantages("ppo", found, gamma=0.9, lam=0.8)],
+        "advantages gdpo": [advantages("gdpo", in_parts, part_weights=PART_WEIGHTS)[0]],
+    }
 
 
 def openrlhf_advantages(data: Batch) -> Results:
@@ -216,7 +225,7 @@ def ours(seed: int) -> Results:
         **{f"kl {estimator}": kl(data, estimator) for estimator in ("k1", "k2", "k3")},
         # verl keeps the value of k3 with the gradient of k2; where the policy is the old one, that is the same.
         "kl k3+": kl(data, "unbiased", at="old_BT"),
-        **verl_advantages(data),
+        **verl_advantages(data, whole),
     }
     openrlhf = {
         **{name: found for name, found in common.items() if "constant" not in name and "cispo" not in name},

@@ -12,6 +12,7 @@ from torch import Tensor
 
 SAMPLES_PER_PROMPT = 4
 MAX_NEW_TOKENS = 14
+PART_WEIGHTS = {"answer": 1.0, "format": 0.3}
 Batch = dict[str, Tensor]
 
 
@@ -55,6 +56,11 @@ def batch(seed: int, *, gaps: bool, num_prompts: int = 8) -> Batch:
         .repeat(1, SAMPLES_PER_PROMPT)
         .flatten(),
     }
+
+
+def parts_of(data: Batch) -> Batch:
+    """Parts of the rewards: one of 0 and 1, and one on another scale."""
+    return {"answer": (data["rewards_B"] > 0.0).float(), "format": 10.0 * data["row_advantages_B"]}
 
 
 def laid_end_to_end(values_BT: Tensor, mask_BT: Tensor) -> Tensor:

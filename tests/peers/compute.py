@@ -16,11 +16,13 @@ from torch import Tensor
 
 from tests.peers.batch import (
     MAX_NEW_TOKENS,
+    PART_WEIGHTS,
     SAMPLES_PER_PROMPT,
     Batch,
     batch,
     differentiated,
     laid_end_to_end,
+    parts_of,
 )
 from tests.peers.wheels import load
 
@@ -148,7 +150,16 @@ def _verl_advantages(core: Any, data: Batch, whole: Batch) -> Results:
         "reinforce++-baseline": (core.compute_reinforce_plus_plus_baseline_outcome_advantage, {"index": index}),
         "remax": (core.compute_remax_outcome_advantage, {"reward_baselines": data["greedy_B"]}),
     }
+    gdpo = {
+        "config": {"gdpo_reward_keys": list(PART_WEIGHTS), "gdpo_reward_weights": list(PART_WEIGHTS.values())},
+        "non_tensor_batch": {name: part_B.numpy() for name, part_B in parts_of(whole).items()},
+        "batch": {"prompts": mask_BT[:, :0], "attention_mask": whole["mask_BT"].long()},
+        "epsilon": 1e-4,
+    }
+    whole_mask = {"token_level_rewards": rewards_BT, "response_mask": whole["mask_BT"]}
     found: Results = {}
+    gdpo_BT = core.compute_gdpo_outcome_advantage(**whole_mask, index=index, **gdpo)[0]
+    found["verl advantages gdpo"] = [laid_end_to_end(gdpo_BT, whole["mask_BT"])]
     for name, (function, more) in calls.items():
         advantages_BT = function(**{key: value.clone() for key, value in common.items()}, **more)[0]
         found[f"verl advantages {name}"] = [laid_end_to_end(advantages_BT, mask_BT)]

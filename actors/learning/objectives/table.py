@@ -17,6 +17,7 @@ OBJECTIVES: Mapping[str, Callable[[Any], Objective]] = {
     "grpo": ClippedObjective,
     "dr-grpo": ClippedObjective,
     "dapo": ClippedObjective,
+    "gdpo": ClippedObjective,
     "gspo": GspoObjective,
     "cispo": CispoObjective,
     "rloo": ClippedObjective,

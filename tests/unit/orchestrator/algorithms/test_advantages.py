@@ -15,7 +15,7 @@ from orchestrator.algorithms.experience import ExperienceSettings, assemble, gro
 from orchestrator.algorithms.shaping import overlong_share, shaped_rewards, token_rewards
 from orchestrator.algorithms.table import ALGORITHMS
 from orchestrator.config.sections import RlConfig, RolloutConfig
-from orchestrator.errors import NonFiniteError
+from orchestrator.errors import DataError, NonFiniteError
 from orchestrator.types import GREEDY, PromptGroup
 from tests.unit.orchestrator.algorithms.test_experience import logprobs, rewards, rollout, run
 
@@ -40,7 +40,7 @@ def advantages(name: str, **keys: Any) -> list[float]:
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "cispo"])
 def test_group_relative_advantages_divide_by_the_deviation(name: str) -> None:
-    # PromptGroup 7: 1 and 3, mean 2, deviation √2. PromptGroup 9: 5 and 5.
+    # Group 7: 1 and 3, mean 2, deviation √2. Group 9: 5 and 5.
     one = 1 / (2**0.5 + 1e-4)
     assert advantages(name) == pytest.approx([-one, -one, one, 0, 0, 0])
     assert advantages(name, divide_by_std=False) == pytest.approx([-1, -1, 1, 0, 0, 0])
@@ -49,6 +49,47 @@ def test_group_relative_advantages_divide_by_the_deviation(name: str) -> None:
 @pytest.mark.parametrize("name", ["dr-grpo", "reinforce++-baseline"])
 def test_without_the_deviation_only_the_mean_is_subtracted(name: str) -> None:
     assert advantages(name) == pytest.approx([-1, -1, 1, 0, 0, 0])
+
+
+def in_parts(**keys: Any) -> Algorithm:
+    return algorithm("gdpo", part_weights={"answer": 1.0, "style": 0.5}, **keys)
+
+
+def test_gdpo_compares_each_part_of_the_reward_on_its_own() -> None:
+    responses = Responses(
+        np.zeros(6, np.float32),
+        np.array([0, 2, 3, 4, 6]),
+        np.array([7, 7, 9, 9]),
+        np.zeros(6, np.float32),
+        np.zeros(4, np.float32),
+        parts={"answer": np.array([1.0, 3.0, 5.0, 5.0]), "style": np.array([100.0, 0.0, 0.0, 0.0])},
+        shaping_R=np.array([0.0, 0.0, 0.0, -1.0]),
+    )
+    # Group 7: answers are 1 and 3, deviation √2, styles 100 and 0, deviation √5000. Group 9: one is penalised by 1.
+    one, style, penalty = 1 / (2**0.5 + 1e-4), 50 / (5000**0.5 + 1e-4), 0.5 / (0.5**0.5 + 1e-4)
+    first = -one + 0.5 * style
+    expected = [first, first, -first, penalty, -penalty, -penalty]
+    assert in_parts().advantages(responses).advantages_N.tolist() == pytest.approx(expected)
+    plain = in_parts(divide_by_std=False).advantages(responses).advantages_N.tolist()
+    assert plain == pytest.approx([24, 24, -24, 0.5, -0.5, -0.5])
+
+
+def test_parts_come_from_the_rewards_and_each_row_must_have_them() -> None:
+    settings = ExperienceSettings(algorithm("gdpo", part_weights={"style": 1.0}), samples_per_prompt=1)
+    table, _ = run(settings, value=[])
+    assert not any(value for row in table["advantages"].to_pylist() for value in row)
+    missing = ExperienceSettings(in_parts(), samples_per_prompt=1)
+    with pytest.raises(DataError, match="row 10: its reward has no part 'answer'; it has 'style'.*part_weights"):
+        run(missing, value=[])
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [({}, "needs their names"), ({"part_weights": {"a": 1.0}, "kl_estimator": "k1-reward"}, "puts the KL into the")],
+)
+def test_gdpo_without_parts_or_with_the_kl_in_the_reward_is_refused(keys: dict[str, Any], problem: str) -> None:
+    found = algorithm("gdpo", **keys).contradictions(RlConfig(samples_per_prompt=4), RolloutConfig())
+    assert any(problem in message for message in found)
 
 
 def test_reinforce_plus_plus_sums_the_rewards_from_each_token_on() -> None:
@@ -60,7 +101,8 @@ def test_remax_subtracts_the_reward_of_the_greedy_response() -> None:
 
 
 def test_only_some_algorithms_whiten() -> None:
-    assert [name for name in ALGORITHMS if algorithm(name).whitens] == ["ppo", "reinforce++", "reinforce++-baseline"]
+    whitening = [name for name in ALGORITHMS if algorithm(name).whitens]
+    assert whitening == ["ppo", "gdpo", "reinforce++", "reinforce++-baseline"]
 
 
 def test_the_overlong_penalty_grows_within_the_buffer() -> None:
