@@ -18,7 +18,7 @@ class Gdpo(GroupRelative):
 
     name: Literal["gdpo"] = "gdpo"
     part_weights: Mapping[str, float] = {}
-    """Weight of each part of the reward (reward/part/NAME), such as {answer: 1, format: 0.5}. Other parts are left
+    """Weight of each part of the reward (reward/part/NAME), such as {formatted_answer.answer: 1}. Other parts are left
     out."""
     kl_estimator: KlEstimator = "k3-loss"
 
@@ -44,7 +44,7 @@ class Gdpo(GroupRelative):
         if not self.part_weights:
             yield (
                 "algorithm.name='gdpo' compares parts of the reward and needs their names: set "
-                "algorithm.part_weights, such as {answer: 1.0, format: 1.0}, or algorithm.name=grpo."
+                "algorithm.part_weights, such as {formatted_answer.answer: 1}, or algorithm.name=grpo."
             )
         if self.kl_in_reward:
             yield (
