@@ -252,7 +252,7 @@ def our_preference(models: Models, section: PreferenceLoss, table: pa.Table) -> 
         ranked = ranked.with_reference(np.array(logprobs(ranked.rows, reference), dtype=np.float32))
         if section.judgement == "labels":
             pairs = mismatched(range(ranked.num_records))
-            mixed = TokenRows.of_table(mismatched_table(ranked, pairs, max_length=10_000))
+            mixed = ranked_rows(mismatched_table(ranked, pairs, max_length=10_000)).rows
             kl = kto_kl(torch.tensor(logprobs(mixed, policy)), torch.tensor(logprobs(mixed, reference)))
             numbers = BatchNumbers(kl=float(kl))
     if section.judgement != "labels":
