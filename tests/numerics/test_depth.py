@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig
 
 from actors.models.depth import shallow
 from actors.models.model import load_scorer
@@ -21,19 +21,11 @@ def first_layer(model):
     return len(layers), found[0] if isinstance(found[0], torch.Tensor) else found[0][0]
 
 
-def scores(name, folder):
-    try:
-        AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder))
-    except ValueError:
-        return False
-    return True
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_cut_model_is_the_start_of_the_whole_one(name, tmp_path):
     folder = tiny_folder(name, tmp_path / "model")
-    if not scores(name, folder):
-        pytest.skip("transformers has no classifier of this architecture")
+    if name == "Falcon-H1":
+        pytest.skip("transformers leaves a buffer of its backbone uninitialised under a classifier")
     whole = load_scorer(folder, torch.float32, new_head="zero")
     cut = load_scorer(folder, torch.float32, new_head="zero", layers=1)
     num_layers, expected = first_layer(whole)
