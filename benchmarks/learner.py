@@ -28,7 +28,7 @@ from actors.roles.policy import PolicyWorker
 from benchmarks.harness import Figure, Pairs, measure_turns, ratio_figure
 from benchmarks.plain_loop import STYLES, PlainLoop
 from benchmarks.table import report
-from benchmarks.turns import Answer, Contender, serve
+from benchmarks.turns import Answer, Contender, parsed
 from benchmarks.work import Work, available, experience, load_work
 from jobs.stages.settings import rank_context
 from orchestrator.planning.memory import ModelSize
@@ -65,11 +65,7 @@ def main() -> None:
     parser.add_argument("--work", choices=available(), action="append")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, help="rows per forward in the plain loops, instead of the fastest")
-    parser.add_argument("--serve")
-    arguments = parser.parse_args()
-    if arguments.serve:
-        serve(_build, arguments.serve)
-        return
+    arguments = parsed(parser, _build)
     works, role = arguments.work or available(), arguments.role
     report(f"learner-{role}", measure(role, works, arguments.rounds, arguments.rows))
 

@@ -24,7 +24,7 @@ from actors.roles.policy import PolicyWorker
 from actors.roles.reference import ReferenceWorker
 from benchmarks.harness import Figure, Pairs, measure_turns, plain_figure, ratio_figure
 from benchmarks.table import report
-from benchmarks.turns import Answer, Contender, serve
+from benchmarks.turns import Answer, Contender, parsed
 from benchmarks.work import Work, experience, load_work
 from jobs.stages.settings import rank_context
 from orchestrator.watching.telemetry import resident_bytes
@@ -46,11 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--serve")
-    arguments = parser.parse_args()
-    if arguments.serve:
-        serve(_build, arguments.serve)
-        return
+    arguments = parsed(parser, _build)
     report("lora", measure(arguments.rank, arguments.rounds))
 
 

@@ -32,7 +32,7 @@ from actors.roles.rollout import ENGINES
 from actors.text.conversations import load_chat
 from benchmarks.harness import Figure, Pairs, measure_turns, ratio_figure
 from benchmarks.table import report
-from benchmarks.turns import Answer, Contender, serve
+from benchmarks.turns import Answer, Contender, parsed
 from benchmarks.work import Work, available, load_work
 from jobs.stages.settings import sampling_of
 from orchestrator.config.sections import RolloutConfig
@@ -71,11 +71,7 @@ def main() -> None:
     parser.add_argument("--work", choices=available(), action="append")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compiled", action="store_true")
-    parser.add_argument("--serve")
-    arguments = parser.parse_args()
-    if arguments.serve:
-        serve(_build, arguments.serve)
-        return
+    arguments = parsed(parser, _build)
     rivals = dict(RIVALS if arguments.engine == "vllm" else HF_RIVALS)
     if not arguments.compiled:
         rivals.pop("compiled", None)

@@ -29,7 +29,7 @@ from benchmarks.harness import Figure, measure_pairs, ratio_figure
 from benchmarks.learner import num_tokens
 from benchmarks.plain_loop import padded
 from benchmarks.table import report
-from benchmarks.turns import Answer, Contender, serve
+from benchmarks.turns import Answer, Contender, parsed
 from benchmarks.work import Work, available, experience, load_work
 from jobs.stages.settings import rank_context
 from orchestrator.config.rewards import ModelRewardConfig
@@ -44,11 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--role", choices=ROLES, action="append")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--serve")
-    arguments = parser.parse_args()
-    if arguments.serve:
-        serve(_build, arguments.serve)
-        return
+    arguments = parsed(parser, _build)
     report("scoring", [figure for role in arguments.role or ROLES for figure in measure(role, arguments.rounds)])
 
 

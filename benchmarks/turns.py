@@ -3,6 +3,7 @@ in its turn."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import select
@@ -91,6 +92,16 @@ class Contender:
         self._process.kill()
         self._process.communicate()
         self._errors.close()
+
+
+def parsed(parser: argparse.ArgumentParser, build: Callable[[Mapping[str, Any]], Callable[..., Answer]]) -> Any:
+    """The arguments of a benchmark. In a contender's process it serves instead, and exits."""
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(build, arguments.serve)
+        sys.exit()
+    return arguments
 
 
 def serve(build: Callable[[Mapping[str, Any]], Callable[..., Answer]], options: str) -> None:

@@ -11,15 +11,11 @@ from orchestrator.concurrency import together
 from orchestrator.errors import StorageError
 from orchestrator.evaluation import evaluation_file, evaluation_metrics, read_evaluation
 from orchestrator.roles import Roles
+from orchestrator.run.experience_log import failures_file
 from orchestrator.run.storage import writing
 from orchestrator.sampler import cut_into_shards
 from orchestrator.types import EvaluatedShard, RolloutShard, SampleRequest, Sampling, State
 from orchestrator.watching.telemetry import Telemetry
-
-
-def failures_file(file: Path) -> Path:
-    """The file that lists the failures of a file of samples."""
-    return file.with_name(f"failed-{file.stem}.jsonl")
 
 
 class Evaluation:

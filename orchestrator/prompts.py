@@ -178,11 +178,12 @@ class PromptSchedule:
     def requests(self, step: int, refill: int = 0) -> tuple[SampleRequest, ...]:
         """The step's requests, or (refill > 0) those of as many other prompts, drawn by (seed, step, refill) alone, for
         prompts that are left out (orchestrator/filtering.py)."""
-        start = step * self._prompts_per_step
-        chosen = [self._at(position) for position in range(start, start + self._prompts_per_step)]
         if refill:
             order = _permutation(derive_seed("refill", self._seed, step, refill), len(self._prompts))
             chosen = [self._prompts[int(order[place % len(order)])] for place in range(self._prompts_per_step)]
+        else:
+            start = step * self._prompts_per_step
+            chosen = [self._at(position) for position in range(start, start + self._prompts_per_step)]
         return sample_requests(
             chosen,
             samples_per_prompt=self._samples_per_prompt,

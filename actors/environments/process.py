@@ -7,15 +7,11 @@ from time import monotonic
 from typing import Any
 
 from actors.environments.contract import Task
+from actors.environments.server import Answer, Call
 from actors.rewards.contained import ContainedProcess, ProcessEndedError
 from orchestrator.config.environments import EnvironmentConfig
 from orchestrator.config.rewards import RuleLimits
 from orchestrator.errors import ConfigError, RewardError
-
-Call = tuple[str, int, Any]
-"""("reset", episode, Task) or ("step", episode, action)."""
-Answer = Mapping[str, Any] | str
-"""See server.py; a text is a failure."""
 
 _COMPARED = ("observation", "reward", "done")
 
@@ -78,6 +74,8 @@ class Episodes:
         at_once = self._is_async
         while waiting and monotonic() < until:
             self._revive(until)
+            if not self._process.is_alive():
+                continue  # it died again, or there is no time left
             answers |= {episode: self._lost[episode] for _, episode, _ in waiting if episode in self._lost}
             waiting = [call for call in waiting if call[1] not in answers]
             asked = list(waiting)
@@ -107,8 +105,8 @@ class Episodes:
         return answer
 
     def _revive(self, until: float) -> None:
-        """Replaces a process that has ended, and plays the open episodes again."""
-        while not self._process.is_alive():
+        """Replaces a process that has ended, and plays the open episodes again, while there is time."""
+        while not self._process.is_alive() and monotonic() < until:
             self._process.close()
             try:
                 self._process, self._is_async = self._started()

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from actors.rewards.rule_process import Channel
 
 Call = tuple[str, int, Any]
+"""("reset", episode, Task) or ("step", episode, action)."""
 Answer = Mapping[str, Any] | str
+"""A text is a failure."""
 
 LONGEST_OBSERVATION = 1 << 17  # characters
 _LONGEST_INFO = 1 << 14

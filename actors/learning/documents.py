@@ -14,13 +14,13 @@ Shapes: T tokens of all rows of a micro-batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from actors.models.attention import NAME, has_full_attention
+from actors.models.attention import NAME, has_full_attention, states_of
 
 _TOLERANCE = 0.1
 _PROBE = ([1, 2, 3], [4, 5, 6, 7], [8, 9])
@@ -55,12 +55,7 @@ def can_pack(language_model: Any) -> bool:
     takes_bounds = kernel == NAME if device.type == "cpu" else kernel.startswith("flash_attention")
     if not takes_bounds or not has_full_attention(language_model):
         return False
-    decoder = language_model.get_decoder()
-
-    def states(tokens: Sequence[int], **more: Any) -> Tensor:
-        found: Tensor = decoder(input_ids=torch.tensor([tokens], device=device), use_cache=False, **more)[0]
-        return found[0].float()
-
+    states = partial(states_of, language_model)
     line = [token for row in _PROBE for token in row]
     with torch.no_grad():
         try:

@@ -119,7 +119,7 @@ class Learner:
 
     def _take_turn(self) -> None:
         """Makes a shared trunk compute with this learner's adapters."""
-        if self._adapters:
+        if self._adapters and not next(iter(self._adapters.values())).is_on:
             select(self._model, self._name)
 
     def pass_through(self, micro: MicroBatch) -> Any:
@@ -257,14 +257,9 @@ class Learner:
             raise StorageError(
                 f"{folder / _SUMMARY} can't be read ({error}): no complete learner checkpoint."
             ) from error
-        mine = self._shape()
-        off = LoraConfig().describe()
-        known = {"lora": off, **saved}
-        wrong = [
-            f"{key}={known.get(key)} (now {mine.get(key, off)})"
-            for key in {"lora": off, **mine}
-            if known.get(key) != mine.get(key, off)
-        ]
+        off = {"lora": LoraConfig().describe()}
+        saved, mine = off | saved, off | self._shape()
+        wrong = [f"{key}={saved.get(key)} (now {mine[key]})" for key in mine if saved.get(key) != mine[key]]
         if wrong:
             raise StorageError(
                 f"{folder} was saved with {', '.join(wrong)}. Optimizer shards fit only the saved shape: "

@@ -39,7 +39,7 @@ class MicroBatch:
         targets_N: response tokens n.
         last_index_B: flattened position of each row's last token.
         lengths_B: number of each row's tokens among the N.
-        columns: per-token columns (float32, N) and per-row columns (float32, B) that the loss reads.
+        columns: per-token columns (float32, N) and per-row columns (float32, B or B, H) that the loss reads.
         weight: 1, or 0 for a dummy.
         shared: further arguments of the forward if lines hold several rows, among them position_ids (L, T).
     """
@@ -126,12 +126,6 @@ class TokenRows:
         found._row_columns = {**self._row_columns, name: values}
         return found
 
-    def sharing(self, shares_prompts: bool) -> Self:
-        """With this `shares_prompts`."""
-        found = copy(self)
-        found._shares_prompts = shares_prompts
-        return found
-
     def take(self, rows: Sequence[int]) -> TokenRows:
         """Only these rows, in memory."""
         texts = [self.texts(row) for row in rows]
@@ -147,6 +141,7 @@ class TokenRows:
             },
             row_columns={name: values[list(rows)] for name, values in self._row_columns.items()},
             shares_prompts=self._shares_prompts,
+            is_packed=self.is_packed,
         )
 
     @property
@@ -281,8 +276,8 @@ class TokenRows:
 
     def _dummy(self, device: torch.device) -> MicroBatch:
         zero, one = torch.zeros(1, dtype=torch.int64, device=device), torch.ones(1, dtype=torch.int64, device=device)
-        names = [*self._token_columns, *self._row_columns]
-        columns = {name: torch.zeros(1, device=device) for name in names}
+        columns = {name: torch.zeros(1, device=device) for name in self._token_columns}
+        columns |= {name: torch.zeros(1, *each.shape[1:], device=device) for name, each in self._row_columns.items()}
         return MicroBatch((), zero.new_zeros(1, 2), zero, zero, one, one, columns, weight=0.0)
 
 

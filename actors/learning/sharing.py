@@ -13,6 +13,7 @@ Shapes: L lines of a micro-batch, T tokens of its longest line.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from actors.models.attention import NAME, has_full_attention
+from actors.models.attention import NAME, has_full_attention, states_of
 from orchestrator.planning.balance import share_prompt
 
 _PROMPT, _NOBODY = 0, -1
@@ -76,12 +77,7 @@ def can_share(language_model: Any) -> bool:
     prompt, responses = [1, 2, 3], [[4, 5, 6], [7, 8, 9]]
     owner, position = (torch.from_numpy(array)[None] for array in owners(3, [3, 3], 9))
     device = next(language_model.parameters()).device
-    decoder = language_model.get_decoder()
-
-    def states(tokens: list[int], **more: Tensor) -> Tensor:
-        found: Tensor = decoder(input_ids=torch.tensor([tokens], device=device), use_cache=False, **more)[0]
-        return found[0].float()
-
+    states = partial(states_of, language_model)
     with torch.no_grad():
         try:
             line = states(

@@ -10,6 +10,7 @@ Shapes: B rows, H heads, G key-value heads, T tokens, K head size (that of the v
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -120,6 +121,14 @@ def has_full_attention(language_model: Any) -> bool:
     if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
         return False
     return not (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
+
+
+def states_of(language_model: Any, tokens: Sequence[int], **more: Any) -> Tensor:
+    """The decoder's states of one line of tokens, in fp32."""
+    device = next(language_model.parameters()).device
+    decoder = language_model.get_decoder()
+    found: Tensor = decoder(input_ids=torch.tensor([tokens], device=device), use_cache=False, **more)[0]
+    return found[0].float()
 
 
 def use_short_attention(model: Any) -> None:

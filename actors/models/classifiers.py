@@ -10,6 +10,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING
 
+from actors.models.reward_heads import num_heads
+
 _SUFFIX = "PreTrainedModel"
 
 
@@ -33,13 +35,20 @@ class _Classifier:
         return SequenceClassifierOutput(logits=self.score(states_BTD[rows_B, last_B]))
 
 
-def provide_classifier(config: Any) -> None:
-    """Lets AutoModelForSequenceClassification make and load models of this kind of config. Only this program can load
-    such a reward model again.
+def as_scorer(config: Any) -> None:
+    """Makes a config that of a model with a label per reward head, which AutoModelForSequenceClassification can make.
 
-    Kinds that transformers does not know, of code in a model's folder, are left alone.
+    Only this program loads models of kinds for which transformers has no classifier. Kinds that transformers does not
+    know, of code in a model's folder, are left alone.
+
+    Raises:
+        DataError: see num_heads.
     """
-    kind = type(config)
+    config.num_labels = num_heads(config)
+    _provide_classifier(type(config))
+
+
+def _provide_classifier(kind: Any) -> None:
     if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or kind not in MODEL_MAPPING:
         return
     bases = MODEL_MAPPING[kind].__mro__[1:]

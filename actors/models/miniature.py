@@ -16,11 +16,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from actors.learning.heads import PolicyModel, ValueModel, probed
 from actors.models.adapters import adapt, adapters_of
-from actors.models.classifiers import provide_classifier
+from actors.models.classifiers import as_scorer
 from actors.models.export import export_model, named_state
 from actors.models.model import LOADING_ERRORS, require_score_head
 from actors.models.proofs import require_gradient, require_steady
-from actors.models.reward_heads import num_heads
 from orchestrator.config.sections import LoraConfig
 from orchestrator.errors import DataError, StorageError
 
@@ -100,12 +99,11 @@ def _prove_export(model: PolicyModel | ValueModel, tokenizer: Any, folder: Path)
 def _small(config: Any, *, scores: bool) -> Any:
     """A random model with few layers, narrow ones if possible; None if none can be built and run."""
     loader: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    provide_classifier(config)
     for divisor in (32, 16, 8, 4, 2, 1):
         try:
             small = _smaller(config, divisor)
             if scores:
-                small.num_labels = num_heads(small)
+                as_scorer(small)
             with torch.device("meta"):
                 num_params = sum(p.numel() for p in loader.from_config(small, dtype=torch.float32).parameters())
             if num_params > _MAX_PARAMETERS:

@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import logging as transformers_logging
 
 from actors.models.attention import use_short_attention
-from actors.models.classifiers import provide_classifier
+from actors.models.classifiers import as_scorer
 from actors.models.depth import shallow
 from actors.models.norms import use_quick_norms
-from actors.models.reward_heads import fold_heads, num_heads, require_heads, with_heads
+from actors.models.reward_heads import fold_heads, require_heads, with_heads
 from orchestrator.config.base import Dtype
 from orchestrator.data.inputs import at_home
 from orchestrator.errors import DataError
@@ -195,8 +195,8 @@ def scorer_on_trunk(language_model: Any, folder: Path, *, trust_remote_code: boo
         DataError: the architecture's sequence classifier has another decoder.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, num_labels=1)
-        provide_classifier(config)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        as_scorer(config)
         with torch.device("meta"):
             scorer = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
@@ -250,8 +250,7 @@ def _load(
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if scores:
-            provide_classifier(config)
-            config.num_labels = num_heads(config)
+            as_scorer(config)
         model, info = loader.from_pretrained(
             folder,
             config=shallow(config, layers, folder),

@@ -25,16 +25,7 @@ class EpisodeReward:
     """The sum of an episode's rewards. An episode that failed has no score."""
 
     def scores(self, table: pa.Table) -> list[Score]:
-        scores = []
-        for sample in samples(table):
-            episode = episode_of(sample.meta)
-            if episode is None:
-                scores.append(Score(None, error="the sample has no episode: it was drawn without an environment"))
-            elif episode["error"] is not None:
-                scores.append(Score(None, error=episode["error"]))
-            else:
-                scores.append(Score(episode["reward"], episode["parts"]))
-        return scores
+        return [_score_of(episode_of(sample.meta)) for sample in samples(table)]
 
 
 class WithEpisodes:
@@ -45,12 +36,21 @@ class WithEpisodes:
         self._source = source
 
     def scores(self, table: pa.Table) -> Sequence[Score]:
-        pairs = zip(self._source.scores(table), EpisodeReward().scores(table), samples(table), strict=True)
-        return [_sum(score, episode) if episode_of(sample.meta) else score for score, episode, sample in pairs]
+        episodes = (episode_of(sample.meta) for sample in samples(table))
+        pairs = zip(self._source.scores(table), episodes, strict=True)
+        return [score if episode is None else _sum(score, _score_of(episode)) for score, episode in pairs]
 
 
 def build(reward: EnvironmentRewardConfig, context: RewardContext) -> EpisodeReward:
     return EpisodeReward()
+
+
+def _score_of(episode: Mapping[str, Any] | None) -> Score:
+    if episode is None:
+        return Score(None, error="the sample has no episode: it was drawn without an environment")
+    if episode["error"] is not None:
+        return Score(None, error=episode["error"])
+    return Score(episode["reward"], episode["parts"])
 
 
 def _sum(score: Score, episode: Score) -> Score:

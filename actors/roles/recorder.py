@@ -19,7 +19,7 @@ from orchestrator.algorithms.experience import ExperienceSettings, assemble, gro
 from orchestrator.config.rewards import RuleConfig, RuleLimits
 from orchestrator.errors import RewardError, StorageError
 from orchestrator.evaluation import EVALUATION, evaluation_metrics
-from orchestrator.held_out import failures_file
+from orchestrator.run.experience_log import failures_file
 from orchestrator.run.storage import reading, replacing, sha256
 from orchestrator.types import Handle, Metrics, Moments, PromptGroup, ShardRecord
 

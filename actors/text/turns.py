@@ -41,7 +41,7 @@ class Conversation:
     @property
     def prompt(self) -> Tokens:
         """The conversation as far as it is known as text, for the first turn."""
-        return self._chat.prompt(self._messages, self._tools)
+        return self._chat.tokens_of(self._text)
 
     def continued(self, turn: Tokens, role: str, text: str) -> Tokens:
         """The tokens between a sampled turn and the next one.

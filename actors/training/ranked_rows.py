@@ -63,16 +63,20 @@ class RankedRows:
         return [tuple(row for i in micro for row in self.rows_of(records[i])) for micro in ranks[group.rank]]
 
 
-def stored_rankings(folder: Path, *, shares_prompts: bool = False, tokens_added: Sequence[str] = ()) -> RankedRows:
+def stored_rankings(
+    folder: Path, *, shares_prompts: bool = False, tokens_added: Sequence[str] = (), num_weights: int = 0
+) -> RankedRows:
     """The rows of a folder that `ranked_tokens.py` made.
 
     Args:
         shares_prompts: the prompt of a record is computed once for its replies where that is less work (sharing.py).
         tokens_added: see StoredRows.
+        num_weights: of every row, in the loss of each reward head, if they were stored.
 
     Raises StorageError.
     """
     record = row_column(folder, "record")
+    weights = {"weights": row_column(folder, "weights").reshape(-1, num_weights)} if num_weights else {}
     rows = StoredRows(
         folder,
         tokens_added=tokens_added,
@@ -80,19 +84,11 @@ def stored_rankings(folder: Path, *, shares_prompts: bool = False, tokens_added:
             "quality": row_column(folder, "quality"),
             "strength": row_column(folder, "strength"),
             "group": (record % _EXACT).astype(np.float32),
+            **weights,
         },
+        shares_prompts=shares_prompts,
     )
-    return RankedRows(rows.sharing(shares_prompts), first_rows(record))
-
-
-def stored_weights(folder: Path, num_heads: int) -> npt.NDArray[np.float32]:
-    """Weights (R, H) of records in the loss of each head; of as many records as `group` tells apart.
-
-    Raises StorageError.
-    """
-    first = first_rows(row_column(folder, "record"))[:-1][:_EXACT]
-    found: npt.NDArray[np.float32] = row_column(folder, "weights").reshape(-1, num_heads)[first]
-    return found
+    return RankedRows(rows, first_rows(record))
 
 
 def first_rows(record: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -22,7 +22,7 @@ from actors.models.model import load_scorer, resolve_model, torch_dtype
 from actors.rewards.model import RewardStats, write_stats
 from actors.text.conversations import Chat, base_chat
 from actors.training.artifact import make_artifact
-from actors.training.ranked_rows import stored_rankings, stored_weights
+from actors.training.ranked_rows import stored_rankings
 from actors.training.ranked_tokens import padding_token
 from actors.training.row_values import row_vectors
 from actors.training.task import TaskInputs
@@ -89,7 +89,8 @@ class RewardModelTask:
             return chat, scorer
 
         self.chat, scorer = all_or_none(load, group)
-        self.data, self._held_out = (stored_rankings(folder) for folder in data)
+        num_weights = stage.heads if stage.heads > 1 else 0
+        self.data, self._held_out = stored_rankings(data[0], num_weights=num_weights), stored_rankings(data[1])
         padding = padding_token(self.chat)
         self.chat.tokenizer.pad_token = self.chat.tokenizer.convert_ids_to_tokens(padding)
         scorer.config.pad_token_id = padding
@@ -97,8 +98,6 @@ class RewardModelTask:
         self.learner = Learner(
             ValueModel(scorer), stage.learner(steps), dtype=dtype, total_optimizer_steps=steps, seed=settings.seed
         )
-        weights_RH = stored_weights(data[0], stage.heads) if stage.heads > 1 else np.zeros((0, 1), np.float32)
-        self._weights_RH = torch.from_numpy(weights_RH).to(self.learner.device)
 
     def objective(self, records: Sequence[int]) -> Loss:  # noqa: ARG002 (every batch has the same)
         return self._loss
@@ -131,7 +130,7 @@ class RewardModelTask:
         section, judged = self.settings.stage.loss, Judgements.of(micro.columns)
         if self.settings.stage.heads == 1:
             return REWARD_OBJECTIVES[section.name](section, output[1], judged)
-        return over_heads(section, output[1], judged, self._weights_RH[judged.group_B.long()])
+        return over_heads(section, output[1], judged, micro.columns["weights"])
 
     def _scores(self, rows: TokenRows) -> npt.NDArray[np.float64]:
         """Of every row, its score by each head."""

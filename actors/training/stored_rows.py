@@ -30,7 +30,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from actors.learning.packing import TokenRows, flatten, num_marked
-from orchestrator.run.storage import reading, replacing
+from orchestrator.run.storage import reading, replacing, writing
 
 _TYPES: dict[str, type[np.generic]] = {"prompts": np.int32, "responses": np.int32, "learn": np.bool_, "ends": np.int64}
 _ADDED: dict[str, type[np.generic]] = {
@@ -84,6 +84,8 @@ def writing_rows(folder: Path, *added: str) -> Iterator[RowsWriter]:
 
     Raises StorageError.
     """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         paths = {name: stack.enter_context(replacing(folder / name)) for name in (*_TYPES, *added)}
         with ExitStack() as opened:
@@ -95,7 +97,7 @@ class StoredRows(TokenRows):
 
     Args:
         tokens_added: columns that were added, of one value per response token.
-        row_columns, is_packed: see TokenRows.
+        row_columns, shares_prompts, is_packed: see TokenRows.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class StoredRows(TokenRows):
         *,
         tokens_added: Sequence[str] = (),
         row_columns: Mapping[str, npt.NDArray[Any]] = MappingProxyType({}),
+        shares_prompts: bool = False,
         is_packed: bool = False,
     ) -> None:
         with reading(folder / "ends"):
@@ -117,12 +120,13 @@ class StoredRows(TokenRows):
             ends[:, 2].copy(),
             token_columns={name: _Column(folder / name) for name in tokens_added},
             row_columns=row_columns,
+            shares_prompts=shares_prompts,
             is_packed=is_packed,
         )
 
 
 def row_column(folder: Path, name: str) -> npt.NDArray[Any]:
-    """An added column of one number per row. Raises StorageError."""
+    """An added column of numbers per row, laid end to end. Raises StorageError."""
     with reading(folder / name):
         return np.fromfile(folder / name, dtype=_ADDED[name])
 

@@ -186,7 +186,7 @@ def _learner(config: Config, learner: LearnerConfig | OfflineConfig, size: Model
         micro_batch_tokens=learner.micro_batch_tokens,
         gradient_checkpointing=learner.gradient_checkpointing,
         logits=logits,
-        adapters=size.adapter_params(learner.lora) if learner.lora.rank else 0,
+        adapters=size.adapter_params(learner.lora),
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from time import monotonic
 
 from actors.environments.contract import Task
-from actors.environments.process import Answer, Episodes
+from actors.environments.process import Episodes
+from actors.environments.server import Answer
 from actors.text.turns import prove_turns
 from jobs.stages.stage import Found
 from orchestrator.config.config import Config

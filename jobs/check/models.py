@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from actors.models.classifiers import provide_classifier
+from actors.models.classifiers import as_scorer
 from actors.models.files import read_config, read_headers, require_weights, window
 from actors.models.miniature import prove_small
 from actors.models.model import resolve_model
-from actors.models.reward_heads import num_heads, require_heads
+from actors.models.reward_heads import require_heads
 from actors.models.size import model_size
 from actors.text.tokenizing import has_tokenizer, load_tokenizer
 from jobs.stages.stage import ModelUse
@@ -67,8 +67,7 @@ def _prove(config: Config, uses: Sequence[ModelUse]) -> bool:
     settings = read_config(folder, trust_remote_code=trust)
     loader: Any = AutoModelForSequenceClassification if use.scores else AutoModelForCausalLM
     if use.scores:
-        settings.num_labels = num_heads(settings)
-        provide_classifier(settings)
+        as_scorer(settings)
     require_weights(folder, loader, settings, read_headers(folder), may_lack=HEAD if use.scores else None)
     exports = any(use.exports for use in uses) and has_tokenizer(folder)
     return prove_small(

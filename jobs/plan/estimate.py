@@ -34,6 +34,7 @@ from orchestrator.planning.costs import (
 from orchestrator.planning.hardware import Device, cpu_core
 from orchestrator.planning.simulation.run import simulate_steps
 from orchestrator.planning.simulation.scenario import Layout
+from orchestrator.prompts import HELD_OUT_FRACTION
 from orchestrator.training.ranking import spread
 from orchestrator.types import Prompt
 from orchestrator.watching.telemetry import clock_text
@@ -42,7 +43,6 @@ from orchestrator.watching.telemetry import clock_text
 # minutes on two cores that was not work; the share of each is a guess.
 RAY_START_S = 10.0
 _SIMULATED_STEPS = 3
-_HELD_OUT = 0.1  # share of the preferences, as in jobs.stages.reward_model
 _ENOUGH_CACHE = 1e9
 _MEASURED = 10_000  # prompts
 BUSY = 0.7  # share of the cores, in runnable processes
@@ -110,7 +110,7 @@ class Costs:
         size = self._size("reward")
         replies = sample.samples_per_prompt
         chosen = _lengths(prompts[: sample.prompts]) + self.config.rollout.max_new_tokens
-        num_train = math.ceil(len(chosen) * (1.0 - _HELD_OUT))
+        num_train = math.ceil(len(chosen) * (1.0 - HELD_OUT_FRACTION))
         scored = len(chosen) - num_train + CALIBRATION_REPLIES // replies
         settings = LearnSettings(
             stage.zero_stage,
@@ -131,15 +131,15 @@ class Costs:
     def sft(self, rows: RowSizes) -> float:
         """Training, and the loss of held-out rows."""
         stage = self.config.sft
-        return self._policy_training(stage, rows) + self._policy_forwards(stage, rows, _HELD_OUT)
+        return self._policy_training(stage, rows) + self._policy_forwards(stage, rows, HELD_OUT_FRACTION)
 
     def preference(self, rows: RowSizes) -> float:
         """Training; the reference's log-probs of all rows, with KTO also of mismatched ones, under the policy too; and
         the implicit rewards of held-out rows."""
         stage = self.config.preference
-        reference = (1.0 + _HELD_OUT) * stage.loss.needs_reference
+        reference = (1.0 + HELD_OUT_FRACTION) * stage.loss.needs_reference
         mismatched = 2.0 * stage.epochs * (stage.loss.judgement == "labels")
-        forwards = reference + mismatched + _HELD_OUT
+        forwards = reference + mismatched + HELD_OUT_FRACTION
         return self._policy_training(stage, rows) + self._policy_forwards(stage, rows, forwards)
 
     def _policy_training(self, stage: OfflineConfig, rows: RowSizes) -> float:

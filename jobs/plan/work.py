@@ -107,7 +107,7 @@ def learning_of(config: Config) -> Mapping[str, LearnSettings]:
             config.algorithm.minibatches,
             section.micro_batch_tokens,
             section.gradient_checkpointing,
-            size.adapter_params(section.lora) if size and section.lora.rank else 0,
+            size.adapter_params(section.lora) if size else 0,
         )
 
     return {

@@ -235,7 +235,7 @@ class Stage:
         return None
 
     def rows_disk(self, config: Config, prepared: Prepared) -> Disk:
-        """What the data of a training takes while it is read, with the part that is held out."""
+        """What the data of a training takes while it is read; a tenth more stands for the part that is held out."""
         rows, share = self.rows(config, prepared), 1.0 + HELD_OUT_FRACTION
         return Disk() if rows is None else rows_disk(share * float(rows.lengths.sum()), share * len(rows.lengths))
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
 
-from orchestrator.algorithms.advantages import (
-    Advantages,
-    Doubles,
-    Groups,
-    Responses,
-    group_means,
-    per_response,
-    returns_to_go,
-)
+from orchestrator.algorithms.advantages import Advantages, Responses, per_response, returns_to_go
 from orchestrator.algorithms.algorithm import Algorithm, KlEstimator
+from orchestrator.algorithms.grpo import grpo
 
 
 class ReinforcePlusPlus(Algorithm):
@@ -47,10 +41,4 @@ class ReinforcePlusPlusBaseline(Algorithm):
         return True
 
     def advantages(self, responses: Responses) -> Advantages:
-        return per_response(responses, less_the_mean)
-
-
-def less_the_mean(returns_R: Doubles, group_R: Groups) -> tuple[Doubles, Doubles]:
-    """R - mean. Arguments and results as `grpo`."""
-    _, means_R, _ = group_means(returns_R, group_R)
-    return returns_R - means_R, means_R
+        return per_response(responses, partial(grpo, divide_by_std=False))

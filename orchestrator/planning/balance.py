@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 import numpy as np
@@ -93,16 +94,16 @@ def packed_micro_batches(rows: Sequence[int], lengths: Sequence[int], micro_batc
     """As `micro_batches` for rows without padding: each row, longest first, goes where the least room remains (best
     fit, Johnson 1974), so that micro-batches are few. A row that is longer than the budget gets its own."""
     plan: list[list[int]] = []
-    rooms: list[int] = []
+    rooms: list[tuple[int, int]] = []  # (room, its micro-batch), ascending
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):
-        fits = [number for number, room in enumerate(rooms) if lengths[row] <= room]
-        if fits:
-            best = min(fits, key=lambda number: rooms[number])
-            plan[best].append(row)
-            rooms[best] -= lengths[row]
+        place = bisect_left(rooms, (lengths[row], 0))
+        if place < len(rooms):
+            room, number = rooms.pop(place)
         else:
-            plan.append([row])
-            rooms.append(micro_batch_tokens - lengths[row])
+            room, number = micro_batch_tokens, len(plan)
+            plan.append([])
+        plan[number].append(row)
+        insort(rooms, (room - lengths[row], number))
     return [tuple(micro) for micro in plan]
 
 

@@ -54,7 +54,9 @@ class ModelSize:
     linear: tuple[tuple[str, int, int, int], ...] = field(default=(), kw_only=True)
 
     def adapter_params(self, lora: LoraConfig) -> int:
-        """Parameters of the adapters that a config puts on this model."""
+        """Parameters of the adapters that a config puts on this model; 0 without adapters."""
+        if not lora.rank:
+            return 0
         return sum(
             count * (lora.rank * (inputs + outputs) + (outputs if lora.dora else 0))
             for name, count, inputs, outputs in self.linear

@@ -34,6 +34,11 @@ _STEP = re.compile(r"step-(\d{6,})")
 _SHARD = re.compile(r"shard-\d{4,}(-attempt-\d{3,})?\.parquet")
 
 
+def failures_file(file: Path) -> Path:
+    """The file that lists the failures of a file of samples."""
+    return file.with_name(f"failed-{file.stem}.jsonl")
+
+
 class ExperienceLog:
     """One run's log.
 
@@ -149,19 +154,22 @@ class ExperienceLog:
         dropped = sum(record.num_dropped for record in records)
         total = dropped + sum(record.num_samples for record in records)
         if dropped and (dropped == total or dropped / total > self._max_failed_fraction):
+            first = self._first_failure(step, records)
             raise RewardError(
                 f"step {step}: the reward of {dropped} of {total} samples failed, more than "
-                f"reward.max_failed_fraction={self._max_failed_fraction:g}. {self._first_failure(step)}The column "
+                f"reward.max_failed_fraction={self._max_failed_fraction:g}. {first}The column "
                 f"reward_error in {self._step_folder(step)}/failed-*.jsonl says why; correct the reward source, then "
                 "resume."
             )
 
-    def _first_failure(self, step: int) -> str:
-        folder = self._step_folder(step)
-        with reading(folder):
-            files = sorted(folder.glob("failed-*.jsonl"))
-            lines = [line for file in files[:1] for line in file.read_text(encoding="utf-8").splitlines()]
-        return f"The first: {json.loads(lines[0])['reward_error']}. " if lines else ""
+    def _first_failure(self, step: int, records: Sequence[ShardRecord]) -> str:
+        files = [failures_file(self._step_folder(step) / record.file) for record in records if record.num_dropped]
+        there = next((file for file in files if file.exists()), None)
+        if there is None:
+            return ""
+        with reading(there):
+            first = there.read_text(encoding="utf-8").splitlines()[0]
+        return f"The first: {json.loads(first)['reward_error']}. "
 
     def _shard_name(self, index: int) -> str:
         suffix = f"-attempt-{self._attempt:03d}" if self._attempt > 1 else ""

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import ray
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +31,7 @@ from orchestrator.run.storage import sha256
 from orchestrator.watching.telemetry import read_lines
 from tests.chaos.sabotage import CLASSES
 from tests.deadlines import of_a_run, scaled
+from tests.local_ray import local_ray
 from tests.ray_local.net import Cluster, three_nodes
 from tests.tiny import tiny_llama
 
@@ -193,19 +193,9 @@ def actors_left() -> list[str]:
 
 @contextmanager
 def one_node(folder: Path) -> Iterator[Field]:
-    temporary = Path("/tmp") / f"cx{os.getpid()}"  # Ray's socket paths must be short
-    ray.init(
-        num_cpus=16,  # slots, not cores: with staleness all roles compute concurrently
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=200_000_000,
-        _temp_dir=str(temporary),
-    )
-    try:
-        yield Field(folder, ray.get_runtime_context().gcs_address)
-    finally:
-        ray.shutdown()
-        shutil.rmtree(temporary, ignore_errors=True)
+    # Slots, not cores: with staleness all roles compute concurrently.
+    with local_ray("cx", num_cpus=16) as address:
+        yield Field(folder, address)
 
 
 @contextmanager

@@ -4,21 +4,19 @@ that fail are dropped and counted, or stop the run."""
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import ray
 import yaml
 
 from jobs.stages.work.replay import fingerprint
 from orchestrator.watching.telemetry import read_lines
 from tests.deadlines import of_a_run
 from tests.integration.test_run import RUN_S, Launcher, finish, wait_until
+from tests.local_ray import local_ray
 from tests.tiny import tiny_llama
 
 pytestmark = [pytest.mark.ray, pytest.mark.heavy, pytest.mark.slow]
@@ -50,17 +48,8 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
         "deadlines": of_a_run(),
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    temporary = Path("/tmp") / f"en{os.getpid()}"  # Ray's socket paths must be short
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=200_000_000,
-        _temp_dir=str(temporary),
-    )
-    yield Launcher(folder, ray.get_runtime_context().gcs_address)
-    ray.shutdown()
-    shutil.rmtree(temporary, ignore_errors=True)
+    with local_ray("en") as address:
+        yield Launcher(folder, address)
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:

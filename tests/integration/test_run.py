@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
@@ -25,6 +24,7 @@ from orchestrator.run.mirror import Mirror
 from orchestrator.run.storage import read_json, sha256
 from orchestrator.watching.telemetry import read_lines
 from tests.deadlines import of_a_run, scaled
+from tests.local_ray import local_ray
 from tests.tiny import tiny_llama
 
 pytestmark = [pytest.mark.ray, pytest.mark.heavy, pytest.mark.slow]
@@ -90,17 +90,8 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
         "deadlines": of_a_run(),
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    temporary = Path("/tmp") / f"rn{os.getpid()}"  # Ray's socket paths must be short
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=200_000_000,
-        _temp_dir=str(temporary),
-    )
-    yield Launcher(folder, ray.get_runtime_context().gcs_address)
-    ray.shutdown()
-    shutil.rmtree(temporary, ignore_errors=True)
+    with local_ray("rn") as address:
+        yield Launcher(folder, address)
 
 
 @pytest.fixture(scope="module")

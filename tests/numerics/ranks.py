@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
@@ -41,6 +42,17 @@ def run_ranks(function: Any, world_size: int, *arguments: Any) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_run, (world_size, port, folder, function, arguments), nprocs=world_size)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def by_world(function: Any, folders: pytest.TempPathFactory, base: Path, cases: Any, *, of_two: Any = None) -> Any:
+    """Results of function(Group, base, folder, cases) by the number of ranks: "two", of the first rank, and "one".
+
+    Args:
+        of_two: the cases of two ranks, if they are others.
+    """
+    distributed.join(group())
+    two = run_ranks(function, 2, base, folders.mktemp("two"), cases if of_two is None else of_two)
+    return {"one": function(group(), base, folders.mktemp("one"), cases), "two": two[0]}
 
 
 def _run(rank: int, world_size: int, port: int, folder: str, function: Any, arguments: tuple[Any, ...]) -> None:

@@ -21,7 +21,7 @@ from orchestrator.algorithms.ppo import Ppo
 from orchestrator.config.sections import CriticConfig, LearnerConfig, LoraConfig, PolicyConfig, ReferenceConfig
 from orchestrator.errors import ConfigError, DataError, StorageError
 from tests.families import tiny_folder, tiny_model
-from tests.numerics.ranks import context, group, run_ranks
+from tests.numerics.ranks import by_world, context, group
 from tests.numerics.samples import experience, rollout
 from tests.numerics.test_save_and_load import learn, weights
 from tests.tiny import tiny_llama, tiny_scorer
@@ -199,10 +199,7 @@ CASES += [(0, "bfloat16", "lora"), (1, "bfloat16", "lora"), (3, "bfloat16", "dor
 
 @pytest.fixture(scope="module")
 def measured(causal, tmp_path_factory):
-    distributed.join(group())
-    two = run_ranks(interrupted_and_not, 2, causal, tmp_path_factory.mktemp("two"), CASES)
-    one = interrupted_and_not(group(), causal, tmp_path_factory.mktemp("one"), CASES)
-    return {"one": one, "two": two[0]}
+    return by_world(interrupted_and_not, tmp_path_factory, causal, CASES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
@@ -329,15 +326,12 @@ TRUNKS = [(0, "float32"), (1, "float32"), (1, "bfloat16"), (2, "bfloat16")]
 
 @pytest.fixture(scope="module")
 def on_trunk(causal, tmp_path_factory):
-    distributed.join(group())
-    two = run_ranks(both_learn, 2, causal, tmp_path_factory.mktemp("two"), TRUNKS)
-    one = both_learn(group(), causal, tmp_path_factory.mktemp("one"), TRUNKS)
-    return {"one": one, "two": two[0]}
+    return by_world(both_learn, tmp_path_factory, causal, TRUNKS)
 
 
 @pytest.mark.parametrize("case", TRUNKS, ids=lambda case: "-".join(map(str, case)))
 @pytest.mark.parametrize("world", ["one", "two"])
-def test_policy_and_critic_on_one_trunk_learn_as_two_models_do(on_trunk, causal, world, case):
+def test_policy_and_critic_on_one_trunk_learn_as_two_models_do(on_trunk, world, case):
     """Bit for bit, in turns and after a reload; the trunk stays as it was."""
     seen, expected, longer, reference, expected_reference = on_trunk[world][case]
     assert seen == expected

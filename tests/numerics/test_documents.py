@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from actors.learning.packing import TokenRows, token_rows
 from actors.models.model import load_causal
 from actors.training.language_model import LearnedRows
 from tests.families import FAMILIES, tiny_folder
+from tests.numerics.decoders import ignore, refuse
 from tests.tiny import tiny_llama
 
 CPU = torch.device("cpu")
@@ -98,19 +98,13 @@ def test_a_model_that_ignores_where_rows_begin_is_found_out(
 ) -> None:
     model = load_causal(tiny_folder(name, tmp_path), torch.float32)
     assert can_pack(model)
-    decoder = model.get_decoder()
-    forward = decoder.forward
-    monkeypatch.setattr(decoder, "forward", lambda **given: forward(**{**given, ignored: None}))
+    ignore(monkeypatch, model, ignored)
     assert not can_pack(model)
 
 
 def test_a_model_that_refuses_the_arguments_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_causal(tiny_llama(tmp_path), torch.float32)
-
-    def refusing(input_ids: Tensor, use_cache: bool) -> Any:
-        pytest.fail("asked again")
-
-    monkeypatch.setattr(model.get_decoder(), "forward", refusing)
+    refuse(monkeypatch, model)
     assert not can_pack(model)
 
 

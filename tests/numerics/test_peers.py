@@ -32,18 +32,19 @@ from tests.peers.batch import (
     MAX_NEW_TOKENS,
     PART_WEIGHTS,
     SAMPLES_PER_PROMPT,
+    SEEDS,
     Batch,
+    Results,
     batch,
     differentiated,
     laid_end_to_end,
+    on_last,
     parts_of,
 )
 from tests.peers.wheels import fetch
 
-SEEDS = range(3)
 UNCAPPED = 1e9
 GRPO_EPSILON = 1e-4  # OpenRLHF's is 1e-9; verl's is a parameter
-Results = dict[str, list[Tensor]]
 CLIPS = {"clip": {}, "clip-higher": {"clip_ratio_high": 0.28}, "dual-clip": {"dual_clip": 3.0}}
 AGGREGATIONS = ("token", "sample", "constant")
 
@@ -162,13 +163,6 @@ def advantages(name: str, found: Responses, **keys: object) -> tuple[Tensor, Ten
         moments = Moments(len(doubles_N), float(doubles_N.sum()), float((doubles_N**2).sum()))
         flat_N = whiten(flat_N, moments.mean, moments.std)
     return flat_N, torch.from_numpy(computed.returns_N)
-
-
-def on_last(rewards_B: Tensor, mask_BT: Tensor) -> Tensor:
-    found_BT = torch.zeros_like(mask_BT)
-    for row, mask_T in enumerate(mask_BT.bool()):
-        found_BT[row, int(mask_T.nonzero()[-1])] = rewards_B[row]
-    return found_BT
 
 
 def verl_advantages(data: Batch, whole: Batch) -> Results:

@@ -23,7 +23,7 @@ from orchestrator.config.sections import CriticConfig, LearnerConfig, PolicyConf
 from orchestrator.errors import NonFiniteError, StorageError
 from orchestrator.planning.balance import plan_minibatches
 from tests.chaos.test_storage import fill, small_disk  # noqa: F401  a fixture
-from tests.numerics.ranks import context, group, run_ranks
+from tests.numerics.ranks import by_world, context, group
 from tests.numerics.samples import experience, rollout, rows_of
 from tests.tiny import CHATML, tiny_llama, tiny_scorer, tiny_tokenizer
 
@@ -86,16 +86,8 @@ def causal(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(causal, tmp_path_factory):
-    distributed.join(group())
-    two = run_ranks(
-        interrupted_and_not,
-        2,
-        causal,
-        tmp_path_factory.mktemp("two"),
-        [(0, "bfloat16"), (1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16")],
-    )
-    one = interrupted_and_not(group(), causal, tmp_path_factory.mktemp("one"), CASES)
-    return {"one": one, "two": two[0]}
+    of_two = [(stage, "bfloat16") for stage in range(4)]
+    return by_world(interrupted_and_not, tmp_path_factory, causal, CASES, of_two=of_two)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -19,6 +19,7 @@ from actors.learning.packing import token_rows
 from actors.learning.sharing import bundles, can_share, owners, visible
 from actors.models.attention import SHORT_MASKED, ShortCausalAttention
 from actors.models.model import load_causal
+from tests.numerics.decoders import ignore, refuse
 from tests.tiny import tiny_llama
 
 CPU = torch.device("cpu")
@@ -124,17 +125,11 @@ def test_a_model_that_ignores_what_it_is_told_is_found_out(
 ) -> None:
     model = load_causal(causal, torch.float32)
     assert can_share(model)
-    decoder = model.get_decoder()
-    forward = decoder.forward
-    monkeypatch.setattr(decoder, "forward", lambda **given: forward(**{**given, ignored: None}))
+    ignore(monkeypatch, model, ignored)
     assert not can_share(model)
 
 
 def test_a_model_that_refuses_a_mask_is_left_alone(causal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_causal(causal, torch.float32)
-
-    def refusing(input_ids: Tensor, use_cache: bool) -> Any:
-        pytest.fail("asked again")
-
-    monkeypatch.setattr(model.get_decoder(), "forward", refusing)
+    refuse(monkeypatch, model)
     assert not can_share(model)

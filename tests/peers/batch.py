@@ -13,7 +13,9 @@ from torch import Tensor
 SAMPLES_PER_PROMPT = 4
 MAX_NEW_TOKENS = 14
 PART_WEIGHTS = {"answer": 1.0, "format": 0.3}
+SEEDS = range(3)
 Batch = dict[str, Tensor]
+Results = dict[str, list[Tensor]]
 
 
 def batch(seed: int, *, gaps: bool, num_prompts: int = 8) -> Batch:
@@ -61,6 +63,12 @@ def batch(seed: int, *, gaps: bool, num_prompts: int = 8) -> Batch:
 def parts_of(data: Batch) -> Batch:
     """Parts of the rewards: one of 0 and 1, and one on another scale."""
     return {"answer": (data["rewards_B"] > 0.0).float(), "format": 10.0 * data["row_advantages_B"]}
+
+
+def on_last(rewards_B: Tensor, mask_BT: Tensor) -> Tensor:
+    """Each row's reward at its last learned token."""
+    last_B = (mask_BT * torch.arange(mask_BT.shape[1])).argmax(1)
+    return torch.zeros_like(mask_BT).scatter_(1, last_B[:, None], rewards_B[:, None])
 
 
 def laid_end_to_end(values_BT: Tensor, mask_BT: Tensor) -> Tensor:

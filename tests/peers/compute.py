@@ -18,15 +18,17 @@ from tests.peers.batch import (
     MAX_NEW_TOKENS,
     PART_WEIGHTS,
     SAMPLES_PER_PROMPT,
+    SEEDS,
     Batch,
+    Results,
     batch,
     differentiated,
     laid_end_to_end,
+    on_last,
     parts_of,
 )
 from tests.peers.wheels import load
 
-Results = dict[str, list[Tensor]]
 NO_DUAL_CLIP = 1e9
 AGGREGATIONS = {
     "token": "token-mean",
@@ -37,7 +39,7 @@ AGGREGATIONS = {
 
 def main(file: str) -> None:
     found: Results = {}
-    for seed in range(3):
+    for seed in SEEDS:
         for name, values in {**verl(seed), **openrlhf(seed)}.items():
             found[f"{name} {seed}"] = [value.float() for value in values]
     torch.save(found, file)
@@ -136,7 +138,7 @@ def _verl_kl(core: Any, data: Batch) -> Results:
 def _verl_advantages(core: Any, data: Batch, whole: Batch) -> Results:
     mask_BT = data["mask_BT"]
     index = np.arange(len(mask_BT)) // SAMPLES_PER_PROMPT
-    rewards_BT = _on_last(data["rewards_B"], mask_BT) + 0.1 * data["values_BT"] * mask_BT
+    rewards_BT = on_last(data["rewards_B"], mask_BT) + 0.1 * data["values_BT"] * mask_BT
     common = {"token_level_rewards": rewards_BT, "response_mask": mask_BT}
     gae = {"token_level_rewards": rewards_BT, "values": data["old_values_BT"], "response_mask": mask_BT}
     calls: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -166,11 +168,6 @@ def _verl_advantages(core: Any, data: Batch, whole: Batch) -> Results:
     parts = core.compute_gae_advantage_return(**gae, gamma=0.9, lam=0.8)
     found["verl advantages ppo"] = [laid_end_to_end(part_BT, mask_BT) for part_BT in parts]
     return found
-
-
-def _on_last(rewards_B: Tensor, mask_BT: Tensor) -> Tensor:
-    last_B = (mask_BT * torch.arange(mask_BT.shape[1])).argmax(1)
-    return torch.zeros_like(mask_BT).scatter_(1, last_B[:, None], rewards_B[:, None])
 
 
 def openrlhf(seed: int) -> Results:

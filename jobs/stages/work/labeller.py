@@ -93,7 +93,7 @@ def rank(scores: Sequence[float], *, noise_std: float, seed: int) -> tuple[int, 
 
 
 def write_rankings(path: Path, rankings: Iterable[LabelledRanking]) -> None:
-    """Writes JSONL {id, messages, replies: best first, gold} completely or not at all; `read_rankings` reads it.
+    """Writes JSONL {id, messages, replies: best first, gold} completely or not at all, in the format ranking.
 
     Raises:
         StorageError: it can't be written.

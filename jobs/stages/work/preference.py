@@ -26,7 +26,7 @@ from jobs.stages.work.data.storing import APPENDED_ROWS
 from jobs.stages.work.training import Report, inputs_of, of_last_tenth, train_section, words
 from orchestrator.config.config import Config
 from orchestrator.planning.demands import PREFERENCE
-from orchestrator.run.storage import write_json, writing
+from orchestrator.run.storage import write_json
 from orchestrator.watching.telemetry import Telemetry
 
 _RECORDED = ("loss", "accuracy", "margin", "grad_norm", "learning_rate")
@@ -107,8 +107,6 @@ async def store_mismatched(data: StoredJudgements, config: Config) -> Path:
     """Writes the rows of mismatched replies of the whole training. Raises StorageError."""
     stage, place = config.preference, data.folder / "mismatched"
     train, pairs = stored_rankings(data.train.folder), Mismatched(data.train.num_records, stage, config.run.seed)
-    with writing(place):
-        place.mkdir(exist_ok=True)
     with writing_rows(place, *ADDED) as writer:
         left = iter(pairs)
         while some := list(itertools.islice(left, APPENDED_ROWS)):

@@ -15,7 +15,8 @@ from actors.text.learned import Rows
 from jobs.prepare import Prepared, find_data, policy_chat
 from jobs.stages.sample import sample_sizes, sampled
 from jobs.stages.stage import RowSizes, Say, row_sizes
-from jobs.stages.work.data.sampling import Sampled, sample_file
+from jobs.stages.work.data import sampling
+from jobs.stages.work.data.sampling import Sampled, path_of, sample_file
 from jobs.stages.work.data.storing import Stored, store
 from orchestrator.config.config import Config
 from orchestrator.data.kinds import DEMONSTRATIONS, DOCUMENTS
@@ -23,7 +24,6 @@ from orchestrator.data.mixtures import MixedStream, stream_of
 from orchestrator.data.records import DemonstrationRecord, DocumentRecord
 from orchestrator.data.streams import Stream
 from orchestrator.errors import DataError
-from orchestrator.prompts import marked_held_out
 
 Demonstration = DemonstrationRecord | DocumentRecord
 Demonstrations = Stream[Any] | MixedStream[Any]
@@ -36,26 +36,15 @@ def stream(config: Config, made: Path | None = None) -> Demonstrations:
         DataError: now or during reading: the file can't be read, or a row is bad.
     """
     section = config.demonstrations
-    path = made if section.path is None else find_data(section.path)
-    if path is None:
-        raise DataError("demonstrations.path is null: give a file of conversations.")
+    path = path_of(section.path, made, section="demonstrations", what="conversations")
     if section.are_texts:
         return stream_of(DOCUMENTS, path, section.format, section.limit)
     return stream_of(DEMONSTRATIONS, path, section.format, section.limit)
 
 
 def marked(config: Config, records: Demonstrations) -> Iterator[tuple[Demonstration, bool]]:
-    """Every record, and whether demonstrations.held_out holds it out.
-
-    Raises:
-        DataError: reading, bad rows at its end, or none is left to train on.
-    """
-
-    def read() -> Iterator[Demonstration]:
-        yield from records
-        records.report()
-
-    return marked_held_out(read(), config.demonstrations.held_out, section="demonstrations")
+    """See sampling.marked."""
+    return sampling.marked(records, config.demonstrations.held_out, section="demonstrations")
 
 
 def sample(config: Config, *, is_held_out: bool = False) -> Sampled[Demonstration]:
@@ -81,11 +70,11 @@ def sizes(config: Config, prepared: Prepared) -> RowSizes:
 
 def rows_of(config: Config, chat: Chat, records: Sequence[Demonstration]) -> Rows:
     """Raises DataError: the chat template refuses a record, or no reply fits."""
-    rows = Rows()
+    tokens = DemonstrationTokens(config, chat)
     for record in records:
-        _add(rows, config, chat, record)
-    _require_rows(config, len(records), len(rows.rows))
-    return rows
+        tokens.add(record)
+    _require_rows(config, len(records), len(tokens))
+    return tokens.rows
 
 
 @dataclass
@@ -101,7 +90,15 @@ class DemonstrationTokens:
         return len(self.rows.rows)
 
     def add(self, record: Demonstration) -> None:
-        _add(self.rows, self.config, self.chat, record)
+        """Raises DataError: the chat template refuses the record."""
+        max_length = self.config.sft.max_length
+        try:
+            if isinstance(record, DocumentRecord):
+                self.rows.add_text(record.text, self.chat.tokenizer, max_length=max_length)
+            else:
+                self.rows.add(self.chat, record.messages, record.tools, max_length=max_length)
+        except DataError as error:
+            raise DataError(f"demonstration {record.id!r}: {error}") from error
 
     def take(self) -> pa.Table:
         table = self.rows.table()
@@ -126,16 +123,6 @@ async def store_demonstrations(
     for part in parts:
         _require_rows(config, part.num_records, part.writer.num_rows)
     return parts
-
-
-def _add(rows: Rows, config: Config, chat: Chat, record: Demonstration) -> None:
-    try:
-        if isinstance(record, DocumentRecord):
-            rows.add_text(record.text, chat.tokenizer, max_length=config.sft.max_length)
-        else:
-            rows.add(chat, record.messages, record.tools, max_length=config.sft.max_length)
-    except DataError as error:
-        raise DataError(f"demonstration {record.id!r}: {error}") from error
 
 
 def _require_rows(config: Config, num_records: int, num_rows: int) -> None:

@@ -19,7 +19,8 @@ from actors.training.stored_rows import row_column
 from jobs.prepare import Prepared, find_data
 from jobs.stages.sample import sample_sizes, sampled
 from jobs.stages.stage import RowSizes, Say, row_sizes
-from jobs.stages.work.data.sampling import Sampled, sample_file
+from jobs.stages.work.data import sampling
+from jobs.stages.work.data.sampling import Sampled, path_of, sample_file
 from jobs.stages.work.data.storing import Stored, store
 from orchestrator.config.config import Config
 from orchestrator.config.losses import Judgement
@@ -27,8 +28,6 @@ from orchestrator.data.kinds import LABELS, RANKINGS, SCORES, Kind
 from orchestrator.data.mixtures import MixedStream, stream_of
 from orchestrator.data.records import ReadReport
 from orchestrator.data.streams import Stream
-from orchestrator.errors import DataError
-from orchestrator.prompts import marked_held_out
 from orchestrator.training.ensemble import Disagreement, mean_disagreement
 from orchestrator.training.ranking import (
     concordant_pairs,
@@ -56,24 +55,13 @@ def stream(config: Config, judgement: Judgement, made: Path | None = None) -> Ju
         DataError: now or during reading: the file can't be read, or a row is bad.
     """
     section = config.preferences
-    path = made if section.path is None else find_data(section.path)
-    if path is None:
-        raise DataError(f"preferences.path is null: give a file of {judgement}.")
+    path = path_of(section.path, made, section="preferences", what=judgement)
     return stream_of(_KINDS[judgement], path, section.format, section.limit)
 
 
 def marked(config: Config, records: Judgements) -> Iterator[tuple[JudgedRecord, bool]]:
-    """Every record, and whether preferences.held_out holds it out.
-
-    Raises:
-        DataError: reading, bad rows at its end, or none is left to train on.
-    """
-
-    def read() -> Iterator[JudgedRecord]:
-        yield from records
-        records.report()
-
-    return marked_held_out(read(), config.preferences.held_out, section="preferences")
+    """See sampling.marked."""
+    return sampling.marked(records, config.preferences.held_out, section="preferences")
 
 
 def sample(config: Config, judgement: Judgement) -> Sampled[JudgedRecord]:
@@ -234,11 +222,13 @@ def measure_heads(heads: Sequence[Sequence[Sequence[float]]], qualities: Qualiti
     if num_heads == 1:
         return None
     alone = [[[reply[head] for reply in replies] for replies in heads] for head in range(num_heads)]
-    right, wrong = mean_disagreement(_differences(heads, qualities))
+    right, wrong = mean_disagreement(_differences(heads, qualities, num_heads))
     return Disagreement([measure_held_out(scores, qualities).accuracy for scores in alone], right, wrong)
 
 
-def _differences(heads: Sequence[Sequence[Sequence[float]]], qualities: Qualities) -> npt.NDArray[np.float64]:
+def _differences(
+    heads: Sequence[Sequence[Sequence[float]]], qualities: Qualities, num_heads: int
+) -> npt.NDArray[np.float64]:
     """Per pair of held-out replies and head, the score of the better reply less that of the worse one."""
     pairs: Iterable[tuple[Sequence[float], Sequence[float]]]
     if _are_ranked(qualities):
@@ -246,8 +236,8 @@ def _differences(heads: Sequence[Sequence[Sequence[float]]], qualities: Qualitie
     else:
         singles = zip((reply for (reply,) in heads), (quality for (quality,) in qualities), strict=True)
         pairs = _differently_judged(spread(list(singles), _MOST_COMPARED))
-    found = [(better, worse) for better, worse in pairs]
-    better_PH, worse_PH = np.asarray(found, np.float64).reshape(len(found), 2, -1).transpose(1, 0, 2)
+    found = list(pairs)
+    better_PH, worse_PH = np.asarray(found, np.float64).reshape(len(found), 2, num_heads).transpose(1, 0, 2)
     return better_PH - worse_PH
 
 

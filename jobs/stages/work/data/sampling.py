@@ -5,16 +5,47 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from orchestrator.data.mixtures import stamp_of_data
+from jobs.prepare import find_data
+from orchestrator.data.mixtures import MixedStream, stamp_of_data
 from orchestrator.data.records import ReadReport
+from orchestrator.data.streams import Stream
+from orchestrator.errors import DataError
+from orchestrator.prompts import Identified, marked_held_out
 from orchestrator.training.ranking import thinned
 
 MEASURED = 200  # records that stand for all
 _KEPT = 8
 
-Record = TypeVar("Record")
+Record = TypeVar("Record", bound=Identified)
+
+
+def marked(
+    records: Stream[Record] | MixedStream[Record], held_out: int | None, *, section: str
+) -> Iterator[tuple[Record, bool]]:
+    """Every record, and whether it is held out.
+
+    Args:
+        held_out: of `section`.
+
+    Raises:
+        DataError: reading, bad rows at its end, or none is left to train on.
+    """
+
+    def read() -> Iterator[Record]:
+        yield from records
+        records.report()
+
+    return marked_held_out(read(), held_out, section=section)
+
+
+def path_of(path: Path | None, made: Path | None, *, section: str, what: str) -> Path:
+    """The file that a section names, otherwise the one that an earlier stage made. Raises DataError."""
+    found = made if path is None else find_data(path)
+    if found is None:
+        raise DataError(f"{section}.path is null: give a file of {what}.")
+    return found
 
 
 @dataclass(frozen=True)
@@ -28,7 +59,7 @@ class Sampled(Generic[Record]):
     report: ReadReport
 
 
-_found: dict[Hashable, Sampled[object]] = {}
+_found: dict[Hashable, Sampled[Any]] = {}
 
 
 def sample_file(
@@ -64,4 +95,4 @@ def sample_file(
         if len(_found) == _KEPT:
             _found.clear()
         _found[whole] = Sampled(some, count, replies, report())
-    return _found[whole]  # type: ignore[return-value]
+    return _found[whole]

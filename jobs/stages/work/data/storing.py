@@ -14,7 +14,6 @@ import pyarrow as pa
 
 from actors.training.stored_rows import RowsWriter, writing_rows
 from jobs.stages.stage import Say
-from orchestrator.run.storage import writing
 
 APPENDED_ROWS = 1024  # are held before they are written
 SAID_S = 30.0  # between two lines about a long file
@@ -76,8 +75,6 @@ async def store(
         parts = []
         for name, made in zip(("train", "held_out"), tokens, strict=True):
             place = folder / name
-            with writing(place):
-                place.mkdir(parents=True, exist_ok=True)
             parts.append(Stored(place, stack.enter_context(writing_rows(place, *made.added)), made))
         for record, is_held_out in records:
             part = parts[is_held_out]

@@ -159,6 +159,14 @@ def test_what_is_left_of_a_shards_time_is_a_limit(obedient: Episodes) -> None:
     assert "nothing was left of its shard's time" in str(answers[1])
 
 
+def test_a_process_that_has_ended_is_not_started_again_when_no_time_is_left(obedient: Episodes) -> None:
+    begin(obedient, 2)
+    obedient._process.close()
+    obedient._revive(monotonic())
+    assert not obedient._process.is_alive()
+    assert observations(obedient.step({0: "a"}, later())) == {0: "1 10"}
+
+
 @pytest.mark.parametrize(
     ("name", "problem"),
     [

@@ -1,4 +1,5 @@
 import itertools
+import random
 
 import pytest
 from hypothesis import given
@@ -126,6 +127,21 @@ def test_packed_micro_batches_hold_every_row_once_and_no_more_tokens_than_they_m
     # No two micro-batches would fit in one.
     loads = sorted(sum(lengths[row] for row in micro) for micro in plan)
     assert len(loads) < 2 or loads[0] + loads[1] > budget
+
+
+def test_packed_micro_batches_are_those_of_best_fit_by_trying_every_room():
+    generator = random.Random(0)
+    for _ in range(200):
+        lengths = [generator.randint(1, 12) for _ in range(generator.randint(1, 40))]
+        rooms: list[tuple[int, list[int]]] = []
+        for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+            fits = [place for place, (room, _) in enumerate(rooms) if lengths[row] <= room]
+            if fits:
+                best = min(fits, key=lambda place: rooms[place][0])
+                rooms[best] = (rooms[best][0] - lengths[row], [*rooms[best][1], row])
+            else:
+                rooms.append((10 - lengths[row], [row]))
+        assert packed_micro_batches(range(len(lengths)), lengths, 10) == [tuple(row) for _, row in rooms]
 
 
 def test_packed_micro_batches_fill_the_room_that_is_left():

@@ -80,6 +80,8 @@ async def test_the_first_failure_is_part_of_the_error(tmp_path: Path) -> None:
     reasons = [{"row": 3, "reward_error": "rule x: ValueError: no"}, {"row": 5, "reward_error": "another"}]
     text = "".join(json.dumps(reason) + "\n" for reason in reasons)
     (tmp_path / "log" / "step-000004" / "failed-shard-0000.jsonl").write_text(text, encoding="utf-8")
+    of_another_attempt = tmp_path / "log" / "step-000004" / "failed-shard-0000-attempt-002.jsonl"
+    of_another_attempt.write_text('{"row": 3, "reward_error": "of another attempt"}\n', encoding="utf-8")
     with pytest.raises(RewardError, match=r"The first: rule x: ValueError: no\. The column reward_error"):
         await log.commit(State(4, 0.1), scored(4))
 

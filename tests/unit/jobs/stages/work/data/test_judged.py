@@ -31,6 +31,7 @@ from orchestrator.data.records import Message, RankingRecord
 from orchestrator.data.streams import Stream
 from orchestrator.errors import DataError
 from orchestrator.prompts import marked_held_out
+from orchestrator.training.ensemble import Disagreement
 from tests.tiny import CHATML, tiny_tokenizer
 
 SHARED = Path(__file__).parents[7] / "shared" / "data"
@@ -102,6 +103,11 @@ def test_heads_are_measured_alone_and_their_disagreement_by_whether_their_mean_i
     assert found is not None
     assert (found.accuracies, found.right, found.wrong) == ([0.5, 0.75], 1.0, 2.5)
     assert measure_heads([[[1.0], [0.0]]] * 2, pairs) is None and measure_heads([], []) is None
+
+
+def test_heads_that_judge_replies_of_one_quality_have_no_pairs_to_compare() -> None:
+    found = measure_heads([[[1.0, 2.0]], [[2.0, 1.0]]], [[1.0], [1.0]])
+    assert found == Disagreement([None, None], None, None)
 
 
 def test_heads_of_single_replies_are_measured_on_pairs_of_them() -> None:
