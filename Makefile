@@ -1,5 +1,6 @@
 # make quickstart          the main job on this machine, from nothing;  ARGS="rl.steps=2 ..." overrides the config
-# make test                the whole test suite that a CPU can run;     ARGS="-k name" goes to pytest
+# make test                the test suite;                             ARGS="-k name" goes to pytest
+# make variants            tests of other losses, stages and numbers of ranks, which `make test` leaves out
 # make chaos               kills every kind of process in every phase of real runs;  ARGS="rollout driver" for some
 # make fuzz                10,000 damaged and hostile inputs: none may crash, hang or take 1 GB
 # make architectures       tries every architecture, writes docs/architectures.md
@@ -27,10 +28,12 @@ export DO_NOT_TRACK := 1
 export TOKENIZERS_PARALLELISM := false
 test: export HF_HUB_OFFLINE := 1
 test: export TRANSFORMERS_OFFLINE := 1
+variants: export HF_HUB_OFFLINE := 1
+variants: export TRANSFORMERS_OFFLINE := 1
 chaos: export HF_HUB_OFFLINE := 1
 chaos: export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: quickstart test chaos fuzz architectures bench bench-gpu lint fix docs lock clean setup setup-dev
+.PHONY: quickstart test variants chaos fuzz architectures bench bench-gpu lint fix docs lock clean setup setup-dev
 .DEFAULT_GOAL := quickstart
 
 setup:
@@ -45,6 +48,10 @@ quickstart: setup
 # Light tests first, on all cores; then those that start Ray, engines or learners, one at a time.
 test: setup-dev
 	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/tests $(ARGS)
+
+# What the suite shows once, shown for the other losses, stages and numbers of ranks; about ten minutes on two cores.
+variants: setup-dev
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/integration -m variant $(ARGS)
 
 # Every kind of process killed in every phase, real parts; about half an hour on two cores.
 chaos: setup-dev

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.trl_step`: a complete GRPO step of ours against one of TRL, on the same work.
+"""`python -m benchmarks.trl_step`: complete steps of GRPO and PPO, with and without LoRA, against GRPO steps of TRL.
 
-Both sides sample, score and learn with the same model, prompts, lengths, samples, minibatches and reward function, in
+All sides sample, score and learn with the same model, prompts, lengths, samples, minibatches and reward function, in
 bf16. They alternate, each in a process that warms up first. benchmarks/trl/README.md describes each side.
 """
 
@@ -12,9 +12,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -41,47 +42,80 @@ DEADLINE_S = 1800.0
 WARM_UP_STEPS = 1
 TARGET = 0.5
 QUICKSTART_TOKENS = 28
+OURS = ("grpo", "ppo")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One contender: its name in the output, its run, and the samples of one of its steps."""
+
+    name: str
+    run: Callable[[], Measured]
+    samples: int
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Medians of a side's turns, in seconds of a step and in response tokens per second."""
+
+    seconds: list[float] = field(default_factory=list)
+    tokens_per_s: list[float] = field(default_factory=list)
 
 
 def main(
     rounds: Annotated[int, typer.Option(help="Turns of each side.")] = 3,
     steps: Annotated[int, typer.Option(help="Measured steps per turn.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(help="Longest response.")] = QUICKSTART_TOKENS,
+    lora_rank: Annotated[int, typer.Option(help="Rank of LoRA where it is on.")] = 16,
 ) -> None:
     """Measures, writes benchmarks/results/trl_step*.json and shows the table."""
     config = our_config(steps, max_new_tokens)
     work = work_of(config)
     install_trl()
-    contenders = (
-        partial(ours, config),
-        partial(theirs, work, TrlSettings("bfloat16")),
-        partial(theirs, work, TrlSettings("float32", autocast=config.model.compute_dtype == "bfloat16")),
-    )
-    turns = measure_turns([partial(_told, contender) for contender in contenders], rounds=rounds)
-    suffix = "" if max_new_tokens == QUICKSTART_TOKENS else f"_{max_new_tokens}"
-    report(f"trl_step{suffix}", figures(turns, work))
-
-
-def figures(turns: Sequence[Sequence[float]], work: Work) -> list[Figure]:
-    ours_s, plain_s, mixed_s = turns
-    samples = f"{work.prompts_per_step} x {work.samples_per_prompt} samples of {work.max_new_tokens} tokens"
-    return [
-        ratio_figure(
-            f"step / TRL GRPO step, {work.max_new_tokens} tokens",
-            Pairs(ours_s, plain_s),
-            "s",
-            better="lower",
-            target=TARGET,
-            detail=f"{samples}; ours with fp32 masters; TRL, weights and Adam in bf16",
-        ),
-        ratio_figure(
-            f"step / TRL GRPO step, fp32 masters, {work.max_new_tokens} tokens",
-            Pairs(ours_s, mixed_s),
-            "s",
-            better="lower",
-            detail=f"{samples}; TRL, fp32, under bf16 autocast where bf16 is the faster type",
-        ),
+    fast_bf16 = config.model.compute_dtype == "bfloat16"
+    mixed = TrlSettings("float32", autocast=fast_bf16)
+    samples = work.prompts_per_step * work.samples_per_prompt
+    sides = [
+        *(Side(f"ours, {name}", partial(ours, steps, max_new_tokens, name), samples) for name in OURS),
+        *(Side(f"ours, {name}, LoRA", partial(ours, steps, max_new_tokens, name, lora_rank), samples) for name in OURS),
+        # Where bf16 is the slower type, a run in it would tell of the machine only.
+        *([Side("TRL, bf16", partial(theirs, work, TrlSettings("bfloat16")), samples)] if fast_bf16 else []),
+        Side("TRL, fp32 masters", partial(theirs, work, mixed), samples),
+        Side("TRL, LoRA", partial(theirs, work, replace(mixed, lora_rank=lora_rank)), samples),
     ]
+    measured = {side.name: Steps() for side in sides}
+    measure_turns([partial(_turn, side, measured[side.name]) for side in sides], rounds=rounds)
+    suffix = "" if max_new_tokens == QUICKSTART_TOKENS else f"_{max_new_tokens}"
+    report(f"trl_step{suffix}", figures(measured, work))
+
+
+def figures(measured: Mapping[str, Steps], work: Work) -> list[Figure]:
+    samples = f"{work.prompts_per_step} x {work.samples_per_prompt} samples of {work.max_new_tokens} tokens"
+    against = {"": ("TRL, bf16", "TRL, fp32 masters"), ", LoRA": ("TRL, LoRA",)}
+    found = []
+    fastest = "TRL, bf16" if "TRL, bf16" in measured else "TRL, fp32 masters"
+    for name, (adapters, references) in product(OURS, against.items()):
+        ours_name = f"{name}{adapters}"
+        steps = measured[f"ours, {ours_name}"]
+        for reference in [reference for reference in references if reference in measured]:
+            theirs = measured[reference]
+            found += [
+                ratio_figure(
+                    f"{ours_name} ÷ {reference}: step",
+                    Pairs(steps.seconds, theirs.seconds),
+                    "s",
+                    better="lower",
+                    target=TARGET if (name, reference) == ("grpo", fastest) else None,
+                    detail=samples,
+                ),
+                ratio_figure(
+                    f"{ours_name} ÷ {reference}: tokens/s",
+                    Pairs(steps.tokens_per_s, theirs.tokens_per_s),
+                    "tokens/s",
+                    detail="response tokens of a step over its seconds",
+                ),
+            ]
+    return found
 
 
 def our_config(steps: int, max_new_tokens: int) -> Config:
@@ -89,7 +123,8 @@ def our_config(steps: int, max_new_tokens: int) -> Config:
     return resolved(load_config(CONFIG, our_overrides(steps, max_new_tokens)))
 
 
-def our_overrides(steps: int, max_new_tokens: int) -> list[str]:
+def our_overrides(steps: int, max_new_tokens: int, algorithm: str = "grpo", lora_rank: int = 0) -> list[str]:
+    """PPO learns a critic besides, and has its KL in the reward. With LoRA all its roles share the policy's trunk."""
     return [
         "stages=[rl]",
         "run.name=trl-step",
@@ -98,8 +133,10 @@ def our_overrides(steps: int, max_new_tokens: int) -> list[str]:
         f"model.max_length={64 + max_new_tokens}",
         f"rollout.max_new_tokens={max_new_tokens}",
         f"policy.cpus_per_rank={len(os.sched_getaffinity(0))}",
-        "algorithm.name=grpo",
-        "algorithm.kl_estimator=k3-loss",
+        f"algorithm.name={algorithm}",
+        *(["algorithm.kl_estimator=k3-loss"] if algorithm == "grpo" else []),
+        f"policy.lora.rank={lora_rank}",
+        f"critic.lora.rank={lora_rank}",
         "rl.prompts_per_step=16",
         "rl.samples_per_prompt=4",
         f"rl.steps={WARM_UP_STEPS + steps}",
@@ -128,17 +165,17 @@ def work_of(config: Config) -> Work:
     )
 
 
-def ours(config: Config) -> Measured:
+def ours(steps: int, max_new_tokens: int, algorithm: str, lora_rank: int = 0) -> Measured:
     """One run of `rlhf quickstart`. Raises RlhfError if it fails."""
     with tempfile.TemporaryDirectory(prefix="step-", dir="/tmp") as folder:
-        keys = our_overrides(config.rl.steps - WARM_UP_STEPS, config.rollout.max_new_tokens)
+        keys = our_overrides(steps, max_new_tokens, algorithm, lora_rank)
         command = [sys.executable, "-m", "jobs", "quickstart", "--config", str(CONFIG), *keys, f"run.root={folder}"]
         call(command, {"RAY_worker_niceness": "0"})  # Ray's default, 15, is unfair under other load
         (file,) = Path(folder).glob(f"*/{METRICS_FILE}")
-        steps = [line["metrics"] for line in read_lines(file) if line["kind"] == "step"]
+        metrics = [line["metrics"] for line in read_lines(file) if line["kind"] == "step"]
 
     def column(name: str) -> list[float]:
-        return [step[name] for step in steps]
+        return [step[name] for step in metrics]
 
     return Measured(
         column("time/step_s"),
@@ -164,15 +201,14 @@ def install_trl() -> None:
     call([str(ROOT / "benchmarks" / "trl" / "install.sh")], {})
 
 
-def _told(contender: partial[Measured]) -> float:
-    """The median step of one turn. Prints a line with its parts."""
-    measured = contender()
-    columns = asdict(measured)
+def _turn(side: Side, steps: Steps) -> float:
+    """The median step of one turn, which is kept in `steps`. Prints a line with its parts."""
+    columns = asdict(side.run())
     columns |= {f"{name}_s": values for name, values in columns.pop("parts_s").items()}
     parts: dict[str, float] = {name: statistics.median(values[WARM_UP_STEPS:]) for name, values in columns.items()}
-    settings = contender.args[-1]
-    side = "ours" if isinstance(settings, Config) else f"TRL, {settings.masters}"
-    say(f"{side}: " + ", ".join(f"{name} {value:.3g}" for name, value in parts.items()))
+    say(f"{side.name}: " + ", ".join(f"{name} {value:.3g}" for name, value in parts.items()))
+    steps.seconds.append(parts["step_s"])
+    steps.tokens_per_s.append(parts["response_tokens"] * side.samples / parts["step_s"])
     return parts["step_s"]
 
 

@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import Any
 
 from datasets import Dataset
+from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from actors.machine.allocator import keep_large_blocks
@@ -38,6 +39,7 @@ def run(work: Work, settings: TrlSettings) -> Measured:
             reward_funcs=reward,
             args=trainer_config(work, settings, folder),
             train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in work.prompts]),
+            peft_config=adapters(settings.lora_rank),
         )
         trainer._generate_single_turn = clock.timed(trainer._generate_single_turn)
         trainer.train()
@@ -53,6 +55,13 @@ def run(work: Work, settings: TrlSettings) -> Measured:
 
 def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
     return [length_target(prompt, text, {}) for prompt, text in zip(prompts, completions, strict=True)]
+
+
+def adapters(rank: int) -> LoraConfig | None:
+    """On the layers that ours adapts: all linear ones of the decoder."""
+    if not rank:
+        return None
+    return LoraConfig(r=rank, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def trainer_config(work: Work, settings: TrlSettings, folder: str) -> GRPOConfig:

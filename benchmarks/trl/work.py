@@ -47,11 +47,13 @@ class TrlSettings:
         masters: type of weights and of Adam's moments, "bfloat16" or "float32".
         autocast: with fp32 masters, compute in bf16; off on machines that are faster in fp32.
         micro_batch_samples: samples of one forward and backward pass.
+        lora_rank: rank of peft's adapters on all linear layers, alpha 32; 0: all weights learn.
     """
 
     masters: Literal["bfloat16", "float32"] = "bfloat16"
     autocast: bool = True
     micro_batch_samples: int = 16
+    lora_rank: int = 0
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,9 @@ def _losses(lines: list[dict[str, Any]]) -> list[float]:
     return [line["metrics"]["preference/loss"] for line in lines if line["kind"] == "step"]
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo", "cpo"])
+@pytest.mark.parametrize(
+    "loss", ["dpo", "cpo", *(pytest.param(loss, marks=pytest.mark.variant) for loss in ("ipo", "simpo", "orpo"))]
+)
 def test_every_loss_of_pairs_orders_replies_that_it_has_not_seen(
     cluster: str, base: Path, tmp_path: Path, loss: str
 ) -> None:
@@ -149,7 +151,7 @@ def test_the_first_loss_of_dpo_is_log_two_and_the_policy_is_an_ordinary_model(
     assert margins[0] > margins[1] + 1.0
 
 
-@pytest.mark.parametrize("loss", ["dpo", "cpo", "kto"])
+@pytest.mark.parametrize("loss", ["dpo", pytest.param("cpo", marks=pytest.mark.variant), "kto"])
 def test_two_workers_learn_what_one_learns(cluster: str, base: Path, tmp_path: Path, loss: str) -> None:
     losses = []
     for workers, budget in ((1, 2048), (2, 200)):
@@ -174,7 +176,7 @@ def _kill_a_worker() -> None:
     max((p for p in children if "RayTrainWorker" in "".join(p.cmdline())), key=lambda p: p.pid).kill()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.variant), 2])
 def test_killed_workers_are_replaced_and_change_no_bit(cluster: str, base: Path, tmp_path: Path, workers: int) -> None:
     """Twice: near the beginning, and in the middle, from where a checkpoint is near."""
 
@@ -197,6 +199,7 @@ def test_killed_workers_are_replaced_and_change_no_bit(cluster: str, base: Path,
     assert again[-1] >= 70, "what a checkpoint held was learned again"
 
 
+@pytest.mark.variant
 def test_a_driver_that_is_killed_and_started_again_continues_the_training(
     cluster: str, base: Path, tmp_path: Path
 ) -> None:

@@ -212,7 +212,7 @@ def _kill_a_worker() -> None:
     max((p for p in children if "RayTrainWorker" in "".join(p.cmdline())), key=lambda p: p.pid).kill()
 
 
-@pytest.mark.parametrize(("workers", "heads"), [(1, 1), (2, 3)])
+@pytest.mark.parametrize(("workers", "heads"), [pytest.param(1, 1, marks=pytest.mark.variant), (2, 3)])
 def test_killed_workers_are_replaced_and_change_no_bit(
     cluster: str, base: Path, tmp_path: Path, workers: int, heads: int
 ) -> None:

@@ -84,6 +84,7 @@ def test_the_loss_is_that_of_transformers_on_the_assistants_tokens(whole: tuple[
     assert read_json(folder / "sft.json")["held_out_loss"] == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.variant
 def test_a_driver_that_is_killed_and_started_again_ends_with_the_same_bits(
     cluster: str, base: Path, whole: tuple[Path, str], tmp_path: Path
 ) -> None:
