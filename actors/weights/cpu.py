@@ -18,11 +18,13 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from actors.weights.conversion import NamedTensor
 from actors.weights.experts import pack_again
 from actors.weights.manifest import Bucket, Unpacker, Verify, WeightHeader
 from actors.weights.places import Places, checkpoint_form, locate
 from actors.weights.readback import Reader
 from actors.weights.verify import Verifier
+from actors.weights.write import Writer, obstacle
 from orchestrator.errors import PublishError
 
 
@@ -41,7 +43,8 @@ class BucketUpdateInfo(WeightTransferUpdateInfo):
 
 
 class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo]):
-    """Loads buckets layer by layer through vLLM's layerwise reload; holds one bucket and one layer at a time."""
+    """Writes buckets to the places of their tensors, or loads them through vLLM's layerwise reload if the model keeps
+    more than these (`obstacle`); holds one bucket and one layer at a time."""
 
     init_info_cls = BucketInitInfo
     update_info_cls = BucketUpdateInfo
@@ -54,19 +57,25 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         self._half_loaded = False
         self._form = checkpoint_form(self.vllm_config)
         self._places = locate(self.model, self._form)
+        self._reader = Reader(self.model)
+        self.obstacle = obstacle(self.model, self._places)
+        self._writer = Writer(self.model, self._places, self._reader) if self.obstacle is None else None
         self.seconds = dict.fromkeys(("receive", "apply", "verify"), 0.0)
 
     def init_transfer_engine(self, init_info: BucketInitInfo) -> None:
         """Raises PublishError if the sent names are not the model's."""
-        verifier = Verifier(Reader(self.model), self._places, mode=init_info.verify, seed=init_info.seed)
+        verifier = Verifier(self._reader, self._places, mode=init_info.verify, seed=init_info.seed)
         verifier.check_names((spec.name for spec in init_info.header.tensors), optional=self._form.buffers)
-        self._verifier, self._unpacker = verifier, Unpacker(init_info.header)
+        self._verifier, self._unpacker = verifier, Unpacker(init_info.header, proved_later=verifier.proves)
         self.seconds = dict.fromkeys(self.seconds, 0.0)
 
     def start_weight_update(self) -> None:
         if self._half_loaded:
             # After an interrupted update, layers would wait for its rest and mix two versions.
             finalize_layerwise_reload(self.model, self.model_config)
+        if self._writer is not None:
+            self._writer.begin()
+            return
         self._half_loaded = True
         pack_again(self.model)
         initialize_layerwise_reload(self.model)
@@ -75,7 +84,8 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: BucketUpdateInfo) -> None:
-        """Raises PublishError, without applying the bucket, if bytes differ from the trainer's."""
+        """Raises PublishError, without applying the bucket, if bytes differ from the trainer's; those that `compare`
+        proves itself are not read twice."""
         if self._unpacker is None or self._verifier is None:
             raise PublishError("a bucket arrived before its header; call init_weight_transfer_engine first.")
         started = perf_counter()
@@ -84,14 +94,24 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         for name, tensor in tensors:
             self._verifier.expect(name, tensor, update_info.bucket.checksums[name])
         expected = perf_counter()
-        self.model.load_weights(self._form.convert(tensors))
+        self._apply(tensors)
         self.seconds["receive"] += received - started
         self.seconds["verify"] += expected - received
         self.seconds["apply"] += perf_counter() - expected
 
+    def _apply(self, tensors: list[NamedTensor]) -> None:
+        if self._writer is None:
+            self.model.load_weights(self._form.convert(tensors))
+            return
+        for name, tensor in tensors:
+            self._writer.write(name, tensor)
+
     def finish_weight_update(self) -> None:
         started = perf_counter()
-        finalize_layerwise_reload(self.model, self.model_config)
+        if self._writer is None:
+            finalize_layerwise_reload(self.model, self.model_config)
+        else:
+            self._writer.finish()
         refresh_tied_layers(self.model, self._places)
         self._half_loaded = False
         self.seconds["apply"] += perf_counter() - started

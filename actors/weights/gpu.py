@@ -22,7 +22,8 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLWeightTransferEngine
 
-from actors.weights.manifest import TensorSpec, Verify, WeightHeader, checksum
+from actors.weights.digest import digest
+from actors.weights.manifest import TensorSpec, Verify, WeightHeader
 from actors.weights.places import checkpoint_form, locate
 from actors.weights.readback import Reader
 from actors.weights.verify import Verifier
@@ -79,7 +80,7 @@ class ChecksummedSource(WeightSource):
         specs: Mapping[str, TensorSpec] = {spec.name: spec for spec in self.header.tensors}
         for name, tensor in self._weights():
             sent = tensor.to(specs[name].torch_dtype)
-            self.checksums[name] = checksum(sent)
+            self.checksums[name] = digest(sent, name).hex
             yield name, sent
 
 

@@ -1,7 +1,7 @@
-"""The transfer format of weights: a header, flat buckets of bytes, and a checksum per tensor.
+"""The transfer format of weights: a header, flat buckets of bytes, and a digest per tensor (actors.weights.digest).
 
 The trainer plans once (names, dtypes and shapes are known without gathering), then packs tensor by tensor into buckets
-of bounded size. A tensor's checksum is in the bucket with its last byte, so each side holds at most one bucket and one
+of bounded size. A tensor's digest is in the bucket with its last byte, so each side holds at most one bucket and one
 tensor. Buckets are uint8 arrays, which any transport of arrays can send.
 
 -0 and subnormals are sent as +0: matrix units flush them, so a receiver that reads weights back through its layers
@@ -11,7 +11,7 @@ could not distinguish them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from xxhash import xxh3_128
 
+from actors.weights.digest import Digest, digest, digest_part
 from orchestrator.errors import PublishError
 
 Verify = Literal["full", "sampled", "checksums"]
@@ -95,7 +96,7 @@ class WeightHeader:
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """Bucket `index` of a header's stream, with the checksums of the tensors that end in it."""
+    """Bucket `index` of a header's stream, with the digests (hexadecimal) of the tensors that end in it."""
 
     index: int
     data: Bytes
@@ -140,7 +141,7 @@ def pack(header: WeightHeader, tensors: Iterable[tuple[str, torch.Tensor]]) -> I
     pairs = iter(tensors)
     for number, spec in enumerate(header.tensors):
         source = _checked(spec, next(pairs, None)).detach().to("cpu").contiguous().reshape(-1)
-        digest = xxh3_128()
+        total = Digest(0, 0, 0)
         position, done = header.start(number), 0
         while done < spec.num_bytes:
             if position >= (index + 1) * header.bucket_bytes:
@@ -151,10 +152,10 @@ def pack(header: WeightHeader, tensors: Iterable[tuple[str, torch.Tensor]]) -> I
             size = min(spec.num_bytes - done, buffer.size - offset)
             part = buffer[offset : offset + size]
             first, last = (at // source.element_size() for at in (done, done + size))
-            canonical(source[first:last], out=torch.from_numpy(part).view(source.dtype))
-            digest.update(part.data)
+            sent = canonical(source[first:last], out=torch.from_numpy(part).view(source.dtype))
+            total += digest_part(sent, spec.name, spec.shape, first, (1,))
             position, done = position + size, done + size
-        checksums[spec.name] = digest.hexdigest()
+        checksums[spec.name] = total.hex
     extra = next(pairs, None)
     if extra is not None:
         raise PublishError(
@@ -177,9 +178,14 @@ def _checked(spec: TensorSpec, pair: tuple[str, torch.Tensor] | None) -> torch.T
 
 @dataclass
 class Unpacker:
-    """Converts buckets, in order, to tensors, and compares their checksums with the trainer's."""
+    """Converts buckets, in order, to tensors, and compares their digests with the trainer's.
+
+    Args:
+        proved_later: whether the receiver itself compares a tensor's digest with the trainer's, after applying it.
+    """
 
     header: WeightHeader
+    proved_later: Callable[[TensorSpec], bool] = lambda _: False
     _next_bucket: int = 0
     _next_tensor: int = 0
     _partial: Bytes | None = None
@@ -198,14 +204,17 @@ class Unpacker:
                 f"with {bucket.data.size} bytes; send buckets once each, in order."
             )
         self._next_bucket += 1
-        complete = list(self._cut(bucket))
-        received = {name: checksum(data) for name, data in complete}
-        bad = [name for name, digest in received.items() if digest != bucket.checksums.get(name)]
-        if bad or set(bucket.checksums) != set(received):
-            names = bad or sorted(set(bucket.checksums) ^ set(received))
+        first = self._next_tensor
+        complete = [data for _, data in self._cut(bucket)]
+        specs = self.header.tensors[first : self._next_tensor]
+        tensors = [(spec.name, _as_tensor(data, spec)) for data, spec in zip(complete, specs, strict=True)]
+        read_now = [pair for pair, spec in zip(tensors, specs, strict=True) if not self.proved_later(spec)]
+        bad = [name for name, tensor in read_now if digest(tensor, name).hex != bucket.checksums.get(name)]
+        received = {name for name, _ in tensors}
+        if bad or set(bucket.checksums) != received:
+            names = bad or sorted(set(bucket.checksums) ^ received)
             raise PublishError(f"bytes received differ from the trainer's for {listed(names)}; publish again.")
-        specs = self.header.tensors[self._next_tensor - len(complete) : self._next_tensor]
-        return [(name, _as_tensor(data, spec)) for (name, data), spec in zip(complete, specs, strict=True)]
+        return tensors
 
     @property
     def done(self) -> bool:

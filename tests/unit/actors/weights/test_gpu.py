@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from actors.weights.digest import digest
 from actors.weights.gpu import ChecksummedSource, EngineFanOut
-from actors.weights.manifest import checksum, plan
+from actors.weights.manifest import plan
 
 
 class Recording:
@@ -58,4 +59,4 @@ def test_a_source_sends_the_planned_dtype_and_keeps_checksums_of_what_it_sent() 
         ("b", torch.bfloat16, (5,)),
     ]
     assert all(torch.equal(sent[name], tensor.to(torch.bfloat16)) for name, tensor in masters.items())
-    assert source.checksums == {name: checksum(tensor) for name, tensor in sent.items()}
+    assert source.checksums == {name: digest(tensor, name).hex for name, tensor in sent.items()}
