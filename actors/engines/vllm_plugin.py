@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
-CPU_BACKEND = "rlhf-buckets"
-GPU_BACKENDS: Mapping[str, str] = {"separate": "rlhf-nccl", "colocated": "rlhf-ipc"}
-_ENGINES: Mapping[str, tuple[str, str]] = {
-    CPU_BACKEND: ("actors.weights.cpu", "BucketTransferEngine"),
-    GPU_BACKENDS["separate"]: ("actors.weights.gpu", "VerifiedNccl"),
-    GPU_BACKENDS["colocated"]: ("actors.weights.gpu", "VerifiedIpc"),
-}
+BACKEND = "rlhf-buckets"
 
 
 def register() -> None:
-    """Registers the transfer engines by name; calling it again does nothing."""
-    for name, (module, engine) in _ENGINES.items():
-        if name not in WeightTransferEngineFactory._registry:
-            WeightTransferEngineFactory.register_engine(name, module, engine)
+    """Registers the transfer engine by name; calling it again does nothing."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, "actors.weights.cpu", "BucketTransferEngine")

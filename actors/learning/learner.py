@@ -282,7 +282,7 @@ class Learner:
             **({"lora": self.config.lora.describe()} if self._adapters else {}),
         }
 
-    def full_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def full_weights(self, dtype: torch.dtype | None = None, *, is_kept: bool = True) -> Iterator[tuple[str, Tensor]]:
         """(name, full tensor on the CPU) of the state under transformers' names: all parameters (tied ones once),
         merged with their adapters in fp32, and all saved buffers.
 
@@ -290,13 +290,17 @@ class Learner:
 
         Args:
             dtype: of floating-point tensors; None: the model's compute type.
+            is_kept: False on a rank that only takes part in gathering: its tensors are empty.
         """
         for name, tensor in named_state(self._pretrained):
             adapter = self._adapters.get(name)
             with self._gathered([tensor, *(adapter.parameters() if adapter else ())]):
-                wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-                value = adapter.merged(tensor) if adapter else tensor.detach()
-                copy = value.to("cpu", wanted, copy=True)
+                if is_kept:
+                    wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+                    value = adapter.merged(tensor) if adapter else tensor.detach()
+                    copy = value.to("cpu", wanted, copy=True)
+                else:
+                    copy = tensor.new_empty(0)
             yield name, copy
 
     def weight_specs(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:

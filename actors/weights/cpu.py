@@ -1,4 +1,4 @@
-"""Weight transfer to a CPU engine through vLLM's weight-transfer API: buckets in host memory.
+"""Weight transfer to an engine through vLLM's weight-transfer API, in buckets that any transport may bring.
 
 vLLM calls the engine in this order, for every publish: `init_transfer_engine` (the header), `start_weight_update`,
 `update_weights` once per bucket, `finish_weight_update`. Our own `compare` comes last.
@@ -19,9 +19,10 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors.weights.experts import pack_again
-from actors.weights.manifest import Bucket, Unpacker, Verify, WeightHeader
+from actors.weights.manifest import Unpacker, Verify, WeightHeader
 from actors.weights.places import Places, checkpoint_form, locate
 from actors.weights.readback import Reader
+from actors.weights.transports.receiver import Parcel, Receiver
 from actors.weights.verify import Verifier
 from orchestrator.errors import PublishError
 
@@ -37,7 +38,7 @@ class BucketInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class BucketUpdateInfo(WeightTransferUpdateInfo):
-    bucket: Bucket
+    parcel: Parcel
 
 
 class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo]):
@@ -54,6 +55,7 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         self._half_loaded = False
         self._form = checkpoint_form(self.vllm_config)
         self._places = locate(self.model, self._form)
+        self.receiver = Receiver(self.device)
         self.seconds = dict.fromkeys(("receive", "apply", "verify"), 0.0)
 
     def init_transfer_engine(self, init_info: BucketInitInfo) -> None:
@@ -61,6 +63,7 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         verifier = Verifier(Reader(self.model), self._places, mode=init_info.verify, seed=init_info.seed)
         verifier.check_names((spec.name for spec in init_info.header.tensors), optional=self._form.buffers)
         self._verifier, self._unpacker = verifier, Unpacker(init_info.header)
+        self.receiver.begin(init_info.header)
         self.seconds = dict.fromkeys(self.seconds, 0.0)
 
     def start_weight_update(self) -> None:
@@ -75,14 +78,15 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: BucketUpdateInfo) -> None:
-        """Raises PublishError, without applying the bucket, if bytes differ from the trainer's."""
+        """Raises PublishError, without applying the bucket, if bytes differ from the trainer's; TransportBroken."""
         if self._unpacker is None or self._verifier is None:
             raise PublishError("a bucket arrived before its header; call init_weight_transfer_engine first.")
         started = perf_counter()
-        tensors = self._unpacker.add(update_info.bucket)
+        bucket = self.receiver.take(update_info.parcel)
+        tensors = self._unpacker.add(bucket)
         received = perf_counter()
         for name, tensor in tensors:
-            self._verifier.expect(name, tensor, update_info.bucket.checksums[name])
+            self._verifier.expect(name, tensor, bucket.checksums[name])
         expected = perf_counter()
         self.model.load_weights(self._form.convert(tensors))
         self.seconds["receive"] += received - started
@@ -91,6 +95,7 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
 
     def finish_weight_update(self) -> None:
         started = perf_counter()
+        self.receiver.finish()
         finalize_layerwise_reload(self.model, self.model_config)
         refresh_tied_layers(self.model, self._places)
         self._half_loaded = False
@@ -111,6 +116,7 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
 
     def shutdown(self) -> None:
         self._unpacker = self._verifier = None
+        self.receiver.leave()
 
 
 def refresh_tied_layers(model: nn.Module, places: Places) -> None:

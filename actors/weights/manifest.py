@@ -95,11 +95,26 @@ class WeightHeader:
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """Bucket `index` of a header's stream, with the checksums of the tensors that end in it."""
+    """Bucket `index` of a header's stream, with the checksums of the tensors that end in it. The bytes are an array, or
+    a tensor on the device on which they are used."""
 
     index: int
-    data: Bytes
+    data: Bytes | torch.Tensor
     checksums: Mapping[str, str]
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.data)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The bytes without a copy."""
+        if isinstance(self.data, torch.Tensor):
+            return self.data
+        with warnings.catch_warnings():
+            # Arrays that come from an object store are read-only; receivers only read.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(self.data)
 
 
 def plan(tensors: Iterable[tuple[str, torch.dtype, Iterable[int]]], bucket_bytes: int) -> WeightHeader:
@@ -182,7 +197,7 @@ class Unpacker:
     header: WeightHeader
     _next_bucket: int = 0
     _next_tensor: int = 0
-    _partial: Bytes | None = None
+    _partial: torch.Tensor | None = None
     _filled: int = 0
 
     def add(self, bucket: Bucket) -> list[tuple[str, torch.Tensor]]:
@@ -192,10 +207,10 @@ class Unpacker:
             PublishError: not the next bucket, a wrong size, or tensors (named) whose bytes differ from the trainer's.
         """
         size = self.header.bucket_size(bucket.index) if bucket.index == self._next_bucket else -1
-        if bucket.data.size != size:
+        if bucket.num_bytes != size:
             raise PublishError(
                 f"expected bucket {self._next_bucket} of {self.header.num_buckets}, got bucket {bucket.index} "
-                f"with {bucket.data.size} bytes; send buckets once each, in order."
+                f"with {bucket.num_bytes} bytes; send buckets once each, in order."
             )
         self._next_bucket += 1
         complete = list(self._cut(bucket))
@@ -205,38 +220,34 @@ class Unpacker:
             names = bad or sorted(set(bucket.checksums) ^ set(received))
             raise PublishError(f"bytes received differ from the trainer's for {listed(names)}; publish again.")
         specs = self.header.tensors[self._next_tensor - len(complete) : self._next_tensor]
-        return [(name, _as_tensor(data, spec)) for (name, data), spec in zip(complete, specs, strict=True)]
+        return [
+            (name, data.view(spec.torch_dtype).reshape(spec.shape))
+            for (name, data), spec in zip(complete, specs, strict=True)
+        ]
 
     @property
     def done(self) -> bool:
         return self._next_bucket == self.header.num_buckets
 
-    def _cut(self, bucket: Bucket) -> Iterator[tuple[str, Bytes]]:
-        begin = bucket.index * self.header.bucket_bytes
+    def _cut(self, bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
+        begin, all_bytes = bucket.index * self.header.bucket_bytes, bucket.tensor
         while self._next_tensor < len(self.header.tensors):
             spec = self.header.tensors[self._next_tensor]
             offset = self.header.start(self._next_tensor) + self._filled - begin
-            if offset >= bucket.data.size and spec.num_bytes:
+            if offset >= bucket.num_bytes and spec.num_bytes:
                 return
-            data = bucket.data[offset : offset + spec.num_bytes - self._filled]
-            if data.size < spec.num_bytes:
+            data = all_bytes[offset : offset + spec.num_bytes - self._filled]
+            if len(data) < spec.num_bytes:
                 if self._partial is None:
-                    self._partial = np.empty(spec.num_bytes, np.uint8)
-                self._partial[self._filled : self._filled + data.size] = data
-                self._filled += data.size
+                    self._partial = all_bytes.new_empty(spec.num_bytes)
+                self._partial[self._filled : self._filled + len(data)] = data
+                self._filled += len(data)
                 if self._filled < spec.num_bytes:
                     return
                 data = self._partial
             self._partial, self._filled = None, 0
             self._next_tensor += 1
             yield spec.name, data
-
-
-def _as_tensor(data: Bytes, spec: TensorSpec) -> torch.Tensor:
-    with warnings.catch_warnings():
-        # Arrays that come from an object store are read-only; receivers only read.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(data).view(spec.torch_dtype).reshape(spec.shape)
 
 
 def check_names(sent: Iterable[str], *, needed: Iterable[str], optional: Iterable[str] = ()) -> None:

@@ -122,6 +122,7 @@ def _contradictions(config: Config) -> Iterable[str]:
     yield from config.algorithm.contradictions(config.rl, config.rollout)
     yield from config.rollout.contradictions(config.model)
     yield from config.placement.contradictions(config.rl)
+    yield from config.publish.contradictions(config.policy, config.rollout, config.placement)
     yield from config.environment.contradictions(config.reward)
     turns = config.environment.turns()
     yield from config.guards.contradictions(config.rl, config.rollout, config.reward, turns)

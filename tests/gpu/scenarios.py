@@ -7,10 +7,10 @@ from typing import Any
 
 import ray
 import torch
+from actors.weights.gpu import ChecksummedSource, EngineFanOut, Placement, Rendezvous, open_trainer
 
 from actors.engines import vllm_plugin
 from actors.engines.vllm_engine import DeviceVllmEngine
-from actors.weights.gpu import ChecksummedSource, EngineFanOut, Placement, Rendezvous, open_trainer
 from actors.weights.manifest import WeightHeader, plan
 from tests.deadlines import scaled
 from tests.integration.engine_scenarios import (

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import ray
 import torch
-
 from actors.weights.gpu import Placement
+
 from orchestrator.errors import PublishError
 from tests.deadlines import scaled
 from tests.gpu import scenarios
