@@ -28,6 +28,7 @@ from orchestrator.errors import PublishError
 Verify = Literal["full", "sampled", "checksums"]
 Bytes = npt.NDArray[np.uint8]
 ALIGNMENT_BYTES = 64
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -145,29 +146,39 @@ def canonical(tensor: torch.Tensor, *, out: torch.Tensor | None = None) -> torch
     return shrunk
 
 
-def pack(header: WeightHeader, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Bucket]:
+def pack(
+    header: WeightHeader, tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device = _HOST
+) -> Iterator[Bucket]:
     """Yields the header's buckets, filled from (name, tensor) pairs in the header's order, cast to its dtypes.
+
+    Args:
+        device: of the buckets; arrays on the host.
 
     Raises:
         PublishError: a wrong name or shape, a missing tensor or one too many.
     """
-    buffer, checksums, index = np.empty(header.bucket_size(0), np.uint8), dict[str, str](), 0
+
+    def new_bucket(index: int) -> tuple[torch.Tensor, dict[str, str]]:
+        return torch.empty(header.bucket_size(index), dtype=torch.uint8, device=device), {}
+
+    index = 0
+    buffer, checksums = new_bucket(0)
     pairs = iter(tensors)
     for number, spec in enumerate(header.tensors):
-        source = _checked(spec, next(pairs, None)).detach().to("cpu").contiguous().reshape(-1)
+        source = _checked(spec, next(pairs, None)).detach().to(device).contiguous().reshape(-1)
         digest = xxh3_128()
         position, done = header.start(number), 0
         while done < spec.num_bytes:
             if position >= (index + 1) * header.bucket_bytes:
-                yield Bucket(index, buffer, checksums)
+                yield _bucket(index, buffer, checksums)
                 index += 1
-                buffer, checksums = np.empty(header.bucket_size(index), np.uint8), {}
+                buffer, checksums = new_bucket(index)
             offset = position - index * header.bucket_bytes
-            size = min(spec.num_bytes - done, buffer.size - offset)
+            size = min(spec.num_bytes - done, len(buffer) - offset)
             part = buffer[offset : offset + size]
             first, last = (at // source.element_size() for at in (done, done + size))
-            canonical(source[first:last], out=torch.from_numpy(part).view(source.dtype))
-            digest.update(part.data)
+            canonical(source[first:last], out=part.view(source.dtype))
+            digest.update(raw_bytes(part).data)
             position, done = position + size, done + size
         checksums[spec.name] = digest.hexdigest()
     extra = next(pairs, None)
@@ -175,7 +186,11 @@ def pack(header: WeightHeader, tensors: Iterable[tuple[str, torch.Tensor]]) -> I
         raise PublishError(
             f"the trainer yields {extra[0]!r} after the header's last tensor; plan and weights disagree."
         )
-    yield Bucket(index, buffer, checksums)
+    yield _bucket(index, buffer, checksums)
+
+
+def _bucket(index: int, buffer: torch.Tensor, checksums: Mapping[str, str]) -> Bucket:
+    return Bucket(index, buffer.numpy() if buffer.device == _HOST else buffer, checksums)
 
 
 def _checked(spec: TensorSpec, pair: tuple[str, torch.Tensor] | None) -> torch.Tensor:

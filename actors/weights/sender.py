@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 
+from actors.learning.distributed import from_all
 from actors.roles.policy import PolicyWorker
-from actors.weights.manifest import ALIGNMENT_BYTES, Bucket, WeightHeader, pack, plan
+from actors.weights.digest import Digest, Digests, digest
+from actors.weights.manifest import ALIGNMENT_BYTES, Bucket, WeightHeader, canonical, listed, pack, plan
 from actors.weights.transports.broken import TransportBroken
 from actors.weights.transports.group import BroadcastGroup, Rendezvous
 from actors.weights.transports.shared import SharedBucket, SharedBuffer, device_id
 from orchestrator.errors import PublishError
 
+_HOST = torch.device("cpu")
 _SHARED_BUFFERS = 2  # one is filled while engines read the other
 
 
@@ -47,10 +50,23 @@ class PublishingPolicy(PolicyWorker):
             largest = max(prod(shape) * dtype.itemsize for _, dtype, shape in specs)
             bucket_bytes = max(bucket_bytes, -(-largest // ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
         header = plan(specs, bucket_bytes)
-        packs = self.group.rank in packing.ranks
-        weights = self.learner.full_weights(is_kept=packs)
-        self._buckets = pack(header, weights) if packs else follow(header, weights)
+        packs, device = self.group.rank in packing.ranks, self.learner.device if packing.on_device else _HOST
+        parts = self.digests_of_parts()
+        weights = self.learner.full_weights(device=device, is_kept=packs)
+        self._buckets = pack(header, proved(weights, parts), device) if packs else follow(header, weights)
         return header
+
+    def digests_of_parts(self) -> dict[str, Digest]:
+        """By name, the digest of each parameter that ZeRO-3 has partitioned: the sum over the parts of all ranks, each
+        read where it is. It does not depend on gathering, which it proves."""
+        mine = Digests()
+        for name, part, shape, start in self.learner.weight_parts():
+            mine.add(name, canonical(part), shape, start)
+        totals: dict[str, Digest] = {}
+        for found in from_all(mine.result(), self.group) if self.learner.is_partitioned else ():
+            for name, digest_of_part in found.items():
+                totals[name] = totals[name] + digest_of_part if name in totals else digest_of_part
+        return totals
 
     def next_bucket(self) -> Bucket | None:
         """The next bucket, on ranks that pack.
@@ -125,6 +141,26 @@ class PublishingPolicy(PolicyWorker):
         for buffer in self._shared:
             buffer.close()
         self._shared = ()
+
+
+def proved(
+    weights: Iterable[tuple[str, torch.Tensor]], parts: Mapping[str, Digest]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights. Gathered ones must have the digests of their parts.
+
+    Raises:
+        PublishError: after the last one, so that other ranks need not wait for this one; names all that differ.
+    """
+    wrong = []
+    for name, tensor in weights:
+        if name in parts and digest(canonical(tensor), name) != parts[name]:
+            wrong.append(name)
+        yield name, tensor
+    if wrong:
+        raise PublishError(
+            f"{listed(wrong)} was gathered from the policy's ranks with other bytes than they hold. Start the run "
+            "again: it continues from its last checkpoint."
+        )
 
 
 def follow(header: WeightHeader, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[None]:
