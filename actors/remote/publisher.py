@@ -59,7 +59,7 @@ class BucketPublisher:
         self._bucket_bytes, self._publish_s, self._tell_user = bucket_bytes, publish_s, tell
         self._host: Transport = HostTransport(policy, engines, publish_s=publish_s)
         self._transport = transport or self._host
-        self._breaks = 0
+        self.num_breaks = 0
 
     async def publish(self, version: int) -> PublishReport:
         async with self._weights.lock:
@@ -80,13 +80,13 @@ class BucketPublisher:
         try:
             return await self._publish(version, engines, self._transport)
         except TransportBroken as error:
-            self._breaks += 1
-            later = "" if self._breaks < MOST_BREAKS else ", and so do all later ones"
+            self.num_breaks += 1
+            later = "" if self.num_breaks < MOST_BREAKS else ", and so do all later ones"
             self._tell_user(
                 f"publishing over publish.transport={self._transport.name} failed ({error}); "
                 f"version {version} goes through the host{later}"
             )
-            if self._breaks >= MOST_BREAKS:
+            if self.num_breaks >= MOST_BREAKS:
                 self._transport = self._host
         return await self._publish(version, engines, self._host)
 

@@ -3,12 +3,11 @@ die in the middle, and no altered tensor goes unnoticed."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,16 @@ import pytest
 import yaml
 from transformers import LlamaForCausalLM
 
-from actors.engines.contract import EngineContext
-from actors.groups.cluster import environment
-from actors.groups.group import ActorGroup
-from actors.groups.process import as_actor
-from actors.learning.distributed import Group
-from actors.remote.publisher import BucketPublisher, PolicyWeights
-from actors.remote.transports import CollectiveTransport, SharedTransport, Transport
-from benchmarks.publish import AsIs
+from actors.remote.transports import CollectiveTransport, SharedTransport
 from jobs.stages.work.replay import fingerprint
-from orchestrator.algorithms.grpo import Grpo
-from orchestrator.config.sections import ModelConfig, PolicyConfig, RolloutConfig
 from orchestrator.errors import PublishError
 from orchestrator.watching.telemetry import read_lines
 from tests.deadlines import of_a_run, scaled
-from tests.integration.publish_faults import PHASES, AlteringPolicy, AlteringRollout, plan_in
+from tests.integration.altering_engine import AlteringRollout
+from tests.integration.altering_policy import AlteringPolicy
+from tests.integration.publish_faults import PHASES, plan_in
+from tests.integration.publishing_sides import CALL_S, Sides
 from tests.local_ray import local_ray
-from tests.numerics.ranks import context, free_port
 from tests.tiny import tiny_config, tiny_tokenizer
 
 pytestmark = [pytest.mark.ray, pytest.mark.heavy, pytest.mark.slow, pytest.mark.timeout(scaled(600))]
@@ -40,9 +32,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.heavy, pytest.mark.slow, pytest.mark.
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = len(PHASES) - 1  # the first publish comes before the first step
 RUN_S = scaled(240.0)
-CALL_S = scaled(60.0)
-START_S = scaled(240.0)
-BUCKET_BYTES = 1 << 20
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 VARIES = ("time/", "busy/", "idle/", "memory/")  # prefixes of metrics that differ between equal runs
 
@@ -67,7 +56,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(folder: Path, model: Path) -> dict[str, Any]:
     return {
         "stages": ["rl"],
-        "run": {"root": str(folder / "runs"), "cache": str(folder)},
+        "run": {"root": str(folder / "runs")},
         "model": {"path": str(model), "max_length": 128, "dtype": "float32"},
         "prompts": {"limit": 60, "max_prompt_tokens": 100},
         "reward": {"name": "rules", "rules": [{"function": "actors.rewards.rules:length_target"}]},
@@ -95,11 +84,11 @@ def run(address: str, folder: Path, transport: str, phases: tuple[str, ...] = ()
     plan_in(folder, list(phases))
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "tests.integration.publish_faults"),
+            *(sys.executable, "-m", "tests.integration.publish_faults", str(folder)),
             *("--config", str(folder / "config.yaml"), f"run.id={transport}", f"publish.transport={transport}"),
         ],
         cwd=ROOT,
-        env={**os.environ, "RAY_ADDRESS": address, "PUBLISH_FAULTS": str(folder)},
+        env={**os.environ, "RAY_ADDRESS": address},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -135,67 +124,24 @@ def test_a_broadcast_in_which_engines_die_in_every_phase_ends_as_the_host_path(
     assert [(event["role"], event["error"]) for event in failures] == [("rollout", "RoleDied")] * len(PHASES)
 
 
-class Side:
-    """A policy of two ranks whose parameters are partitioned, and two engines."""
-
-    def __init__(self, model: Path) -> None:
-        port, variables = free_port(), {"env_vars": environment(1, on_gpu=False)}
-        options = {"num_cpus": 0, "runtime_env": variables}
-        section = PolicyConfig(ranks=2, zero_stage=3)
-        of_rank = {"policy": section, "context": context(model, Grpo(), dtype="float32")}
-        ranks = [
-            as_actor(AlteringPolicy).options(**options).remote(group=Group(rank, 2, master_port=port), **of_rank)
-            for rank in (0, 1)
-        ]
-        of_engine = EngineContext(
-            model=ModelConfig(path=str(model), max_length=128, dtype="float32"),
-            threads=1,
-            max_samples=8,
-            rollout=RolloutConfig(engine="vllm", kv_cache_gib=0.1),
-            version=None,
-        )
-        engines = [
-            as_actor(AlteringRollout).options(**options).remote(context=of_engine, cache=model) for _ in range(2)
-        ]
-        self.policy = ActorGroup("policy", ranks)
-        self.engines = ActorGroup("rollout", engines)
-
-    def over(self, transport: Callable[..., Transport]) -> BucketPublisher:
-        supervisor: Any = AsIs()
-        return BucketPublisher(
-            self.policy,
-            self.engines,
-            weights=PolicyWeights(),
-            supervisor=supervisor,
-            bucket_bytes=BUCKET_BYTES,
-            publish_s=CALL_S,
-            transport=transport(self.policy, self.engines, publish_s=CALL_S),
-        )
-
-
-def test_partitions_layers_and_what_is_sent_have_one_digest_and_an_altered_tensor_is_named(
+async def test_partitions_layers_and_what_is_sent_have_one_digest_and_an_altered_tensor_is_named(
     address: str, model: Path
 ) -> None:
-    async def scenario() -> None:
-        side = Side(model)
-        await asyncio.gather(side.policy.await_ready(START_S), side.engines.await_ready(START_S))
+    """Over both transports of GPUs. The parameters of the policy are partitioned (ZeRO-3)."""
+    async with Sides(model, ranks=2, engines=2, zero_stage=3) as sides:
         for transport in (CollectiveTransport, SharedTransport):
-            publisher = side.over(transport)
+            publisher = sides.over(transport)
             report = await publisher.publish(1)
-            sums: Mapping[str, str] = (await side.policy.call_all(AlteringPolicy.sums, CALL_S))[1]
+            sums = (await sides.policy.call_all(AlteringPolicy.sums, CALL_S))[1]
             assert report.num_tensors == len(sums) > 30
-            for held in await side.engines.call_all(AlteringRollout.digests, CALL_S):
+            for held in await sides.engines.call_all(AlteringRollout.digests, CALL_S):
                 assert held == sums
-            await side.engines.call(1, AlteringRollout.alter, CALL_S, UP_PROJ)
+            await sides.engines.call(1, AlteringRollout.alter, CALL_S, UP_PROJ)
             with pytest.raises(PublishError, match=f"differ from the trainer's for {UP_PROJ};"):
                 await publisher.publish(2)
-            await side.engines.call(1, AlteringRollout.alter, CALL_S, None)
-            await side.policy.call_all(AlteringPolicy.alter, CALL_S, UP_PROJ)
+            await sides.engines.call(1, AlteringRollout.alter, CALL_S, None)
+            await sides.policy.call_all(AlteringPolicy.alter, CALL_S, UP_PROJ)
             with pytest.raises(PublishError, match=f"{UP_PROJ} was gathered from the policy's ranks with other bytes"):
                 await publisher.publish(2)
-            await side.policy.call_all(AlteringPolicy.alter, CALL_S, None)
+            await sides.policy.call_all(AlteringPolicy.alter, CALL_S, None)
             assert (await publisher.publish(3)).version == 3
-        side.policy.kill()
-        side.engines.kill()
-
-    asyncio.run(scenario())
