@@ -21,8 +21,9 @@ from actors.weights.transports.group import Rendezvous
 from actors.weights.transports.receiver import Parcel
 from orchestrator import schema
 from orchestrator.config.environments import EnvironmentConfig
+from orchestrator.config.publishing import PublishConfig
 from orchestrator.config.rewards import RuleLimits
-from orchestrator.config.sections import ModelConfig, PublishConfig, RolloutConfig
+from orchestrator.config.sections import ModelConfig, RolloutConfig
 from orchestrator.errors import DataError, PublishError
 from orchestrator.types import SampleRequest, ShardRequest
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import socket
 from collections.abc import Awaitable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -118,8 +119,7 @@ class CollectiveTransport:
     async def _meet(self) -> None:
         address = str(ray.util.get_node_ip_address())
         if self._store is None:
-            limit = timedelta(seconds=self._publish_s)
-            self._store = TCPStore(address, 0, None, True, limit, wait_for_workers=False)
+            self._store = _store_at(address, self._publish_s)
         self._group = f"publish-{next(self._numbers)}"
         meeting = Rendezvous(
             address,
@@ -157,6 +157,15 @@ class CollectiveTransport:
         if self._store is not None:
             with contextlib.suppress(RuntimeError):
                 PrefixStore(self._group, self._store).set(STOP, reason)
+
+
+def _store_at(address: str, limit_s: float) -> TCPStore:
+    """A key-value store that listens on this address only: loopback, if that is where this Ray is."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, 0), family=family)
+    port, descriptor = listener.getsockname()[1], listener.detach()
+    limit = timedelta(seconds=limit_s)
+    return TCPStore(address, port, None, True, limit, wait_for_workers=False, master_listen_fd=descriptor)
 
 
 class SharedTransport:

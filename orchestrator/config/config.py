@@ -13,6 +13,7 @@ from orchestrator.algorithms.table import ALGORITHMS
 from orchestrator.config.base import ByName, Section
 from orchestrator.config.environments import EnvironmentConfig
 from orchestrator.config.guards import GuardsConfig
+from orchestrator.config.publishing import PublishConfig
 from orchestrator.config.rewards import REWARDS, ModelRewardConfig, RewardConfig, RuleLimits
 from orchestrator.config.sections import (
     CheckpointConfig,
@@ -26,7 +27,6 @@ from orchestrator.config.sections import (
     PlacementConfig,
     PolicyConfig,
     PromptsConfig,
-    PublishConfig,
     ReferenceConfig,
     RlConfig,
     RolloutConfig,

@@ -14,7 +14,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -30,7 +30,7 @@ from actors.weights.transports.broken import TransportBroken
 STOP = "stop"
 LOOK_S = 0.2  # seconds between looks for the driver's stop
 LONGEST_PAUSE_S = 0.001
-CHECKSUM_BYTES = 16
+CHECKSUM_BYTES = 64  # of its text, filled with zeros
 
 # Groups that were left. The destructor of one with an unfinished operation waits for the operation's time limit.
 _LEFT: list[Any] = []
@@ -66,8 +66,9 @@ class BroadcastGroup:
         self._rank, self._device, self._limit_s = rank, device, meeting.limit_s
         self._in_flight: list[tuple[Any, torch.Tensor]] = []
         self.allow()
+        self._backend: Any = None
         limit = timedelta(seconds=meeting.limit_s)
-        with _breaking():
+        with _breaking(self.leave):
             shared = TCPStore(meeting.address, meeting.port, None, False, limit, wait_for_workers=False)
             self._store = PrefixStore(meeting.name, shared)
             self._store.set(f"here/{rank}", "")
@@ -109,11 +110,14 @@ class BroadcastGroup:
                     self._complete(work)
                 if index + 1 < header.num_buckets:
                     upcoming = self._post_bucket(header, index + 1)
-            texts = [row.tobytes().hex() for row in checksums.cpu().numpy().reshape(-1, CHECKSUM_BYTES)]
+            rows = checksums.cpu().numpy().reshape(-1, CHECKSUM_BYTES)
+            texts = [row.tobytes().rstrip(b"\0").decode("ascii") for row in rows]
             yield Bucket(index, data, dict(zip(names, texts, strict=True)))
 
     def leave(self) -> None:
         """Gives the group up without waiting for its members."""
+        if self._backend is None:
+            return
         _LEFT.append((self._backend, self._in_flight))
         threading.Thread(target=self._backend.abort, name="leave-group", daemon=True).start()
 
@@ -159,8 +163,9 @@ def ending_in(header: WeightHeader, index: int) -> list[str]:
     ]
 
 
-def _packed(checksums: Any) -> torch.Tensor:
-    return torch.frombuffer(bytearray(b"".join(map(bytes.fromhex, checksums))), dtype=torch.uint8)
+def _packed(checksums: Iterable[str]) -> torch.Tensor:
+    rows = b"".join(text.encode("ascii").ljust(CHECKSUM_BYTES, b"\0") for text in checksums)
+    return torch.frombuffer(bytearray(rows), dtype=torch.uint8)
 
 
 def _backend(store: Store, rank: int, meeting: Rendezvous, device: torch.device, limit: timedelta) -> Any:
@@ -190,10 +195,17 @@ def _environment(**values: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _breaking() -> Iterator[None]:
-    """Errors of torch's store and backends: gloo and NCCL raise bare RuntimeErrors."""
+def _breaking(leave: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Turns errors of torch's store and backends into TransportBroken: gloo and NCCL raise bare RuntimeErrors.
+
+    Args:
+        leave: called if the body fails.
+    """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, TransportBroken) as error:
+        leave()
+        if isinstance(error, TransportBroken):
+            raise
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise TransportBroken(f"the group of policy and engines is broken: {text[0]}") from error

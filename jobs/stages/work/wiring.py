@@ -45,6 +45,7 @@ from jobs.stages.settings import (
     samples_per_shard,
     sampling_of,
     shards_per_step,
+    transport_of,
     within,
 )
 from jobs.stages.work.data.demonstrations import mixed_in
@@ -251,7 +252,7 @@ def roles_of(config: Config, groups: Mapping[str, ActorGroup], supervisor: RaySu
 
 def _transport_of(config: Config, policy: ActorGroup, engines: ActorGroup) -> Transport:
     publish_s = config.deadlines.publish_s
-    kind = config.publish.resolved(config.policy, config.rollout, config.placement)
+    kind = transport_of(config)
     if kind == "host":
         return HostTransport(policy, engines, publish_s=publish_s)
     if kind == "shared":
