@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -28,7 +28,6 @@ from actors.engines.contract import (
 from actors.text.conversations import load_chat
 from actors.weights.cpu import BucketTransferEngine
 from actors.weights.manifest import WeightHeader
-from actors.weights.transports.broken import TransportBroken
 from actors.weights.transports.group import Rendezvous
 from actors.weights.transports.receiver import Parcel
 from orchestrator.errors import ConfigError, RlhfError
@@ -87,19 +86,21 @@ class VllmEngine:
             self._call("start_weight_update")
 
     def join(self, meeting: Rendezvous, first_rank: int) -> None:
-        _raise_broken(self._call_all(_join, meeting=meeting, first_rank=first_rank))
+        self._call(_join, meeting=meeting, first_rank=first_rank)
 
     def receive_bucket(self, parcel: Parcel) -> None:
         self._served.updating()
         with self._served.failing():
-            _raise_broken(self._call_all(_receive, parcel=parcel))
+            self._call("update_weights", update_info={"parcel": parcel})
 
     def finish_update(self, version: int) -> UpdateReport:
         header = self._served.updating()
         with self._served.failing():
             self._call("finish_weight_update")
-            num_compared, seconds = self._call(_compare)
-            return self._serve(version, header, num_compared, seconds)
+            compared = self._call(_compare)
+            num_compared = min(count for count, _ in compared)
+            slowest = {part: max(seconds[part] for _, seconds in compared) for part in compared[0][1]}
+            return self._serve(version, header, num_compared, slowest)
 
     def version(self) -> int | None:
         return self._served.number
@@ -117,12 +118,13 @@ class VllmEngine:
         self._served.serve(version)
         return UpdateReport(version, len(header.tensors), header.num_bytes, num_compared, seconds)
 
-    def _call(self, method: str | Callable[..., Any], **kwargs: Any) -> Any:
-        return self._call_all(method, **kwargs)[0]
-
-    def _call_all(self, method: str | Callable[..., Any], **kwargs: Any) -> list[Any]:
-        """The results of all workers; more than one with tensor parallelism."""
-        return self._llm.collective_rpc(method, kwargs=kwargs)
+    def _call(self, work: str | Callable[..., Any], **arguments: Any) -> list[Any]:
+        """The results of all workers; more than one with tensor parallelism. Raises the first RlhfError of a worker."""
+        results: list[Any] = self._llm.collective_rpc(_attempt, kwargs={"work": work, "arguments": arguments})
+        for result in results:
+            if isinstance(result, RlhfError):
+                raise result
+        return results
 
     def _parameters(self, sampling: Sampling, item: SampleRequest) -> SamplingParams:
         return SamplingParams(
@@ -213,28 +215,17 @@ def _abandon_session(worker: Any) -> None:
     getattr(worker, "worker", worker)._weight_update_active = False
 
 
-def _join(worker: Any, meeting: Rendezvous, first_rank: int) -> str | None:
-    engine: BucketTransferEngine = worker.weight_transfer_engine
-    return _why_broken(lambda: engine.receiver.join(meeting, first_rank + engine.parallel_config.rank))
-
-
-def _receive(worker: Any, parcel: Parcel) -> str | None:
-    return _why_broken(lambda: worker.update_weights({"parcel": parcel}))
-
-
-def _why_broken(work: Callable[[], None]) -> str | None:
-    """vLLM does not keep the class of an error in another process."""
+def _attempt(worker: Any, work: str | Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """Returns an RlhfError instead of raising it: vLLM keeps only the text of an error in another process."""
     try:
-        work()
-    except TransportBroken as error:
-        return str(error)
-    return None
+        return getattr(worker, work)(**arguments) if isinstance(work, str) else work(worker, **arguments)
+    except RlhfError as error:
+        return error
 
 
-def _raise_broken(reasons: Sequence[str | None]) -> None:
-    for reason in reasons:
-        if reason is not None:
-            raise TransportBroken(reason)
+def _join(worker: Any, meeting: Rendezvous, first_rank: int) -> None:
+    engine: BucketTransferEngine = worker.weight_transfer_engine
+    engine.receiver.join(meeting, first_rank + engine.parallel_config.rank)
 
 
 def _compare(worker: Any) -> tuple[int, dict[str, float]]:
