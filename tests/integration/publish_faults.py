@@ -1,8 +1,8 @@
 """`rlhf run` whose engines die in chosen moments of publishes:
 `python -m tests.integration.publish_faults FOLDER [arguments of run]`.
 
-FOLDER/plan.json lists the phases in which an engine kills itself, one for each publish from the first. The driver arms
-a phase when a publish begins; the first engine that gets there strikes.
+FOLDER/plan.json lists the phases in which an engine kills itself, one for each publish from the first; "sampling" comes
+after its publish. The driver arms a phase when a publish begins; the first engine that gets there strikes.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 import jobs.pipeline
 from actors.roles.rollout import RolloutWorker
 from actors.weights.transports.group import Rendezvous
 from actors.weights.transports.receiver import Parcel
 from jobs import run as rl
 from jobs.stages.work import wiring
+from orchestrator.types import ShardRequest
 from orchestrator.watching.telemetry import Telemetry
 
-PHASES = ("rendezvous", "start", "update", "finish", "confirm")
+PHASES = ("rendezvous", "start", "update", "sampling", "finish", "confirm")
 
 
 class DyingRollout(RolloutWorker):
@@ -48,6 +51,10 @@ class DyingRollout(RolloutWorker):
             self._num_received += 1
 
         engine.receive_bucket = dying_receive
+
+    def generate(self, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
+        self._strike("sampling")
+        return super().generate(request)
 
     def join(self, meeting: Rendezvous, first_rank: int) -> None:
         self._strike("rendezvous")
