@@ -142,14 +142,17 @@ def _group(role: str, count: int, answers: Mapping[str, Callable[..., Any]]) -> 
 
 def _answers() -> Mapping[str, Callable[..., Any]]:
     header = _header()
-    nothing = dict.fromkeys(("logprobs", "values", "score", "next_bucket", "begin_update", "receive_bucket", "export"))
+    scoring, publishing = (
+        ("logprobs", "values", "score"),
+        ("next_bucket", "begin_update", "receive_bucket", "end_publish"),
+    )
     return {
-        **{name: lambda *args: None for name in nothing},
+        **{name: lambda *args: None for name in (*scoring, *publishing, "export")},
         "save": lambda folder: (folder / "weights").write_text("none", encoding="utf-8"),
         "generate": _counts,
         "record": partial(_record, _sums()),
         "learn": lambda tables, job: {"epochs": 1.0},
-        "begin_publish": lambda bucket_bytes: header,
+        "begin_publish": lambda *args: header,
         "finish_update": lambda version: UpdateReport(version, TENSORS, header.num_bytes, TENSORS, {}),
         "report": lambda *args: 1,
     }

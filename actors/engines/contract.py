@@ -16,11 +16,14 @@ import numpy as np
 import pyarrow as pa
 
 from actors.text.conversations import Chat
-from actors.weights.manifest import Bucket, WeightHeader
+from actors.weights.manifest import WeightHeader
+from actors.weights.transports.group import Rendezvous
+from actors.weights.transports.receiver import Parcel
 from orchestrator import schema
 from orchestrator.config.environments import EnvironmentConfig
+from orchestrator.config.publishing import PublishConfig
 from orchestrator.config.rewards import RuleLimits
-from orchestrator.config.sections import ModelConfig, PublishConfig, RolloutConfig
+from orchestrator.config.sections import ModelConfig, RolloutConfig
 from orchestrator.errors import DataError, PublishError
 from orchestrator.types import SampleRequest, ShardRequest
 
@@ -49,7 +52,7 @@ class Engine(Protocol):
 
     A publish is `begin_update`, `receive_bucket` once per bucket in order, `finish_update`. The engine does not serve
     from the start of a publish until its successful end; after a failure it does not serve until another publish
-    succeeds.
+    succeeds. `join` comes before a publish whose buckets are broadcast.
     """
 
     def generate(self, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
@@ -69,8 +72,12 @@ class Engine(Protocol):
     def begin_update(self, header: WeightHeader) -> None:
         """Stops serving and prepares for the header's buckets. Raises PublishError on unknown or missing tensors."""
 
-    def receive_bucket(self, bucket: Bucket) -> None:
-        """Applies the tensors that end in this bucket. Raises PublishError, which names altered tensors."""
+    def join(self, meeting: Rendezvous, first_rank: int) -> None:
+        """The engine's workers join the group that broadcasts buckets, from this rank on. Raises TransportBroken."""
+
+    def receive_bucket(self, parcel: Parcel) -> None:
+        """Applies the tensors that end in this bucket. Raises PublishError, which names altered tensors, and
+        TransportBroken."""
 
     def finish_update(self, version: int) -> UpdateReport:
         """Drops caches of older weights, verifies, and then serves `version`.

@@ -25,7 +25,9 @@ from actors.engines.contract import (
 from actors.models.export import named_state
 from actors.models.model import load_causal, torch_dtype
 from actors.text.conversations import load_chat
-from actors.weights.manifest import Bucket, Unpacker, WeightHeader, check_names, checksum, listed
+from actors.weights.manifest import Unpacker, WeightHeader, check_names, checksum, listed
+from actors.weights.transports.group import Rendezvous
+from actors.weights.transports.receiver import Parcel, Receiver
 from orchestrator.errors import PublishError
 from orchestrator.types import SampleRequest, Sampling, ShardRequest
 
@@ -43,6 +45,7 @@ class HfEngine:
         self._held: dict[str, torch.Tensor] = {}
         self._served = ServedVersion(context.version)
         self._unpacker: Unpacker | None = None
+        self._receiver = Receiver(self._device)
         self._checksums: dict[str, str] = {}
         self._seconds: dict[str, float] = {}
 
@@ -67,15 +70,19 @@ class HfEngine:
             self._held = self._model.state_dict()  # moving the model between devices replaces its buffers
             check_names((spec.name for spec in header.tensors), needed=self._needed, optional=self._held)
         self._unpacker, self._checksums = Unpacker(header), {}
+        self._receiver.begin(header)
         self._seconds = {"receive": 0.0, "apply": 0.0, "verify": 0.0}
 
+    def join(self, meeting: Rendezvous, first_rank: int) -> None:
+        self._receiver.join(meeting, first_rank)
+
     @torch.no_grad()
-    def receive_bucket(self, bucket: Bucket) -> None:
+    def receive_bucket(self, parcel: Parcel) -> None:
         self._served.updating()
         assert self._unpacker is not None
         with self._served.failing():
             started = perf_counter()
-            tensors = self._unpacker.add(bucket)
+            tensors = self._unpacker.add(self._receiver.take(parcel))
             received = perf_counter()
             for name, tensor in tensors:
                 held = self._held[name]
@@ -88,6 +95,7 @@ class HfEngine:
         header = self._served.updating()
         assert self._unpacker is not None
         started = perf_counter()
+        self._receiver.finish()
         compared = self._checksums if self._context.publish.verify != "checksums" else {}
         with self._served.failing():
             if not self._unpacker.done:

@@ -26,8 +26,10 @@ from actors.engines.contract import (
     summary,
 )
 from actors.text.conversations import load_chat
-from actors.weights import cpu, gpu
-from actors.weights.manifest import Bucket, WeightHeader
+from actors.weights.cpu import BucketTransferEngine
+from actors.weights.manifest import WeightHeader
+from actors.weights.transports.group import Rendezvous
+from actors.weights.transports.receiver import Parcel
 from orchestrator.errors import ConfigError, RlhfError
 from orchestrator.garbage import collect_seldom
 from orchestrator.types import SampleRequest, Sampling, ShardRequest
@@ -45,13 +47,11 @@ _VLLM_ENVIRONMENT = {
 class VllmEngine:
     """Implements actors.engines.contract.Engine. Serves `context.version` when constructed."""
 
-    def __init__(
-        self, folder: Path, context: EngineContext, *, transfer_backend: str = vllm_plugin.CPU_BACKEND
-    ) -> None:
+    def __init__(self, folder: Path, context: EngineContext) -> None:
         _check(context)
         self._context = context
         self._chat = load_chat(folder, context.model, context.template)
-        self._llm = start_llm(folder, context, transfer_backend)
+        self._llm = start_llm(folder, context)
         self._served = ServedVersion(context.version)
 
     def generate(self, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
@@ -85,17 +85,22 @@ class VllmEngine:
             self._call("init_weight_transfer_engine", init_info=init_info)
             self._call("start_weight_update")
 
-    def receive_bucket(self, bucket: Bucket) -> None:
+    def join(self, meeting: Rendezvous, first_rank: int) -> None:
+        self._call(_join, meeting=meeting, first_rank=first_rank)
+
+    def receive_bucket(self, parcel: Parcel) -> None:
         self._served.updating()
         with self._served.failing():
-            self._call("update_weights", update_info={"bucket": bucket})
+            self._call("update_weights", update_info={"parcel": parcel})
 
     def finish_update(self, version: int) -> UpdateReport:
         header = self._served.updating()
         with self._served.failing():
             self._call("finish_weight_update")
-            num_compared, seconds = self._call(_compare)
-            return self._serve(version, header, num_compared, seconds)
+            compared = self._call(_compare)
+            num_compared = min(count for count, _ in compared)
+            slowest = {part: max(seconds[part] for _, seconds in compared) for part in compared[0][1]}
+            return self._serve(version, header, num_compared, slowest)
 
     def version(self) -> int | None:
         return self._served.number
@@ -113,8 +118,13 @@ class VllmEngine:
         self._served.serve(version)
         return UpdateReport(version, len(header.tensors), header.num_bytes, num_compared, seconds)
 
-    def _call(self, method: str | Callable[..., Any], **kwargs: Any) -> Any:
-        return self._llm.collective_rpc(method, kwargs=kwargs)[0]
+    def _call(self, work: str | Callable[..., Any], **arguments: Any) -> list[Any]:
+        """The results of all workers; more than one with tensor parallelism. Raises the first RlhfError of a worker."""
+        results: list[Any] = self._llm.collective_rpc(_attempt, kwargs={"work": work, "arguments": arguments})
+        for result in results:
+            if isinstance(result, RlhfError):
+                raise result
+        return results
 
     def _parameters(self, sampling: Sampling, item: SampleRequest) -> SamplingParams:
         return SamplingParams(
@@ -129,38 +139,7 @@ class VllmEngine:
         )
 
 
-class DeviceVllmEngine(VllmEngine):
-    """An engine on GPUs. The trainer drives its updates (actors.weights.gpu); the first four calls are vLLM's."""
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._call("init_weight_transfer_engine", init_info=init_info)
-
-    def start_weight_update(self) -> None:
-        self._served.begin(None)
-        with self._served.failing():
-            self._call("start_weight_update")
-
-    def update_weights(self, update_info: Any) -> None:
-        with self._served.failing():
-            self._call("update_weights", update_info=update_info)
-
-    def finish_weight_update(self) -> None:
-        with self._served.failing():
-            self._call("finish_weight_update")
-
-    def confirm_update(self, version: int, header: WeightHeader, checksums: Mapping[str, str]) -> UpdateReport:
-        """Compares all parameters with the trainer's checksums, and then serves `version`.
-
-        Raises:
-            PublishError: names the tensors that differ.
-        """
-        with self._served.failing():
-            arguments = {"header": header, "checksums": checksums, "verify": self._context.publish.verify}
-            num_compared = self._call(_compare_checksums, **arguments)
-            return self._serve(version, header, num_compared, {})
-
-
-def start_llm(folder: Path, context: EngineContext, transfer_backend: str, *, skip_tokenizer_init: bool = False) -> LLM:
+def start_llm(folder: Path, context: EngineContext, *, skip_tokenizer_init: bool = False) -> LLM:
     model, rollout = context.model, context.rollout
     os.environ.update(_VLLM_ENVIRONMENT)
     vllm_plugin.register()
@@ -191,7 +170,7 @@ def start_llm(folder: Path, context: EngineContext, transfer_backend: str, *, sk
         trust_remote_code=model.trust_remote_code,
         generation_config="vllm",
         logprobs_mode="processed_logprobs",
-        weight_transfer_config=WeightTransferConfig(backend=transfer_backend),
+        weight_transfer_config=WeightTransferConfig(backend=vllm_plugin.BACKEND),
         disable_log_stats=True,
         skip_tokenizer_init=skip_tokenizer_init,
     )
@@ -236,11 +215,19 @@ def _abandon_session(worker: Any) -> None:
     getattr(worker, "worker", worker)._weight_update_active = False
 
 
-def _compare_checksums(worker: Any, **arguments: Any) -> int:
-    engine: gpu.VerifiedNccl | gpu.VerifiedIpc = worker.weight_transfer_engine
-    return engine.compare(**arguments)
+def _attempt(worker: Any, work: str | Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """Returns an RlhfError instead of raising it: vLLM keeps only the text of an error in another process."""
+    try:
+        return getattr(worker, work)(**arguments) if isinstance(work, str) else work(worker, **arguments)
+    except RlhfError as error:
+        return error
+
+
+def _join(worker: Any, meeting: Rendezvous, first_rank: int) -> None:
+    engine: BucketTransferEngine = worker.weight_transfer_engine
+    engine.receiver.join(meeting, first_rank + engine.parallel_config.rank)
 
 
 def _compare(worker: Any) -> tuple[int, dict[str, float]]:
-    engine: cpu.BucketTransferEngine = worker.weight_transfer_engine
+    engine: BucketTransferEngine = worker.weight_transfer_engine
     return engine.compare(), engine.seconds

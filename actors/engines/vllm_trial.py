@@ -25,7 +25,6 @@ from vllm import SamplingParams, TokensPrompt
 from vllm.distributed import destroy_model_parallel
 from vllm.model_executor.models import registry
 
-from actors.engines import vllm_plugin
 from actors.engines.contract import EngineContext, ServedVersion
 from actors.engines.vllm_engine import VllmEngine, start_llm
 from actors.models.export import named_state
@@ -169,7 +168,7 @@ class _BareEngine(VllmEngine):
 
     def __init__(self, folder: Path, context: EngineContext) -> None:
         self._context = context
-        self._llm = start_llm(folder, context, vllm_plugin.CPU_BACKEND, skip_tokenizer_init=True)
+        self._llm = start_llm(folder, context, skip_tokenizer_init=True)
         self._served = ServedVersion(context.version)
 
     def sampled(self, prompt: list[int], count: int) -> tuple[list[int], list[float]]:

@@ -7,14 +7,12 @@ import importlib
 import io
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import psutil
 import torch
 
 # DeepSpeed reads this at import; on a machine without GPUs its own detection warns and may be wrong.
@@ -25,6 +23,7 @@ import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__
 from deepspeed.runtime import compiler
 
+from actors.machine.network import interface_towards
 from orchestrator.errors import RlhfError
 
 Result = TypeVar("Result")
@@ -75,7 +74,7 @@ def join(group: Group) -> None:
         "MASTER_ADDR": group.master_addr,
         "MASTER_PORT": str(group.master_port),
     }
-    interface = _interface_towards(group.master_addr) if group.world_size > 1 else None
+    interface = interface_towards(group.master_addr) if group.world_size > 1 else None
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
@@ -84,22 +83,6 @@ def join(group: Group) -> None:
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, timeout=timedelta(seconds=group.timeout_s), verbose=False
     )
-
-
-def _interface_towards(address: str) -> str | None:
-    """The network interface that leads to `address`.
-
-    Gloo would use the one that this host's name resolves to. On many images that is loopback, which no other host
-    can reach.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((address, 1))  # sends nothing
-        except OSError:
-            return None  # e.g. an IPv6 network: the libraries choose
-        own = probe.getsockname()[0]
-    interfaces = psutil.net_if_addrs().items()
-    return next((name for name, entries in interfaces if any(entry.address == own for entry in entries)), None)
 
 
 def initialize(**arguments: Any) -> Any:

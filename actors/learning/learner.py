@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from orchestrator.training.schedule import learning_rate
 
 Loss = Callable[[Any, MicroBatch], LossTerms]
 
+_HOST = torch.device("cpu")
 _TAG = "deepspeed"
 _SUMMARY = "learner.json"
 _BUCKET_ELEMENTS = 50_000_000
@@ -282,22 +283,45 @@ class Learner:
             **({"lora": self.config.lora.describe()} if self._adapters else {}),
         }
 
-    def full_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(name, full tensor on the CPU) of the state under transformers' names: all parameters (tied ones once),
-        merged with their adapters in fp32, and all saved buffers.
+    def full_weights(
+        self, dtype: torch.dtype | None = None, *, device: torch.device = _HOST, is_kept: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """(name, full tensor) of the state under transformers' names: all parameters (tied ones once), merged with
+        their adapters in fp32, and all saved buffers.
 
         With ZeRO-3 all ranks gather each tensor together, so all must exhaust the iterator.
 
         Args:
             dtype: of floating-point tensors; None: the model's compute type.
+            device: of the tensors.
+            is_kept: False on a rank that only takes part in gathering: its tensors are empty.
         """
         for name, tensor in named_state(self._pretrained):
             adapter = self._adapters.get(name)
             with self._gathered([tensor, *(adapter.parameters() if adapter else ())]):
-                wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-                value = adapter.merged(tensor) if adapter else tensor.detach()
-                copy = value.to("cpu", wanted, copy=True)
+                if is_kept:
+                    wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+                    value = adapter.merged(tensor) if adapter else tensor.detach()
+                    copy = value.to(device, wanted, copy=True)
+                else:
+                    copy = tensor.new_empty(0)
             yield name, copy
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether each rank holds a part of every parameter (ZeRO-3)."""
+        return self._stage == 3
+
+    def weight_parts(self) -> Iterator[tuple[str, Tensor, tuple[int, ...], int]]:
+        """(name, this rank's part, full shape, position of its first element) of the parameters that ZeRO-3 has
+        partitioned and that `full_weights` returns unchanged. Gathers nothing; nothing is partitioned below stage 3."""
+        parameters: Iterable[tuple[str, Any]] = named_state(self._pretrained)
+        for name, tensor in parameters:
+            if hasattr(tensor, "ds_id") and name not in self._adapters:
+                size = tensor.ds_tensor.ds_numel
+                start = min(self.rank * size, tensor.ds_numel)
+                own = tensor.ds_tensor.detach().flatten()[: tensor.ds_numel - start]  # the rest is padding
+                yield name, own, tuple(tensor.ds_shape), start
 
     def weight_specs(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         """(name, dtype, shape) of the tensors of `full_weights`, in its order, without gathering them."""

@@ -1,4 +1,4 @@
-"""Sends the policy's weights to the engines through Ray's object store."""
+"""Sends the policy's weights to the engines."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from typing import Any, TypeVar
 from actors.engines.contract import UpdateReport
 from actors.groups.group import ActorGroup
 from actors.groups.supervisor import RaySupervisor
+from actors.remote.transports import HostTransport, Transport
 from actors.roles.rollout import RolloutWorker
 from actors.weights.sender import PublishingPolicy
-from orchestrator.concurrency import cancel, together
+from actors.weights.transports.broken import TransportBroken
+from orchestrator.concurrency import together
 from orchestrator.errors import PublishError
-from orchestrator.types import Handle, PublishReport
+from orchestrator.types import PublishReport
 
 R = TypeVar("R")
+MOST_BREAKS = 2
 
 
 @dataclass
@@ -29,10 +32,15 @@ class PolicyWeights:
 
 
 class BucketPublisher:
-    """Publishes in buckets. While the engines apply one bucket the policy packs the next; at most two exist at once.
+    """Publishes in buckets, over one transport for all engines at once and through the host for one engine.
 
-    A failed engine is restarted, and the publish starts again. A failure of the policy leaves the publish incomplete:
-    engines do not serve until a later one succeeds.
+    A failed engine is restarted, and the publish starts again. If the transport breaks although all processes are
+    alive, the publish starts again through the host; after MOST_BREAKS such breaks all later ones do. A failure of the
+    policy leaves the publish incomplete: engines do not serve until a later one succeeds.
+
+    Args:
+        transport: between these policy and engines; None: the host.
+        tell: gets a line for the console when the transport is given up.
     """
 
     def __init__(
@@ -44,14 +52,19 @@ class BucketPublisher:
         supervisor: RaySupervisor,
         bucket_bytes: int,
         publish_s: float,
+        transport: Transport | None = None,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._policy, self._engines, self._weights, self._supervisor = policy, engines, weights, supervisor
-        self._bucket_bytes, self._publish_s = bucket_bytes, publish_s
+        self._bucket_bytes, self._publish_s, self._tell_user = bucket_bytes, publish_s, tell
+        self._host: Transport = HostTransport(policy, engines, publish_s=publish_s)
+        self._transport = transport or self._host
+        self.num_breaks = 0
 
     async def publish(self, version: int) -> PublishReport:
         async with self._weights.lock:
             self._weights.version = version
-            return await self._supervisor.keep(self._engines, lambda: self._publish(version, range(len(self._engines))))
+            return await self._supervisor.keep(self._engines, lambda: self._publish_to_all(version))
 
     async def catch_up(self, engine: int) -> None:
         """Sends the policy's current weights to one engine.
@@ -60,14 +73,34 @@ class BucketPublisher:
             RoleError: the engine failed again, or the policy did.
         """
         async with self._weights.lock:
-            await self._publish(self._weights.version, [engine])
+            await self._publish(self._weights.version, [engine], self._host)
 
-    async def _publish(self, version: int, engines: Sequence[int]) -> PublishReport:
+    async def _publish_to_all(self, version: int) -> PublishReport:
+        engines = range(len(self._engines))
+        try:
+            return await self._publish(version, engines, self._transport)
+        except TransportBroken as error:
+            self.num_breaks += 1
+            later = "" if self.num_breaks < MOST_BREAKS else ", and so do all later ones"
+            self._tell_user(
+                f"publishing over publish.transport={self._transport.name} failed ({error}); "
+                f"version {version} goes through the host{later}"
+            )
+            if self.num_breaks >= MOST_BREAKS:
+                self._transport = self._host
+        return await self._publish(version, engines, self._host)
+
+    async def _publish(self, version: int, engines: Sequence[int], transport: Transport) -> PublishReport:
         started = monotonic()
-        header = (await self._policy.call_all(PublishingPolicy.begin_publish, self._publish_s, self._bucket_bytes))[0]
+        packing = await transport.prepare()
+        begun = await self._policy.call_all(
+            PublishingPolicy.begin_publish, self._publish_s, self._bucket_bytes, packing
+        )
+        header = begun[0]
         await self._tell(engines, RolloutWorker.begin_update, header)
-        await self._carry(header.num_buckets, engines)
+        await transport.carry(header, engines)
         reports = await self._tell(engines, RolloutWorker.finish_update, version)
+        await self._policy.call_all(PublishingPolicy.end_publish, self._publish_s)
         behind = [engine for engine, report in zip(engines, reports, strict=True) if report.version != version]
         if behind:
             raise PublishError(f"engines {behind} do not hold version {version} after its publish; restart them.")
@@ -81,27 +114,8 @@ class BucketPublisher:
             apply_s=_slowest(reports, "apply"),
         )
 
-    async def _carry(self, num_buckets: int, engines: Sequence[int]) -> None:
-        upcoming = asyncio.ensure_future(self._next_bucket())
-        try:
-            for index in range(num_buckets):
-                bucket = await upcoming
-                if index + 1 < num_buckets:
-                    upcoming = asyncio.ensure_future(self._next_bucket())
-                await self._tell(engines, RolloutWorker.receive_bucket, bucket)
-        finally:
-            await cancel([upcoming])
-
     async def _tell(self, engines: Sequence[int], method: Callable[..., R], argument: Any) -> list[R]:
         return await together(self._engines.call(engine, method, self._publish_s, argument) for engine in engines)
-
-    async def _next_bucket(self) -> Handle:
-        """All ranks take part (ZeRO-3 gathers); returns rank 0's bucket."""
-        parts = await together(
-            self._policy.call_for_bulk(rank, PublishingPolicy.next_bucket, self._publish_s)
-            for rank in range(len(self._policy))
-        )
-        return parts[0][0]
 
 
 def _slowest(reports: Sequence[UpdateReport], *parts: str) -> float:

@@ -12,7 +12,9 @@ import pyarrow as pa
 from actors.engines.contract import Engine, EngineContext, UpdateReport
 from actors.environments.episodes import playing
 from actors.models.model import resolve_model
-from actors.weights.manifest import Bucket, WeightHeader
+from actors.weights.manifest import WeightHeader
+from actors.weights.transports.group import Rendezvous
+from actors.weights.transports.receiver import Announced, Parcel
 from orchestrator.types import ShardRequest
 
 # Names, not classes: an engine's module imports its library, which only the engine's process needs.
@@ -42,8 +44,16 @@ class RolloutWorker:
     def begin_update(self, header: WeightHeader) -> None:
         self._engine.begin_update(header)
 
-    def receive_bucket(self, bucket: Bucket) -> None:
-        self._engine.receive_bucket(bucket)
+    def join(self, meeting: Rendezvous, first_rank: int) -> None:
+        self._engine.join(meeting, first_rank)
+
+    def receive_bucket(self, parcel: Parcel) -> None:
+        self._engine.receive_bucket(parcel)
+
+    def receive_broadcast(self, num_buckets: int) -> None:
+        """All buckets of one publish, from the group."""
+        for _ in range(num_buckets):
+            self._engine.receive_bucket(Announced())
 
     def finish_update(self, version: int) -> UpdateReport:
         return self._engine.finish_update(version)

@@ -1,4 +1,4 @@
-"""Weight transfer to a CPU engine through vLLM's weight-transfer API: buckets in host memory.
+"""Weight transfer to an engine through vLLM's weight-transfer API, in buckets that any transport may bring.
 
 vLLM calls the engine in this order, for every publish: `init_transfer_engine` (the header), `start_weight_update`,
 `update_weights` once per bucket, `finish_weight_update`. Our own `compare` comes last.
@@ -20,9 +20,10 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from actors.weights.conversion import NamedTensor
 from actors.weights.experts import pack_again
-from actors.weights.manifest import Bucket, Unpacker, Verify, WeightHeader
+from actors.weights.manifest import Unpacker, Verify, WeightHeader
 from actors.weights.places import Places, checkpoint_form, locate
 from actors.weights.readback import Reader
+from actors.weights.transports.receiver import Parcel, Receiver
 from actors.weights.verify import Verifier
 from actors.weights.write import Writer, obstacle
 from orchestrator.errors import PublishError
@@ -39,7 +40,7 @@ class BucketInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class BucketUpdateInfo(WeightTransferUpdateInfo):
-    bucket: Bucket
+    parcel: Parcel
 
 
 class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo]):
@@ -60,6 +61,7 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         self._reader = Reader(self.model)
         self.obstacle = obstacle(self.model, self._places)
         self._writer = Writer(self.model, self._places, self._reader) if self.obstacle is None else None
+        self.receiver = Receiver(self.device)
         self.seconds = dict.fromkeys(("receive", "apply", "verify"), 0.0)
 
     def init_transfer_engine(self, init_info: BucketInitInfo) -> None:
@@ -67,6 +69,7 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         verifier = Verifier(self._reader, self._places, mode=init_info.verify, seed=init_info.seed)
         verifier.check_names((spec.name for spec in init_info.header.tensors), optional=self._form.buffers)
         self._verifier, self._unpacker = verifier, Unpacker(init_info.header, proved_later=verifier.proves)
+        self.receiver.begin(init_info.header)
         self.seconds = dict.fromkeys(self.seconds, 0.0)
 
     def start_weight_update(self) -> None:
@@ -85,14 +88,15 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
 
     def receive_weights(self, update_info: BucketUpdateInfo) -> None:
         """Raises PublishError, without applying the bucket, if bytes differ from the trainer's; those that `compare`
-        proves itself are not read twice."""
+        proves itself are not read twice. Raises TransportBroken."""
         if self._unpacker is None or self._verifier is None:
             raise PublishError("a bucket arrived before its header; call init_weight_transfer_engine first.")
         started = perf_counter()
-        tensors = self._unpacker.add(update_info.bucket)
+        bucket = self.receiver.take(update_info.parcel)
+        tensors = self._unpacker.add(bucket)
         received = perf_counter()
         for name, tensor in tensors:
-            self._verifier.expect(name, tensor, update_info.bucket.checksums[name])
+            self._verifier.expect(name, tensor, bucket.checksums[name])
         expected = perf_counter()
         self._apply(tensors)
         self.seconds["receive"] += received - started
@@ -108,6 +112,7 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
 
     def finish_weight_update(self) -> None:
         started = perf_counter()
+        self.receiver.finish()
         if self._writer is None:
             finalize_layerwise_reload(self.model, self.model_config)
         else:
@@ -131,6 +136,7 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
 
     def shutdown(self) -> None:
         self._unpacker = self._verifier = None
+        self.receiver.leave()
 
 
 def refresh_tied_layers(model: nn.Module, places: Places) -> None:

@@ -29,6 +29,7 @@ from orchestrator.errors import PublishError
 Verify = Literal["full", "sampled", "checksums"]
 Bytes = npt.NDArray[np.uint8]
 ALIGNMENT_BYTES = 64
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,26 @@ class WeightHeader:
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """Bucket `index` of a header's stream, with the digests (hexadecimal) of the tensors that end in it."""
+    """Bucket `index` of a header's stream, with the digests (hexadecimal) of the tensors that end in it. The bytes are
+    an array, or a tensor on the device on which they are used."""
 
     index: int
-    data: Bytes
+    data: Bytes | torch.Tensor
     checksums: Mapping[str, str]
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.data)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The bytes without a copy."""
+        if isinstance(self.data, torch.Tensor):
+            return self.data
+        with warnings.catch_warnings():
+            # Arrays that come from an object store are read-only; receivers only read.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(self.data)
 
 
 def plan(tensors: Iterable[tuple[str, torch.dtype, Iterable[int]]], bucket_bytes: int) -> WeightHeader:
@@ -131,28 +147,38 @@ def canonical(tensor: torch.Tensor, *, out: torch.Tensor | None = None) -> torch
     return shrunk
 
 
-def pack(header: WeightHeader, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Bucket]:
+def pack(
+    header: WeightHeader, tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device = _HOST
+) -> Iterator[Bucket]:
     """Yields the header's buckets, filled from (name, tensor) pairs in the header's order, cast to its dtypes.
+
+    Args:
+        device: of the buckets; arrays on the host.
 
     Raises:
         PublishError: a wrong name or shape, a missing tensor or one too many.
     """
-    buffer, checksums, index = np.empty(header.bucket_size(0), np.uint8), dict[str, str](), 0
+
+    def new_bucket(index: int) -> tuple[torch.Tensor, dict[str, str]]:
+        return torch.empty(header.bucket_size(index), dtype=torch.uint8, device=device), {}
+
+    index = 0
+    buffer, checksums = new_bucket(0)
     pairs = iter(tensors)
     for number, spec in enumerate(header.tensors):
-        source = _checked(spec, next(pairs, None)).detach().to("cpu").contiguous().reshape(-1)
+        source = _checked(spec, next(pairs, None)).detach().to(device).contiguous().reshape(-1)
         total = Digest(0, 0, 0)
         position, done = header.start(number), 0
         while done < spec.num_bytes:
             if position >= (index + 1) * header.bucket_bytes:
-                yield Bucket(index, buffer, checksums)
+                yield _bucket(index, buffer, checksums)
                 index += 1
-                buffer, checksums = np.empty(header.bucket_size(index), np.uint8), {}
+                buffer, checksums = new_bucket(index)
             offset = position - index * header.bucket_bytes
-            size = min(spec.num_bytes - done, buffer.size - offset)
+            size = min(spec.num_bytes - done, len(buffer) - offset)
             part = buffer[offset : offset + size]
             first, last = (at // source.element_size() for at in (done, done + size))
-            sent = canonical(source[first:last], out=torch.from_numpy(part).view(source.dtype))
+            sent = canonical(source[first:last], out=part.view(source.dtype))
             total += digest_part(sent, spec.name, spec.shape, first, (1,))
             position, done = position + size, done + size
         checksums[spec.name] = total.hex
@@ -161,7 +187,11 @@ def pack(header: WeightHeader, tensors: Iterable[tuple[str, torch.Tensor]]) -> I
         raise PublishError(
             f"the trainer yields {extra[0]!r} after the header's last tensor; plan and weights disagree."
         )
-    yield Bucket(index, buffer, checksums)
+    yield _bucket(index, buffer, checksums)
+
+
+def _bucket(index: int, buffer: torch.Tensor, checksums: Mapping[str, str]) -> Bucket:
+    return Bucket(index, buffer.numpy() if buffer.device == _HOST else buffer, checksums)
 
 
 def _checked(spec: TensorSpec, pair: tuple[str, torch.Tensor] | None) -> torch.Tensor:
@@ -188,7 +218,7 @@ class Unpacker:
     proved_later: Callable[[TensorSpec], bool] = lambda _: False
     _next_bucket: int = 0
     _next_tensor: int = 0
-    _partial: Bytes | None = None
+    _partial: torch.Tensor | None = None
     _filled: int = 0
 
     def add(self, bucket: Bucket) -> list[tuple[str, torch.Tensor]]:
@@ -198,16 +228,19 @@ class Unpacker:
             PublishError: not the next bucket, a wrong size, or tensors (named) whose bytes differ from the trainer's.
         """
         size = self.header.bucket_size(bucket.index) if bucket.index == self._next_bucket else -1
-        if bucket.data.size != size:
+        if bucket.num_bytes != size:
             raise PublishError(
                 f"expected bucket {self._next_bucket} of {self.header.num_buckets}, got bucket {bucket.index} "
-                f"with {bucket.data.size} bytes; send buckets once each, in order."
+                f"with {bucket.num_bytes} bytes; send buckets once each, in order."
             )
         self._next_bucket += 1
         first = self._next_tensor
         complete = [data for _, data in self._cut(bucket)]
         specs = self.header.tensors[first : self._next_tensor]
-        tensors = [(spec.name, _as_tensor(data, spec)) for data, spec in zip(complete, specs, strict=True)]
+        tensors = [
+            (spec.name, data.view(spec.torch_dtype).reshape(spec.shape))
+            for data, spec in zip(complete, specs, strict=True)
+        ]
         read_now = [pair for pair, spec in zip(tensors, specs, strict=True) if not self.proved_later(spec)]
         bad = [name for name, tensor in read_now if digest(tensor, name).hex != bucket.checksums.get(name)]
         received = {name for name, _ in tensors}
@@ -220,32 +253,25 @@ class Unpacker:
     def done(self) -> bool:
         return self._next_bucket == self.header.num_buckets
 
-    def _cut(self, bucket: Bucket) -> Iterator[tuple[str, Bytes]]:
-        begin = bucket.index * self.header.bucket_bytes
+    def _cut(self, bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
+        begin, all_bytes = bucket.index * self.header.bucket_bytes, bucket.tensor
         while self._next_tensor < len(self.header.tensors):
             spec = self.header.tensors[self._next_tensor]
             offset = self.header.start(self._next_tensor) + self._filled - begin
-            if offset >= bucket.data.size and spec.num_bytes:
+            if offset >= bucket.num_bytes and spec.num_bytes:
                 return
-            data = bucket.data[offset : offset + spec.num_bytes - self._filled]
-            if data.size < spec.num_bytes:
+            data = all_bytes[offset : offset + spec.num_bytes - self._filled]
+            if len(data) < spec.num_bytes:
                 if self._partial is None:
-                    self._partial = np.empty(spec.num_bytes, np.uint8)
-                self._partial[self._filled : self._filled + data.size] = data
-                self._filled += data.size
+                    self._partial = all_bytes.new_empty(spec.num_bytes)
+                self._partial[self._filled : self._filled + len(data)] = data
+                self._filled += len(data)
                 if self._filled < spec.num_bytes:
                     return
                 data = self._partial
             self._partial, self._filled = None, 0
             self._next_tensor += 1
             yield spec.name, data
-
-
-def _as_tensor(data: Bytes, spec: TensorSpec) -> torch.Tensor:
-    with warnings.catch_warnings():
-        # Arrays that come from an object store are read-only; receivers only read.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(data).view(spec.torch_dtype).reshape(spec.shape)
 
 
 def check_names(sent: Iterable[str], *, needed: Iterable[str], optional: Iterable[str] = ()) -> None:

@@ -87,10 +87,6 @@ class Place:
     sent: View
     tied: bool = False
 
-    def is_all_of(self, num_elements: int) -> bool:
-        """Whether it contains a tensor of this number of elements, completely and in order."""
-        return self.sent.num_elements == num_elements and self.sent.is_contiguous
-
 
 Places = Mapping[str, tuple[Place, ...]]
 

@@ -103,24 +103,6 @@ class Verifier:
                     expected = _digest_at(flushed(place.sent.of(value)), name, tensor.shape, place)
                 self._expected[reading].append(_Expected(name, tuple(tensor.shape), place, expected))
 
-    def expect_checksum(self, spec: TensorSpec, sent: str) -> None:
-        """The same from the trainer's digest, for engines without prepacked layers and with the sent dtype.
-
-        Raises:
-            PublishError: the engine keeps the tensor in parts or in another order.
-        """
-        if self._mode == "checksums":
-            return
-        self._names.add(spec.name)
-        for place in self._places.get(spec.name, ()):
-            if not place.is_all_of(spec.num_elements):
-                raise PublishError(
-                    f"the engine keeps {spec.name} in another form (in {place.module}), which its checksum can't "
-                    "prove; set rollout.engine=hf."
-                )
-            reading = _Reading(place.module, place.parameter, "bytes")
-            self._expected[reading].append(_Expected(spec.name, spec.shape, place, sent))
-
     @torch.inference_mode()
     def compare(self) -> int:
         """Reads back and compares; returns the number of tensors compared.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from actors.learning.worker import RankContext
 from actors.text.templates import read_template
@@ -152,6 +153,16 @@ def within(deadline_s: float) -> float:
     """Seconds for work inside a call with this deadline, so that the work fails with its own error before the call
     does."""
     return 0.8 * deadline_s
+
+
+def transport_of(config: Config) -> Literal["host", "collective", "shared"]:
+    """The transport of published weights. auto follows from devices and placement."""
+    chosen = config.publish.transport
+    if chosen != "auto":
+        return chosen
+    if not (config.policy.gpus_per_rank and config.rollout.on_gpus):
+        return "host"
+    return "shared" if config.placement.mode == "colocated" else "collective"
 
 
 def engines_sleep(config: Config) -> bool:

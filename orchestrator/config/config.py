@@ -13,6 +13,7 @@ from orchestrator.algorithms.table import ALGORITHMS
 from orchestrator.config.base import ByName, Section
 from orchestrator.config.environments import EnvironmentConfig
 from orchestrator.config.guards import GuardsConfig
+from orchestrator.config.publishing import PublishConfig
 from orchestrator.config.rewards import REWARDS, ModelRewardConfig, RewardConfig, RuleLimits
 from orchestrator.config.sections import (
     CheckpointConfig,
@@ -26,7 +27,6 @@ from orchestrator.config.sections import (
     PlacementConfig,
     PolicyConfig,
     PromptsConfig,
-    PublishConfig,
     ReferenceConfig,
     RlConfig,
     RolloutConfig,
@@ -122,6 +122,7 @@ def _contradictions(config: Config) -> Iterable[str]:
     yield from config.algorithm.contradictions(config.rl, config.rollout)
     yield from config.rollout.contradictions(config.model)
     yield from config.placement.contradictions(config.rl)
+    yield from config.publish.contradictions(config.policy, config.rollout, config.placement)
     yield from config.environment.contradictions(config.reward)
     turns = config.environment.turns()
     yield from config.guards.contradictions(config.rl, config.rollout, config.reward, turns)

@@ -259,18 +259,16 @@ class RolloutConfig(Section):
             )
 
     @property
+    def on_gpus(self) -> bool:
+        """Whether engines compute on GPUs; those of transformers do not."""
+        return self.gpus_per_replica > 0 and self.engine != "hf"
+
+    @property
     def engine_kind(self) -> Literal["vllm", "hf"]:
         """The resolved `engine`. Raises ConfigError while it is auto."""
         if self.engine == "auto":
             raise ConfigError("rollout.engine is still auto here; set vllm or hf (jobs.resolve selects one).")
         return self.engine
-
-
-class PublishConfig(Section):
-    bucket_mib: Positive = 32
-    """Size of the flat buckets in which weights are sent."""
-    verify: Literal["full", "sampled", "checksums"] = "full"
-    """Verification after publishing: read back all weights that the layers use, a random part of them, or checksums."""
 
 
 class RlConfig(Section):

@@ -10,15 +10,16 @@ import pytest
 import ray
 import torch
 
-from actors.weights.gpu import Placement
+from actors.remote.transports import CollectiveTransport, SharedTransport, Transport
 from orchestrator.errors import PublishError
-from tests.deadlines import scaled
 from tests.gpu import scenarios
+from tests.integration.altering_engine import AlteringRollout
+from tests.integration.altering_policy import AlteringPolicy
 from tests.integration.engine_scenarios import served_llama
+from tests.integration.publishing_sides import CALL_S, Sides
 
 Apart = Callable[..., Any]
 CLOSE = 0.02  # tolerance of log-probs in bf16: two engines may batch differently
-START_S = scaled(240)
 
 
 @pytest.fixture
@@ -48,35 +49,38 @@ def test_an_engine_gives_its_memory_back_while_it_sleeps_and_wakes_as_it_was(apa
     assert compared > 0
 
 
-@pytest.mark.parametrize("placement", ["colocated", "separate"])
-def test_weights_that_go_from_device_to_device_are_proved(
-    local_ray: None, apart: Apart, folder: Path, placement: Placement
+@pytest.mark.parametrize("transport", [SharedTransport, CollectiveTransport])
+async def test_weights_that_go_from_device_to_device_are_proved(
+    local_ray: None, apart: Apart, folder: Path, transport: Callable[..., Transport]
 ) -> None:
-    if placement == "separate" and torch.cuda.device_count() < 2:
+    shared = transport is SharedTransport
+    if not shared and torch.cuda.device_count() < 2:
         pytest.skip("NCCL needs a GPU for each side, and here is one")
-    share = 0.4 if placement == "colocated" else 1.0
-    engine = ray.remote(scenarios.Engine).options(num_gpus=share).remote(folder, placement)
-    before = ray.get(engine.logprobs.remote(), timeout=START_S)
-    trainer = ray.remote(scenarios.Trainer).options(num_gpus=share).remote(folder, placement, [engine])
-    for version in (1, 2):
-        target = folder.parent / f"published-{version}"
-        header, checksums = ray.get(trainer.publish.remote(version, target), timeout=START_S)
-        report = ray.get(engine.call.remote("confirm_update", version, header, checksums), timeout=START_S)
-        assert (report.version, report.num_compared) == (version, len(header.tensors))
-        after = ray.get(engine.logprobs.remote(), timeout=START_S)
-        assert after == pytest.approx(apart(scenarios.logprobs_of, target), abs=CLOSE)
-        assert after != pytest.approx(before, abs=CLOSE)
-        before = after
+    gpus = 0.4 if shared else 1.0
+    async with Sides(folder, ranks=1, engines=1, zero_stage=0, gpus=gpus, **scenarios.ON_GPU) as sides:
+        publisher = sides.over(transport)
+        before = None
+        for version in (1, 2):
+            report = await publisher.publish(version)
+            assert (report.version, report.num_bytes > 0) == (version, True)
+            assert publisher.num_breaks == 0, "the weights took the way through the host"
+            target = folder.parent / f"published-{version}"
+            await sides.policy.call(0, AlteringPolicy.export, CALL_S, target)
+            (after,) = await sides.engines.call_all(AlteringRollout.logprobs, CALL_S)
+            assert after == pytest.approx(apart(scenarios.logprobs_of, target), abs=CLOSE)
+            assert after != pytest.approx(before, abs=CLOSE)
+            before = after
+            await sides.policy.call_all(AlteringPolicy.perturb, CALL_S, version)
 
 
-def test_an_engine_that_holds_other_weights_than_the_trainers_is_named_and_serves_nothing(
+async def test_an_engine_that_received_other_bytes_names_the_tensor_and_serves_nothing(
     local_ray: None, folder: Path
 ) -> None:
-    engine = ray.remote(scenarios.Engine).options(num_gpus=0.4).remote(folder, "colocated")
-    trainer = ray.remote(scenarios.Trainer).options(num_gpus=0.4).remote(folder, "colocated", [engine])
-    header, checksums = ray.get(trainer.publish.remote(1, folder.parent / "published"), timeout=START_S)
-    norm = "model.norm.weight"
-    with pytest.raises(PublishError, match=norm):
-        ray.get(engine.call.remote("confirm_update", 1, header, {**checksums, norm: "0" * 32}), timeout=START_S)
-    with pytest.raises(PublishError, match="serves no published version"):
-        ray.get(engine.logprobs.remote(), timeout=START_S)
+    async with Sides(folder, ranks=1, engines=1, zero_stage=0, gpus=0.4, **scenarios.ON_GPU) as sides:
+        publisher = sides.over(SharedTransport)
+        norm = "model.norm.weight"
+        await sides.engines.call(0, AlteringRollout.alter, CALL_S, norm)
+        with pytest.raises(PublishError, match=norm):
+            await publisher.publish(1)
+        with pytest.raises(PublishError, match="serves no published version"):
+            await sides.engines.call(0, AlteringRollout.logprobs, CALL_S)

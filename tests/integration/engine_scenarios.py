@@ -31,7 +31,8 @@ from actors.weights.places import Places
 from actors.weights.readback import ignores_its_parameter
 from actors.weights.write import Writer
 from orchestrator.config.base import Section
-from orchestrator.config.sections import ModelConfig, PublishConfig, RolloutConfig
+from orchestrator.config.publishing import PublishConfig
+from orchestrator.config.sections import ModelConfig, RolloutConfig
 from orchestrator.errors import RlhfError
 from orchestrator.types import GREEDY, Prompt, SampleRequest, Sampling, ShardRequest
 from tests.families import tiny_model

@@ -22,6 +22,7 @@ from actors.remote.roles import (
     ReplicatedScorer,
     ShardedScorer,
 )
+from actors.remote.transports import CollectiveTransport, HostTransport, SharedTransport, Transport
 from actors.rewards import RewardContext
 from actors.roles.critic import CriticWorker
 from actors.roles.policy import PolicyWorker
@@ -44,6 +45,7 @@ from jobs.stages.settings import (
     samples_per_shard,
     sampling_of,
     shards_per_step,
+    transport_of,
     within,
 )
 from jobs.stages.work.data.demonstrations import mixed_in
@@ -226,6 +228,8 @@ def roles_of(config: Config, groups: Mapping[str, ActorGroup], supervisor: RaySu
         supervisor=supervisor,
         bucket_bytes=config.publish.bucket_mib << 20,
         publish_s=limits.publish_s,
+        transport=_transport_of(config, groups["policy"], groups["rollout"]),
+        tell=say,
     )
     rollouts = RayRollouts(
         groups["rollout"],
@@ -244,6 +248,17 @@ def roles_of(config: Config, groups: Mapping[str, ActorGroup], supervisor: RaySu
         recorder=recorder,
         publisher=publisher,
     )
+
+
+def _transport_of(config: Config, policy: ActorGroup, engines: ActorGroup) -> Transport:
+    publish_s = config.deadlines.publish_s
+    kind = transport_of(config)
+    if kind == "host":
+        return HostTransport(policy, engines, publish_s=publish_s)
+    if kind == "shared":
+        return SharedTransport(policy, engines, publish_s=publish_s)
+    workers = config.rollout.tensor_parallel_size
+    return CollectiveTransport(policy, engines, publish_s=publish_s, workers_per_engine=workers)
 
 
 def _reference_of(config: Config, groups: Mapping[str, ActorGroup], supervisor: RaySupervisor) -> ShardedScorer:

@@ -22,11 +22,14 @@ TO_GIVE = {
     "hh_rlhf": ["preferences.path=FILE"],
     **dict.fromkeys(("instruct_gpt", "zephyr", "chinese"), ["preferences.path=FILE", "demonstrations.path=FILE"]),
 }
-NUM_KEYS, MOST_KEYS = 218, 250
+NUM_KEYS, MOST_KEYS = 219, 250
 
 
 def config(**sections: Any) -> Config:
     return config_from_tree({"reward": {"path": "/models/reward"}, **sections}, source="test")
+
+
+ON_GPUS: dict[str, Any] = {"policy": {"gpus_per_rank": 1}, "rollout": {"gpus_per_replica": 1}}
 
 
 @pytest.mark.parametrize(
@@ -49,6 +52,23 @@ def config(**sections: Any) -> Config:
         ),
         ({"rollout": {"max_new_tokens": 512}}, r"leaves no room for a prompt in model\.max_length=512"),
         ({"checkpoints": {"best_metric": None, "best_max_kl": 1.0}}, r"needs checkpoints\.best_metric"),
+        (
+            {"publish": {"transport": "collective"}, "rollout": {"gpus_per_replica": 1}},
+            r"the policy is on CPUs, the engines \(rollout\.engine=auto\) on GPUs",
+        ),
+        (
+            {
+                "publish": {"transport": "shared"},
+                "rollout": {"gpus_per_replica": 1, "engine": "hf"},
+                "policy": {"gpus_per_rank": 1},
+            },
+            r"the policy is on GPUs, the engines \(rollout\.engine=hf\) on CPUs",
+        ),
+        ({"publish": {"transport": "collective"}, **ON_GPUS}, r"NCCL can't serve two processes on one GPU"),
+        (
+            {"publish": {"transport": "shared"}, **ON_GPUS, "placement": {"mode": "separate"}},
+            r"publish\.transport=shared needs placement\.mode=colocated",
+        ),
         ({"guards": {"failed_rewards": {"max": 0.2}}}, r"stops above reward\.max_failed_fraction=0\.1"),
     ],
 )

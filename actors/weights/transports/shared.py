@@ -1,0 +1,110 @@
+"""Buckets in memory that the policy's rank and an engine's worker both map, because they share a device.
+
+On a GPU the memory is shared by CUDA IPC. On CPUs, which tests use, it is a file without a name, mapped by both. The
+device is identified by the GPU's UUID, or by the host's boot id.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
+
+from actors.weights.manifest import Bucket
+from actors.weights.transports.broken import TransportBroken
+
+_DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor: the index of the device, which differs between processes
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True)
+class SharedBucket:
+    """A bucket whose bytes are in shared memory: by device, how to map it."""
+
+    index: int
+    num_bytes: int
+    checksums: Mapping[str, str]
+    handles: Mapping[str, Any]
+
+
+def device_id(device: torch.device) -> str:
+    """The same in all processes that can share memory on `device`."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_properties(device).uuid)
+    return _BOOT_ID.read_text(encoding="ascii").strip()
+
+
+class SharedBuffer:
+    """Memory that other processes can map with `handle` while this object exists."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self._device, self._fd = device, -1
+        self.handle: Any
+        if device.type == "cuda":
+            self._tensor = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            # Its reference count expects that each export is mapped once: one export for all uses of the buffer.
+            self.handle = reduce_tensor(self._tensor)[1]
+        else:
+            self._fd = os.memfd_create("publish")
+            os.ftruncate(self._fd, num_bytes)
+            self.handle = f"/proc/{os.getpid()}/fd/{self._fd}", num_bytes
+            self._tensor = _mapped(self.handle)
+
+    def fill(self, bucket: Bucket) -> None:
+        self._tensor[: bucket.num_bytes].copy_(bucket.tensor)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def close(self) -> None:
+        del self._tensor
+        if self._fd >= 0:
+            os.close(self._fd)
+        else:
+            torch.cuda.ipc_collect()
+
+
+class SharedReader:
+    """Maps the buffers of one publish, each once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._mapped: dict[Any, torch.Tensor] = {}
+
+    def take(self, parcel: SharedBucket) -> Bucket:
+        """A copy of the bucket, so that the policy can fill the buffer again.
+
+        Raises:
+            TransportBroken: no rank of the policy shares this device, or its memory is gone.
+        """
+        mine = device_id(self._device)
+        if mine not in parcel.handles:
+            raise TransportBroken(f"no rank of the policy is on the device {mine} of this engine")
+        handle = parcel.handles[mine]
+        try:
+            if handle not in self._mapped:
+                self._mapped[handle] = self._open(handle)
+            data = self._mapped[handle][: parcel.num_bytes].clone()
+        except (RuntimeError, OSError) as error:
+            raise TransportBroken(f"the memory of the policy's rank can't be mapped: {error}") from error
+        return Bucket(parcel.index, data, parcel.checksums)
+
+    def close(self) -> None:
+        self._mapped = {}
+
+    def _open(self, handle: Any) -> torch.Tensor:
+        if self._device.type != "cuda":
+            return _mapped(handle)
+        arguments = list(handle)
+        arguments[_DEVICE_ARGUMENT] = self._device.index
+        tensor: torch.Tensor = rebuild_cuda_tensor(*arguments)
+        return tensor
+
+
+def _mapped(handle: tuple[str, int]) -> torch.Tensor:
+    path, num_bytes = handle
+    return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)

@@ -1,0 +1,43 @@
+"""The config section of publishing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from orchestrator.config.base import Positive, Section
+from orchestrator.config.sections import PlacementConfig, PolicyConfig, RolloutConfig
+
+
+class PublishConfig(Section):
+    bucket_mib: Positive = 32
+    """Size of the flat buckets in which weights are sent. Transports other than host enlarge it to the largest
+    tensor."""
+    transport: Literal["auto", "host", "collective", "shared"] = "auto"
+    """How buckets get to the engines. host: Ray's object store. collective: broadcast from the policy's rank 0 (NCCL
+    between GPUs, gloo between CPUs). shared: memory that both map (CUDA IPC on one GPU). auto: collective or shared
+    if policy and engines are on separate or on the same GPUs, otherwise host. What fails goes through the host."""
+    verify: Literal["full", "sampled", "checksums"] = "full"
+    """Verification after publishing: read back all weights that the layers use, a random part of them, or checksums."""
+
+    def contradictions(self, policy: PolicyConfig, rollout: RolloutConfig, placement: PlacementConfig) -> Iterator[str]:
+        if self.transport in ("auto", "host"):
+            return
+        sides = policy.gpus_per_rank > 0, rollout.on_gpus
+        if sides[0] != sides[1]:
+            yield (
+                f"publish.transport={self.transport} needs policy and engines on devices of one kind: the policy is on "
+                f"{_kind(sides[0])}, the engines (rollout.engine={rollout.engine}) on {_kind(sides[1])}. "
+                "Set publish.transport=auto."
+            )
+        needed = "separate" if self.transport == "collective" else "colocated"
+        if all(sides) and placement.mode != needed:
+            reason = "NCCL can't serve two processes on one GPU" if needed == "separate" else "no GPU is shared"
+            yield (
+                f"publish.transport={self.transport} needs placement.mode={needed} on GPUs, got {placement.mode}: "
+                f"{reason}. Set publish.transport=auto."
+            )
+
+
+def _kind(on_gpus: bool) -> str:
+    return "GPUs" if on_gpus else "CPUs"

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from jobs.stages.settings import transport_of
+from orchestrator.config.loader import config_from_tree
+
+ON_GPUS: dict[str, Any] = {"policy": {"gpus_per_rank": 1}, "rollout": {"gpus_per_replica": 1}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "transport"),
+    [
+        ({}, "host"),
+        ({"publish": {"transport": "collective"}}, "collective"),
+        ({"publish": {"transport": "shared"}}, "shared"),
+        (ON_GPUS, "shared"),
+        ({**ON_GPUS, "placement": {"mode": "separate"}}, "collective"),
+        ({**ON_GPUS, "rollout": {"gpus_per_replica": 1, "engine": "hf"}}, "host"),
+        ({"rollout": {"gpus_per_replica": 1}}, "host"),
+    ],
+)
+def test_the_transport_follows_from_devices_and_placement(sections: dict[str, Any], transport: str) -> None:
+    tree = {"reward": {"path": "/models/reward"}, **sections}
+    assert transport_of(config_from_tree(tree, source="test")) == transport
