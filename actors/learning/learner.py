@@ -22,6 +22,7 @@ from actors.learning.heads import PolicyModel, ValueModel, probe, probed
 from actors.learning.objectives.losses import LossTerms
 from actors.learning.packing import MicroBatch
 from actors.learning.saving import drop_frozen, full_disks, load_learned
+from actors.learning.zero import engine_config, optimizer_of
 from actors.models.adapter_files import FOLDER as ADAPTER
 from actors.models.adapter_files import write_adapter
 from actors.models.adapters import adapt, adapters_of, select, switched_off
@@ -39,7 +40,6 @@ Loss = Callable[[Any, MicroBatch], LossTerms]
 
 _TAG = "deepspeed"
 _SUMMARY = "learner.json"
-_BUCKET_ELEMENTS = 50_000_000
 _PART_ELEMENTS = 1 << 18
 
 
@@ -93,14 +93,8 @@ class Learner:
         if config.gradient_checkpointing:
             model.checkpoint_gradients()
         require_steady(model, partial(probed, model))
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(model, config.weight_decay),
-            lr=config.learning_rate,
-            betas=config.adam_betas,
-            fused=True,  # on CPUs too: otherwise each step allocates three temporaries as large as the master weights
-        )
         self._engine = distributed.initialize(
-            model=model, optimizer=optimizer, config=_engine_config(config, dtype, self._stage)
+            model=model, optimizer=optimizer_of(model, config), config=engine_config(config, dtype, self._stage)
         )
         self._engine.checkpoint_engine = SafeCheckpointEngine(self._engine._config)
         if self._is_plain_optimizer and self.world_size == 1:
@@ -371,41 +365,6 @@ def _sum_of_squares(gradient: Tensor) -> Tensor:
     """In fp64, as ZeRO, in parts that fit a cache: a norm of 135 million numbers takes a quarter of the time."""
     parts = (part.double() for part in gradient.flatten().split(_PART_ELEMENTS))
     return torch.stack([part.dot(part) for part in parts]).sum()
-
-
-def _engine_config(config: LearnerConfig, dtype: Dtype, stage: int) -> dict[str, Any]:
-    engine: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "bf16": {"enabled": dtype == "bfloat16"},
-        "gradient_clipping": 0.0 if stage == 0 and dtype == "float32" else config.max_grad_norm,
-        "zero_optimization": {
-            "stage": stage,
-            "overlap_comm": torch.cuda.is_available(),
-            "reduce_bucket_size": _BUCKET_ELEMENTS,
-            "allgather_bucket_size": _BUCKET_ELEMENTS,
-        },
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": None,
-    }
-    if stage:
-        engine["data_types"] = {"grad_accum_dtype": "fp32"}
-    if stage == 1:
-        # Otherwise gradients accumulated in fp32 are rounded to bf16 for communication, even on a single rank.
-        engine["communication_data_type"] = "fp32"
-    return engine
-
-
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Excludes norms and biases from weight decay."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not weight_decay:
-        return [{"params": parameters, "weight_decay": 0.0}]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 def _collect(terms: LossTerms, weight: float, sums: dict[str, float], maxima: dict[str, float]) -> None:

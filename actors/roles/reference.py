@@ -13,6 +13,7 @@ from actors.learning.heads import PolicyModel
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.sharing import can_share
 from actors.learning.worker import RankContext, Share, answers
+from actors.learning.zero import frozen_config
 from actors.models.model import load_causal, resolve_model, torch_dtype
 from actors.roles.policy import logprobs_table
 from orchestrator.config.base import Dtype
@@ -57,11 +58,6 @@ class ReferenceWorker:
 
 
 def _shard(model: PolicyModel, dtype: Dtype) -> Any:
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": dtype == "bfloat16"},
-        "zero_optimization": {"stage": 3},
-    }
-    engine = distributed.initialize(model=model, config=config)
+    engine = distributed.initialize(model=model, config=frozen_config(dtype))
     engine.eval()
     return engine
