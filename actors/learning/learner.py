@@ -22,7 +22,7 @@ from actors.learning.heads import PolicyModel, ValueModel, probe, probed
 from actors.learning.objectives.losses import LossTerms
 from actors.learning.packing import MicroBatch
 from actors.learning.saving import drop_frozen, full_disks, load_learned
-from actors.learning.zero import engine_config, optimizer_of
+from actors.learning.zero import engine_config, gather_for_heads, optimizer_of
 from actors.models.adapter_files import FOLDER as ADAPTER
 from actors.models.adapter_files import write_adapter
 from actors.models.adapters import adapt, adapters_of, select, switched_off
@@ -93,6 +93,8 @@ class Learner:
         if config.gradient_checkpointing:
             model.checkpoint_gradients()
         require_steady(model, partial(probed, model))
+        if self._stage == 3:
+            gather_for_heads(model)
         self._engine = distributed.initialize(
             model=model, optimizer=optimizer_of(model, config), config=engine_config(config, dtype, self._stage)
         )

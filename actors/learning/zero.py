@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from actors.learning.distributed import deepspeed
 from orchestrator.config.base import Dtype
 from orchestrator.config.sections import LearnerConfig
 
@@ -49,6 +50,13 @@ def frozen_config(dtype: Dtype) -> dict[str, Any]:
         "bf16": {"enabled": dtype == "bfloat16"},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS},
     }
+
+
+def gather_for_heads(model: nn.Module) -> None:
+    """Makes stage 3 gather what a head reads of another module's parameters."""
+    head: Any = getattr(model, "head", None)
+    for parameter in getattr(head, "read", ()):
+        deepspeed.zero.register_external_parameter(head, parameter)
 
 
 def optimizer_of(model: nn.Module, config: LearnerConfig) -> torch.optim.Optimizer:

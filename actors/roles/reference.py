@@ -13,7 +13,7 @@ from actors.learning.heads import PolicyModel
 from actors.learning.packing import MicroBatch, TokenRows
 from actors.learning.sharing import can_share
 from actors.learning.worker import RankContext, Share, answers
-from actors.learning.zero import frozen_config
+from actors.learning.zero import frozen_config, gather_for_heads
 from actors.models.model import load_causal, resolve_model, torch_dtype
 from actors.roles.policy import logprobs_table
 from orchestrator.config.base import Dtype
@@ -58,6 +58,7 @@ class ReferenceWorker:
 
 
 def _shard(model: PolicyModel, dtype: Dtype) -> Any:
+    gather_for_heads(model)
     engine = distributed.initialize(model=model, config=frozen_config(dtype))
     engine.eval()
     return engine
