@@ -25,6 +25,7 @@ import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__
 from deepspeed.runtime import compiler
 
+from actors.learning import precision
 from orchestrator.errors import RlhfError
 
 Result = TypeVar("Result")
@@ -68,6 +69,7 @@ def join(group: Group) -> None:
         torch.distributed.DistError: the others did not join within `timeout_s`.
     """
     torch.set_num_threads(group.threads)
+    precision.settle()
     os.environ |= {
         "RANK": str(group.rank),
         "WORLD_SIZE": str(group.world_size),

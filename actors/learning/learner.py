@@ -16,17 +16,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from actors.learning import distributed
+from actors.learning import distributed, precision
 from actors.learning.distributed import deepspeed
 from actors.learning.heads import PolicyModel, ValueModel, probe, probed
 from actors.learning.objectives.losses import LossTerms
 from actors.learning.packing import MicroBatch
+from actors.learning.resting import Rest, pointers, tensors_within, weights_of
 from actors.learning.saving import drop_frozen, full_disks, load_learned
 from actors.learning.zero import engine_config, gather_for_heads, optimizer_of
 from actors.models.adapter_files import FOLDER as ADAPTER
 from actors.models.adapter_files import write_adapter
 from actors.models.adapters import adapt, adapters_of, select, switched_off
 from actors.models.export import export_model, named_state
+from actors.models.liger import use_liger
 from actors.models.proofs import require_steady
 from actors.models.safe_loading import SafeCheckpointEngine
 from orchestrator.config.base import Dtype
@@ -41,6 +43,7 @@ Loss = Callable[[Any, MicroBatch], LossTerms]
 _TAG = "deepspeed"
 _SUMMARY = "learner.json"
 _PART_ELEMENTS = 1 << 18
+_FEW_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,9 @@ class Learner:
         self.config, self.dtype, self._total_optimizer_steps = config, dtype, total_optimizer_steps
         self.optimizer_steps = 0
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._stage = effective_zero_stage(config.zero_stage, dtype=dtype, ranks=self.world_size)
+        self._stage = effective_zero_stage(
+            config.zero_stage, dtype=dtype, ranks=self.world_size, offloads=config.offload_optimizer
+        )
         self._model, self._pretrained = model, model.pretrained
         if config.lora.rank:
             adapt(model, config.lora, name=name, seed=seed, forward=partial(probed, model))
@@ -93,6 +98,11 @@ class Learner:
         if config.gradient_checkpointing:
             model.checkpoint_gradients()
         require_steady(model, partial(probed, model))
+        if torch.cuda.is_available():
+            model.to(torch.device("cuda", torch.cuda.current_device()))
+            precision.compute_the_same_bits(partial(_gradients, model))
+        if config.liger:
+            use_liger(self._pretrained, partial(probed, model))
         if self._stage == 3:
             gather_for_heads(model)
         self._engine = distributed.initialize(
@@ -101,7 +111,7 @@ class Learner:
         self._engine.checkpoint_engine = SafeCheckpointEngine(self._engine._config)
         if self._is_plain_optimizer and self.world_size == 1:
             self._engine.enable_backward_allreduce = False  # it copies gradients even if there is nothing to add
-        if self._stage == 1 and dtype == "bfloat16":
+        if self._stage == 1 and dtype == "bfloat16" and not config.offload_optimizer:
             # This wrapper's step clears its fp32 gradients, and the engine then clears them a second time. Before each
             # backward it fills the bf16 gradients with zeros, which autograd then reads. Both cost a pass over memory.
             # Remove this when DeepSpeed's BF16_Optimizer skips cleared gradients and frees accumulated ones.
@@ -112,9 +122,32 @@ class Learner:
             # This wrapper allocates Adam's state with a zero-gradient step, which the bias correction would count.
             self._engine.optimizer.optimizer.state.clear()
         self.device: torch.device = self._engine.device
+        self._rest, self._has_weights = Rest(self.device), True
+
+    def rest(self, *, keeps_weights: bool = False) -> None:
+        """Gives back the device's memory until `resume`. Each rank does so alone.
+
+        Args:
+            keeps_weights: only what an update needs leaves: moments, master weights and gradients. The learner can
+                still score, publish and export.
+        """
+        weights = pointers(weights_of(self._model)) if keeps_weights else set()
+        self._rest.leave(
+            tensor for tensor in tensors_within(self._engine) if tensor.untyped_storage().data_ptr() not in weights
+        )
+        self._has_weights = self._has_weights and keeps_weights
+
+    def resume(self) -> None:
+        """Undoes `rest`, bit by bit. Nothing happens without a `rest`."""
+        self._rest.come_back()
+        self._has_weights = True
+
+    def _require_states(self) -> None:
+        assert not self._rest.num_bytes, "the learner rests; call resume first"
 
     def _take_turn(self) -> None:
         """Makes a shared trunk compute with this learner's adapters."""
+        assert self._has_weights, "the learner rests without its weights; call resume first"
         if self._adapters and not next(iter(self._adapters.values())).is_on:
             select(self._model, self._name)
 
@@ -147,6 +180,7 @@ class Learner:
             NonFiniteError: a loss or the global gradient norm is NaN or infinite. Raised on all ranks before the
                 update is applied; this learner can't be used afterwards.
         """
+        self._require_states()
         self._take_turn()
         self._engine.train()
         sums: dict[str, float] = {}
@@ -228,6 +262,7 @@ class Learner:
         Raises:
             StorageError: full disk or missing permission.
         """
+        self._require_states()
         self._take_turn()
         with writing(folder), full_disks(folder):
             self._engine.save_checkpoint(
@@ -261,6 +296,7 @@ class Learner:
                 f"{folder} was saved with {', '.join(wrong)}. Optimizer shards fit only the saved shape: "
                 "continue with that shape, or start a new run from the exported weights."
             )
+        self._require_states()
         self._take_turn()
         loaded, client_state = self._engine.load_checkpoint(
             str(folder), tag=_TAG, custom_load_fn=load_learned if self._adapters else None
@@ -287,6 +323,7 @@ class Learner:
         Args:
             dtype: of floating-point tensors; None: the model's compute type.
         """
+        self._take_turn()
         for name, tensor in named_state(self._pretrained):
             adapter = self._adapters.get(name)
             with self._gathered([tensor, *(adapter.parameters() if adapter else ())]):
@@ -361,6 +398,13 @@ class Learner:
         dist.all_gather_object(problems, problem)
         if problems[0] is not None:
             raise problems[0]
+
+
+def _gradients(model: PolicyModel | ValueModel) -> tuple[Tensor | None, ...]:
+    """Those of small parameters on a few tokens."""
+    learned = sorted((p for p in model.parameters() if p.requires_grad), key=Tensor.numel)
+    few = [parameter for parameter in learned if parameter.numel() <= _FEW_ELEMENTS] or learned[:1]
+    return torch.autograd.grad(probed(model).float().sum(), few, allow_unused=True)
 
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:

@@ -35,6 +35,11 @@ def engine_config(config: LearnerConfig, dtype: Dtype, stage: int) -> dict[str, 
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
+    settings = engine["zero_optimization"]
+    if config.offload_optimizer:
+        settings["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if stage == 3:
+        settings["zero_hpz_partition_size"] = config.zero_hpz_partition_size
     if stage:
         engine["data_types"] = {"grad_accum_dtype": "fp32"}
     if stage == 1:
@@ -60,7 +65,8 @@ def gather_for_heads(model: nn.Module) -> None:
 
 
 def optimizer_of(model: nn.Module, config: LearnerConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov 2019) of all that learns."""
+    """AdamW (Loshchilov 2019) of all that learns. The same one updates in host memory: torch's fused kernel needs no
+    compiler there, unlike DeepSpeed's."""
     return torch.optim.AdamW(
         _parameter_groups(model, config.weight_decay),
         lr=config.learning_rate,
