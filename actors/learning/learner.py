@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from actors.learning import distributed, precision
 from actors.learning.distributed import deepspeed

@@ -117,7 +117,11 @@ def test_one_call_for_the_rows_of_a_line_is_what_rows_alone_are(
     monkeypatch: pytest.MonkeyPatch, heads: int, groups: int
 ) -> None:
     given = [x[:1].detach().requires_grad_() for x in inputs(9, heads=heads, groups=groups)]
-    line = {name: value for name, value in arguments([4, 1, 4], torch.device("cpu")).items() if "seq" in name or "length" in name}
+    line = {
+        name: value
+        for name, value in arguments([4, 1, 4], torch.device("cpu")).items()
+        if "seq" in name or "length" in name
+    }
     expected, _ = attend(Module(), *given, None, scaling=0.3, **line)
     monkeypatch.setattr(attention, "varlen_attn", rows_by_the_contract)
     monkeypatch.setattr(attention, "_has_kernel_for_rows", lambda query, value: True)

@@ -43,7 +43,7 @@ def output(learner: Learner) -> Tensor:
     return learner.pass_through(probe(learner._model, CPU))[0].clone()
 
 
-def rested_and_not(mine: Group, causal: Path, folder: Path, cases: Any) -> Any:  # noqa: ARG001 (as by_world calls it)
+def rested_and_not(mine: Group, causal: Path, folder: Path, cases: Any) -> Any:
     """Per case: weights without a rest and with, outputs in a half rest and without, bytes held awake, half, at rest"""
     zero.PERSISTENT_ELEMENTS = 0
     resting._BLOCK_BYTES = 1 << 16  # several blocks, and storages that lie on their edges

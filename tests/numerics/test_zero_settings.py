@@ -19,9 +19,9 @@ from tests.numerics.ranks import run_ranks
 from tests.numerics.test_save_and_load import CONFIG, learn, weights
 from tests.tiny import tiny_llama
 
-CASES = [
-    (stage, dtype, {"offload_optimizer": True}) for stage in (1, 2, 3) for dtype in ("float32", "bfloat16")
-] + [(3, dtype, {"zero_hpz_partition_size": 2}) for dtype in ("float32", "bfloat16")]
+CASES = [(stage, dtype, {"offload_optimizer": True}) for stage in (1, 2, 3) for dtype in ("float32", "bfloat16")] + [
+    (3, dtype, {"zero_hpz_partition_size": 2}) for dtype in ("float32", "bfloat16")
+]
 STEPS = 4
 
 
@@ -53,13 +53,18 @@ def with_and_without(mine: Group, causal: Path, folder: Path) -> dict[Any, Any]:
         resumed = make(causal, stage, dtype, settings)
         resumed.load(place)
         learn(resumed, range(2, STEPS))
-        found[key(stage, dtype, settings)] = (start, weights(plain), weights(learner), weights(resumed), _refuses(learner))
+        found[key(stage, dtype, settings)] = (
+            start,
+            weights(plain),
+            weights(learner),
+            weights(resumed),
+            _refuses(learner),
+        )
     return found
 
 
 def _refuses(learner: Learner) -> bool:
     before = weights(learner)
-    learner.config.__dict__["max_grad_norm"] = 1.0
     original = learner._engine.backward
 
     def poisoned(loss: torch.Tensor, **options: Any) -> Any:
