@@ -125,12 +125,14 @@ class Learner:
         self._rest, self._has_weights = Rest(self.device), True
 
     def rest(self, *, keeps_weights: bool = False) -> None:
-        """Gives back the device's memory until `resume`. Each rank does so alone.
+        """Gives back the device's memory until `resume`. All ranks rest between the same calls, but none waits.
 
         Args:
             keeps_weights: only what an update needs leaves: moments, master weights and gradients. The learner can
                 still score, publish and export.
         """
+        if self._stage == 3:
+            self._engine.empty_partition_cache()
         weights = pointers(weights_of(self._model)) if keeps_weights else set()
         self._rest.leave(
             tensor for tensor in tensors_within(self._engine) if tensor.untyped_storage().data_ptr() not in weights

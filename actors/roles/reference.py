@@ -36,7 +36,7 @@ class ReferenceWorker:
         self._shares_prompts = context.algorithm.compares_samples and can_share(language_model)
         model = PolicyModel(language_model, temperature=context.temperature).eval().requires_grad_(False)
         self._model: Any = _shard(model, dtype) if reference.sharded else model.to(group.device)
-        self._rest = Rest(group.device)
+        self._rest, self._is_sharded = Rest(group.device), reference.sharded
 
     def logprobs(self, table: pa.Table, share: Share | None = None) -> pa.Table:
         """Table of schema.LOGPROBS for a share of a rollout table; see PolicyWorker.logprobs."""
@@ -57,6 +57,8 @@ class ReferenceWorker:
 
     def rest(self) -> None:
         """Gives back the device's memory until `resume`."""
+        if self._is_sharded:
+            self._model.empty_partition_cache()
         self._rest.leave(tensors_within(self._model))
 
     def resume(self) -> None:

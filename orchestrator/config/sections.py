@@ -177,8 +177,8 @@ class TrainingConfig(Section):
     pass gathers without the network between nodes (ZeRO++, Wang 2023): the ranks per node, or 1 for no copy. Takes 2
     bytes per parameter, divided by this number."""
     liger: bool = False
-    """Norms and MLPs by Liger's kernels (Hsu 2024), of package liger-kernel; only on GPUs, only for architectures that it
-    supports. Changes the last bits."""
+    """Norms and MLPs by Liger's kernels (Hsu 2024), of package liger-kernel; only on GPUs and for architectures that
+    it supports. Changes the last bits."""
     lora: LoraConfig = LoraConfig()
 
     def contradictions(self, name: str) -> Iterator[str]:

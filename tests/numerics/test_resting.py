@@ -13,30 +13,33 @@ from torch import Tensor
 
 from actors.learning import distributed, resting, zero
 from actors.learning.distributed import Group
-from actors.learning.heads import probe
+from actors.learning.heads import PolicyModel, probe
 from actors.learning.learner import Learner
 from actors.learning.objectives.objective import LearnJob
 from actors.learning.resting import Rest
+from actors.models.model import load_causal, torch_dtype
 from actors.roles.policy import PolicyWorker
 from actors.roles.reference import ReferenceWorker
 from orchestrator.algorithms.ppo import Ppo
+from orchestrator.config.base import Dtype
 from orchestrator.config.sections import CriticConfig, LoraConfig, PolicyConfig, ReferenceConfig
 from tests.numerics.ranks import by_world, context, group
 from tests.numerics.samples import experience, rollout
-from tests.numerics.test_save_and_load import learn, make, weights
+from tests.numerics.test_save_and_load import CONFIG, learn, weights
 from tests.tiny import tiny_llama
 
 CPU = torch.device("cpu")
 STAGES = (0, 1, 2, 3)
+STEPS = 2
 CASES = [(stage, dtype) for stage in STAGES for dtype in ("bfloat16", "float32")]
 
 
-def held() -> int:
-    """Bytes of all tensors of this process."""
+def storages() -> dict[int, torch.UntypedStorage]:
+    """Of all tensors of this process."""
     gc.collect()
     tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor) and found.device == CPU]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    found = [tensor.untyped_storage() for tensor in tensors]
+    return {storage._cdata: storage for storage in found}
 
 
 def output(learner: Learner) -> Tensor:
@@ -47,31 +50,44 @@ def rested_and_not(mine: Group, causal: Path, folder: Path, cases: Any) -> Any:
     """Per case: weights without a rest and with, outputs in a half rest and without, bytes held awake, half, at rest"""
     zero.PERSISTENT_ELEMENTS = 0
     resting._BLOCK_BYTES = 1 << 16  # several blocks, and storages that lie on their edges
-    found = {}
-    for stage, dtype in cases:
-        straight = make(causal, stage, dtype)
-        learn(straight, range(3))
-        before = held()
-        learner = make(causal, stage, dtype)
-        sizes = []
-        for step in range(3):
-            learner.rest()
-            learner.resume()
-            learn(learner, [step])
-            sizes = [held() - before]
-            awake = output(learner)
-            learner.rest(keeps_weights=True)
-            sizes.append(held() - before - _on_the_host(learner))
-            half = output(learner)
-            learner.rest()
-            sizes.append(held() - before - _on_the_host(learner))
-            learner.resume()
-        found[stage, dtype] = (weights(straight), weights(learner), awake, half, sizes)
-    return found
+    return {case: (_never_rested(causal, *case), *_rested(causal, *case)) for case in cases}
 
 
-def _on_the_host(learner: Learner) -> int:
-    return sum(block.nbytes for block in learner._rest._blocks)
+def make(causal: Path, stage: int, dtype: Dtype) -> Learner:
+    """With weights in memory of their own, as on a GPU, and not in a mapped file."""
+    model = PolicyModel(load_causal(causal, torch_dtype(dtype)), temperature=1.0)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return Learner(model, CONFIG.model_copy(update={"zero_stage": stage}), dtype=dtype, total_optimizer_steps=8)
+
+
+def _never_rested(causal: Path, stage: int, dtype: Dtype) -> dict[str, Tensor]:
+    learner = make(causal, stage, dtype)
+    learn(learner, range(STEPS))
+    return weights(learner)
+
+
+def _rested(causal: Path, stage: int, dtype: Dtype) -> tuple[dict[str, Tensor], Tensor, Tensor, list[int]]:
+    before = storages()
+    learner = make(causal, stage, dtype)
+
+    def size() -> int:
+        others = before.keys() | {block.untyped_storage()._cdata for block in learner._rest._blocks}
+        return sum(storage.nbytes() for key, storage in storages().items() if key not in others)
+
+    for step in range(STEPS):
+        learner.rest()
+        learner.resume()
+        learn(learner, [step])
+        awake = output(learner)
+        sizes = [size()]
+        learner.rest(keeps_weights=True)
+        sizes.append(size())
+        half = output(learner)
+        learner.rest()
+        sizes.append(size())
+        learner.resume()
+    return weights(learner), awake, half, sizes
 
 
 @pytest.fixture(scope="module")
