@@ -30,7 +30,8 @@ def compute_the_same_bits(work: Callable[[], Any]) -> bool:
     Returns:
         Whether it has.
     """
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    memory: Any = torch.utils.deterministic
+    memory.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(True)
     try:
         work()

@@ -137,7 +137,7 @@ def _rows_of_one_line(
 ) -> Tensor:
     """(1, T, H, K): causal attention in each row between two bounds."""
     query_THK, key_TGK, value_TGK = (x[0].transpose(0, 1) for x in (query_1HTK, key_1GTK, value_1GTK))
-    out_THK: Tensor = varlen_attn(
+    out_THK: Any = varlen_attn(
         query_THK,
         key_TGK,
         value_TGK,
@@ -149,7 +149,8 @@ def _rows_of_one_line(
         window_size=(-1, 0),
         enable_gqa=query_THK.shape[1] != key_TGK.shape[1],
     )
-    return out_THK.unsqueeze(0)
+    out_1THK: Tensor = out_THK.unsqueeze(0)
+    return out_1THK
 
 
 def has_full_attention(language_model: Any) -> bool:
