@@ -43,7 +43,6 @@ Loss = Callable[[Any, MicroBatch], LossTerms]
 _TAG = "deepspeed"
 _SUMMARY = "learner.json"
 _PART_ELEMENTS = 1 << 18
-_FEW_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -98,11 +97,6 @@ class Learner:
         if config.gradient_checkpointing:
             model.checkpoint_gradients()
         require_steady(model, partial(probed, model))
-        if torch.cuda.is_available():
-            model.to(torch.device("cuda", torch.cuda.current_device()))
-            precision.compute_the_same_bits(partial(_gradients, model))
-        if config.liger:
-            use_liger(self._pretrained, partial(probed, model))
         if self._stage == 3:
             gather_for_heads(model)
         self._engine = distributed.initialize(
@@ -123,6 +117,15 @@ class Learner:
             self._engine.optimizer.optimizer.state.clear()
         self.device: torch.device = self._engine.device
         self._rest, self._has_weights = Rest(self.device), True
+        if config.liger:
+            use_liger(self._pretrained, self._probed)
+        if self.device.type == "cuda":
+            precision.compute_the_same_bits(self._probed)
+
+    def _probed(self) -> Tensor:
+        """The output on a few tokens. With ZeRO-3 all ranks compute it together."""
+        found: tuple[Tensor, Tensor] = self.pass_through(probe(self._model, self.device))
+        return found[0]
 
     def rest(self, *, keeps_weights: bool = False) -> None:
         """Gives back the device's memory until `resume`. All ranks rest between the same calls, but none waits.
@@ -364,7 +367,7 @@ class Learner:
         Raises:
             StorageError: see export_model; raised on all ranks.
         """
-        expected = self.pass_through(probe(self._model, self.device))[0]
+        expected = self._probed()
         state = {name: tensor for name, tensor in self.full_weights() if self.rank == 0}
         learned = self._learned_weights() if self._adapters else {}
 
@@ -400,13 +403,6 @@ class Learner:
         dist.all_gather_object(problems, problem)
         if problems[0] is not None:
             raise problems[0]
-
-
-def _gradients(model: PolicyModel | ValueModel) -> tuple[Tensor | None, ...]:
-    """Those of small parameters on a few tokens."""
-    learned = sorted((p for p in model.parameters() if p.requires_grad), key=Tensor.numel)
-    few = [parameter for parameter in learned if parameter.numel() <= _FEW_ELEMENTS] or learned[:1]
-    return torch.autograd.grad(probed(model).float().sum(), few, allow_unused=True)
 
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Settings of learners on a GPU: memory that a rest gives back, equal bits, packed rows, and the optimizer on the host."""
+"""Learners on a GPU: memory that a rest gives back, equal bits, packed rows, the optimizer on the host."""
 
 from __future__ import annotations
 
