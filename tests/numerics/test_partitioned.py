@@ -27,6 +27,7 @@ from actors.models.model import load_causal, load_scorer
 from actors.text.tokenizing import load_tokenizer
 from actors.weights.manifest import pack, plan
 from orchestrator.config.sections import LearnerConfig, LoraConfig
+from orchestrator.errors import StorageError
 from orchestrator.planning.balance import plan_minibatches
 from tests.families import tiny_folder
 from tests.numerics.ranks import group, run_ranks
@@ -193,7 +194,7 @@ def measure(mine: Group, folders: Mapping[str, Path], place: Path, stages: tuple
             facts["resumed"] = dict(resumed.full_weights())
             load = load_scorer if case.scores else load_causal
             facts["exported"] = load(here / "export", torch.float32).state_dict()
-            found[name, stage] = facts
+            found[name, stage] = facts | {"model": folder, "saved": here / "saved"}
     return found
 
 
@@ -253,3 +254,10 @@ def test_a_reload_continues_with_the_same_bits_and_an_export_holds_them(measured
     for tensor, weight in found["weights"].items():
         assert torch.equal(found["resumed"][tensor], weight), tensor
         assert torch.equal(found["exported"][tensor], weight), tensor
+
+
+def test_a_checkpoint_of_two_ranks_is_refused_by_one(measured: Any) -> None:
+    name = "policy, tied embeddings"
+    facts = measured["two"][name, 3]
+    with pytest.raises(StorageError, match=r"world_size=2 \(now 1\).*start a new run from the exported weights"):
+        make(CASES[name], facts["model"], 3).load(facts["saved"])
