@@ -23,6 +23,7 @@ import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__
 from deepspeed.runtime import compiler
 
+from actors.learning import precision
 from actors.machine.network import interface_towards
 from orchestrator.errors import RlhfError
 
@@ -67,6 +68,7 @@ def join(group: Group) -> None:
         torch.distributed.DistError: the others did not join within `timeout_s`.
     """
     torch.set_num_threads(group.threads)
+    precision.settle()
     os.environ |= {
         "RANK": str(group.rank),
         "WORLD_SIZE": str(group.world_size),

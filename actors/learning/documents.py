@@ -6,7 +6,7 @@
 
 The result equals that of separate rows up to rounding. `arguments` is the one place that says where rows begin, in
 the terms of transformers' kernels for sequences of different lengths (`cu_seq_lens_q` and so on; Dao 2023,
-FlashAttention-2). On CPUs actors/models/attention.py reads them (docs/adr/0017-packing.md).
+FlashAttention-2). actors/models/attention.py reads them (docs/adr/0017-packing.md).
 
 Shapes: T tokens of all rows of a micro-batch.
 """
@@ -30,18 +30,16 @@ def arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
     """What a model of transformers takes with one line (1, T) of rows with these numbers of tokens."""
     positions = np.concatenate([np.arange(length) for length in lengths])
     bounds = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=device)
-    found = {
+    return {
         "position_ids": torch.from_numpy(positions)[None].to(device),
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
-    }
-    if device.type == "cpu":
         # Four axes: transformers hands it on instead of making a mask of T x T, and the kernel does not read it.
         # With a model that keeps the bounds from the kernel all tokens see each other, which `can_pack` finds out.
-        found["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-    return found
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+    }
 
 
 def can_pack(language_model: Any) -> bool:
@@ -52,8 +50,7 @@ def can_pack(language_model: Any) -> bool:
     """
     device = next(language_model.parameters()).device
     kernel = language_model.config.get_text_config()._attn_implementation
-    takes_bounds = kernel == NAME if device.type == "cpu" else kernel.startswith("flash_attention")
-    if not takes_bounds or not has_full_attention(language_model):
+    if kernel != NAME or not has_full_attention(language_model):
         return False
     states = partial(states_of, language_model)
     line = [token for row in _PROBE for token in row]

@@ -5,7 +5,8 @@ Shapes: N selected positions, D hidden size, V vocabulary, B rows, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -100,13 +101,19 @@ class OwnLogProbs(nn.Module):
     """The same for models whose logits are more than hidden states times a matrix (scaled, capped, biased): uses the
     model's own forward, a chunk of positions at a time. Backward computes the logits of a chunk again.
 
-    Holds no parameters: they belong to the language model, whose modules ZeRO-3 gathers.
+    Owns no parameters: they belong to the language model. ZeRO-3 must gather those in `read` for this module: ranks
+    have different numbers of chunks, so that modules called by chunk can't gather together.
     """
 
     def __init__(self, language_model: Any, *, temperature: float, chunk: int) -> None:
         super().__init__()
         self._logits = partial(own_logits, language_model)  # a partial: the model must not become a submodule
         self.temperature, self.chunk = temperature, chunk
+        token = torch.zeros(1, 1, dtype=torch.long, device=language_model.device)
+        with torch.no_grad():
+            hidden_ND = language_model.get_decoder()(input_ids=token, use_cache=False).last_hidden_state[0]
+        with torch.enable_grad():
+            self.read = _parameters_behind(self._logits(hidden_ND))
 
     def forward(self, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
         parts = [
@@ -120,13 +127,45 @@ class OwnLogProbs(nn.Module):
         return log_p.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
 
 
+def _parameters_behind(output: Tensor) -> tuple[nn.Parameter, ...]:
+    """The parameters from which a tensor was computed."""
+    found: list[nn.Parameter] = []
+    nodes, seen = [output.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        nodes += [follower for follower, _ in node.next_functions]
+    return tuple(found)
+
+
 def own_logits(language_model: Any, hidden_ND: Tensor) -> Tensor:
     """Logits of a causal LM from given hidden states: its forward with a replaced decoder output."""
     unread = 1 if language_model.config.pad_token_id == 0 else 0  # transformers warns about padding
     positions = torch.full((1, len(hidden_ND)), unread, device=hidden_ND.device)
-    with _answering(language_model.get_decoder(), hidden_ND.unsqueeze(0)):
+    decoder = language_model.get_decoder()
+    inside = set(decoder.modules()) - {decoder}
+    outside = [module for module in language_model.modules() if module not in inside]
+    with _answering(decoder, hidden_ND.unsqueeze(0)), _without_hooks(outside):
         logits: Tensor = language_model(input_ids=positions, use_cache=False).logits
     return logits[0]
+
+
+@contextmanager
+def _without_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Modules compute without their forward hooks, by which ZeRO-3 gathers parameters with the other ranks."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    kept = [(module, name, vars(module)[name]) for module in modules for name in names]
+    for module, name, _ in kept:
+        setattr(module, name, OrderedDict())
+    try:
+        yield
+    finally:
+        for module, name, hooks in kept:
+            setattr(module, name, hooks)
 
 
 class _Answer(BaseModelOutputWithPast):

@@ -14,18 +14,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from actors.learning import distributed
+from actors.learning import distributed, precision
 from actors.learning.distributed import deepspeed
 from actors.learning.heads import PolicyModel, ValueModel, probe, probed
 from actors.learning.objectives.losses import LossTerms
 from actors.learning.packing import MicroBatch
+from actors.learning.resting import Rest, pointers, tensors_within, weights_of
 from actors.learning.saving import drop_frozen, full_disks, load_learned
+from actors.learning.zero import engine_config, gather_for_heads, optimizer_of
 from actors.models.adapter_files import FOLDER as ADAPTER
 from actors.models.adapter_files import write_adapter
 from actors.models.adapters import adapt, adapters_of, select, switched_off
 from actors.models.export import export_model, named_state
+from actors.models.liger import use_liger
 from actors.models.proofs import require_steady
 from actors.models.safe_loading import SafeCheckpointEngine
 from orchestrator.config.base import Dtype
@@ -40,7 +43,6 @@ Loss = Callable[[Any, MicroBatch], LossTerms]
 _HOST = torch.device("cpu")
 _TAG = "deepspeed"
 _SUMMARY = "learner.json"
-_BUCKET_ELEMENTS = 50_000_000
 _PART_ELEMENTS = 1 << 18
 
 
@@ -85,7 +87,9 @@ class Learner:
         self.config, self.dtype, self._total_optimizer_steps = config, dtype, total_optimizer_steps
         self.optimizer_steps = 0
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._stage = effective_zero_stage(config.zero_stage, dtype=dtype, ranks=self.world_size)
+        self._stage = effective_zero_stage(
+            config.zero_stage, dtype=dtype, ranks=self.world_size, offloads=config.offload_optimizer
+        )
         self._model, self._pretrained = model, model.pretrained
         if config.lora.rank:
             adapt(model, config.lora, name=name, seed=seed, forward=partial(probed, model))
@@ -94,19 +98,15 @@ class Learner:
         if config.gradient_checkpointing:
             model.checkpoint_gradients()
         require_steady(model, partial(probed, model))
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(model, config.weight_decay),
-            lr=config.learning_rate,
-            betas=config.adam_betas,
-            fused=True,  # on CPUs too: otherwise each step allocates three temporaries as large as the master weights
-        )
+        if self._stage == 3:
+            gather_for_heads(model)
         self._engine = distributed.initialize(
-            model=model, optimizer=optimizer, config=_engine_config(config, dtype, self._stage)
+            model=model, optimizer=optimizer_of(model, config), config=engine_config(config, dtype, self._stage)
         )
         self._engine.checkpoint_engine = SafeCheckpointEngine(self._engine._config)
         if self._is_plain_optimizer and self.world_size == 1:
             self._engine.enable_backward_allreduce = False  # it copies gradients even if there is nothing to add
-        if self._stage == 1 and dtype == "bfloat16":
+        if self._stage == 1 and dtype == "bfloat16" and not config.offload_optimizer:
             # This wrapper's step clears its fp32 gradients, and the engine then clears them a second time. Before each
             # backward it fills the bf16 gradients with zeros, which autograd then reads. Both cost a pass over memory.
             # Remove this when DeepSpeed's BF16_Optimizer skips cleared gradients and frees accumulated ones.
@@ -117,9 +117,43 @@ class Learner:
             # This wrapper allocates Adam's state with a zero-gradient step, which the bias correction would count.
             self._engine.optimizer.optimizer.state.clear()
         self.device: torch.device = self._engine.device
+        self._rest, self._has_weights = Rest(self.device), True
+        if config.liger:
+            use_liger(self._pretrained, self._probed)
+        if self.device.type == "cuda":
+            precision.compute_the_same_bits(self._probed)
+
+    def _probed(self) -> Tensor:
+        """The output on a few tokens. With ZeRO-3 all ranks compute it together."""
+        found: tuple[Tensor, Tensor] = self.pass_through(probe(self._model, self.device))
+        return found[0]
+
+    def rest(self, *, keeps_weights: bool = False) -> None:
+        """Gives back the device's memory until `resume`. All ranks rest between the same calls, but none waits.
+
+        Args:
+            keeps_weights: only what an update needs leaves: moments, master weights and gradients. The learner can
+                still score, publish and export.
+        """
+        if self._stage == 3:
+            self._engine.empty_partition_cache()
+        weights = pointers(weights_of(self._model)) if keeps_weights else set()
+        self._rest.leave(
+            tensor for tensor in tensors_within(self._engine) if tensor.untyped_storage().data_ptr() not in weights
+        )
+        self._has_weights = self._has_weights and keeps_weights
+
+    def resume(self) -> None:
+        """Undoes `rest`, bit by bit. Nothing happens without a `rest`."""
+        self._rest.come_back()
+        self._has_weights = True
+
+    def _require_states(self) -> None:
+        assert not self._rest.num_bytes, "the learner rests; call resume first"
 
     def _take_turn(self) -> None:
         """Makes a shared trunk compute with this learner's adapters."""
+        assert self._has_weights, "the learner rests without its weights; call resume first"
         if self._adapters and not next(iter(self._adapters.values())).is_on:
             select(self._model, self._name)
 
@@ -152,6 +186,7 @@ class Learner:
             NonFiniteError: a loss or the global gradient norm is NaN or infinite. Raised on all ranks before the
                 update is applied; this learner can't be used afterwards.
         """
+        self._require_states()
         self._take_turn()
         self._engine.train()
         sums: dict[str, float] = {}
@@ -233,6 +268,7 @@ class Learner:
         Raises:
             StorageError: full disk or missing permission.
         """
+        self._require_states()
         self._take_turn()
         with writing(folder), full_disks(folder):
             self._engine.save_checkpoint(
@@ -266,6 +302,7 @@ class Learner:
                 f"{folder} was saved with {', '.join(wrong)}. Optimizer shards fit only the saved shape: "
                 "continue with that shape, or start a new run from the exported weights."
             )
+        self._require_states()
         self._take_turn()
         loaded, client_state = self._engine.load_checkpoint(
             str(folder), tag=_TAG, custom_load_fn=load_learned if self._adapters else None
@@ -296,6 +333,7 @@ class Learner:
             device: of the tensors.
             is_kept: False on a rank that only takes part in gathering: its tensors are empty.
         """
+        self._take_turn()
         for name, tensor in named_state(self._pretrained):
             adapter = self._adapters.get(name)
             with self._gathered([tensor, *(adapter.parameters() if adapter else ())]):
@@ -353,7 +391,7 @@ class Learner:
         Raises:
             StorageError: see export_model; raised on all ranks.
         """
-        expected = self.pass_through(probe(self._model, self.device))[0]
+        expected = self._probed()
         state = {name: tensor for name, tensor in self.full_weights() if self.rank == 0}
         learned = self._learned_weights() if self._adapters else {}
 
@@ -395,41 +433,6 @@ def _sum_of_squares(gradient: Tensor) -> Tensor:
     """In fp64, as ZeRO, in parts that fit a cache: a norm of 135 million numbers takes a quarter of the time."""
     parts = (part.double() for part in gradient.flatten().split(_PART_ELEMENTS))
     return torch.stack([part.dot(part) for part in parts]).sum()
-
-
-def _engine_config(config: LearnerConfig, dtype: Dtype, stage: int) -> dict[str, Any]:
-    engine: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "bf16": {"enabled": dtype == "bfloat16"},
-        "gradient_clipping": 0.0 if stage == 0 and dtype == "float32" else config.max_grad_norm,
-        "zero_optimization": {
-            "stage": stage,
-            "overlap_comm": torch.cuda.is_available(),
-            "reduce_bucket_size": _BUCKET_ELEMENTS,
-            "allgather_bucket_size": _BUCKET_ELEMENTS,
-        },
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": None,
-    }
-    if stage:
-        engine["data_types"] = {"grad_accum_dtype": "fp32"}
-    if stage == 1:
-        # Otherwise gradients accumulated in fp32 are rounded to bf16 for communication, even on a single rank.
-        engine["communication_data_type"] = "fp32"
-    return engine
-
-
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Excludes norms and biases from weight decay."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not weight_decay:
-        return [{"params": parameters, "weight_decay": 0.0}]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 def _collect(terms: LossTerms, weight: float, sums: dict[str, float], maxima: dict[str, float]) -> None:

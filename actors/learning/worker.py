@@ -163,6 +163,13 @@ class LearningWorker:
     def export(self, folder: Path) -> None:
         self.learner.export(folder, self.tokenizer)
 
+    def rest(self, *, keeps_weights: bool = False) -> None:
+        """Gives back the device's memory while others compute; see Learner.rest."""
+        self.learner.rest(keeps_weights=keeps_weights)
+
+    def resume(self) -> None:
+        self.learner.resume()
+
     def full_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         return self.learner.full_weights(dtype)
 

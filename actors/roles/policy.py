@@ -82,6 +82,17 @@ class PolicyWorker(LearningWorker):
     def critic_load(self, folder: Path) -> None:
         self.critic.load(folder)
 
+    def rest(self, *, keeps_weights: bool = False) -> None:
+        """With the critic on its trunk."""
+        super().rest(keeps_weights=keeps_weights)
+        if self._critic is not None:
+            self._critic.rest(keeps_weights=keeps_weights)
+
+    def resume(self) -> None:
+        super().resume()
+        if self._critic is not None:
+            self._critic.resume()
+
     def save(self, folder: Path) -> None:
         super().save(folder)
         if self._average is not None:

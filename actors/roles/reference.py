@@ -7,12 +7,14 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from actors.learning import distributed
+from actors.learning import distributed, precision
 from actors.learning.distributed import Group
 from actors.learning.heads import PolicyModel
 from actors.learning.packing import MicroBatch, TokenRows
+from actors.learning.resting import Rest, tensors_within
 from actors.learning.sharing import can_share
 from actors.learning.worker import RankContext, Share, answers
+from actors.learning.zero import frozen_config, gather_for_heads
 from actors.models.model import load_causal, resolve_model, torch_dtype
 from actors.roles.policy import logprobs_table
 from orchestrator.config.base import Dtype
@@ -25,6 +27,7 @@ class ReferenceWorker:
     def __init__(self, reference: ReferenceConfig, context: RankContext, group: Group) -> None:
         self.group, self._micro_batch_tokens = group, reference.micro_batch_tokens
         torch.set_num_threads(group.threads)
+        precision.settle()
         if reference.sharded:
             distributed.join(group)
         dtype = context.model.compute_dtype
@@ -33,6 +36,7 @@ class ReferenceWorker:
         self._shares_prompts = context.algorithm.compares_samples and can_share(language_model)
         model = PolicyModel(language_model, temperature=context.temperature).eval().requires_grad_(False)
         self._model: Any = _shard(model, dtype) if reference.sharded else model.to(group.device)
+        self._rest, self._is_sharded = Rest(group.device), reference.sharded
 
     def logprobs(self, table: pa.Table, share: Share | None = None) -> pa.Table:
         """Table of schema.LOGPROBS for a share of a rollout table; see PolicyWorker.logprobs."""
@@ -51,17 +55,22 @@ class ReferenceWorker:
             ],
         )
 
+    def rest(self) -> None:
+        """Gives back the device's memory until `resume`."""
+        if self._is_sharded:
+            self._model.empty_partition_cache()
+        self._rest.leave(tensors_within(self._model))
+
+    def resume(self) -> None:
+        self._rest.come_back()
+
     def _forward(self, micro: MicroBatch) -> Any:
         with torch.no_grad():
             return self._model(micro)
 
 
 def _shard(model: PolicyModel, dtype: Dtype) -> Any:
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": dtype == "bfloat16"},
-        "zero_optimization": {"stage": 3},
-    }
-    engine = distributed.initialize(model=model, config=config)
+    gather_for_heads(model)
+    engine = distributed.initialize(model=model, config=frozen_config(dtype))
     engine.eval()
     return engine

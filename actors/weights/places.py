@@ -63,15 +63,6 @@ class View:
     def num_elements(self) -> int:
         return prod(self.shape)
 
-    @property
-    def is_contiguous(self) -> bool:
-        expected = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if stride != expected:
-                return False
-            expected *= size
-        return True
-
 
 @dataclass(frozen=True)
 class Place:

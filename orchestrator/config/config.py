@@ -35,6 +35,7 @@ from orchestrator.config.sections import (
     ScoreConfig,
     SelectConfig,
     TelemetryConfig,
+    TrainingConfig,
 )
 from orchestrator.config.stages import StageEntry, in_rounds
 from orchestrator.config.trainings import (
@@ -124,5 +125,8 @@ def _contradictions(config: Config) -> Iterable[str]:
     yield from config.placement.contradictions(config.rl)
     yield from config.publish.contradictions(config.policy, config.rollout, config.placement)
     yield from config.environment.contradictions(config.reward)
+    for name, section in config:
+        if isinstance(section, TrainingConfig):
+            yield from section.contradictions(name)
     turns = config.environment.turns()
     yield from config.guards.contradictions(config.rl, config.rollout, config.reward, turns)

@@ -169,7 +169,42 @@ class TrainingConfig(Section):
     """Largest padded micro-batch, in tokens."""
     gpus_per_rank: NonNegativeNumber = 0.0
     """GPUs of one rank."""
+    offload_optimizer: bool = False
+    """Keep master weights, moments and accumulated gradients in the host's memory, and update there: 16 bytes less per
+    parameter and GPU, divided by the ranks; slower. Needs GPUs, and zero_stage 1 to 3."""
+    zero_hpz_partition_size: Positive = 1
+    """With zero_stage=3, ranks of one node that together keep a second copy of the weights, from which the backward
+    pass gathers without the network between nodes (ZeRO++, Wang 2023): the ranks per node, or 1 for no copy. Takes 2
+    bytes per parameter, divided by this number."""
+    liger: bool = False
+    """Norms and MLPs by Liger's kernels (Hsu 2024), of package liger-kernel; only on GPUs and for architectures that
+    it supports. Changes the last bits."""
     lora: LoraConfig = LoraConfig()
+
+    def contradictions(self, name: str) -> Iterator[str]:
+        """Of the section called `name`."""
+        for key in ("offload_optimizer", "liger"):
+            if getattr(self, key) and not self.gpus_per_rank:
+                yield (
+                    f"{name}.{key}=true needs GPUs, and {name}.gpus_per_rank is 0. Set {name}.{key}=false, or give "
+                    f"{name}.gpus_per_rank."
+                )
+        if self.offload_optimizer and not self.zero_stage:
+            yield (
+                f"{name}.offload_optimizer=true with {name}.zero_stage=0: stage 0 keeps all states on the GPU. Set "
+                f"{name}.zero_stage=1 or higher."
+            )
+        size = self.zero_hpz_partition_size
+        if size > 1 and self.zero_stage < 3:
+            yield (
+                f"{name}.zero_hpz_partition_size={size} with {name}.zero_stage={self.zero_stage}: only stage 3 gathers "
+                f"weights. Set {name}.zero_stage=3, or {name}.zero_hpz_partition_size=1."
+            )
+        if self.ranks % size:
+            yield (
+                f"{name}.zero_hpz_partition_size={size} does not divide {name}.ranks={self.ranks}. Set it to the ranks "
+                "of one node."
+            )
 
 
 class LearnerConfig(TrainingConfig):

@@ -83,10 +83,10 @@ class Memory:
         return self.on_device + self.process
 
 
-def effective_zero_stage(zero_stage: int, *, dtype: Dtype, ranks: int) -> int:
+def effective_zero_stage(zero_stage: int, *, dtype: Dtype, ranks: int, offloads: bool = False) -> int:
     """The stage that a learner uses: 0 instead of 1 and 2 on a single rank in fp32, which has nothing to shard and no
-    master weights. These stages would only copy gradients and weights."""
-    return 0 if ranks == 1 and dtype == "float32" and zero_stage < 3 else zero_stage
+    master weights. These stages would only copy gradients and weights. Stage 0 can't have its optimizer on the host."""
+    return 0 if ranks == 1 and dtype == "float32" and zero_stage < 3 and not offloads else zero_stage
 
 
 def learner_memory(

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from actors.learning import zero
 from actors.learning.objectives.objective import LearnJob
 from actors.roles.critic import CriticWorker
 from actors.roles.policy import PolicyWorker
@@ -21,6 +22,7 @@ ROWS = [(3, 9), (12, 30), (2, 1), (5, 14), (7, 4)]  # odd: the ranks' shares dif
 
 
 def one_step(mine, causal: Path, scorer: Path):
+    zero.PERSISTENT_ELEMENTS = 0  # parameters really lie in parts
     learning = {"zero_stage": 3, "learning_rate": 1e-3, "gradient_checkpointing": True, "micro_batch_tokens": 40}
     parts = context(causal, PPO, dtype="bfloat16")
     policy = PolicyWorker(PolicyConfig(**learning), parts, mine)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
+from actors.learning.documents import arguments
+from actors.models import attention
 from actors.models.attention import NAME, SHORT, ShortCausalAttention, attend
 from actors.models.model import load_causal
 from tests.tiny import tiny_llama
@@ -90,3 +94,38 @@ def test_a_loaded_model_uses_it_and_does_not_save_its_name(tmp_path: Path) -> No
     assert len(used) == model.config.num_hidden_layers
     model.save_pretrained(tmp_path / "saved")
     assert NAME not in (tmp_path / "saved" / "config.json").read_text(encoding="utf-8")
+
+
+def rows_by_the_contract(query_THK, key_TGK, value_TGK, *arguments, **options):
+    """What torch documents of varlen_attn, row by row; arguments that its signature does not have are refused."""
+    given = inspect.signature(varlen_attn).bind(query_THK, key_TGK, value_TGK, *arguments, **options).arguments
+    sizes = given["cu_seq_q"].diff().tolist()
+    assert given["cu_seq_q"].dtype == torch.int32 and max(sizes) == given["max_q"] == given["max_k"]
+    assert given["window_size"] == (-1, 0), "causal"
+    rows = zip(*(x.split(sizes) for x in (query_THK, key_TGK, value_TGK)), strict=True)
+    found = [
+        scaled_dot_product_attention(
+            *(x.transpose(0, 1) for x in row), is_causal=True, scale=given["scale"], enable_gqa=given["enable_gqa"]
+        )
+        for row in rows
+    ]
+    return torch.cat(found, dim=1).transpose(0, 1)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 4)])
+def test_one_call_for_the_rows_of_a_line_is_what_rows_alone_are(
+    monkeypatch: pytest.MonkeyPatch, heads: int, groups: int
+) -> None:
+    given = [x[:1].detach().requires_grad_() for x in inputs(9, heads=heads, groups=groups)]
+    line = {
+        name: value
+        for name, value in arguments([4, 1, 4], torch.device("cpu")).items()
+        if "seq" in name or "length" in name
+    }
+    expected, _ = attend(Module(), *given, None, scaling=0.3, **line)
+    monkeypatch.setattr(attention, "varlen_attn", rows_by_the_contract)
+    monkeypatch.setattr(attention, "_has_kernel_for_rows", lambda query, value: True)
+    found, _ = attend(Module(), *given, None, scaling=0.3, **line)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    for one, other in zip(gradients(found, given), gradients(expected, given), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from actors.learning import zero
 from actors.learning.average import FILE, WeightAverage
 from actors.learning.distributed import Group
 from actors.learning.objectives.objective import LearnJob
@@ -110,6 +111,7 @@ def test_without_a_decay_nothing_is_averaged(folder: Path, tmp_path: Path) -> No
 
 
 def on_two_ranks(mine: Group, folder: Path, place: Path) -> Any:
+    zero.PERSISTENT_ELEMENTS = 0  # parameters really lie in parts
     worker = policy(folder, mine, stage=3)
     for step in range(2):
         worker.learn([experience(seed=step)], LearnJob(step, 0.0, 1.0, 0.0, seed=1))

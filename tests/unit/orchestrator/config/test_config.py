@@ -22,7 +22,7 @@ TO_GIVE = {
     "hh_rlhf": ["preferences.path=FILE"],
     **dict.fromkeys(("instruct_gpt", "zephyr", "chinese"), ["preferences.path=FILE", "demonstrations.path=FILE"]),
 }
-NUM_KEYS, MOST_KEYS = 219, 250
+NUM_KEYS, MOST_KEYS = 222, 250
 
 
 def config(**sections: Any) -> Config:
@@ -79,6 +79,25 @@ def test_keys_that_contradict_each_other_are_refused(sections: dict[str, Any], p
 
 def test_a_shard_may_part_samples_that_are_not_compared() -> None:
     assert config(rl={"samples_per_prompt": 3}, rollout={"samples_per_shard": 64}).rl.samples_per_prompt == 3
+
+
+@pytest.mark.parametrize("section", ["policy", "critic", "sft", "reward_model", "preference"])
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        ({"offload_optimizer": True}, "optimizer=true needs GPUs, and .*gpus_per_rank is 0"),
+        ({"liger": True}, "iger=true needs GPUs"),
+        ({"offload_optimizer": True, "gpus_per_rank": 1, "zero_stage": 0}, "Set .*zero_stage=1 or higher"),
+        ({"zero_hpz_partition_size": 2, "ranks": 4}, "only stage 3 gathers"),
+        ({"zero_hpz_partition_size": 4, "ranks": 6, "zero_stage": 3}, "does not divide .*ranks=6"),
+    ],
+)
+def test_settings_of_learners_that_have_no_effect_are_refused(
+    section: str, keys: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"{section}\..*{complaint}"):
+        config(**{section: keys})
+    config(**{section: {"offload_optimizer": True, "liger": True, "gpus_per_rank": 1, "zero_stage": 2}})
 
 
 @pytest.mark.parametrize("name", [path.stem for path in SHIPPED.glob("*.yaml") if path.stem != "kustomization"])
