@@ -177,6 +177,8 @@ def start_llm(folder: Path, context: EngineContext, transfer_backend: str, *, sk
         max_num_seqs=context.max_samples,
         seed=context.seed,
         tensor_parallel_size=rollout.tensor_parallel_size,
+        # By default vLLM asks Ray for the workers of an engine in a placement group, which holds the GPUs already.
+        distributed_executor_backend="mp" if rollout.tensor_parallel_size > 1 else None,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         # An explicit size also avoids the warm-up on CPUs.
         kv_cache_memory_bytes=int(rollout.kv_cache_gib * _GIB) if on_cpu else None,

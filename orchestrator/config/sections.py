@@ -289,8 +289,9 @@ class RlConfig(Section):
 
 
 class PlacementConfig(Section):
-    mode: Literal["colocated", "separate"] = "colocated"
-    """colocated: roles share cores or GPUs and take turns. separate: each role has its own."""
+    mode: Literal["colocated", "separate", "mixed"] = "colocated"
+    """colocated: roles share cores or GPUs and take turns. separate: each role has its own. mixed: engines have their
+    own, all other roles share theirs and take turns."""
     wait_s: Seconds = 20.0
     """Time limit for the cluster to answer and to have the nodes that the placement needs."""
 

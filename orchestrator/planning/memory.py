@@ -217,7 +217,7 @@ def needs(plan: Plan, memory_of: Mapping[str, Memory], offers: Mapping[str, Node
 
 
 def _on(slots: Sequence[Slot], memory_of: Mapping[str, Memory], *, gpu: bool) -> list[Memory]:
-    return [memory_of[slot.role] for slot in slots if (slot.gpu_share > 0) == gpu]
+    return [memory_of[slot.role] for slot in slots if bool(slot.gpus) == gpu]
 
 
 def too_much(found: Sequence[NodeNeed]) -> list[str]:
