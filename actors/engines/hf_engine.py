@@ -27,6 +27,7 @@ from actors.models.model import load_causal, torch_dtype
 from actors.text.conversations import load_chat
 from actors.weights.manifest import Bucket, Unpacker, WeightHeader, check_names, checksum, listed
 from orchestrator.errors import PublishError
+from orchestrator.roles import Tag
 from orchestrator.types import SampleRequest, Sampling, ShardRequest
 
 
@@ -45,6 +46,8 @@ class HfEngine:
         self._unpacker: Unpacker | None = None
         self._checksums: dict[str, str] = {}
         self._seconds: dict[str, float] = {}
+        if context.version is None:
+            self.sleep(level=2)
 
     @torch.inference_mode()
     def generate(self, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
@@ -102,13 +105,16 @@ class HfEngine:
     def version(self) -> int | None:
         return self._served.number
 
-    def sleep(self) -> None:
+    def sleep(self, level: int) -> None:
+        """Keeps the weights on the host at each level."""
         if self._context.sleeps:
+            if level > 1:
+                self._served.discard()
             self._model.to("cpu")
             torch.cuda.empty_cache()
 
-    def wake(self) -> None:
-        if self._context.sleeps:
+    def wake(self, tags: Sequence[Tag]) -> None:
+        if self._context.sleeps and "weights" in tags:
             self._model.to(self._device)
 
     def _logprobs_of(self, tokens: torch.Tensor) -> list[float]:

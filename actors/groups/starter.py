@@ -77,7 +77,9 @@ class Starter:
         """
         self.close()
         await self.place()
-        await together(group.renew(range(len(group)), deadline_s) for group in self._groups)
+        for alone in (True, False):
+            groups = [group for group in self._groups if group.starts_alone == alone]
+            await together(group.renew(range(len(group)), deadline_s) for group in groups)
 
     def is_placed(self) -> bool:
         """Whether all nodes of the plan are alive."""
@@ -99,14 +101,16 @@ class Starter:
         closing.start()
         closing.join(CLOSE_S)
 
-    async def group(self, role: str, worker: type[Any], arguments: Arguments) -> ActorGroup:
+    async def group(
+        self, role: str, worker: type[Any], arguments: Arguments, *, starts_alone: bool = False
+    ) -> ActorGroup:
         """Starts independent actors; returns before their constructors finish."""
 
         async def start(ranks: Sequence[int]) -> Mapping[int, ActorHandle[Any]]:
             slots = self.plan.of(role)
             return {rank: self._actor(slots[rank], worker, arguments(slots[rank])) for rank in ranks}
 
-        return await self._started(role, start, is_whole=False)
+        return await self._started(role, start, is_whole=False, starts_alone=starts_alone)
 
     async def ranks(self, role: str, worker: type[Any], arguments: Mapping[str, Any]) -> ActorGroup:
         """Starts actors whose ranks form one process group; returns before their constructors finish."""
@@ -129,10 +133,10 @@ class Starter:
 
         return await self._started(role, start, is_whole=True)
 
-    async def _started(self, role: str, start: Start, *, is_whole: bool) -> ActorGroup:
+    async def _started(self, role: str, start: Start, *, is_whole: bool, starts_alone: bool = False) -> ActorGroup:
         ranks = range(len(self.plan.of(role)))
         started = await start(ranks)
-        group = ActorGroup(role, [started[rank] for rank in ranks], start, is_whole=is_whole)
+        group = ActorGroup(role, [started[rank] for rank in ranks], start, is_whole=is_whole, starts_alone=starts_alone)
         self._groups.append(group)
         return group
 

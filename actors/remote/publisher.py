@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, TypeVar
@@ -33,6 +33,9 @@ class BucketPublisher:
 
     A failed engine is restarted, and the publish starts again. A failure of the policy leaves the publish incomplete:
     engines do not serve until a later one succeeds.
+
+    Args:
+        rouse: wakes engines that were restarted asleep; null: they are never asleep.
     """
 
     def __init__(
@@ -44,14 +47,19 @@ class BucketPublisher:
         supervisor: RaySupervisor,
         bucket_bytes: int,
         publish_s: float,
+        rouse: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._policy, self._engines, self._weights, self._supervisor = policy, engines, weights, supervisor
         self._bucket_bytes, self._publish_s = bucket_bytes, publish_s
+        self._rouse = rouse
 
     async def publish(self, version: int) -> PublishReport:
         async with self._weights.lock:
             self._weights.version = version
-            return await self._supervisor.keep(self._engines, lambda: self._publish(version, range(len(self._engines))))
+            everyone = range(len(self._engines))
+            return await self._supervisor.keep(
+                self._engines, lambda: self._publish(version, everyone), prepare=self._rouse
+            )
 
     async def catch_up(self, engine: int) -> None:
         """Sends the policy's current weights to one engine.
