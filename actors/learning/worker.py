@@ -163,13 +163,6 @@ class LearningWorker:
     def export(self, folder: Path) -> None:
         self.learner.export(folder, self.tokenizer)
 
-    def rest(self) -> None:
-        """Moves gradients, master weights and optimizer states from a shared GPU to the host."""
-        self.learner.offload_states()
-
-    def resume(self) -> None:
-        self.learner.reload_states()
-
     def full_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         return self.learner.full_weights(dtype)
 

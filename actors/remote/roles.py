@@ -204,7 +204,7 @@ class Learns(Protocol):
 
     def export(self, folder: Path) -> None: ...
 
-    def rest(self) -> None: ...
+    def rest(self, *, keeps_weights: bool = False) -> None: ...
 
     def resume(self) -> None: ...
 
@@ -266,7 +266,7 @@ class RayLearner(ShardedScorer):
         await self._group.call_all(Learns.export, self._save_s, folder)
 
     async def rest(self) -> None:
-        await self._group.call_all(Learns.rest, self._save_s)
+        await self._group.call_all(Learns.rest, self._save_s, keeps_weights=True)
 
     async def resume(self) -> None:
         await self._group.call_all(Learns.resume, self._save_s)

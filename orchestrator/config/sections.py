@@ -294,6 +294,8 @@ class PlacementConfig(Section):
     own, all other roles share theirs and take turns."""
     wait_s: Seconds = 20.0
     """Time limit for the cluster to answer and to have the nodes that the placement needs."""
+    gpu_memory_gib: PositiveNumber | None = None
+    """Memory of each GPU, for checks. Null: that of the kind that Ray reports, or of this machine's GPUs."""
 
     def contradictions(self, rl: RlConfig) -> Iterator[str]:
         if rl.max_staleness and self.mode == "colocated":

@@ -257,9 +257,8 @@ def _on_gpus(demand: Demand, chosen: Mapping[str, Sequence[int]]) -> list[tuple[
 
 
 def _shortage(demand: Demand, demands: Sequence[Demand], nodes: Sequence[Node], mode: Mode) -> str:
-    kind = "GPUs" if demand.gpus and sum(int(n.gpus) for n in nodes) < demand.width * demand.count else "CPUs"
-    if demand.gpus and kind == "CPUs" and mode != "colocated":
-        kind = "GPUs or CPUs"
+    wanted = sum(max(d.count * d.width for d in pool) for pool in _pools(sorted(demands, key=_size), mode))
+    kind = "GPUs" if demand.gpus and sum(int(node.gpus) for node in nodes) < wanted else "CPUs"
     offered = ", ".join(f"{node.address}: {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in nodes) or "no nodes"
     each = f"{demand.cpus:g} CPUs and {demand.gpus:g} GPUs"
     together = (

@@ -249,7 +249,7 @@ def roles_of(config: Config, groups: Mapping[str, ActorGroup], supervisor: RaySu
     recorder = recorder_of(config, groups["recorder"], supervisor)
     return Roles(
         policy=_in_turn(learners.policy, "policy", turns),
-        critic=_in_turn(learners.critic, "critic", turns),
+        critic=_in_turn(learners.critic, "policy" if config.critic_is_on_trunk else "critic", turns),
         rollouts=rollouts,
         reference=_reference_of(config, groups, supervisor),
         reward=reward,
@@ -263,7 +263,7 @@ def turns_of(config: Config, learners: Learners, rollouts: Rollouts) -> Turns:
     resting = {role: learner for role, learner in learners.by_role.items() if isinstance(learner, RayLearner)}
     if config.placement.mode == "separate" or not config.policy.gpus_per_rank:
         return Unshared()
-    if config.critic_is_on_trunk:  # its states are those of adapters, and small
+    if config.critic_is_on_trunk:  # its states come and go with the policy's
         resting.pop("critic", None)
     return SharedGpus(
         rollouts if engines_sleep(config) else None,
