@@ -63,7 +63,7 @@ def plan(config: Config, target: Target, lengths: MeanLengths) -> None:
     work = work_of(config, prompt_tokens=lengths.prompt, response_tokens=lengths.response, deviation=lengths.spread)
     _show_work(config, work, lengths)
     found, what = _search(config, work, target)
-    _show_configured(config, work, target)
+    show_configured(config, work, target)
     for reason, names in _by_reason(found).items():
         say(f"does not fit: {'; '.join(names)}: {reason}")
     if not found.candidates:
@@ -71,7 +71,7 @@ def plan(config: Config, target: Target, lengths: MeanLengths) -> None:
     _show(config, found, what)
 
 
-def _show_configured(config: Config, work: Work, target: Target) -> None:
+def show_configured(config: Config, work: Work, target: Target) -> None:
     """The config as it is, if it asks for GPUs: its time and memory, or why it does not fit."""
     needed = all_demands(config)
     num_gpus = target.gpus

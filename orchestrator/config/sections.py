@@ -24,6 +24,8 @@ from orchestrator.config.rewards import PairJudgeConfig
 from orchestrator.data.formats.prompts import PROMPT_FORMATS
 from orchestrator.errors import ConfigError
 
+_CPU_SHARD, _GPU_SHARD = 64, 512
+
 
 class RunConfig(Section):
     name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")
@@ -237,8 +239,9 @@ class RolloutConfig(Section):
     """Top-k sampling. -1: off; other values have the same effect as top_p below 1."""
     max_new_tokens: Positive = 64
     """Maximum response length, in tokens."""
-    samples_per_shard: Positive = 64
-    """Requests sent to one engine together. Changing it changes the samples."""
+    samples_per_shard: Positive | None = None
+    """Requests sent to one engine together, which it samples at the same time as far as its KV cache has room. Changing
+    it changes the samples. Null: 64 on CPUs, 512 on GPUs."""
     reproducible: bool = True
     """Shards have a fixed size: the same seeds give the same bits on any number of engines. false: split a step's
     samples evenly over the engines for throughput."""
@@ -257,6 +260,11 @@ class RolloutConfig(Section):
                 f"rollout.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in "
                 f"model.max_length={model.max_length}. Lower the first or raise the second."
             )
+
+    @property
+    def shard_size(self) -> int:
+        """The resolved `samples_per_shard`."""
+        return self.samples_per_shard or (_GPU_SHARD if self.gpus_per_replica else _CPU_SHARD)
 
     @property
     def engine_kind(self) -> Literal["vllm", "hf"]:

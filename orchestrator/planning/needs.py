@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -134,19 +135,18 @@ def too_much(found: Sequence[NodeNeed]) -> list[str]:
     )
     on_gpus = f"{way_out} `rlhf plan` finds settings that fit."
     known = [(need, need.available) for need in found if need.available is not None]
-    short = [_shortage(need, there) for need, there in known if need.certain > there]
+    short = [(need, there) for need, there in known if need.certain > there]
     if short:
-        raise CapacityError(f"too little memory: {'; '.join(short)}. {on_gpus if found[-1].peak else way_out}")
+        reasons = "; ".join(_shortage(need, there) for need, there in short)
+        raise CapacityError(f"too little memory: {reasons}. {on_gpus if any(n.peak for n, _ in short) else way_out}")
     warnings = [
         f"{need.describe()}. It may not fit. {on_gpus if need.peak else way_out}"
         for need, there in known
         if need.needed > (_NEARLY_FULL * there if need.peak else there)
     ]
-    unknown = [need.address for need in found if need.peak and need.available is None]
-    if unknown:
+    if any(need.peak and need.available is None for need in found):
         warnings.append(
-            f"the memory of the GPUs of {', '.join(unknown)} is unknown, so it is not checked: Ray reports neither it "
-            f"nor a known kind of GPU. Set placement.gpu_memory_gib. {found[-1].describe()}"
+            "the memory of the GPUs is unknown and not checked: Ray names no known kind. Set placement.gpu_memory_gib."
         )
     return warnings
 
@@ -160,5 +160,6 @@ def _shortage(need: NodeNeed, there: float) -> str:
     text = f"a GPU of {need.address} has {gib(there)}, and phase {need.peak.describe()} takes more"
     room = there - need.peak.total + need.peak.parts.get(ENGINE, 0.0)
     if need.peak.phase == "sample":
-        text += f"; rollout.gpu_memory_utilization={max(room, 0.0) / there:.2f} would leave the other roles their room"
+        fits = math.floor(100 * max(room, 0.0) / there) / 100
+        text += f"; rollout.gpu_memory_utilization={fits:g} would leave the other roles their room"
     return text
