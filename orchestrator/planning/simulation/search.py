@@ -89,8 +89,8 @@ def layouts(
             per_shard = -(-work.samples // engines) if engines else 0
             if engines and left and len(roles) > 1:
                 shared = Pool(left, dict.fromkeys(MODELS, left) | {"reward": 1})
-                pools = (Pool(engines * width, {"rollout": width}), shared)
-                yield Layout(device, pools, engines, per_shard, 0, left, learning, models_share=True)
+                mixed = (Pool(engines * width, {"rollout": width}), shared)
+                yield Layout(device, mixed, engines, per_shard, 0, left, learning, models_share=True)
             if engines and left >= len(roles):
                 apart = _dealt(work, roles, left, learning)
                 pools = (Pool(engines * width, {"rollout": width}), *apart)

@@ -149,7 +149,7 @@ def test_adapters_are_planned_as_what_they_are(tree: dict[str, Any], capsys: pyt
     assert "critic and reference on the policy's trunk: no weights of their own" in text
     (proposal,) = re.findall(r"best: (.*)", text)
     assert "reference." not in proposal and "critic." not in proposal
-    assert re.search(r"memory of a GPU of [^:]*policy, critic, reference[^:]*: states", text)
+    assert re.search(r"memory of a GPU of [^:]*policy, critic, reference[^:]*, of 74.5 GiB", text)
     with_adapters, without = map(float, re.findall(r"critic and reference: ([\d.]+) GiB, and ([\d.]+) GiB", text)[0])
     assert with_adapters < 0.1 * without
 
