@@ -133,7 +133,7 @@ def _engines(work: Work, count: int) -> ActorGroup:
     context = EngineContext(
         model=config.model,
         threads=threads,
-        max_samples=config.rollout.samples_per_shard,
+        max_samples=config.rollout.shard_size,
         rollout=config.rollout.model_copy(update={"kv_cache_gib": KV_CACHE_GIB}),
         publish=config.publish,
         version=None,

@@ -132,10 +132,10 @@ def _learning() -> dict[str, LearnSettings]:
 
 
 def _best_of_each_kind(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The fastest colocated, separate, and pipelined separate layouts."""
-    best: dict[tuple[bool, int], Candidate] = {}
+    """The fastest layout of each kind: colocated, mixed and separate, and pipelined ones of the last two."""
+    best: dict[tuple[str, int], Candidate] = {}
     for candidate in candidates:
-        best.setdefault((candidate.layout.takes_turns, candidate.layout.max_staleness), candidate)
+        best.setdefault((candidate.layout.mode, candidate.layout.max_staleness), candidate)
     return list(best.values())
 
 
@@ -147,7 +147,7 @@ def _cells(work: Work, candidate: Candidate) -> Sequence[str]:
         f"{told.step_s:.1f}",
         f"{told.idle_devices:.0%}",
         f"{told.idle['policy']:.0%}",
-        f"{max(part.state + part.working for part in candidate.memory) / GIB:.0f}",
+        f"{max(part.without_cache for part in candidate.memory) / GIB:.0f}",
         "-" if money is None else f"{money:.3f}",
     )
 

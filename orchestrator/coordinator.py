@@ -8,6 +8,8 @@ One step, and which call waits for which (roles.py has the calls):
     learn    policy and critic, in parallel, sharded over their ranks
     publish  policy → engines   →  all engines at version step + 1, verified
     save     policy, critic     →  a checkpoint when due, during the next sampling; learning waits for it
+
+On shared GPUs these are the phases of turns.py: one at a time, each with what it needs on the devices.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from orchestrator.roles import Learners, Roles
 from orchestrator.run.checkpoints import Checkpoints
 from orchestrator.run.experience_log import ExperienceLog
 from orchestrator.sampler import Sampler, StepRollouts
+from orchestrator.turns import Turns, Unshared
 from orchestrator.types import Experience, Metrics, RolloutShard, ScoredShard, State
 from orchestrator.watching.guards import Guards
 from orchestrator.watching.telemetry import Telemetry
@@ -85,6 +88,7 @@ class Coordinator(Relearning):
     evaluation: Evaluation
     meter: Callable[[int], Awaitable[Metrics]]
     filtered: Filter = as_sampled
+    turns: Turns = Unshared()  # noqa: RUF009  it has no state
     supervisor: Supervisor
 
     async def run(self, initial: State) -> State:
@@ -96,6 +100,7 @@ class Coordinator(Relearning):
             return await self._all_steps(initial, standing_at)
 
     async def _all_steps(self, initial: State, standing_at: Callable[[State | None], None]) -> State:
+        self.turns.forget()
         state = await self.restore(initial)
         standing_at(state)
         await self.publish(state)
@@ -136,7 +141,8 @@ class Coordinator(Relearning):
         return state
 
     async def score(self, rollouts: StepRollouts) -> list[ScoredShard]:
-        return await together(self._score_shard(shard) for shard in rollouts.shards)
+        async with self.turns.hold("score"):
+            return await together(self._score_shard(shard) for shard in rollouts.shards)
 
     async def _score_shard(self, pending: Awaitable[RolloutShard]) -> ScoredShard:
         with self.telemetry.phase("generate"):
@@ -148,7 +154,8 @@ class Coordinator(Relearning):
 
     async def publish(self, state: State) -> Metrics:
         with self.telemetry.phase("publish"):
-            report = await self.roles.publisher.publish(state.version)
+            async with self.turns.hold("publish"):
+                report = await self.roles.publisher.publish(state.version)
             await self.sampler.announce(state.version)
         return {
             "publish/tensors_verified": report.num_tensors,

@@ -14,6 +14,7 @@ from orchestrator.roles import Roles
 from orchestrator.run.experience_log import failures_file
 from orchestrator.run.storage import writing
 from orchestrator.sampler import cut_into_shards
+from orchestrator.turns import Turns, Unshared
 from orchestrator.types import EvaluatedShard, RolloutShard, SampleRequest, Sampling, State
 from orchestrator.watching.telemetry import Telemetry
 
@@ -26,9 +27,10 @@ class Evaluation:
         folder: folder of the evaluation files.
         requests: samples to draw; empty: no evaluation.
         every_steps: steps between evaluations; 0: only before the first and after the last step.
+        turns: holds the devices while engines sample and models score.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  its parts
         self,
         folder: Path,
         requests: Sequence[SampleRequest],
@@ -39,9 +41,10 @@ class Evaluation:
         samples_per_shard: int,
         every_steps: int,
         last_step: int,
+        turns: Turns = Unshared(),  # noqa: B008  it has no state
     ) -> None:
         self._folder, self._requests = folder, requests
-        self._roles, self._telemetry = roles, telemetry
+        self._roles, self._telemetry, self._turns = roles, telemetry, turns
         self._sampling, self._samples_per_shard = sampling, samples_per_shard
         self._every_steps, self._last_step = every_steps, last_step
         with writing(folder):
@@ -73,10 +76,10 @@ class Evaluation:
             state.step, self._requests, samples_per_shard=self._samples_per_shard, sampling=self._sampling
         )
         rollouts = self._roles.rollouts
-        await rollouts.wake()
-        sampled = await together(rollouts.generate(shard) for shard in shards)
-        await rollouts.sleep()
-        scored = await together(self._score(shard) for shard in sampled)
+        async with self._turns.hold("sample"):
+            sampled = await together(rollouts.generate(shard) for shard in shards)
+        async with self._turns.hold("evaluate"):
+            scored = await together(self._score(shard) for shard in sampled)
         file = self._file(state.step)
         metrics = await self._roles.recorder.evaluate(scored, file=str(file))
         self._telemetry.evaluation(state.version, metrics)

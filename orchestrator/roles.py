@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from orchestrator.types import (
     EvaluatedShard,
@@ -30,6 +30,19 @@ from orchestrator.types import (
     ShardRequest,
 )
 
+Tag = Literal["weights", "kv_cache"]
+"""A part of an engine that sleeps and wakes; vLLM's names."""
+
+
+class Resting(Protocol):
+    """A learner that can leave shared GPUs. Both calls may be repeated."""
+
+    async def rest(self) -> None:
+        """Moves gradients, master weights and optimizer states to the host; the weights stay."""
+
+    async def resume(self) -> None:
+        """Moves them back."""
+
 
 class Rollouts(Protocol):
     """All rollout engines together."""
@@ -40,11 +53,13 @@ class Rollouts(Protocol):
     async def generate(self, request: ShardRequest) -> RolloutShard:
         """Samples one shard on the next free engine. Raises RoleError if the engine fails."""
 
-    async def wake(self) -> None:
-        """Makes engines ready to sample (no-op if they share no GPU with a learner)."""
+    async def wake(self, tags: Sequence[Tag]) -> None:
+        """Brings parts of sleeping engines back to their GPUs (no-op if they share none): weights before an update,
+        the KV cache before sampling."""
 
-    async def sleep(self) -> None:
-        """Frees GPU memory for the learners (no-op if they share no GPU)."""
+    async def sleep(self, level: int) -> None:
+        """Frees the engines' GPU memory (no-op if they share no GPU). 1: weights are kept on the host; 2: they are
+        lost, and a publish must follow before sampling."""
 
 
 class Scorer(Protocol):

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from orchestrator.concurrency import cancel, together
 from orchestrator.roles import Rollouts
+from orchestrator.turns import Turns, Unshared
 from orchestrator.types import RolloutShard, SampleRequest, Sampling, ShardRequest
 
 
@@ -43,8 +44,10 @@ class Sampler:
     """Samples steps ahead of learning.
 
     Step k is sampled after version k - max_staleness is published. With `takes_turns` the engines share devices with
-    other roles: `next` starts the sampling of a step, and the engines wake up, finish it and sleep before other roles
-    compute.
+    other roles: `next` starts the sampling of a step, and the engines finish it before other roles compute.
+
+    Args:
+        turns: holds the devices during the sampling of a step, if `takes_turns`.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Sampler:
         samples_per_shard: int,
         max_staleness: int,
         takes_turns: bool,
+        turns: Turns = Unshared(),  # noqa: B008  it has no state
     ) -> None:
         self._rollouts = rollouts
         self._schedule = schedule
@@ -63,6 +67,7 @@ class Sampler:
         self._samples_per_shard = samples_per_shard
         self._max_staleness = max_staleness
         self._takes_turns = takes_turns
+        self._turns = turns
         self._version = -1
         self._published = asyncio.Condition()
         self._begin()
@@ -126,13 +131,16 @@ class Sampler:
             sampling=self._sampling,
             first_index=first_index,
         )
-        if self._takes_turns:
-            await self._rollouts.wake()
+        if not self._takes_turns:
+            return StepRollouts(step, self._start(requests))
+        async with self._turns.hold("sample"):
+            shards = self._start(requests)
+            await together(shards)
+        return StepRollouts(step, shards)
+
+    def _start(self, requests: Sequence[ShardRequest]) -> Sequence[asyncio.Task[RolloutShard]]:
         shards = [asyncio.create_task(self._rollouts.generate(request)) for request in requests]
         self._shards.update(shards)
         for shard in shards:
             shard.add_done_callback(self._shards.discard)
-        if self._takes_turns:
-            await together(shards)
-            await self._rollouts.sleep()
-        return StepRollouts(step, shards)
+        return shards

@@ -25,6 +25,7 @@ from orchestrator.config.publishing import PublishConfig
 from orchestrator.config.rewards import RuleLimits
 from orchestrator.config.sections import ModelConfig, RolloutConfig
 from orchestrator.errors import DataError, PublishError
+from orchestrator.roles import Tag
 from orchestrator.types import SampleRequest, ShardRequest
 
 RAW_RESPONSE = "raw_response"  # key of `meta`
@@ -89,10 +90,13 @@ class Engine(Protocol):
     def version(self) -> int | None:
         """The served version. None: the engine does not serve."""
 
-    def sleep(self) -> None:
-        """Frees GPU memory; `wake` must be the next call. Does nothing on CPUs."""
+    def sleep(self, level: int) -> None:
+        """Frees GPU memory; may be repeated. 1: weights are kept on the host; 2: they are lost, and the engine does not
+        serve until its next update. Only engines with `context.sleeps` ever sleep; without a version they start
+        asleep."""
 
-    def wake(self) -> None: ...
+    def wake(self, tags: Sequence[Tag]) -> None:
+        """Brings back what sleeps: "weights" before an update, "kv_cache" before sampling."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +152,9 @@ class ServedVersion:
         if self.header is None:
             raise PublishError(f"no update is in progress ({self.reason}); call begin_update first.")
         return self.header
+
+    def discard(self) -> None:
+        self.number, self.reason, self.header = None, "its weights were discarded while it slept", None
 
     def serve(self, version: int) -> None:
         self.number, self.header = version, None

@@ -29,6 +29,7 @@ from actors.weights.manifest import Unpacker, WeightHeader, check_names, checksu
 from actors.weights.transports.group import Rendezvous
 from actors.weights.transports.receiver import Parcel, Receiver
 from orchestrator.errors import PublishError
+from orchestrator.roles import Tag
 from orchestrator.types import SampleRequest, Sampling, ShardRequest
 
 
@@ -48,6 +49,8 @@ class HfEngine:
         self._receiver = Receiver(self._device)
         self._checksums: dict[str, str] = {}
         self._seconds: dict[str, float] = {}
+        if context.version is None:
+            self.sleep(level=2)
 
     @torch.inference_mode()
     def generate(self, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
@@ -110,13 +113,16 @@ class HfEngine:
     def version(self) -> int | None:
         return self._served.number
 
-    def sleep(self) -> None:
+    def sleep(self, level: int) -> None:
+        """Keeps the weights on the host at each level."""
         if self._context.sleeps:
+            if level > 1:
+                self._served.discard()
             self._model.to("cpu")
             torch.cuda.empty_cache()
 
-    def wake(self) -> None:
-        if self._context.sleeps:
+    def wake(self, tags: Sequence[Tag]) -> None:
+        if self._context.sleeps and "weights" in tags:
             self._model.to(self._device)
 
     def _logprobs_of(self, tokens: torch.Tensor) -> list[float]:

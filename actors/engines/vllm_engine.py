@@ -32,9 +32,11 @@ from actors.weights.transports.group import Rendezvous
 from actors.weights.transports.receiver import Parcel
 from orchestrator.errors import ConfigError, RlhfError
 from orchestrator.garbage import collect_seldom
+from orchestrator.roles import Tag
 from orchestrator.types import SampleRequest, Sampling, ShardRequest
 
 _GIB = 1 << 30
+_PARTS: tuple[Tag, ...] = ("weights", "kv_cache")
 _CPU_BATCH_TOKENS = 4096  # vLLM's own default there
 _VLLM_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -53,6 +55,9 @@ class VllmEngine:
         self._chat = load_chat(folder, context.model, context.template)
         self._llm = start_llm(folder, context)
         self._served = ServedVersion(context.version)
+        self._asleep: set[Tag] = set()
+        if context.version is None:
+            self.sleep(level=2)
 
     def generate(self, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
         version = self._served.require()
@@ -105,13 +110,20 @@ class VllmEngine:
     def version(self) -> int | None:
         return self._served.number
 
-    def sleep(self) -> None:
-        if self._context.sleeps:
-            self._llm.sleep(level=1)
+    def sleep(self, level: int) -> None:
+        if not self._context.sleeps:
+            return
+        if level > 1:
+            self._served.discard()
+        if not set(_PARTS) <= self._asleep:
+            self._llm.sleep(level=level)
+            self._asleep = set(_PARTS)
 
-    def wake(self) -> None:
-        if self._context.sleeps:
-            self._llm.wake_up()
+    def wake(self, tags: Sequence[Tag]) -> None:
+        # vLLM wakes nothing if one of several parts is awake.
+        if sleeping := [tag for tag in _PARTS if tag in tags and tag in self._asleep]:
+            self._llm.wake_up(sleeping)
+            self._asleep -= set(sleeping)
 
     def _serve(self, version: int, header: WeightHeader, num_compared: int, seconds: dict[str, float]) -> UpdateReport:
         self._llm.reset_prefix_cache()
@@ -156,6 +168,8 @@ def start_llm(folder: Path, context: EngineContext, *, skip_tokenizer_init: bool
         max_num_seqs=context.max_samples,
         seed=context.seed,
         tensor_parallel_size=rollout.tensor_parallel_size,
+        # By default vLLM asks Ray for the workers of an engine in a placement group, which holds the GPUs already.
+        distributed_executor_backend="mp" if rollout.tensor_parallel_size > 1 else None,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         # An explicit size also avoids the warm-up on CPUs.
         kv_cache_memory_bytes=int(rollout.kv_cache_gib * _GIB) if on_cpu else None,

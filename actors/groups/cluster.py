@@ -240,8 +240,7 @@ def _can_never_fit() -> bool:
 
 async def reserve(plan: Plan, *, wait_s: float, tell: Callable[[str], None]) -> PlacementGroup:
     """Reserves all slots of a plan together. Raises CapacityError if they are not free within `wait_s`."""
-    bundles = [_bundle(slot) for slot in plan.slots]
-    group = placement_group(bundles, strategy="PACK")
+    group = placement_group([bundle.resources for bundle in bundles(plan)], strategy="PACK")
     granted = False
     try:
         granted = await _granted(group, min(wait_s, QUIET_WAIT_S))
@@ -268,11 +267,32 @@ async def _granted(group: PlacementGroup, wait_s: float) -> bool:
     return False
 
 
-def _bundle(slot: Slot) -> dict[str, float]:
-    bundle = {f"node:{slot.address}": 0.001, "CPU": slot.cpu_share}
-    if slot.gpu_share:
-        bundle["GPU"] = slot.gpu_share
-    return bundle
+@dataclass(frozen=True)
+class Bundle:
+    """A part of a reservation, on one node.
+
+    Args:
+        gpus: numbers of the plan's GPUs that it holds.
+        slots: the actors in it.
+    """
+
+    resources: dict[str, float]
+    gpus: Sequence[int]
+    slots: Sequence[Slot]
+
+
+def bundles(plan: Plan) -> list[Bundle]:
+    """One per node with all GPUs of the plan there, whole, and the actors on them; and one per actor without a GPU."""
+    found = []
+    for address in dict.fromkeys(plan.gpus):
+        slots = [slot for slot in plan.slots if slot.gpus and slot.address == address]
+        numbers = [number for number, at in enumerate(plan.gpus) if at == address]
+        found.append(Bundle({**_bundle(address, slots), "GPU": float(len(numbers))}, numbers, slots))
+    return found + [Bundle(_bundle(slot.address, [slot]), (), [slot]) for slot in plan.slots if not slot.gpus]
+
+
+def _bundle(address: str, slots: Sequence[Slot]) -> dict[str, float]:
+    return {f"node:{address}": 0.001, "CPU": sum(slot.cpu_share for slot in slots)}
 
 
 def environment(threads: int, *, on_gpu: bool) -> dict[str, str]:

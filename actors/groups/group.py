@@ -69,12 +69,14 @@ class ActorGroup:
     Args:
         start: starts new actors for these ranks.
         is_whole: the ranks form one process group, so that replacing one requires replacing all.
+        starts_alone: the actors need their GPUs empty while they start.
     """
 
     role: str
     actors: list[ActorHandle[Any]]
     start: Start | None = None
     is_whole: bool = False
+    starts_alone: bool = False
     busy: BusyClock = field(default_factory=BusyClock)
     under_way: set[Call] = field(default_factory=set)
     whereabouts: dict[int, Whereabouts] = field(default_factory=dict)

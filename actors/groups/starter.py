@@ -14,7 +14,8 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.groups.cluster import alive_nodes, environment, plan_when_ready, reserve
+from actors.groups.cluster import alive_nodes, bundles, environment, plan_when_ready, reserve
+from actors.groups.devices import device_names, visible
 from actors.groups.group import ActorGroup, Start
 from actors.groups.process import as_actor, free_port
 from actors.learning.distributed import Group
@@ -50,6 +51,7 @@ class Starter:
         self._tell = tell
         self._groups: list[ActorGroup] = []
         self._reservation: PlacementGroup | None = None
+        self._devices: Mapping[int, str] = {}
         self.plan = Plan(())
 
     @property
@@ -64,6 +66,7 @@ class Starter:
         """
         self.plan = await plan_when_ready(self._needed, mode=self._mode, wait_s=self._wait_s, tell=self._tell)
         self._reservation = await reserve(self.plan, wait_s=self._wait_s, tell=self._tell)
+        self._devices = await device_names(self.plan, self._reservation)
 
     async def place_again(self, deadline_s: float) -> None:
         """Ends all actors and starts the same number on the present nodes; returns when they are ready.
@@ -74,7 +77,9 @@ class Starter:
         """
         self.close()
         await self.place()
-        await together(group.renew(range(len(group)), deadline_s) for group in self._groups)
+        for alone in (True, False):
+            groups = [group for group in self._groups if group.starts_alone == alone]
+            await together(group.renew(range(len(group)), deadline_s) for group in groups)
 
     def is_placed(self) -> bool:
         """Whether all nodes of the plan are alive."""
@@ -96,14 +101,16 @@ class Starter:
         closing.start()
         closing.join(CLOSE_S)
 
-    async def group(self, role: str, worker: type[Any], arguments: Arguments) -> ActorGroup:
+    async def group(
+        self, role: str, worker: type[Any], arguments: Arguments, *, starts_alone: bool = False
+    ) -> ActorGroup:
         """Starts independent actors; returns before their constructors finish."""
 
         async def start(ranks: Sequence[int]) -> Mapping[int, ActorHandle[Any]]:
             slots = self.plan.of(role)
             return {rank: self._actor(slots[rank], worker, arguments(slots[rank])) for rank in ranks}
 
-        return await self._started(role, start, is_whole=False)
+        return await self._started(role, start, is_whole=False, starts_alone=starts_alone)
 
     async def ranks(self, role: str, worker: type[Any], arguments: Mapping[str, Any]) -> ActorGroup:
         """Starts actors whose ranks form one process group; returns before their constructors finish."""
@@ -126,19 +133,19 @@ class Starter:
 
         return await self._started(role, start, is_whole=True)
 
-    async def _started(self, role: str, start: Start, *, is_whole: bool) -> ActorGroup:
+    async def _started(self, role: str, start: Start, *, is_whole: bool, starts_alone: bool = False) -> ActorGroup:
         ranks = range(len(self.plan.of(role)))
         started = await start(ranks)
-        group = ActorGroup(role, [started[rank] for rank in ranks], start, is_whole=is_whole)
+        group = ActorGroup(role, [started[rank] for rank in ranks], start, is_whole=is_whole, starts_alone=starts_alone)
         self._groups.append(group)
         return group
 
     def _actor(self, slot: Slot, worker: type[Any], arguments: Mapping[str, Any]) -> ActorHandle[Any]:
+        devices = [self._devices[number] for number in slot.gpus]
         options = {
             "num_cpus": slot.cpu_share,
-            "num_gpus": slot.gpu_share,
             "scheduling_strategy": self._at(slot),
-            "runtime_env": {"env_vars": environment(slot.threads, on_gpu=slot.gpu_share > 0)},
+            "runtime_env": {"env_vars": environment(slot.threads, on_gpu=bool(devices)) | visible(devices)},
             "max_restarts": 0,
         }
         return as_actor(worker).options(**options).remote(**arguments)
@@ -160,7 +167,8 @@ class Starter:
             raise RoleDied(first.role, 0, "start", cause) from error
 
     def _at(self, slot: Slot) -> PlacementGroupSchedulingStrategy:
-        return PlacementGroupSchedulingStrategy(self._reservation, self.plan.slots.index(slot))
+        (index,) = (number for number, bundle in enumerate(bundles(self.plan)) if slot in bundle.slots)
+        return PlacementGroupSchedulingStrategy(self._reservation, index)
 
 
 @asynccontextmanager

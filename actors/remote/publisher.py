@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, TypeVar
@@ -41,6 +41,7 @@ class BucketPublisher:
     Args:
         transport: between these policy and engines; None: the host.
         tell: gets a line for the console when the transport is given up.
+        rouse: wakes engines that were restarted asleep; None: they are never asleep.
     """
 
     def __init__(
@@ -54,9 +55,11 @@ class BucketPublisher:
         publish_s: float,
         transport: Transport | None = None,
         tell: Callable[[str], None] = lambda text: None,
+        rouse: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._policy, self._engines, self._weights, self._supervisor = policy, engines, weights, supervisor
         self._bucket_bytes, self._publish_s, self._tell_user = bucket_bytes, publish_s, tell
+        self._rouse = rouse
         self._host: Transport = HostTransport(policy, engines, publish_s=publish_s)
         self._transport = transport or self._host
         self.num_breaks = 0
@@ -64,7 +67,9 @@ class BucketPublisher:
     async def publish(self, version: int) -> PublishReport:
         async with self._weights.lock:
             self._weights.version = version
-            return await self._supervisor.keep(self._engines, lambda: self._publish_to_all(version))
+            return await self._supervisor.keep(
+                self._engines, lambda: self._publish_to_all(version), prepare=self._rouse
+            )
 
     async def catch_up(self, engine: int) -> None:
         """Sends the policy's current weights to one engine.

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol, TypeVar
@@ -23,6 +22,7 @@ from actors.roles.recorder import RecorderWorker
 from actors.roles.rollout import RolloutWorker
 from orchestrator.concurrency import together
 from orchestrator.errors import RoleError
+from orchestrator.roles import Tag
 from orchestrator.types import (
     EvaluatedShard,
     Experience,
@@ -70,6 +70,7 @@ class RayRollouts:
         self._group, self._supervisor, self._catch_up = group, supervisor, catch_up
         self._generate_s = generate_s
         self._sleeps = sleeps
+        self._awake: list[Tag] = []
         self._idle: asyncio.Queue[int] = asyncio.Queue()
         for rank in range(len(group)):
             self._idle.put_nowait(rank)
@@ -80,7 +81,12 @@ class RayRollouts:
 
     async def generate(self, request: ShardRequest) -> RolloutShard:
         engine = await self._idle.get()
-        prepare = partial(self._catch_up, engine) if self._catch_up else None
+
+        async def prepare() -> None:
+            await self.rouse([engine])
+            if self._catch_up:
+                await self._catch_up(engine)
+
         try:
             return await _kept(self._supervisor, self._group, lambda: self._generate(engine, request), prepare)
         finally:
@@ -101,13 +107,33 @@ class RayRollouts:
             seconds=monotonic() - started,
         )
 
-    async def wake(self) -> None:
-        if self._sleeps:
-            await self._group.call_all(RolloutWorker.wake, self._generate_s)
+    async def wake(self, tags: Sequence[Tag]) -> None:
+        """Engines that have to be restarted get the current weights if they are to sample."""
+        if not self._sleeps:
+            return
+        self._awake += [tag for tag in tags if tag not in self._awake]
+        seen = dict(self._group.births)
+        await _kept(self._supervisor, self._group, self.rouse)
+        if "kv_cache" in tags and self._catch_up:
+            for rank in [rank for rank, births in self._group.births.items() if births != seen.get(rank)]:
+                await self._catch_up(rank)
 
-    async def sleep(self) -> None:
+    async def sleep(self, level: int) -> None:
         if self._sleeps:
-            await self._group.call_all(RolloutWorker.sleep, self._generate_s)
+            self._awake = []
+            await _kept(
+                self._supervisor,
+                self._group,
+                lambda: self._group.call_all(RolloutWorker.sleep, self._generate_s, level),
+            )
+
+    async def rouse(self, ranks: Sequence[int] | None = None) -> None:
+        """Wakes what is awake in the present phase: an engine is asleep when it is ready."""
+        if self._awake:
+            ranks = range(len(self._group)) if ranks is None else ranks
+            await together(
+                self._group.call(rank, RolloutWorker.wake, self._generate_s, tuple(self._awake)) for rank in ranks
+            )
 
 
 class ReplicatedScorer:
@@ -178,6 +204,10 @@ class Learns(Protocol):
 
     def export(self, folder: Path) -> None: ...
 
+    def rest(self, *, keeps_weights: bool = False) -> None: ...
+
+    def resume(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class LearnMethods:
@@ -234,6 +264,12 @@ class RayLearner(ShardedScorer):
 
     async def export(self, folder: Path) -> None:
         await self._group.call_all(Learns.export, self._save_s, folder)
+
+    async def rest(self) -> None:
+        await self._group.call_all(Learns.rest, self._save_s, keeps_weights=True)
+
+    async def resume(self) -> None:
+        await self._group.call_all(Learns.resume, self._save_s)
 
 
 class RayRecorder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from actors.models.model import resolve_model
 from actors.weights.manifest import WeightHeader
 from actors.weights.transports.group import Rendezvous
 from actors.weights.transports.receiver import Announced, Parcel
+from orchestrator.roles import Tag
 from orchestrator.types import ShardRequest
 
 # Names, not classes: an engine's module imports its library, which only the engine's process needs.
@@ -58,8 +59,8 @@ class RolloutWorker:
     def finish_update(self, version: int) -> UpdateReport:
         return self._engine.finish_update(version)
 
-    def sleep(self) -> None:
-        self._engine.sleep()
+    def sleep(self, level: int) -> None:
+        self._engine.sleep(level)
 
-    def wake(self) -> None:
-        self._engine.wake()
+    def wake(self, tags: Sequence[Tag]) -> None:
+        self._engine.wake(tags)

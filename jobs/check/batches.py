@@ -15,7 +15,7 @@ def batch_rows(config: Config, num_prompts: int) -> list[Row]:
     """Batch sizes of one step and of the run, as (name, value)."""
     rl, algorithm, rollout = config.rl, config.algorithm, config.rollout
     samples = config.samples_per_step
-    shards = math.ceil(samples / rollout.samples_per_shard)
+    shards = math.ceil(samples / rollout.shard_size)
     per_step = algorithm.epochs * algorithm.minibatches
     policy_steps = max(rl.steps - critic_warmup_steps(config), 0) * per_step
     optimizer_steps = f"policy {policy_steps}" + (f", critic {rl.steps * per_step}" if algorithm.needs_critic else "")
@@ -25,7 +25,7 @@ def batch_rows(config: Config, num_prompts: int) -> list[Row]:
     epochs = rl.steps * rl.prompts_per_step / num_prompts if num_prompts else math.inf
     return [
         ("samples per step", f"{rl.prompts_per_step} prompts × {rl.samples_per_prompt} = {samples}"),
-        ("shards per step", f"{shards} of at most {rollout.samples_per_shard}, on {rollout.replicas} engines"),
+        ("shards per step", f"{shards} of at most {rollout.shard_size}, on {rollout.replicas} engines"),
         ("tokens per step", f"at most {samples * config.model.max_length:,}"),
         (
             "optimizer steps per step",

@@ -14,7 +14,7 @@ from actors.groups.cluster import alive_nodes, connect, named_address
 from actors.models.model import resolve_model
 from actors.models.size import model_size
 from jobs.prepare import Prepared
-from jobs.stages.settings import critic_base, reward_base
+from jobs.stages.settings import critic_base, reward_base, samples_per_shard
 from jobs.stages.table import stages_of
 from orchestrator.config.config import Config
 from orchestrator.config.rewards import ModelRewardConfig
@@ -22,6 +22,7 @@ from orchestrator.config.sections import LearnerConfig, LoraConfig
 from orchestrator.config.trainings import OfflineConfig
 from orchestrator.failures import LEARNERS
 from orchestrator.planning.demands import PREFERENCE, REWARD_MODEL, SFT, all_demands
+from orchestrator.planning.hardware import DEVICES
 from orchestrator.planning.memory import (
     AVERAGE_BYTES,
     GIB,
@@ -29,16 +30,14 @@ from orchestrator.planning.memory import (
     RULES_PROCESS,
     Memory,
     ModelSize,
-    NodeNeed,
-    NodeOffer,
     engine_memory,
     gib,
+    gpu_engine_memory,
     learner_memory,
-    needs,
     on_trunk_memory,
     scorer_memory,
-    too_much,
 )
+from orchestrator.planning.needs import NodeNeed, NodeOffer, Sharing, needs, too_much
 from orchestrator.planning.placement import Node, Plan
 
 THIS_MACHINE = "this machine"
@@ -62,9 +61,9 @@ def find_cluster(ray_address: str | None, *, wait_s: float) -> Cluster:
     address = named_address(ray_address)
     if address is None:
         num_gpus = torch.cuda.device_count()
-        gpu_memory = sum(torch.cuda.get_device_properties(index).total_memory for index in range(num_gpus))
+        sizes = [float(torch.cuda.get_device_properties(index).total_memory) for index in range(num_gpus)]
         node = Node(THIS_MACHINE, float(os.cpu_count() or 1), float(num_gpus))
-        offer = NodeOffer(psutil.virtual_memory().total, gpu_memory if num_gpus else None)
+        offer = NodeOffer(psutil.virtual_memory().total, min(sizes, default=None))
         return Cluster("this machine", [node], {THIS_MACHINE: offer})
     connect(address, wait_s=wait_s)
     nodes = alive_nodes()
@@ -73,8 +72,16 @@ def find_cluster(ray_address: str | None, *, wait_s: float) -> Cluster:
     for node in nodes:
         there = resources[node.address]
         # Ray does not count the object store as part of a node's memory.
-        offers[node.address] = NodeOffer(there["memory"] + there["object_store_memory"] if "memory" in there else None)
+        memory = there["memory"] + there["object_store_memory"] if "memory" in there else None
+        offers[node.address] = NodeOffer(memory, gpu_memory_of(there))
     return Cluster(f"Ray cluster of {len(nodes)} nodes", nodes, offers)
+
+
+def gpu_memory_of(resources: Mapping[str, float]) -> float | None:
+    """Bytes of each GPU of a Ray node, from the kind that Ray recognizes (`accelerator_type:H100`). None: unknown."""
+    kinds = [name.partition(":")[2].lower() for name in resources if name.startswith("accelerator_type:")]
+    sizes = [DEVICES[name].memory_bytes for kind in kinds for name in DEVICES if name in kind.split("-")]
+    return min(sizes, default=None)
 
 
 @dataclass(frozen=True)
@@ -104,9 +111,19 @@ def capacity(config: Config, cluster: Cluster, prepared: Prepared | None = None)
     sizes = _Sizes(config)
     roles = {slot.role for each in plans for slot in each.slots}
     memory_of = memory_per_role(config, sizes, roles)
-    found = needs(plan, memory_of, cluster.offers)
-    warnings = dict.fromkeys(line for each in plans for line in too_much(needs(each, memory_of, cluster.offers)))
+    offers = _offers(config, cluster)
+    sharing = Sharing(config.placement.mode != "separate", config.rollout.gpu_memory_utilization)
+    found = needs(plan, memory_of, offers, sharing)
+    warnings = dict.fromkeys(line for each in plans for line in too_much(needs(each, memory_of, offers, sharing)))
     return Capacity(cluster, plan, memory_of, found, list(warnings), disk_bytes(config, sizes, prepared))
+
+
+def _offers(config: Config, cluster: Cluster) -> Mapping[str, NodeOffer]:
+    """The cluster's, with the configured memory of GPUs."""
+    given = config.placement.gpu_memory_gib
+    if given is None:
+        return cluster.offers
+    return {address: replace(offer, gpu_memory=given * GIB) for address, offer in cluster.offers.items()}
 
 
 class _Sizes:
@@ -136,7 +153,7 @@ def memory_per_role(config: Config, sizes: _Sizes, roles: Collection[str]) -> di
             critic = config.critic
             adapters, zero = size.adapter_params(critic.lora), critic.zero_stage
             more = on_trunk_memory(adapters, dtype=dtype, zero_stage=zero, ranks=config.policy.ranks)
-            memory = replace(memory, state=memory.state + more.state)
+            memory = replace(memory, state=memory.state + more.state, resting=memory.resting + more.resting)
         return replace(memory, process=memory.process + average)
 
     def of_reward() -> Memory:
@@ -150,6 +167,12 @@ def memory_per_role(config: Config, sizes: _Sizes, roles: Collection[str]) -> di
             logits=False,
         )
 
+    def of_engine() -> Memory:
+        size, width = sizes.of(None), rollout.tensor_parallel_size
+        if not rollout.gpus_per_replica:
+            return engine_memory(size, dtype=dtype, tensor_parallel_size=width, cache_bytes=rollout.kv_cache_gib * GIB)
+        return gpu_engine_memory(size, dtype=dtype, tensor_parallel_size=width, sequences=samples_per_shard(config))
+
     memory_of: Mapping[str, Callable[[], Memory]] = {
         "policy": of_policy,
         "critic": lambda: _learner(config, config.critic, sizes.of(*critic_base(config)), logits=False),
@@ -161,12 +184,7 @@ def memory_per_role(config: Config, sizes: _Sizes, roles: Collection[str]) -> di
             logits=True,
         ),
         "reward": of_reward,
-        "rollout": lambda: engine_memory(
-            sizes.of(None),
-            dtype=dtype,
-            tensor_parallel_size=rollout.tensor_parallel_size,
-            cache_bytes=0.0 if rollout.gpus_per_replica else rollout.kv_cache_gib * GIB,
-        ),
+        "rollout": of_engine,
         "recorder": lambda: Memory(process=RECORDER_PROCESS),
         REWARD_MODEL: lambda: _learner(
             config, config.reward_model, sizes.of(config.reward_model.base, config.reward_model.layers), logits=False

@@ -62,9 +62,9 @@ def _show_capacity(config: Config, found: Capacity) -> None:
     table = Table("actor", "node", "threads", "GPU", "state", "working", "total", title=f"plan: {found.cluster.what}")
     for slot in slots:
         memory = found.memory_of[slot.role]
-        total = memory.on_device + memory.process if slot.gpu_share else memory.on_cpu
+        total = memory.on_device + memory.process if slot.gpus else memory.on_cpu
         sizes = (gib(memory.state), gib(memory.working + memory.cache), gib(total))
-        gpu = f"{slot.gpu_share:g}" if slot.gpu_share else "-"
+        gpu = ", ".join(str(found.plan.number_on_node(number)) for number in slot.gpus) or "-"
         table.add_row(f"{slot.role} {slot.rank}", slot.address, str(slot.threads), gpu, *sizes)
     out.print(table)
     for need in found.nodes:

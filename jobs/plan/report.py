@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,8 +18,11 @@ from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
 from orchestrator.errors import CapacityError, ConfigError
 from orchestrator.failures import LEARNERS
+from orchestrator.planning.demands import all_demands
 from orchestrator.planning.hardware import DEVICES, Device, cpu_core, device_of
 from orchestrator.planning.memory import GIB, gib
+from orchestrator.planning.placement import Node, place
+from orchestrator.planning.simulation.fit import DeviceMemory, cache_tokens, memory_per_device
 from orchestrator.planning.simulation.run import simulate
 from orchestrator.planning.simulation.scenario import MODELS, Layout, Prediction, Work
 from orchestrator.planning.simulation.search import Candidate, Search, describe, search
@@ -59,11 +63,40 @@ def plan(config: Config, target: Target, lengths: MeanLengths) -> None:
     work = work_of(config, prompt_tokens=lengths.prompt, response_tokens=lengths.response, deviation=lengths.spread)
     _show_work(config, work, lengths)
     found, what = _search(config, work, target)
+    show_configured(config, work, target)
     for reason, names in _by_reason(found).items():
         say(f"does not fit: {'; '.join(names)}: {reason}")
     if not found.candidates:
         raise CapacityError("nothing fits; the lines above give the reason and a remedy for each placement.")
     _show(config, found, what)
+
+
+def show_configured(config: Config, work: Work, target: Target) -> None:
+    """The config as it is, if it asks for GPUs: its time and memory, or why it does not fit."""
+    needed = all_demands(config)
+    num_gpus = target.gpus
+    if not config.rollout.gpus_per_replica or num_gpus is None:
+        return
+    device = device_for(target, num_gpus)
+    layout = layout_of(config, device, num_gpus)
+    try:
+        place(needed, _nodes(device, num_gpus), mode=config.placement.mode)
+        memory = memory_per_device(work, layout, dtype=config.model.compute_dtype)
+    except CapacityError as error:
+        say(f"the config as it is does not fit: {error}")
+        return
+    told = simulate(work, layout, cache_tokens=cache_tokens(work, layout, memory))
+    steps = config.rl.steps
+    say(
+        f"the config as it is: {describe(layout)}: {told.step_s:.1f} s a step, {clock_text(steps * told.step_s)} in all"
+    )
+    _show_memory(memory)
+
+
+def _nodes(device: Device, num_gpus: int) -> list[Node]:
+    """Nodes with as many cores as anyone may want: those of planned GPUs are unknown."""
+    sizes = [min(device.per_node, num_gpus - first) for first in range(0, num_gpus, device.per_node)]
+    return [Node(f"node {number}", 1e6, float(size)) for number, size in enumerate(sizes)]
 
 
 def _for_target(config: Config, target: Target) -> Config:
@@ -147,13 +180,16 @@ def _placements(config: Config) -> Iterator[tuple[str, Config]]:
         )
 
 
-def settings_of(layout: Layout, models: Collection[str]) -> list[str]:
-    """The overrides for this layout on GPUs; `models` are the roles that have a model."""
-    mode = "colocated" if layout.takes_turns else "separate"
+def settings_of(candidate: Candidate) -> list[str]:
+    """The overrides for this layout on GPUs."""
+    layout, models = candidate.layout, candidate.prediction.idle  # the roles with ranks of their own
+    utilization = max(part.utilization for part in candidate.memory)
     lines = [
-        f"placement.mode={mode}",
+        f"placement.mode={layout.mode}",
         f"rl.max_staleness={layout.max_staleness}",
         f"rollout.replicas={layout.engines}",
+        "rollout.gpus_per_replica=1",
+        f"rollout.gpu_memory_utilization={math.floor(100 * utilization) / 100:g}",
         f"rollout.tensor_parallel_size={layout.width('rollout')}",
         f"rollout.samples_per_shard={layout.samples_per_shard}",
         f"reward.replicas={layout.reward_replicas}",
@@ -161,15 +197,20 @@ def settings_of(layout: Layout, models: Collection[str]) -> list[str]:
     if "reference" in models:
         lines += [
             f"reference.ranks={layout.width('reference')}",
+            "reference.gpus_per_rank=1",
             f"reference.sharded={str(layout.learning['reference'].zero_stage == 3).lower()}",
             f"reference.micro_batch_tokens={layout.learning['reference'].micro_batch_tokens}",
         ]
     if "reward" in models:
-        lines.append(f"reward.micro_batch_tokens={layout.learning['reward'].micro_batch_tokens}")
+        lines += [
+            "reward.gpus_per_replica=1",
+            f"reward.micro_batch_tokens={layout.learning['reward'].micro_batch_tokens}",
+        ]
     for role in (role for role in LEARNERS if role in models):
         learning = layout.learning[role]
         lines += [
             f"{role}.ranks={layout.width(role)}",
+            f"{role}.gpus_per_rank=1",
             f"{role}.zero_stage={learning.zero_stage}",
             f"{role}.gradient_checkpointing={str(learning.gradient_checkpointing).lower()}",
             f"{role}.micro_batch_tokens={learning.micro_batch_tokens}",
@@ -206,10 +247,17 @@ def _show(config: Config, found: Search, what: str) -> None:
     out.print(table)
     best = found.candidates[0]
     if best.memory:
-        say("best: " + " ".join(settings_of(best.layout, best.prediction.idle)))
-        for part in best.memory:
-            budget = f"states {gib(part.state)}, work {gib(part.working)}, KV cache {gib(part.cache)}"
-            say(f"memory of a GPU of {', '.join(part.roles)}: {budget}, of {gib(part.available)}")
+        say("best: " + " ".join(settings_of(best)))
+        _show_memory(best.memory)
+
+
+def _show_memory(memory: Sequence[DeviceMemory]) -> None:
+    """Peaks by phase, and the parts of each role."""
+    for part in memory:
+        cache = f", KV cache {gib(part.cache)}" if part.cache else ""
+        say(f"memory of a GPU of {', '.join(part.roles)}, of {gib(part.available)}{cache}:")
+        for peak in part.peaks:
+            say(f"  {peak.describe()}")
 
 
 def _cells(config: Config, candidate: Candidate) -> Sequence[str]:
@@ -217,7 +265,7 @@ def _cells(config: Config, candidate: Candidate) -> Sequence[str]:
     widths = " ".join(f"{role}:{layout.devices_of(role)}" for role in MODELS if told.idle.get(role) is not None)
     policy = layout.learning["policy"]
     learning = f"{policy.micro_batch_tokens} ZeRO-{policy.zero_stage}{' ckpt' * policy.gradient_checkpointing}"
-    fullest = max((part.state + part.working for part in candidate.memory), default=0.0)
+    fullest = max((part.without_cache for part in candidate.memory), default=0.0)
     return (
         describe(layout),
         widths,

@@ -128,9 +128,13 @@ def layout_of(config: Config, device: Device, devices: int) -> Layout:
     sizes = {role: max(1, round(demand.gpus or demand.cpus)) for role, demand in needed.items()}
     counts = {role: demand.count for role, demand in needed.items()}
     widths = {role: sizes[role] * (1 if role == "reward" else counts[role]) for role in MODELS if role in needed}
-    if config.placement.mode == "colocated":
+    mode = config.placement.mode
+    if mode == "colocated":
         together = {role: min(devices, width) for role, width in {**widths, "rollout": sizes["rollout"]}.items()}
         pools = [Pool(devices, together)]
+    elif mode == "mixed":
+        shared = max(sizes[role] * counts[role] for role in widths)
+        pools = [Pool(sizes["rollout"] * counts["rollout"], {"rollout": sizes["rollout"]}), Pool(shared, widths)]
     else:
         widths["rollout"] = sizes["rollout"]
         pools = [Pool(sizes[role] * counts[role], {role: width}) for role, width in widths.items()]
@@ -142,4 +146,6 @@ def layout_of(config: Config, device: Device, devices: int) -> Layout:
         config.rl.max_staleness,
         counts["reward"],
         learning_of(config),
+        utilization=config.rollout.gpu_memory_utilization if config.rollout.gpus_per_replica else None,
+        models_share=mode == "mixed",
     )

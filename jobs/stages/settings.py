@@ -53,7 +53,7 @@ def samples_per_shard(config: Config) -> int:
     """The config's, or, without rollout.reproducible, a step's samples split over the engines; those that are compared
     with each other stay together."""
     if config.rollout.reproducible:
-        return config.rollout.samples_per_shard
+        return config.rollout.shard_size
     if config.algorithm.compares_samples:
         return math.ceil(config.rl.prompts_per_step / config.rollout.replicas) * requests_per_prompt(config)
     return math.ceil(config.samples_per_step / config.rollout.replicas)

@@ -183,7 +183,7 @@ class Algorithm(Section):
 
     def _groups_that_contradict(self, rl: RlConfig, rollout: RolloutConfig) -> Iterator[str]:
         """Messages about keys that would separate samples which must be compared."""
-        name, shard = f"algorithm.name='{self.name}'", rollout.samples_per_shard
+        name, shard = f"algorithm.name='{self.name}'", rollout.shard_size
         size = rl.samples_per_prompt + self.greedy_samples
         if size < 2:
             yield (

@@ -24,6 +24,8 @@ from orchestrator.config.rewards import PairJudgeConfig
 from orchestrator.data.formats.prompts import PROMPT_FORMATS
 from orchestrator.errors import ConfigError
 
+_CPU_SHARD, _GPU_SHARD = 64, 512
+
 
 class RunConfig(Section):
     name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")
@@ -272,8 +274,9 @@ class RolloutConfig(Section):
     """Top-k sampling. -1: off; other values have the same effect as top_p below 1."""
     max_new_tokens: Positive = 64
     """Maximum response length, in tokens."""
-    samples_per_shard: Positive = 64
-    """Requests sent to one engine together. Changing it changes the samples."""
+    samples_per_shard: Positive | None = None
+    """Requests sent to one engine together, which it samples at the same time as far as its KV cache has room. Changing
+    it changes the samples. Null: 64 on CPUs, 512 on GPUs."""
     reproducible: bool = True
     """Shards have a fixed size: the same seeds give the same bits on any number of engines. false: split a step's
     samples evenly over the engines for throughput."""
@@ -299,6 +302,11 @@ class RolloutConfig(Section):
         return self.gpus_per_replica > 0 and self.engine != "hf"
 
     @property
+    def shard_size(self) -> int:
+        """The resolved `samples_per_shard`."""
+        return self.samples_per_shard or (_GPU_SHARD if self.gpus_per_replica else _CPU_SHARD)
+
+    @property
     def engine_kind(self) -> Literal["vllm", "hf"]:
         """The resolved `engine`. Raises ConfigError while it is auto."""
         if self.engine == "auto":
@@ -322,10 +330,13 @@ class RlConfig(Section):
 
 
 class PlacementConfig(Section):
-    mode: Literal["colocated", "separate"] = "colocated"
-    """colocated: roles share cores or GPUs and take turns. separate: each role has its own."""
+    mode: Literal["colocated", "separate", "mixed"] = "colocated"
+    """colocated: roles share cores or GPUs and take turns. separate: each role has its own. mixed: engines have their
+    own, all other roles share theirs and take turns."""
     wait_s: Seconds = 20.0
     """Time limit for the cluster to answer and to have the nodes that the placement needs."""
+    gpu_memory_gib: PositiveNumber | None = None
+    """Memory of each GPU, for checks. Null: that of the kind that Ray reports, or of this machine's GPUs."""
 
     def contradictions(self, rl: RlConfig) -> Iterator[str]:
         if rl.max_staleness and self.mode == "colocated":

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.config.base import Dtype
 from orchestrator.planning.balance import RankPlan, micro_batches, share_prompt
 from orchestrator.planning.hardware import Device
-from orchestrator.planning.memory import ModelSize
+from orchestrator.planning.memory import BYTES_OF, ModelSize, learned_bytes
 
 Lengths = npt.NDArray[np.int64]
 
@@ -223,6 +224,15 @@ def publish_seconds(size: Dimensions, device: Device, *, devices: int) -> float:
 def wake_seconds(size: Dimensions, device: Device, *, width: int) -> float:
     """Copying an engine's weights from host memory to its devices, or back."""
     return size.weight_bytes / width / device.host_link
+
+
+def rest_seconds(size: Dimensions, device: Device, settings: LearnSettings, *, ranks: int) -> float:
+    """Copying a learner's gradients, master weights and optimizer states to host memory, or back."""
+    dtype: Dtype = "bfloat16" if size.bytes_per_weight == BYTES_OF["bfloat16"] else "float32"
+    learned = settings.learned_share(size) * size.num_params
+    states = learned_bytes(learned, dtype=dtype, zero_stage=settings.zero_stage, ranks=ranks)
+    weights = size.bytes_per_weight * learned / (ranks if settings.zero_stage == 3 else 1)
+    return (states - weights) / device.host_link
 
 
 def _padded(plan: RankPlan, lengths: Lengths) -> Lengths:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from orchestrator.config.config import Config
+from orchestrator.config.sections import LearnerConfig, ReferenceConfig
 from orchestrator.config.trainings import OfflineConfig
 from orchestrator.planning.placement import Demand, Node, Plan, place
 
@@ -30,22 +31,25 @@ def reward_demand(config: Config) -> Demand:
 
 def reference_demand(config: Config) -> Demand:
     """One rank of the reference."""
-    return Demand("reference", 1, config.reference.cpus_per_rank, config.reference.gpus_per_rank)
+    return Demand("reference", 1, config.reference.cpus_per_rank, config.reference.gpus_per_rank, is_whole=True)
 
 
 def all_demands(config: Config) -> list[Demand]:
     """All roles of reinforcement learning."""
-    policy, critic, reference = config.policy, config.critic, config.reference
-    critics = [Demand("critic", critic.ranks, critic.cpus_per_rank, critic.gpus_per_rank)]
-    references = [Demand("reference", reference.ranks, reference.cpus_per_rank, reference.gpus_per_rank)]
+    critics = [_ranks("critic", config.critic)]
+    references = [_ranks("reference", config.reference)]
     return [
         engine_demand(config),
-        Demand("policy", policy.ranks, policy.cpus_per_rank, policy.gpus_per_rank),
+        _ranks("policy", config.policy),
         *(critics if config.algorithm.needs_critic and not config.critic_is_on_trunk else []),
         *(references if not config.reference_is_trunk else []),
         reward_demand(config),
         Demand("recorder", 1, RECORDER_CPUS),
     ]
+
+
+def _ranks(role: str, section: LearnerConfig | ReferenceConfig) -> Demand:
+    return Demand(role, section.ranks, section.cpus_per_rank, section.gpus_per_rank, is_whole=True)
 
 
 def plan_training(role: str, section: OfflineConfig, nodes: Sequence[Node]) -> Plan:

@@ -7,14 +7,11 @@ one chunk, temporaries of the optimizer) is needed in addition while a role comp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from orchestrator.config.base import Dtype
 from orchestrator.config.sections import LoraConfig
-from orchestrator.errors import CapacityError
-from orchestrator.planning.placement import Plan, Slot
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -29,6 +26,11 @@ COORDINATOR_PROCESS = 590 * MIB
 RAY_PROCESSES = 700 * MIB  # of one node: raylet and agents, on the head also its servers
 
 LOGIT_CHUNK = 512  # positions whose logits a learner or the reference holds at a time
+
+ENGINE_BATCH_TOKENS = 16384  # of one engine step on a large GPU: vLLM's default for LLM
+_SAMPLER_COPIES = 3  # logits in fp32, their log-softmax, and sorted for top-p
+ZERO_BUCKET = 50_000_000  # gradients on their way, two at a time; as learners set it
+ZERO3_LIVE = 1_000_000_000  # gathered parameters; DeepSpeed's default
 
 BYTES_OF: Mapping[Dtype, int] = {"bfloat16": 2, "float32": 4}
 _MOMENTS, _MASTERS = 8, 4  # bytes per parameter of Adam's two moments and of master weights, in fp32
@@ -66,12 +68,28 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process. `process` is on the host; the rest is on the device, if there is one."""
+    """Bytes of one process. `process` is on the host; the rest is on the device, if there is one.
+
+    Args:
+        working: in addition to `state`, while a learner learns, a scorer scores or an engine samples.
+        resting: the part of `state` that a learner moves to the host while other roles use its GPU.
+        moments: the part of `resting` that the first update creates.
+        scoring: in addition to `state`, while a learner scores.
+        sending: in addition to `state`, during a publish.
+    """
 
     state: float = 0.0
     working: float = 0.0
     cache: float = 0.0
     process: float = 0.0
+    resting: float = 0.0
+    moments: float = 0.0
+    scoring: float = 0.0
+    sending: float = 0.0
+
+    @property
+    def weights(self) -> float:
+        return self.state - self.resting
 
     @property
     def on_device(self) -> float:
@@ -109,9 +127,11 @@ def learner_memory(
     """
     held, zero_stage = BYTES_OF[dtype], effective_zero_stage(zero_stage, dtype=dtype, ranks=ranks)
     learned = adapters or size.num_params
+    shards = ranks if zero_stage == 3 else 1
     state = learned_bytes(learned, dtype=dtype, zero_stage=zero_stage, ranks=ranks)
+    resting = state - held * learned / shards
     if adapters:
-        state += held * size.num_params / (ranks if zero_stage == 3 else 1)
+        state += held * size.num_params / shards
     temporaries = _ADAM_TEMPORARIES * learned / (ranks if zero_stage else 1)
     layers = 1 if gradient_checkpointing else size.num_layers
     working = (
@@ -121,12 +141,22 @@ def learner_memory(
         + (_logit_bytes(size, micro_batch_tokens) if logits else 0)
         + (4 * size.vocabulary * size.hidden if logits and not adapters else 0)
     )
-    return Memory(state, working, process=LEARNER_PROCESS)
+    buffers = _zero_buffers(size, held, zero_stage, ranks)
+    return Memory(
+        state,
+        working + buffers,
+        process=LEARNER_PROCESS,
+        resting=resting,
+        moments=_MOMENTS * learned / (ranks if zero_stage else 1),
+        scoring=_forward_bytes(size, dtype, micro_batch_tokens, logits=logits) + (buffers if zero_stage == 3 else 0),
+        sending=_sent_bytes(size, held) if logits else 0.0,
+    )
 
 
 def on_trunk_memory(adapters: int, *, dtype: Dtype, zero_stage: int, ranks: int) -> Memory:
     """What a critic or a reference adds to a rank of the policy whose trunk it shares."""
-    return Memory(learned_bytes(adapters, dtype=dtype, zero_stage=zero_stage, ranks=ranks))
+    state = learned_bytes(adapters, dtype=dtype, zero_stage=zero_stage, ranks=ranks)
+    return Memory(state, resting=state - BYTES_OF[dtype] * adapters)
 
 
 def learned_bytes(num_params: float, *, dtype: Dtype, zero_stage: int, ranks: int) -> float:
@@ -144,17 +174,51 @@ def learned_bytes(num_params: float, *, dtype: Dtype, zero_stage: int, ranks: in
 
 def scorer_memory(size: ModelSize, *, dtype: Dtype, shards: int, micro_batch_tokens: int, logits: bool) -> Memory:
     """One rank of a reference or a reward model. Without a backward it holds one layer's activations at a time."""
-    working = _layer_bytes(size, dtype, micro_batch_tokens) + (_logit_bytes(size, micro_batch_tokens) if logits else 0)
-    return Memory(BYTES_OF[dtype] * size.num_params / shards, working, process=SCORER_PROCESS)
+    working = _forward_bytes(size, dtype, micro_batch_tokens, logits=logits)
+    if shards > 1:
+        working += _zero_buffers(size, BYTES_OF[dtype], 3, shards)
+    return Memory(BYTES_OF[dtype] * size.num_params / shards, working, process=SCORER_PROCESS, scoring=working)
 
 
 def engine_memory(size: ModelSize, *, dtype: Dtype, tensor_parallel_size: int, cache_bytes: float) -> Memory:
-    """One rollout engine, or its part on one GPU if it is split over several.
-
-    Verification of a publish needs a second copy of the weights.
-    """
+    """One rollout engine on a CPU. Verification of a publish needs a second copy of the weights."""
     state = BYTES_OF[dtype] * size.num_params / tensor_parallel_size
     return Memory(state, state, cache_bytes, ENGINE_PROCESS)
+
+
+def gpu_engine_memory(size: ModelSize, *, dtype: Dtype, tensor_parallel_size: int, sequences: int) -> Memory:
+    """The part of one rollout engine on one GPU, without its cache.
+
+    Args:
+        sequences: samples that it generates at a time, whose logits the sampler holds.
+    """
+    held = BYTES_OF[dtype]
+    activations = _layer_bytes(size, dtype, ENGINE_BATCH_TOKENS)
+    logits = _SAMPLER_COPIES * 4 * sequences * size.vocabulary
+    return Memory(
+        held * size.num_params / tensor_parallel_size,
+        (activations + logits) / tensor_parallel_size,
+        process=ENGINE_PROCESS,
+        sending=_sent_bytes(size, held),
+    )
+
+
+def _forward_bytes(size: ModelSize, dtype: Dtype, tokens: int, *, logits: bool) -> float:
+    """A forward pass without a backward: one layer's activations at a time."""
+    return _layer_bytes(size, dtype, tokens) + (_logit_bytes(size, tokens) if logits else 0)
+
+
+def _zero_buffers(size: ModelSize, held: int, zero_stage: int, ranks: int) -> float:
+    """DeepSpeed's buffers between ranks: gradients on their way, and with ZeRO-3 gathered weights."""
+    if ranks == 1 or not zero_stage:
+        return 0.0
+    gathered = min(size.num_params, ZERO3_LIVE) if zero_stage == 3 else 0
+    return float(held * (2 * min(size.num_params, ZERO_BUCKET) + gathered))
+
+
+def _sent_bytes(size: ModelSize, held: int) -> float:
+    """The largest tensor, gathered, and the bucket that holds it."""
+    return 2.0 * held * size.vocabulary * size.hidden
 
 
 def _layer_bytes(size: ModelSize, dtype: Dtype, tokens: int) -> float:
@@ -164,82 +228,6 @@ def _layer_bytes(size: ModelSize, dtype: Dtype, tokens: int) -> float:
 
 def _logit_bytes(size: ModelSize, tokens: int) -> float:
     return 4.0 * _LOGIT_COPIES * min(tokens, LOGIT_CHUNK) * size.vocabulary
-
-
-@dataclass(frozen=True)
-class NodeNeed:
-    """Bytes that a plan needs on one node, and bytes that the node has (None: unknown)."""
-
-    address: str
-    kind: Literal["memory", "GPU memory"]
-    certain: float
-    needed: float
-    available: float | None
-
-    def describe(self) -> str:
-        there = "unknown" if self.available is None else gib(self.available)
-        return f"{self.address}: {self.kind} needed about {gib(self.needed)}, available {there}"
-
-
-@dataclass(frozen=True)
-class NodeOffer:
-    """Memory of one node: host memory, and the sum over its GPUs. None: unknown."""
-
-    memory: float | None
-    gpu_memory: float | None = None
-
-
-def needs(plan: Plan, memory_of: Mapping[str, Memory], offers: Mapping[str, NodeOffer]) -> list[NodeNeed]:
-    """Sums a plan's processes per node. The coordinator, which may run on any node, is counted on the first.
-
-    Args:
-        memory_of: memory of one actor by role.
-        offers: memory of nodes by address.
-    """
-    found: list[NodeNeed] = []
-    for index, (address, offer) in enumerate(offers.items()):
-        slots = [slot for slot in plan.slots if slot.address == address]
-        extra = RAY_PROCESSES + (COORDINATOR_PROCESS if index == 0 else 0)
-        on_cpu, on_gpu = _on(slots, memory_of, gpu=False), _on(slots, memory_of, gpu=True)
-        found.append(
-            NodeNeed(
-                address,
-                "memory",
-                certain=extra + sum(m.state + m.process for m in on_cpu) + sum(m.process for m in on_gpu),
-                needed=extra + sum(m.on_cpu for m in on_cpu) + sum(m.process for m in on_gpu),
-                available=offer.memory,
-            )
-        )
-        if on_gpu:
-            certain, needed = sum(m.state for m in on_gpu), sum(m.on_device for m in on_gpu)
-            found.append(NodeNeed(address, "GPU memory", certain, needed, offer.gpu_memory))
-    return found
-
-
-def _on(slots: Sequence[Slot], memory_of: Mapping[str, Memory], *, gpu: bool) -> list[Memory]:
-    return [memory_of[slot.role] for slot in slots if (slot.gpu_share > 0) == gpu]
-
-
-def too_much(found: Sequence[NodeNeed]) -> list[str]:
-    """Warnings about nodes that probably have too little memory.
-
-    Raises:
-        CapacityError: weights, optimizer states and gradients alone exceed a node's memory.
-    """
-    way_out = (
-        "Add nodes or memory, choose a smaller model, a higher zero_stage with more ranks, or fewer actors; "
-        "gradient_checkpointing and a smaller micro_batch_tokens reduce the memory of a step."
-    )
-    known = [(need, need.available) for need in found if need.available is not None]
-    short = [
-        f"{need.address} has {gib(there)} of {need.kind}, and weights, optimizer states and gradients of the actors "
-        f"placed there take {gib(need.certain)}"
-        for need, there in known
-        if need.certain > there
-    ]
-    if short:
-        raise CapacityError(f"too little memory: {'; '.join(short)}. {way_out}")
-    return [f"{need.describe()}. It may not fit. {way_out}" for need, there in known if need.needed > there]
 
 
 def gib(number: float) -> str:

@@ -36,9 +36,9 @@ def asleep_and_awake(folder: Path) -> tuple[int, bool, int]:
     engine = start(folder, sleeps=True, **ON_GPU)
     before = behaviour(engine)
     free, _ = torch.cuda.mem_get_info()
-    engine.sleep()
+    engine.sleep(1)
     freed = torch.cuda.mem_get_info()[0] - free
-    engine.wake()
+    engine.wake(("weights", "kv_cache"))
     same = behaviour(engine) == before
     return freed, same, publish(engine, read_weights(folder), 1).num_compared
 

@@ -60,12 +60,13 @@ from orchestrator.held_out import Evaluation
 from orchestrator.planning.demands import all_demands
 from orchestrator.planning.placement import Demand, Slot
 from orchestrator.prompts import PromptSchedule, Splits, sample_requests
-from orchestrator.roles import Grouping, Learners, Recorder, Roles
+from orchestrator.roles import Grouping, Learner, Learners, NoCritic, Recorder, Roles, Rollouts
 from orchestrator.run.best import Best, BestByEvaluation
 from orchestrator.run.checkpoints import Checkpoints
 from orchestrator.run.experience_log import ExperienceLog
 from orchestrator.run.folder import RunFolder
 from orchestrator.sampler import Sampler
+from orchestrator.turns import InTurn, Phase, SharedGpus, Turns, Unshared
 from orchestrator.types import Prompt
 from orchestrator.watching.guards import Guards, acted_before, guard_table
 from orchestrator.watching.telemetry import Telemetry
@@ -111,14 +112,14 @@ async def start_engines(config: Config, starter: Starter, *, version: int | None
             publish=config.publish,
             seed=config.run.seed,
             version=version,
-            sleeps=engines_sleep(config),
+            sleeps=version is None and engines_sleep(config),
             environment=config.environment if plays else EnvironmentConfig(),
             limits=config.rule_limits,
             environment_s=within(config.deadlines.generate_s),
         )
         return {"context": context, "cache": config.run.cache}
 
-    return await starter.group("rollout", RolloutWorker, arguments)
+    return await starter.group("rollout", RolloutWorker, arguments, starts_alone=engines_sleep(config))
 
 
 async def start_learners(config: Config, starter: Starter, reward_path: str | None) -> dict[str, ActorGroup]:
@@ -193,9 +194,14 @@ async def coordinating(
 
     async with starting(config, all_demands(config), tell) as starter:
         on_placed(starter)
-        groups = await start_learners(config, starter, reward_path)
+        groups: dict[str, ActorGroup] = {}
+        if engines_sleep(config):  # they need empty GPUs to start, and are asleep when they are ready
+            groups["rollout"] = await start_engines(config, starter, version=None)
+            await all_ready(groups, config.deadlines.start_s)
+        groups |= await start_learners(config, starter, reward_path)
         groups |= await start_scorers(config, starter, reward_path)
-        groups["rollout"] = await start_engines(config, starter, version=None)
+        if "rollout" not in groups:
+            groups["rollout"] = await start_engines(config, starter, version=None)
         recorders = await start_recorders(config, starter, run)
         await all_ready({**groups, "recorder": recorders}, config.deadlines.start_s)
         supervisor = supervisor_of(config, starter, telemetry, run)
@@ -215,12 +221,23 @@ def supervisor_of(config: Config, starter: Starter, telemetry: Telemetry, run: R
     return RaySupervisor(starter, policy, telemetry, say, run=run.path, start_s=config.deadlines.start_s)
 
 
-def roles_of(config: Config, groups: Mapping[str, ActorGroup], supervisor: RaySupervisor) -> Roles:
-    """The roles over their groups of actors."""
+def roles_of(config: Config, groups: Mapping[str, ActorGroup], supervisor: RaySupervisor) -> tuple[Roles, Turns]:
+    """The roles over their groups of actors, and their turns on the devices."""
     limits = config.deadlines
     weights = PolicyWeights()
     learners = learners_of(config, groups, weights)
     reward = ReplicatedScorer(groups["reward"], RewardWorker.score, score_s=limits.score_s, supervisor=supervisor)
+
+    async def catch_up(engine: int) -> None:
+        await publisher.catch_up(engine)
+
+    rollouts = RayRollouts(
+        groups["rollout"],
+        generate_s=limits.generate_s,
+        sleeps=engines_sleep(config),
+        supervisor=supervisor,
+        catch_up=catch_up,
+    )
     publisher = BucketPublisher(
         groups["policy"],
         groups["rollout"],
@@ -230,23 +247,32 @@ def roles_of(config: Config, groups: Mapping[str, ActorGroup], supervisor: RaySu
         publish_s=limits.publish_s,
         transport=_transport_of(config, groups["policy"], groups["rollout"]),
         tell=say,
+        rouse=rollouts.rouse,
     )
-    rollouts = RayRollouts(
-        groups["rollout"],
-        generate_s=limits.generate_s,
-        sleeps=engines_sleep(config),
-        supervisor=supervisor,
-        catch_up=publisher.catch_up,
-    )
+    turns = turns_of(config, learners, rollouts)
     recorder = recorder_of(config, groups["recorder"], supervisor)
     return Roles(
-        policy=learners.policy,
-        critic=learners.critic,
+        policy=_in_turn(learners.policy, "policy", turns),
+        critic=_in_turn(learners.critic, "policy" if config.critic_is_on_trunk else "critic", turns),
         rollouts=rollouts,
         reference=_reference_of(config, groups, supervisor),
         reward=reward,
         recorder=recorder,
         publisher=publisher,
+    ), turns
+
+
+def turns_of(config: Config, learners: Learners, rollouts: Rollouts) -> Turns:
+    """Turns where models share GPUs, with the engines unless these have their own."""
+    resting = {role: learner for role, learner in learners.by_role.items() if isinstance(learner, RayLearner)}
+    if config.placement.mode == "separate" or not config.policy.gpus_per_rank:
+        return Unshared()
+    if config.critic_is_on_trunk:  # its states come and go with the policy's
+        resting.pop("critic", None)
+    return SharedGpus(
+        rollouts if engines_sleep(config) else None,
+        resting,
+        samples_again=config.algorithm.filter_rounds is not None,
     )
 
 
@@ -259,6 +285,11 @@ def _transport_of(config: Config, policy: ActorGroup, engines: ActorGroup) -> Tr
         return SharedTransport(policy, engines, publish_s=publish_s)
     workers = config.rollout.tensor_parallel_size
     return CollectiveTransport(policy, engines, publish_s=publish_s, workers_per_engine=workers)
+
+
+def _in_turn(learner: Learner, phase: Phase, turns: Turns) -> Learner:
+    has_turns = isinstance(turns, SharedGpus) and not isinstance(learner, NoCritic)
+    return InTurn(learner, phase, turns) if has_turns else learner
 
 
 def _reference_of(config: Config, groups: Mapping[str, ActorGroup], supervisor: RaySupervisor) -> ShardedScorer:
@@ -283,7 +314,7 @@ def _coordinator(
     groups: Mapping[str, ActorGroup],
     supervisor: RaySupervisor,
 ) -> Coordinator:
-    roles = roles_of(config, groups, supervisor)
+    roles, turns = roles_of(config, groups, supervisor)
     rl = config.rl
     schedule = PromptSchedule(
         prompts.train,
@@ -306,6 +337,7 @@ def _coordinator(
         samples_per_shard=samples_per_shard(config),
         max_staleness=rl.max_staleness,
         takes_turns=config.placement.mode == "colocated",
+        turns=turns,
     )
     return Coordinator(
         steps=rl.steps,
@@ -342,7 +374,9 @@ def _coordinator(
             samples_per_shard=samples_per_shard(config),
             every_steps=config.evaluation.every_steps,
             last_step=rl.steps,
+            turns=turns,
         ),
+        turns=turns,
         telemetry=telemetry,
         meter=ClusterMeter(
             {role: group for role, group in groups.items() if role != "recorder"},

@@ -7,30 +7,44 @@ from dataclasses import dataclass
 
 from orchestrator.config.base import Dtype
 from orchestrator.errors import CapacityError
-from orchestrator.planning.memory import Memory, engine_memory, gib, learner_memory, on_trunk_memory, scorer_memory
+from orchestrator.planning.memory import (
+    Memory,
+    gib,
+    gpu_engine_memory,
+    learner_memory,
+    on_trunk_memory,
+    scorer_memory,
+)
+from orchestrator.planning.peaks import ENGINE, USABLE, WHOLE_STEP, Peak, highest, peaks, with_cache
 from orchestrator.planning.simulation.scenario import MODELS, Layout, Pool, Work
 
-USABLE = 0.85  # share of a GPU's memory, as rollout.gpu_memory_utilization
 HAS_LOGITS = frozenset({"policy", "reference"})
 
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Peak bytes of one device of a pool: all states, and the working memory of one role at a time.
+    """Peaks of one device of a pool, phase by phase.
 
     Args:
+        working: most bytes of one role while it computes.
         cache: bytes of the engines' KV cache; 0 without engines.
+        utilization: share of the device that an engine takes (rollout.gpu_memory_utilization); 0 without engines.
     """
 
     roles: tuple[str, ...]
-    state: float
+    peaks: tuple[Peak, ...]
     working: float
     cache: float
+    utilization: float
     available: float
 
     @property
     def needed(self) -> float:
-        return self.state + self.working + self.cache
+        return max(peak.total for peak in self.peaks)
+
+    @property
+    def without_cache(self) -> float:
+        return max(peak.total - self.cache * _samples(peak) for peak in self.peaks)
 
 
 def memory_per_device(work: Work, layout: Layout, *, dtype: Dtype) -> list[DeviceMemory]:
@@ -44,23 +58,32 @@ def memory_per_device(work: Work, layout: Layout, *, dtype: Dtype) -> list[Devic
 
 def cache_tokens(work: Work, layout: Layout, memory: list[DeviceMemory]) -> float:
     """Tokens that the KV cache of one engine holds."""
-    (cache,) = (part.cache for part in memory if "rollout" in part.roles)
-    return cache * layout.width("rollout") / work.policy.cache_bytes_per_token
+    (cache,) = (part.cache for part in memory if ENGINE in part.roles)
+    return cache * layout.width(ENGINE) / work.policy.cache_bytes_per_token
 
 
 def _of_pool(work: Work, layout: Layout, pool: Pool, dtype: Dtype) -> DeviceMemory:
     memory_of = _memory_of_roles(work, layout, pool, dtype)
-    state = sum(memory.state for memory in memory_of.values())
-    working = max(memory.working for memory in memory_of.values())
-    available = USABLE * layout.device.memory_bytes
-    least = 0.0
-    if "rollout" in memory_of:
-        longest = work.prompt.longest + work.response.longest
-        least = work.policy.cache_bytes_per_token * longest / layout.width("rollout")
-    if state + working + least > available:
-        raise CapacityError(_shortage(layout, memory_of, state, working, least, available))
-    cache = available - state - working if "rollout" in memory_of else 0.0
-    return DeviceMemory(tuple(memory_of), state, working, cache, layout.device.memory_bytes)
+    available = layout.device.memory_bytes
+    usable = USABLE * available if layout.utilization is None else available
+    takes_turns = len(memory_of) > 1
+    found = peaks(memory_of, takes_turns=takes_turns)
+    utilization = cache = least = 0.0
+    if ENGINE in memory_of:
+        least = work.policy.cache_bytes_per_token * (work.prompt.longest + work.response.longest) / pool.widths[ENGINE]
+        others = sum(size for peak in found for role, size in peak.parts.items() if _samples(peak) and role != ENGINE)
+        utilization = layout.utilization or max(usable - others, 0.0) / available
+        memory_of[ENGINE] = with_cache(memory_of[ENGINE], utilization * available)
+        cache = memory_of[ENGINE].cache
+        found = peaks(memory_of, takes_turns=takes_turns) if cache >= least else found
+    if highest(found).total > usable + 1.0 or cache < least:
+        raise CapacityError(_shortage(layout, memory_of, highest(found), usable, (cache, least)))
+    working = max(memory.working for role, memory in memory_of.items() if role != ENGINE or not takes_turns)
+    return DeviceMemory(tuple(memory_of), tuple(found), working, cache, utilization, available)
+
+
+def _samples(peak: Peak) -> bool:
+    return peak.phase in ("sample", WHOLE_STEP)
 
 
 def _memory_of_roles(work: Work, layout: Layout, pool: Pool, dtype: Dtype) -> dict[str, Memory]:
@@ -94,23 +117,30 @@ def _memory_of_roles(work: Work, layout: Layout, pool: Pool, dtype: Dtype) -> di
             )
     if "rollout" in pool.widths:
         width = pool.widths["rollout"]
-        found["rollout"] = engine_memory(work.policy, dtype=dtype, tensor_parallel_size=width, cache_bytes=0.0)
+        sequences = min(layout.samples_per_shard, work.samples)
+        found["rollout"] = gpu_engine_memory(work.policy, dtype=dtype, tensor_parallel_size=width, sequences=sequences)
     return found
 
 
 def _shortage(
-    layout: Layout, memory_of: Mapping[str, Memory], state: float, working: float, least: float, available: float
+    layout: Layout, memory_of: Mapping[str, Memory], found: Peak, usable: float, cache: tuple[float, float]
 ) -> str:
-    largest = max(memory_of, key=lambda role: memory_of[role].state + memory_of[role].working)
+    largest = max(found.parts, key=lambda role: found.parts[role])
     settings = layout.learning.get(largest)
-    if largest == "rollout":
-        way_out = "a higher rollout.tensor_parallel_size"
+    if found.total <= usable:
+        largest = ENGINE
+    if largest == ENGINE:
+        way_out = "a higher rollout.tensor_parallel_size, a lower rollout.samples_per_shard"
+        if layout.utilization is not None and found.total > usable:
+            room = max(usable - found.total + found.parts[ENGINE], 0.0) / layout.device.memory_bytes
+            way_out = f"rollout.gpu_memory_utilization={int(100 * room) / 100:g}"
     elif settings is not None and settings.zero_stage == 3:
-        way_out = f"more than {layout.width(largest)} ranks of {largest}"
+        way_out = f"more than {layout.width(largest)} ranks of {largest}, or a smaller {largest}.micro_batch_tokens"
+    elif largest == "reward":
+        way_out = "a smaller reward.micro_batch_tokens, GPUs of its own"
     else:
         way_out = "reference.sharded=true" if largest == "reference" else f"{largest}.zero_stage=3 and more ranks"
-    cache = f", the cache of one sample {gib(least)}" if least else ""
-    return (
-        f"{', '.join(memory_of)} on one {layout.device.name}: weights and states {gib(state)}, work {gib(working)}"
-        f"{cache}; usable {gib(available)}. Use {way_out}, or larger GPUs."
-    )
+    text = f"{', '.join(memory_of)} on one {layout.device.name}: {found.describe()}; usable {gib(usable)}"
+    if found.total <= usable:
+        text += f", which leaves {gib(max(cache[0], 0.0))} for a KV cache, and one sample needs {gib(cache[1])}"
+    return f"{text}. Use {way_out}, or larger GPUs."

@@ -14,6 +14,8 @@ import numpy as np
 from orchestrator.planning import costs
 from orchestrator.planning.costs import Lengths
 from orchestrator.planning.simulation.scenario import MODELS, Layout, Pool, Work
+from orchestrator.roles import Tag
+from orchestrator.turns import OFFLOAD
 from orchestrator.types import (
     EvaluatedShard,
     Experience,
@@ -123,6 +125,7 @@ class SimulatedRollouts:
 
     def __init__(self, cluster: Cluster, cache_tokens: float) -> None:
         self._cluster, self._cache_tokens = cluster, cache_tokens
+        self._are_on_host = False
         self._idle: asyncio.Queue[int] = asyncio.Queue()
         for engine in range(self.num_engines):
             self._idle.put_nowait(engine)
@@ -150,11 +153,14 @@ class SimulatedRollouts:
         handle = (prompts, responses)
         return RolloutShard(request.step, request.index, handle, len(prompts), *tokens, request.step, engine, seconds)
 
-    async def wake(self) -> None:
-        await self._move_weights()
+    async def wake(self, tags: Sequence[Tag]) -> None:
+        if "weights" in tags and self._are_on_host:
+            await self._move_weights()
 
-    async def sleep(self) -> None:
-        await self._move_weights()
+    async def sleep(self, level: int) -> None:
+        self._are_on_host = level == OFFLOAD
+        if self._are_on_host:
+            await self._move_weights()
 
     async def _move_weights(self) -> None:
         layout = self._cluster.layout
@@ -208,6 +214,16 @@ class SimulatedModel:
             )
             await self.cluster.call(self._place, seconds, ranks=layout.width(self._place))
         return {"epochs": 1.0}
+
+    async def rest(self) -> None:
+        """Moves the learner's states to the host; `resume` takes as long."""
+        size, layout = self.cluster.work.models[self.role], self.cluster.layout
+        if size is not None:
+            ranks = layout.width(self._place)
+            seconds = costs.rest_seconds(size, layout.device, layout.learning[self.role], ranks=ranks)
+            await self.cluster.run(self._place, seconds, calls=ranks, width=ranks)
+
+    resume = rest
 
     def _lines(self, prompts: Lengths, responses: Lengths) -> Lengths:
         """Lengths of the computed lines. Reward model and critic compute each row separately."""

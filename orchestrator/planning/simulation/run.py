@@ -25,6 +25,7 @@ from orchestrator.roles import Roles
 from orchestrator.run.checkpoints import Checkpoints
 from orchestrator.run.experience_log import ExperienceLog
 from orchestrator.sampler import Sampler
+from orchestrator.turns import InTurn, SharedGpus, Turns, Unshared
 from orchestrator.types import Sampling, State
 from orchestrator.watching.guards import Guards
 from orchestrator.watching.telemetry import METRICS_FILE, Telemetry, read_lines
@@ -74,12 +75,14 @@ def _coordinator(folder: Path, loop: VirtualTimeLoop, cluster: Cluster, cache_to
     policy, reference = (SimulatedModel(cluster, role, has_head=True) for role in ("policy", "reference"))
     critic, reward = (SimulatedModel(cluster, role, has_head=False) for role in ("critic", "reward"))
     rollouts, recorder = SimulatedRollouts(cluster, cache_tokens), SimulatedRecorder()
+    has_critic = cluster.work.models["critic"] is not None
+    turns = _turns(layout, rollouts, {"policy": policy, **({"critic": critic} if has_critic else {})})
     telemetry = Telemetry(folder, "simulation", 1, clock=loop.time, wall_clock=loop.time)
     log = ExperienceLog(folder / "log", recorder, max_failed_fraction=0.0)
     cut: dict[str, Any] = {"sampling": Sampling(), "samples_per_shard": layout.samples_per_shard}
     roles = Roles(
-        policy=policy,
-        critic=critic,
+        policy=InTurn(policy, "policy", turns),
+        critic=InTurn(critic, "critic", turns),
         rollouts=rollouts,
         reference=reference,
         reward=reward,
@@ -95,8 +98,10 @@ def _coordinator(folder: Path, loop: VirtualTimeLoop, cluster: Cluster, cache_to
             SimulatedSchedule(cluster.work.samples),
             max_staleness=layout.max_staleness,
             takes_turns=layout.takes_turns,
+            turns=turns,
             **cut,
         ),
+        turns=turns,
         roles=roles,
         log=log,
         checkpoints=Checkpoints(folder / "checkpoints", {}, every_steps=0, last_step=steps + 1, keep=1),
@@ -114,6 +119,12 @@ def _coordinator(folder: Path, loop: VirtualTimeLoop, cluster: Cluster, cache_to
         meter=cluster.meter,
         supervisor=Unsupervised(),
     )
+
+
+def _turns(layout: Layout, rollouts: SimulatedRollouts, learners: Mapping[str, SimulatedModel]) -> Turns:
+    if not layout.shares_gpus:
+        return Unshared()
+    return SharedGpus(rollouts if layout.takes_turns else None, learners)
 
 
 def _silent(line: str) -> None:

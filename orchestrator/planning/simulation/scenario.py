@@ -10,6 +10,7 @@ import numpy as np
 
 from orchestrator.planning.costs import Dimensions, LearnSettings, Lengths
 from orchestrator.planning.hardware import Device
+from orchestrator.planning.placement import Mode
 
 MODELS = ("policy", "critic", "reference", "reward")
 ROLES = ("rollout", *MODELS)
@@ -89,6 +90,8 @@ class Layout:
 
     Args:
         reward_replicas: copies of the reward model; each scores whole shards.
+        models_share: the models take turns on one pool, and the engines have another.
+        utilization: share of a GPU that an engine takes. None: as much as the other roles leave.
         learning: settings of each role except the engines; reference and reward use zero_stage and micro_batch_tokens.
         deals_on: one scoring call goes to all ranks and fills them evenly, as in some other programs. Off: this
             program's assignment, see `scoring_ranks`.
@@ -102,6 +105,8 @@ class Layout:
     reward_replicas: int = 1
     learning: Mapping[str, LearnSettings] = field(default_factory=lambda: dict.fromkeys(MODELS, LearnSettings()))
     deals_on: bool = False
+    utilization: float | None = None
+    models_share: bool = False
 
     @property
     def devices(self) -> int:
@@ -116,6 +121,17 @@ class Layout:
     @property
     def takes_turns(self) -> bool:
         return len(self.pool_of("rollout").widths) > 1
+
+    @property
+    def mode(self) -> Mode:
+        if self.takes_turns:
+            return "colocated"
+        return "mixed" if self.models_share else "separate"
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether learners move their states off the devices between phases."""
+        return self.mode != "separate" and math.isfinite(self.device.host_link)
 
     def copies(self, role: str) -> int:
         """Number of concurrent calls of a role."""

@@ -69,15 +69,14 @@ def search(
 
 
 def describe(layout: Layout) -> str:
-    mode = "colocated" if layout.takes_turns else "separate"
     stale = f", staleness {layout.max_staleness}" if layout.max_staleness else ""
-    return f"{mode}, {layout.engines} engines of {layout.width('rollout')}{stale}"
+    return f"{layout.mode}, {layout.engines} engines of {layout.width('rollout')}{stale}"
 
 
 def layouts(
     work: Work, device: Device, devices: int, *, learning: Mapping[str, LearnSettings], widths: Sequence[int]
 ) -> Iterator[Layout]:
-    """Colocated layouts for each engine width; separate layouts for each width and share of GPUs for engines."""
+    """Colocated layouts for each engine width; mixed and separate ones for each width and share of GPUs for engines."""
     roles = [role for role in MODELS if work.models[role] is not None and role not in work.on_trunk]
     for width in (width for width in widths if width <= min(devices, device.per_node)):
         if devices % width == 0:
@@ -87,11 +86,16 @@ def layouts(
         for share in ENGINE_SHARES:
             engines = int(devices * share) // width
             left = devices - engines * width
+            per_shard = -(-work.samples // engines) if engines else 0
+            if engines and left and len(roles) > 1:
+                shared = Pool(left, dict.fromkeys(MODELS, left) | {"reward": 1})
+                mixed = (Pool(engines * width, {"rollout": width}), shared)
+                yield Layout(device, mixed, engines, per_shard, 0, left, learning, models_share=True)
             if engines and left >= len(roles):
                 apart = _dealt(work, roles, left, learning)
                 pools = (Pool(engines * width, {"rollout": width}), *apart)
                 replicas = next(pool.devices for pool in apart if "reward" in pool.widths)
-                yield Layout(device, pools, engines, -(-work.samples // engines), 0, replicas, learning)
+                yield Layout(device, pools, engines, per_shard, 0, replicas, learning)
 
 
 def _dealt(work: Work, roles: Sequence[str], devices: int, learning: Mapping[str, LearnSettings]) -> list[Pool]:

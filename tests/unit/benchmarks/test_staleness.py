@@ -33,4 +33,4 @@ def test_a_step_is_compared_with_the_longer_side_of_the_same_step() -> None:
 @pytest.mark.parametrize("staleness", STALENESS)
 def test_its_runs_have_one_shard_per_step(staleness: int) -> None:
     config = load_config(CONFIG, overrides(staleness, 4, 28))
-    assert config.samples_per_step <= config.rollout.samples_per_shard
+    assert config.samples_per_step <= config.rollout.shard_size

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.errors import RoleDied
+from orchestrator.roles import Tag
 from orchestrator.types import (
     EvaluatedShard,
     Experience,
@@ -59,11 +60,12 @@ class FakeRollouts:
             request.step, request.index, ("shard", request.step), count, 3 * count, 5 * count, self.version, 0, 0.1
         )
 
-    async def wake(self) -> None:
-        self.diary.note("wake", 0)
+    async def wake(self, tags: Sequence[Tag]) -> None:
+        for tag in tags:
+            self.diary.note(f"wake {tag}", 0)
 
-    async def sleep(self) -> None:
-        self.diary.note("sleep", 0)
+    async def sleep(self, level: int) -> None:
+        self.diary.note("sleep", level)
 
 
 @dataclass
@@ -82,6 +84,7 @@ class FakeLearner:
 
     async def score(self, shard: RolloutShard) -> Sequence[Handle]:
         await asyncio.sleep(0)
+        self.diary.note("score", shard.step)
         return [(self.name, shard.step)]
 
     async def learn(self, experience: Experience) -> Metrics:
@@ -100,6 +103,12 @@ class FakeLearner:
 
     async def export(self, folder: Path) -> None:
         await self.save(folder)
+
+    async def rest(self) -> None:
+        self.diary.note(f"rest {self.name}", 0)
+
+    async def resume(self) -> None:
+        self.diary.note(f"resume {self.name}", 0)
 
 
 @dataclass

@@ -24,6 +24,7 @@ from orchestrator.roles import NoCritic, Roles
 from orchestrator.run.checkpoints import Checkpoints
 from orchestrator.run.experience_log import ExperienceLog
 from orchestrator.sampler import Sampler
+from orchestrator.turns import InTurn, SharedGpus, Unshared
 from orchestrator.types import EvaluatedShard, Metrics, Sampling, State
 from orchestrator.watching.guards import Guard, Guards, acted_before
 from orchestrator.watching.telemetry import Telemetry, read_lines
@@ -46,6 +47,8 @@ class World:
     steps: int = 4
     max_staleness: int = 0
     takes_turns: bool = False
+    shares_gpus: bool = False
+    samples_again: bool = False
     every_steps: int = 0
     critic_warmup_steps: int = 0
     needs_critic: bool = True
@@ -69,11 +72,14 @@ class World:
         recorder = self.recorder(diary, self.num_dropped, self.sums_of_step)
         telemetry = Telemetry(self.folder, "run", 1)
         scorer = FakeLearner("scorer", diary)
+        learners = {"policy": self.policy, **({"critic": self.critic} if self.needs_critic else {})}
+        turns = SharedGpus(rollouts, learners, samples_again=self.samples_again) if self.shares_gpus else Unshared()
+        critic = self.critic if self.needs_critic else NoCritic()
         schedule = FakeSchedule(8)
         sampling = Sampling()
         roles = Roles(
-            policy=self.policy,
-            critic=self.critic if self.needs_critic else NoCritic(),
+            policy=InTurn(self.policy, "policy", turns) if self.shares_gpus else self.policy,
+            critic=InTurn(critic, "critic", turns) if self.shares_gpus and self.needs_critic else critic,
             rollouts=rollouts,
             reference=scorer,
             reward=scorer,
@@ -92,6 +98,7 @@ class World:
                 samples_per_shard=4,
                 max_staleness=self.max_staleness,
                 takes_turns=self.takes_turns,
+                turns=turns,
             ),
             roles=roles,
             log=log,
@@ -120,7 +127,9 @@ class World:
                 samples_per_shard=4,
                 every_steps=self.evaluate_every,
                 last_step=self.steps,
+                turns=turns,
             ),
+            turns=turns,
             telemetry=telemetry,
             meter=_no_meter,
             supervisor=Unsupervised(),
@@ -227,16 +236,6 @@ async def test_a_run_without_a_critic_learns_and_saves_the_policy_alone(tmp_path
     names = {name for line in read_lines(tmp_path / "metrics.jsonl") for name in line.get("metrics", {})}
     assert any(name.startswith("policy/") for name in names)
     assert not any(name.startswith("critic/") for name in names - {"critic/explained_variance"})
-
-
-async def test_engines_sleep_before_anyone_else_computes_when_they_take_turns(tmp_path: Path) -> None:
-    world = World(tmp_path, takes_turns=True)
-    await world.coordinator().run(State(0, 0.1))
-    awake = False
-    for what, _ in world.diary.entries:
-        awake = {"wake": True, "sleep": False}.get(what, awake)
-        assert awake or what != "generate"
-        assert not awake or not what.startswith(("learn", "record"))
 
 
 async def test_too_many_failed_rewards_stop_the_run(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ async def test_nothing_is_sampled_before_its_version_is_announced() -> None:
         assert set(rollouts.diary.of("generate")) == {0, 1}
 
 
-async def test_engines_that_take_turns_sleep_before_anyone_gets_the_samples() -> None:
+async def test_engines_that_take_turns_finish_before_anyone_gets_the_samples() -> None:
     rollouts = FakeRollouts(Diary(), version=0)
     sampler = sampler_of(rollouts, takes_turns=True)
     async with sampler.running(first_step=0, end_step=2):
@@ -85,7 +85,7 @@ async def test_engines_that_take_turns_sleep_before_anyone_gets_the_samples() ->
         await _settle()
         assert rollouts.diary.entries == [], "sampled before it was requested"
         ready = await sampler.next()
-        assert [what for what, _ in rollouts.diary.entries] == ["wake", "generate", "generate", "sleep"]
+        assert [what for what, _ in rollouts.diary.entries] == ["generate", "generate"]
         assert len(await together(ready.shards)) == 2
 
 

@@ -1,4 +1,4 @@
-"""The ranks to which a shard is sent."""
+"""The ranks to which a shard is sent, and engines that sleep."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 
 from actors.groups.group import ActorGroup
 from actors.learning.worker import Share
-from actors.remote.roles import ShardedScorer
+from actors.remote.roles import RayRollouts, ShardedScorer
+from orchestrator.errors import RoleDied
 from orchestrator.types import Handle, RolloutShard
 
 
@@ -47,3 +48,86 @@ async def test_ranks_that_hold_one_model_together_all_take_part() -> None:
 @pytest.mark.parametrize("num_ranks", [1, 2, 8, 1000])
 async def test_calls_grow_with_shards_or_ranks_not_with_both(num_ranks: int) -> None:
     assert sum(map(len, await calls(num_ranks, 16))) <= max(16, num_ranks)
+
+
+class Sleepers(ActorGroup):
+    """Engines that remember what is awake; those in `dying` die once, and are asleep when they are new."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__("rollout", [None] * count)
+        self.awake: list[set[str]] = [set() for _ in range(count)]
+        self.dying: set[int] = set()
+        self.caught_up: list[int] = []
+
+    async def call(self, rank: int, method: Callable[..., Any], _deadline_s: float, *args: Any, **_: Any) -> Any:
+        if rank in self.dying:
+            raise RoleDied("rollout", rank, method.__name__, "killed by the test")
+        if method.__name__ == "wake":
+            self.awake[rank] |= set(args[0])
+        else:
+            self.awake[rank] = set()
+
+    async def restart(self, rank: int) -> None:
+        self.dying.discard(rank)
+        self.awake[rank] = set()
+        self.births[rank] = self.births.get(rank, 0) + 1
+
+    async def catch_up(self, rank: int) -> None:
+        assert self.awake[rank] == {"weights", "kv_cache"}
+        self.caught_up.append(rank)
+
+
+class Restarting:
+    """Restarts what died, and repeats the work."""
+
+    async def keep(self, group: Sleepers, work: Callable[[], Any], prepare: Callable[[], Any] | None = None) -> Any:
+        while True:
+            try:
+                return await work()
+            except RoleDied as error:
+                await group.restart(error.rank)
+                if prepare is not None:
+                    await prepare()
+
+
+def sleeping(group: Sleepers, *, sleeps: bool = True) -> RayRollouts:
+    supervisor: Any = Restarting()
+    return RayRollouts(group, generate_s=1.0, sleeps=sleeps, supervisor=supervisor, catch_up=group.catch_up)
+
+
+async def test_engines_wake_in_parts_and_sleep_whole() -> None:
+    group = Sleepers(2)
+    rollouts = sleeping(group)
+    await rollouts.wake(["weights"])
+    assert group.awake == [{"weights"}] * 2
+    await rollouts.wake(["kv_cache"])
+    assert group.awake == [{"weights", "kv_cache"}] * 2
+    await rollouts.sleep(2)
+    assert group.awake == [set(), set()]
+    assert group.caught_up == []
+
+
+async def test_an_engine_that_is_restarted_wakes_as_far_as_the_others_and_gets_their_weights() -> None:
+    group = Sleepers(2)
+    rollouts = sleeping(group)
+    group.dying = {1}
+    await rollouts.wake(["weights"])
+    assert (group.awake, group.caught_up) == ([{"weights"}] * 2, [])  # a publish follows
+    group.dying = {0}
+    await rollouts.wake(["kv_cache"])
+    assert (group.awake, group.caught_up) == ([{"weights", "kv_cache"}] * 2, [0])
+    group.dying = {1}
+    await rollouts.sleep(1)
+    assert group.awake == [set(), set()]
+    await group.restart(0)
+    await rollouts.rouse()
+    assert group.awake == [set(), set()]
+
+
+async def test_engines_that_share_no_gpu_are_never_called() -> None:
+    group = Sleepers(1)
+    group.dying = {0}
+    rollouts = sleeping(group, sleeps=False)
+    await rollouts.sleep(1)
+    await rollouts.wake(["weights", "kv_cache"])
+    assert group.dying == {0}

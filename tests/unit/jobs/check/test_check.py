@@ -20,7 +20,8 @@ from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
 from orchestrator.data.records import Message
 from orchestrator.errors import CapacityError, ConfigError, DataError
-from orchestrator.planning.memory import MIB, NodeOffer
+from orchestrator.planning.memory import MIB
+from orchestrator.planning.needs import NodeOffer
 from orchestrator.planning.placement import Node
 from tests.tiny import tiny_llama, tiny_scorer
 

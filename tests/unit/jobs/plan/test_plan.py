@@ -76,9 +76,7 @@ def test_a_plan_tells_time_memory_and_money_and_proposes_a_config(
     text = capsys.readouterr().out
     assert "8.03 billion parameters; a step: 128 samples, prompts of 200, responses of 400 tokens" in text
     assert "plan: 32 × h100, 8 a node" in text
-    assert re.search(
-        r"memory of a GPU of .*: states [\d.]+ GiB, work [\d.]+ GiB, KV cache [\d.]+ GiB, of 74.5 GiB", text
-    )
+    assert re.search(r"memory of a GPU of .*rollout, of 74.5 GiB, KV cache [\d.]+ GiB:\n  ", text)
     (best,) = re.findall(r"^best: (.*)$", text, re.MULTILINE)
     assert load_config(None, [*best.split(), "reward.path=any"]).policy.ranks > 1
 
@@ -151,7 +149,7 @@ def test_adapters_are_planned_as_what_they_are(tree: dict[str, Any], capsys: pyt
     assert "critic and reference on the policy's trunk: no weights of their own" in text
     (proposal,) = re.findall(r"best: (.*)", text)
     assert "reference." not in proposal and "critic." not in proposal
-    assert re.search(r"memory of a GPU of [^:]*policy, critic, reference[^:]*: states", text)
+    assert re.search(r"memory of a GPU of [^:]*policy, critic, reference[^:]*, of 74.5 GiB", text)
     with_adapters, without = map(float, re.findall(r"critic and reference: ([\d.]+) GiB, and ([\d.]+) GiB", text)[0])
     assert with_adapters < 0.1 * without
 

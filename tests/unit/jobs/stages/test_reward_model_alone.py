@@ -19,7 +19,7 @@ from jobs.stages.work.reward_model import run_alone
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
 from orchestrator.errors import CapacityError, ConfigError, DataError, RlhfError
-from orchestrator.planning.memory import NodeOffer
+from orchestrator.planning.needs import NodeOffer
 from orchestrator.planning.placement import Node
 from orchestrator.run.folder import open_run
 from tests.tiny import tiny_llama

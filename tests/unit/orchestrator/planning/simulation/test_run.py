@@ -40,7 +40,7 @@ def test_a_synchronous_step_is_the_sum_of_its_parts() -> None:
     generate = costs.generate_seconds(
         SIZE, DEVICE, width=1, prompt_tokens=prompts, new_tokens=responses, cache_tokens=CACHE
     )
-    moved = costs.wake_seconds(SIZE, DEVICE, width=1)
+    moved = costs.rest_seconds(SIZE, DEVICE, LEARNING, ranks=1)  # states of policy and critic, out and in
     score, learn = (
         [
             work(SIZE, DEVICE, LEARNING, ranks=1, lengths=prompts + responses, head_tokens=head)
@@ -49,14 +49,14 @@ def test_a_synchronous_step_is_the_sum_of_its_parts() -> None:
         for work in (costs.score_seconds, costs.learn_seconds)
     )
     publish = costs.publish_seconds(SIZE, DEVICE, devices=1)
-    by_hand = generate + 2 * moved + 2 * sum(score) + sum(learn) + publish
+    by_hand = generate + 4 * moved + 2 * sum(score) + sum(learn) + publish
 
     told = simulate(WORK, colocated(1), cache_tokens=CACHE)
 
     assert told.step_s == pytest.approx(by_hand, rel=1e-12)
     assert sum(told.phases_s.values()) == pytest.approx(by_hand, rel=1e-12)
     assert told.idle_devices == pytest.approx(0.0, abs=1e-9)
-    assert told.idle["rollout"] == pytest.approx(1 - (generate + 2 * moved + publish) / by_hand)
+    assert told.idle["rollout"] == pytest.approx(1 - (generate + publish) / by_hand)
     assert told.generated_per_s == pytest.approx(64 * 200 / by_hand)
 
 

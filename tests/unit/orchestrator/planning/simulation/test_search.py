@@ -9,7 +9,8 @@ import pytest
 from orchestrator.errors import CapacityError
 from orchestrator.planning.costs import Dimensions, LearnSettings
 from orchestrator.planning.hardware import DEVICES
-from orchestrator.planning.simulation.fit import USABLE, cache_tokens, memory_per_device
+from orchestrator.planning.peaks import CONTEXT, CUDA_GRAPHS, USABLE
+from orchestrator.planning.simulation.fit import cache_tokens, memory_per_device
 from orchestrator.planning.simulation.scenario import MODELS, Layout, Pool, Spread, Work
 from orchestrator.planning.simulation.search import describe, layouts, search
 
@@ -27,22 +28,24 @@ def test_the_fastest_comes_first_and_everything_fits() -> None:
     found = search(work(SMALL), H100, 16, learning=LEARNING, dtype="bfloat16", staleness=1)
     seconds = [candidate.prediction.step_s for candidate in found.candidates]
     assert seconds == sorted(seconds)
-    assert all(part.needed <= USABLE * part.available for candidate in found.candidates for part in candidate.memory)
-    kinds = {(candidate.layout.takes_turns, candidate.layout.max_staleness) for candidate in found.candidates}
-    assert kinds == {(True, 0), (False, 0), (False, 1)}
+    assert all(
+        part.needed <= USABLE * part.available + 1 for candidate in found.candidates for part in candidate.memory
+    )
+    kinds = {(candidate.layout.mode, candidate.layout.max_staleness) for candidate in found.candidates}
+    assert kinds == {("colocated", 0), ("mixed", 0), ("mixed", 1), ("separate", 0), ("separate", 1)}
 
 
 def test_every_gpu_has_a_role_and_none_has_two_when_separate() -> None:
     for layout in layouts(work(SMALL), H100, 16, learning=LEARNING, widths=(1, 2)):
         assert layout.devices == 16
-        assert sum(layout.devices_of(role) for role in ("rollout", *MODELS)) == 16 or layout.takes_turns
+        assert sum(layout.devices_of(role) for role in ("rollout", *MODELS)) == 16 or layout.mode != "separate"
 
 
 def test_a_reward_of_rules_takes_no_gpu() -> None:
     apart = [
         layout
         for layout in layouts(work(SMALL, reward=None), H100, 8, learning=LEARNING, widths=(1,))
-        if not layout.takes_turns
+        if layout.mode == "separate"
     ]
     assert apart and all(len(layout.pools) == 4 for layout in apart)
 
@@ -51,8 +54,8 @@ def test_too_large_a_model_is_refused_with_sizes_and_the_way_out() -> None:
     found = search(work(LARGE), H100, 1, learning=LEARNING, dtype="bfloat16", staleness=1)
     assert not found.candidates
     (reason,) = found.refused.values()
-    assert "on one h100: weights and states" in reason and "usable 63.3 GiB" in reason
-    assert "Use more than 1 ranks of" in reason
+    assert "on one h100: policy 2" in reason and "usable 68.5 GiB" in reason
+    assert "Use more than 1 ranks of policy" in reason
 
 
 def test_a_model_that_needs_it_gets_zero_3_by_itself() -> None:
@@ -64,7 +67,8 @@ def test_what_roles_leave_is_the_cache() -> None:
     pools = (Pool(1, {"rollout": 1}), Pool(8, dict.fromkeys(MODELS, 8)))
     layout = Layout(H100, pools, 1, 128, learning=LEARNING)
     memory = memory_per_device(work(SMALL), layout, dtype="bfloat16")
-    left = USABLE * H100.memory_bytes - 2 * SMALL.weight_bytes
+    logits, layer = 3 * 4 * 128 * SMALL.vocabulary, 2 * 16384 * (10 * SMALL.hidden + 4 * SMALL.feed_forward)
+    left = USABLE * H100.memory_bytes - SMALL.weight_bytes - logits - layer - CONTEXT - CUDA_GRAPHS
     assert cache_tokens(work(SMALL), layout, memory) == pytest.approx(left / SMALL.cache_bytes_per_token)
 
 
