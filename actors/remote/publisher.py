@@ -44,7 +44,7 @@ class BucketPublisher:
         rouse: wakes engines that were restarted asleep; None: they are never asleep.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  its parts
         self,
         policy: ActorGroup,
         engines: ActorGroup,
