@@ -102,7 +102,7 @@ def _interface_towards(address: str) -> str | None:
     return next((name for name, entries in interfaces if any(entry.address == own for entry in entries)), None)
 
 
-def initialize(**arguments: Any) -> Any:
+def initialize(**arguments: Any) -> deepspeed.DeepSpeedEngine:
     """A DeepSpeed engine, in a process that has joined a group.
 
     Redirects stdout, which belongs to the job: some of DeepSpeed's optimizers print memory reports.

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.contract.sources import Class, Function, Module, Outside, Symbol, Unknown, Value, source
 from tests.contract.uses import Instance, Method, Scope, Type, Types, classes, expressions
-from tests.contract.world import Class, Function, Module, Outside, Symbol, Unknown, Value, World, source
+from tests.contract.world import World
 
 _REMOTE = "collective_rpc"
 
 
 @dataclass
 class Report:
-    """`uses`: what was found and checked, as text; `problems`: what the library does not have, or not so."""
+    """`uses`: what was found and checked; `problems`: what the library does not have, or not so; `definitions`: the
+    syntax trees of the functions and classes that we use, as text."""
 
     uses: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
-    modules: set[str] = field(default_factory=set)
+    definitions: dict[str, str] = field(default_factory=dict)
 
     def add(self, module: Module, node: ast.AST, use: str, problem: str | None) -> None:
         self.uses.add(use)
@@ -50,38 +53,42 @@ class Contract:
             for worker in self._worker_classes() or [None]:
                 self._expressions(module, worker, forwarders)
             for cls in classes(module, self._world):
-                if any(self._is_ours(base) for base in self._world.mro(cls)):
+                if any(self._is_theirs(base) for base in self._world.mro(cls)):
                     self._subclass(cls, called)
         return self.report
 
     def _worker_classes(self) -> list[Class | None]:
         return [found for name in self._workers if isinstance(found := self._world.find(name), Class)]
 
-    def _is_ours(self, symbol: object) -> bool:
+    def _is_theirs(self, symbol: object) -> bool:
         """Whether it belongs to the library."""
-        return isinstance(symbol, Module | Class) and f"{symbol.name}.".startswith(f"{self._library}.")
+        return isinstance(symbol, Module | Class) and self._is_inside(symbol.name)
+
+    def _is_inside(self, name: str) -> bool:
+        return name.partition(".")[0] == self._library
 
     def _imports(self, module: Module) -> None:
         for node in ast.walk(module.tree):
-            wanted: list[str] = []
+            wanted: dict[str, Symbol | None] = {}
             if isinstance(node, ast.Import):
-                wanted = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                wanted = [f"{source(module, node)}.{alias.name}" for alias in node.names]
-            for name in wanted:
-                if f"{name}.".startswith(f"{self._library}."):
-                    found = self._world.find(name)
+                wanted = {alias.name: self._world.module(alias.name) for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and self._is_inside(origin := source(module, node)):
+                wanted = {f"{origin}.{each.name}": self._world.imported(origin, each.name) for each in node.names}
+            for name, found in wanted.items():
+                if self._is_inside(name):
                     self._note(found)
                     self.report.add(module, node, name, None if found is not None else "there is no such name")
 
     def _note(self, found: Symbol | None) -> None:
-        """Keeps the modules whose code we depend on."""
+        """Keeps the text of what we depend on: of a function, or of a class and its bases."""
         if isinstance(found, Class):
-            self.report.modules |= {base.module.name for base in self._world.mro(found) if self._is_ours(base)}  # type: ignore[union-attr]
-        elif isinstance(found, Function | Value):
-            self.report.modules.add(found.module.name)
-        elif isinstance(found, Module):
-            self.report.modules.add(found.name)
+            for base in self._world.mro(found):
+                if isinstance(base, Class) and self._is_theirs(base):
+                    self.report.definitions[base.name] = ast.dump(base.node)
+        elif isinstance(found, Function) and self._is_theirs(found.module):
+            self.report.definitions[found.name] = ast.dump(found.node)
+        elif isinstance(found, Value) and self._is_theirs(found.module):
+            self.report.definitions[f"{found.module.name}: {ast.unparse(found.node)}"] = ""
 
     def _expressions(self, module: Module, worker: Class | None, forwarders: set[str]) -> None:
         sent = {} if worker is None else {(module.name, name): worker for name in _sent_functions(module, forwarders)}
@@ -98,9 +105,9 @@ class Contract:
     def _attribute(self, module: Module, node: ast.Attribute, held: Type, name: str, types: Types) -> None:
         of = held.of if isinstance(held, Instance) else held
         if isinstance(of, Class):
-            if not any(self._is_ours(base) for base in self._world.mro(of)):
+            if not any(self._is_theirs(base) for base in self._world.mro(of)):
                 return
-        elif not self._is_ours(of):
+        elif not self._is_theirs(of):
             return
         found = types.attribute(held, name)
         if isinstance(of, Module):
@@ -112,15 +119,16 @@ class Contract:
         signature: inspect.Signature | None = None
         function: Function | None = None
         name = ""
-        if isinstance(called, Class) and any(self._is_ours(base) for base in self._world.mro(called)):
+        if isinstance(called, Class) and any(self._is_theirs(base) for base in self._world.mro(called)):
             signature, function = self._world.constructor(called) or (None, None)
             name = called.name
         elif isinstance(called, Method | Function):
             function = called.function if isinstance(called, Method) else called
-            if not self._is_ours(function.module):
+            if not self._is_theirs(function.module):
                 return
             signature = self._world.signature(function)
-            name = f"{function.owner.name if function.owner else function.module.name}.{function.node.name}"
+            name = function.name
+            self._note(function)
         if signature is not None:
             problem = mismatch(signature, node) or self._passed_on(function, signature, node)
             self.report.add(module, node, f"{name}({_shown(node)})", problem)
@@ -154,7 +162,7 @@ class Contract:
         for word in node.keywords:
             wanted = types.annotated(annotations.get(word.arg or ""), function.module)
             given = types.type_of(word.value, scope)
-            if not isinstance(wanted, Instance) or not isinstance(given, Instance) or self._is_ours(given.of):
+            if not isinstance(wanted, Instance) or not isinstance(given, Instance) or self._is_theirs(given.of):
                 continue
             if not any(
                 isinstance(base, Outside) and base.dotted == "typing.Protocol" for base in self._world.mro(wanted.of)
@@ -176,20 +184,22 @@ class Contract:
         found = self._world.attribute(worker, method.value)
         problem = None if isinstance(found, Function | Unknown) else "there is no such method"
         if isinstance(found, Function) and name != _REMOTE:
-            self.report.modules.add(found.module.name)
+            self._note(found)
             problem = mismatch(self._world.signature(found), ast.Call(node.func, [], node.keywords))
         self.report.add(module, node, f"{worker.name}.{method.value}({_shown(node)})", problem)
 
     def _subclass(self, cls: Class, called: set[str]) -> None:
         """What a class of ours overrides must be of the same kind and take what the library passes."""
         module = cls.module
-        bases = [base for base in self._world.mro(cls) if self._is_ours(base)]
+        bases = [base for base in self._world.mro(cls) if self._is_theirs(base)]
         is_open = any(isinstance(base, Unknown) for base in self._world.mro(cls))
         for base in bases:
             self._note(base)  # type: ignore[arg-type]
         for name, members in cls.own.items():
             theirs = next((base for base in bases if isinstance(base, Class) and name in base.own), None)
             node = members[0].node if isinstance(members[0], Function) else members[0]
+            if name == "__init__":
+                continue
             if theirs is not None:
                 problem = self._unlike(self._world.attribute(cls, name), self._world.attribute(theirs, name))
                 self.report.add(module, node, f"{cls.name}.{name} overrides {theirs.name}.{name}", problem)
@@ -283,22 +293,10 @@ def _sent_functions(module: Module, forwarders: set[str]) -> set[str]:
     }
 
 
-def users(root: Path, packages: Iterable[str], library: str) -> Iterator[str]:
-    """The modules of ours that import the library."""
-    for package in packages:
-        for path in sorted((root / package).rglob("*.py")):
-            text = path.read_text(encoding="utf-8")
-            if library in text:
-                imported = {
-                    (getattr(node, "module", None) or "").partition(".")[0]
-                    for node in ast.walk(ast.parse(text))
-                    if isinstance(node, ast.ImportFrom) and not node.level
-                } | {
-                    alias.name.partition(".")[0]
-                    for node in ast.walk(ast.parse(text))
-                    if isinstance(node, ast.Import)
-                    for alias in node.names
-                }
-                if library in imported:
-                    name = ".".join(path.relative_to(root).with_suffix("").parts)
-                    yield name.removesuffix(".__init__")
+def users(root: Path, folders: Iterable[str], library: str) -> Iterator[str]:
+    """The modules of ours in which the library's name occurs."""
+    word = re.compile(rf"\b{library}\b")
+    for folder in folders:
+        for path in sorted((root / folder).rglob("*.py")):
+            if word.search(path.read_text(encoding="utf-8")):
+                yield ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")

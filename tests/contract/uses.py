@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
-from tests.contract.world import Class, Def, Function, Module, Symbol, Unknown, Value, World, flat, stored
+from tests.contract.sources import Class, Def, Function, Module, Symbol, Unknown, Value, flat, stored
+from tests.contract.world import World
 
 _SEQUENCES = {"list", "List", "Sequence", "Iterable", "Iterator", "tuple", "Generator", "Collection"}
 _WRAPPERS = {"Optional", "Annotated", "Final", "ClassVar", "Required", "NotRequired", "Awaitable"}
@@ -72,8 +73,9 @@ class Scope:
                 for name in stored(target):
                     how = (kind, value) if isinstance(target, ast.Name) else ("value", ast.Constant(None))
                     found.setdefault(name, []).append(how)
+        narrowed = set(_narrowed(self.function))
         return {
-            name: many[0]
+            name: many[0] if name not in narrowed else ("value", ast.Constant(None))
             for name, many in found.items()
             if many[0][0] == "annotation" or len({(kind, ast.dump(node)) for kind, node in many}) == 1
         }
@@ -107,6 +109,9 @@ class Types:
                 return self.attribute(self.type_of(value, scope), name) or NOTHING
             case ast.Call(func=ast.Name("getattr"), args=[_, _, otherwise]):
                 return self.type_of(otherwise, scope)
+            case ast.Call(func=ast.Name("super"), args=[]) if scope.cls is not None:
+                bases = [base for base in self._world.mro(scope.cls)[1:] if isinstance(base, Class)]
+                return Instance(bases[0]) if bases else NOTHING
             case ast.Call(func=func):
                 return self.returned(self.type_of(func, scope))
             case ast.Subscript(value=value):
@@ -219,6 +224,14 @@ def _where(written: ast.expr, module: Module, cls: Class, world: World) -> Scope
                 if isinstance(statement, ast.FunctionDef) and any(node is written for node in ast.walk(statement)):
                     return Scope(module, statement, owner)
     return Scope(module)
+
+
+def _narrowed(function: Def) -> Iterator[str]:
+    """Names whose type a function tests; only a type checker can follow that."""
+    for node in ast.walk(function):
+        match node:
+            case ast.Call(func=ast.Name("isinstance"), args=[ast.Name(name), _]) | ast.Match(subject=ast.Name(name)):
+                yield name
 
 
 def _bindings(node: ast.AST) -> Iterator[tuple[str, ast.expr, ast.expr]]:
