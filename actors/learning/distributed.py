@@ -25,6 +25,7 @@ import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__
 from deepspeed.runtime import compiler
 
+from actors.machine.devices import compute_device, require_usable
 from orchestrator.errors import RlhfError
 
 Result = TypeVar("Result")
@@ -58,15 +59,17 @@ class Group:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        return compute_device()
 
 
 def join(group: Group) -> None:
     """Joins the process group. Returns when all ranks have joined.
 
     Raises:
+        CapacityError: torch can't use the GPUs that this process was given.
         torch.distributed.DistError: the others did not join within `timeout_s`.
     """
+    require_usable()
     torch.set_num_threads(group.threads)
     os.environ |= {
         "RANK": str(group.rank),
