@@ -141,6 +141,17 @@ def visible_devices() -> list[Device]:
     return devices
 
 
+def why_none_here() -> str | None:
+    """Why this process can use no GPU, with the way out. None: it can."""
+    if torch.cuda.is_available():
+        return None
+    build, cuda, release = installed_build(), driver_cuda(), driver_release()
+    return why_no_gpu(build, cuda, release) or (
+        f"torch {build.torch} does not start CUDA on the NVIDIA driver {release}. Look at `nvidia-smi` and the kernel's "
+        "log on the node."
+    )
+
+
 @cache
 def require_usable() -> None:
     """Checks that a process to which Ray gave GPUs computes on them.
@@ -157,11 +168,7 @@ def require_usable() -> None:
     build, cuda = installed_build(), driver_cuda()
     if build.cuda is None and cuda is None:
         return
-    reason = why_no_gpu(build, cuda, driver_release()) or (
-        f"torch {build.torch} does not start CUDA on the NVIDIA driver {driver_release()}. Look at `nvidia-smi` and "
-        "the kernel's log on the node."
-    )
-    raise CapacityError(f"this actor was given the GPUs {given} and can't use them: {reason}")
+    raise CapacityError(f"this actor was given the GPUs {given} and can't use them: {why_none_here()}")
 
 
 def compute_device() -> torch.device:

@@ -44,6 +44,7 @@ from jobs.stages.settings import (
     samples_per_shard,
     sampling_of,
     shards_per_step,
+    start_s,
     within,
 )
 from jobs.stages.work.data.demonstrations import mixed_in
@@ -195,7 +196,7 @@ async def coordinating(
         groups |= await start_scorers(config, starter, reward_path)
         groups["rollout"] = await start_engines(config, starter, version=None)
         recorders = await start_recorders(config, starter, run)
-        await all_ready({**groups, "recorder": recorders}, config.deadlines.start_s)
+        await all_ready({**groups, "recorder": recorders}, start_s(config))
         supervisor = supervisor_of(config, starter, telemetry, run)
         yield _coordinator(config, run, prompts, telemetry, {**groups, "recorder": recorders}, supervisor)
 
@@ -210,7 +211,7 @@ def supervisor_of(config: Config, starter: Starter, telemetry: Telemetry, run: R
         },
         failures.window_steps,
     )
-    return RaySupervisor(starter, policy, telemetry, say, run=run.path, start_s=config.deadlines.start_s)
+    return RaySupervisor(starter, policy, telemetry, say, run=run.path, start_s=start_s(config))
 
 
 def roles_of(config: Config, groups: Mapping[str, ActorGroup], supervisor: RaySupervisor) -> Roles:
