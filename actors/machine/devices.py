@@ -21,7 +21,7 @@ from orchestrator.errors import CapacityError
 
 Release = tuple[int, int]
 # A driver runs programs for every release of CUDA with the major number that it was made for, and for older ones.
-# First releases of drivers for Linux: NVIDIA, CUDA Toolkit Release Notes, "CUDA Toolkit and Minimum Required Driver".
+# First releases of drivers: NVIDIA, CUDA Compatibility, "Minor Version Compatibility", table 1.
 FIRST_DRIVER = {11: "450", 12: "525", 13: "580"}
 _KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 
@@ -147,8 +147,8 @@ def why_none_here() -> str | None:
         return None
     build, cuda, release = installed_build(), driver_cuda(), driver_release()
     return why_no_gpu(build, cuda, release) or (
-        f"torch {build.torch} does not start CUDA on the NVIDIA driver {release}. Look at `nvidia-smi` and the kernel's "
-        "log on the node."
+        f"torch {build.torch} does not start CUDA on the NVIDIA driver {release}. Look at `nvidia-smi` and at the "
+        "kernel's log on the node."
     )
 
 
