@@ -4,7 +4,8 @@
 # make chaos               kills every kind of process in every phase of real runs;  ARGS="rollout driver" for some
 # make fuzz                10,000 damaged and hostile inputs: none may crash, hang or take 1 GB
 # make architectures       tries every architecture, writes docs/architectures.md
-# make bench               how fast each part is, against references;   ARGS="learner publish" for some; bench-gpu on a GPU
+# make bench               how fast each part is, against references;   ARGS="learner publish" for some
+# make test-gpu            the tests that need an NVIDIA GPU; bench-gpu the benchmarks;  GPU_PYTHON=python with CUDA builds
 # make lint | fix | docs   checks; mends what tools can mend; writes docs/configuration.md
 # make lock                resolves requirements/*.txt anew (needs uv); ARGS=--upgrade takes the newest versions
 # make clean               removes the environment and caches, keeps runs/
@@ -33,7 +34,7 @@ variants: export TRANSFORMERS_OFFLINE := 1
 chaos: export HF_HUB_OFFLINE := 1
 chaos: export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: quickstart test variants chaos fuzz architectures bench bench-gpu lint fix docs lock clean setup setup-dev
+.PHONY: quickstart test variants test-gpu chaos fuzz architectures bench bench-gpu lint fix docs lock clean setup setup-dev
 .DEFAULT_GOAL := quickstart
 
 setup:
@@ -69,15 +70,17 @@ architectures: export TRANSFORMERS_OFFLINE := 1
 architectures: setup-dev
 	@$(BIN)/python -m tests.matrix
 
-bench bench-gpu: export HF_HUB_OFFLINE := 1
-bench bench-gpu: export TRANSFORMERS_OFFLINE := 1
+bench bench-gpu test-gpu: export HF_HUB_OFFLINE := 1
+bench bench-gpu test-gpu: export TRANSFORMERS_OFFLINE := 1
 bench: setup-dev
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-# GPU_PYTHON: of an environment with CUDA builds, such as the image's.
+# GPU_PYTHON: of an environment with CUDA builds (requirements/gpu.txt), such as the image's. With pytest for test-gpu.
 bench-gpu:
-	@command -v nvidia-smi > /dev/null || { echo "make bench-gpu needs an NVIDIA GPU; here is none: make bench" >&2; exit 2; }
 	@$(GPU_PYTHON) -m benchmarks --gpu $(ARGS)
+
+test-gpu:
+	@REQUIRE_GPU=1 $(GPU_PYTHON) -m pytest tests/gpu -q $(ARGS)
 
 lint: setup-dev
 	@$(BIN)/ruff check $(SOURCES)

@@ -44,8 +44,8 @@ def main() -> None:
         parser.error(f"unknown benchmarks {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}")
     chosen: Mapping[str, Sequence[str]] = BENCHMARKS
     if arguments.gpu:
-        if not has_gpu():
-            sys.stderr.write("make bench-gpu needs a GPU that torch can use, but there is none: use make bench.\n")
+        if reason := why_no_gpu_here():
+            sys.stderr.write(f"make bench-gpu needs a GPU that torch can use: {reason}\n")
             sys.exit(NEEDS_GPU)
         chosen = gpu_benchmarks()
     names = arguments.names or list(chosen)
@@ -60,15 +60,17 @@ def run(name: str, arguments: Sequence[str]) -> int:
     return subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments], cwd=ROOT, check=False).returncode
 
 
-def has_gpu() -> bool:
-    probe = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", probe], check=False).returncode == 0
+def why_no_gpu_here() -> str | None:
+    """None: there is one. Asks another process, so that CUDA is not started in this one."""
+    probe = "from actors.machine.devices import why_none_here; print(why_none_here() or '')"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or (done.stderr.strip() if done.returncode else None)
 
 
 def gpu_benchmarks() -> Mapping[str, Sequence[str]]:
     """Benchmarks that compute on the GPU; rollouts use Hugging Face if vLLM's CUDA build is not installed."""
     engine = "vllm" if version("vllm") else "hf"
-    return {"rollout": ("--engine", engine), "learner": ("--role", "policy"), "scoring": ()}
+    return {"rollout": ("--engine", engine), "learner": ("--role", "policy"), "lora": (), "scoring": ()}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from actors.engines.contract import (
     rollout_table,
     summary,
 )
+from actors.machine.devices import compute_device
 from actors.models.export import named_state
 from actors.models.model import load_causal, torch_dtype
 from actors.text.conversations import load_chat
@@ -36,8 +37,8 @@ from orchestrator.types import SampleRequest, Sampling, ShardRequest
 class HfEngine:
     """Implements actors.engines.contract.Engine. Serves `context.version` when constructed."""
 
-    def __init__(self, folder: Path, context: EngineContext, *, device: str = "cpu") -> None:
-        self._context, self._device = context, torch.device(device)
+    def __init__(self, folder: Path, context: EngineContext, *, device: str | None = None) -> None:
+        self._context, self._device = context, torch.device(device) if device else compute_device()
         dtype, remote = torch_dtype(context.model.compute_dtype), context.model.trust_remote_code
         self._chat = load_chat(folder, context.model, context.template)
         self._model = load_causal(folder, dtype, trust_remote_code=remote)

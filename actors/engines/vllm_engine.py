@@ -25,6 +25,7 @@ from actors.engines.contract import (
     rollout_table,
     summary,
 )
+from actors.machine.devices import require_usable
 from actors.text.conversations import load_chat
 from actors.weights.cpu import BucketTransferEngine
 from actors.weights.manifest import WeightHeader
@@ -153,6 +154,7 @@ class VllmEngine:
 
 def start_llm(folder: Path, context: EngineContext, *, skip_tokenizer_init: bool = False) -> LLM:
     model, rollout = context.model, context.rollout
+    require_usable()
     os.environ.update(_VLLM_ENVIRONMENT)
     vllm_plugin.register()
     on_cpu = current_platform.is_cpu()

@@ -37,6 +37,7 @@ QUIET_WAIT_S = 5.0
 _ASKED = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"  # any call that needs the token
 LEAVE_S = 5.0
 PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
+NETWORK = ("NCCL_", "TORCH_NCCL_", "GLOO_")
 
 
 @dataclass(frozen=True)
@@ -295,9 +296,15 @@ def _bundle(address: str, slots: Sequence[Slot]) -> dict[str, float]:
     return {f"node:{address}": 0.001, "CPU": sum(slot.cpu_share for slot in slots)}
 
 
+def network_settings() -> dict[str, str]:
+    """The variables by which NCCL and gloo are set up, such as NCCL_SOCKET_IFNAME and NCCL_DEBUG. Those of the driver
+    reach all actors; others keep those of their node."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(NETWORK)}
+
+
 def environment(threads: int, *, on_gpu: bool) -> dict[str, str]:
-    """Environment of an actor process: its thread count, its allocator, and no usage reports."""
-    variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    """Environment of an actor process: its thread count, its allocator, the network, and no usage reports."""
+    variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | network_settings()
     variables |= {
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",

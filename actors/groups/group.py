@@ -24,6 +24,11 @@ from orchestrator.errors import DeadlineExceeded
 from orchestrator.types import Handle
 
 R = TypeVar("R")
+_ANY_KEY = "section deadlines of the config"
+_KEYS = {
+    "ready": "deadlines.start_s, and a minute per GiB of the largest model; if loading takes longer, raise it, or copy "
+    "the model to the nodes' disks"
+}
 Start = Callable[[Sequence[int]], Awaitable[Mapping[int, ActorHandle[Any]]]]
 
 
@@ -134,7 +139,7 @@ class ActorGroup:
         except RayError as error:  # before TimeoutError: an error raised by a worker has both classes
             raise translated(error, self.role, rank, operation) from error
         except TimeoutError:
-            cause = f"no answer within its deadline of {deadline_s:g} s (section deadlines of the config)"
+            cause = f"no answer within its deadline of {deadline_s:g} s ({_KEYS.get(operation, _ANY_KEY)})"
             raise DeadlineExceeded(self.role, rank, operation, cause) from None
 
     def waiting(self) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from deepspeed.ops import __compatible_ops__
 from deepspeed.runtime import compiler
 
 from actors.learning import precision
+from actors.machine.devices import compute_device, require_usable
 from actors.machine.network import interface_towards
 from orchestrator.errors import RlhfError
 
@@ -58,15 +59,17 @@ class Group:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        return compute_device()
 
 
 def join(group: Group) -> None:
     """Joins the process group. Returns when all ranks have joined.
 
     Raises:
+        CapacityError: torch can't use the GPUs that this process was given.
         torch.distributed.DistError: the others did not join within `timeout_s`.
     """
+    require_usable()
     torch.set_num_threads(group.threads)
     precision.settle()
     os.environ |= {

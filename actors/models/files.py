@@ -101,6 +101,11 @@ def _files(folder: Path) -> list[Path]:
     )
 
 
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a model's weights on disk. Raises DataError: there are none."""
+    return sum(file.stat().st_size for file in _files(folder) if file.exists())
+
+
 def _require_no_pointer(file: Path) -> None:
     try:
         with file.open("rb") as stream:

@@ -15,6 +15,7 @@ import torch
 
 from actors.learning.heads import ValueModel
 from actors.learning.packing import token_rows
+from actors.machine.devices import compute_device
 from actors.models.files import window
 from actors.models.model import load_scorer, resolve_model, torch_dtype
 from actors.models.reward_heads import num_heads
@@ -181,7 +182,7 @@ def build(reward: ModelRewardConfig, context: RewardContext) -> RewardModel:
         resolve_model(reward.path, context.cache),
         load_chat(resolve_model(policy.path, context.cache), policy, context.template),
         dtype=torch_dtype(policy.compute_dtype),
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=compute_device(),
         micro_batch_tokens=reward.micro_batch_tokens,
         normalise=reward.normalise,
         max_length=reward.max_length,

@@ -66,6 +66,11 @@ def find_cluster(ray_address: str | None, *, wait_s: float) -> Cluster:
         offer = NodeOffer(psutil.virtual_memory().total, min(sizes, default=None))
         return Cluster("this machine", [node], {THIS_MACHINE: offer})
     connect(address, wait_s=wait_s)
+    return present_cluster()
+
+
+def present_cluster() -> Cluster:
+    """The cluster to which this process is connected."""
     nodes = alive_nodes()
     resources = {entry["NodeManagerAddress"]: entry["Resources"] for entry in ray.nodes() if entry["Alive"]}
     offers = {}

@@ -1,7 +1,8 @@
 """`rlhf check --config FILE [section.key=value ...]`: checks a run before anything is started.
 
 Data, tokenizer and template, batch arithmetic, rewards, placement, memory and disk. No weights are read and no actor is
-started. If RAY_ADDRESS or --ray-address names a cluster, the plan is tried with its nodes.
+started. If RAY_ADDRESS or --ray-address names a cluster, the plan is tried with its nodes. With --cluster, processes on
+all nodes look at GPUs, drivers and packages, connect to each other, and form the process groups of the run.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ def main(
     ray_address: Annotated[
         str | None, typer.Option("--ray-address", help="Ray cluster; default: RAY_ADDRESS, else this machine.")
     ] = None,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Also probe the cluster's nodes: devices, network, process groups.")
+    ] = False,
 ) -> None:
-    """Checks a config without starting anything. Exit code: 0 a run can start, 2 it can't."""
+    """Checks a config before anything is started. Exit code: 0 a run can start, 2 it can't."""
 
     def work() -> None:
         settings = read_config(config, overrides or (), print_config=print_config)
-        imported("jobs.check.report:check")(settings, ray_address)
+        imported("jobs.check.report:check")(settings, ray_address, probes=cluster)
 
     run_command(work)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
 from actors.text.conversations import Chat
-from jobs.check.capacity import Capacity, capacity, find_cluster
+from jobs.check.capacity import Capacity, capacity, find_cluster, present_cluster
 from jobs.check.conversations import describe_chat
+from jobs.check.nodes import check_nodes, unused_gpus
 from jobs.check.preflight import Preflight, preflight
+from jobs.cluster.connection import cluster as joined
 from jobs.command import out, say
+from jobs.prepare import Prepared
 from jobs.resolve import resolved
 from jobs.stages.stage import Row
 from jobs.stages.table import stages_of
@@ -24,8 +28,12 @@ from orchestrator.types import Prompt
 SHOWN_CHARACTERS = 1500
 
 
-def check(config: Config, ray_address: str | None) -> None:
-    """Prints the findings, then raises all problems together (see Preflight.require)."""
+def check(config: Config, ray_address: str | None, *, probes: bool = False) -> None:
+    """Prints the findings, then raises all problems together (see Preflight.require).
+
+    Args:
+        probes: also probe the nodes, on a private Ray if no cluster is named.
+    """
     config = resolved(config)
     found = preflight(config)
     for note in found.notes:
@@ -40,14 +48,31 @@ def check(config: Config, ray_address: str | None) -> None:
             if rows := entry.stage.arithmetic(entry.config, found.prepared.of(entry.config)):
                 _show(f"{entry.name}: batches", rows)
     problems = [*found.problems]
-    try:
-        cluster = find_cluster(ray_address, wait_s=config.placement.wait_s)
-        _show_capacity(config, capacity(config, cluster, None if problems else found.prepared))
-    except RlhfError as error:
+    prepared = None if problems else found.prepared
+    for error in _of_cluster(config, ray_address, prepared, probes=probes):
         if str(error) not in map(str, problems):
             problems.append(error)
     Preflight(found.prepared, found.notes, problems).require()
     say("ok: a run can start with this config")
+
+
+def _of_cluster(
+    config: Config, ray_address: str | None, prepared: Prepared | None, *, probes: bool
+) -> Iterator[RlhfError]:
+    """Shows the plan, and yields what is wrong with the cluster."""
+    wait_s = config.placement.wait_s
+    try:
+        if not probes:
+            if unused := unused_gpus():
+                say(f"warning: {unused}")
+            _show_capacity(config, capacity(config, find_cluster(ray_address, wait_s=wait_s), prepared))
+            return
+        with joined(ray_address, wait_s=wait_s, tell=say):
+            cluster, errors = asyncio.run(check_nodes(config, present_cluster()))
+            yield from errors
+            _show_capacity(config, capacity(config, cluster, prepared))
+    except RlhfError as error:
+        yield error
 
 
 def _show_prompt(chat: Chat, prompt: Prompt) -> None:

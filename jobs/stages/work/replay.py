@@ -15,7 +15,7 @@ from jobs.cluster.connection import cluster
 from jobs.command import run_async, say
 from jobs.resolve import WITHOUT_TRIAL, resolved
 from jobs.stages.events import stage_events
-from jobs.stages.settings import critic_warmup_steps, initial_state, reward_path
+from jobs.stages.settings import critic_warmup_steps, initial_state, reward_path, start_s
 from jobs.stages.table import logged_stage
 from jobs.stages.work.wiring import (
     all_ready,
@@ -140,7 +140,7 @@ class _Replay:
         async with starting(config, needed) as starter:
             groups = await start_learners(config, starter, self.reward_path)
             recorders = await start_recorders(config, starter, run)
-            await all_ready({**groups, "recorder": recorders}, config.deadlines.start_s)
+            await all_ready({**groups, "recorder": recorders}, start_s(config))
             learners = learners_of(config, groups)
             saved = Checkpoints(run.checkpoints, learners.by_role, every_steps=0, last_step=last_step, keep=1)
             result = Checkpoints(checkpoints, learners.by_role, every_steps=0, last_step=last_step, keep=1)

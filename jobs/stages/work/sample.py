@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from actors.roles.rollout import RolloutWorker
 from jobs.stages.sample import SAMPLES, Sample, prompts_of
-from jobs.stages.settings import samples_per_shard, sampling_of
+from jobs.stages.settings import samples_per_shard, sampling_of, start_s
 from jobs.stages.stage import StageJob
 from jobs.stages.work.data.shards import ShardFiles, spread
 from jobs.stages.work.wiring import all_ready, start_engines, starting, supervisor_of
@@ -89,7 +89,7 @@ async def _sample(
     async with starting(config, [engine_demand(config)]) as starter:
         job.watch(starter.groups)
         engines = await start_engines(config, starter, version=0, plays=plays)
-        await all_ready({"rollout": engines}, config.deadlines.start_s)
+        await all_ready({"rollout": engines}, start_s(config))
         supervisor = supervisor_of(config, starter, job.telemetry, job.run)
         started, done = monotonic(), 0
 

@@ -16,7 +16,7 @@ from actors.rewards import DISAGREEMENT
 from actors.roles.reward import RewardWorker
 from jobs.stages.sample import SAMPLES
 from jobs.stages.score import SCORES
-from jobs.stages.settings import reward_path, samples_per_shard
+from jobs.stages.settings import reward_path, samples_per_shard, start_s
 from jobs.stages.stage import StageJob
 from jobs.stages.work.data.replies import read_replies, replies_table
 from jobs.stages.work.data.shards import ShardFiles, spread
@@ -89,7 +89,7 @@ async def _score(
     async with starting(config, [reward_demand(config)]) as starter:
         job.watch(starter.groups)
         replicas = await start_reward(config, starter, model)
-        await all_ready({"reward": replicas}, config.deadlines.start_s)
+        await all_ready({"reward": replicas}, start_s(config))
         supervisor = supervisor_of(config, starter, job.telemetry, job.run)
 
         async def score(replica: int, number: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from time import monotonic
 
 from actors.roles.tasks import TaskWorker
+from jobs.stages.settings import start_s
 from jobs.stages.stage import StageJob
 from jobs.stages.work.wiring import all_ready, starting, supervisor_of
 from orchestrator.config.config import Config
@@ -34,12 +35,12 @@ async def task_metrics(job: StageJob, config: Config, suffix: str) -> dict[str, 
             "micro_batch_tokens": config.reference.micro_batch_tokens,
         }
         ranks = await starter.ranks("reference", TaskWorker, arguments)
-        await all_ready({"reference": ranks}, config.deadlines.start_s)
+        await all_ready({"reference": ranks}, start_s(config))
         supervisor = supervisor_of(config, starter, job.telemetry, job.run)
         patience_s = config.deadlines.score_s
 
         async def measure() -> Mapping[str, float]:
-            await ranks.call(0, TaskWorker.start, config.deadlines.start_s, tasks)
+            await ranks.call(0, TaskWorker.start, start_s(config), tasks)
             num_batches, since, said = 0, monotonic(), monotonic()
             while True:
                 seen, found = await ranks.call(0, TaskWorker.wait, WAIT_S + patience_s, WAIT_S)

@@ -45,6 +45,7 @@ from jobs.stages.settings import (
     samples_per_shard,
     sampling_of,
     shards_per_step,
+    start_s,
     transport_of,
     within,
 )
@@ -197,13 +198,13 @@ async def coordinating(
         groups: dict[str, ActorGroup] = {}
         if engines_sleep(config):  # they need empty GPUs to start, and are asleep when they are ready
             groups["rollout"] = await start_engines(config, starter, version=None)
-            await all_ready(groups, config.deadlines.start_s)
+            await all_ready(groups, start_s(config))
         groups |= await start_learners(config, starter, reward_path)
         groups |= await start_scorers(config, starter, reward_path)
         if "rollout" not in groups:
             groups["rollout"] = await start_engines(config, starter, version=None)
         recorders = await start_recorders(config, starter, run)
-        await all_ready({**groups, "recorder": recorders}, config.deadlines.start_s)
+        await all_ready({**groups, "recorder": recorders}, start_s(config))
         supervisor = supervisor_of(config, starter, telemetry, run)
         yield _coordinator(config, run, prompts, telemetry, {**groups, "recorder": recorders}, supervisor)
 
@@ -218,7 +219,7 @@ def supervisor_of(config: Config, starter: Starter, telemetry: Telemetry, run: R
         },
         failures.window_steps,
     )
-    return RaySupervisor(starter, policy, telemetry, say, run=run.path, start_s=config.deadlines.start_s)
+    return RaySupervisor(starter, policy, telemetry, say, run=run.path, start_s=start_s(config))
 
 
 def roles_of(config: Config, groups: Mapping[str, ActorGroup], supervisor: RaySupervisor) -> tuple[Roles, Turns]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 from time import monotonic
@@ -10,7 +11,7 @@ import pytest
 import ray
 
 from actors.groups import cluster
-from actors.groups.cluster import Address, connect, named_address
+from actors.groups.cluster import NETWORK, Address, connect, environment, named_address, network_settings
 from orchestrator.errors import CapacityError, ConfigError
 from tests.deadlines import scaled
 
@@ -87,3 +88,23 @@ def test_rays_handler_of_sigterm_does_not_end_the_process_with_code_15(monkeypat
     with pytest.raises(KeyboardInterrupt):
         connect(Address("127.0.0.1:1", "RAY_ADDRESS"), wait_s=1.0)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_settings_of_the_network_reach_the_actors(monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
+    settings = {
+        "NCCL_SOCKET_IFNAME": "ib0",
+        "NCCL_DEBUG": "INFO",
+        "TORCH_NCCL_BLOCKING_WAIT": "1",
+        "GLOO_SOCKET_IFNAME": "eth0",
+    }
+    for name in [name for name in os.environ if name.startswith(NETWORK)]:
+        monkeypatch.delenv(name)
+    assert network_settings() == {}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MY_NCCL_NOTES", "not for actors")
+    assert network_settings() == settings
+    found = environment(2, on_gpu=on_gpu)
+    assert settings.items() <= found.items()
+    assert "MY_NCCL_NOTES" not in found
