@@ -14,10 +14,10 @@ from actors.groups.cluster import alive_nodes, connect, named_address
 from actors.models.model import resolve_model
 from actors.models.size import model_size
 from jobs.prepare import Prepared
-from jobs.stages.settings import critic_base, reward_base
+from jobs.stages.settings import critic_base, reward_bases
 from jobs.stages.table import stages_of
 from orchestrator.config.config import Config
-from orchestrator.config.rewards import ModelRewardConfig
+from orchestrator.config.rewards import reward_models
 from orchestrator.config.sections import LearnerConfig, LoraConfig
 from orchestrator.config.trainings import OfflineConfig
 from orchestrator.failures import LEARNERS
@@ -33,6 +33,7 @@ from orchestrator.planning.memory import (
     NodeOffer,
     engine_memory,
     gib,
+    in_one_process,
     learner_memory,
     needs,
     on_trunk_memory,
@@ -126,7 +127,7 @@ class _Sizes:
 
 def memory_per_role(config: Config, sizes: _Sizes, roles: Collection[str]) -> dict[str, Memory]:
     """Memory of one actor of each of these roles. Ignores models of other roles."""
-    dtype, reference, reward, rollout = config.model.compute_dtype, config.reference, config.reward, config.rollout
+    dtype, reference, rollout = config.model.compute_dtype, config.reference, config.rollout
 
     def of_policy() -> Memory:
         size = sizes.of(None)
@@ -140,15 +141,18 @@ def memory_per_role(config: Config, sizes: _Sizes, roles: Collection[str]) -> di
         return replace(memory, process=memory.process + average)
 
     def of_reward() -> Memory:
-        if not isinstance(reward, ModelRewardConfig):
-            return Memory(process=RULES_PROCESS)
-        return scorer_memory(
-            sizes.of(*reward_base(config)),
-            dtype=dtype,
-            shards=1,
-            micro_batch_tokens=reward.micro_batch_tokens,
-            logits=False,
-        )
+        models, bases = reward_models(config.reward), reward_bases(config)
+        found = [
+            scorer_memory(
+                sizes.of(*bases[key]),
+                dtype=dtype,
+                shards=1,
+                micro_batch_tokens=source.micro_batch_tokens,
+                logits=False,
+            )
+            for key, source in models.items()
+        ]
+        return in_one_process(found) if found else Memory(process=RULES_PROCESS)
 
     memory_of: Mapping[str, Callable[[], Memory]] = {
         "policy": of_policy,

@@ -13,7 +13,14 @@ from orchestrator.algorithms.table import ALGORITHMS
 from orchestrator.config.base import ByName, Section
 from orchestrator.config.environments import EnvironmentConfig
 from orchestrator.config.guards import GuardsConfig
-from orchestrator.config.rewards import REWARDS, ModelRewardConfig, RewardConfig, RuleLimits
+from orchestrator.config.rewards import (
+    REWARDS,
+    ModelRewardConfig,
+    RewardConfig,
+    RuleLimits,
+    WeightedRewardConfig,
+    reward_models,
+)
 from orchestrator.config.sections import (
     CheckpointConfig,
     CriticConfig,
@@ -99,9 +106,7 @@ class Config(Section):
     def critic_is_on_trunk(self) -> bool:
         """Whether the critic is a second set of adapters, with a head, on the policy's trunk, in its processes."""
         policy, critic = self.policy, self.critic
-        starts_from_policy = critic.path == self.model.path or (
-            critic.path is None and not isinstance(self.reward, ModelRewardConfig)
-        )
+        starts_from_policy = critic.path == self.model.path or (critic.path is None and not reward_models(self.reward))
         return (
             self.algorithm.needs_critic
             and starts_from_policy
@@ -123,5 +128,7 @@ def _contradictions(config: Config) -> Iterable[str]:
     yield from config.rollout.contradictions(config.model)
     yield from config.placement.contradictions(config.rl)
     yield from config.environment.contradictions(config.reward)
+    if isinstance(config.reward, WeightedRewardConfig):
+        yield from config.reward.contradictions(config.algorithm.reward_parts)
     turns = config.environment.turns()
     yield from config.guards.contradictions(config.rl, config.rollout, config.reward, turns)

@@ -83,6 +83,16 @@ class Memory:
         return self.on_device + self.process
 
 
+def in_one_process(models: Sequence[Memory]) -> Memory:
+    """Models that one process holds together and uses one after the other."""
+    return Memory(
+        sum(model.state for model in models),
+        max(model.working for model in models),
+        sum(model.cache for model in models),
+        max(model.process for model in models),
+    )
+
+
 def effective_zero_stage(zero_stage: int, *, dtype: Dtype, ranks: int) -> int:
     """The stage that a learner uses: 0 instead of 1 and 2 on a single rank in fp32, which has nothing to shard and no
     master weights. These stages would only copy gradients and weights."""

@@ -13,6 +13,7 @@ from jobs.stages.settings import reward_max_length
 from jobs.stages.stage import Found
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
+from orchestrator.config.rewards import reward_models
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.watching.telemetry import Telemetry
 from tests.tiny import tiny_llama, tiny_scorer
@@ -39,10 +40,15 @@ def config_of(cache: Path, reward: dict[str, Any], **sections: Any) -> Config:
 
 def test_the_length_is_the_keys_else_the_stages_else_the_models_own(tmp_path: Path) -> None:
     trained = {"stages": ["reward_model", "rl"], "preferences": {"path": "x"}, "reward_model": {"max_length": 100}}
-    assert reward_max_length(config_of(tmp_path, {}, **trained)) == 100
-    assert reward_max_length(config_of(tmp_path, {"max_length": 90}, **trained)) == 90
-    assert reward_max_length(config_of(tmp_path, {"path": "x"}, reward_model={"max_length": 100})) is None
-    assert reward_max_length(config_of(tmp_path, {"path": "x", "max_length": 700})) == 700
+    assert longest(config_of(tmp_path, {}, **trained)) == 100
+    assert longest(config_of(tmp_path, {"max_length": 90}, **trained)) == 90
+    assert longest(config_of(tmp_path, {"path": "x"}, reward_model={"max_length": 100})) is None
+    assert longest(config_of(tmp_path, {"path": "x", "max_length": 700})) == 700
+
+
+def longest(config: Config) -> int | None:
+    (source,) = reward_models(config.reward).values()
+    return reward_max_length(config, source)
 
 
 def test_a_model_whose_window_holds_a_transcript_needs_no_word(scorer: Path, tmp_path: Path) -> None:
