@@ -104,7 +104,8 @@ def test_a_model_rules_and_an_endpoint_add_up_to_what_each_says_alone(tmp_path: 
         assert score.value == pytest.approx(expected)
         parts = {"brief": brief[row], "right": right[row], "remote": row + 1}
         assert {name: score.parts[name] for name in parts} == pytest.approx(parts)
-    assert scores[1].parts["right.answer"] == 1.0 and scores[2].parts["right.format"] == 0.1
+    marked = [score.parts["right.formatted_answer.format"] for score in scores]
+    assert marked == [0.0, 0.1, 0.1]
 
 
 def test_a_source_that_is_down_or_can_not_be_built_is_named(tmp_path: Path) -> None:

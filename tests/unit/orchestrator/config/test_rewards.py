@@ -73,7 +73,7 @@ def test_every_section_bears_the_name_that_it_is_chosen_by() -> None:
         ({"name": "rules", "rules": [{}]}, r"reward\.rules\.0\.function is required: Dotted name"),
         (
             {"name": "rulez", "rules": RULES},
-            r"reward.name: must be one of model, rules, http, judge, environment, got 'rulez'",
+            r"reward.name: must be one of model, rules, http, judge, environment, weighted, got 'rulez'",
         ),
         ({"name": ["rules"]}, r"reward.name"),
         ("rules", r"reward: "),
