@@ -183,7 +183,7 @@ def memory_per_role(config: Config, sizes: _Sizes, roles: Collection[str]) -> di
 
 def _learner(config: Config, learner: LearnerConfig | OfflineConfig, size: ModelSize, *, logits: bool) -> Memory:
     return learner_memory(
-        size,
+        replace(size, trunk_bits=learner.lora.trunk_bits),
         dtype=config.model.compute_dtype,
         zero_stage=learner.zero_stage,
         ranks=learner.ranks,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -67,6 +68,9 @@ def models_of(config: Config, trained_reward: Path | None = None) -> dict[str, D
         if named_model is not None
     }
     models = {role: sizes[named_model] if named_model else None for role, named_model in named.items()}
+    for role, section in (("policy", config.policy), ("critic", config.critic)):
+        size = models[role]
+        models[role] = size and replace(size, trunk_bits=section.lora.trunk_bits)
     return {**models, "reward": as_one([sizes[model] for model in rewards]) if rewards else None}
 
 

@@ -42,6 +42,7 @@ from orchestrator.config.sections import (
     ScoreConfig,
     SelectConfig,
     TelemetryConfig,
+    TrainingConfig,
 )
 from orchestrator.config.stages import StageEntry, in_rounds
 from orchestrator.config.trainings import (
@@ -111,6 +112,7 @@ class Config(Section):
             self.algorithm.needs_critic
             and starts_from_policy
             and min(policy.lora.rank, critic.lora.rank) > 0
+            and policy.lora.trunk_bits == critic.lora.trunk_bits
             and max(policy.zero_stage, critic.zero_stage) < 3
         )
 
@@ -130,5 +132,8 @@ def _contradictions(config: Config) -> Iterable[str]:
     yield from config.environment.contradictions(config.reward)
     if isinstance(config.reward, WeightedRewardConfig):
         yield from config.reward.contradictions(config.algorithm.reward_parts)
+    for name in ("sft", "preference", "reward_model", "policy", "critic"):
+        section: TrainingConfig = getattr(config, name)
+        yield from section.lora_contradictions(name)
     turns = config.environment.turns()
     yield from config.guards.contradictions(config.rl, config.rollout, config.reward, turns)

@@ -36,6 +36,8 @@ AVERAGE_BYTES = 4  # bytes per parameter of a moving average, in fp32 on the hos
 _ADAM_TEMPORARIES = 8  # bytes per parameter of a shard during its update
 _ALIVE_IN_BACKWARD = (10, 4)  # values per token and layer that a Llama stores: × hidden size, × feed-forward size
 _LOGIT_COPIES = 4
+QUANTISED_BLOCKS: Mapping[int, int] = {4: 64, 8: 256}
+"""Weights per scale, by the bits of a weight."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class ModelSize:
 
     Args:
         linear: the decoder's linear layers: (last part of the name, number of these, inputs, outputs).
+        trunk_bits: of their weights, if these are quantised.
     """
 
     num_params: int
@@ -52,6 +55,15 @@ class ModelSize:
     feed_forward: int
     vocabulary: int
     linear: tuple[tuple[str, int, int, int], ...] = field(default=(), kw_only=True)
+    trunk_bits: int | None = field(default=None, kw_only=True)
+
+    def frozen_bytes(self, held: int) -> float:
+        """Weights that do not learn, with `held` bytes per parameter where they are not quantised."""
+        if self.trunk_bits is None:
+            return held * self.num_params
+        quantised = sum(count * inputs * outputs for _, count, inputs, outputs in self.linear)
+        per_weight = self.trunk_bits / 8 + 4 / QUANTISED_BLOCKS[self.trunk_bits]
+        return per_weight * quantised + held * (self.num_params - quantised)
 
     def adapter_params(self, lora: LoraConfig) -> int:
         """Parameters of the adapters that a config puts on this model; 0 without adapters."""
@@ -121,13 +133,14 @@ def learner_memory(
     learned = adapters or size.num_params
     state = learned_bytes(learned, dtype=dtype, zero_stage=zero_stage, ranks=ranks)
     if adapters:
-        state += held * size.num_params / (ranks if zero_stage == 3 else 1)
+        state += size.frozen_bytes(held) / (ranks if zero_stage == 3 else 1)
     temporaries = _ADAM_TEMPORARIES * learned / (ranks if zero_stage else 1)
     layers = 1 if gradient_checkpointing else size.num_layers
     working = (
         temporaries
         + layers * _layer_bytes(size, dtype, micro_batch_tokens)
         + (size.num_layers * size.hidden * micro_batch_tokens * held if gradient_checkpointing else 0)
+        + (held * max(i * o for _, _, i, o in size.linear) if size.trunk_bits else 0)  # one layer, dequantised
         + (_logit_bytes(size, micro_batch_tokens) if logits else 0)
         + (4 * size.vocabulary * size.hidden if logits and not adapters else 0)
     )
