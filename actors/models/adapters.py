@@ -194,9 +194,8 @@ def linear_layers(model: Any, forward: Callable[[], Tensor]) -> tuple[list[Linea
         counts[id(parameter)] = counts.get(id(parameter), 0) + 1
     found, unused = [], []
     for module in candidates:
-        if (
-            counts.get(id(module._parameters.get("weight")), 0) > 1
-        ):  # tied to another layer, which an adapter would not change
+        own = module._parameters.get("weight")  # None: quantised
+        if own is not None and counts[id(own)] > 1:  # tied to another layer, which an adapter would not change
             continue
         if not calls[module]:
             unused.append(names[module])

@@ -100,5 +100,5 @@ def product(inputs: Tensor, frozen: FrozenWeight, bias: Tensor | None, *, transp
     Args:
         transposed: the weight is (inputs, outputs).
     """
-    output: Tensor = _Product.apply(inputs, frozen, bias, transposed)  # type: ignore[no-untyped-call]
+    output: Tensor = _Product.apply(inputs, frozen, bias, transposed)
     return output

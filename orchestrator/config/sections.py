@@ -143,8 +143,8 @@ class LoraConfig(Section):
     rank_stabilised: bool = False
     """Divide alpha by the square root of the rank instead of the rank (rsLoRA, Kalajdzievski 2023)."""
     trunk_bits: Literal[4, 8] | None = None
-    """Keep the frozen weights of all linear layers in 4 or 8 bits (QLoRA, Dettmers 2023). Needs the package bitsandbytes.
-    Null: model.dtype."""
+    """Keep the frozen weights of all linear layers in 4 or 8 bits (QLoRA, Dettmers 2023). Needs the package
+    bitsandbytes. Null: model.dtype."""
 
     @property
     def scale(self) -> float:
@@ -185,7 +185,8 @@ class TrainingConfig(Section):
             )
         if bits is not None and self.zero_stage == 3:
             yield (
-                f"{name}.lora.trunk_bits={bits} needs {name}.zero_stage of 0 to 2: ZeRO-3 can't shard quantised weights."
+                f"{name}.lora.trunk_bits={bits} needs {name}.zero_stage of 0 to 2: ZeRO-3 can't shard quantised "
+                "weights."
             )
 
 
