@@ -15,6 +15,7 @@ from jobs.plan.work import layout_of, learning_of, work_of
 from jobs.resolve import WITHOUT_TRIAL, resolved
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
+from orchestrator.config.rewards import reward_models
 from orchestrator.errors import CapacityError, ConfigError
 from orchestrator.failures import LEARNERS
 from orchestrator.planning.hardware import DEVICES, Device, cpu_core, device_of
@@ -147,8 +148,9 @@ def _placements(config: Config) -> Iterator[tuple[str, Config]]:
         )
 
 
-def settings_of(layout: Layout, models: Collection[str]) -> list[str]:
-    """The overrides for this layout on GPUs; `models` are the roles that have a model."""
+def settings_of(layout: Layout, models: Collection[str], rewards: Collection[str]) -> list[str]:
+    """The overrides for this layout on GPUs; `models` are the roles that have a model, `rewards` the keys of the
+    sections of reward models."""
     mode = "colocated" if layout.takes_turns else "separate"
     lines = [
         f"placement.mode={mode}",
@@ -165,7 +167,7 @@ def settings_of(layout: Layout, models: Collection[str]) -> list[str]:
             f"reference.micro_batch_tokens={layout.learning['reference'].micro_batch_tokens}",
         ]
     if "reward" in models:
-        lines.append(f"reward.micro_batch_tokens={layout.learning['reward'].micro_batch_tokens}")
+        lines += [f"{key}.micro_batch_tokens={layout.learning['reward'].micro_batch_tokens}" for key in rewards]
     for role in (role for role in LEARNERS if role in models):
         learning = layout.learning[role]
         lines += [
@@ -206,7 +208,7 @@ def _show(config: Config, found: Search, what: str) -> None:
     out.print(table)
     best = found.candidates[0]
     if best.memory:
-        say("best: " + " ".join(settings_of(best.layout, best.prediction.idle)))
+        say("best: " + " ".join(settings_of(best.layout, best.prediction.idle, reward_models(config.reward))))
         for part in best.memory:
             budget = f"states {gib(part.state)}, work {gib(part.working)}, KV cache {gib(part.cache)}"
             say(f"memory of a GPU of {', '.join(part.roles)}: {budget}, of {gib(part.available)}")
