@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 from typer.testing import CliRunner
 
 from jobs.check.capacity import _Sizes, memory_per_role
@@ -190,8 +191,8 @@ def test_every_model_among_the_sources_of_a_reward_is_planned(
     plan(config, on(32), ANY)
     (proposal,) = re.findall(r"best: (.*)", capsys.readouterr().out)
     assert "reward.sources.one.micro_batch_tokens=" in proposal and "reward.sources.other.micro" in proposal
-    keys = dict(setting.split("=") for setting in proposal.split())
-    assert changed(config, keys, source="the plan").reward.replicas == int(keys["reward.replicas"])
+    keys = {key: yaml.safe_load(value) for key, value in (setting.split("=") for setting in proposal.split())}
+    assert changed(config, keys, source="the plan").reward.replicas == keys["reward.replicas"]
 
 
 @pytest.mark.parametrize(
