@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from jobs.command import say
-from orchestrator.config.base import ByName, by_name
+from orchestrator.config.base import ByName, by_name, by_name_in_mapping
 from orchestrator.config.config import Config
 from orchestrator.config.described import description_of
 
@@ -59,15 +59,17 @@ def _keys(
         repeated = typing.get_origin(fields[name].annotation) is tuple
         path = f"{prefix}.{name}".strip(".") + ("[]" if repeated else "")
         choice = by_name(fields[name])
+        if (named := by_name_in_mapping(fields[name])) is not None:
+            heading = f"## `{path}.NAME`\n\n{_cell(description_of(section, name))}"
+            yield from _keys(inner, f"{path}.NAME", heading, _without_name(inner), _name_row(named))
+            continue
         yield from _tables(path, inner) if choice is None else _choice(path, choice, inner)
 
 
 def _choice(path: str, choice: ByName, shared: type[BaseModel]) -> Iterator[str]:
     """The keys that all sections of a choice have, then those that each adds."""
-    names = " or ".join(f"`{name}`" for name in choice.table)
-    row = f"| `name` | {names} | `{choice.default}` | The keys below under its name are legal too, and no others. |"
-    fields = {name: field for name, field in shared.model_fields.items() if name != "name"}
-    yield from _keys(shared, path, f"## `{path}`", fields, row)
+    row = _name_row(choice, "The keys below under its name are legal too, and no others.")
+    yield from _keys(shared, path, f"## `{path}`", _without_name(shared), row)
     for name, section in choice.table.items():
         yield f"### `{path}`, name: `{name}`\n\n{_cell(' '.join((section.__doc__ or '').split()))}\n"
         changed = [
@@ -79,6 +81,15 @@ def _choice(path: str, choice: ByName, shared: type[BaseModel]) -> Iterator[str]
             yield f"Its own defaults: {', '.join(changed)}.\n"
         own = {key: field for key, field in section.model_fields.items() if key not in shared.model_fields}
         yield from _keys(section, path, "", own)
+
+
+def _without_name(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    return {name: field for name, field in section.model_fields.items() if name != "name"}
+
+
+def _name_row(choice: ByName, text: str = "Its own keys in `reward` are legal too, and no others.") -> str:
+    names = " or ".join(f"`{name}`" for name in choice.table)
+    return f"| `name` | {names} | `{choice.default}` | {text} |"
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:

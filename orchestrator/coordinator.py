@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
+from orchestrator.algorithms.standardising import with_step
 from orchestrator.concurrency import both, together
 from orchestrator.failures import Supervisor
 from orchestrator.filtering import Filter, as_sampled
@@ -71,7 +72,8 @@ class Relearning:
     def advance(self, state: State, experience: Experience) -> State:
         kl = experience.metrics["kl/per_response"]
         samples = sum(record.num_samples for record in experience.records)
-        return state.advance(self.next_kl_coefficient(state.kl_coefficient, kl, samples))
+        coefficient = self.next_kl_coefficient(state.kl_coefficient, kl, samples)
+        return state.advance(coefficient, with_step(state.part_moments, experience.records))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from orchestrator.types import (
     ScoredShard,
     ShardRecord,
     ShardRequest,
+    State,
 )
 
 Tag = Literal["weights", "kv_cache"]
@@ -115,8 +116,9 @@ class Publisher(Protocol):
 class Recorder(Protocol):
     """Assembles and writes experience on the nodes that hold the data; the experience log writes the manifest."""
 
-    async def record(self, shard: ScoredShard, *, kl_coefficient: float, file: str) -> tuple[Handle, ShardRecord]:
-        """Joins a shard's scores, computes token rewards and advantages, writes `file` durably; (table, record)."""
+    async def record(self, shard: ScoredShard, *, state: State, file: str) -> tuple[Handle, ShardRecord]:
+        """Joins a shard's scores, computes token rewards and advantages, writes `file` durably; (table, record).
+        `state` is the one before the step."""
 
     async def load(self, record: ShardRecord, *, file: str) -> Handle:
         """Reads a committed file and verifies its checksum. Raises StorageError, which names the file."""

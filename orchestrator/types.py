@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -182,18 +182,20 @@ class Experience:
 class State:
     """The coordinator's state between steps. The state of models is in their checkpoints.
 
-    `step` counts finished learning steps; it is also the version of the policy's weights.
+    `step` counts finished learning steps; it is also the version of the policy's weights. `part_moments`: of the scores
+    of sources with `standardise: running`, over all steps.
     """
 
     step: int
     kl_coefficient: float
+    part_moments: Mapping[str, Moments] = field(default_factory=dict)
 
     @property
     def version(self) -> int:
         return self.step
 
-    def advance(self, kl_coefficient: float) -> State:
-        return replace(self, step=self.step + 1, kl_coefficient=kl_coefficient)
+    def advance(self, kl_coefficient: float, part_moments: Mapping[str, Moments]) -> State:
+        return State(self.step + 1, kl_coefficient, part_moments)
 
 
 @dataclass(frozen=True)

@@ -363,7 +363,7 @@ class Learner:
 
     def weight_specs(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         """(name, dtype, shape) of the tensors of `full_weights`, in its order, without gathering them."""
-        for name, tensor in named_state(self._pretrained):
+        for name, tensor in named_state(self._pretrained, values=False):
             # With ZeRO-3 a parameter is empty between uses; ds_shape is its full shape.
             yield name, tensor.dtype, tuple(getattr(tensor, "ds_shape", tensor.shape))
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from actors.models.quantised import FrozenWeight, product
 from orchestrator.config.sections import LoraConfig
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.prompts import derive_seed
@@ -80,23 +81,53 @@ class Adapter(nn.Module):
 
 
 class Adapted(nn.Module):
-    """Mixed into the class of a linear layer."""
+    """Mixed into the class of a linear layer. A quantised one may have no adapters."""
 
     adapters: nn.ModuleDict
     weight: Tensor
     bias: Tensor | None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        output: Tensor = super().forward(inputs)
+        output = self._product(inputs)
         for adapter in self.adapters.values():  # at most one is on
             if adapter.is_on:
                 output = adapter(inputs, output, self.weight, self.bias)
         return output
 
+    def _product(self, inputs: Tensor) -> Tensor:
+        output: Tensor = super().forward(inputs)
+        return output
+
+
+class Quantised(Adapted):
+    """The same for a layer whose weight is kept in few bits; reading `weight` dequantises it."""
+
+    frozen: FrozenWeight
+    is_transposed: bool
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.frozen.tensor()
+
+    def _product(self, inputs: Tensor) -> Tensor:
+        return product(inputs, self.frozen, self.bias, transposed=self.is_transposed)
+
 
 @cache
-def _with_adapters(kind: Any) -> type:
-    return type(f"Adapted{kind.__name__}", (Adapted, kind), {})
+def _mixed(mixin: type, kind: Any) -> type:
+    return type(f"{mixin.__name__}{kind.__name__}", (mixin, kind), {})
+
+
+def _quantise(layers: Sequence[LinearLayer], bits: int) -> None:
+    """Keeps the weights of layers that have no adapters yet in 4 or 8 bits."""
+    for layer in layers:
+        module = layer.module
+        if isinstance(module, Adapted):
+            continue
+        frozen = FrozenWeight(module.weight.detach(), bits)
+        del module.weight
+        module.__class__ = _mixed(Quantised, module.__class__)
+        module.adapters, module.frozen, module.is_transposed = nn.ModuleDict(), frozen, layer.transposed
 
 
 @dataclass(frozen=True)
@@ -109,7 +140,8 @@ class LinearLayer:
 
 
 def adapt(model: Any, config: LoraConfig, *, name: str, seed: int, forward: Callable[[], Tensor]) -> None:
-    """Freezes a PolicyModel or ValueModel, adds adapters, and selects them. A scalar head goes on learning.
+    """Freezes a PolicyModel or ValueModel, adds adapters, and selects them. A scalar head goes on learning. With
+    config.trunk_bits, the weights of all linear layers are quantised first, once for all adapters of the trunk.
 
     Args:
         name: of the adapters; the trunk may have others.
@@ -117,13 +149,16 @@ def adapt(model: Any, config: LoraConfig, *, name: str, seed: int, forward: Call
         forward: the model's output on a few tokens.
 
     Raises:
-        ConfigError: a target is no linear layer.
+        ConfigError: a target is no linear layer, or weights can't be quantised.
         DataError: the model has no linear layers, or uses them in a way that adapters would not see.
     """
     pretrained = model.pretrained
     select(model, None)
-    layers = _chosen(*linear_layers(model, forward), config, pretrained)
+    found, unused = linear_layers(model, forward)
+    layers = _chosen(found, unused, config, pretrained)
     pretrained.requires_grad_(False)
+    if config.trunk_bits is not None:
+        _quantise(found, config.trunk_bits)
     for parameter in model.learned_head():
         parameter.requires_grad_(True)
     for layer in layers:
@@ -131,7 +166,7 @@ def adapt(model: Any, config: LoraConfig, *, name: str, seed: int, forward: Call
         start = derive_seed("lora", seed, layer.name)
         adapter = Adapter(module.weight, config, transposed=layer.transposed, seed=start)
         if not isinstance(module, Adapted):
-            module.__class__ = _with_adapters(module.__class__)
+            module.__class__ = _mixed(Adapted, module.__class__)
             module.adapters = nn.ModuleDict()
         module.adapters[name] = adapter
     select(model, name)
@@ -159,7 +194,8 @@ def linear_layers(model: Any, forward: Callable[[], Tensor]) -> tuple[list[Linea
         counts[id(parameter)] = counts.get(id(parameter), 0) + 1
     found, unused = [], []
     for module in candidates:
-        if counts[id(module.weight)] > 1:  # tied to another layer, which an adapter would not change
+        own = module._parameters.get("weight")  # None: quantised
+        if own is not None and counts[id(own)] > 1:  # tied to another layer, which an adapter would not change
             continue
         if not calls[module]:
             unused.append(names[module])
@@ -172,6 +208,8 @@ def linear_layers(model: Any, forward: Callable[[], Tensor]) -> tuple[list[Linea
 
 def _may_be_linear(module: Any) -> bool:
     """Whether its only parameters are a matrix `weight` and perhaps a `bias`."""
+    if isinstance(module, Quantised):
+        return True
     parameters = module._parameters
     weight = parameters.get("weight")
     others = set(parameters) - {"weight", "bias"}
@@ -255,6 +293,13 @@ def _require_gradients(model: Any, name: str, forward: Callable[[], Tensor]) -> 
             f"{bypassed[0]} are read without calling their layers, so adapters there would not learn. Name other "
             "layers in lora.targets."
         )
+
+
+def frozen_weights(pretrained: Any) -> Iterator[tuple[str, FrozenWeight]]:
+    """(name of the weight, its quantised form)"""
+    return (
+        (f"{name}.weight", layer.frozen) for name, layer in adapted_layers(pretrained) if isinstance(layer, Quantised)
+    )
 
 
 def adapted_layers(pretrained: Any) -> Iterator[tuple[str, Any]]:

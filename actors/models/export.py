@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from actors.learning.heads import PolicyModel, ValueModel, probed
-from actors.models.adapters import adapted_layers
+from actors.models.adapters import adapted_layers, frozen_weights
 from actors.models.model import load_causal, load_scorer
 from actors.text.tokenizing import load_tokenizer
 from orchestrator.errors import DataError, StorageError
@@ -27,11 +27,12 @@ GENERATION_CONFIG = "generation_config.json"
 _TOLERANCES = {torch.float32: 1e-2, torch.bfloat16: 0.5}
 
 
-def named_state(pretrained: Any) -> Iterator[tuple[str, Tensor]]:
+def named_state(pretrained: Any, *, values: bool = True) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of everything that a model's file holds: parameters without adapters', tied ones once, then
-    buffers that are saved."""
+    quantised weights, dequantised one by one (not `values`: without values), then buffers that are saved."""
     adapters = {id(tensor) for _, layer in adapted_layers(pretrained) for tensor in layer.adapters.parameters()}
     yield from ((name, tensor) for name, tensor in pretrained.named_parameters() if id(tensor) not in adapters)
+    yield from ((name, weight.tensor() if values else weight.spec()) for name, weight in frozen_weights(pretrained))
     unsaved = {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in pretrained.named_modules()

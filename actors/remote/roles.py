@@ -33,6 +33,7 @@ from orchestrator.types import (
     ScoredShard,
     ShardRecord,
     ShardRequest,
+    State,
 )
 
 T = TypeVar("T")
@@ -279,7 +280,7 @@ class RayRecorder:
         self._group, self._record_s, self._supervisor = group, record_s, supervisor
         self._turn = itertools.cycle(range(len(group)))
 
-    async def record(self, shard: ScoredShard, *, kl_coefficient: float, file: str) -> tuple[Handle, ShardRecord]:
+    async def record(self, shard: ScoredShard, *, state: State, file: str) -> tuple[Handle, ShardRecord]:
         rank = next(self._turn)
         return await _kept(
             self._supervisor,
@@ -290,9 +291,10 @@ class RayRecorder:
                 self._record_s,
                 shard.rollout.handle,
                 shard.scores(),
-                kl_coefficient=kl_coefficient,
+                kl_coefficient=state.kl_coefficient,
                 file=file,
                 groups=shard.groups,
+                earlier=state.part_moments,
             ),
         )
 

@@ -6,6 +6,7 @@ http    an endpoint
 judge   a language model at an endpoint
 gold    the rule that simulates a human labeller
 environment   the environment with which the sample was drawn
+weighted      a weighted sum of the others
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class RewardContext:
         template: text of the policy's chat template, if it replaces the model's own.
         cache: folder of converted models, and of judges' answers.
         total_s: time limit of rules and endpoints for one shard.
-        judge_template: text of the judge's template, if it replaces the shipped one.
+        judge_templates: texts of the judges' templates that replace the shipped one, by the key of their section.
+        key: of the source's section in the config.
         threads: CPU threads of the replica.
         adds_episodes: samples may be episodes of an environment, whose rewards are added.
     """
@@ -63,7 +65,8 @@ class RewardContext:
     limits: RuleLimits
     total_s: float
     threads: int = 1
-    judge_template: str | None = None
+    judge_templates: Mapping[str, str] = field(default_factory=dict)
+    key: str = "reward"
     adds_episodes: bool = False
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from actors.rewards import RewardContext, RewardSource, Score, samples
-from orchestrator.config.rewards import EnvironmentRewardConfig
+from orchestrator.config.rewards import EnvironmentRewardConfig, WeightedEnvironment
 
 EPISODE = "episode"  # key of `meta`
 _KEYS = {"reward", "parts", "error", "spans"}
@@ -41,7 +41,7 @@ class WithEpisodes:
         return [score if episode is None else _sum(score, _score_of(episode)) for score, episode in pairs]
 
 
-def build(reward: EnvironmentRewardConfig, context: RewardContext) -> EpisodeReward:
+def build(reward: EnvironmentRewardConfig | WeightedEnvironment, context: RewardContext) -> EpisodeReward:
     return EpisodeReward()
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 from actors.rewards import RewardContext, Score, samples
 from actors.rewards.endpoint import ANSWER_BYTES, FIRST_PAUSE_S, Endpoint
 from actors.rewards.rule_process import finite_number
-from orchestrator.config.rewards import HttpRewardConfig
+from orchestrator.config.rewards import HttpSource
 from orchestrator.errors import RewardError
 
 _SAMPLE_BYTES = 1 << 10
@@ -31,9 +31,7 @@ class HttpReward:
         ConfigError: the URL is not an http address, or `token_from` yields no token.
     """
 
-    def __init__(
-        self, reward: HttpRewardConfig, *, total_s: float = 480.0, first_pause_s: float = FIRST_PAUSE_S
-    ) -> None:
+    def __init__(self, reward: HttpSource, *, total_s: float = 480.0, first_pause_s: float = FIRST_PAUSE_S) -> None:
         self._endpoint = Endpoint(reward, first_pause_s=first_pause_s)
         self._total_s = total_s
 
@@ -55,7 +53,7 @@ class HttpReward:
         return rewards
 
 
-def build(reward: HttpRewardConfig, context: RewardContext) -> HttpReward:
+def build(reward: HttpSource, context: RewardContext) -> HttpReward:
     return HttpReward(reward, total_s=context.total_s)
 
 

@@ -25,7 +25,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from actors.rewards import RewardContext, Sample, Score, samples
 from actors.rewards.endpoint import FIRST_PAUSE_S, Endpoint, RequestRefusedError
 from actors.text.templates import render_text
-from orchestrator.config.rewards import JudgeConfig, JudgeRewardConfig
+from orchestrator.config.rewards import JudgeConfig, JudgeSource
 from orchestrator.errors import ConfigError, DataError, RewardError, StorageError
 from orchestrator.run.storage import read_json, write_json, writing
 
@@ -172,7 +172,7 @@ class JudgeReward:
 
     def __init__(
         self,
-        reward: JudgeRewardConfig,
+        reward: JudgeSource,
         template: str | None = None,
         *,
         cache: Path | None = None,
@@ -205,9 +205,9 @@ class JudgeReward:
         return Score(score, {"judge": score})
 
 
-def build(reward: JudgeRewardConfig, context: RewardContext) -> JudgeReward:
+def build(reward: JudgeSource, context: RewardContext) -> JudgeReward:
     cache = judge_cache(context.cache)
-    return JudgeReward(reward, context.judge_template, cache=cache, total_s=context.total_s)
+    return JudgeReward(reward, context.judge_templates.get(context.key), cache=cache, total_s=context.total_s)
 
 
 def judge_cache(cache: Path) -> Path:

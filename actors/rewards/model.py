@@ -21,7 +21,7 @@ from actors.models.model import load_scorer, resolve_model, torch_dtype
 from actors.models.reward_heads import num_heads
 from actors.rewards import DISAGREEMENT, RewardContext, Sample, Score, samples
 from actors.text.conversations import Chat, Transcript, load_chat, reward_chat
-from orchestrator.config.rewards import ModelRewardConfig
+from orchestrator.config.rewards import ModelSource
 from orchestrator.data.records import messages_from_dicts
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.planning.balance import micro_batches
@@ -172,10 +172,10 @@ class RewardModel:
         return Score(self._stats.normalised(raw) if self._stats else raw, parts, tokens_cut=cut)
 
 
-def build(reward: ModelRewardConfig, context: RewardContext) -> RewardModel:
+def build(reward: ModelSource, context: RewardContext) -> RewardModel:
     """Builds the reward model of a replica. Raises ConfigError if the section names none."""
     if reward.path is None:
-        raise ConfigError("reward.name='model' needs reward.path: give the folder of a reward model.")
+        raise ConfigError(f"{context.key}.name='model' needs {context.key}.path: give the folder of a reward model.")
     torch.set_num_threads(context.threads)
     policy, trust = context.policy, context.policy.trust_remote_code
     return RewardModel(

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from actors.rewards import RewardContext, Score
 from actors.rewards.contained import ProcessEndedError, RuleProcess
-from orchestrator.config.rewards import RuleConfig, RuleLimits, RulesRewardConfig
+from orchestrator.config.rewards import RuleConfig, RuleLimits, RulesSource
 from orchestrator.errors import ConfigError, RewardError
 
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
@@ -184,7 +184,7 @@ class RuleReward:
         return self._process
 
 
-def build(reward: RulesRewardConfig, context: RewardContext) -> RuleReward:
+def build(reward: RulesSource, context: RewardContext) -> RuleReward:
     return RuleReward(reward.rules, context.limits, total_s=context.total_s)
 
 

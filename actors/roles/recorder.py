@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import ray
 from actors.rewards.rules import RuleReward
 from orchestrator import schema
 from orchestrator.algorithms.experience import ExperienceSettings, assemble, groups_of, summarise
+from orchestrator.algorithms.standardising import running_names
 from orchestrator.config.rewards import RuleConfig, RuleLimits
 from orchestrator.errors import RewardError, StorageError
 from orchestrator.evaluation import EVALUATION, evaluation_metrics
@@ -23,6 +25,7 @@ from orchestrator.run.experience_log import failures_file
 from orchestrator.run.storage import reading, replacing, sha256
 from orchestrator.types import Handle, Metrics, Moments, PromptGroup, ShardRecord
 
+_NOTHING: tuple[Moments, dict[str, float], dict[str, float]] = (Moments(), {}, {})
 _WAY_OUT = "restore it from a copy, or delete its folder."
 
 
@@ -59,18 +62,18 @@ class RecorderWorker:
         kl_coefficient: float,
         file: str,
         groups: tuple[int, ...] | None = None,
+        earlier: Mapping[str, Moments] | None = None,
     ) -> tuple[pa.Table, ShardRecord]:
         """Writes one shard of experience. `scores` maps parameter names of assemble() to object references, `groups` is
-        as there."""
+        as there. `earlier`: see ExperienceSettings."""
         parts = {name: _fetch(handles) for name, handles in scores.items()}
-        table, num_dropped = assemble(
-            rollout, **parts, settings=self._settings, kl_coefficient=kl_coefficient, groups=groups
-        )
+        settings = replace(self._settings, earlier=earlier or {})
+        table, num_dropped = assemble(rollout, **parts, settings=settings, kl_coefficient=kl_coefficient, groups=groups)
         path = Path(file)
         if num_dropped:
             _write_failures(failures_file(path), pa.concat_tables(parts["rewards"]))
         _write(path, table, {"run_id": self._run_id})
-        moments, sums, extremes = summarise(table) if table.num_rows else (Moments(), {}, {})
+        moments, sums, extremes = summarise(table, running_names(settings.sources)) if table.num_rows else _NOTHING
         num_cut = sum(map(_num_cut, parts["rewards"]))
         if num_cut:
             sums = {**sums, "reward_cut_sum": float(num_cut)}

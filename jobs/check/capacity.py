@@ -14,10 +14,10 @@ from actors.groups.cluster import alive_nodes, connect, named_address
 from actors.models.model import resolve_model
 from actors.models.size import model_size
 from jobs.prepare import Prepared
-from jobs.stages.settings import critic_base, reward_base, samples_per_shard
+from jobs.stages.settings import critic_base, reward_bases, samples_per_shard
 from jobs.stages.table import stages_of
 from orchestrator.config.config import Config
-from orchestrator.config.rewards import ModelRewardConfig
+from orchestrator.config.rewards import reward_models
 from orchestrator.config.sections import LearnerConfig, LoraConfig
 from orchestrator.config.trainings import OfflineConfig
 from orchestrator.failures import LEARNERS
@@ -33,6 +33,7 @@ from orchestrator.planning.memory import (
     engine_memory,
     gib,
     gpu_engine_memory,
+    in_one_process,
     learner_memory,
     on_trunk_memory,
     scorer_memory,
@@ -148,7 +149,7 @@ class _Sizes:
 
 def memory_per_role(config: Config, sizes: _Sizes, roles: Collection[str]) -> dict[str, Memory]:
     """Memory of one actor of each of these roles. Ignores models of other roles."""
-    dtype, reference, reward, rollout = config.model.compute_dtype, config.reference, config.reward, config.rollout
+    dtype, reference, rollout = config.model.compute_dtype, config.reference, config.rollout
 
     def of_policy() -> Memory:
         size = sizes.of(None)
@@ -162,15 +163,18 @@ def memory_per_role(config: Config, sizes: _Sizes, roles: Collection[str]) -> di
         return replace(memory, process=memory.process + average)
 
     def of_reward() -> Memory:
-        if not isinstance(reward, ModelRewardConfig):
-            return Memory(process=RULES_PROCESS)
-        return scorer_memory(
-            sizes.of(*reward_base(config)),
-            dtype=dtype,
-            shards=1,
-            micro_batch_tokens=reward.micro_batch_tokens,
-            logits=False,
-        )
+        models, bases = reward_models(config.reward), reward_bases(config)
+        found = [
+            scorer_memory(
+                sizes.of(*bases[key]),
+                dtype=dtype,
+                shards=1,
+                micro_batch_tokens=source.micro_batch_tokens,
+                logits=False,
+            )
+            for key, source in models.items()
+        ]
+        return in_one_process(found) if found else Memory(process=RULES_PROCESS)
 
     def of_engine() -> Memory:
         size, width = sizes.of(None), rollout.tensor_parallel_size
@@ -202,7 +206,7 @@ def memory_per_role(config: Config, sizes: _Sizes, roles: Collection[str]) -> di
 
 def _learner(config: Config, learner: LearnerConfig | OfflineConfig, size: ModelSize, *, logits: bool) -> Memory:
     return learner_memory(
-        size,
+        replace(size, trunk_bits=learner.lora.trunk_bits),
         dtype=config.model.compute_dtype,
         zero_stage=learner.zero_stage,
         ranks=learner.ranks,

@@ -13,11 +13,12 @@ from actors.text.conversations import Chat, reward_chat
 from actors.text.tokenizing import has_tokenizer, load_tokenizer
 from actors.training.ranked_tokens import judged
 from jobs.prepare import start_chat
+from jobs.stages.settings import main_reward_model
 from jobs.stages.stage import Found
 from jobs.stages.work.data.judged import sample
 from orchestrator.config.config import Config
 from orchestrator.config.losses import Judgement
-from orchestrator.config.rewards import ModelRewardConfig
+from orchestrator.config.rewards import reward_models
 from orchestrator.data.records import Message, messages_from_dicts
 from orchestrator.errors import DataError, RlhfError
 from orchestrator.training.ranking import spread
@@ -96,13 +97,14 @@ def _write_judged(config: Config, judgement: Judgement, chat: Chat) -> None:
 
 
 def check_scoring_conversations(config: Config, found: Found) -> str | None:
-    """The same for an external reward model, which scores samples."""
-    reward = config.reward
-    if found.chat is None or not isinstance(reward, ModelRewardConfig) or reward.path is None:
-        return None
-    folder = resolve_model(reward.path, config.run.cache)
-    chat = reward_chat(folder, found.chat, trust_remote_code=config.model.trust_remote_code)
-    return _written(config, found, "reward.path", reward.path, chat)
+    """The same for external reward models, which score samples."""
+    lines = []
+    for key, source in reward_models(config.reward).items():
+        if found.chat is not None and source.path is not None:
+            folder = resolve_model(source.path, config.run.cache)
+            chat = reward_chat(folder, found.chat, trust_remote_code=config.model.trust_remote_code)
+            lines.append(_written(config, found, f"{key}.path", source.path, chat))
+    return "\n".join(lines) or None
 
 
 def _written(config: Config, found: Found, key: str, model: str, chat: Chat) -> str:
@@ -111,10 +113,11 @@ def _written(config: Config, found: Found, key: str, model: str, chat: Chat) -> 
     for prompt in spread(prompts, TRIED):
         with _naming(f"prompt {prompt.id!r}"):
             chat.reply(messages_from_dicts(prompt.meta["messages"]), _ANSWER, prompt.meta.get("tools", ()))
+    name = f"{key.removesuffix('.path')} (reward model)" if key.startswith("reward.sources.") else "reward model"
     if found.chat is not None and chat.fingerprint == found.chat.fingerprint:
-        return "reward model: same conversation format as the policy; it reads the sampled tokens"
+        return f"{name}: same conversation format as the policy; it reads the sampled tokens"
     learned = chat.text(chat.reply(_QUESTION, _ANSWER).tokens)
-    return f"reward model: its own conversation format; it reads text. A reply as it is scored: {learned!r}"
+    return f"{name}: its own conversation format; it reads text. A reply as it is scored: {learned!r}"
 
 
 @contextmanager
@@ -179,8 +182,10 @@ def _critic_start(config: Config) -> tuple[str, str | None]:
     """(key, model) from which the critic starts; None: the policy with a new head."""
     if config.critic.path is not None:
         return "critic.path", config.critic.path
-    if not isinstance(config.reward, ModelRewardConfig):
+    main = main_reward_model(config)
+    if main is None:
         return "model.path", None
-    if config.reward.path is not None:
-        return "reward.path", config.reward.path
+    key, source = main
+    if source.path is not None:
+        return f"{key}.path", source.path
     return "reward_model.base", config.reward_model.base

@@ -18,19 +18,21 @@ from actors.rewards.judge import JudgeReward
 from actors.rewards.model import read_stats
 from actors.rewards.pair_judge import PairJudge
 from actors.rewards.rules import RuleReward
-from jobs.stages.settings import judge_template, pair_template, reward_base, reward_max_length
+from jobs.stages.settings import judge_templates, pair_template, reward_bases, reward_max_length
 from jobs.stages.stage import Found
 from jobs.stages.work.data.judged import sample
 from jobs.stages.work.data.replies import read_replies, replies_table
+from orchestrator.config.base import Section
 from orchestrator.config.config import Config
 from orchestrator.config.losses import Judgement
 from orchestrator.config.rewards import (
-    HttpRewardConfig,
+    HttpSource,
     JudgeConfig,
-    JudgeRewardConfig,
-    ModelRewardConfig,
+    JudgeSource,
+    ModelSource,
     RuleConfig,
-    RulesRewardConfig,
+    RulesSource,
+    reward_models,
 )
 from orchestrator.errors import ConfigError, DataError, RewardError
 
@@ -68,17 +70,29 @@ def check_replies(config: Config, found: Found) -> str | None:
 
 
 def check_reward(config: Config, found: Found) -> str | None:
-    reward = config.reward
-    if isinstance(reward, ModelRewardConfig):
-        return _reward_model(config, reward)
-    if isinstance(reward, RulesRewardConfig):
-        return _rules_tried("rules", reward.rules, "reward.rules", config, found.examples)
-    if isinstance(reward, HttpRewardConfig) and found.examples is not None:  # nothing to try without prompts
-        limits = {"timeout_s": min(reward.timeout_s, HTTP_PROBE_S), "retries": min(reward.retries, 1)}
-        source = HttpReward(reward.model_copy(update=limits))
-        return _tried(f"endpoint {reward.url}", source, found.examples.slice(0, 1), "reward.url")
-    if isinstance(reward, JudgeRewardConfig):
-        return _judge_tried(config, reward, found.examples)
+    """Tries each source of the reward. Raises ConfigError, DataError, which name its section."""
+    lines = []
+    for key, source in config.reward.sources_by_key().items():
+        try:
+            lines.append(_source_tried(key, source, config, found.examples))
+        except (ConfigError, DataError) as error:
+            if key in str(error):
+                raise
+            raise type(error)(f"{key}: {error}") from error
+    return "\n".join(line for line in lines if line) or None
+
+
+def _source_tried(key: str, source: Section, config: Config, examples: pa.Table | None) -> str | None:
+    if isinstance(source, ModelSource):
+        return _reward_model(key, config, source)
+    if isinstance(source, RulesSource):
+        return _rules_tried(_called(key, "rules"), source.rules, f"{key}.rules", config, examples)
+    if isinstance(source, HttpSource) and examples is not None:  # nothing to try without prompts
+        limits = {"timeout_s": min(source.timeout_s, HTTP_PROBE_S), "retries": min(source.retries, 1)}
+        endpoint = HttpReward(source.model_copy(update=limits))
+        return _tried(_called(key, f"endpoint {source.url}"), endpoint, examples.slice(0, 1), f"{key}.url")
+    if isinstance(source, JudgeSource):
+        return _judge_tried(key, config, source, examples)
     return None
 
 
@@ -107,14 +121,16 @@ def check_pair_judge(config: Config, found: Found) -> str | None:
 
 def check_labeller(config: Config, found: Found) -> str | None:
     gold = config.labeller.gold
-    return _rules_tried(f"gold, {gold}", [RuleConfig(function=gold)], "labeller.gold", config, found.examples)
+    return _rules_tried(f"reward (gold, {gold})", [RuleConfig(function=gold)], "labeller.gold", config, found.examples)
 
 
 def check_gold(config: Config, found: Found) -> str | None:
     gold = config.evaluation.gold if config.evaluation.prompts else None
     if gold is None:
         return None
-    return _rules_tried(f"gold, {gold}", [RuleConfig(function=gold)], "evaluation.gold", config, found.examples)
+    return _rules_tried(
+        f"reward (gold, {gold})", [RuleConfig(function=gold)], "evaluation.gold", config, found.examples
+    )
 
 
 def check_reward_window(config: Config, found: Found) -> str | None:
@@ -123,22 +139,25 @@ def check_reward_window(config: Config, found: Found) -> str | None:
     Raises:
         ConfigError: reward.max_length exceeds the window of the reward model.
     """
-    if not isinstance(config.reward, ModelRewardConfig):
-        return None
-    model, _ = reward_base(config)
+    bases = reward_bases(config)
+    lines = [_window_line(key, source, bases[key][0], config) for key, source in reward_models(config.reward).items()]
+    return "\n".join(line for line in lines if line) or None
+
+
+def _window_line(key: str, source: ModelSource, model: str, config: Config) -> str | None:
     folder = resolve_model(model, config.run.cache)
     there = window(read_config(folder, trust_remote_code=config.model.trust_remote_code))
-    wanted = config.reward.max_length
+    wanted = source.max_length
     if wanted is not None and there is not None and wanted > there:
         raise ConfigError(
-            f"reward.max_length={wanted} exceeds what the reward model takes: {folder} has {there} positions. Set "
-            f"reward.max_length={there} or less, or leave it out."
+            f"{key}.max_length={wanted} exceeds what the reward model takes: {folder} has {there} positions. Set "
+            f"{key}.max_length={there} or less, or leave it out."
         )
-    taken = min((n for n in (reward_max_length(config), there) if n), default=None)
+    taken = min((n for n in (reward_max_length(config, source), there) if n), default=None)
     if taken is None or taken >= config.model.max_length:
         return None
     return (
-        f"reward model: takes the last {taken} tokens of a transcript, which may have model.max_length="
+        f"{_model_called(key)}: takes the last {taken} tokens of a transcript, which may have model.max_length="
         f"{config.model.max_length} and more in its own template; those that lose their start are counted in reward/cut"
     )
 
@@ -159,23 +178,23 @@ def _worked(name: str, scores: Sequence[Score], key: str) -> str:
     failed = [score.error for score in scores if score.value is None]
     if failed and len(failed) == len(scores):
         raise ConfigError(
-            f"reward ({name}) failed on all of {len(scores)} sample prompts: {failed[0]}. Correct what {key} names, "
+            f"{name} failed on all of {len(scores)} sample prompts: {failed[0]}. Correct what {key} names, "
             "or give prompts with the fields that it reads."
         )
-    return f"reward ({name}): scores a made-up reply to {len(scores) - len(failed)} of {len(scores)} sample prompts"
+    return f"{name}: scores a made-up reply to {len(scores) - len(failed)} of {len(scores)} sample prompts"
 
 
-def _judge_tried(config: Config, reward: JudgeRewardConfig, examples: pa.Table | None) -> str | None:
+def _judge_tried(key: str, config: Config, reward: JudgeSource, examples: pa.Table | None) -> str | None:
     """Asks the judge itself, not the cache of its answers."""
-    source = JudgeReward(_for_probe(reward), judge_template(config), total_s=2 * JUDGE_PROBE_S)
+    source = JudgeReward(_for_probe(reward), judge_templates(config).get(key), total_s=2 * JUDGE_PROBE_S)
     if examples is None:
         return None
     try:
         judged = source.judgements(examples.slice(0, 1))
     except RewardError as error:
         raise ConfigError(str(error)) from error
-    name = f"judge {reward.model} at {reward.url}"
-    line = _worked(name, [source.score(one) for one in judged], "reward.template")
+    name = _called(key, f"judge {reward.model} at {reward.url}")
+    line = _worked(name, [source.score(one) for one in judged], f"{key}.template")
     return f"{line}; its answer ends with {judged[0].text[-_JUDGE_SHOWN:]!r}, which is {judged[0].verdict}"
 
 
@@ -184,7 +203,7 @@ def _for_probe(judge: Judging) -> Judging:
     return judge.model_copy(update=limits)
 
 
-def _reward_model(config: Config, reward: ModelRewardConfig) -> str | None:
+def _reward_model(key: str, config: Config, reward: ModelSource) -> str | None:
     if reward.path is None:
         return None  # a stage of this run trains it
     folder = resolve_model(reward.path, config.run.cache)
@@ -193,10 +212,19 @@ def _reward_model(config: Config, reward: ModelRewardConfig) -> str | None:
     names = {name for file in sorted(folder.glob("*.safetensors")) for name in _tensor_names(file)}
     if names and not any(name.startswith("score.") for name in names):
         raise DataError(
-            f"reward.path: {folder} has no scalar head (no tensor score.*), so its scores would be noise. Give a "
+            f"{key}.path: {folder} has no scalar head (no tensor score.*), so its scores would be noise. Give a "
             "trained reward model: a sequence classifier with one label."
         )
-    return f"reward (model): {folder} has a scalar head"
+    return f"{_called(key, 'model')}: {folder} has a scalar head"
+
+
+def _called(key: str, kind: str) -> str:
+    """A source in messages: reward (rules), reward.sources.brief (rules)."""
+    return f"{key} ({kind})"
+
+
+def _model_called(key: str) -> str:
+    return "reward model" if key == "reward" else f"{key} (reward model)"
 
 
 def _tensor_names(file: Any) -> Iterator[str]:

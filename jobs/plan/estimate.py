@@ -16,7 +16,7 @@ import numpy as np
 
 from actors.machine.probe import Speed, machine_speed
 from actors.training.reward_model import CALIBRATION_REPLIES
-from jobs.plan.work import layout_of, models_of, work_of
+from jobs.plan.work import layout_of, models_of, trained_reward_size, work_of
 from jobs.prepare import Prepared, prepare
 from jobs.resolve import WITHOUT_TRIAL, resolved
 from jobs.stages.stage import RowSizes
@@ -107,7 +107,7 @@ class Costs:
     def reward_model(self, prompts: Sequence[Prompt]) -> float:
         """Training and scoring afterwards. Preferences of a file count as the labeller's."""
         stage, sample = self.config.reward_model, self.config.sample
-        size = self._size("reward")
+        size = trained_reward_size(self.config)
         replies = sample.samples_per_prompt
         chosen = _lengths(prompts[: sample.prompts]) + self.config.rollout.max_new_tokens
         num_train = math.ceil(len(chosen) * (1.0 - HELD_OUT_FRACTION))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from jobs.plan.work import layout_of, learning_of, work_of
 from jobs.resolve import WITHOUT_TRIAL, resolved
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
+from orchestrator.config.rewards import reward_models
 from orchestrator.errors import CapacityError, ConfigError
 from orchestrator.failures import LEARNERS
 from orchestrator.planning.demands import all_demands
@@ -180,8 +181,8 @@ def _placements(config: Config) -> Iterator[tuple[str, Config]]:
         )
 
 
-def settings_of(candidate: Candidate) -> list[str]:
-    """The overrides for this layout on GPUs."""
+def settings_of(candidate: Candidate, rewards: Collection[str]) -> list[str]:
+    """The overrides for this layout on GPUs; `rewards` are the keys of the sections of reward models."""
     layout, models = candidate.layout, candidate.prediction.idle  # the roles with ranks of their own
     utilization = max(part.utilization for part in candidate.memory)
     lines = [
@@ -204,7 +205,7 @@ def settings_of(candidate: Candidate) -> list[str]:
     if "reward" in models:
         lines += [
             "reward.gpus_per_replica=1",
-            f"reward.micro_batch_tokens={layout.learning['reward'].micro_batch_tokens}",
+            *(f"{key}.micro_batch_tokens={layout.learning['reward'].micro_batch_tokens}" for key in rewards),
         ]
     for role in (role for role in LEARNERS if role in models):
         learning = layout.learning[role]
@@ -247,7 +248,7 @@ def _show(config: Config, found: Search, what: str) -> None:
     out.print(table)
     best = found.candidates[0]
     if best.memory:
-        say("best: " + " ".join(settings_of(best)))
+        say("best: " + " ".join(settings_of(best, reward_models(config.reward))))
         _show_memory(best.memory)
 
 

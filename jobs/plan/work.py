@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import AutoConfig
 
 from actors.models.model import resolve_model
 from actors.models.size import model_size
-from jobs.stages.settings import critic_base, reward_base, samples_per_shard
+from jobs.stages.settings import critic_base, reward_bases, samples_per_shard
 from orchestrator.config.base import Dtype
 from orchestrator.config.config import Config
-from orchestrator.config.rewards import ModelRewardConfig
+from orchestrator.config.rewards import reward_models
 from orchestrator.config.sections import LearnerConfig
-from orchestrator.planning.costs import Dimensions, LearnSettings
+from orchestrator.planning.costs import Dimensions, LearnSettings, as_one
 from orchestrator.planning.demands import all_demands
 from orchestrator.planning.hardware import Device
 from orchestrator.planning.memory import BYTES_OF
@@ -37,7 +38,7 @@ def dimensions(folder: Path, *, dtype: Dtype, layers: int | None = None, trust_r
 
 
 def models_of(config: Config, trained_reward: Path | None = None) -> dict[str, Dimensions | None]:
-    """The model of each role; None if the reward is not a model, or if there is no critic.
+    """The model of each role; None if the reward has no model, or if there is no critic.
 
     Args:
         trained_reward: the model that the reward_model stage trained, if it has run. None: as large as its base.
@@ -51,8 +52,11 @@ def models_of(config: Config, trained_reward: Path | None = None) -> dict[str, D
         "policy": (config.model.path, None),
         "reference": (config.reference.path or config.model.path, None),
         "critic": critic if config.algorithm.needs_critic else None,
-        "reward": (trained or reward_base(config)) if isinstance(config.reward, ModelRewardConfig) else None,
     }
+    rewards = [
+        trained if trained and reward_models(config.reward)[key].path is None else base
+        for key, base in reward_bases(config).items()
+    ]
     sizes = {
         named_model: dimensions(
             resolve_model(named_model[0], config.run.cache),
@@ -60,10 +64,25 @@ def models_of(config: Config, trained_reward: Path | None = None) -> dict[str, D
             layers=named_model[1],
             trust_remote_code=config.model.trust_remote_code,
         )
-        for named_model in set(named.values())
+        for named_model in {*named.values(), *rewards}
         if named_model is not None
     }
-    return {role: sizes[named_model] if named_model else None for role, named_model in named.items()}
+    models = {role: sizes[named_model] if named_model else None for role, named_model in named.items()}
+    for role, section in (("policy", config.policy), ("critic", config.critic)):
+        size = models[role]
+        models[role] = size and replace(size, trunk_bits=section.lora.trunk_bits)
+    return {**models, "reward": as_one([sizes[model] for model in rewards]) if rewards else None}
+
+
+def trained_reward_size(config: Config) -> Dimensions:
+    """That of the model that stage reward_model trains. Raises DataError as models_of does."""
+    folder = resolve_model(config.reward_model.base or config.model.path, config.run.cache)
+    return dimensions(
+        folder,
+        dtype=config.model.compute_dtype,
+        layers=config.reward_model.layers,
+        trust_remote_code=config.model.trust_remote_code,
+    )
 
 
 def work_of(config: Config, *, prompt_tokens: float | None, response_tokens: float | None, deviation: float) -> Work:
@@ -96,7 +115,7 @@ def sharing_of(config: Config) -> int:
 
 def learning_of(config: Config) -> Mapping[str, LearnSettings]:
     """Raises DataError as models_of does, if policy or critic have adapters."""
-    reward = config.reward
+    rewards = reward_models(config.reward).values()
     has_adapters = config.policy.lora.rank or config.critic.lora.rank
     models = models_of(config) if has_adapters else {}
 
@@ -116,8 +135,8 @@ def learning_of(config: Config) -> Mapping[str, LearnSettings]:
         "reference": LearnSettings(
             3 if config.reference.sharded else 0, micro_batch_tokens=config.reference.micro_batch_tokens
         ),
-        "reward": LearnSettings(0, micro_batch_tokens=reward.micro_batch_tokens)
-        if isinstance(reward, ModelRewardConfig)
+        "reward": LearnSettings(0, micro_batch_tokens=min(source.micro_batch_tokens for source in rewards))
+        if rewards
         else LearnSettings(0),
     }
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from jobs.stages.stage import Inputs, ModelUse
 from orchestrator.config.config import Config
-from orchestrator.config.rewards import JudgeRewardConfig, ModelRewardConfig, RulesRewardConfig
+from orchestrator.config.rewards import JudgeSource, ModelSource, RulesSource, reward_models
 from orchestrator.planning.demands import REWARD_MODEL
 
 INSTEAD = {REWARD_MODEL: "give a reward model (reward.path), or choose reward.name=rules"}
@@ -14,16 +15,21 @@ INSTEAD = {REWARD_MODEL: "give a reward model (reward.path), or choose reward.na
 
 def reward_reads(config: Config) -> Sequence[str]:
     """The kinds of artifacts that the reward needs."""
-    reward = model_reward(config)
-    return (REWARD_MODEL,) if reward is not None and reward.path is None else ()
+    return (REWARD_MODEL,) if None in {source.path for source in reward_models(config.reward).values()} else ()
 
 
 def reward_inputs(config: Config) -> Inputs:
-    reward = config.reward
-    rules = {rule.function for rule in reward.rules} if isinstance(reward, RulesRewardConfig) else set()
-    path = reward.path if isinstance(reward, ModelRewardConfig) else None
-    template = reward.template if isinstance(reward, JudgeRewardConfig) else None
-    return Inputs(files={"reward.template": template}, models={"reward.path": path}, rules=frozenset(rules))
+    files: dict[str, Path | None] = {}
+    models: dict[str, str | None] = {}
+    rules: set[str] = set()
+    for key, source in config.reward.sources_by_key().items():
+        if isinstance(source, RulesSource):
+            rules |= {rule.function for rule in source.rules}
+        if isinstance(source, ModelSource):
+            models[f"{key}.path"] = source.path
+        if isinstance(source, JudgeSource):
+            files[f"{key}.template"] = source.template
+    return Inputs(files=files, models=models, rules=frozenset(rules))
 
 
 def environments(config: Config) -> frozenset[str]:
@@ -32,11 +38,7 @@ def environments(config: Config) -> frozenset[str]:
 
 
 def reward_uses(config: Config) -> Iterable[ModelUse]:
-    reward = model_reward(config)
-    if reward is not None and reward.path is not None:
-        # That it has a head is checked with its statistics.
-        yield ModelUse("reward.path", reward.path, scores=True, window=None)
-
-
-def model_reward(config: Config) -> ModelRewardConfig | None:
-    return config.reward if isinstance(config.reward, ModelRewardConfig) else None
+    for key, source in reward_models(config.reward).items():
+        if source.path is not None:
+            # That it has a head is checked with its statistics.
+            yield ModelUse(f"{key}.path", source.path, scores=True, window=None)

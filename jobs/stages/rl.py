@@ -8,8 +8,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from jobs.command import imported
-from jobs.stages.rewarding import INSTEAD, environments, model_reward, reward_inputs, reward_reads, reward_uses
+from jobs.stages.rewarding import INSTEAD, environments, reward_inputs, reward_reads, reward_uses
 from jobs.stages.sample import policy_use
+from jobs.stages.settings import main_reward_model
 from jobs.stages.stage import POLICY, Artifact, Costs, Inputs, ModelUse, Row, Sizes, Stage
 from orchestrator.config.config import Config
 from orchestrator.planning.demands import all_demands
@@ -141,11 +142,12 @@ class Rl(Stage):
 
 
 def _critic_use(config: Config) -> ModelUse:
-    reward = model_reward(config)
+    main = main_reward_model(config)
+    key, source = main if main is not None else ("reward", None)
     starts = (
         ("critic.path", config.critic.path),
-        ("reward.path", reward.path if reward else None),
-        ("reward_model.base", config.reward_model.base if reward else None),
+        (f"{key}.path", source.path if source else None),
+        ("reward_model.base", config.reward_model.base if source else None),
         ("model.path", config.model.path),
     )
     key, path = next((key, path) for key, path in starts if path is not None)

@@ -13,8 +13,17 @@ from actors.models.files import weight_bytes
 from actors.models.model import resolve_model
 from actors.text.templates import read_template
 from orchestrator.algorithms.experience import ExperienceSettings
+from orchestrator.algorithms.standardising import WeightedPart
+from orchestrator.config.base import Section
 from orchestrator.config.config import Config
-from orchestrator.config.rewards import JudgeRewardConfig, ModelRewardConfig, PairJudgeConfig, RewardConfig
+from orchestrator.config.rewards import (
+    JudgeSource,
+    ModelSource,
+    PairJudgeConfig,
+    RewardConfig,
+    WeightedRewardConfig,
+    reward_models,
+)
 from orchestrator.config.sections import CriticConfig
 from orchestrator.config.stages import StageEntry
 from orchestrator.errors import DataError
@@ -31,10 +40,14 @@ def chat_template(config: Config) -> str | None:
     return None if path is None else read_template(path)
 
 
-def judge_template(config: Config) -> str | None:
-    """The text of reward.template; None: there is no judge, or it has the shipped one. Raises DataError."""
-    path = config.reward.template if isinstance(config.reward, JudgeRewardConfig) else None
-    return None if path is None else read_template(path, "reward.template")
+def judge_templates(config: Config) -> dict[str, str]:
+    """The texts of the templates of judges that replace the shipped one, by the key of their section. Raises
+    DataError."""
+    return {
+        key: read_template(source.template, f"{key}.template")
+        for key, source in config.reward.sources_by_key().items()
+        if isinstance(source, JudgeSource) and source.template is not None
+    }
 
 
 def pair_template(judge: PairJudgeConfig) -> str | None:
@@ -82,42 +95,60 @@ def shards_per_step(config: Config, *, is_sharded: bool) -> int | None:
 
 
 def reward_path(config: Config, inputs: Mapping[str, Path]) -> str | None:
-    """The reward model's folder or name: the artifact of an earlier stage, otherwise the config's. None: the reward is
-    not a model."""
+    """The reward model's folder or name: the artifact of an earlier stage, otherwise the config's first. None: the
+    reward has no model."""
     if REWARD_MODEL in inputs:
         return str(inputs[REWARD_MODEL])
-    return config.reward.path if isinstance(config.reward, ModelRewardConfig) else None
+    return next((source.path for source in reward_models(config.reward).values() if source.path is not None), None)
 
 
-def reward_base(config: Config) -> tuple[str, int | None]:
-    """The model whose size the reward model has, and how many of its layers are kept (None: all)."""
-    if isinstance(config.reward, ModelRewardConfig) and config.reward.path is not None:
-        return config.reward.path, None
-    return config.reward_model.base or config.model.path, config.reward_model.layers
+def has_reward(config: Config, inputs: Mapping[str, Path]) -> bool:
+    """Whether all models of the reward are there: stage `evaluate` goes without a reward that is not."""
+    return REWARD_MODEL in inputs or None not in {source.path for source in reward_models(config.reward).values()}
+
+
+def main_reward_model(config: Config) -> tuple[str, ModelSource] | None:
+    """(key, section) of the reward model from which the critic starts: the one that stage reward_model trains,
+    otherwise the first. None: the reward has no model."""
+    models = reward_models(config.reward).items()
+    return min(models, key=lambda item: item[1].path is not None, default=None)
+
+
+def reward_bases(config: Config) -> Mapping[str, tuple[str, int | None]]:
+    """By key of its section, the model whose size each reward model has, and how many of its layers are kept (None:
+    all)."""
+    trained = (config.reward_model.base or config.model.path, config.reward_model.layers)
+    return {
+        key: trained if source.path is None else (source.path, None)
+        for key, source in reward_models(config.reward).items()
+    }
 
 
 def critic_base(config: Config) -> tuple[str, int | None]:
     """The same for the critic, which starts from the reward model if there is one and critic.path is null."""
     if config.critic.path is not None:
         return config.critic.path, None
-    return reward_base(config) if isinstance(config.reward, ModelRewardConfig) else (config.model.path, None)
+    main = main_reward_model(config)
+    return (config.model.path, None) if main is None else reward_bases(config)[main[0]]
 
 
-def reward_max_length(config: Config) -> int | None:
-    """Maximum transcript length of the reward model. None: its own limit."""
-    reward = config.reward
-    if not isinstance(reward, ModelRewardConfig):
-        return None
-    if reward.path is None:
-        return reward.max_length or config.reward_model.max_length
-    return reward.max_length
+def reward_max_length(config: Config, source: ModelSource) -> int | None:
+    """Maximum transcript length of a reward model. None: its own limit."""
+    return source.max_length or (config.reward_model.max_length if source.path is None else None)
 
 
 def reward_section(config: Config, path: str | None) -> RewardConfig:
-    """The reward's section, with the model and the length filled in."""
-    if not isinstance(config.reward, ModelRewardConfig):
-        return config.reward
-    return config.reward.model_copy(update={"path": path, "max_length": reward_max_length(config)})
+    """The reward's section, with the model that stage reward_model trained and the lengths filled in."""
+
+    def filled(source: Section) -> Section:
+        if not isinstance(source, ModelSource):
+            return source
+        return source.model_copy(update={"path": source.path or path, "max_length": reward_max_length(config, source)})
+
+    reward = config.reward
+    if isinstance(reward, WeightedRewardConfig):
+        return reward.model_copy(update={"sources": {name: filled(one) for name, one in reward.sources.items()}})
+    return reward.model_copy(update=dict(filled(reward)))
 
 
 def critic_warmup_steps(config: Config) -> int:
@@ -131,8 +162,20 @@ def initial_state(config: Config) -> State:
 
 def experience_settings(config: Config) -> ExperienceSettings:
     return ExperienceSettings(
-        config.algorithm, requests_per_prompt(config), config.reward.clip, config.rollout.max_new_tokens
+        config.algorithm,
+        requests_per_prompt(config),
+        config.reward.clip,
+        config.rollout.max_new_tokens,
+        _standardised_sources(config.reward),
     )
+
+
+def _standardised_sources(reward: RewardConfig) -> tuple[WeightedPart, ...]:
+    """All sources of a weighted reward; none if their scores are summed as they are."""
+    if not isinstance(reward, WeightedRewardConfig):
+        return ()
+    found = [WeightedPart(name, source.weight, source.standardise) for name, source in reward.sources.items()]
+    return tuple(found) if any(source.standardise for source in found) else ()
 
 
 def critic_section(config: Config, reward_path: str | None) -> CriticConfig:
@@ -175,7 +218,8 @@ def transport_of(config: Config) -> Literal["host", "collective", "shared"]:
 def start_s(config: Config) -> float:
     """Deadline of an actor's start: it grows with the largest model of the run. A model that is not here yet does not
     count."""
-    names = {config.model.path, config.reference.path, critic_base(config)[0], reward_base(config)[0]}
+    scorers = [name for name, _ in reward_bases(config).values()]
+    names = {config.model.path, config.reference.path, critic_base(config)[0], *scorers}
     sizes = [0]
     for name in names - {None}:
         with suppress(DataError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from orchestrator.algorithms import kl
 from orchestrator.algorithms.advantages import Doubles, Floats, Offsets, Responses
 from orchestrator.algorithms.algorithm import Algorithm
 from orchestrator.algorithms.shaping import shaped_rewards, token_rewards_rows
+from orchestrator.algorithms.standardising import WeightedPart, squares_key, weighted_sum
 from orchestrator.errors import DataError, NonFiniteError
 from orchestrator.types import GREEDY, Moments, PromptGroup
 
@@ -36,12 +37,16 @@ class ExperienceSettings:
     samples_per_prompt: number of consecutive rows of a step that share a prompt, with a greedy one if the algorithm
         draws it.
     max_new_tokens: longest response, in tokens.
+    sources: of a weighted reward, if one of them is standardised. Learning then uses their sum instead of the reward.
+    earlier: moments of running sources over earlier steps.
     """
 
     algorithm: Algorithm
     samples_per_prompt: int
     reward_clip: float | None = None
     max_new_tokens: int = 0
+    sources: Sequence[WeightedPart] = ()
+    earlier: Mapping[str, Moments] = field(default_factory=dict)
 
     def group_of(self, table: pa.Table) -> Offsets:
         """The number of each row's prompt in its step."""
@@ -104,7 +109,10 @@ def assemble(
     }
     reward_table = _aligned("rewards", rewards, rows)
     _check_lengths("learn", rollout["learn"], rollout["row"], _offsets(rollout["response_tokens"]))
-    keep_R, final_R, greedy_rewards_R = _rewards_of_rows(rollout, reward_table["reward"], settings, groups)
+    used_R = reward_table["reward"]
+    if settings.sources:
+        used_R = _standardised(reward_table, settings.sources, settings.earlier)
+    keep_R, final_R, greedy_rewards_R = _rewards_of_rows(rollout, used_R, settings, groups)
     keep = pa.array(keep_R)
     table = rollout.select(schema.ROLLOUT.names).filter(keep)
     columns = {name: column.filter(keep) for name, column in columns.items()}
@@ -147,12 +155,15 @@ def assemble(
     return experience.combine_chunks(), int((_learnable(rollout, settings, groups) & ~keep_R).sum())
 
 
-def summarise(table: pa.Table) -> tuple[Moments, Mapping[str, float], Mapping[str, float]]:
+def summarise(table: pa.Table, running: Sequence[str] = ()) -> tuple[Moments, Mapping[str, float], Mapping[str, float]]:
     """Moments of a shard's advantages, and named sums and extremes, which can be merged over shards.
 
     Keys that end in `_token_sum` are sums over learned tokens; divide by `response_tokens`. Other keys that end in
     `_sum` are sums over samples; divide by `samples`. `reward_part_<name>_sum` is a sum over the samples that have the
     part; `_count` is their number.
+
+    Args:
+        running: parts whose sums of squares are needed, too.
     """
     learn_N, learned_R1 = _learned(table)
     flat = {
@@ -185,7 +196,7 @@ def summarise(table: pa.Table) -> tuple[Moments, Mapping[str, float], Mapping[st
         "return_squares_token_sum": float((flat["returns"] ** 2).sum()),
         "residual_token_sum": float(residual_N.sum()),
         "residual_squares_token_sum": float((residual_N**2).sum()),
-        **_reward_part_sums(table["reward_parts"]),
+        **_reward_part_sums(table["reward_parts"], running),
     }
     if later_turns := _num_later_turns(learn_N, _offsets(table["learn"])):
         sums["later_turns_sum"] = float(later_turns)
@@ -211,6 +222,20 @@ def explained_variance(sums: Mapping[str, float]) -> float:
     variance = sums["return_squares_token_sum"] / count - (sums["return_token_sum"] / count) ** 2
     unexplained = sums["residual_squares_token_sum"] / count - (sums["residual_token_sum"] / count) ** 2
     return 1.0 - unexplained / variance if variance > 0.0 else 0.0
+
+
+def _standardised(
+    rewards: pa.Table, sources: Sequence[WeightedPart], earlier: Mapping[str, Moments]
+) -> pa.ChunkedArray:
+    """The rewards that learning uses instead of those of the table; null where those are."""
+    is_valid = rewards["reward"].is_valid()
+    valid = rewards.filter(is_valid)
+    names = [source.name for source in sources]
+    parts = _parts(valid["reward_parts"], names, valid["row"])
+    total_R = np.full(rewards.num_rows, math.nan)
+    if valid.num_rows:
+        total_R[is_valid.to_numpy()] = weighted_sum(parts, sources, earlier)
+    return pa.chunked_array([pa.array(total_R, from_pandas=True)])  # NaN becomes null
 
 
 def _learnable(rollout: pa.Table, settings: ExperienceSettings, groups: Collection[int] | None) -> Mask:
@@ -353,7 +378,7 @@ def _parts(parts: pa.ChunkedArray, names: Sequence[str], rows: pa.ChunkedArray) 
     return {name: np.array([there[name] for there in found], dtype=np.float64) for name in names}
 
 
-def _reward_part_sums(parts: pa.ChunkedArray) -> dict[str, float]:
+def _reward_part_sums(parts: pa.ChunkedArray, running: Sequence[str]) -> dict[str, float]:
     maps = parts.combine_chunks()
     names = maps.keys.to_numpy(zero_copy_only=False)
     scores = maps.items.to_numpy(zero_copy_only=False).astype(np.float64)
@@ -362,4 +387,6 @@ def _reward_part_sums(parts: pa.ChunkedArray) -> dict[str, float]:
         chosen = scores[names == name]
         sums[f"reward_part_{name}_sum"] = float(chosen.sum())
         sums[f"reward_part_{name}_count"] = float(len(chosen))
+        if name in running:
+            sums[squares_key(name)] = float((chosen**2).sum())
     return sums

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
 from pydantic.fields import FieldInfo
@@ -85,3 +85,9 @@ class ByName:
 def by_name(field: FieldInfo) -> ByName | None:
     """The ByName annotation of a field, if it has one."""
     return next((item for item in field.metadata if isinstance(item, ByName)), None)
+
+
+def by_name_in_mapping(field: FieldInfo) -> ByName | None:
+    """The ByName annotation of the values of a field that maps names to sections, if it has one."""
+    annotations = (extra for inner in get_args(field.annotation) for extra in get_args(inner)[1:])
+    return next((item for item in annotations if isinstance(item, ByName)), None)

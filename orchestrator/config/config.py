@@ -14,7 +14,14 @@ from orchestrator.config.base import ByName, Section
 from orchestrator.config.environments import EnvironmentConfig
 from orchestrator.config.guards import GuardsConfig
 from orchestrator.config.publishing import PublishConfig
-from orchestrator.config.rewards import REWARDS, ModelRewardConfig, RewardConfig, RuleLimits
+from orchestrator.config.rewards import (
+    REWARDS,
+    ModelRewardConfig,
+    RewardConfig,
+    RuleLimits,
+    WeightedRewardConfig,
+    reward_models,
+)
 from orchestrator.config.sections import (
     CheckpointConfig,
     CriticConfig,
@@ -100,13 +107,12 @@ class Config(Section):
     def critic_is_on_trunk(self) -> bool:
         """Whether the critic is a second set of adapters, with a head, on the policy's trunk, in its processes."""
         policy, critic = self.policy, self.critic
-        starts_from_policy = critic.path == self.model.path or (
-            critic.path is None and not isinstance(self.reward, ModelRewardConfig)
-        )
+        starts_from_policy = critic.path == self.model.path or (critic.path is None and not reward_models(self.reward))
         return (
             self.algorithm.needs_critic
             and starts_from_policy
             and min(policy.lora.rank, critic.lora.rank) > 0
+            and policy.lora.trunk_bits == critic.lora.trunk_bits
             and max(policy.zero_stage, critic.zero_stage) < 3
         )
 
@@ -125,6 +131,8 @@ def _contradictions(config: Config) -> Iterable[str]:
     yield from config.placement.contradictions(config.rl)
     yield from config.publish.contradictions(config.policy, config.rollout, config.placement)
     yield from config.environment.contradictions(config.reward)
+    if isinstance(config.reward, WeightedRewardConfig):
+        yield from config.reward.contradictions(config.algorithm.reward_parts)
     for name, section in config:
         if isinstance(section, TrainingConfig):
             yield from section.contradictions(name)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from orchestrator.config.base import Positive, Seconds, Section
-from orchestrator.config.rewards import EnvironmentRewardConfig, RewardConfig
+from orchestrator.config.rewards import EnvironmentRewardConfig, RewardConfig, WeightedEnvironment
 
 
 class EnvironmentConfig(Section):
@@ -41,8 +41,10 @@ class EnvironmentConfig(Section):
         return turn if self.name is None else max(turn, min(turn * self.max_turns, window))
 
     def contradictions(self, reward: RewardConfig) -> Iterator[str]:
-        if isinstance(reward, EnvironmentRewardConfig) and self.name is None:
+        of_episodes = (EnvironmentRewardConfig, WeightedEnvironment)
+        key = next((key for key, each in reward.sources_by_key().items() if isinstance(each, of_episodes)), None)
+        if key is not None and self.name is None:
             yield (
-                "reward.name='environment' needs an environment, and environment.name is null: name one, such as "
+                f"{key}.name='environment' needs an environment, and environment.name is null: name one, such as "
                 "actors.environments.calculator:Calculator, or choose another reward."
             )

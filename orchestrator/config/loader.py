@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from orchestrator.config.base import ByName, Section, by_name
+from orchestrator.config.base import ByName, Section, by_name, by_name_in_mapping
 from orchestrator.config.config import Config
 from orchestrator.config.described import description_of
 from orchestrator.config.stages import translated_stages
@@ -90,6 +90,12 @@ _CREDENTIAL_PLACES = {
 }
 
 
+def _place_of_credential(key: str) -> str:
+    if key.startswith("reward.sources."):
+        return f"name its environment variable or file in {key.rpartition('.')[0]}.token_from"
+    return _CREDENTIAL_PLACES.get(key, "pass it through the environment")
+
+
 def load_config(path: Path | None, overrides: Iterable[str] = ()) -> Config:
     """Reads a YAML file and applies dotted overrides `section.key=value` (value in YAML).
 
@@ -116,7 +122,7 @@ def config_from_tree(tree: Mapping[str, Any], *, source: str) -> Config:
     for key in _credentials("", tree):
         raise ConfigError(
             f"{source}: {key} holds a credential, which would leak to the process list, logs, config.yaml and reports. "
-            f"Remove it from the URL; {_CREDENTIAL_PLACES.get(key, 'pass it through the environment')}."
+            f"Remove it from the URL; {_place_of_credential(key)}."
         )
     if old := list(_old_keys(tree)):
         raise ConfigError(f"{source}: " + "\n  ".join(old))
@@ -306,11 +312,17 @@ def _section_at(parents: Iterable[str], tree: Mapping[str, Any]) -> tuple[type[B
     section: type[BaseModel] = Config
     choice: ByName | None = None
     value: Any = tree
+    named: ByName | None = None  # the last parent holds sections by names of the user's
     for parent in parents:
-        field = section.model_fields[parent]
         value = value.get(parent) if isinstance(value, Mapping) else None
-        choice = by_name(field)
-        section = (choice and choice.section(value)) or _section_type(field.annotation)
+        if named is not None:
+            choice, named = named, None
+            section = choice.section(value) or section
+            continue
+        field = section.model_fields[parent]
+        choice, named = by_name(field), by_name_in_mapping(field)
+        if named is None:
+            section = (choice and choice.section(value)) or _section_type(field.annotation)
     return section, choice
 
 

@@ -1,16 +1,17 @@
-"""Sources of rewards: models, rules, endpoints, judges."""
+"""Sources of rewards: models, rules, endpoints, judges, and weighted sums of them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, SerializeAsAny
 from pydantic_core import PydanticCustomError
 
 from orchestrator.config.base import (
+    ByName,
     Fraction,
     NonNegative,
     NonNegativeNumber,
@@ -58,11 +59,27 @@ class RewardConfig(Section):
     gpus_per_replica: NonNegativeNumber = 0.0
     """GPUs of one replica."""
 
+    def sources_by_key(self) -> Mapping[str, Section]:
+        """The sections that describe one source each, by their key in the config."""
+        return {"reward": self}
 
-class ModelRewardConfig(RewardConfig):
+
+class WeightedSource(Section):
+    """The keys of every source of a weighted sum."""
+
+    name: str
+    """Kind of this source. Its other keys are those of `reward` with this name."""
+    weight: float = 1.0
+    """Factor of this source's score in the reward."""
+    standardise: Literal["shard", "running"] | None = None
+    """What learning uses of the score before it is weighted: (score - mean) / standard deviation, over the samples of
+    its shard, or over all samples of earlier steps (running; the first step by shard). Metrics and evaluations keep the
+    score itself. Null: the score itself."""
+
+
+class ModelSource(Section):
     """A reward model: a sequence classifier with one label."""
 
-    name: Literal["model"] = "model"
     path: str | None = None
     """Folder or name of the reward model. Null: the one that the reward_model stage trained."""
     micro_batch_tokens: Positive = 4096
@@ -74,12 +91,31 @@ class ModelRewardConfig(RewardConfig):
     """Subtract the mean and divide by the standard deviation recorded with the reward model."""
 
 
-class RulesRewardConfig(RewardConfig):
+class ModelRewardConfig(ModelSource, RewardConfig):
+    """A reward model: a sequence classifier with one label."""
+
+    name: Literal["model"] = "model"
+
+
+class WeightedModel(ModelSource, WeightedSource):
+    name: Literal["model"] = "model"
+
+
+class RulesSource(Section):
+    """Functions of (prompt, response, meta)."""
+
+    rules: Annotated[tuple[RuleConfig, ...], Field(min_length=1)]
+    """Rule functions, such as [{function: "my_rewards:brevity"}]; their weighted sum is the reward."""
+
+
+class RulesRewardConfig(RulesSource, RewardConfig):
     """Functions of (prompt, response, meta)."""
 
     name: Literal["rules"] = "rules"
-    rules: Annotated[tuple[RuleConfig, ...], Field(min_length=1)]
-    """Rule functions, such as [{function: "my_rewards:brevity"}]; their weighted sum is the reward."""
+
+
+class WeightedRules(RulesSource, WeightedSource):
+    name: Literal["rules"] = "rules"
 
 
 class EndpointConfig(Section):
@@ -96,12 +132,21 @@ class EndpointConfig(Section):
     the config. Null: no token."""
 
 
-class HttpRewardConfig(EndpointConfig, RewardConfig):
+class HttpSource(EndpointConfig):
+    """An HTTP endpoint of the user."""
+
+    url: str
+    """Endpoint: POST {"samples": [{"prompt","response","meta"}]} returns {"rewards": [number or null]}."""
+
+
+class HttpRewardConfig(HttpSource, RewardConfig):
     """An HTTP endpoint of the user."""
 
     name: Literal["http"] = "http"
-    url: str
-    """Endpoint: POST {"samples": [{"prompt","response","meta"}]} returns {"rewards": [number or null]}."""
+
+
+class WeightedHttp(HttpSource, WeightedSource):
+    name: Literal["http"] = "http"
 
 
 def _one_group(pattern: str) -> str:
@@ -144,20 +189,73 @@ class JudgeConfig(EndpointConfig):
     """Most requests of one replica at the same time."""
 
 
-class JudgeRewardConfig(JudgeConfig, RewardConfig):
+class JudgeSource(JudgeConfig):
     """A language model that gives each reply a score."""
 
-    name: Literal["judge"] = "judge"
     verdict: Verdict = r"\[\[(-?\d+(?:\.\d+)?)\]\]"
     """Regular expression with one group. Its last match in the judge's answer is the score; no match is a failure."""
     score_range: Annotated[tuple[float, float], AfterValidator(_rising)] = (0.0, 10.0)
     """Lowest and highest score. A score outside is a failure."""
 
 
+class JudgeRewardConfig(JudgeSource, RewardConfig):
+    """A language model that gives each reply a score."""
+
+    name: Literal["judge"] = "judge"
+
+
+class WeightedJudge(JudgeSource, WeightedSource):
+    name: Literal["judge"] = "judge"
+
+
 class EnvironmentRewardConfig(RewardConfig):
     """The rewards of the environment alone. Beside any other source they are added to its scores."""
 
     name: Literal["environment"] = "environment"
+
+
+class WeightedEnvironment(WeightedSource):
+    name: Literal["environment"] = "environment"
+
+
+WEIGHTED_SOURCES: Mapping[str, type[WeightedSource]] = {
+    "model": WeightedModel,
+    "rules": WeightedRules,
+    "http": WeightedHttp,
+    "judge": WeightedJudge,
+    "environment": WeightedEnvironment,
+}
+_SourceName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
+
+
+class WeightedRewardConfig(RewardConfig):
+    """The weighted sum of several sources, which one replica asks at the same time."""
+
+    name: Literal["weighted"] = "weighted"
+    sources: Annotated[
+        Mapping[_SourceName, Annotated[SerializeAsAny[WeightedSource], ByName(WEIGHTED_SOURCES, default="model")]],
+        Field(min_length=1),
+    ]
+    """The sources by a name of your choice, such as {quality: {name: model, path: FOLDER, weight: 0.7}}. A score is the
+    part with the source's name (reward/part/NAME), and its parts are NAME.PART. If one source fails, the sample does.
+    """
+
+    def sources_by_key(self) -> Mapping[str, Section]:
+        return {f"reward.sources.{name}": source for name, source in self.sources.items()}
+
+    def contradictions(self, compared_parts: tuple[str, ...]) -> Iterator[str]:
+        untrained = [key for key, source in reward_models(self).items() if source.path is None]
+        if len(untrained) > 1:
+            yield (
+                f"{' and '.join(untrained)} have no path, so all would be the one model that stage "
+                "reward_model trains. Give all but one a path."
+            )
+        standardised = [name for name, source in self.sources.items() if source.standardise]
+        if compared_parts and standardised:
+            yield (
+                f"algorithm.name=gdpo standardises the parts of algorithm.part_weights itself, per prompt, so "
+                f"reward.sources.{standardised[0]}.standardise would not be used. Set it to null."
+            )
 
 
 class PairJudgeConfig(JudgeConfig):
@@ -173,4 +271,11 @@ REWARDS: Mapping[str, type[RewardConfig]] = {
     "http": HttpRewardConfig,
     "judge": JudgeRewardConfig,
     "environment": EnvironmentRewardConfig,
+    "weighted": WeightedRewardConfig,
 }
+"""Kinds of rewards by name."""
+
+
+def reward_models(reward: RewardConfig) -> Mapping[str, ModelSource]:
+    """The reward models among a reward's sources, by the key of their section."""
+    return {key: source for key, source in reward.sources_by_key().items() if isinstance(source, ModelSource)}

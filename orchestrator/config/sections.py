@@ -144,6 +144,9 @@ class LoraConfig(Section):
     """Learn the length of every row of the weights, too (DoRA, Liu 2024). Slower."""
     rank_stabilised: bool = False
     """Divide alpha by the square root of the rank instead of the rank (rsLoRA, Kalajdzievski 2023)."""
+    trunk_bits: Literal[4, 8] | None = None
+    """Keep the frozen weights of all linear layers in 4 or 8 bits (QLoRA, Dettmers 2023). Needs the package
+    bitsandbytes. Null: model.dtype."""
 
     @property
     def scale(self) -> float:
@@ -153,7 +156,8 @@ class LoraConfig(Section):
         if not self.rank:
             return "off"
         kind = "DoRA" if self.dora else "LoRA"
-        return f"{kind} of rank {self.rank}, scale {self.scale:g}, on {', '.join(self.targets) or 'all layers'}"
+        trunk = f" of a trunk in {self.trunk_bits} bits" if self.trunk_bits else ""
+        return f"{kind} of rank {self.rank}, scale {self.scale:g}, on {', '.join(self.targets) or 'all layers'}{trunk}"
 
 
 class TrainingConfig(Section):
@@ -185,6 +189,20 @@ class TrainingConfig(Section):
 
     def contradictions(self, name: str) -> Iterator[str]:
         """Of the section called `name`."""
+        yield from self._device_contradictions(name)
+        bits = self.lora.trunk_bits
+        if bits is not None and not self.lora.rank:
+            yield (
+                f"{name}.lora.trunk_bits={bits} needs adapters: weights in {bits} bits can't learn. Set "
+                f"{name}.lora.rank, such as 16, or leave trunk_bits out."
+            )
+        if bits is not None and self.zero_stage == 3:
+            yield (
+                f"{name}.lora.trunk_bits={bits} needs {name}.zero_stage of 0 to 2: ZeRO-3 can't shard quantised "
+                "weights."
+            )
+
+    def _device_contradictions(self, name: str) -> Iterator[str]:
         for key in ("offload_optimizer", "liger"):
             if getattr(self, key) and not self.gpus_per_rank:
                 yield (

@@ -8,7 +8,9 @@ time of reading weights and cache, or of its FLOPs, whichever is longer. Lengths
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +53,16 @@ class Dimensions(ModelSize):
     @property
     def cache_bytes_per_token(self) -> float:
         return 2.0 * self.bytes_per_weight * self.num_layers * self.kv_width
+
+
+def as_one(sizes: Sequence[Dimensions]) -> Dimensions:
+    """One model that costs what these cost together, each of which reads all samples: the parameters and the width of
+    all layers are those of all."""
+    widest = max(sizes, key=lambda size: size.hidden)
+    if len(sizes) == 1:
+        return widest
+    layers = math.ceil(sum(size.num_layers * size.hidden for size in sizes) / widest.hidden)
+    return replace(widest, num_params=sum(size.num_params for size in sizes), num_layers=layers)
 
 
 def forward_flops(size: Dimensions, lengths: Lengths, *, head_tokens: float) -> float:

@@ -7,7 +7,7 @@ one chunk, temporaries of the optimizer) is needed in addition while a role comp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.config.base import Dtype
@@ -38,6 +38,8 @@ AVERAGE_BYTES = 4  # bytes per parameter of a moving average, in fp32 on the hos
 _ADAM_TEMPORARIES = 8  # bytes per parameter of a shard during its update
 _ALIVE_IN_BACKWARD = (10, 4)  # values per token and layer that a Llama stores: × hidden size, × feed-forward size
 _LOGIT_COPIES = 4
+QUANTISED_BLOCKS: Mapping[int, int] = {4: 64, 8: 256}
+"""Weights per scale, by the bits of a weight."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class ModelSize:
 
     Args:
         linear: the decoder's linear layers: (last part of the name, number of these, inputs, outputs).
+        trunk_bits: of their weights, if these are quantised.
     """
 
     num_params: int
@@ -54,6 +57,15 @@ class ModelSize:
     feed_forward: int
     vocabulary: int
     linear: tuple[tuple[str, int, int, int], ...] = field(default=(), kw_only=True)
+    trunk_bits: int | None = field(default=None, kw_only=True)
+
+    def frozen_bytes(self, held: int) -> float:
+        """Weights that do not learn, with `held` bytes per parameter where they are not quantised."""
+        if self.trunk_bits is None:
+            return held * self.num_params
+        quantised = sum(count * inputs * outputs for _, count, inputs, outputs in self.linear)
+        per_weight = self.trunk_bits / 8 + 4 / QUANTISED_BLOCKS[self.trunk_bits]
+        return per_weight * quantised + held * (self.num_params - quantised)
 
     def adapter_params(self, lora: LoraConfig) -> int:
         """Parameters of the adapters that a config puts on this model; 0 without adapters."""
@@ -101,6 +113,17 @@ class Memory:
         return self.on_device + self.process
 
 
+def in_one_process(models: Sequence[Memory]) -> Memory:
+    """Models that one process holds together and uses one after the other."""
+    return Memory(
+        state=sum(model.state for model in models),
+        working=max(model.working for model in models),
+        cache=sum(model.cache for model in models),
+        process=max(model.process for model in models),
+        scoring=max(model.scoring for model in models),
+    )
+
+
 def effective_zero_stage(zero_stage: int, *, dtype: Dtype, ranks: int, offloads: bool = False) -> int:
     """The stage that a learner uses: 0 instead of 1 and 2 on a single rank in fp32, which has nothing to shard and no
     master weights. These stages would only copy gradients and weights. Stage 0 can't have its optimizer on the host."""
@@ -131,13 +154,14 @@ def learner_memory(
     state = learned_bytes(learned, dtype=dtype, zero_stage=zero_stage, ranks=ranks)
     resting = state - held * learned / shards
     if adapters:
-        state += held * size.num_params / shards
+        state += size.frozen_bytes(held) / shards
     temporaries = _ADAM_TEMPORARIES * learned / (ranks if zero_stage else 1)
     layers = 1 if gradient_checkpointing else size.num_layers
     working = (
         temporaries
         + layers * _layer_bytes(size, dtype, micro_batch_tokens)
         + (size.num_layers * size.hidden * micro_batch_tokens * held if gradient_checkpointing else 0)
+        + (held * max(i * o for _, _, i, o in size.linear) if size.trunk_bits else 0)  # one layer, dequantised
         + (_logit_bytes(size, micro_batch_tokens) if logits else 0)
         + (4 * size.vocabulary * size.hidden if logits and not adapters else 0)
     )

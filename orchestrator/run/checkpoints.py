@@ -40,7 +40,7 @@ from orchestrator.run.storage import (
     write_sealed,
     writing,
 )
-from orchestrator.types import State
+from orchestrator.types import Moments, State
 
 MARKER = "COMPLETE"
 MANIFEST = "manifest.json"
@@ -312,8 +312,10 @@ def _difference(path: Path, num_bytes: int, digest: str) -> str | None:
 def _verified_state(folder: Path) -> State:
     verify(folder)
     try:
-        return State(**read_json(folder / STATE))
-    except TypeError:
+        entries = read_json(folder / STATE)
+        moments = {name: Moments(**of_part) for name, of_part in entries.pop("part_moments", {}).items()}
+        return State(**entries, part_moments=moments)
+    except (AttributeError, TypeError):
         raise damaged(folder / STATE, "it does not contain the state of this version of the program") from None
 
 
@@ -338,7 +340,7 @@ def _discard(temporary: Path, final: Path) -> None:
 
 
 def _seal(temporary: Path, final: Path, state: State) -> None:
-    write_json(temporary / STATE, asdict(state))
+    write_json(temporary / STATE, {key: value for key, value in asdict(state).items() if value != {}})
     files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
     manifest = {
         str(path.relative_to(temporary)): {"num_bytes": path.stat().st_size, "sha256": sha256(path)} for path in files

@@ -82,9 +82,7 @@ class ExperienceLog:
         with writing(self._step_folder(step)):
             self._step_folder(step).mkdir(exist_ok=True)
         written = await together(
-            self._recorder.record(
-                shard, kl_coefficient=state.kl_coefficient, file=str(self._step_folder(step) / self._shard_name(index))
-            )
+            self._recorder.record(shard, state=state, file=str(self._step_folder(step) / self._shard_name(index)))
             for index, shard in enumerate(scored)
         )
         records = [record for _, record in written]

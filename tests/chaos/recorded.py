@@ -15,7 +15,7 @@ from orchestrator import schema
 from orchestrator.algorithms.experience import ExperienceSettings
 from orchestrator.algorithms.ppo import Ppo
 from orchestrator.run.experience_log import ExperienceLog
-from orchestrator.types import EvaluatedShard, Handle, Metrics, RolloutShard, ScoredShard, ShardRecord
+from orchestrator.types import EvaluatedShard, Handle, Metrics, RolloutShard, ScoredShard, ShardRecord, State
 from tests.unit.actors.rewards.rollouts import rollout_table
 
 _FLOATS = pa.list_(pa.float32())
@@ -27,8 +27,8 @@ class LocalRecorder:
     def __init__(self) -> None:
         self._worker = RecorderWorker(ExperienceSettings(Ppo(), samples_per_prompt=1), "run-1")
 
-    async def record(self, shard: ScoredShard, *, kl_coefficient: float, file: str) -> tuple[Handle, ShardRecord]:
-        return self._worker.record(shard.rollout.handle, shard.scores(), kl_coefficient=kl_coefficient, file=file)
+    async def record(self, shard: ScoredShard, *, state: State, file: str) -> tuple[Handle, ShardRecord]:
+        return self._worker.record(shard.rollout.handle, shard.scores(), kl_coefficient=state.kl_coefficient, file=file)
 
     async def load(self, record: ShardRecord, *, file: str) -> Handle:
         return self._worker.load(record, file=file)[0]

@@ -24,7 +24,13 @@ from vllm.distributed import destroy_model_parallel
 import actors.weights.cpu
 from actors.engines.contract import Engine, EngineContext, UpdateReport
 from actors.engines.vllm_engine import VllmEngine
+from actors.learning import distributed
+from actors.learning.distributed import Group
+from actors.learning.heads import PolicyModel
+from actors.learning.learner import Learner
+from actors.learning.packing import token_rows
 from actors.models.export import named_state
+from actors.models.model import load_causal
 from actors.weights.cpu import BucketTransferEngine
 from actors.weights.manifest import Bucket, pack, plan
 from actors.weights.places import Places
@@ -32,7 +38,7 @@ from actors.weights.readback import ignores_its_parameter
 from actors.weights.write import Writer
 from orchestrator.config.base import Section
 from orchestrator.config.publishing import PublishConfig
-from orchestrator.config.sections import ModelConfig, RolloutConfig
+from orchestrator.config.sections import LearnerConfig, LoraConfig, ModelConfig, RolloutConfig
 from orchestrator.errors import RlhfError
 from orchestrator.types import GREEDY, Prompt, SampleRequest, Sampling, ShardRequest
 from tests.families import tiny_model
@@ -268,6 +274,52 @@ def _faulty_publish(engine: VllmEngine, weights: Weights, fault: str, name: str)
         engine.receive_bucket(next(iter(pack(header, weights.items()))))
         if fault == "broken-off":
             engine.finish_update(1)
+
+
+def adapters_published(folder: Path, bits: int | None) -> dict[str, Any]:
+    """Publishes policies with adapters to one engine, the last two with a fault in a weight that an adapter changes.
+
+    Returns:
+        "difference": largest difference between the engine's log-probs of TEXTS and the learner's, by kind of adapter;
+        "changed": how much the adapters change them; and the errors of the faulty publishes.
+    """
+    distributed.join(Group(threads=2))
+    engine = start(folder, verify="full")
+    seen: dict[str, Any] = {"difference": {}, "changed": {}}
+    before, _ = behaviour(engine)
+    for version, more in enumerate(({}, {"dora": True}, {"rank_stabilised": True}), start=1):
+        learner = _with_adapters(folder, LoraConfig(rank=4, alpha=8.0, trunk_bits=bits, **more), seed=version)
+        publish(engine, dict(learner.full_weights()), version)
+        found, _ = behaviour(engine)
+        kind = next(iter(more), "lora")
+        pairs = zip(found, _logprobs(learner), strict=True)
+        seen["difference"][kind] = max(abs(one - other) for one, other in pairs)
+        seen["changed"][kind] = max(abs(one - other) for one, other in zip(found, before, strict=True))
+    weights = dict(_with_adapters(folder, LoraConfig(rank=4, trunk_bits=bits), seed=9).full_weights())
+    name = "model.layers.1.self_attn.k_proj.weight"
+    seen["bit-flip"] = failure(lambda: publish(engine, weights, 8, alter=flip_one_bit(name, weights)))
+    with altered_while_loading(engine, partial(_only, name, lambda _: None)):
+        seen["never-applied"] = failure(lambda: publish(engine, weights, 9))
+    return seen
+
+
+def _with_adapters(folder: Path, config: LoraConfig, *, seed: int) -> Learner:
+    """A learner whose adapters change something."""
+    model = PolicyModel(load_causal(folder, torch.float32), temperature=1.0)
+    settings = LearnerConfig(zero_stage=0, lora=config)
+    learner = Learner(model, settings, dtype="float32", total_optimizer_steps=1, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    return learner
+
+
+def _logprobs(learner: Learner) -> list[float]:
+    """Of TEXTS, from their second token on."""
+    rows = token_rows([text[:1] for text in TEXTS], [text[1:] for text in TEXTS])
+    values: list[float] = learner.pass_through(rows.pack(range(len(TEXTS)), torch.device("cpu")))[0].tolist()
+    return values
 
 
 Alter = Callable[[str, torch.Tensor], torch.Tensor | None]

@@ -60,6 +60,19 @@ def test_a_faulty_publish_is_named_takes_the_engine_out_of_service_and_heals(
     assert seen["healed"]
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+def test_adapters_are_published_merged_and_verified(apart: Apart, tmp_path: Path, bits: int | None) -> None:
+    """In 4 bits it is merged onto the dequantised weights: the engine computes what the learner computes."""
+    if bits is not None:
+        pytest.importorskip("bitsandbytes")
+    seen = apart(scenarios.adapters_published, _model(tmp_path, tied=True, dtype="float32"), bits)
+    assert seen["difference"].keys() == {"lora", "dora", "rank_stabilised"}
+    assert all(difference < 1e-4 for difference in seen["difference"].values()), seen
+    assert all(changed > 0.05 for changed in seen["changed"].values()), seen
+    assert f"differ from the trainer's for {K_PROJ};" in seen["bit-flip"]
+    assert f"weights of {K_PROJ} (in model.layers.1.self_attn.qkv_proj)." in seen["never-applied"]
+
+
 def test_a_trainer_that_vanishes_leaves_an_engine_that_serves_nothing_and_heals(apart: Apart, tmp_path: Path) -> None:
     folder = _model(tmp_path, tied=True, dtype="float32")
     seen = apart(scenarios.publishing_fails_and_heals, folder, "float32", "trainer-gone", "", "full")

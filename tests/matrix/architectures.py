@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -31,7 +32,7 @@ from actors.models.model import load_causal, load_scorer
 from actors.models.proofs import require_steady
 from actors.text.tokenizing import load_tokenizer
 from actors.weights.manifest import pack, plan
-from orchestrator.config.sections import LearnerConfig, ModelConfig
+from orchestrator.config.sections import LearnerConfig, LoraConfig, ModelConfig
 from orchestrator.errors import RlhfError
 from tests.deadlines import scaled
 from tests.families import FAMILIES, tiny_folder
@@ -42,7 +43,8 @@ PROMPTS, RESPONSES = [[5, 6, 7], [9]], [[10, 11, 12], [13, 14, 15, 16]]
 MAX_LENGTH = 128
 TRIAL_S = scaled(120)
 TOLERANCE = 1e-4
-_COLUMNS = ("log-probs", "gradients", "no dropout", "export", "reward model", "HF engine", "vLLM")
+_OFF = LoraConfig()
+_COLUMNS = ("log-probs", "gradients", "no dropout", "export", "reward model", "LoRA", "HF engine", "vLLM")
 _HEAD = f"""# Architectures
 
 Support for each architecture. `make architectures` writes this page; it tries every row with tiny random
@@ -52,6 +54,8 @@ models in fp32 on a CPU. The suite tries some of the rows and compares them with
 - no dropout: a model that learns computes the same as when it scores, whatever dropouts its config sets.
 - export: the learned model is written, loaded by transformers, and gives the same outputs.
 - reward model: with a scalar head it learns, is written, read again, and gives the score of the sequence classifier.
+- LoRA: adapters on all linear layers learn; merged, exported and read by transformers, and exported alone and read by
+  peft, they give the same log-probs. "merged": peft refuses the adapter alone, or takes it for one of experts.
 - HF engine, vLLM: the engine accepts and proves a publish, and its log-probs equal the trainer's. If vLLM fails this,
   `rollout.engine=auto` uses the HF engine and says why; `rollout.engine=vllm` is refused before anything starts.
 
@@ -62,15 +66,16 @@ models in fp32 on a CPU. The suite tries some of the rows and compares them with
 
 @dataclass(frozen=True)
 class Row:
-    """One architecture: whether each column is correct, and why vLLM does not support it."""
+    """One architecture: whether each column is correct ("merged": in part), and why vLLM does not support it."""
 
     name: str
-    right: Mapping[str, bool]
+    right: Mapping[str, bool | str]
     refusal: str | None
     problem: str | None
 
     def line(self) -> str:
-        marks = " | ".join("yes" if self.right.get(column) else "no" for column in _COLUMNS)
+        found = (self.right.get(column, False) for column in _COLUMNS)
+        marks = " | ".join(mark if isinstance(mark, str) else "yes" if mark else "no" for mark in found)
         return f"| {self.name} | {marks} | {self.verdict()} |"
 
     def verdict(self) -> str:
@@ -93,7 +98,7 @@ def render(found: Sequence[Row]) -> str:
 
 
 def _row(name: str, folder: Path, apart: Callable[..., Any]) -> Row:
-    right: dict[str, bool] = {}
+    right: dict[str, bool | str] = {}
     problem = None
     try:
         _learn_and_roll_out(folder, right)
@@ -112,7 +117,7 @@ def _short(text: str, folder: Path) -> str:
     return re.split(r"\. |; |, so a publish|, not ", text)[0].strip(" .").replace("|", "\\|")[:110]
 
 
-def _learn_and_roll_out(folder: Path, right: dict[str, bool]) -> None:
+def _learn_and_roll_out(folder: Path, right: dict[str, bool | str]) -> None:
     """Fills in all columns except vLLM's.
 
     Raises:
@@ -139,6 +144,7 @@ def _learn_and_roll_out(folder: Path, right: dict[str, bool]) -> None:
     right["export"] = _close(exported, learned) and not _close(expected, learned)
     right["HF engine"] = _close(_hf_engine_logprobs(folder, learner), learned)
     right["reward model"] = _learns_rewards(folder)
+    right["LoRA"] = learns_with_adapters(folder)
 
 
 def _learns_rewards(folder: Path) -> bool:
@@ -161,6 +167,30 @@ def _learns_rewards(folder: Path) -> bool:
     return _close(scores, learned) and bool((learned < before).all())
 
 
+def learns_with_adapters(folder: Path) -> bool | str:
+    """Whether adapters on all linear layers learn, and give the same merged and in peft. "merged": peft refuses the
+    adapter alone, or reads it as one of experts."""
+    micro = token_rows(PROMPTS, RESPONSES).pack([0, 1], torch.device("cpu"))
+    try:
+        learner = _learner(PolicyModel(load_causal(folder, torch.float32), temperature=1.0), LoraConfig(rank=4))
+        before = learner.pass_through(micro)[0]
+        for _ in range(2):  # the first step leaves A: B is zero
+            learner.update([micro], lambda output, _: LossTerms(output[0].sum(), {}, {}), count=7.0, what="a step")
+        learned = learner.pass_through(micro)[0]
+        learner.export(folder / "lora", load_tokenizer(folder))
+    except RlhfError:
+        return False
+    merged = AutoModelForCausalLM.from_pretrained(folder / "lora", dtype=torch.float32).eval()
+    if not _close(_logprobs_of(merged).detach(), learned) or _close(before, learned):
+        return False
+    trunk = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    try:
+        by_peft = PeftModel.from_pretrained(trunk, str(folder / "lora" / "adapter"))
+    except ValueError:
+        return "merged"
+    return _close(_logprobs_of(by_peft).detach(), learned) or "merged"
+
+
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool((one - other).abs().max() < TOLERANCE)
 
@@ -168,12 +198,16 @@ def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _transformers_own(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of the responses from transformers' forward, one row at a time, and their gradient."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    logprobs = _logprobs_of(model)
+    return logprobs.detach(), _gradient(model, logprobs)
+
+
+def _logprobs_of(model: Any) -> torch.Tensor:
     found = []
     for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
         logits = model(torch.tensor([prompt + response]), use_cache=False).logits[0]
         found.append(logits[len(prompt) - 1 : -1].log_softmax(-1)[range(len(response)), response])
-    logprobs = torch.cat(found)
-    return logprobs.detach(), _gradient(model, logprobs)
+    return torch.cat(found)
 
 
 def _gradient(model: Any, logprobs: torch.Tensor) -> torch.Tensor:
@@ -181,9 +215,10 @@ def _gradient(model: Any, logprobs: torch.Tensor) -> torch.Tensor:
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
 
 
-def _learner(model: PolicyModel | ValueModel) -> Learner:
+def _learner(model: PolicyModel | ValueModel, lora: LoraConfig = _OFF) -> Learner:
     distributed.join(group())
-    return Learner(model, LearnerConfig(zero_stage=1, learning_rate=1e-2), dtype="float32", total_optimizer_steps=1)
+    settings = LearnerConfig(zero_stage=1, learning_rate=1e-2, lora=lora)
+    return Learner(model, settings, dtype="float32", total_optimizer_steps=1)
 
 
 def _hf_engine_logprobs(folder: Path, learner: Learner) -> torch.Tensor:

@@ -20,7 +20,15 @@ from actors.rewards.pair_judge import Comparison, PairJudge
 from actors.roles.reference import ReferenceWorker
 from jobs.prepare import policy_chat, prepare
 from jobs.stages.evaluate import EVALUATION, RESULT_FILE
-from jobs.stages.settings import pair_template, rank_context, reward_path, samples_per_shard, sampling_of, start_s
+from jobs.stages.settings import (
+    has_reward,
+    pair_template,
+    rank_context,
+    reward_path,
+    samples_per_shard,
+    sampling_of,
+    start_s,
+)
 from jobs.stages.stage import StageJob
 from jobs.stages.work.data.demonstrations import Demonstration, rows_of, sample
 from jobs.stages.work.data.shards import ShardFiles
@@ -31,7 +39,7 @@ from jobs.stages.work.tasks import task_metrics
 from jobs.stages.work.wiring import EVALUATION_STEP, all_ready, starting, supervisor_of
 from orchestrator.config.config import Config
 from orchestrator.config.loader import changed
-from orchestrator.config.rewards import ModelRewardConfig, PairJudgeConfig
+from orchestrator.config.rewards import PairJudgeConfig
 from orchestrator.errors import DataError, GuardTripped
 from orchestrator.evaluation import EvaluationRow, compare
 from orchestrator.planning.demands import reference_demand
@@ -129,10 +137,9 @@ async def _side(job: StageJob, name: str, config: Config, prompts: Sequence[Prom
         scores = await asyncio.to_thread(rule_scores, config, config.evaluation.gold, samples)
         gold = [score.value for score in scores]
     reward: Sequence[float | None] = [None] * samples.num_rows
-    path = reward_path(config, job.inputs)
-    if path is not None or not isinstance(config.reward, ModelRewardConfig):
+    if has_reward(config, job.inputs):
         files = ShardFiles(config, folder / f"{name}-rewards.parquet")
-        table = await score_shards(job, config, path, samples, files)
+        table = await score_shards(job, config, reward_path(config, job.inputs), samples, files)
         reward = table["reward"].to_pylist()
     if not _known(gold) and not _known(reward) and config.evaluate.judge is None:
         raise DataError(f"stage {job.name!r}: none of {samples.num_rows} samples has a score; correct evaluation.gold.")

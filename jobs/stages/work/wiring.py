@@ -39,7 +39,7 @@ from jobs.stages.settings import (
     critic_warmup_steps,
     engines_sleep,
     experience_settings,
-    judge_template,
+    judge_templates,
     rank_context,
     reward_section,
     samples_per_shard,
@@ -154,7 +154,7 @@ async def start_reward(config: Config, starter: Starter, reward_path: str | None
         cache=config.run.cache,
         limits=config.rule_limits,
         total_s=within(config.deadlines.score_s),
-        judge_template=judge_template(config),
+        judge_templates=judge_templates(config),
         adds_episodes=config.environment.name is not None,
     )
     return await starter.group(

@@ -29,6 +29,7 @@ from orchestrator.types import (
     ScoredShard,
     ShardRecord,
     ShardRequest,
+    State,
 )
 
 _NO_PROMPT = Prompt("simulated", "", np.zeros(0, dtype=np.int32))
@@ -264,7 +265,7 @@ class SimulatedRecorder:
         self,
         shard: ScoredShard,
         *,
-        kl_coefficient: float,  # noqa: ARG002  Protocol
+        state: State,  # noqa: ARG002  Protocol
         file: str,
     ) -> tuple[Handle, ShardRecord]:
         rollout = shard.rollout

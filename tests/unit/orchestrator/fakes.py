@@ -24,6 +24,7 @@ from orchestrator.types import (
     ScoredShard,
     ShardRecord,
     ShardRequest,
+    State,
 )
 
 TOKENS_PER_SAMPLE = 5
@@ -129,7 +130,7 @@ class FakeRecorder:
     num_dropped: int = 0
     sums_of_step: Mapping[int, Metrics] = field(default_factory=dict)
 
-    async def record(self, shard: ScoredShard, *, kl_coefficient: float, file: str) -> tuple[Handle, ShardRecord]:
+    async def record(self, shard: ScoredShard, *, state: State, file: str) -> tuple[Handle, ShardRecord]:
         Path(file).write_text("samples", encoding="utf-8")
         self.diary.note("record", shard.rollout.step)
         kept = shard.rollout.num_samples - self.num_dropped

@@ -253,7 +253,9 @@ def test_a_config_builds_a_judge_with_its_cache(serve: Any, tmp_path: Path) -> N
     server = serve(lambda text: saying("[[9]]"))
     reward = {"name": "judge", "url": server.url, "model": "m"}
     config = config_from_tree({"reward": reward, "run": {"cache": str(tmp_path)}}, source="test")
-    context = RewardContext(ModelConfig(), None, tmp_path, RuleLimits(), total_s=9.0, judge_template="{{ reply }}!")
+    context = RewardContext(
+        ModelConfig(), None, tmp_path, RuleLimits(), total_s=9.0, judge_templates={"reward": "{{ reply }}!"}
+    )
     for _ in range(2):
         assert build_source(config.reward, context).scores(rollout_table(["a"]))[0].value == 9.0
     assert [request["messages"][0]["content"] for request in server.requests] == ["a!"]

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from jobs.check.rewards import check_pair_judge, check_reward, check_reward_window
+from jobs.stages.rewarding import reward_inputs, reward_uses
 from jobs.stages.settings import reward_max_length
 from jobs.stages.stage import Found
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
+from orchestrator.config.rewards import reward_models
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.watching.telemetry import Telemetry
 from tests.tiny import tiny_llama, tiny_scorer
@@ -39,10 +41,15 @@ def config_of(cache: Path, reward: dict[str, Any], **sections: Any) -> Config:
 
 def test_the_length_is_the_keys_else_the_stages_else_the_models_own(tmp_path: Path) -> None:
     trained = {"stages": ["reward_model", "rl"], "preferences": {"path": "x"}, "reward_model": {"max_length": 100}}
-    assert reward_max_length(config_of(tmp_path, {}, **trained)) == 100
-    assert reward_max_length(config_of(tmp_path, {"max_length": 90}, **trained)) == 90
-    assert reward_max_length(config_of(tmp_path, {"path": "x"}, reward_model={"max_length": 100})) is None
-    assert reward_max_length(config_of(tmp_path, {"path": "x", "max_length": 700})) == 700
+    assert longest(config_of(tmp_path, {}, **trained)) == 100
+    assert longest(config_of(tmp_path, {"max_length": 90}, **trained)) == 90
+    assert longest(config_of(tmp_path, {"path": "x"}, reward_model={"max_length": 100})) is None
+    assert longest(config_of(tmp_path, {"path": "x", "max_length": 700})) == 700
+
+
+def longest(config: Config) -> int | None:
+    (source,) = reward_models(config.reward).values()
+    return reward_max_length(config, source)
 
 
 def test_a_model_whose_window_holds_a_transcript_needs_no_word(scorer: Path, tmp_path: Path) -> None:
@@ -105,6 +112,32 @@ def test_a_judge_without_a_verdict_is_refused_with_what_it_said(tmp_path: Path) 
     with pytest.raises(DataError, match=r"reward\.template=.*none\.jinja does not exist"):
         missing = {"name": "judge", "url": "http://127.0.0.1:1/v1", "model": "m", "template": "none.jinja"}
         check_reward(config_of(tmp_path, missing), Found(None, None, None))
+
+
+def test_every_source_of_a_weighted_reward_is_checked_and_named(scorer: Path, tmp_path: Path) -> None:
+    length = {"function": "actors.rewards.rules:length_target"}
+    sources = {"quality": {"path": str(scorer), "normalise": False}, "brief": {"name": "rules", "rules": [length]}}
+    examples = Found(None, None, rollout_table(["Fine."] * 3))
+
+    def said(**more: Any) -> str | None:
+        return check_reward(config_of(tmp_path, {"name": "weighted", "sources": {**sources, **more}}), examples)
+
+    first, second = str(said()).split("\n")
+    assert first.startswith("reward.sources.quality (model): ") and first.endswith("has a scalar head")
+    assert second == "reward.sources.brief (rules): scores a made-up reply to 3 of 3 sample prompts"
+    with pytest.raises(DataError, match=r"reward\.sources\.quality: .*reward_stats\.json"):
+        said(quality={"path": str(scorer)})
+    with pytest.raises(ConfigError, match=r"reward\.sources\.brief: .*no_such"):
+        said(brief={"name": "rules", "rules": [{"function": "no_such:rule"}]})
+    with pytest.raises(ConfigError, match=r"reward\.sources\.remote: .*127\.0\.0\.1:9"):
+        said(remote={"name": "http", "url": "http://127.0.0.1:9/x", "retries": 0})
+    longest = {"path": str(scorer), "max_length": window_of(scorer) + 1}
+    config = config_of(tmp_path, {"name": "weighted", "sources": {**sources, "long": longest}})
+    with pytest.raises(ConfigError, match=r"reward\.sources\.long\.max_length=\d+ exceeds"):
+        window_note(config)
+    uses = {use.key: use.model for use in reward_uses(config)}
+    assert uses == {"reward.sources.quality.path": str(scorer), "reward.sources.long.path": str(scorer)}
+    assert reward_inputs(config).rules == {length["function"]}
 
 
 def test_a_rule_whose_package_is_missing_is_refused_with_its_name(

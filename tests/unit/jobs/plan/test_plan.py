@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 from typer.testing import CliRunner
 
+from jobs.check.capacity import _Sizes, memory_per_role
 from jobs.command import out
 from jobs.plan import command as command
 from jobs.plan.report import MeanLengths, Target, plan
-from jobs.plan.work import dimensions, layout_of, work_of
+from jobs.plan.work import dimensions, layout_of, models_of, work_of
 from orchestrator.config.config import Config
-from orchestrator.config.loader import config_from_tree, load_config
+from orchestrator.config.loader import changed, config_from_tree, load_config
 from orchestrator.errors import CapacityError, ConfigError
 from orchestrator.planning.demands import all_demands
 from orchestrator.planning.hardware import CPU_CORE
@@ -154,6 +156,43 @@ def test_adapters_are_planned_as_what_they_are(tree: dict[str, Any], capsys: pyt
     assert with_adapters < 0.1 * without
 
 
+def test_a_quantised_trunk_is_planned_with_its_bits(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for bits in (None, 4):
+        lora = {"rank": 16, "trunk_bits": bits}
+        plan(config_of({**tree, "policy": {"lora": lora}, "critic": {"lora": lora}}), on(8, "h100"), ANY)
+        text = capsys.readouterr().out
+        found.append(float(re.findall(r"critic and reference: ([\d.]+) GiB, and", text)[0]))
+    assert "of a trunk in 4 bits" in text
+    quantised = 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 4096 * 14336 * 3)
+    assert found[0] - found[1] == pytest.approx(quantised * (2 - 0.5 - 4 / 64) / 2**30, abs=0.2)
+
+
+def test_every_model_among_the_sources_of_a_reward_is_planned(
+    tree: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = folder / "small"
+    small.mkdir()
+    (small / "config.json").write_text(json.dumps({**LLAMA_8B, "hidden_size": 2048, "num_hidden_layers": 16}))
+    sources = {
+        "one": {"path": str(folder), "micro_batch_tokens": 2048},
+        "other": {"path": str(small)},
+        "brief": {"name": "rules", "rules": [{"function": "actors.rewards.rules:length_target"}]},
+    }
+    config = config_of({**tree, "reward": {"name": "weighted", "sources": sources}})
+    sizes = [dimensions(each, dtype="bfloat16") for each in (folder, small)]
+    found = models_of(config)["reward"]
+    assert found is not None and found.num_params == sum(size.num_params for size in sizes)
+    assert found.num_layers * found.hidden == sum(size.num_layers * size.hidden for size in sizes)
+    memory = memory_per_role(config, _Sizes(config), ["reward"])["reward"]
+    assert memory.state == sum(2 * size.num_params for size in sizes)
+    plan(config, on(32), ANY)
+    (proposal,) = re.findall(r"best: (.*)", capsys.readouterr().out)
+    assert "reward.sources.one.micro_batch_tokens=" in proposal and "reward.sources.other.micro" in proposal
+    keys = {key: yaml.safe_load(value) for key, value in (setting.split("=") for setting in proposal.split())}
+    assert changed(config, keys, source="the plan").reward.replicas == keys["reward.replicas"]
+
+
 @pytest.mark.parametrize(
     ("changes", "reference", "critic"),
     [
@@ -164,6 +203,8 @@ def test_adapters_are_planned_as_what_they_are(tree: dict[str, Any], capsys: pyt
         ({"critic": {"lora": {"rank": 8}, "path": "/another"}}, True, False),
         ({"policy": {"lora": {"rank": 8}, "zero_stage": 3}}, True, False),
         ({"reward": {"name": "model", "path": "/reward"}}, True, False),
+        ({"reward": {"name": "weighted", "sources": {"one": {"path": "/reward"}}}}, True, False),
+        ({"policy": {"lora": {"rank": 8, "trunk_bits": 4}}}, True, False),
         ({"algorithm": {"name": "grpo"}, "rl": {"prompts_per_step": 64, "samples_per_prompt": 2}}, True, False),
     ],
 )

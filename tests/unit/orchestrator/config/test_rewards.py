@@ -10,7 +10,14 @@ import yaml
 
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree, load_config, load_kept_config, to_yaml
-from orchestrator.config.rewards import REWARDS, HttpRewardConfig, ModelRewardConfig, RuleConfig, RulesRewardConfig
+from orchestrator.config.rewards import (
+    REWARDS,
+    HttpRewardConfig,
+    ModelRewardConfig,
+    RuleConfig,
+    RulesRewardConfig,
+    WeightedRewardConfig,
+)
 from orchestrator.errors import ConfigError
 
 RULES = [{"function": "a.b:c"}]
@@ -73,7 +80,7 @@ def test_every_section_bears_the_name_that_it_is_chosen_by() -> None:
         ({"name": "rules", "rules": [{}]}, r"reward\.rules\.0\.function is required: Dotted name"),
         (
             {"name": "rulez", "rules": RULES},
-            r"reward.name: must be one of model, rules, http, judge, environment, got 'rulez'",
+            r"reward.name: must be one of model, rules, http, judge, environment, weighted, got 'rulez'",
         ),
         ({"name": ["rules"]}, r"reward.name"),
         ("rules", r"reward: "),
@@ -144,3 +151,45 @@ def test_the_way_out_of_keys_of_another_kind_works(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'reward\.rules': .* reward=\{name: \.\.\.\} replaces"):
         load_config(file, ["reward.name=http", "reward.url=http://h"])
     assert load_config(file, ["reward={name: http, url: 'http://h'}"]).reward == HttpRewardConfig(url="http://h")
+
+
+@pytest.mark.parametrize(
+    ("tree", "problem"),
+    [
+        ({"reward": {"sources": {}}}, r"reward\.sources: .* at least 1"),
+        ({"reward": {"sources": {"a": {"wieght": 2}}}}, r"'reward\.sources\.a\.wieght'; did you mean .*a\.weight'"),
+        (
+            {"reward": {"sources": {"a": {"name": "rules", "rules": RULES, "path": "/m"}}}},
+            r"'reward\.sources\.a\.path': it is legal only with reward\.sources\.a\.name=model",
+        ),
+        ({"reward": {"sources": {"a": {"path": "/m", "replicas": 2}}}}, r"unknown key 'reward\.sources\.a\.replicas'"),
+        ({"reward": {"sources": {"a.b": {"path": "/m"}}}}, r"should match pattern"),
+        ({"reward": {"sources": {"a": {}, "b": {}}}}, r"sources\.a and reward\.sources\.b have no path"),
+        (
+            {"reward": {"sources": {"a": {"name": "environment"}}}},
+            r"sources\.a\.name='environment' needs an environment",
+        ),
+        (
+            {
+                "reward": {"sources": {"a": {"path": "/m", "standardise": "shard"}}},
+                "algorithm": {"name": "gdpo", "part_weights": {"a": 1.0}},
+                "rl": {"prompts_per_step": 16, "samples_per_prompt": 2},
+            },
+            r"gdpo standardises .* reward\.sources\.a\.standardise would not be used",
+        ),
+        (
+            {"reward": {"sources": {"a": {"name": "http", "url": "http://me:secret@host/"}}}},
+            r"in reward\.sources\.a\.token_from",
+        ),
+    ],
+)
+def test_sources_that_do_not_fit_are_refused_by_their_names(tree: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        config_from_tree({**tree, "reward": {"name": "weighted", **tree["reward"]}}, source="test")
+
+
+def test_a_key_of_a_source_can_be_set_on_the_command_line() -> None:
+    keys = ["reward.name=weighted", "reward.sources.a.path=/m", "reward.sources.a.weight=0.25"]
+    reward = load_config(None, keys).reward
+    assert isinstance(reward, WeightedRewardConfig) and reward.sources["a"].weight == 0.25
+    assert config_from_tree({"reward": reward.model_dump(mode="json")}, source="test").reward == reward

@@ -15,6 +15,7 @@ from orchestrator.planning.memory import (
     Memory,
     ModelSize,
     engine_memory,
+    in_one_process,
     learner_memory,
     on_trunk_memory,
     scorer_memory,
@@ -121,6 +122,23 @@ def test_frozen_weights_have_neither_gradients_nor_optimizer_states() -> None:
     plain = learner(dtype="float32", zero_stage=0)
     assert plain.working - adapted.working == 8 * (1000 - 50) + 4 * 100 * 8  # of Adam, and of the head's gradient
     assert on_trunk_memory(50, dtype="float32", zero_stage=0, ranks=1).state == 50 * 16
+
+
+def test_a_quantised_trunk_holds_its_linear_layers_in_few_bits() -> None:
+    size = replace(SIZE, linear=(("q_proj", 3, 8, 6), ("down_proj", 3, 16, 8)))  # 528 of 1000 parameters
+    assert size.frozen_bytes(4) == 4000
+    assert replace(size, trunk_bits=4).frozen_bytes(4) == 472 * 4 + 528 * (0.5 + 4 / 64)
+    assert replace(size, trunk_bits=8).frozen_bytes(2) == 472 * 2 + 528 * (1 + 4 / 256)
+    plain, few = (
+        learner(each, dtype="float32", zero_stage=0, adapters=50) for each in (size, replace(size, trunk_bits=4))
+    )
+    assert plain.state - few.state == 528 * (4 - 0.5 - 4 / 64)
+    assert few.working - plain.working == 4 * 16 * 8, "one layer at a time is dequantised"
+
+
+def test_models_of_one_process_compute_in_turn() -> None:
+    models = [Memory(100.0, 7.0, 0.0, 50.0), Memory(20.0, 9.0, 0.0, 50.0)]
+    assert in_one_process(models) == Memory(120.0, 9.0, 0.0, 50.0)
 
 
 def test_adapters_are_counted() -> None:

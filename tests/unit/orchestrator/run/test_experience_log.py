@@ -23,10 +23,10 @@ class FailingRecorder(FakeRecorder):
 
     failing: set[int] = field(default_factory=set)
 
-    async def record(self, shard: ScoredShard, *, kl_coefficient: float, file: str) -> tuple[Handle, ShardRecord]:
+    async def record(self, shard: ScoredShard, *, state: State, file: str) -> tuple[Handle, ShardRecord]:
         if shard.rollout.index in self.failing:
             raise StorageError("disk full")
-        return await super().record(shard, kl_coefficient=kl_coefficient, file=file)
+        return await super().record(shard, state=state, file=file)
 
 
 def scored(step: int, *, shards: int = 3, samples: int = 10) -> list[ScoredShard]:
