@@ -13,8 +13,6 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
-from openai import OpenAI
-
 from actors.environments.contract import Task
 
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "", "parameters": {"type": "object"}}}
@@ -46,17 +44,6 @@ def asks(prompt: Task, base_url: str, turns: int = 3) -> dict[str, float]:
         text = said(base_url, messages)
         messages.append({"role": "user", "content": f"{turn}: {len(text)}"})
     return {"length": float(len(text)), "turns": float(turns)}
-
-
-def with_openai(prompt: Task, base_url: str) -> float:
-    """With OpenAI's own client, as agents are written."""
-    client = OpenAI(base_url=base_url)
-    (model,) = client.models.list().data
-    messages: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": prompt.text}]
-    for _ in range(2):
-        answer = client.chat.completions.create(model=model.id, messages=messages, temperature=0.3, max_tokens=99)
-        messages += [answer.choices[0].message.model_dump(), {"role": "user", "content": "Go on."}]
-    return float(answer.usage.completion_tokens)
 
 
 async def waits(prompt: Task, base_url: str) -> float:

@@ -119,7 +119,8 @@ def test_calls_that_extend_the_conversation_continue_its_tokens(chat: Chat) -> N
 
 
 def test_an_agent_written_for_openais_client_runs_unchanged(chat: Chat) -> None:
-    rows, asked = played(chat, agent("with_openai"), lambda item: "short")
+    openai = EnvironmentConfig(name="tests.unit.actors.environments.openai_agent:talk", step_s=scaled(30.0))
+    rows, asked = played(chat, openai, lambda item: "short")
     messages = [Message("system", "Be brief."), Message("user", "Why?")]
     for row in rows:
         assert row["prompt_tokens"] == chat.prompt(messages).tolist()
