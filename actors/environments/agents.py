@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from actors.environments.calls import MODEL, RefusedCallError, call_of, completion, error, parsed
+from actors.environments.calls import MODEL, RefusedCallError, call_of, completion, error, parsed, streamed
 from actors.environments.contract import Task
 
 if TYPE_CHECKING:
@@ -193,7 +193,12 @@ class Endpoint:
         try:
             if agent is None:
                 raise RefusedCallError("episode_over", _END)
-            return web.json_response(await agent.called(_json(await request.read())))
+            body = _json(await request.read())
+            whole = await agent.called(body)
+            if not body.get("stream"):
+                return web.json_response(whole)
+            with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+            return web.Response(text=streamed(whole, with_usage=with_usage), content_type="text/event-stream")
         except RefusedCallError as problem:
             status = 404 if problem.code == "model_not_found" else 400
             return web.json_response(error(problem.code, str(problem), problem.parameter), status=status)

@@ -1,8 +1,8 @@
 """Chat-completion calls of agents: what is read from a request, and what is answered. Needs only the standard library.
 
 The step decides how tokens are sampled, so a request's temperature, top_p, seed and the like change nothing. What would
-change the meaning of an answer and can't be given (several choices, streams, stop texts, log-probs, forced formats) is
-refused.
+change the meaning of an answer and can't be given (several choices, stop texts, log-probs, forced formats) is refused.
+A stream has the whole answer in its first event.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ MODEL = "policy"
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "stream": ((False,), "answers come whole: call without stream"),
     "n": ((1,), "a call has one answer: call with n=1"),
     "stop": (([], ""), "a turn ends where the policy ends it: call without stop"),
     "logprobs": ((False, 0), "log-probs stay with the trainer: call without logprobs"),
@@ -102,6 +101,21 @@ def completion(told: Mapping[str, Any], number: int) -> dict[str, Any]:
         "choices": [{"index": 0, "message": message, "finish_reason": told["finish_reason"], "logprobs": None}],
         "usage": {"prompt_tokens": before, "completion_tokens": after, "total_tokens": before + after},
     }
+
+
+def streamed(whole: Mapping[str, Any], *, with_usage: bool) -> str:
+    """A `completion` as the events of a stream."""
+    (choice,) = whole["choices"]
+    calls = choice["message"].get("tool_calls", [])
+    delta = {**choice["message"], **({"tool_calls": [{"index": i, **c} for i, c in enumerate(calls)]} if calls else {})}
+    head = {**{key: whole[key] for key in ("id", "created", "model")}, "object": "chat.completion.chunk"}
+    chunks: list[dict[str, Any]] = [
+        {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]},
+        {**head, "choices": [{"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}]},
+    ]
+    if with_usage:
+        chunks.append({**head, "choices": [], "usage": whole["usage"]})
+    return "".join(f"data: {text}\n\n" for text in [*map(json.dumps, chunks), "[DONE]"])
 
 
 def error(code: str, text: str, parameter: str | None = None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Tasks of the package `verifiers` (extra `verifiers`), played by their own harness: environment.name=
-actors.environments.verifiers:play. The harness calls the policy as it would call any endpoint, so its prompts, tools and
-rewards are those of an evaluation with `verifiers` itself.
+"""Tasks of the package `verifiers` (extra `verifiers`), played by their own harness, an agent: `play`.
+
+The harness calls the policy as it would call any endpoint, so its prompts, tools and rewards are those of an evaluation
+with `verifiers` itself.
 
 A prompt names its task: `task` is the task's number in the taskset. `write_prompts` makes such a file.
 """
@@ -41,9 +42,7 @@ async def play(prompt: Task, base_url: str, env: Mapping[str, Any]) -> dict[str,
     if not isinstance(number, int) or not 0 <= number < len(tasks):
         raise LookupError(f"the prompt's field `task` is {number!r}; the taskset has {len(tasks)} tasks, from 0 on")
     v1 = _verifiers()
-    context = v1.ModelContext(
-        model=MODEL, client=v1.EvalClientConfig(base_url=base_url, api_key_var="OPENAI_API_KEY")
-    )
+    context = v1.ModelContext(model=MODEL, client=v1.EvalClientConfig(base_url=base_url, api_key_var="OPENAI_API_KEY"))
     episode = await environment.run_episode(tasks[number], context)
     rewards = [item for trace in episode.traces for item in trace.rewards.items()]
     if not episode.ok or not rewards or any(reward is None for _, reward in rewards):

@@ -152,7 +152,6 @@ def bad_calls(prompt: Task, base_url: str) -> dict[str, float]:
     good = {"messages": [{"role": "user", "content": prompt.text}]}
     calls: list[dict[str, Any]] = [
         {**good, "model": "gpt-4"},
-        {**good, "stream": True},
         {**good, "n": 2},
         {**good, "stop": ["\n"]},
         {**good, "logprobs": True},

@@ -132,6 +132,14 @@ def test_an_agent_written_for_openais_client_runs_unchanged(chat: Chat) -> None:
     assert len(asked) == 2
 
 
+def test_an_agent_may_stream(chat: Chat) -> None:
+    streams = EnvironmentConfig(name="tests.unit.actors.environments.openai_agent:stream", step_s=scaled(30.0))
+    call = '<tool_call>{"name": "weather", "arguments": {}}</tool_call>'
+    rows, _ = played(chat_of(tiny_tokenizer(chat_template=TOOLS)), streams, lambda item: f"so {call}")
+    for row in rows:
+        assert episode_of(row)["parts"] == {"environment.so": 1.0, "environment.weather": 1.0}
+
+
 def test_a_coroutine_is_an_agent(chat: Chat) -> None:
     rows, _ = played(chat, agent("waits"))
     assert [episode_of(row)["reward"] for row in rows] == [3.0, 3.0]
@@ -205,7 +213,7 @@ def test_calls_that_cannot_be_answered_are_refused_and_the_agent_may_go_on(chat:
     rows, asked = played(chat, agent("bad_calls"))
     assert len(asked) == 1
     parts = {
-        "model_not_found": 1.0, "unsupported_value": 4.0, "invalid_value": 1.0, "invalid_tools": 1.0,
+        "model_not_found": 1.0, "unsupported_value": 3.0, "invalid_value": 1.0, "invalid_tools": 1.0,
         "invalid_messages": 5.0, "invalid_request": 1.0, "context_length_exceeded": 1.0,
     }  # fmt: skip
     assert episode_of(rows[0])["parts"] == {f"environment.{code}": count for code, count in parts.items()}
