@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,6 +131,19 @@ def test_an_agent_written_for_openais_client_runs_unchanged(chat: Chat) -> None:
             {"role": turn.role, "content": turn.content} for turn in messages
         ]
     assert len(asked) == 2
+
+
+def test_the_documents_agent_plays(chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).resolve().parents[4] / "docs" / "environments.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(from openai.*?)```", text, re.DOTALL)
+    (tmp_path / "my_agent.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with Shard(chat, EnvironmentConfig(name="my_agent:solve", step_s=scaled(30.0))) as shard:
+        rows, _ = shard.play(requests_of(chat, [{"answer": 4}, {"answer": 5}]), lambda item: "it is 4")
+    assert [episode_of(row)["parts"] for row in rows] == [
+        {"environment.right": right} for right in (1.0, 1.0, 0.0, 0.0)
+    ]
+    assert [episode_of(row)["turns"] for row in rows] == [1, 1, 3, 3]
 
 
 def test_an_agent_may_stream(chat: Chat) -> None:
