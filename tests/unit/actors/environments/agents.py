@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -117,6 +118,7 @@ def hostile(prompt: Task, base_url: str) -> Any:
         "exit": lambda: os._exit(3),
         "kill": _kill,
         "freeze": lambda: time.sleep(600),
+        "backtrack": lambda: re.match("(a+)+$", "a" * 64 + "b"),  # holds the interpreter's lock
         "text": lambda: "good",
         "nan": lambda: float("nan"),
         "nothing": lambda: None,
@@ -172,18 +174,6 @@ def bad_calls(prompt: Task, base_url: str) -> dict[str, float]:
         found[answer["error"]["code"]] = found.get(answer["error"]["code"], 0.0) + 1.0
     assert "choices" in post(base_url, **good)
     return found
-
-
-def calls_at_once(prompt: Task, base_url: str) -> dict[str, float]:
-    """Two calls at the same time: one is refused."""
-    found: list[dict[str, Any]] = []
-    body = {"messages": [{"role": "user", "content": prompt.text}]}
-    threads = [threading.Thread(target=lambda: found.append(post(base_url, **body))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return {answer["error"]["code"]: 1.0 for answer in found if "error" in answer}
 
 
 def needs_level(prompt: Task, base_url: str, level: int) -> float:

@@ -3,6 +3,7 @@ their own episode."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -13,8 +14,12 @@ from typing import Any
 import pytest
 
 from actors.engines.contract import EngineContext
+from actors.environments.agents import Agent
+from actors.environments.calls import RefusedCallError, reply
+from actors.environments.contract import Task
 from actors.environments.episodes import Player
 from actors.environments.process import Episodes
+from actors.rewards.rule_process import Channel
 from actors.text.conversations import Chat, chat_of
 from orchestrator import schema
 from orchestrator.config.environments import EnvironmentConfig
@@ -233,9 +238,25 @@ def test_calls_that_cannot_be_answered_are_refused_and_the_agent_may_go_on(chat:
     assert episode_of(rows[0])["parts"] == {f"environment.{code}": count for code, count in parts.items()}
 
 
-def test_a_second_call_beside_an_open_one_is_refused(chat: Chat) -> None:
-    rows, _ = played(chat, agent("calls_at_once"))
-    assert all(episode_of(row)["parts"] == {"environment.call_in_progress": 1.0} for row in rows)
+async def test_a_second_call_beside_an_open_one_is_refused() -> None:
+    one: dict[str, Any] = {"model": "policy", "messages": [{"role": "user", "content": "one"}]}
+    refused: list[str] = []
+
+    async def run(_: Task) -> float:
+        first = asyncio.create_task(playing.called(one))
+        await asyncio.sleep(0)
+        with pytest.raises(RefusedCallError, match="make one after the other") as error:
+            await playing.called(one)
+        refused.append(error.value.code)
+        await first
+        return 1.0
+
+    channel = Channel(list, list, list, lambda *_: None, repr, lambda name, value: ({name: value}, ""))
+    playing = Agent(run, channel, is_async=True)
+    event = await playing.reset(Task("one", {}, 0))
+    assert event["call"]["messages"] == one["messages"]
+    told = reply("two", has_tools=False, number=1, is_cut=False, tokens=(1, 1))
+    assert (await playing.step(told))["reward"] == 1.0 and refused == ["call_in_progress"]
 
 
 def test_an_agent_that_goes_on_after_many_refusals_fails(chat: Chat) -> None:
@@ -255,6 +276,7 @@ def test_an_agent_that_goes_on_after_many_refusals_fails(chat: Chat) -> None:
         ("then nothing", "turn 1: the agent returned no reward"),
         ("first freeze", "reset: environment .*hostile: neither made a call nor returned within"),
         ("then freeze", "turn 1: environment .*hostile: neither made a call nor returned within"),
+        ("then backtrack", "turn 1: environment .*hostile gave no answer within environment.step_s"),
         ("first kill", "reset: environment .*hostile ended its process with SIGKILL"),
         ("then kill", "turn 1: environment .*hostile ended its process with SIGKILL"),
         ("then exit", "turn 1: environment .*hostile ended its process with exit code 3"),
