@@ -54,6 +54,7 @@ class StandInEngine:
             "prompt_tokens": [item.prompt.tokens.tolist() for item in requests],
             "response_tokens": lists(tokens_N, pa.int32()),
             "learn": lists(np.ones_like(tokens_N, np.bool_), pa.bool_()),
+            "starts": [[]] * count,
             "engine_logprobs": lists(random_floats(count, generator)),
             "finish_reason": ["length"] * count,
             "version": [request.step] * count,

@@ -9,6 +9,10 @@ A shard is one Arrow table with one row per sample. Each stage adds columns:
 Per-token lists cover only the *response* tokens, including EOS if it was sampled. All lists of a row have
 `len(response_tokens)` items, so lengths locate tokens and pad ids have no meaning. `learn` marks the tokens to learn
 from. Tokens that an environment or a tool wrote are not marked; losses, advantages, lengths and statistics ignore them.
+
+A sample is one segment, which begins with `prompt_tokens`, unless a conversation was rewritten while it was sampled:
+then `starts` says where in the response further segments begin, each with the prompt that the model read there. A token
+sees only its own segment.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ ROLLOUT = pa.schema(
         pa.field("prompt_tokens", _TOKENS, nullable=False),  # after the chat template
         pa.field("response_tokens", _TOKENS, nullable=False),
         pa.field("learn", pa.list_(pa.bool_()), nullable=False),  # whether to learn from the token
+        pa.field("starts", _TOKENS, nullable=False),  # where in the response a further segment begins
         pa.field("engine_logprobs", _FLOATS, nullable=False),  # at the sampling temperature
         pa.field("finish_reason", pa.string(), nullable=False),  # "stop" (EOS sampled) or "length"
         pa.field("version", pa.int32(), nullable=False),  # version of the weights that sampled it
@@ -71,11 +76,14 @@ EXPERIENCE = pa.schema(
 )
 
 
-def with_learn(table: pa.Table) -> pa.Table:
-    """Adds the column `learn` to an EXPERIENCE table from before that column existed: all tokens are learned."""
-    if "learn" in table.column_names:
-        return table
-    tokens = table["response_tokens"].combine_chunks()
-    offsets = pa.array(np.concatenate([[0], np.cumsum(tokens.value_lengths().to_numpy())]), pa.int32())
-    learn = pa.ListArray.from_arrays(offsets, pa.array(np.ones(offsets[-1].as_py(), np.bool_)))
-    return table.add_column(EXPERIENCE.get_field_index("learn"), EXPERIENCE.field("learn"), learn)
+def with_all_columns(table: pa.Table) -> pa.Table:
+    """Adds columns to an EXPERIENCE table from before they existed: all tokens are learned, in one segment per row."""
+    if "learn" not in table.column_names:
+        tokens = table["response_tokens"].combine_chunks()
+        offsets = pa.array(np.concatenate([[0], np.cumsum(tokens.value_lengths().to_numpy())]), pa.int32())
+        learn = pa.ListArray.from_arrays(offsets, pa.array(np.ones(offsets[-1].as_py(), np.bool_)))
+        table = table.add_column(EXPERIENCE.get_field_index("learn"), EXPERIENCE.field("learn"), learn)
+    if "starts" not in table.column_names:
+        starts = pa.array([[]] * table.num_rows, _TOKENS)
+        table = table.add_column(EXPERIENCE.get_field_index("starts"), EXPERIENCE.field("starts"), starts)
+    return table

@@ -113,6 +113,7 @@ class EngineContext:
         environment: what the samples are conversations with, if it has a name.
         limits: of the environment's process.
         environment_s: time limit of a shard, after which the environment is not asked any more.
+        episode_tokens: most tokens of all segments of an episode, with padding; None: not limited.
     """
 
     model: ModelConfig
@@ -127,6 +128,7 @@ class EngineContext:
     environment: EnvironmentConfig = EnvironmentConfig()  # noqa: RUF009  frozen
     limits: RuleLimits = RuleLimits()  # noqa: RUF009  frozen
     environment_s: float = 480.0
+    episode_tokens: int | None = None
 
 
 @dataclass
@@ -175,15 +177,19 @@ class Sample:
 
     Args:
         learn: whether the policy sampled the token; None: all of them.
+        starts: where further segments begin.
         is_cut: the response is not finished, even if its last token ends a turn.
         meta: added to the prompt's.
+        text: the reply, if it is not the text of the tokens.
     """
 
     tokens: Sequence[int]
     logprobs: Sequence[float]
     learn: Sequence[bool] | None = None
+    starts: Sequence[int] = ()
     is_cut: bool = False
     meta: Mapping[str, Any] = field(default_factory=dict)
+    text: str | None = None
 
 
 def ordered_requests(request: ShardRequest, max_length: int) -> list[SampleRequest]:
@@ -215,7 +221,10 @@ def rollout_table(
     `response_text` is the reply without its end token; `meta["raw_response"]` is the complete reply.
     """
     raw = [chat.text(sample.tokens) for sample in samples]
-    texts = [chat.text(chat.body(np.array(sample.tokens, np.int32))) for sample in samples]
+    texts = [
+        chat.text(chat.body(np.array(sample.tokens, np.int32))) if sample.text is None else sample.text
+        for sample in samples
+    ]
     metas = [
         {**item.prompt.meta, **sample.meta, RAW_RESPONSE: text}
         for item, sample, text in zip(requests, samples, raw, strict=True)
@@ -230,6 +239,7 @@ def rollout_table(
         "prompt_tokens": [item.prompt.tokens for item in requests],
         "response_tokens": [sample.tokens for sample in samples],
         "learn": [sample.learn or [True] * len(sample.tokens) for sample in samples],
+        "starts": [sample.starts for sample in samples],
         "engine_logprobs": [sample.logprobs for sample in samples],
         "finish_reason": ["stop" if _is_finished(sample, chat) else "length" for sample in samples],
         "version": [version] * len(samples),

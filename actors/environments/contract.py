@@ -1,4 +1,4 @@
-"""What an environment is. Needs only the standard library: the contained process imports it.
+"""What environments and agents are. Needs only the standard library: the contained process imports it.
 
 An environment is a class; `environment.name` names it by `package.module:Class`. One object plays one episode:
 
@@ -8,6 +8,10 @@ An environment is a class; `environment.name` names it by `package.module:Class`
         def step(self, action: str) -> tuple[str, float, bool, dict]: ...
 
 Both may be coroutines; then the calls of a turn run at the same time.
+
+An agent is a function, or a coroutine, that plays a whole episode: `agent(prompt: Task, base_url: str, **options)`, the
+options being environment.options. It calls the policy at `base_url` as an OpenAI-compatible endpoint, one call at a
+time, and returns the reward: a number, or named parts.
 """
 
 from __future__ import annotations

@@ -7,13 +7,13 @@ from time import monotonic
 from typing import Any
 
 from actors.environments.contract import Task
-from actors.environments.server import Answer, Call
+from actors.environments.server import Action, Answer, Call
 from actors.rewards.contained import ContainedProcess, ProcessEndedError
 from orchestrator.config.environments import EnvironmentConfig
 from orchestrator.config.rewards import RuleLimits
 from orchestrator.errors import ConfigError, RewardError
 
-_COMPARED = ("observation", "reward", "done")
+_COMPARED = ("observation", "reward", "done", "call", "raised")
 
 
 class Episodes:
@@ -31,20 +31,30 @@ class Episodes:
 
     def __init__(self, environment: EnvironmentConfig, limits: RuleLimits) -> None:
         self._environment, self._limits = environment, limits
-        self._process, self._is_async = self._started()
+        self._process = self._started()
         self._played: dict[int, list[tuple[Call, Answer]]] = {}
         self._lost: dict[int, str] = {}
 
+    @property
+    def is_agent(self) -> bool:
+        """Whether answers are calls, and actions what calls.reply returns."""
+        return bool(self._process.greeting["is_agent"])
+
     def begin(self) -> None:
-        """Forgets all episodes."""
+        """Forgets all episodes. A process in which agents of them still run is ended."""
         self._played, self._lost = {}, {}
         if self._process.is_alive():
-            list(self._process.ask((), monotonic(), {"forget": True, "calls": []}))
+            try:
+                running = list(self._process.ask([None], monotonic() + self._environment.step_s, {"forget": True}))
+            except ProcessEndedError:
+                return
+            if running[0]:
+                self._process.close()
 
     def reset(self, tasks: Mapping[int, Task], until: float) -> dict[int, Answer]:
         return self._ask([("reset", episode, task) for episode, task in tasks.items()], until)
 
-    def step(self, actions: Mapping[int, str], until: float) -> dict[int, Answer]:
+    def step(self, actions: Mapping[int, Action], until: float) -> dict[int, Answer]:
         """Answers by episode.
 
         Args:
@@ -71,7 +81,7 @@ class Episodes:
     def _ask(self, calls: Sequence[Call], until: float) -> dict[int, Answer]:
         answers: dict[int, Answer] = {}
         waiting, suspected = list(calls), set[int]()
-        at_once = self._is_async
+        at_once = bool(self._process.greeting["is_async"])
         while waiting and monotonic() < until:
             self._revive(until)
             if not self._process.is_alive():
@@ -98,7 +108,7 @@ class Episodes:
         if isinstance(answer, str):
             self.end(call[1])
             return f"environment {self._environment.name}: {answer}"
-        if answer.get("done"):
+        if answer.get("done") or "raised" in answer:
             self.end(call[1])
         else:
             self._played.setdefault(call[1], []).append((call, answer))
@@ -109,7 +119,7 @@ class Episodes:
         while not self._process.is_alive() and monotonic() < until:
             self._process.close()
             try:
-                self._process, self._is_async = self._started()
+                self._process = self._started()
             except ConfigError as error:
                 raise RewardError(f"the process of environments can't be started again: {error}") from None
             for episode, played in list(self._played.items()):
@@ -130,10 +140,10 @@ class Episodes:
             return ""
         return "was played again after its process had ended, and answered differently: it has to be deterministic"
 
-    def _started(self) -> tuple[ContainedProcess, bool]:
+    def _started(self) -> ContainedProcess:
         environment = self._environment
         assert environment.name is not None
-        process = ContainedProcess(
+        return ContainedProcess(
             "environment",
             [environment.name],
             {
@@ -145,7 +155,6 @@ class Episodes:
             (environment.step_s, "environment.step_s"),
             self._limits,
         )
-        return process, bool(process.greeting["is_async"])
 
 
 def _compared(answer: Answer) -> Any:

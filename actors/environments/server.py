@@ -1,21 +1,29 @@
-"""Calls environments, in the contained process. Needs only the standard library.
+"""Calls environments, in the contained process. Needs only the standard library, without agents.
 
 Requests: {"calls": [(kind, episode, argument)], "at_once": bool} with kind "reset" (argument: a Task) or "step"
-(argument: the action), or {"forget": True, "calls": []}. Answers, one per call and in order: {"observation", "reward",
-"parts", "done", "info"}, or a text that says why the call failed.
+(argument: the action), or {"forget": True}, which is answered with the number of agents that still run. Answers, one
+per call and in order: a text that says why the call failed, or
+
+    of an environment   {"observation", "reward", "parts", "done", "info"}
+    of an agent         {"call": messages, tools and max_tokens}, or at its end {"call": None, "raised": why, or None:
+                        then also "reward", "parts", "done", "info"}
 """
 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from actors.environments.agents import Endpoint
     from actors.rewards.rule_process import Channel
 
+Action = str | Mapping[str, Any]
+"""The text of a turn; for agents what actors.environments.calls.reply or refusal returns."""
 Call = tuple[str, int, Any]
 """("reset", episode, Task) or ("step", episode, action)."""
 Answer = Mapping[str, Any] | str
@@ -28,19 +36,32 @@ _SHARE_OF_LIMIT = 0.8  # so that a coroutine that waits too long fails before it
 
 
 def serve(hello: Mapping[str, Any], channel: Channel) -> None:
-    made = channel.load(hello["environment"], "a class with the methods reset and step")
-    problem = made if isinstance(made, str) else _problem(made, hello["options"], channel)
+    made = channel.load(hello["environment"], "a class with the methods reset and step, or a function")
+    options = hello["options"]
+    is_agent = not isinstance(made, str) and not inspect.isclass(made)
+    problem = made if isinstance(made, str) else (_no_agent if is_agent else _problem)(made, options, channel)
     if isinstance(made, str) or problem:
         channel.answer({"problem": f"{hello['environment']!r}: {problem}"})
         return
-    is_async = any(inspect.iscoroutinefunction(getattr(made, name)) for name in _METHODS)
-    channel.answer({"problem": None, "is_async": is_async})
-    host = _Host(lambda: made(**hello["options"]), channel, hello["step_s"] * _SHARE_OF_LIMIT)
+    is_async = is_agent or any(inspect.iscoroutinefunction(getattr(made, name)) for name in _METHODS)
+    host = _Host(lambda: made(**options), channel, hello["step_s"] * _SHARE_OF_LIMIT)
+    if is_agent:
+        host.serve_agents(made, options)
+    channel.answer({"problem": None, "is_async": is_async, "is_agent": is_agent})
     while True:
         request = channel.read()
         if request.get("forget"):
-            host.episodes.clear()
-        host.answer(request["calls"], at_once=request.get("at_once", False))
+            channel.answer(host.forget())
+        else:
+            host.answer(request["calls"], at_once=request.get("at_once", False))
+
+
+def _no_agent(made: Callable[..., Any], options: Mapping[str, Any], channel: Channel) -> str | None:
+    try:
+        inspect.signature(made).bind(None, "", **options)
+    except (TypeError, ValueError) as error:
+        return f"it can't be called as agent(prompt, base_url, **environment.options): {channel.described(error)}"
+    return None
 
 
 def _problem(made: Callable[..., Any], options: Mapping[str, Any], channel: Channel) -> str | None:
@@ -64,7 +85,19 @@ class _Host:
     def __init__(self, make: Callable[[], Any], channel: Channel, wait_s: float) -> None:
         self._make, self._channel, self._wait_s = make, channel, wait_s
         self._loop = asyncio.new_event_loop()
-        self.episodes: dict[int, Any] = {}
+        self._endpoint: Endpoint | None = None
+        self._episodes: dict[int, Any] = {}
+
+    def serve_agents(self, agent: Callable[..., Any], options: Mapping[str, Any]) -> None:
+        agents = importlib.import_module("actors.environments.agents")  # its web server takes time to import
+        endpoint = agents.Endpoint(agent, options, self._channel)
+        self._loop.run_until_complete(endpoint.open())
+        self._endpoint, self._make = endpoint, endpoint.made
+
+    def forget(self) -> int:
+        """Ends all episodes. Returns how many agents still run."""
+        self._episodes.clear()
+        return 0 if self._endpoint is None else self._loop.run_until_complete(self._endpoint.clear())
 
     def answer(self, calls: Sequence[Call], *, at_once: bool) -> None:
         if at_once:
@@ -85,14 +118,22 @@ class _Host:
         limit = asyncio.timeout(self._wait_s)
         try:
             if kind == "reset":
-                self.episodes[episode] = self._make()
-            result = getattr(self.episodes[episode], kind)(argument)
+                self._episodes[episode] = self._make()
+            result = getattr(self._episodes[episode], kind)(argument)
             if inspect.isawaitable(result):
                 async with limit:
                     result = await result
+            if self._endpoint is not None:
+                answer: Answer = result
+                return answer
             return _first(result) if kind == "reset" else self._stepped(result)
         except BaseException as error:  # noqa: BLE001  the user's code may raise anything, SystemExit too
-            return f"gave no answer within {self._wait_s:g} s" if limit.expired() else self._channel.described(error)
+            if not limit.expired():
+                return self._channel.described(error)
+            if self._endpoint is None:
+                return f"gave no answer within {self._wait_s:g} s"
+            self._episodes[episode].abandon()
+            return f"neither made a call nor returned within {self._wait_s:g} s (0.8 of environment.step_s)"
 
     def _stepped(self, result: Any) -> Answer:
         if not isinstance(result, tuple) or len(result) != 4:

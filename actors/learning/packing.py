@@ -1,9 +1,9 @@
 """From Arrow rows to padded micro-batches. Lengths locate everything; padding contents never matter.
 
 Shapes: B rows of a micro-batch, L lines of its input, T tokens of the longest line (padding on the right), N = response
-tokens of all rows, concatenated, or only those that are learned from. A line is one row (then B = L), several rows
-of one prompt (sharing.py), or all rows of the micro-batch without padding (documents.py). Padding follows the last real
-token, which causal attention never reads, so lines of one row need no mask.
+tokens of all rows, concatenated, or only those that are learned from. A line is one row (then B = L), one segment of a
+row, several rows of one prompt (sharing.py), or all rows of the micro-batch without padding (documents.py). Padding
+follows the last real token, which causal attention never reads, so lines of one row or segment need no mask.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby, islice, pairwise
 from types import MappingProxyType
 from typing import Any, Protocol, Self, cast
 
@@ -88,6 +89,7 @@ class TokenRows:
         self._prompts, self._prompt_offsets = prompts
         self._responses, self._response_offsets = responses
         self._chosen, self.learned_lengths = chosen, learned_lengths
+        self._starts: Sequence[Sequence[int]] | None = None
         self._token_columns, self._row_columns = token_columns, row_columns
         self._shares_prompts, self.is_packed = shares_prompts, is_packed
 
@@ -103,14 +105,14 @@ class TokenRows:
         """The rows of a table.
 
         Args:
-            table: has `prompt_tokens` and `response_tokens`, and the named float columns: lists as long as the
-                responses, or one number per row.
+            table: has `prompt_tokens` and `response_tokens`, `starts` if rows have several segments, and the named
+                float columns: lists as long as the responses, or one number per row.
             learned_only: response tokens that the table's column `learn` does not mark are only input.
         """
         responses, offsets = flatten(table["response_tokens"])
         chosen = flatten(table["learn"])[0] if learned_only else np.ones(len(responses), np.bool_)
         lists = {name for name in columns if pa.types.is_list(table[name].type)}
-        return cls(
+        found = cls(
             flatten(table["prompt_tokens"]),
             (responses, offsets),
             chosen,
@@ -119,6 +121,7 @@ class TokenRows:
             row_columns={name: table[name].to_numpy() for name in columns if name not in lists},
             shares_prompts=shares_prompts,
         )
+        return found._in_segments(table["starts"].to_pylist() if "starts" in table.column_names else ())
 
     def with_column(self, name: str, values: npt.NDArray[Any]) -> Self:
         """With one more number per row."""
@@ -131,7 +134,7 @@ class TokenRows:
         texts = [self.texts(row) for row in rows]
         marks = [self._chosen_of(row) for row in rows]
         spans = [slice(*self._response_offsets[row : row + 2]) for row in rows]
-        return TokenRows(
+        found = TokenRows(
             _end_to_end([prompt for prompt, _ in texts]),
             _end_to_end([response for _, response in texts]),
             _end_to_end(marks)[0],
@@ -143,6 +146,12 @@ class TokenRows:
             shares_prompts=self._shares_prompts,
             is_packed=self.is_packed,
         )
+        return found._in_segments([self._starts_of(row) for row in rows])
+
+    def _in_segments(self, starts: Sequence[Sequence[int]]) -> Self:
+        """With rows of several segments: where in its response each row begins further ones."""
+        self._starts = starts if any(map(len, starts)) else None
+        return self
 
     @property
     def num_rows(self) -> int:
@@ -184,14 +193,34 @@ class TokenRows:
         return self._bundles(rows, _ANY_LENGTH) if self._shares_prompts else [(row,) for row in rows]
 
     def _bundles(self, rows: Sequence[int], longest: int) -> list[tuple[int, ...]]:
-        texts = [self.texts(row) for row in rows]
-        found = sharing.bundles([prompt for prompt, _ in texts], [response for _, response in texts], longest=longest)
-        return [tuple(rows[i] for i in line) for line in found]
+        """Rows of several segments stay alone."""
+        found: list[tuple[int, ...]] = []
+        for is_alone, run in groupby(rows, key=lambda row: len(self._starts_of(row)) > 0):
+            some = list(run)
+            if is_alone:
+                found += [(row,) for row in some]
+                continue
+            texts = [self.texts(row) for row in some]
+            prompts, responses = [prompt for prompt, _ in texts], [response for _, response in texts]
+            lines = sharing.bundles(prompts, responses, longest=longest)
+            found += [tuple(some[i] for i in line) for line in lines]
+        return found
 
     def line_length(self, line: Sequence[int]) -> int:
-        """Number of tokens of a line: its prompt once, and all responses."""
+        """Number of tokens of a line: its prompt once, and all responses; of a row of several segments with the
+        padding between them."""
+        lengths = self._segment_lengths(line)
+        return sum(lengths) if self.is_packed else len(lengths) * max(lengths)
+
+    def _segment_lengths(self, line: Sequence[int]) -> list[int]:
+        """Numbers of tokens of what does not see each other in a line: one, or those of a row's segments."""
         prompt = self._prompt_offsets[line[0] + 1] - self._prompt_offsets[line[0]]
-        return int(prompt + self.response_lengths[list(line)].sum())
+        whole = int(prompt + self.response_lengths[list(line)].sum())
+        edges = [0, *(int(prompt) + start for start in self._starts_of(line[0])), whole]
+        return [end - start for start, end in pairwise(edges)]
+
+    def _starts_of(self, row: int) -> Sequence[int]:
+        return () if self._starts is None else self._starts[row]
 
     def token_column(self, name: str) -> npt.NDArray[np.float32]:
         """Of all rows laid end to end, the tokens that are learned from. Of rows in memory."""
@@ -206,7 +235,8 @@ class TokenRows:
         return self.pack_lines(self.lines(rows), device)
 
     def pack_lines(self, lines: Sequence[Sequence[int]], device: torch.device) -> MicroBatch:
-        """As `pack`; the rows of a line share one prompt, which is at the beginning of the line."""
+        """As `pack`; the rows of a line share one prompt, which is at the beginning of the line. The segments of a row
+        get a line each."""
         if not lines:
             return self._dummy(device)
         rows = [row for line in lines for row in line]
@@ -214,8 +244,13 @@ class TokenRows:
         begins, shape, shared = self._places(lines, device)
         input_ids = np.zeros(math.prod(shape), dtype=np.int64)
         states, last = [], []
-        for begin, line in zip(begins, lines, strict=True):
-            prompt = texts[line[0]][0]
+        for places, line in zip(begins, lines, strict=True):
+            if len(places) > 1:
+                before, end = self._lay(line[0], places, input_ids)
+                states.append(before[self._chosen_of(line[0])])
+                last.append(end - 1)
+                continue
+            (begin,), prompt = places, texts[line[0]][0]
             input_ids[begin : begin + len(prompt)] = prompt
             prompt_end = start = begin + len(prompt)
             for row in line:
@@ -241,6 +276,21 @@ class TokenRows:
             shared=shared,
         )
 
+    def _lay(
+        self, row: int, begins: Sequence[int], input_ids: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], int]:
+        """Writes the segments of a row into the input. Returns where each response token is chosen, and the end of the
+        last one. The first token of a segment is input alone; only its own place stands for it."""
+        prompt, response = self.texts(row)
+        edges = [0, *self._starts_of(row), len(response)]
+        before, end = np.zeros(len(response), np.int64), 0
+        for begin, start, stop in zip(begins, edges[:-1], edges[1:], strict=True):
+            lead = prompt if start == 0 else prompt[:0]
+            first, end = begin + len(lead), begin + len(lead) + stop - start
+            input_ids[begin:first], input_ids[first:end] = lead, response[start:stop]
+            before[start:stop] = np.maximum(np.arange(first - 1, end - 1), begin)
+        return before, end
+
     def texts(self, row: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """(prompt, response)"""
         prompt = self._prompts[slice(*self._prompt_offsets[row : row + 2])]
@@ -248,20 +298,31 @@ class TokenRows:
 
     def _places(
         self, lines: Sequence[Sequence[int]], device: torch.device
-    ) -> tuple[list[int], tuple[int, int], dict[str, Any]]:
-        """(where each line begins in the flattened input, shape of the input, further arguments of the forward)"""
-        lengths = [self.line_length(line) for line in lines]
-        if self.is_packed and all(len(line) == 1 for line in lines) and len(set(lengths)) > 1:
-            return [0, *np.cumsum(lengths)[:-1].tolist()], (1, sum(lengths)), documents.arguments(lengths, device)
-        width = max(lengths)
-        begins, shape = [i * width for i in range(len(lines))], (len(lines), width)
-        return begins, shape, {} if all(len(line) == 1 for line in lines) else self._shared(lines, width, device)
+    ) -> tuple[list[list[int]], tuple[int, int], dict[str, Any]]:
+        """(where the segments of each line begin in the flattened input, shape of the input, further arguments of the
+        forward)"""
+        counts = [self._segment_lengths(line) for line in lines]
+        lengths = [length for segments in counts for length in segments]
+        is_single = all(len(line) == 1 for line in lines)
+        if self.is_packed and is_single and len(set(lengths)) > 1:
+            begins, shape = [0, *np.cumsum(lengths)[:-1].tolist()], (1, sum(lengths))
+            shared = documents.arguments(lengths, device)
+        else:
+            width = max(lengths)
+            begins, shape = [i * width for i in range(len(lengths))], (len(lengths), width)
+            shared = {} if is_single else self._shared(lines, width, device)
+        following = iter(begins)
+        return [list(islice(following, len(segments))) for segments in counts], shape, shared
 
     def _shared(self, lines: Sequence[Sequence[int]], width: int, device: torch.device) -> dict[str, Any]:
         found = []
         for line in lines:
+            segments = self._segment_lengths(line)
+            if len(segments) > 1:
+                found += [sharing.owners(length, (), width) for length in segments]
+                continue
             responses = self.response_lengths[list(line)].tolist()
-            found.append(sharing.owners(self.line_length(line) - sum(responses), responses, width))
+            found.append(sharing.owners(segments[0] - sum(responses), responses, width))
         owner_LT, position_LT = (torch.from_numpy(np.stack(arrays)).to(device) for arrays in zip(*found, strict=True))
         return {"position_ids": position_LT, "attention_mask": sharing.visible(owner_LT)}
 

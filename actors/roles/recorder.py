@@ -107,7 +107,7 @@ class RecorderWorker:
                 )
             if sha256(path) != record.sha256:
                 raise StorageError(f"{path} of the experience log was altered or truncated; {_WAY_OUT}")
-            table = schema.with_learn(pq.read_table(path))
+            table = schema.with_all_columns(pq.read_table(path))
         if table.schema != schema.EXPERIENCE:
             raise StorageError(f"{path} has other columns; use the version of the program that wrote it.")
         return table.replace_schema_metadata(None).combine_chunks(), table.num_rows

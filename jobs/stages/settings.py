@@ -69,6 +69,14 @@ def sampling_of(config: Config) -> Sampling:
     return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
 
 
+def episode_tokens(config: Config) -> int:
+    """Most tokens of all segments of an episode: so many that it fits in one micro-batch of each model."""
+    limits = [config.policy.micro_batch_tokens, config.reference.micro_batch_tokens]
+    if config.algorithm.needs_critic:
+        limits.append(config.critic.micro_batch_tokens)
+    return max(config.model.max_length, min(limits))
+
+
 def samples_per_shard(config: Config) -> int:
     """The config's, or, without rollout.reproducible, a step's samples split over the engines; those that are compared
     with each other stay together."""

@@ -15,15 +15,16 @@ class EnvironmentConfig(Section):
     """Conversations of several turns, in the stages rl and evaluate (docs/environments.md)."""
 
     name: str | None = Field(None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-    """Class of the environment, `package.module:Class`. Null: a sample is one reply. Otherwise rollout.max_new_tokens
+    """Class of the environment, `package.module:Class`, or function of an agent that calls the policy as an
+    OpenAI-compatible endpoint, `package.module:function`. Null: a sample is one reply. Otherwise rollout.max_new_tokens
     limits a turn, and model.max_length the whole conversation."""
     options: Mapping[str, Any] = {}
-    """Keyword arguments of the class."""
+    """Keyword arguments of the class or function."""
     max_turns: Positive = 4
     """Most turns of the policy. An episode that is not over then is cut, as one that fills model.max_length."""
     step_s: Seconds = 30.0
-    """Time limit of one call. A call that exceeds it is killed and its sample fails. Memory and processes: see
-    rule_limits."""
+    """Time limit of one call, or of an agent between two calls. A call that exceeds it is killed and its sample fails.
+    Memory and processes: see rule_limits."""
     role: Literal["user", "tool"] = "user"
     """Role of the environment's turns in the chat template."""
 

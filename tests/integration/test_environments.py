@@ -80,20 +80,47 @@ def test_a_killed_run_ends_with_the_bits_of_a_whole_one(launcher: Launcher) -> N
     assert metrics[0]["engine/mismatch"] < 1e-3
 
 
+def test_a_killed_run_with_an_agent_ends_with_the_bits_of_a_whole_one(launcher: Launcher) -> None:
+    """The agent rewrites its history, so every row has a second segment."""
+    keys = (f"environment.name={ENVIRONMENTS}:asking", "environment.step_s=60")
+    finish(launcher.ppo("agent", *keys))
+    whole, killed = launcher.run_folder("agent"), launcher.run_folder("killed-agent")
+    process = launcher.ppo("killed-agent", *keys)
+    wait_until(process, (killed / "log" / "step-000000" / "manifest.json").exists)
+    process.kill()
+    process.communicate()
+    finish(launcher.ppo("killed-agent", *keys))
+    rows = logged(whole)
+    assert rows == logged(killed) and len(rows) == 4 * 4 * STEPS
+    last = f"checkpoints/step-{STEPS:06d}"
+    assert fingerprint(whole / last, "policy") == fingerprint(killed / last, "policy")
+    for row in rows:
+        episode = json.loads(row["meta"])["episode"]
+        assert episode["turns"] == 3 and row["reward"] == pytest.approx(episode["reward"])
+        (start,) = row["starts"]
+        assert any(row["learn"][:start]) and any(row["learn"][start:]) and not row["learn"][start]
+    metrics = [line["metrics"] for line in read_lines(whole / "metrics.jsonl") if line["kind"] == "step"]
+    assert metrics[0]["kl/per_token_k3"] == 0.0 < metrics[1]["kl/per_token_k3"], "the policy never learned"
+    assert metrics[0]["engine/mismatch"] < 1e-3, "the learner read other contexts than the engine"
+    assert metrics[0]["response/turns_mean"] == 3.0
+
+
+@pytest.mark.parametrize("name", ["FailsOnSome", "asking"])
 @pytest.mark.parametrize("how", ["raise", "kill"])
-def test_failed_episodes_are_dropped_and_counted(launcher: Launcher, how: str) -> None:
-    keys = ("rl.steps=1", f"environment.name={ENVIRONMENTS}:FailsOnSome", f"environment.options={{how: {how}}}")
-    finish(launcher.ppo(f"some-{how}", *keys, "reward.max_failed_fraction=0.6", "environment.step_s=20"))
-    folder = launcher.run_folder(f"some-{how}")
+def test_failed_episodes_are_dropped_and_counted(launcher: Launcher, how: str, name: str) -> None:
+    keys = ("rl.steps=1", f"environment.name={ENVIRONMENTS}:{name}", f"environment.options={{how: {how}}}")
+    finish(launcher.ppo(f"{name}-{how}", *keys, "reward.max_failed_fraction=0.6", "environment.step_s=20"))
+    folder = launcher.run_folder(f"{name}-{how}")
     rows = logged(folder)
     assert 0 < len(rows) < 16 and {json.loads(row["meta"])["number"] % 2 for row in rows} == {0}
     (line,) = [line["metrics"] for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "step"]
     assert line["reward/failed_fraction"] == pytest.approx(1 - len(rows) / 16)
 
 
-def test_a_run_stops_above_the_budget_and_names_environment_prompt_and_turn(launcher: Launcher) -> None:
-    keys = ("rl.steps=1", f"environment.name={ENVIRONMENTS}:FailsOnSome", "environment.options={how: freeze}")
-    process = launcher.ppo("over", *keys, "reward.max_failed_fraction=0.0", "environment.step_s=2")
+@pytest.mark.parametrize("name", ["FailsOnSome", "asking"])
+def test_a_run_stops_above_the_budget_and_names_environment_prompt_and_turn(launcher: Launcher, name: str) -> None:
+    keys = ("rl.steps=1", f"environment.name={ENVIRONMENTS}:{name}", "environment.options={how: freeze}")
+    process = launcher.ppo(f"over-{name}", *keys, "reward.max_failed_fraction=0.0", "environment.step_s=5")
     output, _ = process.communicate(timeout=RUN_S)
     assert process.returncode not in (0, None), output
-    assert "environment.step_s=2" in output and "FailsOnSome" in output and "turn 1" in output, output
+    assert "environment.step_s" in output and name in output and "turn 1" in output, output

@@ -31,6 +31,7 @@ def rollout(lengths: Sequence[tuple[int, int]] = LENGTHS, *, seed: int = 0, voca
         "prompt_tokens": [tokens.tolist() for tokens in prompts],
         "response_tokens": [tokens.tolist() for tokens in responses],
         "learn": [[True] * row[1] for row in lengths],
+        "starts": [[]] * count,
         "engine_logprobs": [rng.normal(-5, 1, row[1]).tolist() for row in lengths],
         "finish_reason": ["stop", "length"] * (count // 2) + ["stop"] * (count % 2),
         "version": [0] * count,

@@ -1,10 +1,11 @@
 """Episodes on a real engine, with templates of several families: log-probs that were measured turn by turn equal those
-of one forward over the finished row, so the row holds exactly the tokens that the engine has seen."""
+of one forward over each segment of the finished row, so the row holds exactly the tokens that the engine has seen."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,17 @@ QWEN = (
     "m['content'] + '\n</tool_response><|im_end|>\n' }}{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
     "'<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-TEMPLATES = {"ChatML": (CHATML, "user"), "as Llama 3": (CHAT_OF_LLAMA3, "user"), "as Qwen 2.5": (QWEN, "tool")}
+# Writes earlier turns of the assistant differently, so every turn begins a segment.
+REWRITES = CHATML.replace(
+    "message['content']",
+    "(('Before: ' if message['role'] == 'assistant' else '') + message['content'])",
+)
+TEMPLATES = {
+    "ChatML": (CHATML, "user"),
+    "as Llama 3": (CHAT_OF_LLAMA3, "user"),
+    "as Qwen 2.5": (QWEN, "tool"),
+    "rewrites": (REWRITES, "user"),
+}
 
 
 def played(folder: Path, template: str, role: str) -> list[dict[str, Any]]:
@@ -69,6 +80,20 @@ def played(folder: Path, template: str, role: str) -> list[dict[str, Any]]:
     return rows
 
 
+def segments_of(row: dict[str, Any]) -> list[list[int]]:
+    edges = [0, *row["starts"], len(row["response_tokens"])]
+    parts = [row["response_tokens"][start:end] for start, end in pairwise(edges)]
+    return [row["prompt_tokens"] + parts[0], *parts[1:]]
+
+
+def logprobs_of(model: torch.nn.Module, segment: list[int]) -> np.ndarray:
+    """Of all tokens; the first has none, and gets 0."""
+    tokens = torch.tensor([segment])
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(tokens).logits[0, :-1].float() / 0.8, -1)
+    return np.concatenate([[0.0], logprobs.gather(1, tokens[0, 1:, None])[:, 0].numpy()])
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_one_forward_over_a_row_gives_the_log_probs_of_all_turns(tmp_path: Path, name: str) -> None:
     folder = tiny_llama(tmp_path / "model")
@@ -76,10 +101,9 @@ def test_one_forward_over_a_row_gives_the_log_probs_of_all_turns(tmp_path: Path,
     model = load_causal(folder, torch.float32)
     for row in rows:
         assert json.loads(row["meta"])["episode"]["turns"] == 3
-        tokens = torch.tensor([row["prompt_tokens"] + row["response_tokens"]])
-        with torch.no_grad():
-            logprobs = torch.log_softmax(model(tokens).logits[0, :-1].float() / 0.8, -1)
-        found = logprobs.gather(1, tokens[0, 1:, None])[-len(row["response_tokens"]) :, 0].numpy()
+        assert len(row["starts"]) == (2 if name == "rewrites" else 0)
+        found = np.concatenate([logprobs_of(model, segment) for segment in segments_of(row)])
+        found = found[-len(row["response_tokens"]) :]
         learn = np.array(row["learn"])
         assert 3 <= learn.sum() <= 36 and not learn.all()
         np.testing.assert_allclose(found[learn], np.array(row["engine_logprobs"])[learn], atol=2e-4)

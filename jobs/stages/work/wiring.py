@@ -38,6 +38,7 @@ from jobs.stages.settings import (
     critic_section,
     critic_warmup_steps,
     engines_sleep,
+    episode_tokens,
     experience_settings,
     judge_templates,
     rank_context,
@@ -117,6 +118,7 @@ async def start_engines(config: Config, starter: Starter, *, version: int | None
             environment=config.environment if plays else EnvironmentConfig(),
             limits=config.rule_limits,
             environment_s=within(config.deadlines.generate_s),
+            episode_tokens=episode_tokens(config),
         )
         return {"context": context, "cache": config.run.cache}
 

@@ -30,6 +30,7 @@ def rollout_table(
         "prompt_tokens": prompt_tokens or [[5]] * count,
         "response_tokens": response_tokens or [[0]] * count,
         "learn": [[True] * len(tokens) for tokens in response_tokens or [[0]] * count],
+        "starts": [[]] * count,
         "engine_logprobs": [[-1.0]] * count,
         "finish_reason": ["stop"] * count,
         "version": [0] * count,

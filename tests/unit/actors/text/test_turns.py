@@ -16,7 +16,9 @@ from tests.unit.actors.text.test_closings import CASES
 from tests.unit.actors.text.test_learned import ONE_TURN, REWRITING, THINK_FIRST, THINKING
 
 ASKED = (Message("user", "hi"),)
-REFUSED = {*ONE_TURN, *(name for name in REWRITING if not name.startswith("generation prompt always"))}
+UNMARKED = "prompt only, Answer:"  # writes all turns, but no roles
+REWRITES = {UNMARKED, *(name for name in REWRITING if not name.startswith("generation prompt always"))}
+REFUSED = {*ONE_TURN} - {UNMARKED}
 TOOL_AS_USER = CHATML.replace("message['role'] +", "('user' if message['role'] == 'tool' else message['role']) +")
 
 
@@ -25,11 +27,13 @@ def played(chat: Chat, turns: list[Tokens], answers: list[str], role: str = "use
     conversation = Conversation(chat, ASKED)
     tokens = [conversation.prompt]
     for turn, answer in zip(turns, answers, strict=False):
-        tokens += [turn, conversation.continued(turn, role, answer)]
+        conversation, written = conversation.continued(turn, [Message(role, answer)])
+        assert written is not None, "a new segment begins"
+        tokens += [turn, written]
     return np.concatenate([*tokens, turns[-1]])
 
 
-@pytest.mark.parametrize("name", sorted(CASES.keys() - REFUSED))
+@pytest.mark.parametrize("name", sorted(CASES.keys() - REFUSED - REWRITES))
 def test_turns_follow_each_other_as_the_template_and_the_tokenizer_write_them(name: str) -> None:
     """The tokenizer has one token per character, so a text has one form in tokens."""
     case = CASES[name]
@@ -51,10 +55,25 @@ def test_turns_follow_each_other_as_the_template_and_the_tokenizer_write_them(na
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
-def test_templates_that_rewrite_earlier_turns_are_refused_with_a_way_out(name: str) -> None:
+def test_templates_for_one_turn_are_refused_with_a_way_out(name: str) -> None:
     case = CASES[name]
     with pytest.raises(DataError, match=r"Set model\.chat_template=FILE|set model\.chat_template=FILE"):
         prove_turns(chat_of(letters(case.template, case.eos, bos=case.bos)), "user")
+
+
+@pytest.mark.parametrize("name", sorted(REWRITES))
+def test_after_a_template_has_rewritten_a_turn_the_whole_conversation_is_a_new_prompt(name: str) -> None:
+    case = CASES[name]
+    chat = chat_of(letters(case.template, case.eos, bos=case.bos))
+    assert "writes earlier turns differently later on, so every turn is a prompt of its own" in prove_turns(
+        chat, "user"
+    )
+    conversation = Conversation(chat, ASKED)
+    following, written = conversation.continued(chat.closed(chat.tokens_of("yes")), [Message("user", "why?")])
+    assert written is None
+    assert following.messages == (*ASKED, Message("assistant", "yes"), Message("user", "why?"))
+    assert following.prompt.tolist() == chat.prompt(following.messages).tolist()
+    assert conversation.messages == ASKED, "a segment that ended has changed"
 
 
 def test_what_was_sampled_is_never_tokenised_again() -> None:
@@ -99,18 +118,17 @@ def test_an_empty_turn_continues() -> None:
 
 
 @pytest.mark.parametrize("template", [THINKING, THINK_FIRST])
-def test_thoughts_that_a_template_drops_are_refused_and_announced(template: str) -> None:
+def test_after_thoughts_that_a_template_drops_nothing_can_follow(template: str) -> None:
     """THINKING drops given thoughts only where a message has them apart; here they are part of the text."""
     dropping = template.replace("+ m['content'] + '<|im_end|>\n' }}{% endif %}", "+ m['content'].split('</think>')[-1] + '<|im_end|>\n' }}{% endif %}")  # fmt: skip # noqa: E501
     chat = chat_of(letters(dropping, "<|im_end|>"))
     thought = chat.closed(chat.tokens_of("<think>\nhm\n</think>\n\nyes"))
-    with pytest.raises(DataError, match=r"leave out its thoughts.*Set model\.chat_template=FILE"):
-        played(chat, [thought, thought], ["why?"])
+    following, written = Conversation(chat, ASKED).continued(thought, [Message("user", "why?")])
+    assert written is None and "hm" not in chat.text(following.prompt) and "yes" in chat.text(following.prompt)
     if template == THINKING:
         assert "repeats only turns without thoughts as they were sampled" in prove_turns(chat, "user")
     else:  # its generation prompt begins a thought, which the next prompt drops
-        with pytest.raises(DataError, match="writes an earlier turn differently"):
-            prove_turns(chat, "user")
+        assert "so every turn is a prompt of its own" in prove_turns(chat, "user")
 
 
 KEEPING = (
@@ -151,5 +169,6 @@ def test_a_begun_turn_is_continued_with_what_was_sampled() -> None:
     chat = chat_of(letters(CHATML, "<|im_end|>"))
     conversation = Conversation(chat, (*ASKED, Message("assistant", "well, ")))
     assert chat.text(conversation.prompt).endswith("assistant\nwell, ")
-    between = conversation.continued(chat.closed(chat.tokens_of("yes")), "user", "why?")
+    _, between = conversation.continued(chat.closed(chat.tokens_of("yes")), [Message("user", "why?")])
+    assert between is not None
     assert chat.text(between) == "\n<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"

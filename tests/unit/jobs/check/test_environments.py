@@ -50,6 +50,25 @@ def test_one_that_fails_on_all_prompts_is_a_config_error() -> None:
         check_environment(config_of("actors.environments.calculator:Abacus"), found())
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "error"),
+    [
+        ("asks", {"turns": 1}, None),
+        ("asks", {"turns": 2}, None),
+        ("hostile", {}, "the agent raised IndexError"),
+        ("needs_level", {"level": 1}, "the agent returned before it made a call"),
+    ],
+)
+def test_an_agent_makes_a_call_and_is_answered(name: str, options: dict[str, Any], error: str | None) -> None:
+    name = f"tests.unit.actors.environments.agents:{name}"
+    config = config_of(name, options=options)
+    if error is not None:
+        with pytest.raises(ConfigError, match=f"{error}.*and so on all of 4"):
+            check_environment(config, found(does="then raise"))
+    else:
+        assert check_environment(config, found()) == f"environment {name}: answers on 4 of 4 sample prompts"
+
+
 def test_the_chat_template_is_tried() -> None:
     dropping = THINKING.replace("+ m['content'] + '<|im_end|>\n' }}{% endif %}", "+ m['content'].split('</think>')[-1] + '<|im_end|>\n' }}{% endif %}")  # fmt: skip # noqa: E501
     line = check_environment(config_of(CALCULATOR), found(dropping, answer="42"))

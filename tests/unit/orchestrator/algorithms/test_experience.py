@@ -27,6 +27,7 @@ def rollout(finish=("stop", "length", "stop")):
         "prompt_tokens": [[1]] * count,
         "response_tokens": [list(range(length)) for length in LENGTHS.values()],
         "learn": [[True] * length for length in LENGTHS.values()],
+        "starts": [[]] * count,
         "engine_logprobs": [[-1.0] * length for length in LENGTHS.values()],
         "finish_reason": list(finish),
         "version": [4] * count,

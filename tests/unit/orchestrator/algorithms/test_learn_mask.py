@@ -55,6 +55,7 @@ def shard(
         "prompt_tokens": [[1], [1]],
         "response_tokens": [list(range(len(row))) for row in learn],
         "learn": learn,
+        "starts": [[], []],
         "engine_logprobs": lists(ENGINE),
         "finish_reason": ["length", "stop"],
         "version": [0, 0],
@@ -80,7 +81,8 @@ def shard(
 
 def without(table: pa.Table) -> pa.Table:
     """The same responses without other than learned tokens."""
-    lists = [field.name for field in table.schema if pa.types.is_list(field.type) and field.name != "prompt_tokens"]
+    others = ("prompt_tokens", "starts")
+    lists = [field.name for field in table.schema if pa.types.is_list(field.type) and field.name not in others]
     marks = table["learn"].to_pylist()
     for name in lists:
         kept = [
@@ -197,9 +199,12 @@ def test_marks_of_another_length_than_the_response_are_an_error() -> None:
         run(table=rollout.set_column(index, rollout.schema.field(index), marks))
 
 
-def test_a_log_from_before_the_column_is_read_as_all_learned() -> None:
+@pytest.mark.parametrize("missing", [["learn"], ["starts"], ["learn", "starts"]])
+def test_a_log_from_before_a_column_is_read_as_all_learned_and_in_one_segment(missing: list[str]) -> None:
     table, _ = run()
-    old = table.drop_columns(["learn"])
-    assert schema.with_learn(old).equals(table) and schema.with_learn(table) is table
-    assert schema.with_learn(pa.concat_tables([old, old.slice(0, 0), old])).equals(pa.concat_tables([table, table]))
-    assert schema.with_learn(old).schema.equals(schema.EXPERIENCE)
+    old = table.drop_columns(missing)
+    assert schema.with_all_columns(old).equals(table) and schema.with_all_columns(table) is table
+    assert schema.with_all_columns(pa.concat_tables([old, old.slice(0, 0), old])).equals(
+        pa.concat_tables([table, table])
+    )
+    assert schema.with_all_columns(old).schema.equals(schema.EXPERIENCE)
