@@ -82,9 +82,15 @@ def test_a_tensor_that_is_proved_later_is_not_compared_when_it_arrives() -> None
     received = {name: tensor for bucket in buckets for name, tensor in unpacker.add(bucket)}
     assert not torch.equal(received.pop("embed"), weights.pop("embed"))
     assert all(torch.equal(received[name], tensor) for name, tensor in weights.items())
-    buckets[0].checksums.clear()  # type: ignore[attr-defined]
-    with pytest.raises(PublishError, match="embed"):
-        Unpacker(header, proved_later=lambda _: True).add(buckets[-1] if len(buckets) == 1 else buckets[0])
+
+
+def test_a_tensor_that_is_proved_later_still_needs_the_trainers_digest() -> None:
+    weights = _weights(torch.bfloat16)
+    header = _header(weights, bucket_bytes=1 << 20)
+    (bucket,) = pack(header, weights.items())
+    without = {name: value for name, value in bucket.checksums.items() if name != "norm"}
+    with pytest.raises(PublishError, match="for norm;"):
+        Unpacker(header, proved_later=lambda _: True).add(Bucket(0, bucket.data, without))
 
 
 def test_a_dropped_or_repeated_bucket_is_refused() -> None:
