@@ -90,11 +90,11 @@ async def _measure_count(policy: ActorGroup, engines: ActorGroup, work: Work, ro
         detail=f"{what}; {count} × bytes ÷ copy bandwidth",
     )
     applied = ratio_figure(
-        f"publish to {count}, of it vLLM's loading and packing ÷ copies",
+        f"publish to {count}, of it writing and packing ÷ copies",
         Pairs(apply_s, copy_s),
         "s",
         better="lower",
-        detail="what its layerwise reload takes, on the slowest engine: no publish can be shorter",
+        detail="on the slowest engine",
     )
     verified = ratio_figure(
         f"publish to {count}, of it verification ÷ copies", Pairs(verify_s, copy_s), "s", better="lower"
