@@ -18,12 +18,14 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from actors.weights.conversion import NamedTensor
 from actors.weights.experts import pack_again
 from actors.weights.manifest import Unpacker, Verify, WeightHeader
 from actors.weights.places import Places, checkpoint_form, locate
 from actors.weights.readback import Reader
 from actors.weights.transports.receiver import Parcel, Receiver
 from actors.weights.verify import Verifier
+from actors.weights.write import Writer, obstacle
 from orchestrator.errors import PublishError
 
 
@@ -42,7 +44,8 @@ class BucketUpdateInfo(WeightTransferUpdateInfo):
 
 
 class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo]):
-    """Loads buckets layer by layer through vLLM's layerwise reload; holds one bucket and one layer at a time."""
+    """Writes buckets to the places of their tensors, or loads them through vLLM's layerwise reload if the model keeps
+    more than these (`obstacle`); holds one bucket and one layer at a time."""
 
     init_info_cls = BucketInitInfo
     update_info_cls = BucketUpdateInfo
@@ -56,11 +59,14 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         self._form = checkpoint_form(self.vllm_config)
         self._places = locate(self.model, self._form)
         self.receiver = Receiver(self.device)
+        self._reader = Reader(self.model)
+        self.obstacle = obstacle(self.model, self._places)
+        self._writer = Writer(self.model, self._places, self._reader) if self.obstacle is None else None
         self.seconds = dict.fromkeys(("receive", "apply", "verify"), 0.0)
 
     def init_transfer_engine(self, init_info: BucketInitInfo) -> None:
         """Raises PublishError if the sent names are not the model's."""
-        verifier = Verifier(Reader(self.model), self._places, mode=init_info.verify, seed=init_info.seed)
+        verifier = Verifier(self._reader, self._places, mode=init_info.verify, seed=init_info.seed)
         verifier.check_names((spec.name for spec in init_info.header.tensors), optional=self._form.buffers)
         self._verifier, self._unpacker = verifier, Unpacker(init_info.header)
         self.receiver.begin(init_info.header)
@@ -70,6 +76,9 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         if self._half_loaded:
             # After an interrupted update, layers would wait for its rest and mix two versions.
             finalize_layerwise_reload(self.model, self.model_config)
+        if self._writer is not None:
+            self._writer.begin()
+            return
         self._half_loaded = True
         pack_again(self.model)
         initialize_layerwise_reload(self.model)
@@ -88,15 +97,23 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         for name, tensor in tensors:
             self._verifier.expect(name, tensor, bucket.checksums[name])
         expected = perf_counter()
-        self.model.load_weights(self._form.convert(tensors))
+        self._apply(tensors)
         self.seconds["receive"] += received - started
         self.seconds["verify"] += expected - received
         self.seconds["apply"] += perf_counter() - expected
 
+    def _apply(self, tensors: list[NamedTensor]) -> None:
+        if self._writer is None:
+            self.model.load_weights(self._form.convert(tensors))
+            return
+        for name, tensor in tensors:
+            self._writer.write(name, tensor)
+
     def finish_weight_update(self) -> None:
         started = perf_counter()
         self.receiver.finish()
-        finalize_layerwise_reload(self.model, self.model_config)
+        if self._writer is None:
+            finalize_layerwise_reload(self.model, self.model_config)
         refresh_tied_layers(self.model, self._places)
         self._half_loaded = False
         self.seconds["apply"] += perf_counter() - started

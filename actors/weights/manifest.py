@@ -1,7 +1,7 @@
-"""The transfer format of weights: a header, flat buckets of bytes, and a checksum per tensor.
+"""The transfer format of weights: a header, flat buckets of bytes, and a digest per tensor (actors.weights.digest).
 
 The trainer plans once (names, dtypes and shapes are known without gathering), then packs tensor by tensor into buckets
-of bounded size. A tensor's checksum is in the bucket with its last byte, so each side holds at most one bucket and one
+of bounded size. A tensor's digest is in the bucket with its last byte, so each side holds at most one bucket and one
 tensor. Buckets are uint8 arrays, which any transport of arrays can send.
 
 -0 and subnormals are sent as +0: matrix units flush them, so a receiver that reads weights back through its layers
@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from xxhash import xxh3_128
 
+from actors.weights.digest import Digest, digest, digest_part
 from orchestrator.errors import PublishError
 
 Verify = Literal["full", "sampled", "checksums"]
@@ -96,8 +97,8 @@ class WeightHeader:
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """Bucket `index` of a header's stream, with the checksums of the tensors that end in it. The bytes are an array, or
-    a tensor on the device on which they are used."""
+    """Bucket `index` of a header's stream, with the digests (hexadecimal) of the tensors that end in it. The bytes are
+    an array, or a tensor on the device on which they are used."""
 
     index: int
     data: Bytes | torch.Tensor
@@ -166,7 +167,7 @@ def pack(
     pairs = iter(tensors)
     for number, spec in enumerate(header.tensors):
         source = _checked(spec, next(pairs, None)).detach().to(device).contiguous().reshape(-1)
-        digest = xxh3_128()
+        total = Digest(0, 0, 0)
         position, done = header.start(number), 0
         while done < spec.num_bytes:
             if position >= (index + 1) * header.bucket_bytes:
@@ -177,10 +178,10 @@ def pack(
             size = min(spec.num_bytes - done, len(buffer) - offset)
             part = buffer[offset : offset + size]
             first, last = (at // source.element_size() for at in (done, done + size))
-            canonical(source[first:last], out=part.view(source.dtype))
-            digest.update(raw_bytes(part).data)
+            sent = canonical(source[first:last], out=part.view(source.dtype))
+            total += digest_part(sent, spec.name, spec.shape, first, (1,))
             position, done = position + size, done + size
-        checksums[spec.name] = digest.hexdigest()
+        checksums[spec.name] = total.hex
     extra = next(pairs, None)
     if extra is not None:
         raise PublishError(
@@ -207,7 +208,7 @@ def _checked(spec: TensorSpec, pair: tuple[str, torch.Tensor] | None) -> torch.T
 
 @dataclass
 class Unpacker:
-    """Converts buckets, in order, to tensors, and compares their checksums with the trainer's."""
+    """Converts buckets, in order, to tensors, and compares their digests with the trainer's."""
 
     header: WeightHeader
     _next_bucket: int = 0
@@ -228,17 +229,19 @@ class Unpacker:
                 f"with {bucket.num_bytes} bytes; send buckets once each, in order."
             )
         self._next_bucket += 1
+        first = self._next_tensor
         complete = list(self._cut(bucket))
-        received = {name: checksum(data) for name, data in complete}
-        bad = [name for name, digest in received.items() if digest != bucket.checksums.get(name)]
-        if bad or set(bucket.checksums) != set(received):
-            names = bad or sorted(set(bucket.checksums) ^ set(received))
-            raise PublishError(f"bytes received differ from the trainer's for {listed(names)}; publish again.")
-        specs = self.header.tensors[self._next_tensor - len(complete) : self._next_tensor]
-        return [
+        specs = self.header.tensors[first : self._next_tensor]
+        tensors = [
             (name, data.view(spec.torch_dtype).reshape(spec.shape))
             for (name, data), spec in zip(complete, specs, strict=True)
         ]
+        received = {name: digest(tensor, name).hex for name, tensor in tensors}
+        bad = [name for name, value in received.items() if value != bucket.checksums.get(name)]
+        if bad or set(bucket.checksums) != set(received):
+            names = bad or sorted(set(bucket.checksums) ^ set(received))
+            raise PublishError(f"bytes received differ from the trainer's for {listed(names)}; publish again.")
+        return tensors
 
     @property
     def done(self) -> bool:

@@ -1,9 +1,10 @@
 """Reads back the weights that the layers of a vLLM model compute with, which may differ from its parameters.
 
 They differ on CPUs. If the CPU has a packed format for the dtype, linear layers multiply with packed copies; the
-parameter is emptied or, for a tied lm_head, unused. Such a layer is applied to the identity matrix: the result is
-exactly the transposed weight, because all other products are exact zeros. The layer that computes logits is read
-through `compute_logits`, which sampling also uses. Packing moves the elements of experts; the new positions are found
+parameter is emptied or, for a tied lm_head, unused. Copies that torch packed are unpacked (actors.weights.packed). Any
+other such layer is applied to the identity matrix: the result is exactly the transposed weight, because all other
+products are exact zeros. The layer that computes logits is read through `compute_logits`, which sampling also uses.
+Packing moves the elements of experts; the new positions are found
 by packing numbers. All other parameters are read as bytes.
 """
 
@@ -19,8 +20,9 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from actors.weights.experts import ExpertLayout
 from actors.weights.manifest import canonical
+from actors.weights.packed import packed_weight
 
-Way = Literal["bytes", "product", "experts"]
+Way = Literal["bytes", "packed", "product", "experts"]
 
 PROBE_ROWS = 2048
 TRANSPOSED_ROWS = 64
@@ -52,14 +54,20 @@ class Reader:
         is_lookup = isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
         if is_lookup and layer is not self._head:
             return ("bytes",)
+        if packed_weight(layer) is not None:
+            return ("bytes", "packed") if is_lookup else ("packed",)
         if module not in self._packed:
             self._packed[module] = ignores_its_parameter(layer, self.parameter(module, name).dtype)
         if not self._packed[module]:
             return ("bytes",)
         return ("bytes", "product") if is_lookup else ("product",)
 
+    def shape(self, module: str) -> torch.Size:
+        """(outputs, inputs) of a linear layer."""
+        return _shape(self._modules[module])
+
     def width(self, module: str) -> int:
-        return _shape(self._modules[module])[1]
+        return self.shape(module)[1]
 
     def read(self, module: str, name: str, way: Way, columns: torch.Tensor | None = None) -> torch.Tensor:
         """The parameter in its loader's layout.
@@ -70,6 +78,10 @@ class Reader:
         parameter, layer = self.parameter(module, name), self._modules[module]
         if way == "bytes":
             return parameter
+        if way == "packed":
+            packed = packed_weight(layer)
+            assert packed is not None
+            return flushed(packed.read())
         if way == "experts":
             return self._layout(layer).unpack(name, parameter)
         width = _shape(layer)[1]

@@ -7,14 +7,15 @@ not return.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from actors.weights.manifest import TensorSpec, Verify, check_names, checksum, listed
-from actors.weights.places import Place, Places
+from actors.weights.digest import digest, digest_part
+from actors.weights.manifest import Verify, check_names, listed
+from actors.weights.places import Place, Places, View
 from actors.weights.readback import Reader, Way, flushed
 from orchestrator.errors import PublishError
 
@@ -31,6 +32,25 @@ class _Reading:
     way: Way
 
 
+@dataclass(frozen=True)
+class _Expected:
+    """What one place must return: the digest of a part of tensor `name`, which has the shape `whole`."""
+
+    name: str
+    whole: tuple[int, ...]
+    place: Place
+    digest: str
+
+    def is_in(self, held: torch.Tensor, columns: View | None) -> bool:
+        """Args:
+        held: the place's parameter, or some of its columns.
+        columns: view of the place in these columns; None: of the whole parameter.
+        """
+        if columns is not None:
+            return digest(columns.of(held), self.name).hex == self.digest
+        return _digest_at(self.place.held.of(held), self.name, self.whole, self.place) == self.digest
+
+
 class Verifier:
     """Compares the sent weights with those that the layers of one model compute with.
 
@@ -44,15 +64,15 @@ class Verifier:
 
     def __init__(self, reader: Reader, places: Places, *, mode: Verify, seed: int) -> None:
         self._reader, self._places, self._mode, self._seed = reader, places, mode, seed
-        self._expected: dict[_Reading, list[tuple[str, Place, str]]] = defaultdict(list)
+        self._expected: dict[_Reading, list[_Expected]] = defaultdict(list)
         self._names: set[str] = set()
 
     def check_names(self, names: Iterable[str], *, optional: Iterable[str] = ()) -> None:
         """Raises PublishError, which names tensors that only the model or only the trainer has."""
         check_names(names, needed=self._places, optional=optional)
 
-    def expect(self, name: str, tensor: torch.Tensor, digest: str) -> None:
-        """Records the digest that each place of `name` must return. `digest` is the checksum of `tensor`."""
+    def expect(self, name: str, tensor: torch.Tensor, sent: str) -> None:
+        """Records the digest that each place of `name` must return. `sent` is the digest of `tensor`."""
         if self._mode == "checksums":
             return
         self._names.add(name)
@@ -62,29 +82,12 @@ class Verifier:
                 reading = _Reading(place.module, place.parameter, way)
                 columns = self._columns(reading)
                 if columns is not None:
-                    expected = checksum(flushed(place.sent.of(value)[..., columns]))
-                elif value is tensor and place.is_all_of(tensor.numel()):
-                    expected = digest
+                    expected = digest(flushed(place.sent.of(value)[..., columns]), name).hex
+                elif value is tensor and place.sent.num_elements == tensor.numel():
+                    expected = sent
                 else:
-                    expected = checksum(flushed(place.sent.of(value)))
-                self._expected[reading].append((name, place, expected))
-
-    def expect_checksum(self, spec: TensorSpec, digest: str) -> None:
-        """The same from the trainer's checksum, for engines without prepacked layers and with the sent dtype.
-
-        Raises:
-            PublishError: the engine keeps the tensor in parts or in another order.
-        """
-        if self._mode == "checksums":
-            return
-        self._names.add(spec.name)
-        for place in self._places.get(spec.name, ()):
-            if not place.is_all_of(spec.num_elements):
-                raise PublishError(
-                    f"the engine keeps {spec.name} in another form (in {place.module}), which its checksum can't "
-                    "prove; set rollout.engine=hf."
-                )
-            self._expected[_Reading(place.module, place.parameter, "bytes")].append((spec.name, place, digest))
+                    expected = _digest_at(flushed(place.sent.of(value)), name, tensor.shape, place)
+                self._expected[reading].append(_Expected(name, tuple(tensor.shape), place, expected))
 
     @torch.inference_mode()
     def compare(self) -> int:
@@ -97,15 +100,14 @@ class Verifier:
         for reading, parts in self._expected.items():
             columns = self._columns(reading)
             held = self._reader.read(reading.module, reading.parameter, reading.way, columns)
-            for name, place, digest in parts:
+            for part in parts:
                 view = (
-                    place.held
+                    None
                     if columns is None
-                    else place.held.columns(self._reader.width(reading.module), len(columns))
+                    else part.place.held.columns(self._reader.width(reading.module), len(columns))
                 )
-                assert view is not None
-                if checksum(view.of(held)) != digest:
-                    stale[name] = f"{name} (in {reading.module})"
+                if not part.is_in(held, view):
+                    stale[part.name] = f"{part.name} (in {reading.module})"
         if stale:
             raise PublishError(
                 f"the engine does not compute with the published weights of {listed(stale.values())}. "
@@ -132,3 +134,8 @@ class Verifier:
                 if "product" in self._reader.ways(place.module, place.parameter):
                     whole[reading] &= place.held.has_whole_rows(self._reader.width(place.module))
         return {reading for reading, is_whole in whole.items() if is_whole}
+
+
+def _digest_at(part: torch.Tensor, name: str, whole: Sequence[int], place: Place) -> str:
+    """The digest of the part of a tensor that a place holds."""
+    return digest_part(part, name, whole, place.sent.offset, place.sent.strides).hex
