@@ -22,6 +22,7 @@ BENCHMARKS: Mapping[str, Sequence[str]] = {
     "lora": (),
     "scoring": (),
     "publish": (),
+    "digest": (),
     "cold_start": (),
     "overhead": (),
     "simulate": ("--check",),

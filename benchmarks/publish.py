@@ -131,7 +131,7 @@ def _engines(work: Work, count: int) -> ActorGroup:
     config = work.config
     threads = int(config.rollout.cpus_per_replica)
     context = EngineContext(
-        model=config.model.model_copy(update={"dtype": "bfloat16"}),
+        model=config.model,
         threads=threads,
         max_samples=config.rollout.samples_per_shard,
         rollout=config.rollout.model_copy(update={"kv_cache_gib": KV_CACHE_GIB}),

@@ -68,7 +68,7 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         """Raises PublishError if the sent names are not the model's."""
         verifier = Verifier(self._reader, self._places, mode=init_info.verify, seed=init_info.seed)
         verifier.check_names((spec.name for spec in init_info.header.tensors), optional=self._form.buffers)
-        self._verifier, self._unpacker = verifier, Unpacker(init_info.header)
+        self._verifier, self._unpacker = verifier, Unpacker(init_info.header, proved_later=verifier.proves)
         self.receiver.begin(init_info.header)
         self.seconds = dict.fromkeys(self.seconds, 0.0)
 
@@ -87,7 +87,8 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: BucketUpdateInfo) -> None:
-        """Raises PublishError, without applying the bucket, if bytes differ from the trainer's; TransportBroken."""
+        """Raises PublishError, without applying the bucket, if bytes differ from the trainer's; those that `compare`
+        proves itself are not read twice. Raises TransportBroken."""
         if self._unpacker is None or self._verifier is None:
             raise PublishError("a bucket arrived before its header; call init_weight_transfer_engine first.")
         started = perf_counter()
@@ -114,6 +115,8 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         self.receiver.finish()
         if self._writer is None:
             finalize_layerwise_reload(self.model, self.model_config)
+        else:
+            self._writer.finish()
         refresh_tied_layers(self.model, self._places)
         self._half_loaded = False
         self.seconds["apply"] += perf_counter() - started

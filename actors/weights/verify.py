@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 
 from actors.weights.digest import digest, digest_part
-from actors.weights.manifest import Verify, check_names, listed
+from actors.weights.manifest import TensorSpec, Verify, check_names, listed
 from actors.weights.places import Place, Places, View
 from actors.weights.readback import Reader, Way, flushed
 from orchestrator.errors import PublishError
@@ -70,6 +70,20 @@ class Verifier:
     def check_names(self, names: Iterable[str], *, optional: Iterable[str] = ()) -> None:
         """Raises PublishError, which names tensors that only the model or only the trainer has."""
         check_names(names, needed=self._places, optional=optional)
+
+    def proves(self, spec: TensorSpec) -> bool:
+        """Whether `compare` reads every place of a tensor back against the trainer's digest itself, so that the tensor
+        need not be compared when it is received."""
+        places = self._places.get(spec.name, ())
+        return (
+            self._mode == "full"
+            and bool(places)
+            and all(
+                place.sent.num_elements == spec.num_elements
+                and self._reader.parameter(place.module, place.parameter).dtype == spec.torch_dtype
+                for place in places
+            )
+        )
 
     def expect(self, name: str, tensor: torch.Tensor, sent: str) -> None:
         """Records the digest that each place of `name` must return. `sent` is the digest of `tensor`."""

@@ -66,15 +66,14 @@ class Writer:
     def __init__(self, model: nn.Module, places: Places, reader: Reader) -> None:
         self._places, self._reader = places, reader
         self._modules: Mapping[str, Any] = dict(model.named_modules())
-        self._sizes: dict[_Key, int] = {}
-        for key, views in _views(places).items():
-            self._sizes[key] = sum(view.num_elements for view in views)
+        self._views = _views(places)
+        self._sizes = {key: sum(view.num_elements for view in views) for key, views in self._views.items()}
         self._staged: dict[_Key, torch.Tensor] = {}
         self._left: dict[_Key, set[View]] = {}
 
     def begin(self) -> None:
         self._staged = {}
-        self._left = {key: set(views) for key, views in _views(self._places).items()}
+        self._left = {key: set(views) for key, views in self._views.items()}
 
     @torch.no_grad()
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -82,13 +81,25 @@ class Writer:
             if not place.tied:
                 self._write(place, tensor)
 
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Packs layers that lack parts, with their old ones, so that reading back names just the missing tensors."""
+        for key, views in self._left.items():
+            if not views or len(views) == len(self._views[key]):
+                continue
+            if key in self._staged:
+                held = self._held(key)
+                for view in views:
+                    view.of(self._staged[key]).copy_(view.of(held))
+            self._pack_if_needed(key)
+
     def _write(self, place: Place, tensor: torch.Tensor) -> None:
         key = place.module, place.parameter
         target = self._target(key)
         place.held.of(target).copy_(place.sent.of(tensor))
         self._left[key].discard(place.held)
-        if not self._left[key] and set(self._reader.ways(*key)) & {"packed", "product"}:
-            self._pack(self._modules[place.module], self._staged.pop(key, None))
+        if not self._left[key]:
+            self._pack_if_needed(key)
 
     def _target(self, key: _Key) -> torch.Tensor:
         """The parameter; in place of an emptied one, a new tensor that becomes the packed weight."""
@@ -106,10 +117,12 @@ class Writer:
         (way,) = self._reader.ways(*key)
         return self._reader.read(*key, way).clone()
 
-    @staticmethod
-    def _pack(layer: Any, weight: torch.Tensor | None) -> None:
-        if weight is not None:
-            layer.weight = nn.Parameter(weight, requires_grad=False)
+    def _pack_if_needed(self, key: _Key) -> None:
+        if not set(self._reader.ways(*key)) & {"packed", "product"}:
+            return
+        layer = self._modules[key[0]]
+        if key in self._staged:
+            layer.weight = nn.Parameter(self._staged.pop(key), requires_grad=False)
         layer.quant_method.process_weights_after_loading(layer)
 
 

@@ -25,9 +25,11 @@ import actors.weights.cpu
 from actors.engines.contract import Engine, EngineContext, UpdateReport
 from actors.engines.vllm_engine import VllmEngine
 from actors.models.export import named_state
+from actors.weights.cpu import BucketTransferEngine
 from actors.weights.manifest import Bucket, pack, plan
 from actors.weights.places import Places
 from actors.weights.readback import ignores_its_parameter
+from actors.weights.write import Writer
 from orchestrator.config.base import Section
 from orchestrator.config.publishing import PublishConfig
 from orchestrator.config.sections import ModelConfig, RolloutConfig
@@ -166,19 +168,6 @@ def tied_layers_left_stale() -> Iterator[None]:
 
 
 @contextmanager
-def never_applied(engine: VllmEngine, name: str) -> Iterator[None]:
-    """The engine receives all tensors but omits one when it loads the model."""
-    model = _model(engine)
-    load = model.load_weights
-
-    def load_but_one(weights: Any) -> Any:
-        return load((key, tensor) for key, tensor in weights if key != name)
-
-    with mock.patch.object(model, "load_weights", load_but_one):
-        yield
-
-
-@contextmanager
 def layer_keeps_its_packed_weights(engine: VllmEngine, name: str) -> Iterator[None]:
     """One layer is loaded but not packed again, so it computes with its old weights."""
     model = _model(engine)
@@ -264,7 +253,7 @@ def _faulty_publish(engine: VllmEngine, weights: Weights, fault: str, name: str)
         with tied_layers_left_stale():
             publish(engine, weights, 1)
     elif fault == "never-applied":
-        with never_applied(engine, name):
+        with altered_while_loading(engine, partial(_only, name, lambda _: None)):
             publish(engine, weights, 1)
     elif fault == "not-packed":
         with layer_keeps_its_packed_weights(engine, name):
@@ -286,15 +275,20 @@ Alter = Callable[[str, torch.Tensor], torch.Tensor | None]
 
 @contextmanager
 def altered_while_loading(engine: VllmEngine, alter: Alter) -> Iterator[None]:
-    """The engine receives all tensors but loads replacements for some; None: omits them."""
+    """The engine receives all tensors but writes or loads replacements for some; None: omits them."""
     model = _model(engine)
-    load = model.load_weights
+    load, write = model.load_weights, Writer.write
 
     def load_altered(weights: Any) -> Any:
         altered = ((name, alter(name, tensor)) for name, tensor in weights)
         return load((name, tensor) for name, tensor in altered if tensor is not None)
 
-    with mock.patch.object(model, "load_weights", load_altered):
+    def write_altered(writer: Writer, name: str, tensor: torch.Tensor) -> None:
+        altered = alter(name, tensor)
+        if altered is not None:
+            write(writer, name, altered)
+
+    with mock.patch.object(model, "load_weights", load_altered), mock.patch.object(Writer, "write", write_altered):
         yield
 
 
@@ -372,9 +366,13 @@ def _model(engine: VllmEngine) -> torch.nn.Module:
     return model
 
 
+def _transfer(engine: VllmEngine) -> BucketTransferEngine:
+    transfer: BucketTransferEngine = _worker(engine).weight_transfer_engine
+    return transfer
+
+
 def _places(engine: VllmEngine) -> Places:
-    places: Places = _worker(engine).weight_transfer_engine._places
-    return places
+    return _transfer(engine)._places
 
 
 def reference_logprobs(folder: Path, rows: Sequence[Mapping[str, Any]], temperature: float) -> list[list[float]]:

@@ -73,6 +73,26 @@ def test_one_bit_altered_in_transit_names_the_tensor(name: str) -> None:
         _unpack(header, buckets)
 
 
+def test_a_tensor_that_is_proved_later_is_not_compared_when_it_arrives() -> None:
+    weights = _weights(torch.bfloat16)
+    header = _header(weights)
+    buckets = list(pack(header, weights.items()))
+    buckets[0].data[0] ^= np.uint8(1)
+    unpacker = Unpacker(header, proved_later=lambda spec: spec.name == "embed")
+    received = {name: tensor for bucket in buckets for name, tensor in unpacker.add(bucket)}
+    assert not torch.equal(received.pop("embed"), weights.pop("embed"))
+    assert all(torch.equal(received[name], tensor) for name, tensor in weights.items())
+
+
+def test_a_tensor_that_is_proved_later_still_needs_the_trainers_digest() -> None:
+    weights = _weights(torch.bfloat16)
+    header = _header(weights, bucket_bytes=1 << 20)
+    (bucket,) = pack(header, weights.items())
+    without = {name: value for name, value in bucket.checksums.items() if name != "norm"}
+    with pytest.raises(PublishError, match="for norm;"):
+        Unpacker(header, proved_later=lambda _: True).add(Bucket(0, bucket.data, without))
+
+
 def test_a_dropped_or_repeated_bucket_is_refused() -> None:
     weights = _weights(torch.bfloat16)
     header = _header(weights)
