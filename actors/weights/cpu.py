@@ -58,10 +58,10 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         self._half_loaded = False
         self._form = checkpoint_form(self.vllm_config)
         self._places = locate(self.model, self._form)
+        self.receiver = Receiver(self.device)
         self._reader = Reader(self.model)
         self.obstacle = obstacle(self.model, self._places)
         self._writer = Writer(self.model, self._places, self._reader) if self.obstacle is None else None
-        self.receiver = Receiver(self.device)
         self.seconds = dict.fromkeys(("receive", "apply", "verify"), 0.0)
 
     def init_transfer_engine(self, init_info: BucketInitInfo) -> None:

@@ -235,11 +235,11 @@ class Unpacker:
             )
         self._next_bucket += 1
         first = self._next_tensor
-        complete = [data for _, data in self._cut(bucket)]
+        complete = list(self._cut(bucket))
         specs = self.header.tensors[first : self._next_tensor]
         tensors = [
-            (spec.name, data.view(spec.torch_dtype).reshape(spec.shape))
-            for data, spec in zip(complete, specs, strict=True)
+            (name, data.view(spec.torch_dtype).reshape(spec.shape))
+            for (name, data), spec in zip(complete, specs, strict=True)
         ]
         read_now = [pair for pair, spec in zip(tensors, specs, strict=True) if not self.proved_later(spec)]
         bad = [name for name, tensor in read_now if digest(tensor, name).hex != bucket.checksums.get(name)]

@@ -10,7 +10,7 @@ import torch
 
 from actors.learning.distributed import from_all
 from actors.roles.policy import PolicyWorker
-from actors.weights.digest import Digest, Digests, digest
+from actors.weights.digest import Digest, Digests
 from actors.weights.manifest import ALIGNMENT_BYTES, Bucket, WeightHeader, canonical, listed, pack, plan
 from actors.weights.transports.broken import TransportBroken
 from actors.weights.transports.group import BroadcastGroup, Rendezvous
@@ -53,7 +53,9 @@ class PublishingPolicy(PolicyWorker):
         packs, device = self.group.rank in packing.ranks, self.learner.device if packing.on_device else _HOST
         parts = self.digests_of_parts()
         weights = self.learner.full_weights(device=device, is_kept=packs)
-        self._buckets = pack(header, proved(weights, parts), device) if packs else follow(header, weights)
+        self._buckets = (
+            proved(pack(header, weights, device), parts, header.num_buckets) if packs else follow(header, weights)
+        )
         return header
 
     def digests_of_parts(self) -> dict[str, Digest]:
@@ -143,24 +145,21 @@ class PublishingPolicy(PolicyWorker):
         self._shared = ()
 
 
-def proved(
-    weights: Iterable[tuple[str, torch.Tensor]], parts: Mapping[str, Digest]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights. Gathered ones must have the digests of their parts.
+def proved(buckets: Iterable[Bucket], parts: Mapping[str, Digest], num_buckets: int) -> Iterator[Bucket]:
+    """The buckets. Gathered tensors must have the digests of their parts.
 
     Raises:
-        PublishError: after the last one, so that other ranks need not wait for this one; names all that differ.
+        PublishError: instead of the last bucket, so that other ranks need not wait for this one; names all that differ.
     """
-    wrong = []
-    for name, tensor in weights:
-        if name in parts and digest(canonical(tensor), name) != parts[name]:
-            wrong.append(name)
-        yield name, tensor
-    if wrong:
-        raise PublishError(
-            f"{listed(wrong)} was gathered from the policy's ranks with other bytes than they hold. Start the run "
-            "again: it continues from its last checkpoint."
-        )
+    wrong: list[str] = []
+    for bucket in buckets:
+        wrong += [name for name, sent in bucket.checksums.items() if name in parts and sent != parts[name].hex]
+        if wrong and bucket.index + 1 == num_buckets:
+            raise PublishError(
+                f"{listed(wrong)} was gathered from the policy's ranks with other bytes than they hold. Start the run "
+                "again: it continues from its last checkpoint."
+            )
+        yield bucket
 
 
 def follow(header: WeightHeader, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[None]:

@@ -48,7 +48,7 @@ print(len(names))
 
 def test_all_but_vllms_own_modules_import_without_vllm() -> None:
     """vLLM is not published for macOS."""
-    using = ("cpu", "experts", "gpu", "packed", "places", "readback", "verify", "write")
+    using = ("cpu", "experts", "packed", "places", "readback", "verify", "write")
     weights = [f"actors/weights/{name}.py" for name in using]
     own = ("actors/engines/vllm_engine.py", "actors/engines/vllm_plugin.py", "actors/engines/vllm_trial.py", *weights)
     others = [path for path in MODULES if path not in own and "__main__" not in path]
