@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from actors.groups.cluster import bundles
+from actors.groups.cluster import bundles, requested_cpus
 from actors.groups.devices import visible
 from actors.groups.group import ActorGroup
 from actors.groups.starter import Starter
@@ -29,6 +32,14 @@ def test_a_bundle_holds_whole_gpus_of_a_node_and_the_actors_on_them() -> None:
     assert "GPU" not in recorder.resources
     every = [slot for bundle in bundles(plan) for slot in bundle.slots]
     assert len(every) == len(plan.slots) == len(set(every))
+
+
+@given(st.integers(1, 9), st.integers(1, 16), st.floats(0.1, 40.0))
+def test_what_actors_of_a_bundle_ask_for_never_exceeds_it_in_rays_units(roles: int, ranks: int, cpus: float) -> None:
+    demands = [Demand(f"role {number}", ranks, cpus, 1.0, is_whole=True) for number in range(roles)]
+    (bundle,) = bundles(place(demands, [Node("a", 1e4, 16.0)], mode="colocated"))
+    reserved = math.floor(bundle.resources["CPU"] * 1e4)
+    assert sum(round(requested_cpus(slot) * 1e4) for slot in bundle.slots) <= reserved
 
 
 def test_without_gpus_each_actor_has_a_bundle_of_its_own() -> None:
