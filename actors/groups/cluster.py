@@ -36,6 +36,7 @@ KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": 
 QUIET_WAIT_S = 5.0
 _ASKED = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"  # any call that needs the token
 LEAVE_S = 5.0
+_RAY_UNIT = 1e-4
 PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
 NETWORK = ("NCCL_", "TORCH_NCCL_", "GLOO_")
 
@@ -290,6 +291,12 @@ def bundles(plan: Plan) -> list[Bundle]:
         numbers = [number for number, at in enumerate(plan.gpus) if at == address]
         found.append(Bundle({**_bundle(address, slots), "GPU": float(len(numbers))}, numbers, slots))
     return found + [Bundle(_bundle(slot.address, [slot]), (), [slot]) for slot in plan.slots if not slot.gpus]
+
+
+def requested_cpus(slot: Slot) -> float:
+    """What an actor asks of its bundle. Ray counts in ten-thousandths: rounded shares of several actors could add up to
+    more than their rounded sum, and the last one would wait for ever."""
+    return max(slot.cpu_share - 2 * _RAY_UNIT, 0.0) if slot.gpus else slot.cpu_share
 
 
 def _bundle(address: str, slots: Sequence[Slot]) -> dict[str, float]:

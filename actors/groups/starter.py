@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.groups.cluster import alive_nodes, bundles, environment, plan_when_ready, reserve
+from actors.groups.cluster import alive_nodes, bundles, environment, plan_when_ready, requested_cpus, reserve
 from actors.groups.devices import device_names, visible
 from actors.groups.group import ActorGroup, Start
 from actors.groups.process import as_actor, free_port
@@ -143,7 +143,7 @@ class Starter:
     def _actor(self, slot: Slot, worker: type[Any], arguments: Mapping[str, Any]) -> ActorHandle[Any]:
         devices = [self._devices[number] for number in slot.gpus]
         options = {
-            "num_cpus": slot.cpu_share,
+            "num_cpus": requested_cpus(slot),
             "scheduling_strategy": self._at(slot),
             "runtime_env": {"env_vars": environment(slot.threads, on_gpu=bool(devices)) | visible(devices)},
             "max_restarts": 0,
@@ -159,7 +159,8 @@ class Starter:
         first, *others = slots
         if not others:
             return first.address, 0
-        port = ray.remote(free_port).options(num_cpus=first.cpu_share, scheduling_strategy=self._at(first)).remote()
+        asked = ray.remote(free_port).options(num_cpus=requested_cpus(first), scheduling_strategy=self._at(first))
+        port = asked.remote()
         try:
             return first.address, await asyncio.wait_for(port, PORT_DEADLINE_S)
         except (TimeoutError, RayError) as error:
