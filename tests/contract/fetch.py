@@ -24,6 +24,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rlh
 _OFFLINE = re.compile(
     r"Retrying|NewConnectionError|Failed to establish|error sending request|dns error|--no-index", re.I
 )
+_UNREACHABLE: list[str] = []
 _OF_LOCK = re.compile(r"^(?P<name>[a-z0-9-]+)==(?P<version>[^ ;]+)(?P<rest>[^\n]*(?:\n    --hash=[^\n]*)*)", re.M)
 
 
@@ -73,12 +74,16 @@ def uv() -> Path:
 
 
 def run(command: list[str]) -> str:
-    """The output of a client of the index. Skips the test if no index answers."""
+    """The output of a client of the index. Skips the test if no index answers, and later ones at once."""
+    if _UNREACHABLE:
+        pytest.skip(_UNREACHABLE[0])
     environment = {**os.environ, "PIP_RETRIES": "1", "UV_HTTP_RETRIES": "1", "UV_NO_PROGRESS": "1"}
     if "PIP_INDEX_URL" in os.environ:
         environment.setdefault("UV_DEFAULT_INDEX", os.environ["PIP_INDEX_URL"])
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=scaled(280), check=False)
-    if done.returncode and (_OFFLINE.search(done.stderr) or os.environ.get("PIP_NO_INDEX")):
-        pytest.skip(f"no package index answers: {done.stderr.strip().splitlines()[-1][:200]}")
+    reason = next(filter(_OFFLINE.search, done.stderr.splitlines()), None)
+    if done.returncode and (reason or os.environ.get("PIP_NO_INDEX")):
+        _UNREACHABLE.append(f"no package index answers: {(reason or 'PIP_NO_INDEX is set').strip()[:200]}")
+        pytest.skip(_UNREACHABLE[0])
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout + done.stderr

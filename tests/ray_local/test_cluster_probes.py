@@ -22,10 +22,10 @@ pytestmark = [
     pytest.mark.heavy,
     pytest.mark.slow,
     pytest.mark.skipif(REASON is not None, reason=f"three nodes on one machine: {REASON}"),
-    pytest.mark.timeout(scaled(600)),
+    pytest.mark.timeout(scaled(900)),
 ]
 ROOT = Path(__file__).resolve().parents[2]
-PROBING_S = scaled(200.0)
+PROBING_S = scaled(400.0)
 RUN = (
     "stages=[rl]",
     "algorithm.name=ppo",
