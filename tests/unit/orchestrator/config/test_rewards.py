@@ -167,7 +167,7 @@ def test_the_way_out_of_keys_of_another_kind_works(tmp_path: Path) -> None:
         ({"reward": {"sources": {"a": {}, "b": {}}}}, r"sources\.a and reward\.sources\.b have no path"),
         (
             {"reward": {"sources": {"a": {"name": "environment"}}}},
-            r"sources\.a\.name='environment' needs an environment",
+            r"sources\.a\.name='environment' needs an env",
         ),
         (
             {
