@@ -109,8 +109,8 @@ def test_a_killed_run_with_an_agent_ends_with_the_bits_of_a_whole_one(launcher: 
 @pytest.mark.parametrize("how", ["raise", "kill"])
 def test_failed_episodes_are_dropped_and_counted(launcher: Launcher, how: str, name: str) -> None:
     keys = ("rl.steps=1", f"environment.name={ENVIRONMENTS}:{name}", f"environment.options={{how: {how}}}")
-    finish(launcher.ppo(f"{name}-{how}", *keys, "reward.max_failed_fraction=0.6", "environment.step_s=20"))
-    folder = launcher.run_folder(f"{name}-{how}")
+    finish(launcher.ppo(f"{name.lower()}-{how}", *keys, "reward.max_failed_fraction=0.6", "environment.step_s=20"))
+    folder = launcher.run_folder(f"{name.lower()}-{how}")
     rows = logged(folder)
     assert 0 < len(rows) < 16 and {json.loads(row["meta"])["number"] % 2 for row in rows} == {0}
     (line,) = [line["metrics"] for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "step"]
@@ -120,7 +120,7 @@ def test_failed_episodes_are_dropped_and_counted(launcher: Launcher, how: str, n
 @pytest.mark.parametrize("name", ["FailsOnSome", "asking"])
 def test_a_run_stops_above_the_budget_and_names_environment_prompt_and_turn(launcher: Launcher, name: str) -> None:
     keys = ("rl.steps=1", f"environment.name={ENVIRONMENTS}:{name}", "environment.options={how: freeze}")
-    process = launcher.ppo(f"over-{name}", *keys, "reward.max_failed_fraction=0.0", "environment.step_s=5")
+    process = launcher.ppo(f"over-{name.lower()}", *keys, "reward.max_failed_fraction=0.0", "environment.step_s=5")
     output, _ = process.communicate(timeout=RUN_S)
     assert process.returncode not in (0, None), output
     assert "environment.step_s" in output and name in output and "turn 1" in output, output

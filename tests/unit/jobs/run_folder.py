@@ -124,6 +124,7 @@ def write_shard(folder: Path, step: int, generator: np.random.Generator) -> Path
             "prompt_tokens": [1],
             "response_tokens": [2],
             "learn": [True],
+            "starts": [],
             "finish_reason": "stop",
             "version": step,
             "meta": "{}",

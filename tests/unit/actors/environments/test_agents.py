@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -238,6 +239,33 @@ def test_calls_that_cannot_be_answered_are_refused_and_the_agent_may_go_on(chat:
     assert episode_of(rows[0])["parts"] == {f"environment.{code}": count for code, count in parts.items()}
 
 
+CHANNEL = Channel(list, list, list, lambda *_: None, repr, lambda name, value: ({name: value}, ""))
+
+
+async def test_a_call_after_the_deadline_is_refused_and_a_coroutine_is_cancelled() -> None:
+    def run(_: Task) -> float:
+        time.sleep(60)
+        return 1.0
+
+    late = Agent(run, CHANNEL, is_async=False)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(late.reset(Task("one", {}, 0)), 0.1)
+    late.abandon()  # what the server does at a deadline
+    with pytest.raises(RefusedCallError, match="the episode is over"):
+        await late.called({})
+    assert late.is_running(), "a thread can't be ended: its process is"
+
+    async def talk(_: Task) -> float:
+        await waiting.called({"model": "policy", "messages": [{"role": "user", "content": "one"}]})
+        return 1.0
+
+    waiting = Agent(talk, CHANNEL, is_async=True)
+    assert (await waiting.reset(Task("one", {}, 0)))["call"]["max_tokens"] is None
+    waiting.abandon()
+    await asyncio.sleep(0.05)
+    assert not waiting.is_running()
+
+
 async def test_a_second_call_beside_an_open_one_is_refused() -> None:
     one: dict[str, Any] = {"model": "policy", "messages": [{"role": "user", "content": "one"}]}
     refused: list[str] = []
@@ -251,8 +279,7 @@ async def test_a_second_call_beside_an_open_one_is_refused() -> None:
         await first
         return 1.0
 
-    channel = Channel(list, list, list, lambda *_: None, repr, lambda name, value: ({name: value}, ""))
-    playing = Agent(run, channel, is_async=True)
+    playing = Agent(run, CHANNEL, is_async=True)
     event = await playing.reset(Task("one", {}, 0))
     assert event["call"]["messages"] == one["messages"]
     told = reply("two", has_tools=False, number=1, is_cut=False, tokens=(1, 1))
