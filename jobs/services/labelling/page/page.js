@@ -18,6 +18,7 @@ let seconds = 0;
 let activeAt = performance.now();
 let message = () => texts().loading; // shown when there is no task
 let notice = null; // a line about the last answer that was refused
+let trouble = null; // {count, trouble} of the outbox, while the server does not take answers
 let generation = 0; // of questions for a task: replies to older ones are ignored
 
 start();
@@ -157,8 +158,6 @@ function refused(detail) {
   notice = () => texts().refused(detail ?? "");
   showNotice();
 }
-
-let trouble = null;
 
 function showTrouble(found) {
   trouble = found.trouble ? found : null;
