@@ -59,8 +59,25 @@ class JudgementOf(BaseModel):
     id: Id
 
 
+def identify(request: Request, authorization: Annotated[str, Header()] = "") -> Person:
+    """The owner of the request's token. Raises HTTPException 401."""
+    scheme, _, token = authorization.partition(" ")
+    store: Store = request.app.state.store
+    person = None
+    if scheme.lower() == "bearer" and token:
+        with store.reading() as connection:
+            person = person_of(connection, token)
+    if person is None:
+        raise HTTPException(401, "this link is not valid, or no longer; ask for a new one.")
+    return person
+
+
+Who = Annotated[Person, Depends(identify)]
+
+
 def create_app(store: Store, settings: Settings) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.store = store
     meters = Meters(store)
 
     @app.middleware("http")
@@ -126,7 +143,6 @@ def _pages() -> APIRouter:
 
 def _health(store: Store, settings: Settings, meters: Meters) -> APIRouter:
     router = APIRouter()
-    identify = _identifying(store)
 
     @router.get("/healthz")
     def health() -> Mapping[str, str]:
@@ -135,8 +151,8 @@ def _health(store: Store, settings: Settings, meters: Meters) -> APIRouter:
         return {"status": "ok"}
 
     @router.get("/metrics")
-    def metrics(authorization: Annotated[str, Header()] = "") -> Response:
-        if not settings.open_metrics and identify(authorization).role != ADMIN:
+    def metrics(request: Request, authorization: Annotated[str, Header()] = "") -> Response:
+        if not settings.open_metrics and identify(request, authorization).role != ADMIN:
             raise HTTPException(403, "metrics are for the admin.")
         return Response(generate_latest(meters.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -146,7 +162,6 @@ def _health(store: Store, settings: Settings, meters: Meters) -> APIRouter:
 def _labelling(store: Store, settings: Settings) -> APIRouter:
     router = APIRouter()
     rules = settings.rules
-    Who = Annotated[Person, Depends(_identifying(store))]
 
     @router.get("/me")
     def me(person: Who) -> Mapping[str, Any]:
@@ -192,20 +207,6 @@ def _labelling(store: Store, settings: Settings) -> APIRouter:
         return {}
 
     return router
-
-
-def _identifying(store: Store) -> Callable[[str], Person]:
-    def identify(authorization: Annotated[str, Header()] = "") -> Person:
-        scheme, _, token = authorization.partition(" ")
-        person = None
-        if scheme.lower() == "bearer" and token:
-            with store.reading() as connection:
-                person = person_of(connection, token)
-        if person is None:
-            raise HTTPException(401, "this link is not valid, or no longer; ask for a new one.")
-        return person
-
-    return identify
 
 
 def _task(showing: Row[Any]) -> Mapping[str, Any]:
