@@ -207,6 +207,7 @@ function wire() {
   at("skip").addEventListener("click", skip);
   at("undo").addEventListener("click", undo);
   at("help").addEventListener("click", () => at("keys").showModal());
+  at("keys-close").addEventListener("click", () => at("keys").close());
   at("language").addEventListener("click", () => {
     switchLanguage();
     if (view) view = viewOf(task, view.draft(), remember);

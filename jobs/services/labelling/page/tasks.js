@@ -75,7 +75,7 @@ class View {
 class Rank extends View {
   constructor(task, draft, changed) {
     super(task, changed);
-    this.ranks = draft?.ranks ?? task.replies.map(() => undefined); // undefined: not yet, null: not rankable
+    this.ranks = draft?.ranks ?? task.replies.map(() => 0); // 0: not yet, null: not rankable
     this.buttons = task.replies.map(() => []);
     this.addReplies((place) => {
       const row = element("div", { class: "row", role: "group", "aria-label": this.label(place) });
@@ -107,7 +107,7 @@ class Rank extends View {
     const rank = Number(key);
     if (/^[0-9]$/.test(key) && rank <= this.ranks.length) {
       this.give(this.current, rank === 0 ? null : rank);
-      const next = this.ranks.findIndex((found) => found === undefined);
+      const next = this.ranks.indexOf(0);
       if (next >= 0) this.articles[next].focus();
       return true;
     }
@@ -119,7 +119,7 @@ class Rank extends View {
   }
 
   answer() {
-    return this.ranks.every((rank) => rank !== undefined) ? { kind: "rank", ranks: this.ranks } : null;
+    return !this.ranks.includes(0) ? { kind: "rank", ranks: this.ranks } : null;
   }
 
   get problem() {

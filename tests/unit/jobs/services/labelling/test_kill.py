@@ -3,58 +3,19 @@
 from __future__ import annotations
 
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import pytest
 from sqlalchemy import select
 
 from jobs.services.labelling.tables import judgements
 from tests.deadlines import scaled
 from tests.unit.jobs.services.labelling.filled import filled, invited, ranking
+from tests.unit.jobs.services.labelling.running import free_port, service, until_healthy
 
-ROOT = Path(__file__).resolve().parents[5]
 NUM_JUDGEMENTS, NUM_KILLS, NUM_LABELLERS = 150, 3, 3
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-@contextmanager
-def service(store: Path, port: int) -> Iterator[subprocess.Popen[str]]:
-    command = ["label", "serve", "--store", str(store), "--port", str(port), "--rate", "1000", "--gold-share", "0"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-
-
-def until_healthy(port: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + scaled(20)
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200:
-                return
-        except httpx.HTTPError:
-            time.sleep(0.05)
-    process.kill()
-    pytest.fail(f"the service does not answer: {process.communicate()[0]}")
 
 
 class Labeller(threading.Thread):
@@ -63,17 +24,16 @@ class Labeller(threading.Thread):
     def __init__(self, port: int, token: str) -> None:
         super().__init__(daemon=True)
         self.confirmed: list[str] = []
-        self.num_repeated = 0
         self._client = httpx.Client(
             base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {token}"}, timeout=scaled(20)
         )
 
     def run(self) -> None:
-        while task := self.sent("/api/next", {})["task"]:
-            identity = f"answer-{task['showing']}"
-            reply = self.sent("/api/judgements", ranking(task["showing"], [1, 2, 3, 4], identity))
-            self.confirmed.append(identity)
-            self.num_repeated += not reply["new"]
+        with self._client:
+            while task := self.sent("/api/next", {})["task"]:
+                identity = f"answer-{task['showing']}"
+                self.sent("/api/judgements", ranking(task["showing"], [1, 2, 3, 4], identity))
+                self.confirmed.append(identity)
 
     def sent(self, path: str, body: object) -> dict[str, dict[str, str]]:
         while True:
