@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -171,7 +171,7 @@ def reliabilities_of(connection: Connection) -> Mapping[int, float]:
     return reliabilities((vote for row in found for vote in votes_of(row.item, row.person, row.answer)), gold)
 
 
-def _judged(connection: Connection, kinds: Iterable[str]) -> Iterator[tuple[Row[Any], list[Row[Any]]]]:
+def _judged(connection: Connection, kinds: Iterable[str]) -> Iterator[tuple[Row[Any], Sequence[Any]]]:
     """Items with their judgements, without gold ones and those that were undone."""
     wanted = select(items).where(items.c.kind.in_(tuple(kinds)), items.c.gold.is_(None), items.c.num_judgements > 0)
     for item in connection.execute(wanted.order_by(items.c.id)).yield_per(500):
@@ -180,7 +180,7 @@ def _judged(connection: Connection, kinds: Iterable[str]) -> Iterator[tuple[Row[
             .where(judgements.c.item == item.id, judgements.c.undone_at.is_(None))
             .order_by(judgements.c.seq)
         ).all()
-        yield item, list(given)
+        yield item, given
 
 
 def _certainty(votes: Iterable[Vote], ranked: list[int], weights: Mapping[int, float], count: int) -> Json:

@@ -88,7 +88,9 @@ def lines(connection: Connection) -> Iterator[str]:
 
 
 def _figures(name: str, rows: Sequence[Any], by_item: Mapping[int, Sequence[Any]]) -> Figures:
-    others, golds, firsts = [], [], []
+    others: list[float] = []
+    golds: list[float] = []
+    firsts: list[bool] = []
     agreed, given = 0.0, 0
     for row in rows:
         ranks = _ranks(row.answer)

@@ -49,13 +49,14 @@ def next_task(connection: Connection, person: Person, rules: Rules) -> Row[Any] 
     chosen = _choose(connection, person, rules, now)
     if chosen is None:
         return None
-    order = list(range(chosen.num_replies))
+    item, num_replies = chosen
+    order = list(range(num_replies))
     _random.shuffle(order)
     identity = secrets.token_hex(16)
     connection.execute(
         insert(showings).values(
             id=identity,
-            item=chosen.id,
+            item=item,
             person=person.id,
             order=order,
             shown_at=now,
@@ -169,16 +170,17 @@ def _unfinished(connection: Connection, person: Person, now: float) -> str | Non
     return None
 
 
-def _choose(connection: Connection, person: Person, rules: Rules, now: float) -> Row[Any] | None:
+def _choose(connection: Connection, person: Person, rules: Rules, now: float) -> tuple[int, int] | None:
+    """The id of an item, and the number of its replies."""
     columns = select(items.c.id, func.json_array_length(items.c.replies).label("num_replies"))
     if _random.random() < rules.gold_share:
         gold = columns.where(items.c.gold.is_not(None), ~_seen(person)).order_by(func.random()).limit(1)
         found = connection.execute(gold).first()
         if found is not None:
-            return found
-    return connection.execute(
-        columns.where(_for(person, now)).order_by(items.c.priority.desc(), items.c.id).limit(1)
-    ).first()
+            return found.id, found.num_replies
+    waiting = columns.where(_for(person, now)).order_by(items.c.priority.desc(), items.c.id).limit(1)
+    found = connection.execute(waiting).first()
+    return None if found is None else (found.id, found.num_replies)
 
 
 def _for(person: Person, now: float) -> ColumnElement[bool]:
