@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY_BYTES = 256 * 1024
 _SAFE = ("GET", "HEAD")
+_NEEDS_TOKEN = "/api/"
 _MAX_CLIENTS = 10_000
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'; "
@@ -99,7 +100,7 @@ class Guard:
             return
 
         async def noting(message: Message) -> None:
-            if message["type"] == "http.response.start" and client:
+            if message["type"] == "http.response.start" and client and scope["path"].startswith(_NEEDS_TOKEN):
                 self._note(client, message["status"])
             await sending(message)
 

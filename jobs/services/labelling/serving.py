@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import uvicorn
@@ -51,7 +51,9 @@ def serve(
             ssl_certfile=certificate,
             ssl_keyfile=key,
         )
-        uvicorn.Server(config).run(sockets=[listener])
+        with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has ended
+            uvicorn.Server(config).run(sockets=[listener])
+        say("stopped; everything that was confirmed is in the store.")
 
 
 def link(address: str, token: str) -> str:

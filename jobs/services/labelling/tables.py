@@ -60,7 +60,7 @@ showings = Table(
     Column("expires_at", Float, nullable=False),
     Column("state", String(10), nullable=False),
 )
-Index("showings_of_item", showings.c.item, showings.c.state)
+Index("showings_of_item", showings.c.item, showings.c.person, showings.c.state)
 Index("showings_of_person", showings.c.person, showings.c.state)
 
 judgements = Table(

@@ -11,7 +11,7 @@ export class Outbox {
   // changed({count, trouble}): trouble is null, "away", "full" or "link". confirmed(entry). refused(detail, entry).
   constructor(token, name, { changed, confirmed, refused }) {
     Object.assign(this, { token, changed, confirmed, refused });
-    this.prefix = `${PREFIX}${name}.`;
+    this.prefix = `${PREFIX}${name}\n`; // no name contains a line break
     this.entries = stored(this.prefix);
     this.trouble = null;
     this.keeps = true; // whether the browser has room for what is unsent

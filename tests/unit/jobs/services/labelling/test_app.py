@@ -255,6 +255,9 @@ async def test_too_many_requests_of_one_client_are_refused_and_others_served(
         async with client_of(app) as nobody:  # each with another token, from one address
             tries = [nobody.get("/api/me", headers={"Authorization": f"Bearer {number}"}) for number in range(100)]
             assert sum(each.status_code == 429 for each in await asyncio.gather(*tries)) > 80
+            # A page that needs no token does not make a token known.
+            tries = [nobody.get("/healthz", headers={"Authorization": f"Bearer {number}"}) for number in range(100)]
+            assert sum(each.status_code == 429 for each in await asyncio.gather(*tries)) > 80
         assert (await bob.get("/api/me")).status_code == 200
 
 

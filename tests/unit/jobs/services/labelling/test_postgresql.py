@@ -102,8 +102,10 @@ async def test_people_label_at_the_same_time_each_item_as_often_as_wanted(databa
         fill(store, num=1, first=1000)
         task = (await ann.post("/api/next", json={})).json()["task"]
         assert (await ann.post("/api/judgements", json=ranking(task["showing"], [1, 1, 1, 1]))).status_code == 200
-    with store.served(), pytest.raises(CapacityError), Store(database).served():
+    second = Store(database)
+    with store.served(), pytest.raises(CapacityError), second.served():
         pass
+    second.close()
     with pytest.raises(ConfigError, match="pg_dump"):
         store.back_up(tmp_path / "copy.db")
     store.close()
