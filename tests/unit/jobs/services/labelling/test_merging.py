@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterable
+from statistics import fmean
+from typing import Any
 
 import pytest
 
 from jobs.services.labelling.merging import Vote, as_order, margins, ranked_pairs, reliabilities, votes_of, weight
-from jobs.services.labelling.quality import kendall_tau, spam_score
+from jobs.services.labelling.quality import Given, figures_of, kendall_tau, spam_score
 
 
 def test_votes_of_a_ranking_leave_out_what_is_not_rankable() -> None:
@@ -96,8 +99,72 @@ def test_kendall_tau_by_hand() -> None:
 
 
 def test_a_spam_score_needs_evidence() -> None:
-    assert spam_score(0, 0) == 0
-    assert spam_score(2, 5) == 0
-    assert spam_score(400, 1000) == 1
-    assert 0 < spam_score(560, 1000) < 1
-    assert spam_score(900, 1000) == 0
+    assert spam_score(0.5, 0) == 0
+    assert spam_score(0.4, 10) == 0
+    assert spam_score(0.4, 1000) == 1
+    assert 0 < spam_score(0.56, 200) < 1
+    assert spam_score(0.9, 1000) == 0
+
+
+def ranked(scores: list[float]) -> dict[str, Any]:
+    order = sorted(range(len(scores)), key=lambda reply: -scores[reply])
+    return {"kind": "rank", "ranks": [order.index(reply) + 1 for reply in range(len(scores))]}
+
+
+def population(seed: int) -> tuple[list[Given], dict[int, list[float]]]:
+    """Twenty people, each with 150 of 600 items of four replies, 30 of them gold. 0 guesses, 1 takes what is shown
+    first, 2 copies 3; the others see the true scores with noise of 0.3 to 0.9."""
+    draw = random.Random(seed)
+    truth = {item: [draw.gauss(0, 1) for _ in range(4)] for item in range(600)}
+    given: list[Given] = []
+    of_three: dict[int, dict[str, Any]] = {}
+    for person in (3, 0, 1, 2, *range(4, 20)):
+        for item in sorted(of_three) if person == 2 else draw.sample(range(600), 150):
+            order = draw.sample(range(4), 4)
+            noise = 0.3 + 0.6 * (person - 3) / 16
+            answer = ranked([score + draw.gauss(0, noise) for score in truth[item]])
+            if person == 0:
+                answer = ranked([draw.random() for _ in range(4)])
+            elif person == 1:
+                answer = ranked([-float(order.index(reply)) for reply in range(4)])
+            elif person == 2:
+                answer = of_three[item]
+            elif person == 3:
+                of_three[item] = answer
+            given.append(Given(item, person, answer, order, 10.0, ranked(truth[item]) if item < 30 else None))
+    return given, truth
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_spammers_are_found_no_careful_person_is_accused_and_merging_beats_the_mean_person(seed: int) -> None:
+    given, truth = population(seed)
+    found = figures_of(given, {person: f"{person:02}" for person in range(20)})
+    assert min(figure.spam for figure in found[:2]) > 0.4
+    assert max(figure.spam for figure in found[2:]) < 0.1
+    assert {figure.name: figure.copy_of for figure in found if figure.copy_of} == {"02": "03", "03": "02"}
+    assert found[1].first_share == 1.0 and all((figure.first_share or 0) < 0.5 for figure in found[2:])
+
+    votes = [vote for each in given for vote in votes_of(each.item, each.person, each.answer)]
+    gold = {
+        (item, vote.first, vote.second): vote.first_is_better
+        for item in range(30)
+        for vote in votes_of(item, 0, ranked(truth[item]))
+    }
+    weights = {person: weight(right) for person, right in reliabilities(votes, gold).items()}
+    by_item: dict[int, list[Vote]] = {}
+    for vote in votes:
+        if vote.item >= 30:
+            by_item.setdefault(vote.item, []).append(vote)
+
+    def share_right(pairs: Iterable[tuple[int, int, int]]) -> float:
+        return fmean(truth[item][better] > truth[item][worse] for item, better, worse in pairs)
+
+    merged = share_right(
+        (item, *pair) for item, given_votes in by_item.items() for pair in ranked_pairs(margins(given_votes, weights))
+    )
+    singles = share_right(
+        (vote.item, vote.first, vote.second) if vote.first_is_better == 1 else (vote.item, vote.second, vote.first)
+        for given_votes in by_item.values()
+        for vote in given_votes
+    )
+    assert merged > singles + 0.05

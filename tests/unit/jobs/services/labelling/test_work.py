@@ -171,9 +171,11 @@ def test_gold_items_come_once_to_each_person_at_their_share_and_need_no_overlap(
     ann = person(store, "ann")
     rules = work.Rules(gold_share=0.1)
     seen = []
-    while task := take(store, ann, rules):
-        seen.append(task.item)
-        answer(store, ann, task.id, [1, 2, 3, 4], f"answer-{task.item}")
+    with store.writing() as connection:
+        while task := work.next_task(connection, ann, rules):
+            seen.append(task.item)
+            body = ranking(task.id, [1, 2, 3, 4], f"answer-{task.item}")
+            work.judge(connection, ann, Judgement.model_validate(body))
     num_gold = sum(item > 200 for item in seen)
     assert len(seen) == len(set(seen)) == 200 + num_gold
     assert 5 <= num_gold <= 40  # mean 22, standard deviation 4.7
