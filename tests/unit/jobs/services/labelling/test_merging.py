@@ -100,7 +100,7 @@ def test_kendall_tau_by_hand() -> None:
 
 def test_a_spam_score_needs_evidence() -> None:
     assert spam_score(0.5, 0) == 0
-    assert spam_score(0.4, 10) == 0
+    assert spam_score(0.5, 10) == 0
     assert spam_score(0.4, 1000) == 1
     assert 0 < spam_score(0.56, 200) < 1
     assert spam_score(0.9, 1000) == 0
