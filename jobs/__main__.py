@@ -52,13 +52,13 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"max_content_width": _WIDTH},
-    epilog=f"\b\n{PROGRAM} COMMAND --help shows the options of a command and an example.",
 )
 
 
 @app.callback()
 def _root() -> None:
-    """RLHF on a Ray cluster, by one YAML file (--config) and section.key=value."""
+    """RLHF on a Ray cluster, by one YAML file (--config) and section.key=value. rlhf COMMAND --help shows the
+    options of a command and an example."""
 
 
 def main() -> None:

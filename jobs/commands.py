@@ -55,6 +55,11 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             "Inspect a data file, or convert it to the canonical form.",
             "inspect jobs/data/quickstart_prompts.jsonl",
         ),
+        "label": Command(
+            "jobs.services.labelling.command:app",
+            "Let people judge replies in a browser, and export what they judged.",
+            "serve --store labels.db",
+        ),
         "submit": Command(
             "jobs.cluster.submit:main",
             "Run a config on a Ray cluster, from this machine.",

@@ -1,0 +1,1 @@
+"""`rlhf label`: a service in which people judge replies, its store and its page (docs/labelling.md)."""

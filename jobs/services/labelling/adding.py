@@ -1,0 +1,151 @@
+"""Puts items into a store. An item that the store holds already is counted, but not added again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from types import MappingProxyType
+from typing import Any
+
+from sqlalchemy import insert, select
+
+from jobs.services.labelling.sources import Candidate, distinct
+from jobs.services.labelling.store import Store
+from jobs.services.labelling.tables import items
+from orchestrator.data.records import content_digest
+from orchestrator.errors import ConfigError
+from orchestrator.prompts import derive_seed
+
+MAX_REPLIES = 9
+_BATCH = 500
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What people shall do with new items.
+
+    Args:
+        kind: rank, compare, rate or write.
+        overlap: number of people who judge an item of the share `overlap_share`; others are judged by one.
+        gold: the order of the replies is the known answer, and only measures people.
+        priority: items of a higher one come first.
+        limit: at most this many items.
+    """
+
+    kind: str
+    overlap: int = 3
+    overlap_share: float = 0.1
+    gold: bool = False
+    priority: float = 0.0
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Added:
+    """`num_unfit`: prompts with too few different replies, or without a known order for gold."""
+
+    num_new: int
+    num_known: int
+    num_unfit: int
+
+
+def add(store: Store, candidates: Iterable[Candidate], wanted: Wanted, *, batch: str) -> Added:
+    """Raises:
+    ConfigError: the kind is unknown, or can't be gold.
+    DataError: the candidates can't be read.
+    StorageError: the store can't be written. Earlier items stay, and the same call continues.
+    """
+    if wanted.kind not in _CHOICES:
+        raise ConfigError(f"--task {wanted.kind} is not known; choose one of {', '.join(_CHOICES)}.")
+    if wanted.gold and wanted.kind not in _GOLD:
+        raise ConfigError(f"--gold needs a task with a known order: {' or '.join(_GOLD)}, not {wanted.kind}.")
+    num_new = num_known = num_unfit = 0
+
+    def rows() -> Iterator[Row]:
+        nonlocal num_unfit
+        for candidate in candidates:
+            choices = _CHOICES[wanted.kind](candidate) if not wanted.gold or candidate.scores else []
+            num_unfit += not choices
+            yield from (_row(candidate, chosen, wanted, batch) for chosen in choices)
+
+    fitting = islice(rows(), wanted.limit)
+    while group := list(islice(fitting, _BATCH)):
+        new = _insert(store, group)
+        num_new, num_known = num_new + new, num_known + len(group) - new
+    return Added(num_new, num_known, num_unfit)
+
+
+def _insert(store: Store, group: Sequence[Row]) -> int:
+    """The number of rows that were new."""
+    with store.writing() as connection:
+        known = set(connection.scalars(select(items.c.key).where(items.c.key.in_([row["key"] for row in group]))))
+        new = {row["key"]: row for row in group if row["key"] not in known}
+        if new:
+            connection.execute(insert(items), list(new.values()))
+    return len(new)
+
+
+def _rank(candidate: Candidate) -> list[list[int]]:
+    chosen = distinct(candidate.replies)[:MAX_REPLIES]
+    return [chosen] if len(chosen) > 1 else []
+
+
+def _compare(candidate: Candidate) -> list[list[int]]:
+    """The first and the last reply."""
+    chosen = distinct(candidate.replies)
+    return [[chosen[0], chosen[-1]]] if len(chosen) > 1 else []
+
+
+def _rate(candidate: Candidate) -> list[list[int]]:
+    return [[index] for index in distinct(candidate.replies)]
+
+
+def _write(candidate: Candidate) -> list[list[int]]:
+    return [[]]
+
+
+# For each kind of task the replies of its items, by index.
+_CHOICES: Mapping[str, Callable[[Candidate], list[list[int]]]] = MappingProxyType(
+    {"rank": _rank, "compare": _compare, "rate": _rate, "write": _write}
+)
+
+
+def _gold_ranks(scores: Sequence[float]) -> Row:
+    levels = sorted(set(scores), reverse=True)
+    return {"kind": "rank", "ranks": [levels.index(score) + 1 for score in scores]}
+
+
+def _gold_preference(scores: Sequence[float]) -> Row:
+    return {"kind": "compare", "preference": 0 if scores[0] == scores[1] else -1}
+
+
+_GOLD: Mapping[str, Callable[[Sequence[float]], Row]] = MappingProxyType(
+    {"rank": _gold_ranks, "compare": _gold_preference}
+)
+
+
+def _row(candidate: Candidate, chosen: Sequence[int], wanted: Wanted, batch: str) -> Row:
+    replies = [candidate.replies[index] for index in chosen]
+    key = content_digest(
+        wanted.kind, list(candidate.messages), list(candidate.tools), [each["reply"] for each in replies]
+    ).hex()
+    # By the item, so that the same items are judged several times however often a file is added.
+    is_shared = derive_seed("overlap", key) / 2**63 < wanted.overlap_share
+    return {
+        "key": key,
+        "prompt_id": candidate.prompt_id[:200],
+        "kind": wanted.kind,
+        "messages": list(candidate.messages),
+        "tools": list(candidate.tools),
+        "replies": replies,
+        "gold": _GOLD[wanted.kind]([candidate.scores[index] for index in chosen]) if wanted.gold else None,
+        "source": dict(candidate.source),
+        "batch": batch[:200],
+        "priority": wanted.priority,
+        "overlap": wanted.overlap if is_shared else 1,
+        "num_judgements": 0,
+        "added_at": time.time(),
+    }

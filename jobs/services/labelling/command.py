@@ -1,0 +1,185 @@
+"""`rlhf label serve`, `add`, `invite`, `revoke`, `people`, `export` and `backup`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.command import imported, run_command, say
+from jobs.services.labelling import people as links
+from jobs.services.labelling import quality
+from jobs.services.labelling.store import Store
+from jobs.services.labelling.work import Rules
+from orchestrator.data.inputs import read_text
+from orchestrator.errors import DataError
+
+_PORT = 8700
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="People judge replies in a browser; their judgements become data files (docs/labelling.md).",
+)
+Place = Annotated[str, typer.Option("--store", help="SQLite file, or URL of a PostgreSQL database.")]
+Name = Annotated[str, typer.Argument(help="Name of the labeller.")]
+Address = Annotated[str, typer.Option(help="Address of the service, for the link.")]
+
+
+def _with_store(place: str, work: Callable[[Store], None]) -> None:
+    def run() -> None:
+        with closing(Store(place)) as store:
+            work(store)
+
+    run_command(run)
+
+
+@app.command(epilog="\b\nExample:\n  rlhf label serve --store labels.db --guidelines guidelines.txt")
+def serve(  # noqa: PLR0913  the parameters are the command's options
+    store: Place = "labels.db",
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = _PORT,
+    guidelines: Annotated[Path | None, typer.Option(help="Text file, shown beside every task.")] = None,
+    lease_minutes: Annotated[
+        float, typer.Option(min=0.01, help="An abandoned task goes to somebody else after this time.")
+    ] = 30.0,
+    gold_share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of tasks with a known answer, if there are some.")
+    ] = 0.05,
+    rate: Annotated[float, typer.Option(min=0.1, help="Requests per second of one labeller, on average.")] = 20.0,
+    certificate: Annotated[Path | None, typer.Option(help="PEM file, for HTTPS.")] = None,
+    key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's key.")] = None,
+) -> None:
+    """Serves the page until Ctrl-C. A start continues where the last one ended."""
+
+    def work(opened: Store) -> None:
+        settings = imported("jobs.services.labelling.app:Settings")(
+            rules=Rules(lease_s=60.0 * lease_minutes, gold_share=gold_share),
+            guidelines="" if guidelines is None else read_text(guidelines, f"guidelines {guidelines}", DataError),
+            rate=rate,
+            open_metrics=imported("jobs.services.labelling.serving:is_loopback")(host),
+        )
+        imported("jobs.services.labelling.serving:serve")(
+            opened, settings, host=host, port=port, certificate=certificate, key=key
+        )
+
+    _with_store(store, work)
+
+
+@app.command(epilog="\b\nExample:\n  rlhf label add runs/my-run --task rank")
+def add(  # noqa: PLR0913  the parameters are the command's options
+    source: Annotated[Path, typer.Argument(help="Folder of a run, or a data file.")],
+    task: Annotated[str, typer.Option(help="rank, compare, rate or write.")] = "rank",
+    store: Place = "labels.db",
+    stage: Annotated[str | None, typer.Option(help="Stage of the run. Default: the last with samples.")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Step of the run's experience log.")] = None,
+    format: Annotated[str, typer.Option("--format", help="Record format of a file.")] = "auto",
+    kind: Annotated[str | None, typer.Option("--as", help="What a file holds, as in rlhf data inspect.")] = None,
+    overlap: Annotated[int, typer.Option(min=1, help="People per item, for a share of the items.")] = 3,
+    overlap_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="That share; others get one.")] = 0.1,
+    gold: Annotated[bool, typer.Option(help="The file's order is the known answer, to measure people.")] = False,
+    priority: Annotated[float, typer.Option(help="Items of a higher one come first.")] = 0.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many items.")] = None,
+) -> None:
+    """Adds items to judge. Those that the store holds already are not added again."""
+
+    def work(opened: Store) -> None:
+        if source.is_dir():
+            found = imported("jobs.services.labelling.sources:from_run")(source, stage=stage, step=step)
+        else:
+            found = imported("jobs.services.labelling.sources:from_file")(source, format, kind)
+        wanted = imported("jobs.services.labelling.adding:Wanted")(task, overlap, overlap_share, gold, priority, limit)
+        added = imported("jobs.services.labelling.adding:add")(opened, found, wanted, batch=source.name)
+        say(
+            f"{added.num_new} items added; {added.num_known} were there already, {added.num_unfit} prompts have not "
+            f"enough different replies to {task}"
+        )
+
+    _with_store(store, work)
+
+
+@app.command(epilog="\b\nExample:\n  rlhf label invite ann --address http://10.0.0.5:8700")
+def invite(name: Name, store: Place = "labels.db", address: Address = f"http://127.0.0.1:{_PORT}") -> None:
+    """Prints a link for a labeller, once. A new link ends the old one."""
+
+    def work(opened: Store) -> None:
+        with opened.writing() as connection:
+            token = links.new_admin(connection) if name == "admin" else links.invite(connection, name)
+        say(f"{address.rstrip('/')}/#{token}")
+
+    _with_store(store, work)
+
+
+@app.command(epilog="\b\nExample:\n  rlhf label revoke ann")
+def revoke(name: Name, store: Place = "labels.db") -> None:
+    """Ends a labeller's link at once. Their judgements stay."""
+
+    def work(opened: Store) -> None:
+        with opened.writing() as connection:
+            links.revoke(connection, name)
+        say(f"the link of {name} has ended")
+
+    _with_store(store, work)
+
+
+@app.command(epilog="\b\nExample:\n  rlhf label pause ann --resume")
+def pause(
+    name: Name,
+    store: Place = "labels.db",
+    resume: Annotated[bool, typer.Option("--resume", help="Give tasks again.")] = False,
+) -> None:
+    """Gives a labeller no more tasks."""
+
+    def work(opened: Store) -> None:
+        with opened.writing() as connection:
+            links.pause(connection, name, paused=not resume)
+        say(f"{name} {'gets tasks again' if resume else 'gets no more tasks'}")
+
+    _with_store(store, work)
+
+
+@app.command(epilog="\b\nExample:\n  rlhf label people")
+def people(store: Place = "labels.db") -> None:
+    """Lists the labellers: judgements, time, agreement with others and with gold, spam score."""
+
+    def work(opened: Store) -> None:
+        with opened.reading() as connection:
+            for line in quality.lines(connection):
+                say(line)
+
+    _with_store(store, work)
+
+
+@app.command(epilog="\b\nExample:\n  rlhf label export preferences.jsonl")
+def export(
+    out: Annotated[Path, typer.Argument(help="JSONL file to write.")],
+    shape: Annotated[
+        str, typer.Option("--as", help="rankings, scores, demonstrations; judgements: everything, one per line.")
+    ] = "rankings",
+    store: Place = "labels.db",
+) -> None:
+    """Writes what was judged. rankings can be given as preferences.path."""
+
+    def work(opened: Store) -> None:
+        report = imported("jobs.services.labelling.exporting:export")(opened, out, shape)
+        left_out = "".join(f"; {count} {reason}" for reason, count in report.left_out.items())
+        say(f"{out}: {report.num_rows} rows of {report.num_items} items{left_out}")
+
+    _with_store(store, work)
+
+
+@app.command(epilog="\b\nExample:\n  rlhf label backup labels-copy.db")
+def backup(
+    out: Annotated[Path, typer.Argument(help="File to write.")],
+    store: Place = "labels.db",
+) -> None:
+    """Copies the store while it is in use."""
+
+    def work(opened: Store) -> None:
+        opened.back_up(out)
+        say(f"{out}: a copy of {opened.place}")
+
+    _with_store(store, work)

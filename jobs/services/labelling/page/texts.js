@@ -1,0 +1,107 @@
+// Words of the page, in English and Chinese.
+
+const TEXTS = {
+  en: {
+    title: "Labelling", undo: "Undo", help: "Keys (?)", other: "中文", skip: "Skip", submit: "Submit",
+    guidelines: "Guidelines", close: "Close", more: "Show all", less: "Show less",
+    progress: (done, left) => `${done} done, ${left} left for you`,
+    rank: "Rank the replies: 1 is the best. Equal ranks are ties.",
+    compare: "Which reply is better, and by how much?",
+    rate: "Rate the reply: 5 is the best. Mark what is wrong with it.",
+    write: "Write the reply that the assistant should give.",
+    reply: (place) => `Reply ${place}`, unrankable: "Not rankable", rankOf: (rank) => `Rank ${rank}`,
+    first: "First", second: "Second", tie: "Equal",
+    strength: { 1: "slightly better", 2: "better", 3: "much better" },
+    roles: { user: "User", assistant: "Assistant", system: "System", tool: "Tool" },
+    flags: {
+      spam: "Spam", off_topic: "Off topic", wrong_language: "Wrong language", personal_data: "Personal data",
+      harmful: "Harmful", rude: "Rude", wrong_facts: "Wrong facts", cut_off: "Cut off",
+    },
+    rating: (value) => `${value} of 5`, yourReply: "Your reply",
+    incompleteRank: "Give every reply a rank, or mark it as not rankable (0).",
+    incompleteCompare: "Choose one of the answers.",
+    incompleteRate: "Give a rating or a flag.", incompleteWrite: "Write something first.",
+    empty: "Nothing is left for you to do now. Thank you! New tasks appear here by themselves.",
+    paused: "You get no tasks at the moment. The person who invited you can say why.",
+    loading: "Loading…", noLink: "Open this page with the link that you were given.",
+    badLink: "This link is not valid, or no longer. Ask for a new one; your unsent answers are kept in this browser.",
+    away: (count) => count
+      ? `The server does not answer. ${count} of your answers are kept in this browser and sent as soon as it is back.`
+      : "The server does not answer. This page tries again by itself.",
+    full: (count) => `The server has no room left. ${count} of your answers are kept in this browser and sent as soon as there is room.`,
+    noStorage: "This browser keeps nothing for this page. Do not close it while answers are unsent.",
+    refused: (why) => `An answer was not accepted: ${why}`,
+    keys: [
+      ["1 … 9", "give the marked reply this rank; rate; compare: 1 2 3 for the first, 4 equal, 5 6 7 for the second"],
+      ["0", "mark the reply as not rankable"], ["↑ ↓ Tab", "go to another reply"], ["← →", "compare: weaker or stronger"],
+      ["Enter", "submit (while you write: Ctrl and Enter)"], ["Backspace", "skip"], ["u", "undo the last answer"],
+      ["e", "show all of a long reply"], ["?", "show these keys"],
+    ],
+  },
+  zh: {
+    title: "标注", undo: "撤销", help: "按键 (?)", other: "English", skip: "跳过", submit: "提交",
+    guidelines: "指南", close: "关闭", more: "全部显示", less: "收起",
+    progress: (done, left) => `已完成 ${done} 项，还剩 ${left} 项`,
+    rank: "请为回复排序：1 为最好，可以并列。",
+    compare: "哪一条回复更好？好多少？",
+    rate: "请为回复打分：5 分最好，并标出其中的问题。",
+    write: "请写出助手应当给出的回复。",
+    reply: (place) => `回复 ${place}`, unrankable: "无法排序", rankOf: (rank) => `第 ${rank} 名`,
+    first: "第一条", second: "第二条", tie: "一样好",
+    strength: { 1: "略好", 2: "更好", 3: "好得多" },
+    roles: { user: "用户", assistant: "助手", system: "系统", tool: "工具" },
+    flags: {
+      spam: "垃圾内容", off_topic: "跑题", wrong_language: "语言错误", personal_data: "个人信息",
+      harmful: "有害", rude: "无礼", wrong_facts: "事实错误", cut_off: "不完整",
+    },
+    rating: (value) => `${value} 分（共 5 分）`, yourReply: "你的回复",
+    incompleteRank: "请为每条回复排名，或标为无法排序（0）。",
+    incompleteCompare: "请选择一个答案。",
+    incompleteRate: "请打分或选择标记。", incompleteWrite: "请先写一些内容。",
+    empty: "目前没有需要你做的任务，谢谢！有新任务时会自动出现在这里。",
+    paused: "目前不会给你分配任务。请向邀请你的人了解原因。",
+    loading: "正在加载…", noLink: "请用收到的链接打开此页面。",
+    badLink: "此链接无效或已失效，请索取新的链接；尚未发送的答案仍保存在此浏览器中。",
+    away: (count) => count
+      ? `服务器没有响应。你的 ${count} 个答案保存在此浏览器中，服务器恢复后会自动发送。`
+      : "服务器没有响应，页面会自动重试。",
+    full: (count) => `服务器空间已满。你的 ${count} 个答案保存在此浏览器中，有空间后会自动发送。`,
+    noStorage: "此浏览器不为本页面保存数据。答案未发送前请不要关闭页面。",
+    refused: (why) => `有一个答案未被接受：${why}`,
+    keys: [
+      ["1 … 9", "为选中的回复排名；打分；比较：1 2 3 选第一条，4 一样好，5 6 7 选第二条"],
+      ["0", "标为无法排序"], ["↑ ↓ Tab", "移动到其他回复"], ["← →", "比较：改变程度"],
+      ["Enter", "提交（书写时用 Ctrl+Enter）"], ["Backspace", "跳过"], ["u", "撤销上一个答案"],
+      ["e", "显示长回复的全部内容"], ["?", "显示这些按键"],
+    ],
+  },
+};
+
+const KEY = "labelling.language";
+let current = stored() ?? (navigator.languages?.some((name) => name.startsWith("zh")) && !navigator.language.startsWith("en") ? "zh" : "en");
+
+function stored() {
+  try {
+    const found = localStorage.getItem(KEY);
+    return found in TEXTS ? found : null;
+  } catch {
+    return null;
+  }
+}
+
+export function texts() {
+  return TEXTS[current];
+}
+
+export function language() {
+  return current === "zh" ? "zh-Hans" : "en";
+}
+
+export function switchLanguage() {
+  current = current === "zh" ? "en" : "zh";
+  try {
+    localStorage.setItem(KEY, current);
+  } catch {
+    // Then it is chosen again after a reload.
+  }
+}

@@ -1,0 +1,85 @@
+"""Runs the service: one process, until it is stopped."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import uvicorn
+
+from jobs.command import say
+from jobs.services.labelling import people
+from jobs.services.labelling.app import Settings, create_app
+from jobs.services.labelling.store import Store
+from orchestrator.errors import CapacityError, ConfigError
+
+_STOP_S = 5  # for requests that are in progress
+_MAX_CONNECTIONS = 500
+
+
+def serve(
+    store: Store, settings: Settings, *, host: str, port: int, certificate: Path | None, key: Path | None
+) -> None:
+    """Serves until a signal. Prints the admin's link when it is made, which is the first time.
+
+    Raises:
+        CapacityError: another service has the store, or the port is taken.
+        ConfigError: only one of certificate and key.
+    """
+    if (certificate is None) != (key is None):
+        raise ConfigError("--certificate and --key belong together: give both, or none.")
+    with store.served(), _listening(host, port) as listener:
+        address = address_of(host, listener.getsockname()[1], is_encrypted=certificate is not None)
+        with store.writing() as connection:
+            token = None if people.has_admin(connection) else people.new_admin(connection)
+        say(f"labelling {store.place} at {address}")
+        if token:
+            say(f"the admin's link, shown once: {link(address, token)}")
+        say("links for others: rlhf label invite NAME")
+        if not is_loopback(host) and certificate is None:
+            say("WARNING links and answers travel unencrypted; give --certificate and --key, or a proxy with TLS.")
+        config = uvicorn.Config(
+            create_app(store, settings),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_STOP_S,
+            limit_concurrency=_MAX_CONNECTIONS,
+            ssl_certfile=certificate,
+            ssl_keyfile=key,
+        )
+        with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has ended
+            uvicorn.Server(config).run(sockets=[listener])
+        say("stopped; everything that was confirmed is in the store.")
+
+
+def link(address: str, token: str) -> str:
+    """Browsers do not send what follows the #."""
+    return f"{address}/#{token}"
+
+
+def address_of(host: str, port: int, *, is_encrypted: bool = False) -> str:
+    shown = socket.gethostname() if host in ("", "0.0.0.0", "::") else host
+    return f"http{'s' if is_encrypted else ''}://{f'[{shown}]' if ':' in shown else shown}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise CapacityError(f"{host}:{port} can't be used ({error}); give another --port or --host.") from error
+        yield listener

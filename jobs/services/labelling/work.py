@@ -1,0 +1,236 @@
+"""The work of labellers: which task somebody gets, and what becomes of it. All functions run in one transaction."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, and_, exists, func, insert, select, update
+
+from jobs.services.labelling.answers import Judgement, Unfit
+from jobs.services.labelling.people import Person
+from jobs.services.labelling.tables import ANSWERED, OPEN, RETURNED, SKIPPED, items, judgements, showings
+from orchestrator.data.records import content_digest
+
+_random = secrets.SystemRandom()
+
+
+class Refused(Exception):
+    """The request can't be carried out; a repetition can't either."""
+
+
+class Unknown(Refused):
+    """No such task was shown to this person."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Args:
+    lease_s: after this time without a sign of life a task may go to somebody else.
+    gold_share: share of tasks whose answer is known, which measure the labeller.
+    """
+
+    lease_s: float = 1800.0
+    gold_share: float = 0.05
+
+
+def next_task(connection: Connection, person: Person, rules: Rules) -> Row[Any] | None:
+    """A showing with its item: one that the person has not finished, or a new one. None: nothing is left for them."""
+    now = time.time()
+    unfinished = _unfinished(connection, person, now)
+    if unfinished is not None:
+        keep(connection, person, unfinished, rules)
+        return _showing(connection, person, unfinished)
+    if person.paused:
+        return None
+    chosen = _choose(connection, person, rules, now)
+    if chosen is None:
+        return None
+    item, num_replies = chosen
+    order = list(range(num_replies))
+    _random.shuffle(order)
+    identity = secrets.token_hex(16)
+    connection.execute(
+        insert(showings).values(
+            id=identity,
+            item=item,
+            person=person.id,
+            order=order,
+            shown_at=now,
+            expires_at=now + rules.lease_s,
+            state=OPEN,
+        )
+    )
+    return _showing(connection, person, identity)
+
+
+def keep(connection: Connection, person: Person, showing: str, rules: Rules) -> None:
+    """Extends the lease of a task."""
+    connection.execute(
+        update(showings)
+        .where(showings.c.id == showing, showings.c.person == person.id, showings.c.state == OPEN)
+        .values(expires_at=time.time() + rules.lease_s)
+    )
+
+
+def judge(connection: Connection, person: Person, judgement: Judgement) -> bool:
+    """Stores a judgement. False: it was stored already.
+
+    Raises:
+        Unknown: the task was not shown to this person.
+        Refused: another answer has this id, or the task has another answer.
+        Unfit: the answer does not fit the task.
+    """
+    digest = content_digest(judgement.model_dump()).hex()
+    known = connection.scalar(
+        select(judgements.c.digest).where(judgements.c.person == person.id, judgements.c.client_id == judgement.id)
+    )
+    if known is not None:
+        if known != digest:
+            raise Refused("another answer was stored under this id; send this one under an id of its own.")
+        return False
+    showing = _showing(connection, person, judgement.showing)
+    if showing.state in (ANSWERED, SKIPPED) or _has_judged(connection, person, showing.item):
+        raise Refused("this task has an answer already, or was skipped.")
+    if judgement.answer.kind != showing.kind:
+        raise Unfit(f"the task is to {showing.kind}, the answer is one to {judgement.answer.kind}")
+    connection.execute(
+        insert(judgements).values(
+            person=person.id,
+            client_id=judgement.id,
+            showing=showing.id,
+            item=showing.item,
+            answer=judgement.answer.stored(showing.order),
+            digest=digest,
+            made_at=time.time(),
+            seconds=judgement.seconds,
+        )
+    )
+    _set_state(connection, showing.id, ANSWERED)
+    _count(connection, showing.item, 1)
+    return True
+
+
+def skip(connection: Connection, person: Person, showing: str) -> None:
+    """Gives a task to others. Raises Unknown, or Refused if it has an answer."""
+    state = _showing(connection, person, showing).state
+    if state not in (OPEN, SKIPPED):
+        raise Refused(f"this task was {state} already.")
+    _set_state(connection, showing, SKIPPED)
+
+
+def undo(connection: Connection, person: Person, client_id: str, rules: Rules) -> Mapping[str, Any]:
+    """Takes back the person's last judgement, and opens its task again. Returns the answer that was taken back.
+
+    Raises:
+        Unknown: no such judgement.
+        Refused: it is not the last one.
+    """
+    mine = judgements.c.person == person.id
+    found = connection.execute(select(judgements).where(mine, judgements.c.client_id == client_id)).first()
+    if found is None:
+        raise Unknown("no such judgement of yours is stored.")
+    answer: Mapping[str, Any] = found.answer
+    if found.undone_at is not None:
+        return answer
+    if connection.scalar(select(func.max(judgements.c.seq)).where(mine, judgements.c.undone_at.is_(None))) != found.seq:
+        raise Refused("only the last judgement can be undone.")
+    connection.execute(update(judgements).where(judgements.c.seq == found.seq).values(undone_at=time.time()))
+    _count(connection, found.item, -1)
+    connection.execute(
+        update(showings).where(showings.c.person == person.id, showings.c.state == OPEN).values(state=RETURNED)
+    )
+    _set_state(connection, found.showing, OPEN)
+    keep(connection, person, found.showing, rules)
+    return answer
+
+
+def progress(connection: Connection, person: Person) -> Mapping[str, Any]:
+    """How many tasks the person has done and could do, and the id of the judgement that can be undone."""
+    mine = and_(judgements.c.person == person.id, judgements.c.undone_at.is_(None))
+    done, last = connection.execute(select(func.count(), func.max(judgements.c.seq)).where(mine)).one()
+    left = connection.scalar(select(func.count()).select_from(items).where(_for(person, time.time())))
+    last_id = connection.scalar(select(judgements.c.client_id).where(judgements.c.seq == last))
+    return {"done": done, "left": left, "last": last_id}
+
+
+def _unfinished(connection: Connection, person: Person, now: float) -> str | None:
+    """The open showing of a person. One whose lease has ended, and whose item others have judged, is returned."""
+    for found in connection.execute(
+        select(showings.c.id, showings.c.expires_at, items.c.num_judgements, items.c.overlap, items.c.gold)
+        .join(items)
+        .where(showings.c.person == person.id, showings.c.state == OPEN)
+    ).all():
+        if found.expires_at > now or found.num_judgements < found.overlap or found.gold is not None:
+            return str(found.id)
+        _set_state(connection, found.id, RETURNED)
+    return None
+
+
+def _choose(connection: Connection, person: Person, rules: Rules, now: float) -> tuple[int, int] | None:
+    """The id of an item, and the number of its replies."""
+    columns = select(items.c.id, func.json_array_length(items.c.replies).label("num_replies"))
+    if _random.random() < rules.gold_share:
+        gold = columns.where(items.c.gold.is_not(None), ~_seen(person)).order_by(func.random()).limit(1)
+        found = connection.execute(gold).first()
+        if found is not None:
+            return found.id, found.num_replies
+    waiting = columns.where(_for(person, now)).order_by(items.c.priority.desc(), items.c.id).limit(1)
+    found = connection.execute(waiting).first()
+    return None if found is None else (found.id, found.num_replies)
+
+
+def _for(person: Person, now: float) -> ColumnElement[bool]:
+    """Whether an item lacks judgements, even with those that others are about to give, and the person may judge it."""
+    others = (
+        select(func.count())
+        .select_from(showings)
+        .where(
+            showings.c.item == items.c.id,
+            showings.c.state == OPEN,
+            showings.c.expires_at > now,
+            showings.c.person != person.id,
+        )
+        .scalar_subquery()
+    )
+    return and_(
+        items.c.gold.is_(None),
+        items.c.num_judgements < items.c.overlap,
+        ~_seen(person),
+        items.c.num_judgements + others < items.c.overlap,
+    )
+
+
+def _seen(person: Person) -> ColumnElement[bool]:
+    return exists().where(
+        showings.c.item == items.c.id,
+        showings.c.person == person.id,
+        showings.c.state.in_((ANSWERED, SKIPPED)),
+    )
+
+
+def _has_judged(connection: Connection, person: Person, item: int) -> bool:
+    mine = and_(judgements.c.item == item, judgements.c.person == person.id, judgements.c.undone_at.is_(None))
+    return connection.scalar(select(judgements.c.seq).where(mine)) is not None
+
+
+def _showing(connection: Connection, person: Person, identity: str) -> Row[Any]:
+    found = connection.execute(
+        select(showings, items.c.kind, items.c.messages, items.c.replies)
+        .join(items)
+        .where(showings.c.id == identity, showings.c.person == person.id)
+    ).first()
+    if found is None:
+        raise Unknown("no such task was given to you.")
+    return found
+
+
+def _set_state(connection: Connection, showing: str, state: str) -> None:
+    connection.execute(update(showings).where(showings.c.id == showing).values(state=state))
+
+
+def _count(connection: Connection, item: int, more: int) -> None:
+    connection.execute(update(items).where(items.c.id == item).values(num_judgements=items.c.num_judgements + more))

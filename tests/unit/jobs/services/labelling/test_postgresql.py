@@ -1,0 +1,111 @@
+"""The same store on PostgreSQL. Skipped where Debian's package postgresql or psycopg is missing."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import func, select
+
+from jobs.services.labelling import work
+from jobs.services.labelling.answers import Judgement
+from jobs.services.labelling.exporting import export
+from jobs.services.labelling.people import Person
+from jobs.services.labelling.quality import figures
+from jobs.services.labelling.store import Store
+from jobs.services.labelling.tables import items, judgements
+from orchestrator.errors import CapacityError, ConfigError
+from tests.deadlines import scaled
+from tests.unit.jobs.services.labelling.filled import client, fill, invited, person, ranking
+from tests.unit.jobs.services.labelling.running import free_port
+
+pytest.importorskip("psycopg", reason="needs psycopg (pip install 'psycopg[binary]')")
+PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+pytestmark = pytest.mark.skipif(not PROGRAMS, reason="needs PostgreSQL (apt-get install postgresql)")
+RULES = work.Rules(gold_share=0.0)
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[str]:
+    """A server in a folder of its own, which any user but root may run."""
+    folder = Path(tempfile.mkdtemp(prefix="labels-"))
+    as_user: list[str] = []
+    if os.geteuid() == 0:
+        owner = pwd.getpwnam("postgres")
+        os.chown(folder, owner.pw_uid, owner.pw_gid)
+        as_user = ["runuser", "-u", "postgres", "--"]
+    port, programs = free_port(), PROGRAMS[-1].parent
+
+    def run(*command: str) -> None:
+        # Its output goes to a file: the server would keep a pipe open.
+        with (folder / "output").open("w") as output:
+            subprocess.run(
+                [*as_user, *command], check=True, cwd=folder, timeout=scaled(60), stdout=output, stderr=output
+            )
+
+    data = str(folder / "data")
+    try:
+        run(str(programs / "initdb"), "-D", data, "-U", "labels", "-A", "trust", "--no-sync")
+        settings = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
+        run(str(programs / "pg_ctl"), "-D", data, "-w", "-l", str(folder / "log"), "-o", settings, "start")
+        try:
+            yield f"postgresql+psycopg://labels@127.0.0.1:{port}/postgres"
+        finally:
+            run(str(programs / "pg_ctl"), "-D", data, "-w", "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def label(store: Store, who: Person) -> None:
+    """Answers all tasks, each request twice."""
+    while True:
+        with store.writing() as connection:
+            task = work.next_task(connection, who, RULES)
+        if task is None:
+            return
+        body = Judgement.model_validate(ranking(task.id, [1, 2, 3, 4], f"answer-{task.id}"))
+        for _ in range(2):
+            with store.writing() as connection:
+                work.judge(connection, who, body)
+
+
+async def test_people_label_at_the_same_time_each_item_as_often_as_wanted(database: str, tmp_path: Path) -> None:
+    store = Store(database)
+    fill(store, num=30, overlap=2)
+    labellers = [person(store, f"labeller {number}") for number in range(4)]
+    threads = [threading.Thread(target=label, args=(store, who)) for who in labellers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(scaled(60))
+    with store.reading() as connection:
+        rows = connection.execute(select(judgements.c.item, judgements.c.person)).all()
+        assert connection.scalar(select(func.sum(items.c.num_judgements))) == 60
+        assert len(figures(connection)) == 4
+    assert len(rows) == len(set(rows)) == 60
+    with store.reading() as connection:
+        undoable = str(work.progress(connection, labellers[0])["last"])
+    with store.writing() as connection:
+        work.undo(connection, labellers[0], undoable, RULES)
+    assert export(store, tmp_path / "out.jsonl", "judgements").num_rows == 60
+    export(store, tmp_path / "rankings.jsonl", "rankings")
+    async with client(store, invited(store, "ann")) as ann:
+        assert 'rlhf_label_missing{kind="rank"} 1.0' in (await ann.get("/metrics")).text
+        assert (await ann.post("/api/next", json={})).json()["task"] is None  # the one that is missing is out
+        fill(store, num=1, first=1000)
+        task = (await ann.post("/api/next", json={})).json()["task"]
+        assert (await ann.post("/api/judgements", json=ranking(task["showing"], [1, 1, 1, 1]))).status_code == 200
+    second = Store(database)
+    with store.served(), pytest.raises(CapacityError), second.served():
+        pass
+    second.close()
+    with pytest.raises(ConfigError, match="pg_dump"):
+        store.back_up(tmp_path / "copy.db")
+    store.close()
