@@ -116,7 +116,12 @@ def copy_bandwidth(num_bytes: int) -> float:
 class AsIs:
     """Replaces the supervisor; restarts nothing."""
 
-    async def keep(self, group: ActorGroup, work: Callable[[], Awaitable[T]]) -> T:  # noqa: ARG002
+    async def keep(
+        self,
+        group: ActorGroup,  # noqa: ARG002
+        work: Callable[[], Awaitable[T]],
+        prepare: Callable[[], Awaitable[None]] | None = None,  # noqa: ARG002
+    ) -> T:
         return await work()
 
 

@@ -13,12 +13,11 @@ from actors.text.conversations import Chat, reward_chat
 from actors.text.tokenizing import has_tokenizer, load_tokenizer
 from actors.training.ranked_tokens import judged
 from jobs.prepare import start_chat
-from jobs.stages.settings import main_reward_model
 from jobs.stages.stage import Found
 from jobs.stages.work.data.judged import sample
 from orchestrator.config.config import Config
 from orchestrator.config.losses import Judgement
-from orchestrator.config.rewards import reward_models
+from orchestrator.config.rewards import main_reward_model, reward_models
 from orchestrator.data.records import Message, messages_from_dicts
 from orchestrator.errors import DataError, RlhfError
 from orchestrator.training.ranking import spread
@@ -182,7 +181,7 @@ def _critic_start(config: Config) -> tuple[str, str | None]:
     """(key, model) from which the critic starts; None: the policy with a new head."""
     if config.critic.path is not None:
         return "critic.path", config.critic.path
-    main = main_reward_model(config)
+    main = main_reward_model(config.reward)
     if main is None:
         return "model.path", None
     key, source = main

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from jobs.command import imported
 from jobs.stages.rewarding import INSTEAD, environments, reward_inputs, reward_reads, reward_uses
 from jobs.stages.sample import policy_use
-from jobs.stages.settings import main_reward_model
 from jobs.stages.stage import POLICY, Artifact, Costs, Inputs, ModelUse, Row, Sizes, Stage
 from orchestrator.config.config import Config
+from orchestrator.config.rewards import main_reward_model
 from orchestrator.planning.demands import all_demands
 from orchestrator.planning.disk import (
     EXPORTED_BYTES_PER_PARAM,
@@ -142,7 +142,7 @@ class Rl(Stage):
 
 
 def _critic_use(config: Config) -> ModelUse:
-    main = main_reward_model(config)
+    main = main_reward_model(config.reward)
     key, source = main if main is not None else ("reward", None)
     starts = (
         ("critic.path", config.critic.path),

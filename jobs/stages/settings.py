@@ -22,6 +22,7 @@ from orchestrator.config.rewards import (
     PairJudgeConfig,
     RewardConfig,
     WeightedRewardConfig,
+    main_reward_model,
     reward_models,
 )
 from orchestrator.config.sections import CriticConfig
@@ -115,13 +116,6 @@ def has_reward(config: Config, inputs: Mapping[str, Path]) -> bool:
     return REWARD_MODEL in inputs or None not in {source.path for source in reward_models(config.reward).values()}
 
 
-def main_reward_model(config: Config) -> tuple[str, ModelSource] | None:
-    """(key, section) of the reward model from which the critic starts: the one that stage reward_model trains,
-    otherwise the first. None: the reward has no model."""
-    models = reward_models(config.reward).items()
-    return min(models, key=lambda item: item[1].path is not None, default=None)
-
-
 def reward_bases(config: Config) -> Mapping[str, tuple[str, int | None]]:
     """By key of its section, the model whose size each reward model has, and how many of its layers are kept (None:
     all)."""
@@ -136,7 +130,7 @@ def critic_base(config: Config) -> tuple[str, int | None]:
     """The same for the critic, which starts from the reward model if there is one and critic.path is null."""
     if config.critic.path is not None:
         return config.critic.path, None
-    main = main_reward_model(config)
+    main = main_reward_model(config.reward)
     return (config.model.path, None) if main is None else reward_bases(config)[main[0]]
 
 

@@ -279,3 +279,9 @@ REWARDS: Mapping[str, type[RewardConfig]] = {
 def reward_models(reward: RewardConfig) -> Mapping[str, ModelSource]:
     """The reward models among a reward's sources, by the key of their section."""
     return {key: source for key, source in reward.sources_by_key().items() if isinstance(source, ModelSource)}
+
+
+def main_reward_model(reward: RewardConfig) -> tuple[str, ModelSource] | None:
+    """(key, section) of the reward model from which the critic starts: the one that stage reward_model trains,
+    otherwise the first. None: the reward has no model."""
+    return min(reward_models(reward).items(), key=lambda item: item[1].path is not None, default=None)

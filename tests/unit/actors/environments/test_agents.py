@@ -247,9 +247,9 @@ async def test_a_call_after_the_deadline_is_refused_and_a_coroutine_is_cancelled
         time.sleep(60)
         return 1.0
 
-    late = Agent(run, CHANNEL, is_async=False)
+    late, task = Agent(run, CHANNEL, is_async=False), Task("one", {}, 0)
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(late.reset(Task("one", {}, 0)), 0.1)
+        await asyncio.wait_for(late.reset(task), timeout=scaled(0.1))
     late.abandon()  # what the server does at a deadline
     with pytest.raises(RefusedCallError, match="the episode is over"):
         await late.called({})

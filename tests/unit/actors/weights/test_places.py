@@ -22,7 +22,7 @@ def found(target: torch.Tensor, numbers: torch.Tensor) -> tuple[View, View]:
 def test_rows_of_a_fused_matrix() -> None:
     parameter = torch.empty(10, 4)
     held, sent = found(parameter[3:9], numbered(6, 4))
-    assert (held.offset, held.is_contiguous, held.num_elements) == (12, True, 24)
+    assert (held.offset, held.strides, held.num_elements) == (12, (4, 1), 24)
     assert sent == View((6, 4), (4, 1), 0)
 
 

@@ -11,7 +11,7 @@ from actors.machine.devices import Build, Device
 from jobs.check.capacity import Cluster
 from jobs.check.nodes import groups_of, problems_of, warnings_of, with_gpu_memory
 from orchestrator.config.loader import load_config
-from orchestrator.planning.memory import NodeOffer
+from orchestrator.planning.needs import NodeOffer
 from orchestrator.planning.placement import Node
 
 GIB = 1 << 30

@@ -29,7 +29,7 @@ class TwoTurns(vf.Harness[vf.HarnessConfig]):
 
     async def launch(self, ctx, trace, runtime, endpoint, secret, mcp_urls, data, tool_interception_url=None):
         messages = [{"role": "user", "content": data.prompt}]
-        async with httpx.AsyncClient(headers={"Authorization": f"Bearer {secret}"}, timeout=60) as client:
+        async with httpx.AsyncClient(headers={"Authorization": f"Bearer {secret}"}, timeout=None) as client:
             for _ in range(2):
                 body = {"model": ctx.model, "messages": messages}
                 answer = await client.post(f"{endpoint}/chat/completions", json=body)
