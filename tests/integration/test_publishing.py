@@ -69,8 +69,8 @@ def test_adapters_are_published_merged_and_verified(apart: Apart, tmp_path: Path
     assert seen["difference"].keys() == {"lora", "dora", "rank_stabilised"}
     assert all(difference < 1e-4 for difference in seen["difference"].values()), seen
     assert all(changed > 0.05 for changed in seen["changed"].values()), seen
-    assert f"differ from the trainer's for {K_PROJ};" in seen["bit-flip"]
-    assert f"weights of {K_PROJ} (in model.layers.1.self_attn.qkv_proj)." in seen["never-applied"]
+    for fault in ("bit-flip", "never-applied"):
+        assert f"weights of {K_PROJ} (in model.layers.1.self_attn.qkv_proj)." in seen[fault]
 
 
 def test_a_trainer_that_vanishes_leaves_an_engine_that_serves_nothing_and_heals(apart: Apart, tmp_path: Path) -> None:
