@@ -1,6 +1,6 @@
 # make quickstart          the main job on this machine, from nothing;  ARGS="rl.steps=2 ..." overrides the config
 # make test                the test suite;                             ARGS="-k name" goes to pytest
-# make variants            tests of other losses, stages and numbers of ranks, which `make test` leaves out
+# make variants            tests of other losses, stages and numbers of ranks, and of the locks; `make test` leaves them out
 # make chaos               kills every kind of process in every phase of real runs;  ARGS="rollout driver" for some
 # make fuzz                10,000 damaged and hostile inputs: none may crash, hang or take 1 GB
 # make architectures       tries every architecture, writes docs/architectures.md
@@ -50,9 +50,9 @@ quickstart: setup
 test: setup-dev
 	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/tests $(ARGS)
 
-# What the suite shows once, shown for the other losses, stages and numbers of ranks; about ten minutes on two cores.
+# What the suite shows once, shown for other losses, stages and numbers of ranks; and the locks against the index.
 variants: setup-dev
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/integration -m variant $(ARGS)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/integration tests/ray_local tests/contract -m variant $(ARGS)
 
 # Every kind of process killed in every phase, real parts; about half an hour on two cores.
 chaos: setup-dev

@@ -10,6 +10,8 @@ import pytest
 
 from tests.contract.fetch import LOCK, ROOT, run, uv
 
+pytestmark = pytest.mark.variant  # what an index offers does not depend on the code
+
 PYTHONS = ("3.11", "3.12", "3.13")
 PLATFORMS = ("x86_64-manylinux_2_34", "aarch64-manylinux_2_34")
 """glibc 2.34 or newer; the image has 2.36."""

@@ -57,6 +57,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
+@pytest.mark.variant  # the next test kills a run with an agent, which is an environment
 def test_a_killed_run_ends_with_the_bits_of_a_whole_one(launcher: Launcher) -> None:
     finish(launcher.ppo("whole"))
     whole, killed = launcher.run_folder("whole"), launcher.run_folder("killed")
@@ -105,8 +106,15 @@ def test_a_killed_run_with_an_agent_ends_with_the_bits_of_a_whole_one(launcher: 
     assert metrics[0]["response/turns_mean"] == 3.0
 
 
-@pytest.mark.parametrize("name", ["FailsOnSome", "asking"])
-@pytest.mark.parametrize("how", ["raise", "kill"])
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        ("raise", "asking"),
+        ("kill", "FailsOnSome"),
+        pytest.param("raise", "FailsOnSome", marks=pytest.mark.variant),
+        pytest.param("kill", "asking", marks=pytest.mark.variant),
+    ],
+)
 def test_failed_episodes_are_dropped_and_counted(launcher: Launcher, how: str, name: str) -> None:
     keys = ("rl.steps=1", f"environment.name={ENVIRONMENTS}:{name}", f"environment.options={{how: {how}}}")
     finish(launcher.ppo(f"{name.lower()}-{how}", *keys, "reward.max_failed_fraction=0.6", "environment.step_s=20"))
@@ -117,7 +125,7 @@ def test_failed_episodes_are_dropped_and_counted(launcher: Launcher, how: str, n
     assert line["reward/failed_fraction"] == pytest.approx(1 - len(rows) / 16)
 
 
-@pytest.mark.parametrize("name", ["FailsOnSome", "asking"])
+@pytest.mark.parametrize("name", ["FailsOnSome", pytest.param("asking", marks=pytest.mark.variant)])
 def test_a_run_stops_above_the_budget_and_names_environment_prompt_and_turn(launcher: Launcher, name: str) -> None:
     keys = ("rl.steps=1", f"environment.name={ENVIRONMENTS}:{name}", "environment.options={how: freeze}")
     process = launcher.ppo(f"over-{name.lower()}", *keys, "reward.max_failed_fraction=0.0", "environment.step_s=5")

@@ -100,7 +100,7 @@ def _losses(lines: list[dict[str, Any]]) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "loss", ["dpo", "cpo", *(pytest.param(loss, marks=pytest.mark.variant) for loss in ("ipo", "simpo", "orpo"))]
+    "loss", ["dpo", *(pytest.param(loss, marks=pytest.mark.variant) for loss in ("ipo", "simpo", "orpo", "cpo"))]
 )
 def test_every_loss_of_pairs_orders_replies_that_it_has_not_seen(
     cluster: str, base: Path, tmp_path: Path, loss: str

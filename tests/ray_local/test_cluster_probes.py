@@ -92,6 +92,7 @@ def test_hosts_that_do_not_reach_each_other_are_named(cluster: Cluster) -> None:
     assert "the 3 ranks of policy" in group
 
 
+@pytest.mark.variant
 def test_settings_of_the_driver_reach_all_actors_and_a_wrong_interface_is_named(cluster: Cluster) -> None:
     started = monotonic()
     problems, _ = probed(cluster, GLOO_SOCKET_IFNAME="eth7")
