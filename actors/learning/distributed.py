@@ -90,7 +90,7 @@ def join(group: Group) -> None:
     )
 
 
-def initialize(**arguments: Any) -> Any:
+def initialize(**arguments: Any) -> deepspeed.DeepSpeedEngine:
     """A DeepSpeed engine, in a process that has joined a group.
 
     Redirects stdout, which belongs to the job: some of DeepSpeed's optimizers print memory reports.
