@@ -75,6 +75,7 @@ def test_all_nodes_connections_and_groups_of_a_healthy_cluster_are_shown(cluster
     assert sorted(group.split(", ")) == [f"{SUBNET}.{number}" for number in (1, 2, 3)]
 
 
+@pytest.mark.variant
 def test_hosts_that_do_not_reach_each_other_are_named(cluster: Cluster) -> None:
     """Hosts 2 and 3 lose each other; both reach the head, so Ray itself works."""
     second = namespace_of(cluster, 2)
