@@ -57,15 +57,15 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
-@pytest.mark.variant  # the next test kills a run with an agent, which is an environment
-def test_a_killed_run_ends_with_the_bits_of_a_whole_one(launcher: Launcher) -> None:
-    finish(launcher.ppo("whole"))
-    whole, killed = launcher.run_folder("whole"), launcher.run_folder("killed")
-    process = launcher.ppo("killed")
+def killed_and_whole(launcher: Launcher, name: str, *keys: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and metrics of a run that learned, and that ends with the same bits if it is killed and continued."""
+    finish(launcher.ppo(name, *keys))
+    whole, killed = launcher.run_folder(name), launcher.run_folder(f"killed-{name}")
+    process = launcher.ppo(f"killed-{name}", *keys)
     wait_until(process, (killed / "log" / "step-000000" / "manifest.json").exists)
     process.kill()
     process.communicate()
-    finish(launcher.ppo("killed"))
+    finish(launcher.ppo(f"killed-{name}", *keys))
     rows = logged(whole)
     assert rows == logged(killed) and len(rows) == 4 * 4 * STEPS
     last = f"checkpoints/step-{STEPS:06d}"
@@ -73,35 +73,29 @@ def test_a_killed_run_ends_with_the_bits_of_a_whole_one(launcher: Launcher) -> N
     for row in rows:
         episode = json.loads(row["meta"])["episode"]
         assert episode["turns"] == 3 and row["reward"] == pytest.approx(episode["reward"])
+    metrics = [line["metrics"] for line in read_lines(whole / "metrics.jsonl") if line["kind"] == "step"]
+    assert metrics[0]["kl/per_token_k3"] == 0.0 < metrics[1]["kl/per_token_k3"], "the policy never learned"
+    return rows, metrics
+
+
+@pytest.mark.variant  # the next test kills a run with an agent, which is an environment
+def test_a_killed_run_ends_with_the_bits_of_a_whole_one(launcher: Launcher) -> None:
+    rows, metrics = killed_and_whole(launcher, "whole")
+    for row in rows:
+        episode = json.loads(row["meta"])["episode"]
         assert " = " in "".join(text for learned, text in episode["spans"] if not learned)
         assert not all(row["learn"])
         assert not any(value for value, learn in zip(row["advantages"], row["learn"], strict=True) if not learn)
-    metrics = [line["metrics"] for line in read_lines(whole / "metrics.jsonl") if line["kind"] == "step"]
-    assert metrics[0]["kl/per_token_k3"] == 0.0 < metrics[1]["kl/per_token_k3"], "the policy never learned"
     assert metrics[0]["engine/mismatch"] < 1e-3
 
 
 def test_a_killed_run_with_an_agent_ends_with_the_bits_of_a_whole_one(launcher: Launcher) -> None:
     """The agent rewrites its history, so every row has a second segment."""
     keys = (f"environment.name={ENVIRONMENTS}:asking", "environment.step_s=60")
-    finish(launcher.ppo("agent", *keys))
-    whole, killed = launcher.run_folder("agent"), launcher.run_folder("killed-agent")
-    process = launcher.ppo("killed-agent", *keys)
-    wait_until(process, (killed / "log" / "step-000000" / "manifest.json").exists)
-    process.kill()
-    process.communicate()
-    finish(launcher.ppo("killed-agent", *keys))
-    rows = logged(whole)
-    assert rows == logged(killed) and len(rows) == 4 * 4 * STEPS
-    last = f"checkpoints/step-{STEPS:06d}"
-    assert fingerprint(whole / last, "policy") == fingerprint(killed / last, "policy")
+    rows, metrics = killed_and_whole(launcher, "agent", *keys)
     for row in rows:
-        episode = json.loads(row["meta"])["episode"]
-        assert episode["turns"] == 3 and row["reward"] == pytest.approx(episode["reward"])
         (start,) = row["starts"]
         assert any(row["learn"][:start]) and any(row["learn"][start:]) and not row["learn"][start]
-    metrics = [line["metrics"] for line in read_lines(whole / "metrics.jsonl") if line["kind"] == "step"]
-    assert metrics[0]["kl/per_token_k3"] == 0.0 < metrics[1]["kl/per_token_k3"], "the policy never learned"
     assert metrics[0]["engine/mismatch"] < 1e-3, "the learner read other contexts than the engine"
     assert metrics[0]["response/turns_mean"] == 3.0
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
 
 import pytest
 
 from tests.deadlines import scaled
-from tests.ray_local.net import SUBNET, Cluster, three_nodes, why_not
+from tests.ray_local.net import SUBNET, Cluster, why_not
 
 REASON = why_not()
 pytestmark = [
@@ -38,20 +35,6 @@ RUN = (
     "reward.cpus_per_replica=1",
     "rollout.cpus_per_replica=1",
 )
-
-
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    path = Path("/tmp") / f"cp{os.getpid()}"  # Ray's socket paths must be short
-    path.mkdir()
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def cluster(folder: Path) -> Iterator[Cluster]:
-    with three_nodes(folder) as running:
-        yield running
 
 
 def probed(cluster: Cluster, *overrides: str, **variables: str) -> tuple[list[str], str]:

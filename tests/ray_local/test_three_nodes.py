@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from orchestrator.watching.telemetry import read_lines
 from tests.deadlines import of_a_run, scaled
-from tests.ray_local.net import DASHBOARD, SUBNET, Cluster, three_hosts, three_nodes, why_not
+from tests.ray_local.net import DASHBOARD, SUBNET, Cluster, three_hosts, why_not
 from tests.tiny import tiny_llama
 
 REASON = why_not()
@@ -36,20 +34,6 @@ ROLE_OF_CLASS = {
     "RewardWorker": "reward",
     "RecorderWorker": "recorder",
 }
-
-
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    path = Path("/tmp") / f"tn{os.getpid()}"  # Ray's socket paths must be short
-    path.mkdir()
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def cluster(folder: Path) -> Iterator[Cluster]:
-    with three_nodes(folder) as running:
-        yield running
 
 
 def submit(cluster: Cluster, *overrides: str) -> tuple[int, str]:
