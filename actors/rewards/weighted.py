@@ -55,9 +55,6 @@ class WeightedReward:
                 found[name] = future.result()
         return [self._sum({name: found[name][row] for name in self._sources}) for row in range(table.num_rows)]
 
-    def close(self) -> None:
-        self._threads.shutdown()
-
     def _sum(self, scores: Mapping[str, Score]) -> Score:
         """The sum of one sample's scores, in the order of the sources."""
         cut = max(score.tokens_cut for score in scores.values())

@@ -6,13 +6,13 @@ The page numbers replies by their place. `stored` numbers them by their index in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MAX_TEXT = 32_000
-FLAGS = ("spam", "off_topic", "wrong_language", "personal_data", "harmful", "rude", "wrong_facts", "cut_off")
 Flag = Literal["spam", "off_topic", "wrong_language", "personal_data", "harmful", "rude", "wrong_facts", "cut_off"]
+FLAGS: tuple[str, ...] = get_args(Flag)
 
 
 class Unfit(ValueError):

@@ -63,7 +63,7 @@ def reliabilities(votes: Iterable[Vote], gold: Mapping[tuple[int, int, int], flo
     for _ in range(_MAX_ROUNDS):
         agreed, given = Counter[int](), Counter[int]()
         for pair, found in telling.items():
-            first_is_better = gold.get(pair, _posterior(found, right))
+            first_is_better = gold[pair] if pair in gold else _posterior(found, right)
             for vote in found:
                 share = vote.first_is_better * first_is_better + (1 - vote.first_is_better) * (1 - first_is_better)
                 agreed[vote.person] += share  # type: ignore[assignment]  # a Counter of numbers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from sqlalchemy import Connection, select
 
 from jobs.services.labelling.merging import votes_of
 from jobs.services.labelling.tables import LABELLER, items, judgements, people, showings
+from orchestrator.training import ranking
 from orchestrator.training.ranking import wilson_interval
 
 _GUESSING = 0.5  # of votes agree
@@ -67,9 +67,7 @@ def kendall_tau(first: Sequence[float | None], second: Sequence[float | None]) -
     """Kendall's tau-b of two rankings of the same replies, which may have ties; a reply that one of them leaves out
     does not count. None: one of them orders nothing (Kendall 1945)."""
     both = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
-    signs = [(_sign(a[0], b[0]), _sign(a[1], b[1])) for a, b in combinations(both, 2)]
-    one, two = sum(sign != 0 for sign, _ in signs), sum(sign != 0 for _, sign in signs)
-    return sum(a * b for a, b in signs) / math.sqrt(one * two) if one and two else None
+    return ranking.kendall_tau([a for a, _ in both], [b for _, b in both])
 
 
 def spam_score(agreement: float, num: int) -> float:
@@ -195,10 +193,6 @@ def _agreement(answer: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[flo
             given += 1
             agreed += 1 - abs(vote.first_is_better - known)
     return agreed, given
-
-
-def _sign(first: float, second: float) -> int:
-    return (first > second) - (first < second)
 
 
 def _shown(value: float | None) -> str:

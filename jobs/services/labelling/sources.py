@@ -99,10 +99,6 @@ def from_run(folder: Path, *, stage: str | None, step: int | None) -> Iterator[C
         yield Candidate(prompt_id, meta["messages"], list(meta.get("tools", ())), replies, source)
 
 
-def is_run(path: Path) -> bool:
-    return path.is_dir()
-
-
 def _ranked(record: RankingRecord) -> tuple[list[Any], Sequence[float]]:
     count = len(record.replies)
     return [reply_json(reply) for reply in record.replies], record.scores or [float(count - n) for n in range(count)]

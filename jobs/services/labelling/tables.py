@@ -5,7 +5,6 @@ from __future__ import annotations
 from sqlalchemy import JSON, Boolean, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table, text
 
 VERSION = 1
-KINDS = ("rank", "compare", "rate", "write")
 LABELLER, ADMIN = "labeller", "admin"
 # States of a showing. A returned one was taken back before an answer, and its item may be shown to the person again.
 OPEN, ANSWERED, SKIPPED, RETURNED = "open", "answered", "skipped", "returned"
