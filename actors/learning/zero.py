@@ -10,11 +10,11 @@ from torch import nn
 from actors.learning.distributed import deepspeed
 from orchestrator.config.base import Dtype
 from orchestrator.config.sections import LearnerConfig
+from orchestrator.planning.memory import ZERO_BUCKET
 
 PERSISTENT_ELEMENTS = 100_000
 """Stage 3 keeps smaller parameters whole on every rank: gathering them costs more than their memory. DeepSpeed's own
 number."""
-_BUCKET_ELEMENTS = 50_000_000
 
 
 def engine_config(config: LearnerConfig, dtype: Dtype, stage: int) -> dict[str, Any]:
@@ -27,8 +27,8 @@ def engine_config(config: LearnerConfig, dtype: Dtype, stage: int) -> dict[str, 
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": torch.cuda.is_available(),
-            "reduce_bucket_size": _BUCKET_ELEMENTS,
-            "allgather_bucket_size": _BUCKET_ELEMENTS,
+            "reduce_bucket_size": ZERO_BUCKET,
+            "allgather_bucket_size": ZERO_BUCKET,
             "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
         },
         "zero_allow_untested_optimizer": True,

@@ -61,11 +61,11 @@ def unused_gpus() -> str | None:
 
 
 def with_gpu_memory(cluster: Cluster, facts: Mapping[str, NodeFacts]) -> Cluster:
-    """Ray does not know the memory of GPUs."""
+    """Ray knows at most the kind of GPUs. The smallest one of a node counts."""
     offers: dict[str, NodeOffer] = dict(cluster.offers)
     for address, node in facts.items():
         if node.devices and address in offers:
-            offers[address] = replace(offers[address], gpu_memory=sum(device.total_bytes for device in node.devices))
+            offers[address] = replace(offers[address], gpu_memory=min(device.total_bytes for device in node.devices))
     return replace(cluster, offers=offers)
 
 

@@ -30,9 +30,10 @@ class PublishConfig(Section):
                 f"{_kind(sides[0])}, the engines (rollout.engine={rollout.engine}) on {_kind(sides[1])}. "
                 "Set publish.transport=auto."
             )
-        needed = "separate" if self.transport == "collective" else "colocated"
-        if all(sides) and placement.mode != needed:
-            reason = "NCCL can't serve two processes on one GPU" if needed == "separate" else "no GPU is shared"
+        wants_shared, are_shared = self.transport == "shared", placement.mode == "colocated"
+        if all(sides) and wants_shared != are_shared:
+            needed = "colocated" if wants_shared else "separate or mixed"
+            reason = "no GPU is shared" if wants_shared else "NCCL can't serve two processes on one GPU"
             yield (
                 f"publish.transport={self.transport} needs placement.mode={needed} on GPUs, got {placement.mode}: "
                 f"{reason}. Set publish.transport=auto."

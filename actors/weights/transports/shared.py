@@ -89,6 +89,8 @@ class SharedReader:
             if handle not in self._mapped:
                 self._mapped[handle] = self._open(handle)
             data = self._mapped[handle][: parcel.num_bytes].clone()
+            if self._device.type == "cuda":  # the policy may fill the buffer again as soon as this returns
+                torch.cuda.current_stream(self._device).synchronize()
         except (RuntimeError, OSError) as error:
             raise TransportBroken(f"the memory of the policy's rank can't be mapped: {error}") from error
         return Bucket(parcel.index, data, parcel.checksums)

@@ -93,7 +93,7 @@ def test_what_costs_time_or_memory_is_a_warning(found: Findings, expected: str) 
 def test_the_memory_of_gpus_that_ray_does_not_know_counts_in_the_plan() -> None:
     cluster = Cluster("two nodes", NODES, {node.address: NodeOffer(256 * GIB) for node in NODES})
     seen = with_gpu_memory(cluster, HEALTHY.facts)
-    assert {offer.gpu_memory for offer in seen.offers.values()} == {160 * GIB}
+    assert {offer.gpu_memory for offer in seen.offers.values()} == {80 * GIB}
 
 
 def test_the_groups_of_several_ranks_are_tried() -> None:
