@@ -20,6 +20,9 @@ from orchestrator.data.values import describe, field_names
 Fields = Mapping[str, Any]
 Messages = tuple[Message, ...]
 
+LARGEST_NUMBER = 1e9
+"""Of scores and margins: sums of their squares and differences are finite in fp32."""
+
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 _MEDIA = ("image", "images", "image_url", "audio", "audios", "video", "videos")
@@ -204,7 +207,7 @@ def text_of(fields: Fields, key: str) -> str:
 
 
 def number_of(fields: Fields, key: str, where: str) -> float | None:
-    """A finite number; None if the field is null or missing."""
+    """A number of at most LARGEST_NUMBER; None if the field is null or missing."""
     value = fields.get(key)
     if value is None:
         return None
@@ -216,4 +219,9 @@ def number_of(fields: Fields, key: str, where: str) -> float | None:
         number = math.inf
     if not math.isfinite(number):
         raise BadRow(f"{where}: {key!r} must be finite, found {number}")
+    if abs(number) > LARGEST_NUMBER:
+        raise BadRow(
+            f"{where}: {key!r} must lie between {-LARGEST_NUMBER:g} and {LARGEST_NUMBER:g}, found {number:g}: a loss "
+            "that squares it would become infinite"
+        )
     return number

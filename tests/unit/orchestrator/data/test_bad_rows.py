@@ -104,6 +104,7 @@ def bad_margins(row: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
         ({**row, "margin": True}, "the row: 'margin' must be a number or null, found true or false"),
         ({**row, "margin": float("nan")}, "the row: 'margin' must be finite, found nan"),
         ({**row, "margin": 10**400}, "the row: 'margin' must be finite, found inf"),
+        ({**row, "margin": 1e300}, "the row: 'margin' must lie between -1e+09 and 1e+09, found 1e+300"),
     ]
 
 
@@ -293,6 +294,7 @@ BAD: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
             ({"user_input": "q", "completion": "a", "score": "4"}, "'score' must be a number or null, found text"),
             ({"user_input": "q", "completion": "a", "score": True}, "'score' must be a number or null, found true or"),
             ({"user_input": "q", "completion": "a", "score": float("nan")}, "'score' must be finite, found nan"),
+            ({"user_input": "q", "completion": "a", "score": -2e9}, "'score' must lie between -1e+09 and 1e+09, found"),
             ({"user_input": "q", "score": 1}, "field 'completion' is missing"),
             ({"completion": "a", "score": 1}, "field 'prompt' is missing"),
         ],
