@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from actors.models.adapters import adapt, adapters_of
 from actors.models.classifiers import as_scorer
 from actors.models.export import export_model, named_state
 from actors.models.model import LOADING_ERRORS, require_score_head
-from actors.models.proofs import require_gradient, require_steady
+from actors.models.proofs import prove_loading, require_gradient, require_steady
 from orchestrator.config.sections import LoraConfig
 from orchestrator.errors import DataError, StorageError
 
@@ -65,6 +66,8 @@ def prove_small(
     # What is refused is named as the folder, and an export takes what is not learned from there.
     pretrained.name_or_path = str(folder)
     pretrained.config._name_or_path = str(folder)
+    with suppress(*LOADING_ERRORS):  # a class that can't be loaded from memory is proved when it is loaded from files
+        prove_loading(pretrained, folder)
     if scores:
         require_score_head(pretrained, folder)
     model = ValueModel(pretrained) if scores else PolicyModel(pretrained, temperature=0.7)

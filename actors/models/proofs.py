@@ -4,6 +4,8 @@
 - Earlier positions do not see later ones.
 - A sequence classifier's score is its linear head on the last position's hidden state.
 - A model that learns is deterministic, and computes the same as when it scores.
+- Loading fills all of it. transformers makes a model without memory, fills in what files hold, and initialises the
+  rest: a buffer that no file holds and no code initialises would keep what was in memory before.
 
 A model that fails a proof is refused: its numbers would be wrong without an error.
 
@@ -12,18 +14,23 @@ Shapes: N positions, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import deterministic
 
 from orchestrator.errors import DataError
 
 PROBE = (5, 6, 7, 8)
 _LARGE = 1000.0  # logits this large show every cap
 _TRIES = 8
+_SHOWN = 3
 _STEPS, _SLOPE_ERROR = (1e-2, 2e-3, 5e-4), 0.05
 # Errors of a model whose forward does not support such a call.
 FORWARD_ERRORS = (
@@ -36,6 +43,48 @@ FORWARD_ERRORS = (
     NotImplementedError,
     AssertionError,
 )
+
+
+@contextmanager
+def recognisable_memory() -> Iterator[None]:
+    """New memory holds NaN, or of integers the largest number, until it is written."""
+    was_on, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_on, warn_only=warned)
+        deterministic.fill_uninitialized_memory = filled
+
+
+def require_initialised(model: Any, folder: Path) -> None:
+    """Raises DataError if a buffer of a model that was loaded in `recognisable_memory` was never written."""
+    left = [name for name, buffer in model.named_non_persistent_buffers() if _is_unwritten(buffer)]
+    if left:
+        names = ", ".join(left[:_SHOWN]) + (", ..." if len(left) > _SHOWN else "")
+        raise DataError(
+            f"{folder} can't be loaded as {type(model).__name__}: transformers leaves {names} without a value, so it "
+            "would compute with whatever is in memory. Give a model of another architecture; without a reward model or "
+            "a critic (an algorithm such as grpo) this one may still serve as the policy."
+        )
+
+
+def prove_loading(model: Any, folder: Path) -> None:
+    """Loads a small model from its own state. Raises DataError if that leaves a buffer without a value."""
+    with recognisable_memory():
+        config = copy.deepcopy(model.config)
+        again = type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=torch.float32)
+    require_initialised(again, folder)
+
+
+def _is_unwritten(buffer: Tensor) -> bool:
+    if buffer.is_floating_point():
+        return bool(buffer.isnan().any())
+    if buffer.dtype == torch.bool or not buffer.numel():
+        return False
+    return bool((buffer == torch.iinfo(buffer.dtype).max).all())
 
 
 def has_linear_logits(language_model: Any, own_logits: Callable[[Tensor], Tensor]) -> bool:

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from actors.models.files import read_config, read_headers, require_weights, window
+from actors.models.miniature import prove_small
+from actors.models.model import load_causal, load_scorer
 from orchestrator.errors import DataError
 from tests.families import FAMILIES, tiny_folder
 from tests.tiny import tiny_llama, tiny_scorer
@@ -204,3 +206,16 @@ WINDOWS = {
 def test_windows_are_read_from_configs(kind):
     options, positions = WINDOWS[kind]
     assert window(AutoConfig.for_model(kind, **options)) == positions
+
+
+def test_a_buffer_that_nobody_writes_is_refused(tmp_path):
+    """transformers leaves the multipliers of Falcon-H1's layers as they are in memory under a classifier."""
+    folder = tiny_folder("Falcon-H1", tmp_path / "model")
+    words = r"leaves model\.layers\.0\.mamba\.mup_vector, .* without a value.*another architecture"
+    with pytest.raises(DataError, match=words):
+        load_scorer(folder, torch.float32, new_head="zero")
+    with pytest.raises(DataError, match=words):
+        prove_small(folder, read_config(folder), None, scores=True, checkpointing=False, exports=False)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([[5, 6, 7]])).logits
+    assert torch.equal(load_causal(folder, torch.float32)(torch.tensor([[5, 6, 7]])).logits, expected)
+    assert not torch.are_deterministic_algorithms_enabled(), "memory is as before"
