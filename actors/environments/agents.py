@@ -18,6 +18,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -108,7 +109,8 @@ class Agent:
             found = self._ended(self._run(prompt))
         except BaseException as problem:  # noqa: BLE001  the user's code may raise anything, SystemExit too
             found = self._raised(problem)
-        self._loop.call_soon_threadsafe(self._end, found)
+        with suppress(RuntimeError):  # the loop is closed: nobody waits for the end of this episode any more
+            self._loop.call_soon_threadsafe(self._end, found)
 
     async def _finish(self, prompt: Task) -> None:
         try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -264,6 +265,29 @@ async def test_a_call_after_the_deadline_is_refused_and_a_coroutine_is_cancelled
     waiting.abandon()
     await asyncio.sleep(0.05)
     assert not waiting.is_running()
+
+
+def test_a_thread_that_ends_after_its_endpoint_is_gone_ends_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    may_end = threading.Event()
+
+    def run(_: Task) -> float:
+        may_end.wait(60)
+        return 1.0
+
+    async def begin() -> threading.Thread:
+        late = Agent(run, CHANNEL, is_async=False)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(late.reset(Task("one", {}, 0)), timeout=scaled(0.1))
+        late.abandon()
+        assert late._thread is not None
+        return late._thread
+
+    thread = asyncio.run(begin())
+    may_end.set()
+    thread.join(scaled(10))
+    assert not thread.is_alive() and not raised
 
 
 async def test_a_second_call_beside_an_open_one_is_refused() -> None:
