@@ -8,32 +8,21 @@ replies before the first. The interval of the difference is Student's, over seed
 
 from __future__ import annotations
 
-import asyncio
 import math
-import os
-import shlex
 import statistics
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from scipy.stats import t as student
 
 from benchmarks.harness import Figure, measure_turns, plain_figure
+from benchmarks.runs import ROOT, metrics_of_run
 from benchmarks.table import report
-from jobs.cluster.jobs_api import Job, connect_local, follow, submit
-from jobs.cluster.local_ray import local_ray
 from jobs.command import say
-from jobs.quickstart import ENVIRONMENT
-from orchestrator.errors import RlhfError
-from orchestrator.watching.telemetry import METRICS_FILE, read_lines
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "jobs" / "configs" / "quickstart.yaml"
 SCORE = "evaluation/gold_mean"
 RULE = "actors.rewards.gold:vader_positivity"
@@ -74,7 +63,8 @@ def main(
 
     def turn(name: str) -> float:
         seed = len(runs[name])
-        found = run([*keys[name], f"run.seed={seed}", f"rl.steps={steps}", *(more or [])])
+        own = [*keys[name], f"run.seed={seed}", f"rl.steps={steps}", *(more or [])]
+        found = run_of(metrics_of_run(CONFIG, [*OVERRIDES, *own]))
         runs[name].append(found)
         say(f"{name}, seed {seed}: {describe(found)}")
         return found.gain
@@ -115,21 +105,6 @@ def interval(values: Sequence[float]) -> str:
         return f"{mean:.3f} (one seed: no interval)"
     half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return f"{mean:.3f} (95 %: {mean - half:.3f} to {mean + half:.3f})"
-
-
-def run(keys: Sequence[str]) -> Run:
-    """One run. Raises RlhfError if the job fails."""
-    os.environ.update(ENVIRONMENT)
-    lines: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="lora-", dir="/tmp") as folder, local_ray() as ray:
-        overrides = [*OVERRIDES, *keys, f"run.root={folder}"]
-        command = shlex.join([sys.executable, "-m", "jobs", "run", "--config", str(CONFIG), *overrides])
-        client = connect_local(ray)
-        job_id = submit(client, Job(f"cd {shlex.quote(str(ROOT))} && exec {command}"))
-        if asyncio.run(follow(client, job_id, lines.append)):
-            raise RlhfError(f"the run failed; its last lines:\n{''.join(lines)[-4000:]}")
-        (file,) = Path(folder).glob(f"*/{METRICS_FILE}")
-        return run_of(list(read_lines(file)))
 
 
 def run_of(lines: Sequence[Mapping[str, object]]) -> Run:

@@ -8,33 +8,24 @@ same step: `sample` is the engine's busy time (including weight updates), `learn
 
 from __future__ import annotations
 
-import asyncio
 import os
-import shlex
 import statistics
-import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import psutil
 import typer
 
 from benchmarks.harness import Figure, Pairs, measure_turns, ratio_figure
+from benchmarks.runs import ROOT, metrics_of_run
 from benchmarks.table import report
-from jobs.cluster.jobs_api import Job, connect_local, follow, submit
-from jobs.cluster.local_ray import local_ray
 from jobs.command import say
-from jobs.quickstart import ENVIRONMENT
-from orchestrator.errors import CapacityError, RlhfError
-from orchestrator.watching.telemetry import METRICS_FILE, read_lines
+from orchestrator.errors import CapacityError
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "jobs" / "configs" / "ppo.yaml"
 STALENESS = (0, 1, 2)
 WARM_UP_STEPS = 1
@@ -119,21 +110,10 @@ def describe(steps: Sequence[Step]) -> str:
 
 def run(staleness: int, steps: int, max_new_tokens: int) -> list[Step]:
     """The measured steps of one run. Raises RlhfError if the job fails."""
-    os.environ.update(ENVIRONMENT)
-    lines: list[str] = []
-    with (
-        tempfile.TemporaryDirectory(prefix="stale-", dir="/tmp") as folder,
-        local_ray(num_cpus=PLACES) as ray,
-        pinned(),
-    ):
-        keys = [*overrides(staleness, WARM_UP_STEPS + steps, max_new_tokens), f"run.root={folder}"]
-        command = shlex.join([sys.executable, "-m", "jobs", "run", "--config", str(CONFIG), *keys])
-        client = connect_local(ray)
-        job_id = submit(client, Job(f"cd {shlex.quote(str(ROOT))} && exec {command}"))
-        if asyncio.run(follow(client, job_id, lines.append)):
-            raise RlhfError(f"the run at staleness {staleness} failed; its last lines:\n{''.join(lines)[-4000:]}")
-        (file,) = Path(folder).glob(f"*/{METRICS_FILE}")
-        found = [line["metrics"] for line in read_lines(file) if line["kind"] == "step"]
+    keys = overrides(staleness, WARM_UP_STEPS + steps, max_new_tokens)
+    with pinned():
+        lines = metrics_of_run(CONFIG, keys, num_cpus=PLACES)
+    found = [line["metrics"] for line in lines if line["kind"] == "step"]
     return [step_of(metrics) for metrics in found[WARM_UP_STEPS:]]
 
 

@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.deadlines import scaled
 
@@ -63,14 +64,18 @@ def _download(requirement: str, folder: Path) -> None:
 
 
 def uv() -> Path:
-    """The resolver that wrote the lock: on PATH, else the locked one, installed to the user's cache."""
-    found = shutil.which("uv")
-    target = CACHE / "uv"
-    if found is None and not (target / "bin/uv").is_file():
-        lock = ROOT / "requirements/uv.txt"
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes"]
-        run([*command, "--target", str(target), "--requirement", str(lock)])
-    return Path(found) if found else target / "bin/uv"
+    """The resolver that wrote the lock: on PATH, else the locked one, installed to the user's cache. Processes that ask
+    at the same time install it once."""
+    found, target = shutil.which("uv"), CACHE / "uv"
+    if found is not None:
+        return Path(found)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock", timeout=scaled(280)):
+        if not (target / "bin/uv").is_file():
+            lock = ROOT / "requirements/uv.txt"
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes"]
+            run([*command, "--target", str(target), "--requirement", str(lock)])
+    return target / "bin/uv"
 
 
 def run(command: list[str]) -> str:
