@@ -37,11 +37,13 @@ class Rest:
     def leave(self, tensors: Iterable[Tensor]) -> None:
         """Moves the contents of tensors to the host, and frees their memory."""
         _synchronize(self._device)
+        start = self.num_bytes
         for storage in _storages(tensors, self._device):
-            size, start = storage.nbytes(), self.num_bytes
+            size = storage.nbytes()
             for inside, host in self._pieces(start, size):
                 host.copy_(_bytes_of(storage)[inside], non_blocking=True)
             self._away.append((storage, size))
+            start += size
         _synchronize(self._device)
         for storage, _ in self._away:
             storage.resize_(0)

@@ -127,12 +127,8 @@ class RewardModel:
             for found in transcripts
         ]
 
-    def raw_scores(self, transcripts: Sequence[Transcript]) -> list[float]:
-        """Scores before normalisation, in order."""
-        return [float(score) for score in mean_scores(self.head_scores(transcripts))]
-
     def head_scores(self, transcripts: Sequence[Transcript]) -> npt.NDArray[np.float64]:
-        """The same by each head: one row per transcript."""
+        """Scores before normalisation by each head: one row per transcript, in order."""
         if self._max_length is not None:
             transcripts = [transcript.last(self._max_length) for transcript in transcripts]
         rows = token_rows(

@@ -11,7 +11,6 @@ from actors.learning import distributed, precision
 from actors.learning.distributed import Group
 from actors.learning.heads import PolicyModel
 from actors.learning.packing import MicroBatch, TokenRows
-from actors.learning.resting import Rest, tensors_within
 from actors.learning.sharing import can_share
 from actors.learning.worker import RankContext, Share, answers
 from actors.learning.zero import frozen_config, gather_for_heads
@@ -36,7 +35,6 @@ class ReferenceWorker:
         self._shares_prompts = context.algorithm.compares_samples and can_share(language_model)
         model = PolicyModel(language_model, temperature=context.temperature).eval().requires_grad_(False)
         self._model: Any = _shard(model, dtype) if reference.sharded else model.to(group.device)
-        self._rest, self._is_sharded = Rest(group.device), reference.sharded
 
     def logprobs(self, table: pa.Table, share: Share | None = None) -> pa.Table:
         """Table of schema.LOGPROBS for a share of a rollout table; see PolicyWorker.logprobs."""
@@ -54,15 +52,6 @@ class ReferenceWorker:
                 )
             ],
         )
-
-    def rest(self) -> None:
-        """Gives back the device's memory until `resume`."""
-        if self._is_sharded:
-            self._model.empty_partition_cache()
-        self._rest.leave(tensors_within(self._model))
-
-    def resume(self) -> None:
-        self._rest.come_back()
 
     def _forward(self, micro: MicroBatch) -> Any:
         with torch.no_grad():

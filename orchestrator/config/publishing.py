@@ -27,7 +27,7 @@ class PublishConfig(Section):
         if sides[0] != sides[1]:
             yield (
                 f"publish.transport={self.transport} needs policy and engines on devices of one kind: the policy is on "
-                f"{_kind(sides[0])}, the engines (rollout.engine={rollout.engine}) on {_kind(sides[1])}. "
+                f"{_kind(sides[0])}, the engines on {_kind(sides[1])}. "
                 "Set publish.transport=auto."
             )
         wants_shared, are_shared = self.transport == "shared", placement.mode == "colocated"

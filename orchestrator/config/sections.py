@@ -316,8 +316,8 @@ class RolloutConfig(Section):
 
     @property
     def on_gpus(self) -> bool:
-        """Whether engines compute on GPUs; those of transformers do not."""
-        return self.gpus_per_replica > 0 and self.engine != "hf"
+        """Whether engines compute on GPUs."""
+        return self.gpus_per_replica > 0
 
     @property
     def shard_size(self) -> int:

@@ -134,7 +134,7 @@ def test_transformers_loads_it_and_padding_changes_no_score(trained: Any) -> Non
     reward = RewardModel(
         folder, chat, dtype=torch.float32, device=torch.device("cpu"), micro_batch_tokens=512, normalise=True
     )
-    ours = reward.raw_scores(transcripts)
+    ours = reward.head_scores(transcripts)[:, 0].tolist()
     padded = tokenizer.pad({"input_ids": [t.tokens.tolist() for t in transcripts]}, return_tensors="pt")
     with torch.no_grad():
         theirs = model(**padded).logits[:, 0].tolist()

@@ -6,7 +6,6 @@ import gc
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
@@ -19,10 +18,9 @@ from actors.learning.objectives.objective import LearnJob
 from actors.learning.resting import Rest
 from actors.models.model import load_causal, torch_dtype
 from actors.roles.policy import PolicyWorker
-from actors.roles.reference import ReferenceWorker
 from orchestrator.algorithms.ppo import Ppo
 from orchestrator.config.base import Dtype
-from orchestrator.config.sections import CriticConfig, LoraConfig, PolicyConfig, ReferenceConfig
+from orchestrator.config.sections import CriticConfig, LoraConfig, PolicyConfig
 from tests.numerics.ranks import by_world, context, group
 from tests.numerics.samples import experience, rollout
 from tests.numerics.test_save_and_load import CONFIG, learn, weights
@@ -176,15 +174,3 @@ def test_a_critic_on_the_policys_trunk_rests_with_it(causal: Path) -> None:
         assert one_step(straight, rests=False) == one_step(rested, rests=True)
     for (name, one), (_, other) in zip(straight.full_weights(), rested.full_weights(), strict=True):
         assert torch.equal(one, other), name
-
-
-def test_a_reference_rests(causal: Path) -> None:
-    for sharded in (False, True):
-        parts = context(causal, Ppo(), dtype="bfloat16")
-        reference = ReferenceWorker(ReferenceConfig(sharded=sharded), parts, group())
-        table: pa.Table = rollout()
-        before = reference.logprobs(table)
-        reference.rest()
-        assert reference._rest.num_bytes > 100_000
-        reference.resume()
-        assert reference.logprobs(table).equals(before)

@@ -18,7 +18,7 @@ ON_GPUS: dict[str, Any] = {"policy": {"gpus_per_rank": 1}, "rollout": {"gpus_per
         ({"publish": {"transport": "shared"}}, "shared"),
         (ON_GPUS, "shared"),
         ({**ON_GPUS, "placement": {"mode": "separate"}}, "collective"),
-        ({**ON_GPUS, "rollout": {"gpus_per_replica": 1, "engine": "hf"}}, "host"),
+        ({**ON_GPUS, "rollout": {"gpus_per_replica": 1, "engine": "hf"}}, "shared"),
         ({"rollout": {"gpus_per_replica": 1}}, "host"),
     ],
 )
