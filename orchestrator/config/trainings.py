@@ -33,8 +33,8 @@ class PreferencesConfig(Section):
     limit: Positive | None = None
     """Read at most this many records."""
     held_out: NonNegative | None = None
-    """Number of records at the end of the file reserved to measure accuracy. Null: a tenth of all records, selected by
-    a hash of the prompt."""
+    """Number of records at the end of the file reserved to measure accuracy, such as a test set that was appended. The
+    end of a sorted file is unlike the rest. Null: a tenth of all records, by a hash of the prompt, in any order."""
 
 
 class DemonstrationsConfig(Section):
@@ -47,8 +47,9 @@ class DemonstrationsConfig(Section):
     limit: Positive | None = None
     """Read at most this many records."""
     held_out: NonNegative | None = None
-    """Number of records at the end of the file reserved to measure the loss. Null: a tenth of all records, selected by
-    a hash of the conversation."""
+    """Number of records at the end of the file reserved to measure the loss, such as a test set that was appended. The
+    end of a sorted file is unlike the rest. Null: a tenth of all records, by a hash of the conversation, in any
+    order."""
 
     @property
     def are_texts(self) -> bool:
