@@ -30,13 +30,14 @@ from orchestrator.planning.memory import (
     RULES_PROCESS,
     Memory,
     ModelSize,
+    Sharding,
     engine_memory,
     gib,
     gpu_engine_memory,
     in_one_process,
     learner_memory,
-    on_trunk_memory,
     scorer_memory,
+    with_on_trunk,
 )
 from orchestrator.planning.needs import NodeNeed, NodeOffer, Sharing, needs, too_much
 from orchestrator.planning.placement import Node, Plan
@@ -156,10 +157,8 @@ def memory_per_role(config: Config, sizes: _Sizes, roles: Collection[str]) -> di
         memory = _learner(config, config.policy, size, logits=True)
         average = AVERAGE_BYTES * size.num_params if config.policy.ema_decay else 0  # on the host
         if config.critic_is_on_trunk:
-            critic = config.critic
-            adapters, zero = size.adapter_params(critic.lora), critic.zero_stage
-            more = on_trunk_memory(adapters, dtype=dtype, zero_stage=zero, ranks=config.policy.ranks)
-            memory = replace(memory, state=memory.state + more.state, resting=memory.resting + more.resting)
+            sharding = replace(Sharding.of(config.critic, dtype), ranks=config.policy.ranks)
+            memory = with_on_trunk(memory, size.adapter_params(config.critic.lora), sharding)
         return replace(memory, process=memory.process + average)
 
     def of_reward() -> Memory:
@@ -207,9 +206,7 @@ def memory_per_role(config: Config, sizes: _Sizes, roles: Collection[str]) -> di
 def _learner(config: Config, learner: LearnerConfig | OfflineConfig, size: ModelSize, *, logits: bool) -> Memory:
     return learner_memory(
         replace(size, trunk_bits=learner.lora.trunk_bits),
-        dtype=config.model.compute_dtype,
-        zero_stage=learner.zero_stage,
-        ranks=learner.ranks,
+        Sharding.of(learner, config.model.compute_dtype),
         micro_batch_tokens=learner.micro_batch_tokens,
         gradient_checkpointing=learner.gradient_checkpointing,
         logits=logits,
@@ -248,7 +245,7 @@ def _states(config: Config, sizes: _Sizes) -> float:
     """Bytes over all actors of policy, critic and reference."""
     demands = [demand for demand in all_demands(config) if demand.role in (*LEARNERS, "reference")]
     memory_of = memory_per_role(config, sizes, {demand.role for demand in demands})
-    return sum(demand.count * memory_of[demand.role].state for demand in demands)
+    return sum(demand.count * memory_of[demand.role].held for demand in demands)
 
 
 def disk_bytes(config: Config, sizes: _Sizes, prepared: Prepared | None) -> float:

@@ -24,6 +24,10 @@ def main(  # noqa: PLR0913  one parameter per option
     prompt_tokens: Annotated[float | None, typer.Option(min=1.0, help="Mean prompt; default: the longest.")] = None,
     response_tokens: Annotated[float | None, typer.Option(min=1.0, help="Mean response; default: the longest.")] = None,
     spread: Annotated[float, typer.Option(min=0.0, help="Standard deviation of responses over their mean.")] = 0.5,
+    kept: Annotated[
+        float,
+        typer.Option(min=0.01, max=1.0, help="Share of prompts that dynamic sampling keeps, if the config has it."),
+    ] = 0.5,
     ray_address: Annotated[
         str | None, typer.Option("--ray-address", help="Ray cluster; default: RAY_ADDRESS, else this machine.")
     ] = None,
@@ -34,7 +38,7 @@ def main(  # noqa: PLR0913  one parameter per option
         settings = read_config(config, overrides or (), print_config=False)
         target = imported("jobs.plan.report:Target")(gpus, gpu_kind, nodes, price, ray_address)
         lengths = imported("jobs.plan.report:MeanLengths")(prompt_tokens, response_tokens, spread)
-        imported("jobs.plan.report:plan")(settings, target, lengths)
+        imported("jobs.plan.report:plan")(settings, target, lengths, kept=kept)
 
     run_command(work)
 

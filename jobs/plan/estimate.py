@@ -16,7 +16,7 @@ import numpy as np
 
 from actors.machine.probe import Speed, machine_speed
 from actors.training.reward_model import CALIBRATION_REPLIES
-from jobs.plan.work import layout_of, models_of, trained_reward_size, work_of
+from jobs.plan.work import layout_of, learn_settings, models_of, trained_reward_size, work_of
 from jobs.prepare import Prepared, prepare
 from jobs.resolve import WITHOUT_TRIAL, resolved
 from jobs.stages.stage import RowSizes
@@ -109,15 +109,11 @@ class Costs:
         stage, sample = self.config.reward_model, self.config.sample
         size = trained_reward_size(self.config)
         replies = sample.samples_per_prompt
-        chosen = _lengths(prompts[: sample.prompts]) + self.config.rollout.max_new_tokens
+        chosen = _lengths(prompts[: sample.prompts]) + self.config.longest_response
         num_train = math.ceil(len(chosen) * (1.0 - HELD_OUT_FRACTION))
         scored = len(chosen) - num_train + CALIBRATION_REPLIES // replies
-        settings = LearnSettings(
-            stage.zero_stage,
-            stage.epochs,
-            math.ceil(num_train / stage.records_per_batch),
-            stage.micro_batch_tokens,
-        )
+        batches = math.ceil(num_train / stage.records_per_batch)
+        settings = learn_settings(stage, size, epochs=stage.epochs, minibatches=batches)
         training = learn_seconds(
             size,
             self._device,
@@ -143,11 +139,11 @@ class Costs:
         return self._policy_training(stage, rows) + self._policy_forwards(stage, rows, forwards)
 
     def _policy_training(self, stage: OfflineConfig, rows: RowSizes) -> float:
+        size, whole = self._size("policy"), rows.lengths
         batches = math.ceil(rows.num_records / stage.records_per_batch)
-        settings = LearnSettings(stage.zero_stage, stage.epochs, batches, stage.micro_batch_tokens)
-        whole = rows.lengths
+        settings = learn_settings(stage, size, epochs=stage.epochs, minibatches=batches)
         return learn_seconds(
-            self._size("policy"),
+            size,
             self._device,
             settings,
             ranks=self._cores,
@@ -173,9 +169,9 @@ class Costs:
 
     def _evaluation(self, prompts: Sequence[Prompt]) -> float:
         """Sampling, then policy, reference and reward at once on shared cores."""
-        chosen = _lengths(prompts)
-        whole = chosen + self.config.rollout.max_new_tokens
-        head_tokens = float(len(chosen) * self.config.rollout.max_new_tokens)
+        chosen, longest = _lengths(prompts), self.config.longest_response
+        whole = chosen + longest
+        head_tokens = float(len(chosen) * longest)
         scoring = 0.0
         for role in ("policy", "reference", "reward"):
             size = self._models[role]
@@ -186,7 +182,7 @@ class Costs:
 
     def _generate(self, prompts: Lengths) -> float:
         """All shards on one engine."""
-        size, longest = self._size("policy"), self.config.rollout.max_new_tokens
+        size, longest = self._size("policy"), self.config.longest_response
         shard = self._layout.samples_per_shard
         return sum(
             generate_seconds(

@@ -12,7 +12,7 @@ from rich.table import Table
 from actors.machine.probe import machine_speed
 from jobs.check.capacity import Cluster, adapter_lines, capacity, find_cluster
 from jobs.command import out, say
-from jobs.plan.work import layout_of, learning_of, work_of
+from jobs.plan.work import KEPT, layout_of, learning_of, work_of
 from jobs.resolve import WITHOUT_TRIAL, resolved
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
@@ -52,8 +52,11 @@ class MeanLengths:
     spread: float
 
 
-def plan(config: Config, target: Target, lengths: MeanLengths) -> None:
+def plan(config: Config, target: Target, lengths: MeanLengths, *, kept: float = KEPT) -> None:
     """Prints the candidates.
+
+    Args:
+        kept: share of prompts that dynamic sampling keeps.
 
     Raises:
         CapacityError: nothing fits; says what is missing and suggests remedies.
@@ -61,8 +64,11 @@ def plan(config: Config, target: Target, lengths: MeanLengths) -> None:
         DataError: a model's config can't be read.
     """
     config = _for_target(config, target)
-    work = work_of(config, prompt_tokens=lengths.prompt, response_tokens=lengths.response, deviation=lengths.spread)
+    means = {"prompt_tokens": lengths.prompt, "response_tokens": lengths.response}
+    work = work_of(config, **means, deviation=lengths.spread, kept=kept)
     _show_work(config, work, lengths)
+    for line in _more_samples(config, work, kept):
+        say(line)
     found, what = _search(config, work, target)
     show_configured(config, work, target)
     for reason, names in _by_reason(found).items():
@@ -215,6 +221,8 @@ def settings_of(candidate: Candidate, rewards: Collection[str]) -> list[str]:
             f"{role}.zero_stage={learning.zero_stage}",
             f"{role}.gradient_checkpointing={str(learning.gradient_checkpointing).lower()}",
             f"{role}.micro_batch_tokens={learning.micro_batch_tokens}",
+            f"{role}.offload_optimizer={str(learning.offload_optimizer).lower()}",
+            f"{role}.zero_hpz_partition_size={learning.zero_hpz_partition_size}",
         ]
     return lines + (["algorithm.importance_cap=2.0"] if layout.max_staleness else [])
 
@@ -229,6 +237,17 @@ def _show_work(config: Config, work: Work, lengths: MeanLengths) -> None:
     )
     for line in adapter_lines(config):
         say(line)
+
+
+def _more_samples(config: Config, work: Work, kept: float) -> Iterator[str]:
+    """What a step samples and does not learn from."""
+    if work.greedy:
+        yield f"and {work.scored - work.samples} greedy samples a step, which are scored and not learned from"
+    if config.algorithm.filter_rounds:
+        yield (
+            f"dynamic sampling: {work.rounds} further rounds of {work.scored} samples a step, if {kept:.0%} of the "
+            f"prompts are kept (--kept) and at most algorithm.filter_rounds={config.algorithm.filter_rounds}"
+        )
 
 
 def _show(config: Config, found: Search, what: str) -> None:
@@ -266,6 +285,7 @@ def _cells(config: Config, candidate: Candidate) -> Sequence[str]:
     widths = " ".join(f"{role}:{layout.devices_of(role)}" for role in MODELS if told.idle.get(role) is not None)
     policy = layout.learning["policy"]
     learning = f"{policy.micro_batch_tokens} ZeRO-{policy.zero_stage}{' ckpt' * policy.gradient_checkpointing}"
+    learning += " offload" * policy.offload_optimizer
     fullest = max((part.without_cache for part in candidate.memory), default=0.0)
     return (
         describe(layout),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,15 @@ from orchestrator.config.base import Dtype
 from orchestrator.config.config import Config
 from orchestrator.config.rewards import reward_models
 from orchestrator.config.sections import LearnerConfig
+from orchestrator.config.trainings import OfflineConfig
 from orchestrator.planning.costs import Dimensions, LearnSettings, as_one
 from orchestrator.planning.demands import all_demands
 from orchestrator.planning.hardware import Device
-from orchestrator.planning.memory import BYTES_OF
+from orchestrator.planning.memory import BYTES_OF, ModelSize
 from orchestrator.planning.simulation.scenario import MODELS, ROLES, Layout, Pool, Spread, Work
+
+KEPT = 0.5
+"""Assumed share of the prompts whose samples differ in reward: dynamic sampling keeps these."""
 
 
 def dimensions(folder: Path, *, dtype: Dtype, layers: int | None = None, trust_remote_code: bool = False) -> Dimensions:
@@ -85,13 +90,20 @@ def trained_reward_size(config: Config) -> Dimensions:
     )
 
 
-def work_of(config: Config, *, prompt_tokens: float | None, response_tokens: float | None, deviation: float) -> Work:
+def work_of(
+    config: Config,
+    *,
+    prompt_tokens: float | None,
+    response_tokens: float | None,
+    deviation: float,
+    kept: float = KEPT,
+) -> Work:
     """Args:
     prompt_tokens, response_tokens: means. None: all have the maximum length.
     deviation: of response lengths, relative to their mean.
+    kept: share of prompts that dynamic sampling (algorithm.filter_rounds) keeps.
     """
-    longest_prompt = config.prompts.max_prompt_tokens
-    longest = config.environment.longest(config.rollout.max_new_tokens, config.model.max_length - longest_prompt)
+    longest_prompt, longest = config.prompts.max_prompt_tokens, config.longest_response
     return Work(
         models_of(config),
         config.samples_per_step,
@@ -99,7 +111,15 @@ def work_of(config: Config, *, prompt_tokens: float | None, response_tokens: flo
         Spread(response_tokens or longest, longest, deviation if response_tokens else 0.0),
         sharing=sharing_of(config),
         on_trunk=on_trunk(config),
+        greedy=config.algorithm.greedy_samples,
+        rounds=further_rounds(config.algorithm.filter_rounds, kept),
     )
+
+
+def further_rounds(most: int | None, kept: float) -> int:
+    """Rounds after the first until a step is full, if this share of the prompts of each is kept; at most `most` (None:
+    all prompts are learned from)."""
+    return min(most or 0, math.ceil(1.0 / kept) - 1)
 
 
 def on_trunk(config: Config) -> frozenset[str]:
@@ -119,19 +139,10 @@ def learning_of(config: Config) -> Mapping[str, LearnSettings]:
     has_adapters = config.policy.lora.rank or config.critic.lora.rank
     models = models_of(config) if has_adapters else {}
 
-    def learner(section: LearnerConfig, size: Dimensions | None) -> LearnSettings:
-        return LearnSettings(
-            section.zero_stage,
-            config.algorithm.epochs,
-            config.algorithm.minibatches,
-            section.micro_batch_tokens,
-            section.gradient_checkpointing,
-            size.adapter_params(section.lora) if size else 0,
-        )
-
+    passes = {"epochs": config.algorithm.epochs, "minibatches": config.algorithm.minibatches}
     return {
-        "policy": learner(config.policy, models.get("policy")),
-        "critic": learner(config.critic, models.get("critic")),
+        "policy": learn_settings(config.policy, models.get("policy"), **passes),
+        "critic": learn_settings(config.critic, models.get("critic"), **passes),
         "reference": LearnSettings(
             3 if config.reference.sharded else 0, micro_batch_tokens=config.reference.micro_batch_tokens
         ),
@@ -139,6 +150,22 @@ def learning_of(config: Config) -> Mapping[str, LearnSettings]:
         if rewards
         else LearnSettings(0),
     }
+
+
+def learn_settings(
+    section: LearnerConfig | OfflineConfig, size: ModelSize | None, *, epochs: int, minibatches: int
+) -> LearnSettings:
+    """Args: size: of the model, for the number of its adapters' parameters. None: it has none, or does not matter."""
+    return LearnSettings(
+        section.zero_stage,
+        epochs,
+        minibatches,
+        section.micro_batch_tokens,
+        section.gradient_checkpointing,
+        size.adapter_params(section.lora) if size else 0,
+        section.offload_optimizer,
+        section.zero_hpz_partition_size,
+    )
 
 
 def layout_of(config: Config, device: Device, devices: int) -> Layout:

@@ -99,6 +99,12 @@ class Config(Section):
         return self.rl.samples_per_step
 
     @property
+    def longest_response(self) -> int:
+        """Most tokens of a sample: of all turns, with an environment."""
+        window = self.model.max_length - self.prompts.max_prompt_tokens
+        return self.environment.longest(self.rollout.max_new_tokens, window)
+
+    @property
     def reference_is_trunk(self) -> bool:
         """Whether the policy answers for the reference, which is then the policy without its adapters."""
         return self.policy.lora.rank > 0 and self.reference.path in (None, self.model.path)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from orchestrator.config.base import Dtype
 from orchestrator.planning.balance import RankPlan, micro_batches, share_prompt
 from orchestrator.planning.hardware import Device
-from orchestrator.planning.memory import BYTES_OF, ModelSize, learned_bytes
+from orchestrator.planning.memory import BYTES_OF, ModelSize, Sharding, learner_states
 
 Lengths = npt.NDArray[np.int64]
 
@@ -97,6 +97,11 @@ class LearnSettings:
     micro_batch_tokens: int = 16384
     gradient_checkpointing: bool = False
     adapters: int = 0
+    offload_optimizer: bool = False
+    zero_hpz_partition_size: int = 1
+
+    def sharding(self, dtype: Dtype, ranks: int) -> Sharding:
+        return Sharding(dtype, self.zero_stage, ranks, self.offload_optimizer, self.zero_hpz_partition_size)
 
     def learned_share(self, size: Dimensions) -> float:
         """Share of the parameters that learn."""
@@ -139,7 +144,7 @@ def learn_seconds(
 
     Gathers of ZeRO-3 and compute overlap; the longer one counts.
     """
-    gathers = 2 * exchange_seconds(size.weight_bytes, device, ranks) if settings.zero_stage == 3 else 0.0
+    gathers = _gather_seconds(size, device, settings, ranks)
     seconds = settings.minibatches * optimizer_seconds(size, device, settings, ranks=ranks)
     share = settings.learned_share(size)  # frozen weights have no gradient
     passes = (3 if settings.gradient_checkpointing else 2) + share
@@ -151,13 +156,33 @@ def learn_seconds(
         flops = passes * forward_flops(size, _padded(plan, rows), head_tokens=head_tokens * len(rows) / len(lengths))
         seconds += max(flops / (device.flops * device.efficiency.learn), len(plan) * gathers)
         seconds += len(plan) * _touch_seconds(size, device, touched)
+        seconds += len(plan) * _offload_seconds(size, device, settings, ranks)
     return settings.epochs * seconds
 
 
+def _gather_seconds(size: Dimensions, device: Device, settings: LearnSettings, ranks: int) -> float:
+    """ZeRO-3's gathers of a micro-batch, forward and backward; the latter from the second copy, if there is one."""
+    if settings.zero_stage != 3:
+        return 0.0
+    copies = settings.zero_hpz_partition_size
+    backward = copies if copies > 1 else ranks
+    return sum(exchange_seconds(size.weight_bytes, device, count) for count in (ranks, backward))
+
+
+def _offload_seconds(size: Dimensions, device: Device, settings: LearnSettings, ranks: int) -> float:
+    """Copying this rank's gradients of a micro-batch to an optimizer on the host."""
+    if not settings.offload_optimizer:
+        return 0.0
+    return size.weight_bytes * settings.learned_share(size) / ranks / device.host_link
+
+
 def optimizer_seconds(size: Dimensions, device: Device, settings: LearnSettings, *, ranks: int) -> float:
-    """Reducing gradients, updating this rank's shard, gathering weights (ZeRO-3 gathers them in the forward)."""
+    """Reducing gradients, updating this rank's shard, gathering weights (ZeRO-3 gathers them in the forward). An update
+    on the host is assumed to read and write its memory at the speed of the link to the device."""
     shards, share = ranks if settings.zero_stage else 1, settings.learned_share(size)
     update = _touch_seconds(size, device, device.efficiency.optimizer_bytes * share) / shards
+    if settings.offload_optimizer:
+        update = device.efficiency.optimizer_bytes * share * size.num_params / shards / device.host_link
     exchanges = 1 if settings.zero_stage == 3 else 2
     return update + exchanges * exchange_seconds(size.weight_bytes * share, device, ranks)
 
@@ -239,12 +264,11 @@ def wake_seconds(size: Dimensions, device: Device, *, width: int) -> float:
 
 
 def rest_seconds(size: Dimensions, device: Device, settings: LearnSettings, *, ranks: int) -> float:
-    """Copying a learner's gradients, master weights and optimizer states to host memory, or back."""
+    """Copying a learner's gradients, master weights and optimizer states to host memory, or back; what is offloaded
+    stays there."""
     dtype: Dtype = "bfloat16" if size.bytes_per_weight == BYTES_OF["bfloat16"] else "float32"
     learned = settings.learned_share(size) * size.num_params
-    states = learned_bytes(learned, dtype=dtype, zero_stage=settings.zero_stage, ranks=ranks)
-    weights = size.bytes_per_weight * learned / (ranks if settings.zero_stage == 3 else 1)
-    return (states - weights) / device.host_link
+    return learner_states(learned, settings.sharding(dtype, ranks)).states / device.host_link
 
 
 def _padded(plan: RankPlan, lengths: Lengths) -> Lengths:

@@ -8,10 +8,10 @@ one chunk, temporaries of the optimizer) is needed in addition while a role comp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from orchestrator.config.base import Dtype
-from orchestrator.config.sections import LoraConfig
+from orchestrator.config.sections import LoraConfig, TrainingConfig
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -33,7 +33,7 @@ ZERO_BUCKET = 50_000_000  # gradients on their way, two at a time; as learners s
 ZERO3_LIVE = 1_000_000_000  # gathered parameters; DeepSpeed's default
 
 BYTES_OF: Mapping[Dtype, int] = {"bfloat16": 2, "float32": 4}
-_MOMENTS, _MASTERS = 8, 4  # bytes per parameter of Adam's two moments and of master weights, in fp32
+_MOMENTS, _MASTERS, _SUMS = 8, 4, 4  # bytes per parameter in fp32: Adam's two moments, master weights, gradients' sums
 AVERAGE_BYTES = 4  # bytes per parameter of a moving average, in fp32 on the host of rank 0
 _ADAM_TEMPORARIES = 8  # bytes per parameter of a shard during its update
 _ALIVE_IN_BACKWARD = (10, 4)  # values per token and layer that a Llama stores: × hidden size, × feed-forward size
@@ -88,6 +88,7 @@ class Memory:
         moments: the part of `resting` that the first update creates.
         scoring: in addition to `state`, while a learner scores.
         sending: in addition to `state`, during a publish.
+        offloaded: of a learner whose optimizer is on the host: what the host always holds.
     """
 
     state: float = 0.0
@@ -98,10 +99,16 @@ class Memory:
     moments: float = 0.0
     scoring: float = 0.0
     sending: float = 0.0
+    offloaded: float = 0.0
 
     @property
     def weights(self) -> float:
         return self.state - self.resting
+
+    @property
+    def held(self) -> float:
+        """Between calls, on the device and on the host."""
+        return self.state + self.offloaded
 
     @property
     def on_device(self) -> float:
@@ -130,70 +137,120 @@ def effective_zero_stage(zero_stage: int, *, dtype: Dtype, ranks: int, offloads:
     return 0 if ranks == 1 and dtype == "float32" and zero_stage < 3 and not offloads else zero_stage
 
 
+@dataclass(frozen=True)
+class Sharding:
+    """How a learner's bytes are divided over its ranks, and between device and host; keys of the config."""
+
+    dtype: Dtype
+    zero_stage: int
+    ranks: int
+    offload_optimizer: bool = False
+    zero_hpz_partition_size: int = 1
+
+    @classmethod
+    def of(cls, section: TrainingConfig, dtype: Dtype) -> Sharding:
+        keys = ("zero_stage", "ranks", "offload_optimizer", "zero_hpz_partition_size")
+        return cls(dtype, **{key: getattr(section, key) for key in keys})
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage that is used."""
+        return effective_zero_stage(
+            self.zero_stage, dtype=self.dtype, ranks=self.ranks, offloads=self.offload_optimizer
+        )
+
+
+@dataclass(frozen=True)
+class LearnerStates:
+    """Bytes of one rank of a learner between its micro-batches.
+
+    Args:
+        weights: what a forward reads; with zero_hpz_partition_size the second copy, too.
+        states: what only an update needs and the device holds: gradients, and moments and master weights unless they
+            are offloaded.
+        moments: the part of `states` that the first update creates.
+        offloaded: what the host always holds.
+    """
+
+    weights: float
+    states: float
+    moments: float
+    offloaded: float
+
+
+def learner_states(learned: float, sharding: Sharding, *, frozen_bytes: float = 0.0) -> LearnerStates:
+    """A policy or a critic under ZeRO (Rajbhandari 2020, section 3). Stage 1 shards moments and master weights, stage 2
+    also gradients, stage 3 also weights.
+
+    Args:
+        learned: number of parameters that learn.
+        frozen_bytes: of all weights that do not.
+    """
+    held, stage, is_mixed = BYTES_OF[sharding.dtype], sharding.stage, sharding.dtype == "bfloat16"
+    whole = held * learned + frozen_bytes
+    weights = whole / (sharding.ranks if stage == 3 else 1)
+    if stage == 3 and sharding.zero_hpz_partition_size > 1:
+        weights += whole / sharding.zero_hpz_partition_size
+    with_gradient = learned / (sharding.ranks if stage >= 2 else 1)
+    updated = learned / (sharding.ranks if stage else 1)
+    gradients, sums = held * with_gradient, (_SUMS if is_mixed and stage else 0) * with_gradient
+    masters, moments = (_MASTERS if is_mixed or stage else 0) * updated, _MOMENTS * updated
+    if sharding.offload_optimizer:
+        return LearnerStates(weights, gradients, 0.0, sums + masters + moments)
+    return LearnerStates(weights, gradients + sums + masters + moments, moments, 0.0)
+
+
 def learner_memory(
     size: ModelSize,
+    sharding: Sharding,
     *,
-    dtype: Dtype,
-    zero_stage: int,
-    ranks: int,
     micro_batch_tokens: int,
     gradient_checkpointing: bool,
     logits: bool,
     adapters: int = 0,
 ) -> Memory:
-    """One rank of a policy or a critic (`logits` off) under ZeRO (Rajbhandari 2020, section 3).
-
-    Stage 1 shards moments and master weights, stage 2 also gradients, stage 3 also weights.
+    """One rank of a policy or a critic (`logits` off).
 
     Args:
         adapters: parameters of adapters, which then learn instead of the model's own; 0: there are none.
     """
-    held, zero_stage = BYTES_OF[dtype], effective_zero_stage(zero_stage, dtype=dtype, ranks=ranks)
+    dtype, held, stage = sharding.dtype, BYTES_OF[sharding.dtype], sharding.stage
     learned = adapters or size.num_params
-    shards = ranks if zero_stage == 3 else 1
-    state = learned_bytes(learned, dtype=dtype, zero_stage=zero_stage, ranks=ranks)
-    resting = state - held * learned / shards
-    if adapters:
-        state += size.frozen_bytes(held) / shards
-    temporaries = _ADAM_TEMPORARIES * learned / (ranks if zero_stage else 1)
+    found = learner_states(learned, sharding, frozen_bytes=size.frozen_bytes(held) if adapters else 0.0)
+    updated_here = 0.0 if sharding.offload_optimizer else learned / (sharding.ranks if stage else 1)
     layers = 1 if gradient_checkpointing else size.num_layers
     working = (
-        temporaries
+        _ADAM_TEMPORARIES * updated_here
         + layers * _layer_bytes(size, dtype, micro_batch_tokens)
         + (size.num_layers * size.hidden * micro_batch_tokens * held if gradient_checkpointing else 0)
         + (held * max(i * o for _, _, i, o in size.linear) if size.trunk_bits else 0)  # one layer, dequantised
         + (_logit_bytes(size, micro_batch_tokens) if logits else 0)
         + (4 * size.vocabulary * size.hidden if logits and not adapters else 0)
     )
-    buffers = _zero_buffers(size, held, zero_stage, ranks)
+    buffers = _zero_buffers(size, held, stage, sharding.ranks)
     return Memory(
-        state,
+        found.weights + found.states,
         working + buffers,
         process=LEARNER_PROCESS,
-        resting=resting,
-        moments=_MOMENTS * learned / (ranks if zero_stage else 1),
-        scoring=_forward_bytes(size, dtype, micro_batch_tokens, logits=logits) + (buffers if zero_stage == 3 else 0),
+        resting=found.states,
+        moments=found.moments,
+        scoring=_forward_bytes(size, dtype, micro_batch_tokens, logits=logits) + (buffers if stage == 3 else 0),
         sending=_sent_bytes(size, held) if logits else 0.0,
+        offloaded=found.offloaded,
     )
 
 
-def on_trunk_memory(adapters: int, *, dtype: Dtype, zero_stage: int, ranks: int) -> Memory:
-    """What a critic or a reference adds to a rank of the policy whose trunk it shares."""
-    state = learned_bytes(adapters, dtype=dtype, zero_stage=zero_stage, ranks=ranks)
-    return Memory(state, resting=state - BYTES_OF[dtype] * adapters)
-
-
-def learned_bytes(num_params: float, *, dtype: Dtype, zero_stage: int, ranks: int) -> float:
-    """Weights that learn, with their gradients, masters and moments, on one rank."""
-    held, zero_stage = BYTES_OF[dtype], effective_zero_stage(zero_stage, dtype=dtype, ranks=ranks)
-    optimizer = _MOMENTS + (_MASTERS if dtype == "bfloat16" or zero_stage else 0)
-    gradients = held + (4 if dtype == "bfloat16" and zero_stage else 0)
-    per_param = (
-        held / (ranks if zero_stage == 3 else 1)
-        + gradients / (ranks if zero_stage >= 2 else 1)
-        + optimizer / (ranks if zero_stage else 1)
+def with_on_trunk(policy: Memory, adapters: int, sharding: Sharding) -> Memory:
+    """A rank of the policy with a critic on its trunk, which has so many parameters of its own. A reference on the
+    trunk adds nothing."""
+    more = learner_states(adapters, sharding)
+    return replace(
+        policy,
+        state=policy.state + more.weights + more.states,
+        resting=policy.resting + more.states,
+        moments=policy.moments + more.moments,
+        offloaded=policy.offloaded + more.offloaded,
     )
-    return per_param * num_params
 
 
 def scorer_memory(size: ModelSize, *, dtype: Dtype, shards: int, micro_batch_tokens: int, logits: bool) -> Memory:

@@ -74,7 +74,10 @@ def needs(
         extra = RAY_PROCESSES + (COORDINATOR_PROCESS if index == 0 else 0)
         on_cpu = [memory_of[slot.role] for slot in slots if not slot.gpus]
         on_gpu = [slot for slot in slots if slot.gpus]
-        at_rest = sum(memory_of[slot.role].process + _moved_to_host(slot, memory_of, sharing) for slot in on_gpu)
+        at_rest = sum(
+            memory_of[slot.role].process + memory_of[slot.role].offloaded + _moved_to_host(slot, memory_of, sharing)
+            for slot in on_gpu
+        )
         found.append(
             NodeNeed(
                 address,
@@ -133,7 +136,7 @@ def too_much(found: Sequence[NodeNeed]) -> list[str]:
         "Add nodes or memory, choose a smaller model, a higher zero_stage with more ranks, or fewer actors; "
         "gradient_checkpointing and a smaller micro_batch_tokens reduce the memory of a step."
     )
-    on_gpus = f"{way_out} `rlhf plan` finds settings that fit."
+    on_gpus = f"{way_out} offload_optimizer moves states to the host. `rlhf plan` finds settings that fit."
     known = [(need, need.available) for need in found if need.available is not None]
     short = [(need, there) for need, there in known if need.certain > there]
     if short:

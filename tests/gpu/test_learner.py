@@ -16,7 +16,7 @@ from jobs.quickstart import CONFIG
 from orchestrator.algorithms.ppo import Ppo
 from orchestrator.config.loader import load_config
 from orchestrator.config.sections import PolicyConfig
-from orchestrator.planning.memory import learner_memory
+from orchestrator.planning.memory import Sharding, learner_memory
 from tests.integration.engine_scenarios import reference_logprobs
 from tests.numerics.ranks import context, group
 from tests.numerics.samples import experience, rollout
@@ -68,9 +68,7 @@ def test_the_memory_plan_holds_what_learning_needed() -> None:
     measured = torch.cuda.max_memory_allocated()
     planned = learner_memory(
         model_size(folder),
-        dtype="bfloat16",
-        zero_stage=1,
-        ranks=1,
+        Sharding("bfloat16", 1, 1),
         micro_batch_tokens=MICRO_BATCH_TOKENS,
         gradient_checkpointing=False,
         logits=True,

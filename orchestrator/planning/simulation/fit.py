@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 from orchestrator.config.base import Dtype
 from orchestrator.errors import CapacityError
+from orchestrator.failures import LEARNERS
+from orchestrator.planning.costs import LearnSettings
 from orchestrator.planning.memory import (
     Memory,
     gib,
     gpu_engine_memory,
     learner_memory,
-    on_trunk_memory,
     scorer_memory,
+    with_on_trunk,
 )
 from orchestrator.planning.peaks import ENGINE, USABLE, WHOLE_STEP, Peak, highest, peaks, with_cache
 from orchestrator.planning.simulation.scenario import MODELS, Layout, Pool, Work
@@ -87,21 +89,17 @@ def _samples(peak: Peak) -> bool:
 
 
 def _memory_of_roles(work: Work, layout: Layout, pool: Pool, dtype: Dtype) -> dict[str, Memory]:
+    """By role with processes of its own."""
     found: dict[str, Memory] = {}
     for role in MODELS:
-        size, place = work.models[role], "policy" if role in work.on_trunk else role
-        if place not in pool.widths or size is None:
+        size = work.models[role]
+        if role not in pool.widths or size is None or role in work.on_trunk:
             continue
-        settings, ranks = layout.learning[role], pool.widths[place]
-        if role in work.on_trunk:
-            found[role] = on_trunk_memory(settings.adapters, dtype=dtype, zero_stage=settings.zero_stage, ranks=ranks)
-            continue
-        if role in ("policy", "critic"):
+        settings, ranks = layout.learning[role], pool.widths[role]
+        if role in LEARNERS:
             found[role] = learner_memory(
                 size,
-                dtype=dtype,
-                zero_stage=settings.zero_stage,
-                ranks=ranks,
+                settings.sharding(dtype, ranks),
                 micro_batch_tokens=settings.micro_batch_tokens,
                 gradient_checkpointing=settings.gradient_checkpointing,
                 logits=role in HAS_LOGITS,
@@ -115,9 +113,13 @@ def _memory_of_roles(work: Work, layout: Layout, pool: Pool, dtype: Dtype) -> di
                 micro_batch_tokens=settings.micro_batch_tokens,
                 logits=role in HAS_LOGITS,
             )
+    if "policy" in found and "critic" in work.on_trunk:
+        critic = layout.learning["critic"]
+        sharding = critic.sharding(dtype, pool.widths["policy"])
+        found["policy"] = with_on_trunk(found["policy"], critic.adapters, sharding)
     if "rollout" in pool.widths:
         width = pool.widths["rollout"]
-        sequences = min(layout.samples_per_shard, work.samples)
+        sequences = min(layout.samples_per_shard, work.scored)
         found["rollout"] = gpu_engine_memory(work.policy, dtype=dtype, tensor_parallel_size=width, sequences=sequences)
     return found
 
@@ -135,7 +137,9 @@ def _shortage(
             room = max(usable - found.total + found.parts[ENGINE], 0.0) / layout.device.memory_bytes
             way_out = f"rollout.gpu_memory_utilization={int(100 * room) / 100:g}"
     elif settings is not None and settings.zero_stage == 3:
-        way_out = f"more than {layout.width(largest)} ranks of {largest}, or a smaller {largest}.micro_batch_tokens"
+        offload = f", {largest}.offload_optimizer=true" if _could_offload(largest, settings) else ""
+        ranks = layout.width(largest)
+        way_out = f"more than {ranks} ranks of {largest}, a smaller {largest}.micro_batch_tokens{offload}"
     elif largest == "reward":
         way_out = "a smaller reward.micro_batch_tokens, GPUs of its own"
     else:
@@ -144,3 +148,7 @@ def _shortage(
     if found.total <= usable:
         text += f", which leaves {gib(max(cache[0], 0.0))} for a KV cache, and one sample needs {gib(cache[1])}"
     return f"{text}. Use {way_out}, or larger GPUs."
+
+
+def _could_offload(role: str, settings: LearnSettings) -> bool:
+    return role in LEARNERS and not settings.offload_optimizer

@@ -73,7 +73,7 @@ class Cluster:
         self.work, self.layout = work, layout
         self._devices = {role: devices for pool in layout.pools for devices in [Devices(pool)] for role in pool.widths}
         self._turns = {
-            role: asyncio.Semaphore(layout.devices_of(role) // layout.scoring_ranks(role, work.samples))
+            role: asyncio.Semaphore(layout.devices_of(role) // layout.scoring_ranks(role, work.scored))
             for role in MODELS
             if role in self._devices
         }
@@ -113,7 +113,7 @@ class SimulatedSchedule:
     def _requests(self) -> Sequence[SampleRequest]:
         return [SampleRequest(row, _NO_PROMPT, 0, row) for row in range(self.samples)]
 
-    def requests(self, step: int, _refill: int = 0) -> Sequence[SampleRequest]:  # noqa: ARG002  equal in all steps
+    def requests(self, step: int, _refill: int = 0) -> Sequence[SampleRequest]:  # noqa: ARG002  equal in all rounds
         return self._requests
 
 
@@ -151,7 +151,7 @@ class SimulatedRollouts:
         await self._cluster.run("rollout", seconds, calls=1)
         self._idle.put_nowait(engine)
         tokens = (int(prompts.sum()), int(responses.sum()))
-        handle = (prompts, responses)
+        handle = (prompts, responses, work.are_learned(rows.start, len(prompts)))
         return RolloutShard(request.step, request.index, handle, len(prompts), *tokens, request.step, engine, seconds)
 
     async def wake(self, tags: Sequence[Tag]) -> None:
@@ -187,14 +187,14 @@ class SimulatedModel:
         size, layout = self.cluster.work.models[self.role], self.cluster.layout
         if size is None:
             return [None]
-        prompts, responses = shard.handle
-        ranks = layout.scoring_ranks(self._place, self.cluster.work.samples)
+        prompts, responses, _ = shard.handle
+        ranks = layout.scoring_ranks(self._place, self.cluster.work.scored)
         seconds = costs.score_seconds(
             size,
             layout.device,
             layout.learning[self.role],
             ranks=ranks,
-            lengths=self._lines(prompts, responses),
+            lengths=self._lines(prompts, responses, sharing=self.cluster.work.of_prompt),
             head_tokens=self._head_tokens(responses),
             evenly=layout.deals_on,
         )
@@ -204,13 +204,14 @@ class SimulatedModel:
     async def learn(self, experience: Experience) -> Metrics:
         size, layout = self.cluster.work.models[self.role], self.cluster.layout
         if size is not None:
-            prompts, responses = (np.concatenate(parts) for parts in zip(*experience.handles, strict=True))
+            *lengths, learned = (np.concatenate(parts) for parts in zip(*experience.handles, strict=True))
+            prompts, responses = (each[learned] for each in lengths)
             seconds = costs.learn_seconds(
                 size,
                 layout.device,
                 layout.learning[self.role],
                 ranks=layout.width(self._place),
-                lengths=self._lines(prompts, responses),
+                lengths=self._lines(prompts, responses, sharing=self.cluster.work.sharing),
                 head_tokens=self._head_tokens(responses),
             )
             await self.cluster.call(self._place, seconds, ranks=layout.width(self._place))
@@ -226,9 +227,8 @@ class SimulatedModel:
 
     resume = rest
 
-    def _lines(self, prompts: Lengths, responses: Lengths) -> Lengths:
+    def _lines(self, prompts: Lengths, responses: Lengths, *, sharing: int) -> Lengths:
         """Lengths of the computed lines. Reward model and critic compute each row separately."""
-        sharing = self.cluster.work.sharing
         if sharing == 1 or not self.has_head:
             return prompts + responses
         longest = self.cluster.layout.learning[self.role].micro_batch_tokens

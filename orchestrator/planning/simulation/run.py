@@ -10,6 +10,7 @@ from typing import Any
 
 from orchestrator.coordinator import Coordinator
 from orchestrator.failures import Unsupervised
+from orchestrator.filtering import Filter, Score
 from orchestrator.held_out import Evaluation
 from orchestrator.planning.simulation.roles import (
     Cluster,
@@ -26,7 +27,7 @@ from orchestrator.run.checkpoints import Checkpoints
 from orchestrator.run.experience_log import ExperienceLog
 from orchestrator.sampler import Sampler
 from orchestrator.turns import InTurn, SharedGpus, Turns, Unshared
-from orchestrator.types import Sampling, State
+from orchestrator.types import Sampling, ScoredShard, State
 from orchestrator.watching.guards import Guards
 from orchestrator.watching.telemetry import METRICS_FILE, Telemetry, read_lines
 
@@ -76,7 +77,8 @@ def _coordinator(folder: Path, loop: VirtualTimeLoop, cluster: Cluster, cache_to
     critic, reward = (SimulatedModel(cluster, role, has_head=False) for role in ("critic", "reward"))
     rollouts, recorder = SimulatedRollouts(cluster, cache_tokens), SimulatedRecorder()
     has_critic = cluster.work.models["critic"] is not None
-    turns = _turns(layout, rollouts, {"policy": policy, **({"critic": critic} if has_critic else {})})
+    learners = {"policy": policy, **({"critic": critic} if has_critic else {})}
+    turns = _turns(layout, rollouts, learners, samples_again=cluster.work.rounds > 0)
     telemetry = Telemetry(folder, "simulation", 1, clock=loop.time, wall_clock=loop.time)
     log = ExperienceLog(folder / "log", recorder, max_failed_fraction=0.0)
     cut: dict[str, Any] = {"sampling": Sampling(), "samples_per_shard": layout.samples_per_shard}
@@ -89,18 +91,20 @@ def _coordinator(folder: Path, loop: VirtualTimeLoop, cluster: Cluster, cache_to
         recorder=recorder,
         publisher=SimulatedPublisher(cluster),
     )
+    sampler = Sampler(
+        rollouts,
+        SimulatedSchedule(cluster.work.scored),
+        max_staleness=layout.max_staleness,
+        takes_turns=layout.takes_turns,
+        turns=turns,
+        **cut,
+    )
     return Coordinator(
         steps=steps,
         critic_warmup_steps=0,
         next_kl_coefficient=lambda coefficient, kl, samples: coefficient,
-        sampler=Sampler(
-            rollouts,
-            SimulatedSchedule(cluster.work.samples),
-            max_staleness=layout.max_staleness,
-            takes_turns=layout.takes_turns,
-            turns=turns,
-            **cut,
-        ),
+        sampler=sampler,
+        filtered=_refilled(sampler, cluster.work.rounds),
         turns=turns,
         roles=roles,
         log=log,
@@ -121,10 +125,23 @@ def _coordinator(folder: Path, loop: VirtualTimeLoop, cluster: Cluster, cache_to
     )
 
 
-def _turns(layout: Layout, rollouts: SimulatedRollouts, learners: Mapping[str, SimulatedModel]) -> Turns:
+def _turns(
+    layout: Layout, rollouts: SimulatedRollouts, learners: Mapping[str, SimulatedModel], *, samples_again: bool
+) -> Turns:
     if not layout.shares_gpus:
         return Unshared()
-    return SharedGpus(rollouts if layout.takes_turns else None, learners)
+    return SharedGpus(rollouts if layout.takes_turns else None, learners, samples_again=samples_again)
+
+
+def _refilled(sampler: Sampler, rounds: int) -> Filter:
+    """Samples and scores as many further prompts in each round. Those of a step are learned from, for as many."""
+
+    async def refilled(step: int, scored: list[ScoredShard], score: Score) -> list[ScoredShard]:
+        for number in range(1, rounds + 1):
+            await score(await sampler.more(step, number, first_index=number * len(scored)))
+        return scored
+
+    return refilled
 
 
 def _silent(line: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from orchestrator.planning.costs import Dimensions, LearnSettings, Lengths
 from orchestrator.planning.hardware import Device
@@ -37,9 +38,11 @@ class Work:
 
     Args:
         models: sizes of policy, critic, reference and reward.
-        samples: samples per step; those of one prompt are adjacent.
+        samples: samples per step that are learned from; those of one prompt are adjacent.
         sharing: number of samples for which policy and reference compute a prompt once.
         on_trunk: roles without weights of their own: they compute on the policy's ranks.
+        greedy: further samples of each prompt, which are scored and not learned from; they follow its others.
+        rounds: how often as many further prompts are sampled and scored, in place of prompts that are left out.
     """
 
     models: Mapping[str, Dimensions | None]
@@ -48,6 +51,8 @@ class Work:
     response: Spread
     sharing: int = field(default=1, kw_only=True)
     on_trunk: frozenset[str] = field(default=frozenset(), kw_only=True)
+    greedy: int = field(default=0, kw_only=True)
+    rounds: int = field(default=0, kw_only=True)
 
     @property
     def policy(self) -> Dimensions:
@@ -56,10 +61,24 @@ class Work:
             raise ValueError("the policy must have a model")
         return found
 
+    @property
+    def of_prompt(self) -> int:
+        """Samples of one prompt that are scored."""
+        return self.sharing + self.greedy
+
+    @property
+    def scored(self) -> int:
+        """Samples of a step before further rounds, with greedy ones."""
+        return self.samples + self.greedy * math.ceil(self.samples / self.sharing)
+
     def lengths(self, step: int) -> tuple[Lengths, Lengths]:
-        """(prompts, responses) of the samples of a step."""
+        """(prompts, responses) of the scored samples of a step; those of further rounds are as long."""
         prompts = self.prompt.draw(math.ceil(self.samples / self.sharing), (step, 0))
-        return np.repeat(prompts, self.sharing)[: self.samples], self.response.draw(self.samples, (step, 1))
+        return np.repeat(prompts, self.of_prompt)[: self.scored], self.response.draw(self.scored, (step, 1))
+
+    def are_learned(self, first: int, count: int) -> npt.NDArray[np.bool_]:
+        """Whether each of `count` scored samples, from this one on, is learned from."""
+        return np.arange(first, first + count) % self.of_prompt < self.sharing
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ def search(
     widths: Sequence[int] = ENGINE_WIDTHS,
 ) -> Search:
     """Args:
-    learning: settings of each role. Layouts that do not fit are tried with ZeRO-3 and gradient checkpointing.
+    learning: settings of each role. Layouts that do not fit are tried with ZeRO-3 and gradient checkpointing, and then
+        with optimizers on the host.
     staleness: max_staleness to try in separate placements, in addition to 0.
     widths: numbers of devices per engine to try.
     """
@@ -82,11 +83,11 @@ def layouts(
         if devices % width == 0:
             pool = Pool(devices, dict.fromkeys(MODELS, devices) | {"rollout": width, "reward": 1})
             engines = devices // width
-            yield Layout(device, (pool,), engines, -(-work.samples // engines), 0, devices, learning)
+            yield Layout(device, (pool,), engines, -(-work.scored // engines), 0, devices, learning)
         for share in ENGINE_SHARES:
             engines = int(devices * share) // width
             left = devices - engines * width
-            per_shard = -(-work.samples // engines) if engines else 0
+            per_shard = -(-work.scored // engines) if engines else 0
             if engines and left and len(roles) > 1:
                 shared = Pool(left, dict.fromkeys(MODELS, left) | {"reward": 1})
                 mixed = (Pool(engines * width, {"rollout": width}), shared)
@@ -116,9 +117,13 @@ def _dealt(work: Work, roles: Sequence[str], devices: int, learning: Mapping[str
 
 def _fitting(work: Work, layout: Layout, dtype: Dtype) -> tuple[Layout, list[DeviceMemory]]:
     """The first learning settings that leave room for a whole shard in an engine's cache, else the first that fit, with
-    the largest micro-batch that allows it. Raises CapacityError if none fit."""
+    the largest micro-batch that allows it; with optimizers on the host only where nothing else fits. Raises
+    CapacityError if none fit."""
     fits, error = None, None
-    for tried in _ways_to_learn(work, layout):
+    for way, tokens in itertools.product(_WAYS, MICRO_BATCH_TOKENS):
+        if fits is not None and way.offload:
+            break
+        tried = _learning_so(work, layout, way, tokens)
         try:
             memory = memory_per_device(work, tried, dtype=dtype)
         except CapacityError as too_small:
@@ -134,20 +139,39 @@ def _fitting(work: Work, layout: Layout, dtype: Dtype) -> tuple[Layout, list[Dev
     return fits
 
 
-def _ways_to_learn(work: Work, layout: Layout) -> Iterator[Layout]:
-    """The given settings, then with ZeRO-3 (which no trunk with two learners can have), with checkpointing, and with
-    both; each with decreasing micro-batches."""
+@dataclass(frozen=True)
+class _Way:
+    """Changes of the given settings of learning; off: as given."""
+
+    zero_3: bool = False
+    checkpoint: bool = False
+    offload: bool = False
+
+
+_WAYS = (
+    _Way(),
+    _Way(zero_3=True),
+    _Way(checkpoint=True),
+    _Way(zero_3=True, checkpoint=True),
+    _Way(zero_3=True, checkpoint=True, offload=True),
+)
+
+
+def _learning_so(work: Work, layout: Layout, way: _Way, tokens: int) -> Layout:
+    """A layout that learns in this way. No trunk with two learners can have ZeRO-3."""
     kept = {"reward", *(LEARNERS if "critic" in work.on_trunk else ())}
-    for (zero, checkpointing), tokens in itertools.product(
-        ((None, None), (3, None), (None, True), (3, True)), MICRO_BATCH_TOKENS
-    ):
-        learning = {
-            role: replace(
-                settings,
-                micro_batch_tokens=tokens,
-                zero_stage=settings.zero_stage if zero is None or role in kept else zero,
-                gradient_checkpointing=settings.gradient_checkpointing if checkpointing is None else checkpointing,
-            )
-            for role, settings in layout.learning.items()
-        }
-        yield replace(layout, learning=learning)
+
+    def changed(role: str, settings: LearnSettings) -> LearnSettings:
+        stage = 3 if way.zero_3 and role not in kept else settings.zero_stage
+        offloads = way.offload and role in LEARNERS and role not in work.on_trunk and stage > 0
+        copies = settings.zero_hpz_partition_size
+        return replace(
+            settings,
+            micro_batch_tokens=tokens,
+            zero_stage=stage,
+            gradient_checkpointing=settings.gradient_checkpointing or way.checkpoint,
+            offload_optimizer=settings.offload_optimizer or offloads,
+            zero_hpz_partition_size=copies if layout.width(role) % copies == 0 else 1,
+        )
+
+    return replace(layout, learning={role: changed(role, each) for role, each in layout.learning.items()})

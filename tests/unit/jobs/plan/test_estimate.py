@@ -13,14 +13,16 @@ import pytest
 from actors.machine.node_speeds import complaints
 from actors.machine.probe import Speed
 from jobs.plan import estimate as module
-from jobs.plan.estimate import estimate, expected
+from jobs.plan.estimate import Costs, estimate, expected
 from jobs.prepare import Prepared, without_prompts
 from jobs.stages.preference import Preference
 from jobs.stages.reward_model import RewardModel
 from jobs.stages.rl import Rl
 from jobs.stages.sample import Sample
+from jobs.stages.stage import RowSizes
 from orchestrator.config.config import Config
 from orchestrator.config.loader import load_config
+from orchestrator.planning.hardware import cpu_core
 from orchestrator.prompts import Splits
 from orchestrator.types import Prompt
 
@@ -109,6 +111,24 @@ def test_nodes_of_another_kind_are_told_with_the_way_out() -> None:
     assert "node 10.0.0.2 is of another kind (Zen 3, AVX2, 2 threads" in found[0]
     assert "model.dtype=float32" in found[0]
     assert complaints("float32", {"10.0.0.2": AVX2}) == []
+
+
+def test_adapters_save_a_third_of_a_training(tmp_path: Path, machine: Any, prepared: Prepared) -> None:
+    """No gradients of frozen weights: two thirds of the FLOPs. Scoring, and traffic of memory, come on top."""
+    machine(AMX)
+    device = replace(cpu_core("bfloat16", AMX.per_core("bfloat16")), bandwidth=1e18, link=1e18)
+    rows = RowSizes(400, np.full(400, 100, dtype=np.int64), 0.5)
+    kinds = ("sft", "preference", "reward_model")
+
+    def seconds(*overrides: str) -> list[float]:
+        costs = Costs(quickstart(tmp_path, "bfloat16", "reward_model.layers=null", *overrides), device, 2)
+        training = [costs._policy_training(stage, rows) for stage in (costs.config.sft, costs.config.preference)]
+        return [*training, costs.reward_model(prepared.prompts.reward_model)]
+
+    full, adapted = seconds(), seconds(*(f"{kind}.lora.rank=8" for kind in kinds))
+    sft, preference, reward_model = [less / more for less, more in zip(adapted, full, strict=True)]
+    assert sft == preference == pytest.approx((2 + 2_442_240 / 134_515_008) / 3)
+    assert sft < reward_model < 0.72
 
 
 def test_a_loss_that_compares_with_a_reference_takes_one_more_forward(

@@ -12,13 +12,15 @@ import pytest
 from jobs.check.capacity import Capacity, Cluster, capacity, gpu_memory_of
 from jobs.command import out
 from jobs.plan.report import MeanLengths, Target, plan, show_configured
-from jobs.plan.work import work_of
+from jobs.plan.work import layout_of, work_of
 from orchestrator.config.config import Config
 from orchestrator.config.loader import load_config
 from orchestrator.errors import CapacityError
+from orchestrator.planning.hardware import device_of
 from orchestrator.planning.memory import GIB
 from orchestrator.planning.needs import NodeOffer
 from orchestrator.planning.placement import Node
+from orchestrator.planning.simulation.fit import memory_per_device
 
 CONFIGS = Path("jobs/configs")
 QWEN: dict[str, Any] = {
@@ -136,6 +138,44 @@ def test_unsharded_learners_of_7b_are_refused_with_the_peak_of_their_phase(tmp_p
     config = EIGHT.config(tmp_path, "policy.zero_stage=1")
     with pytest.raises(CapacityError, match=r"has 74.5 GiB, and phase policy \d+.\d GiB .*zero_stage"):
         EIGHT.capacity(config)
+
+
+FIGURES = {"start": 44.8, "sample": 65.5, "score": 42.3, "policy": 59.3, "critic": 56.0, "publish": 44.6}
+
+
+def test_the_figures_of_docs_placement_are_those_of_the_plan(tmp_path: Path) -> None:
+    found = EIGHT.capacity(EIGHT.config(tmp_path))
+    (peak,) = (need.peak for need in found.nodes if need.peak)
+    work = work_of(EIGHT.config(tmp_path), prompt_tokens=300.0, response_tokens=500.0, deviation=0.5)
+    layout = layout_of(EIGHT.config(tmp_path), device_of("h100"), 8)
+    (memory,) = memory_per_device(work, layout, dtype="bfloat16")
+    assert {each.phase: round(each.total / GIB, 1) for each in memory.peaks} == FIGURES
+    assert peak.phase == "sample" and round(peak.total / GIB, 1) == FIGURES["sample"]
+
+
+def test_7b_on_two_gpus_fits_only_with_optimizers_on_the_host(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """15.2 GB of weights: the states of a learner are 18 bytes per parameter, 16 of them of its optimizer."""
+    case = Case("h100-8.yaml", "7B", ((32, 2, 500),))
+    small = ["rollout.gpu_memory_utilization=0.35", "rl.samples_per_prompt=1"]
+    for section in ("reward_model", "policy", "critic", "reference"):
+        small += [f"{section}.ranks=2", f"{section}.micro_batch_tokens=2048"]
+    small += ["reward.replicas=2", "rollout.replicas=2", "reward.micro_batch_tokens=2048"]
+    offload = [f"{section}.offload_optimizer=true" for section in ("reward_model", "policy", "critic")]
+    with pytest.raises(CapacityError, match=r"has 74.5 GiB, and phase .* takes more.*offload_optimizer moves states"):
+        case.capacity(case.config(tmp_path, *small))
+    found = case.capacity(case.config(tmp_path, *small, *offload))
+    (host,) = (need for need in found.nodes if need.kind == "memory")
+    assert host.certain > 2 * 16 * 7.6e9, "policy's and critic's states"
+    for overrides, words in (
+        (small, "the config as it is does not fit"),
+        ([*small, *offload], "the config as it is: "),
+    ):
+        config = case.config(tmp_path, *overrides)
+        work = work_of(config, prompt_tokens=300.0, response_tokens=500.0, deviation=0.5)
+        show_configured(config, work, Target(2, "h100", None, None, None))
+        assert words in capsys.readouterr().out
 
 
 def test_a_critic_of_7b_on_two_gpus_is_refused(tmp_path: Path) -> None:

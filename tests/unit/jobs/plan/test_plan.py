@@ -137,6 +137,23 @@ def test_a_bad_config_ends_with_exit_code_2(tree: dict[str, Any], tmp_path: Path
     assert runner.invoke(app, ["--gpus", "1", "--gpu-kind", "abacus", model, "reward.path=x"]).exit_code == 2
 
 
+def test_greedy_samples_and_further_rounds_are_counted_and_told(
+    tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rl = {"steps": 100, "prompts_per_step": 32, "samples_per_prompt": 4}
+    rollout = {"max_new_tokens": 1024, "samples_per_shard": 60}
+    remax = config_of({**tree, "rl": rl, "algorithm": {"name": "remax"}, "rollout": rollout})
+    plan(remax, on(32), ANY)
+    assert "and 32 greedy samples a step, which are scored and not learned from" in capsys.readouterr().out
+    dapo = config_of({**tree, "rl": rl, "algorithm": {"name": "dapo"}})
+    plan(dapo, on(32), ANY)
+    told = "dynamic sampling: 1 further rounds of 128 samples a step, if 50% of the prompts are kept (--kept)"
+    assert told in capsys.readouterr().out
+    means = {"prompt_tokens": 200.0, "response_tokens": 400.0, "deviation": 0.5}
+    assert [work_of(dapo, **means, kept=kept).rounds for kept in (1.0, 0.5, 0.3, 0.1)] == [0, 1, 3, 3]
+    assert (work_of(remax, **means).scored, work_of(remax, **means).rounds) == (160, 0)
+
+
 LORA = {"policy": {"lora": {"rank": 16}}, "critic": {"lora": {"rank": 8, "targets": ["q_proj", "v_proj"]}}}
 
 
@@ -151,7 +168,7 @@ def test_adapters_are_planned_as_what_they_are(tree: dict[str, Any], capsys: pyt
     assert "critic and reference on the policy's trunk: no weights of their own" in text
     (proposal,) = re.findall(r"best: (.*)", text)
     assert "reference." not in proposal and "critic." not in proposal
-    assert re.search(r"memory of a GPU of [^:]*policy, critic, reference[^:]*, of 74.5 GiB", text)
+    assert re.search(r"memory of a GPU of policy(, rollout)?, of 74.5 GiB", text), "one process on the trunk"
     with_adapters, without = map(float, re.findall(r"critic and reference: ([\d.]+) GiB, and ([\d.]+) GiB", text)[0])
     assert with_adapters < 0.1 * without
 

@@ -19,6 +19,7 @@ from orchestrator.planning.costs import (
     learn_seconds,
     line_lengths,
     publish_seconds,
+    rest_seconds,
     score_seconds,
 )
 from orchestrator.planning.hardware import DEVICES, Device, Efficiency, device_of
@@ -168,3 +169,30 @@ def test_frozen_weights_cost_no_gradients() -> None:
     seconds = learn_seconds(SIZE, DEVICE, adapted, ranks=1, lengths=LENGTHS, head_tokens=4.0)
     added, updated = 16 * (0.25 + 0.075) * 200 / 50, 30 * 0.1 * 200 / 50
     assert seconds == pytest.approx(2.1 * PADDED / 500 + added + updated)
+
+
+def test_an_optimizer_on_the_host_costs_the_link() -> None:
+    """Weights of 400 bytes on 2 ranks, over a link of 10 bytes/s. 30 bytes per parameter of an update cross it, and the
+    gradients of every micro-batch."""
+    settings = LearnSettings(zero_stage=3, micro_batch_tokens=10)
+    on_device, on_host = (
+        learn_seconds(SIZE, DEVICE, each, ranks=2, lengths=LENGTHS, head_tokens=4.0)
+        for each in (settings, replace(settings, offload_optimizer=True))
+    )
+    update = 30 * 200 / 2
+    assert on_host - on_device == pytest.approx(update / 10 - update / 50 + 400 / 2 / 10)
+    resting = [
+        rest_seconds(SIZE, DEVICE, each, ranks=2) for each in (settings, replace(settings, offload_optimizer=True))
+    ]
+    assert resting == pytest.approx([18 * 200 / 2 / 10, 2 * 200 / 2 / 10])
+
+
+def test_a_second_copy_of_the_weights_saves_the_network_in_the_backward() -> None:
+    bound = replace(DEVICE, flops=1e12, bandwidth=1e12)  # only gathers take time
+    plain = LearnSettings(zero_stage=3, micro_batch_tokens=10)
+    one, two = (
+        learn_seconds(SIZE, bound, each, ranks=8, lengths=np.asarray([5]), head_tokens=0.0)
+        for each in (plain, replace(plain, zero_hpz_partition_size=4))
+    )
+    near, far = 400 * 3 / 4 / (80 * 0.5), 400 * 7 / 8 / (8 * 0.5)
+    assert one - two == pytest.approx(far - near, rel=1e-6)

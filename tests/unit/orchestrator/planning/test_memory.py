@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -14,11 +14,13 @@ from orchestrator.planning.memory import (
     GIB,
     Memory,
     ModelSize,
+    Sharding,
     engine_memory,
     in_one_process,
     learner_memory,
-    on_trunk_memory,
+    learner_states,
     scorer_memory,
+    with_on_trunk,
 )
 from orchestrator.planning.needs import NodeNeed, NodeOffer, needs, too_much
 from orchestrator.planning.placement import Demand, Node, place
@@ -30,9 +32,10 @@ SMOLLM2 = ModelSize(num_params=134_515_008, num_layers=30, hidden=576, feed_forw
 def learner(size: ModelSize = SIZE, **changes: Any) -> Memory:
     settings: dict[str, Any] = {
         "dtype": "bfloat16", "zero_stage": 1, "ranks": 1, "micro_batch_tokens": 10, "gradient_checkpointing": False,
-        "logits": True,
+        "logits": True, "offload_optimizer": False, "zero_hpz_partition_size": 1, **changes,
     }  # fmt: skip
-    return learner_memory(size, **{**settings, **changes})
+    sharding = Sharding(**{field.name: settings.pop(field.name) for field in fields(Sharding)})
+    return learner_memory(size, sharding, **settings)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,43 @@ def test_frozen_weights_have_neither_gradients_nor_optimizer_states() -> None:
     assert (full, adapted.state) == (1000 * 16, 1000 * 4 + 50 * 16)
     plain = learner(dtype="float32", zero_stage=0)
     assert plain.working - adapted.working == 8 * (1000 - 50) + 4 * 100 * 8  # of Adam, and of the head's gradient
-    assert on_trunk_memory(50, dtype="float32", zero_stage=0, ranks=1).state == 50 * 16
+
+
+def test_a_critic_on_the_trunk_adds_its_adapters_and_their_states_to_the_policy() -> None:
+    policy = learner(zero_stage=1, ranks=2, adapters=50)
+    both = with_on_trunk(policy, 30, Sharding("bfloat16", 1, 2))
+    assert both.weights - policy.weights == 30 * 2
+    assert both.resting - policy.resting == 30 * (2 + 4 + (4 + 8) / 2)
+    assert both.moments - policy.moments == 30 * 8 / 2
+    assert (both.process, both.working, both.scoring) == (policy.process, policy.working, policy.scoring)
+
+
+def test_an_offloaded_optimizer_is_on_the_host() -> None:
+    """7.6 billion parameters on 8 GPUs."""
+    sharding = Sharding("bfloat16", 3, 8)
+    plain = learner_states(7.6e9, sharding)
+    assert (plain.weights, plain.states) == pytest.approx((2 * 7.6e9 / 8, 18 * 7.6e9 / 8))
+    assert (plain.moments, plain.offloaded) == (8 * 7.6e9 / 8, 0)
+    offloaded = learner_states(7.6e9, replace(sharding, offload_optimizer=True))
+    assert (offloaded.weights, offloaded.states, offloaded.moments) == (plain.weights, 2 * 7.6e9 / 8, 0)
+    assert offloaded.offloaded == 16 * 7.6e9 / 8
+    on_device, plain_device = (learner(zero_stage=3, ranks=8, offload_optimizer=each) for each in (True, False))
+    assert plain_device.state - on_device.state == on_device.offloaded == 16 * 1000 / 8
+    assert plain_device.working - on_device.working == 8 * 1000 / 8, "Adam's temporaries are on the host"
+    assert learner_states(100, Sharding("float32", 1, 1, offload_optimizer=True)).offloaded == 100 * 12
+
+
+def test_a_second_copy_of_the_weights_is_counted() -> None:
+    assert learner_states(1000, Sharding("bfloat16", 3, 16, zero_hpz_partition_size=8)).weights == pytest.approx(
+        2 * 1000 * (1 / 16 + 1 / 8)
+    )
+
+
+def test_the_host_holds_what_is_offloaded_besides_what_rests() -> None:
+    plan = place([Demand("policy", 1, 1.0, 1.0)], [Node("a", 4.0, 1.0)], mode="separate")
+    host, _ = needs(plan, {"policy": Memory(state=5.0, process=3.0, offloaded=7.0)}, {"a": NodeOffer(1e12, 1e12)})
+    fixed = memory.RAY_PROCESSES + memory.COORDINATOR_PROCESS
+    assert host.certain == host.needed == fixed + 3 + 7
 
 
 def test_a_quantised_trunk_holds_its_linear_layers_in_few_bits() -> None:

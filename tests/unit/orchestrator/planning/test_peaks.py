@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.errors import CapacityError
-from orchestrator.planning.memory import GIB, Memory, ModelSize, gpu_engine_memory, learner_memory
+from orchestrator.planning.memory import GIB, Memory, ModelSize, Sharding, gpu_engine_memory, learner_memory
 from orchestrator.planning.needs import NodeOffer, Sharing, needs, too_much
 from orchestrator.planning.peaks import CONTEXT, CUDA_GRAPHS, FRAGMENTATION, highest, peaks
 from orchestrator.planning.placement import Demand, Node, place
@@ -41,16 +41,13 @@ def test_without_turns_all_parts_are_there_at_once() -> None:
 
 def test_what_rests_is_all_but_the_weights() -> None:
     size = ModelSize(num_params=1000, num_layers=3, hidden=8, feed_forward=16, vocabulary=100)
-    memory = learner_memory(
-        size, dtype="bfloat16", zero_stage=3, ranks=4, micro_batch_tokens=10, gradient_checkpointing=True, logits=True
-    )
+    sharding = Sharding("bfloat16", 3, 4)
+    memory = learner_memory(size, sharding, micro_batch_tokens=10, gradient_checkpointing=True, logits=True)
     assert memory.weights == 2 * 1000 / 4
     assert (memory.resting, memory.moments) == ((2 + 4 + 4 + 8) * 1000 / 4, 8 * 1000 / 4)
     frozen = learner_memory(
         size,
-        dtype="bfloat16",
-        zero_stage=1,
-        ranks=1,
+        Sharding("bfloat16", 1, 1),
         micro_batch_tokens=10,
         gradient_checkpointing=True,
         logits=True,

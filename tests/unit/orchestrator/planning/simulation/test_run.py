@@ -150,6 +150,34 @@ def test_samples_that_share_a_prompt_cost_less_where_it_is_computed_once() -> No
     assert shared_s["score"] < apart_s["score"]
 
 
+def test_greedy_samples_are_sampled_and_scored_and_not_learned() -> None:
+    """Three samples of a prompt and a greedy one cost what four cost, except in learning."""
+    alone = replace(WORK, models={**WORK.models, "critic": None})
+    with_greedy, four, three = (
+        replace(alone, samples=samples, sharing=sharing, greedy=greedy)
+        for samples, sharing, greedy in ((48, 3, 1), (64, 4, 0), (48, 3, 0))
+    )
+    prompts, responses = with_greedy.lengths(0)
+    assert len(prompts) == len(responses) == with_greedy.scored == 64
+    assert with_greedy.are_learned(2, 5).tolist() == [True, False, True, True, True]
+    found, more, fewer = (
+        simulate(work, colocated(1), cache_tokens=CACHE).phases_s for work in (with_greedy, four, three)
+    )
+    assert found["generate"] == pytest.approx(more["generate"]) and found["score"] == pytest.approx(more["score"])
+    assert found["learn"] == pytest.approx(fewer["learn"]) and found["learn"] < more["learn"]
+
+
+def test_a_further_round_is_sampled_and_scored_and_not_learned() -> None:
+    once, twice = (
+        simulate(replace(WORK, rounds=rounds), colocated(1), cache_tokens=CACHE).phases_s for rounds in (0, 1)
+    )
+    moved = costs.wake_seconds(SIZE, DEVICE, width=1)  # the engine's weights, to the host, back, and to the host
+    sampled = once["generate"] + once["score"]
+    assert twice["generate"] + twice["score"] == pytest.approx(2 * sampled + 3 * moved)
+    assert twice["score"] > once["score"]
+    assert twice["learn"] == pytest.approx(once["learn"])
+
+
 def test_roles_on_the_policys_trunk_compute_on_its_ranks() -> None:
     """Colocated on one device it makes no difference; on devices of their own they would compute at the same time."""
     shared = replace(WORK, on_trunk=frozenset({"critic", "reference"}))

@@ -9,7 +9,7 @@ import pytest
 from orchestrator.errors import CapacityError
 from orchestrator.planning.costs import Dimensions, LearnSettings
 from orchestrator.planning.hardware import DEVICES
-from orchestrator.planning.peaks import CONTEXT, CUDA_GRAPHS, USABLE
+from orchestrator.planning.peaks import CONTEXT, CUDA_GRAPHS, FRAGMENTATION, USABLE
 from orchestrator.planning.simulation.fit import cache_tokens, memory_per_device
 from orchestrator.planning.simulation.scenario import MODELS, Layout, Pool, Spread, Work
 from orchestrator.planning.simulation.search import describe, layouts, search
@@ -54,13 +54,48 @@ def test_too_large_a_model_is_refused_with_sizes_and_the_way_out() -> None:
     found = search(work(LARGE), H100, 1, learning=LEARNING, dtype="bfloat16", staleness=1)
     assert not found.candidates
     (reason,) = found.refused.values()
-    assert "on one h100: policy 2" in reason and "usable 68.5 GiB" in reason
+    assert "on one h100: start 100.0 GiB (policy 32.4, critic 32.4" in reason and "usable 68.5 GiB" in reason
     assert "Use more than 1 ranks of policy" in reason
+    assert "offload" not in reason, "it was tried"
 
 
 def test_a_model_that_needs_it_gets_zero_3_by_itself() -> None:
     found = search(work(LARGE), H100, 64, learning=LEARNING, dtype="bfloat16", staleness=1)
     assert found.candidates[0].layout.learning["policy"].zero_stage == 3
+
+
+def test_optimizers_are_on_the_host_where_nothing_else_fits() -> None:
+    """16 billion bytes of weights; the states of policy and critic are 18 bytes per parameter, 2 of them gradients."""
+    found = search(work(LARGE), H100, 2, learning=LEARNING, dtype="bfloat16", staleness=0)
+    best = found.candidates[0].layout
+    assert best.mode == "colocated"
+    assert all(best.learning[role].offload_optimizer for role in ("policy", "critic"))
+    assert not best.learning["reference"].offload_optimizer
+    roomy = search(work(LARGE), H100, 8, learning=LEARNING, dtype="bfloat16", staleness=0)
+    assert not any(
+        each.layout.learning["policy"].offload_optimizer for each in roomy.candidates if each.layout.takes_turns
+    )
+
+
+def test_a_second_copy_of_weights_is_kept_where_the_ranks_allow_it() -> None:
+    learner = LearnSettings(3, zero_hpz_partition_size=8)
+    learning = {**LEARNING, "policy": learner, "critic": learner}
+    found = search(work(SMALL), H100, 16, learning=learning, dtype="bfloat16", staleness=0)
+    ranks = {each.layout.width("policy"): each.layout.learning["policy"] for each in found.candidates}
+    assert {count: each.zero_hpz_partition_size for count, each in ranks.items()} == {
+        count: 8 if count % 8 == 0 else 1 for count in ranks
+    }
+
+
+def test_roles_on_the_trunk_are_no_processes_of_their_own() -> None:
+    learning = {**LEARNING, "policy": LearnSettings(adapters=1_000_000), "critic": LearnSettings(adapters=500_000)}
+    layout = Layout(H100, (Pool(1, dict.fromkeys((*MODELS, "rollout"), 1)),), 1, 128, learning=learning)
+    alone = replace(work(SMALL, critic=None, reference=None, reward=None))
+    shared = replace(work(SMALL, reward=None), on_trunk=frozenset({"critic", "reference"}))
+    (one,), (other,) = (memory_per_device(each, layout, dtype="bfloat16") for each in (alone, shared))
+    assert one.roles == other.roles == ("policy", "rollout")
+    policy = [next(peak.parts["policy"] for peak in each.peaks if peak.phase == "policy") for each in (one, other)]
+    assert policy[1] - policy[0] == pytest.approx(500_000 * (2 + 2 + 4 + 4 + 8) * (1 + FRAGMENTATION))
 
 
 def test_what_roles_leave_is_the_cache() -> None:
