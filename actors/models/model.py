@@ -22,6 +22,7 @@ from actors.models.attention import use_short_attention
 from actors.models.classifiers import as_scorer
 from actors.models.depth import shallow
 from actors.models.norms import use_quick_norms
+from actors.models.proofs import recognisable_memory, require_initialised
 from actors.models.reward_heads import fold_heads, require_heads, with_heads
 from orchestrator.config.base import Dtype
 from orchestrator.data.inputs import at_home
@@ -82,6 +83,23 @@ def resolve_model(name_or_path: str, cache_dir: Path) -> Path:
             f"({type(error).__name__}). Give a folder, download it while online, or use {EMBEDDED!r}, which needs "
             "no network."
         ) from error
+
+
+def model_on_disk(name_or_path: str, cache_dir: Path) -> Path | None:
+    """The folder that `resolve_model` gives if it is there already; None: it is not. Nothing is downloaded or unpacked.
+
+    Raises:
+        DataError: the home folder that a path names is unknown.
+    """
+    is_embedded = name_or_path == EMBEDDED
+    place = (cache_dir / EMBEDDED, "run.cache") if is_embedded else (name_or_path, "model")
+    folder = at_home(*place, DataError)
+    if is_embedded or folder.is_dir():
+        return folder if (folder / "config.json").is_file() else None
+    try:
+        return Path(snapshot_download(name_or_path, allow_patterns=_DOWNLOADED, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        return None
 
 
 def convert_embedded(folder: Path) -> Path:
@@ -251,19 +269,21 @@ def _load(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if scores:
             as_scorer(config)
-        model, info = loader.from_pretrained(
-            folder,
-            config=shallow(config, layers, folder),
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        with recognisable_memory():
+            model, info = loader.from_pretrained(
+                folder,
+                config=shallow(config, layers, folder),
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
     except LOADING_ERRORS as error:
         raise DataError(
             f"{folder} can't be loaded as {loader.__name__}: {error}. It must hold config.json and safetensors of a "
             "supported architecture."
         ) from error
+    require_initialised(model, folder)
     use_short_attention(model)
     use_quick_norms(model)
     return model.eval(), sorted(info["missing_keys"])

@@ -10,7 +10,7 @@ from typing import Literal
 
 from actors.learning.worker import RankContext
 from actors.models.files import weight_bytes
-from actors.models.model import resolve_model
+from actors.models.model import model_on_disk
 from actors.text.templates import read_template
 from orchestrator.algorithms.experience import ExperienceSettings
 from orchestrator.algorithms.standardising import WeightedPart
@@ -218,14 +218,15 @@ def transport_of(config: Config) -> Literal["host", "collective", "shared"]:
 
 
 def start_s(config: Config) -> float:
-    """Deadline of an actor's start: it grows with the largest model of the run. A model that is not here yet does not
-    count."""
+    """Deadline of an actor's start: it grows with the largest model of the run. A model that is not on this machine's
+    disk does not count. Reads folders, so it is asked for once where actors are started."""
     scorers = [name for name, _ in reward_bases(config).values()]
     names = {config.model.path, config.reference.path, critic_base(config)[0], *scorers}
     sizes = [0]
     for name in names - {None}:
         with suppress(DataError):
-            sizes.append(weight_bytes(resolve_model(str(name), config.run.cache)))
+            folder = model_on_disk(str(name), config.run.cache)
+            sizes.append(weight_bytes(folder) if folder else 0)
     return config.deadlines.start_s + LOADING_S_PER_GIB * max(sizes) / GIB
 
 

@@ -131,7 +131,7 @@ async def _side(job: StageJob, name: str, config: Config, prompts: Sequence[Prom
         EVALUATION_STEP, requests, samples_per_shard=samples_per_shard(config), sampling=sampling_of(config)
     )
     folder = job.output(EVALUATION)
-    samples = await sample_shards(job, config, shards, ShardFiles(config, folder / f"{name}.parquet"), plays=True)
+    samples = await sample_shards(job, config, shards, ShardFiles(config, folder / f"{name}.parquet"))
     gold: Sequence[float | None] = [None] * samples.num_rows
     if config.evaluation.gold is not None:
         scores = await asyncio.to_thread(rule_scores, config, config.evaluation.gold, samples)
@@ -214,8 +214,9 @@ async def _logprobs(job: StageJob, samples: pa.Table, config: Config) -> Sequenc
         job.watch(starter.groups)
         arguments = {"reference": reference, "context": rank_context(config)}
         ranks = await starter.ranks("reference", ReferenceWorker, arguments)
-        await all_ready({"reference": ranks}, start_s(config))
-        supervisor = supervisor_of(config, starter, job.telemetry, job.run)
+        deadline_s = start_s(config)
+        await all_ready({"reference": ranks}, deadline_s)
+        supervisor = supervisor_of(config, starter, job.telemetry, job.run, deadline_s)
 
         async def score() -> pa.Table:
             return await ranks.call(0, ReferenceWorker.logprobs, config.deadlines.score_s, samples)

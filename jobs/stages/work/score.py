@@ -89,8 +89,9 @@ async def _score(
     async with starting(config, [reward_demand(config)]) as starter:
         job.watch(starter.groups)
         replicas = await start_reward(config, starter, model)
-        await all_ready({"reward": replicas}, start_s(config))
-        supervisor = supervisor_of(config, starter, job.telemetry, job.run)
+        deadline_s = start_s(config)
+        await all_ready({"reward": replicas}, deadline_s)
+        supervisor = supervisor_of(config, starter, job.telemetry, job.run, deadline_s)
 
         async def score(replica: int, number: int) -> None:
             work = partial(replicas.call, replica, RewardWorker.score, config.deadlines.score_s, shards[number])

@@ -35,12 +35,13 @@ async def task_metrics(job: StageJob, config: Config, suffix: str) -> dict[str, 
             "micro_batch_tokens": config.reference.micro_batch_tokens,
         }
         ranks = await starter.ranks("reference", TaskWorker, arguments)
-        await all_ready({"reference": ranks}, start_s(config))
-        supervisor = supervisor_of(config, starter, job.telemetry, job.run)
+        deadline_s = start_s(config)
+        await all_ready({"reference": ranks}, deadline_s)
+        supervisor = supervisor_of(config, starter, job.telemetry, job.run, deadline_s)
         patience_s = config.deadlines.score_s
 
         async def measure() -> Mapping[str, float]:
-            await ranks.call(0, TaskWorker.start, start_s(config), tasks)
+            await ranks.call(0, TaskWorker.start, deadline_s, tasks)
             num_batches, since, said = 0, monotonic(), monotonic()
             while True:
                 seen, found = await ranks.call(0, TaskWorker.wait, WAIT_S + patience_s, WAIT_S)

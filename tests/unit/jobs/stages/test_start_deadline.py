@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
+from actors.models import model as models
 from jobs.stages.settings import LOADING_S_PER_GIB, start_s
 from orchestrator.config.loader import load_config
 
@@ -31,3 +34,22 @@ def test_a_model_that_is_not_there_adds_nothing(tmp_path: Path) -> None:
     small = model(tmp_path / "small", 1)
     config = load_config(None, [f"model.path={small}", "deadlines.start_s=300", f"critic.path={tmp_path / 'not_yet'}"])
     assert start_s(config) == 300 + LOADING_S_PER_GIB
+
+
+def test_nothing_is_downloaded_or_unpacked_for_a_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def download(name: str, **options: Any) -> str:
+        assert options["local_files_only"], "a deadline is no reason to download"
+        asked.append(name)
+        if name == "some/model":
+            return str(model(tmp_path / "snapshot", 2))
+        raise LocalEntryNotFoundError("it is not in the cache")
+
+    monkeypatch.setattr(models, "snapshot_download", download)
+    monkeypatch.setattr(
+        models, "_convert", lambda *_: pytest.fail("the embedded model is unpacked by those who load it")
+    )
+    keys = ["reference.path=some/model", "critic.path=another/model", f"run.cache={tmp_path / 'cache'}"]
+    assert start_s(load_config(None, [*keys, "deadlines.start_s=300"])) == 300 + 2 * LOADING_S_PER_GIB
+    assert sorted(asked) == ["another/model", "some/model"]
