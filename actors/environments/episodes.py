@@ -92,7 +92,8 @@ class Player:
         columns = zip(table["response_tokens"].to_pylist(), table["engine_logprobs"].to_pylist(), strict=True)
         for episode, (tokens, logprobs) in zip(speaking, columns, strict=True):
             most = talk.most_tokens(episode)  # the first tokens of a turn do not depend on where it is cut
-            episode.said(tokens[:most], logprobs[:most])
+            said = tokens[:most]
+            episode.said(said, logprobs[:most], is_cut=not said or said[-1] not in self._chat.stops)
         return int(numbers["version"])
 
     def _hear(self, episodes: Sequence[Episode], answers: Mapping[int, Answer], talk: Talk, until: float) -> None:

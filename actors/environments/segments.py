@@ -23,7 +23,7 @@ from actors.rewards.environment import EPISODE
 from actors.text.conversations import Chat
 from actors.text.tokenizing import Tokens
 from actors.text.turns import Conversation
-from orchestrator.data.records import Message
+from orchestrator.data.records import Message, message_dicts
 from orchestrator.prompts import derive_seed
 from orchestrator.types import Prompt, SampleRequest
 
@@ -71,6 +71,7 @@ class Episode:
         error: why its reward is unknown; None: it is known.
         cut: why it was ended before its environment ended it; "": it was not.
         refused: how many calls of an agent were refused.
+        cut_turns: how many turns of the policy were cut by their length.
         is_open: the policy speaks next.
     """
 
@@ -84,6 +85,7 @@ class Episode:
     error: str | None = None
     cut: str = ""
     refused: int = 0
+    cut_turns: int = 0
     most_tokens: int | None = None
     is_open: bool = True
 
@@ -112,10 +114,11 @@ class Episode:
         seed = derive_seed("turn", first.seed, self.num_turns) if self.num_turns else first.seed
         return replace(first, prompt=Prompt(first.prompt.id, first.prompt.text, self.current().tokens), seed=seed)
 
-    def said(self, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
+    def said(self, tokens: Sequence[int], logprobs: Sequence[float], *, is_cut: bool) -> None:
         """The policy has spoken."""
         self.current().add(tokens, logprobs)
         self.num_turns += 1
+        self.cut_turns += is_cut
 
     def room_problem(self, tokens: int, longest: int, *, of: Segment | None) -> str:
         """Why a prompt of so many tokens leaves no room for a turn, or "".
@@ -160,7 +163,8 @@ class Episode:
 
     def record(self, chat: Chat) -> dict[str, Any]:
         """reward: sum of all steps, or None with an error; spans: the response in parts [sampled by the policy, text],
-        each segment after the first with its prompt; infos: what the environment returned beside its observations."""
+        each segment after the first with its prompt; conversations: all of it as messages; infos: what the environment
+        returned beside its observations."""
         spans = [list(span) for segment in self.segments if any(segment.learn) for span in _spans(segment, chat)]
         found = {
             "reward": None if self.error else sum(self.parts.values()),
@@ -168,9 +172,21 @@ class Episode:
             "error": self.error,
             "turns": self.num_turns,
             "spans": spans[1:],  # without the first prompt
+            "conversations": self._conversations(),
             "infos": self.infos,
         }
-        return {**found, "cut": self.cut} if self.cut else found
+        more = {"cut": self.cut, "cut_turns": self.cut_turns}
+        return found | {name: value for name, value in more.items() if value}
+
+    def _conversations(self) -> list[dict[str, Any]]:
+        """What was said. One conversation, unless an agent held several: one that another continues is left out."""
+        segments = [segment for segment in self.segments if any(segment.learn)]
+        held = [(segment.conversation.answered(segment.turn), segment.conversation.tools) for segment in segments]
+        return [
+            {"messages": message_dicts(messages), **({"tools": list(tools)} if tools else {})}
+            for messages, tools in held
+            if not any(len(other) > len(messages) and other[: len(messages)] == messages for other, _ in held)
+        ]
 
 
 def _spans(segment: Segment, chat: Chat) -> list[tuple[bool, str]]:

@@ -57,8 +57,8 @@ class Conversation:
         Raises:
             DataError: the template refuses the conversation.
         """
-        chat, reply = self._chat, self._chat.text(self._chat.body(turn))
-        following = Conversation(chat, (*_with_reply(self.messages, reply), *answers), self.tools)
+        chat, reply = self._chat, self._said(turn)
+        following = Conversation(chat, (*self.answered(turn), *answers), self.tools)
         closing = chat.text(chat.closing)
         rest = _after(_after(_after(following._text, self._text), reply.strip(), spaced=True), closing, spaced=True)
         if rest is None:
@@ -67,6 +67,13 @@ class Conversation:
         if not np.array_equal(written[: len(chat.closing)], chat.closing):
             return following, None
         return following, np.concatenate([self._missing(turn), written[len(chat.closing) :]])
+
+    def answered(self, turn: Tokens) -> tuple[Message, ...]:
+        """The conversation with the policy's turn as text."""
+        return _with_reply(self.messages, self._said(turn))
+
+    def _said(self, turn: Tokens) -> str:
+        return self._chat.text(self._chat.body(turn))
 
     def _missing(self, turn: Tokens) -> Tokens:
         """The part of the closing that the policy did not sample: none, unless it was cut or stopped at another

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from jobs.stages.sample import SAMPLES
+from jobs.stages.sample import SAMPLES, refuse_episodes
 from jobs.stages.stage import Artifact, Inputs, Stage
 from orchestrator.config.config import Config
 
@@ -26,6 +26,9 @@ class Preferences(Stage):
     def problems(self, config: Config) -> Iterable[str]:
         if config.sample.samples_per_prompt < 2:
             yield "stage 'preferences' ranks replies to one prompt, and sample.samples_per_prompt=1: raise it."
+
+    def misfits(self, config: Config, read: Mapping[str, Artifact]) -> Iterable[str]:
+        return refuse_episodes("stage 'preferences'", read)
 
     def inputs(self, config: Config) -> Inputs:
         return Inputs(rules=frozenset({config.labeller.gold}))

@@ -1,11 +1,12 @@
-"""Stage `sample`: samples replies of the policy, to be ranked, scored or learned."""
+"""Stage `sample`: samples replies of the policy, to be ranked, scored or learned; with an environment, episodes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from jobs.stages.stage import Artifact, Costs, ModelUse, RowSizes, Sizes, Stage, row_sizes
+from jobs.stages.rewarding import environments
+from jobs.stages.stage import Artifact, Costs, Inputs, ModelUse, RowSizes, Sizes, Stage, row_sizes
 from orchestrator.config.config import Config
 from orchestrator.planning.demands import engine_demand
 from orchestrator.planning.disk import Disk, samples_disk
@@ -16,18 +17,23 @@ if TYPE_CHECKING:
     from orchestrator.types import Prompt
 
 SAMPLES = "samples"
+EPISODES = "episodes"
+"""What samples hold if they were drawn with an environment."""
 
 
 class Sample(Stage):
     kind = "sample"
     start_s = 20.0
-    sections = ("sample", "prompts", "rollout")
+    sections = ("environment", "sample", "prompts", "rollout")
     samples = True
     starts_from_policy = True
-    checks = ("jobs.check.prompts:enough_to_sample",)
+    checks = ("jobs.check.prompts:enough_to_sample", "jobs.check.environments:check_environment")
 
     def makes(self, config: Config) -> Sequence[Artifact]:
-        return (Artifact(SAMPLES, "samples.parquet"),)
+        return (Artifact(SAMPLES, "samples.parquet", holds=EPISODES if config.environment.name else ""),)
+
+    def inputs(self, config: Config) -> Inputs:
+        return Inputs(rules=environments(config))
 
     def models(self, config: Config) -> Iterable[ModelUse]:
         return (policy_use(config, exports=False),)
@@ -41,6 +47,16 @@ class Sample(Stage):
 
     def seconds(self, costs: Costs, prepared: Prepared) -> float:
         return costs.sampling(sampled(costs.config, prepared), costs.config.sample.samples_per_prompt)
+
+
+def refuse_episodes(what: str, read: Mapping[str, Artifact]) -> Iterator[str]:
+    """The problem of comparing replies where samples are episodes. `what` compares them."""
+    if SAMPLES in read and read[SAMPLES].holds == EPISODES:
+        yield (
+            f"{what} compares single replies, and with environment.name the samples are episodes of several turns. "
+            "Learn the best ones (stages sample, score, select and sft with select.keep=best or top), or sample "
+            "replies: {kind: sample, set: {environment.name: null}}."
+        )
 
 
 def prompts_of(config: Config, prepared: Prepared) -> Sequence[Prompt]:
@@ -59,7 +75,7 @@ def sample_sizes(
 ) -> RowSizes:
     """The data of a training on samples, for estimates: replies are as long as they may be. `num_records` None: a row
     is a record."""
-    longest = config.rollout.max_new_tokens
+    longest = config.longest_response
     measured = [(len(prompt.tokens) + longest, longest) for prompt in prompts]
     return row_sizes(measured, num_rows=num_rows, num_records=num_rows if num_records is None else num_records)
 

@@ -20,7 +20,7 @@ class ScoreSamples(Stage):
     kind = "score"
     starts_from_policy = True
     start_s = 10.0
-    sections = ("reward", "reward_model", "score")
+    sections = ("environment", "reward", "reward_model", "score")
     checks = (
         "jobs.check.rewards:check_replies",
         "jobs.check.rewards:check_reward",

@@ -43,10 +43,14 @@ Row = tuple[str, str]
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file or folder that a stage makes. `path` is relative to the stage's folder; `kind` is what readers ask for."""
+    """A file or folder that a stage makes. `path` is relative to the stage's folder; `kind` is what readers ask for.
+
+    `holds`: what is in it, where artifacts of one kind differ.
+    """
 
     kind: str
     path: str
+    holds: str = ""
 
 
 @dataclass(frozen=True)
@@ -214,6 +218,10 @@ class Stage:
 
     def problems(self, config: Config) -> Iterable[str]:
         """Keys that contradict each other in a run with this stage."""
+        return ()
+
+    def misfits(self, config: Config, read: Mapping[str, Artifact]) -> Iterable[str]:
+        """Problems of the artifacts that it reads, by kind."""
         return ()
 
     def inputs(self, config: Config) -> Inputs:

@@ -17,7 +17,7 @@ from jobs.stages.sample import Sample
 from jobs.stages.score import ScoreSamples
 from jobs.stages.select import Select
 from jobs.stages.sft import Sft
-from jobs.stages.stage import POLICY, Stage
+from jobs.stages.stage import POLICY, Artifact, Stage
 from orchestrator.config.changes import CONTENTS
 from orchestrator.config.config import Config
 from orchestrator.config.loader import changed
@@ -76,8 +76,10 @@ class NamedStage:
 
     def artifact(self, kind: str, run: RunFolder) -> Path:
         """The path of one of its artifacts."""
-        place = self.of(run).place
-        return next(place / made.path for made in self.stage.makes(self.config) if made.kind == kind)
+        return self.of(run).place / self.made(kind).path
+
+    def made(self, kind: str) -> Artifact:
+        return next(made for made in self.stage.makes(self.config) if made.kind == kind)
 
     def inputs(self, run: RunFolder) -> dict[str, Path]:
         """Artifacts that it reads, by kind."""
@@ -138,7 +140,10 @@ def _named(config: Config, entry: StageEntry, makers: Mapping[str, NamedStage]) 
         raise ConfigError(problem)
     optional = (*stage.uses, *((POLICY,) if stage.starts_from_policy else ()))
     wanted = (*stage.reads(mine), *(kind for kind in optional if kind in makers))
-    return NamedStage(entry.name, stage, mine, {kind: makers[kind] for kind in wanted})
+    sources = {kind: makers[kind] for kind in wanted}
+    for problem in stage.misfits(mine, {kind: source.made(kind) for kind, source in sources.items()}):
+        raise ConfigError(problem)
+    return NamedStage(entry.name, stage, mine, sources)
 
 
 def _without(stage: Stage, kind: str) -> str:

@@ -12,7 +12,7 @@ from orchestrator.config.rewards import EnvironmentRewardConfig, RewardConfig, W
 
 
 class EnvironmentConfig(Section):
-    """Conversations of several turns, in the stages rl and evaluate (docs/environments.md)."""
+    """Conversations of several turns, in the stages sample, rl and evaluate (docs/environments.md)."""
 
     name: str | None = Field(None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """Class of the environment, `package.module:Class`, or function of an agent that calls the policy as an

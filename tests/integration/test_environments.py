@@ -100,6 +100,20 @@ def test_a_killed_run_with_an_agent_ends_with_the_bits_of_a_whole_one(launcher: 
     assert metrics[0]["response/turns_mean"] == 3.0
 
 
+def test_samples_are_episodes_and_have_scores(launcher: Launcher) -> None:
+    keys = ("stages=[sample,score]", "sample.split=train", "sample.prompts=3", "sample.samples_per_prompt=2")
+    finish(launcher.ppo("episodes", *keys))
+    folder = launcher.run_folder("episodes")
+    rows, scores = (pq.read_table(folder / f"{name}.parquet").to_pylist() for name in ("samples", "scores"))
+    assert len(rows) == len(scores) == 6
+    for row, score in zip(rows, scores, strict=True):
+        episode = json.loads(row["meta"])["episode"]
+        (held,) = episode["conversations"]
+        assert [turn["role"] for turn in held["messages"]] == ["user", "assistant"] * 3
+        assert episode["turns"] == 3 and score["reward"] == pytest.approx(episode["reward"])
+        assert not all(row["learn"])
+
+
 @pytest.mark.parametrize(
     ("how", "name"),
     [

@@ -1,4 +1,5 @@
-"""The work of stage `sample`: K replies per prompt from the policy, as one Parquet file of schema.ROLLOUT."""
+"""The work of stage `sample`: K replies or episodes per prompt from the policy, as one Parquet file of
+schema.ROLLOUT."""
 
 from __future__ import annotations
 
@@ -64,33 +65,22 @@ def _chosen(job: StageJob) -> tuple[Sequence[Prompt], int]:
     return prompts[: config.sample.prompts], seed
 
 
-async def sample_shards(
-    job: StageJob, config: Config, shards: Sequence[ShardRequest], files: ShardFiles, *, plays: bool = False
-) -> pa.Table:
-    """The samples of all shards; those in `files` are not sampled again.
-
-    Args:
-        plays: samples are episodes of the config's environment, if there is one; otherwise they are single replies.
-    """
+async def sample_shards(job: StageJob, config: Config, shards: Sequence[ShardRequest], files: ShardFiles) -> pa.Table:
+    """The samples of all shards; those in `files` are not sampled again. With an environment they are its episodes."""
     if missing := files.missing(len(shards)):
-        await _sample(job, config, shards, missing, files, plays=plays)
+        await _sample(job, config, shards, missing, files)
     return files.finish(len(shards))
 
 
 async def _sample(
-    job: StageJob,
-    config: Config,
-    shards: Sequence[ShardRequest],
-    missing: Sequence[int],
-    files: ShardFiles,
-    *,
-    plays: bool,
+    job: StageJob, config: Config, shards: Sequence[ShardRequest], missing: Sequence[int], files: ShardFiles
 ) -> None:
     async with starting(config, [engine_demand(config)]) as starter:
         job.watch(starter.groups)
-        engines = await start_engines(config, starter, version=0, plays=plays)
-        await all_ready({"rollout": engines}, start_s(config))
-        supervisor = supervisor_of(config, starter, job.telemetry, job.run)
+        engines = await start_engines(config, starter, version=0)
+        deadline_s = start_s(config)
+        await all_ready({"rollout": engines}, deadline_s)
+        supervisor = supervisor_of(config, starter, job.telemetry, job.run, deadline_s)
         started, done = monotonic(), 0
 
         async def sample(engine: int, number: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from actors.rewards.environment import episode_of
 from jobs.stages.sample import SAMPLES
 from jobs.stages.score import SCORES
 from jobs.stages.stage import StageJob
@@ -68,14 +69,27 @@ def _usable(samples: pa.Table, scores: pa.Table, skipped: Counter[str]) -> Itera
             skipped["without a score"] += 1
         elif reason != "stop":
             skipped["cut by length"] += 1
+        elif unfit := _unfit(episode_of(json.loads(meta))):
+            skipped[unfit] += 1
         else:
             yield Scored(prompt_id, meta, text, score)
+
+
+def _unfit(episode: Mapping[str, Any] | None) -> str:
+    """Why an episode can't be learned, or ""."""
+    if episode is None:
+        return ""
+    if episode.get("cut_turns"):
+        return "with a turn that was cut by length"
+    turns = (turn for held in episode["conversations"] for turn in held["messages"])
+    is_silent = any(turn["role"] == "user" and not turn["content"].strip() for turn in turns)
+    return "with an empty turn of the environment" if is_silent else ""
 
 
 def _best(samples: Sequence[Scored], section: SelectConfig, skipped: Counter[str]) -> Iterator[Mapping[str, Any]]:
     for group in _by_prompt(samples):
         skipped["worse than the best reply to their prompt"] += len(group) - 1
-        yield _demonstration(max(group, key=lambda sample: sample.score))
+        yield from _demonstrations(max(group, key=lambda sample: sample.score))
 
 
 def _top(samples: Sequence[Scored], section: SelectConfig, skipped: Counter[str]) -> Iterator[Mapping[str, Any]]:
@@ -83,7 +97,7 @@ def _top(samples: Sequence[Scored], section: SelectConfig, skipped: Counter[str]
     order = sorted(range(len(samples)), key=lambda number: (-samples[number].score, number))
     skipped["below the best share"] += len(samples) - count
     for number in sorted(order[:count]):
-        yield _demonstration(samples[number])
+        yield from _demonstrations(samples[number])
 
 
 def _pairs(samples: Sequence[Scored], section: SelectConfig, skipped: Counter[str]) -> Iterator[Mapping[str, Any]]:
@@ -131,14 +145,25 @@ def _distinct(group: Sequence[Scored]) -> list[Scored]:
     return list(found.values())
 
 
-def _demonstration(sample: Scored) -> Mapping[str, Any]:
+def _demonstrations(sample: Scored) -> Iterator[Mapping[str, Any]]:
+    """One, or one for each conversation of an episode. All turns of the policy are learned."""
+    for whole, tools in _held(sample):
+        yield {**demonstration_row(DemonstrationRecord(content_id(whole, tools), whole, tools)), "score": sample.score}
+
+
+def _held(sample: Scored) -> Iterator[tuple[tuple[Message, ...], Tools]]:
+    """The conversations of a sample."""
+    episode = episode_of(json.loads(sample.meta))
+    if episode is not None:
+        for held in episode["conversations"]:
+            yield messages_from_dicts(held["messages"]), tuple(held.get("tools", ()))
+        return
     messages, tools = _conversation(sample)
     if is_begun(messages):
         *earlier, last = messages
-        whole = (*earlier, replace(last, content=last.content + sample.reply))
+        yield (*earlier, replace(last, content=last.content + sample.reply)), tools
     else:
-        whole = (*messages, Message("assistant", sample.reply))
-    return {**demonstration_row(DemonstrationRecord(content_id(whole, tools), whole, tools)), "score": sample.score}
+        yield (*messages, Message("assistant", sample.reply)), tools
 
 
 def _ranking(ordered: Sequence[Scored]) -> Mapping[str, Any]:

@@ -53,7 +53,6 @@ from jobs.stages.settings import (
 from jobs.stages.work.data.demonstrations import mixed_in
 from orchestrator.concurrency import together
 from orchestrator.config.config import Config
-from orchestrator.config.environments import EnvironmentConfig
 from orchestrator.config.sections import LearnerConfig
 from orchestrator.coordinator import Coordinator
 from orchestrator.failures import FailurePolicy
@@ -97,12 +96,9 @@ def starting(
     )
 
 
-async def start_engines(config: Config, starter: Starter, *, version: int | None, plays: bool = True) -> ActorGroup:
-    """The rollout engines, at `version` from the start, or (None) out of service until the first publish.
-
-    Args:
-        plays: samples are episodes of the config's environment, if there is one.
-    """
+async def start_engines(config: Config, starter: Starter, *, version: int | None) -> ActorGroup:
+    """The rollout engines, at `version` from the start, or (None) out of service until the first publish. Their samples
+    are episodes of the config's environment, if it names one."""
 
     def arguments(slot: Slot) -> Mapping[str, Any]:
         context = EngineContext(
@@ -115,7 +111,7 @@ async def start_engines(config: Config, starter: Starter, *, version: int | None
             seed=config.run.seed,
             version=version,
             sleeps=version is None and engines_sleep(config),
-            environment=config.environment if plays else EnvironmentConfig(),
+            environment=config.environment,
             limits=config.rule_limits,
             environment_s=within(config.deadlines.generate_s),
             episode_tokens=episode_tokens(config),
@@ -197,21 +193,25 @@ async def coordinating(
 
     async with starting(config, all_demands(config), tell) as starter:
         on_placed(starter)
+        deadline_s = start_s(config)
         groups: dict[str, ActorGroup] = {}
         if engines_sleep(config):  # they need empty GPUs to start, and are asleep when they are ready
             groups["rollout"] = await start_engines(config, starter, version=None)
-            await all_ready(groups, start_s(config))
+            await all_ready(groups, deadline_s)
         groups |= await start_learners(config, starter, reward_path)
         groups |= await start_scorers(config, starter, reward_path)
         if "rollout" not in groups:
             groups["rollout"] = await start_engines(config, starter, version=None)
         recorders = await start_recorders(config, starter, run)
-        await all_ready({**groups, "recorder": recorders}, start_s(config))
-        supervisor = supervisor_of(config, starter, telemetry, run)
+        await all_ready({**groups, "recorder": recorders}, deadline_s)
+        supervisor = supervisor_of(config, starter, telemetry, run, deadline_s)
         yield _coordinator(config, run, prompts, telemetry, {**groups, "recorder": recorders}, supervisor)
 
 
-def supervisor_of(config: Config, starter: Starter, telemetry: Telemetry, run: RunFolder) -> RaySupervisor:
+def supervisor_of(
+    config: Config, starter: Starter, telemetry: Telemetry, run: RunFolder, deadline_s: float
+) -> RaySupervisor:
+    """Args: deadline_s: of the start of an actor (settings.start_s)."""
     failures = config.failures
     policy = FailurePolicy(
         {
@@ -221,7 +221,7 @@ def supervisor_of(config: Config, starter: Starter, telemetry: Telemetry, run: R
         },
         failures.window_steps,
     )
-    return RaySupervisor(starter, policy, telemetry, say, run=run.path, start_s=start_s(config))
+    return RaySupervisor(starter, policy, telemetry, say, run=run.path, start_s=deadline_s)
 
 
 def roles_of(config: Config, groups: Mapping[str, ActorGroup], supervisor: RaySupervisor) -> tuple[Roles, Turns]:

@@ -112,7 +112,10 @@ def test_a_row_holds_the_sampled_turns_and_marks_them(chat: Chat, obedient: Epis
     assert numbers["num_response_tokens"] == sum(row["learn"])
     assert (row["finish_reason"], row["version"], row["seed"]) == ("stop", 4, requests[0].seed)
     assert row["response_text"] == "".join(written).removesuffix("<|im_end|>")
-    assert (episode_of(row)["reward"], episode_of(row)["turns"]) == (1.5, 3)
+    assert (episode_of(row)["reward"], episode_of(row)["turns"], episode_of(row)["cut_turns"]) == (1.5, 3, 1)
+    said = ["Why?", "one", f"1 {seed}", "two", f"2 {seed}", "end"]
+    (held,) = episode_of(row)["conversations"]
+    assert [turn["content"] for turn in held["messages"]] == said and "tools" not in held
 
 
 def test_all_open_episodes_are_sampled_in_one_batch_in_the_order_of_rows(chat: Chat, obedient: Episodes) -> None:

@@ -63,6 +63,18 @@ def run_all(config: Config) -> RunFolder:
     return run
 
 
+@pytest.mark.parametrize("stages", [["sample", "preferences"], ["sample", "score", "select"]])
+def test_stages_that_compare_replies_refuse_episodes_and_say_what_to_do(tmp_path: Path, stages: list[Any]) -> None:
+    sections = {"environment": {"name": "a.module:Class"}, "select": {"keep": "pairs"}}
+    with pytest.raises(ConfigError, match=r"compares single replies.*select.keep=best.*environment.name: null"):
+        stages_of(config_of(tmp_path, *stages, **sections))
+    single = {"name": "sample", "kind": "sample", "set": {"environment.name": None}}
+    assert stages_of(config_of(tmp_path, single, *stages[1:], **sections))
+    kept = stages_of(config_of(tmp_path, "sample", "score", "select", "sft", **{**sections, "select": {"keep": "top"}}))
+    assert [entry.name for entry in kept] == ["sample", "score", "select", "sft"]
+    assert "rule a.module:Class" in kept[0].outside
+
+
 def test_a_stage_takes_fewer_than_fifteen_lines() -> None:
     assert len([line for line in inspect.getsource(Nothing).splitlines() if line.strip()]) < 15
 
