@@ -92,8 +92,10 @@ def model_on_disk(name_or_path: str, cache_dir: Path) -> Path | None:
         DataError: the home folder that a path names is unknown.
     """
     is_embedded = name_or_path == EMBEDDED
-    place = (cache_dir / EMBEDDED, "run.cache") if is_embedded else (name_or_path, "model")
-    folder = at_home(*place, DataError)
+    if is_embedded:
+        folder = at_home(cache_dir / EMBEDDED, "run.cache", DataError)
+    else:
+        folder = at_home(name_or_path, "model", DataError)
     if is_embedded or folder.is_dir():
         return folder if (folder / "config.json").is_file() else None
     try:

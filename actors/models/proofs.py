@@ -48,15 +48,16 @@ FORWARD_ERRORS = (
 @contextmanager
 def recognisable_memory() -> Iterator[None]:
     """New memory holds NaN, or of integers the largest number, until it is written."""
+    memory: Any = deterministic
     was_on, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = deterministic.fill_uninitialized_memory
+    filled = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    deterministic.fill_uninitialized_memory = True
+    memory.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was_on, warn_only=warned)
-        deterministic.fill_uninitialized_memory = filled
+        memory.fill_uninitialized_memory = filled
 
 
 def require_initialised(model: Any, folder: Path) -> None:
