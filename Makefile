@@ -1,4 +1,5 @@
 # make quickstart          the main job on this machine, from nothing;  ARGS="rl.steps=2 ..." overrides the config
+# make label               a person judges samples of the quickstart;  ARGS="--limit 10"
 # make test                the test suite;                             ARGS="-k name" goes to pytest
 # make variants            tests of other losses, stages and numbers of ranks, and of the locks; `make test` leaves them out
 # make chaos               kills every kind of process in every phase of real runs;  ARGS="rollout driver" for some
@@ -34,7 +35,7 @@ variants: export TRANSFORMERS_OFFLINE := 1
 chaos: export HF_HUB_OFFLINE := 1
 chaos: export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: quickstart test variants test-gpu chaos fuzz architectures bench bench-gpu lint fix docs lock clean setup setup-dev
+.PHONY: quickstart label test variants test-gpu chaos fuzz architectures bench bench-gpu lint fix docs lock clean setup setup-dev
 .DEFAULT_GOAL := quickstart
 
 setup:
@@ -45,6 +46,10 @@ setup-dev:
 
 quickstart: setup
 	@$(BIN)/python -m jobs quickstart $(ARGS)
+
+# Opens the labelling service on the newest quickstart, and compares its reward model with the person who judged.
+label: setup
+	@$(BIN)/python -m jobs label quickstart $(ARGS)
 
 # Light tests first, on all cores; then those that start Ray, engines or learners, one at a time.
 test: setup-dev

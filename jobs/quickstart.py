@@ -51,13 +51,18 @@ def main(
         # The job runs in the folder in which this command was called, so relative paths keep their meaning.
         entrypoint = shlex.join([sys.executable, "-m", "jobs", "run", "--config", str(config), *keys])
         entrypoint = f"cd {shlex.quote(str(Path.cwd()))} && exec {entrypoint}"
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        set_environment()
         _announce(settings)
         code = run_on_local_ray(entrypoint, settings)
 
     run_command(work)
     raise typer.Exit(code)
+
+
+def set_environment() -> None:
+    """Sets what is not set."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def _announce(config: Config) -> None:

@@ -188,6 +188,21 @@ class ExperienceLog:
         return self._step_folder(step) / MANIFEST
 
 
+def committed_files(folder: Path, step: int) -> list[Path] | None:
+    """The files of a step in the log in `folder`; their checksums are not verified. None: the step is not committed.
+
+    Raises StorageError: its manifest is damaged.
+    """
+    manifest = _step_folder(folder, step) / MANIFEST
+    if not _is_there(manifest):
+        return None
+    content = read_sealed(manifest)
+    try:
+        return [inside(manifest.parent, shard["file"]) for shard in content["shards"]]
+    except (KeyError, TypeError):
+        raise damaged(manifest, "its entries do not form a manifest") from None
+
+
 def num_committed(folder: Path) -> int:
     """Number of committed steps in `folder`, from step 0 to the first gap."""
     steps = itertools.count()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
-from sqlalchemy import insert, select
+from sqlalchemy import Connection, insert, select
 
 from jobs.services.labelling.sources import Candidate, distinct
 from jobs.services.labelling.store import Store
-from jobs.services.labelling.tables import items
+from jobs.services.labelling.tables import items, trees
+from jobs.services.labelling.trees import Tree
 from orchestrator.data.records import content_digest
 from orchestrator.errors import ConfigError
 from orchestrator.prompts import derive_seed
@@ -52,8 +54,10 @@ class Added:
     num_unfit: int
 
 
-def add(store: Store, candidates: Iterable[Candidate], wanted: Wanted, *, batch: str) -> Added:
-    """Raises:
+def add(store: Store, candidates: Iterable[Candidate | Tree], wanted: Wanted, *, batch: str) -> Added:
+    """Trees are kept beside the items; one that the store holds already stays as it is.
+
+    Raises:
     ConfigError: the kind is unknown, or can't be gold.
     DataError: the candidates can't be read.
     StorageError: the store can't be written. Earlier items stay, and the same call continues.
@@ -63,29 +67,50 @@ def add(store: Store, candidates: Iterable[Candidate], wanted: Wanted, *, batch:
     if wanted.gold and wanted.kind not in _GOLD:
         raise ConfigError(f"--gold needs a task with a known order: {' or '.join(_GOLD)}, not {wanted.kind}.")
     num_new = num_known = num_unfit = 0
+    whole: list[Tree] = []
 
     def rows() -> Iterator[Row]:
         nonlocal num_unfit
         for candidate in candidates:
+            if isinstance(candidate, Tree):
+                whole.append(candidate)
+                continue
             choices = _CHOICES[wanted.kind](candidate) if not wanted.gold or candidate.scores else []
             num_unfit += not choices
             yield from (_row(candidate, chosen, wanted, batch) for chosen in choices)
 
     fitting = islice(rows(), wanted.limit)
     while group := list(islice(fitting, _BATCH)):
-        new = _insert(store, group)
+        new = _insert(store, group, whole, batch)
         num_new, num_known = num_new + new, num_known + len(group) - new
+        whole.clear()
+    if whole:
+        _insert(store, (), whole, batch)
     return Added(num_new, num_known, num_unfit)
 
 
-def _insert(store: Store, group: Sequence[Row]) -> int:
+def _insert(store: Store, group: Sequence[Row], whole: Sequence[Tree], batch: str) -> int:
     """The number of rows that were new."""
     with store.writing() as connection:
+        _keep(connection, whole, batch)
         known = set(connection.scalars(select(items.c.key).where(items.c.key.in_([row["key"] for row in group]))))
         new = {row["key"]: row for row in group if row["key"] not in known}
         if new:
             connection.execute(insert(items), list(new.values()))
     return len(new)
+
+
+def _keep(connection: Connection, whole: Sequence[Tree], batch: str) -> None:
+    for start in range(0, len(whole), _BATCH):
+        some = whole[start : start + _BATCH]
+        known = set(connection.scalars(select(trees.c.key).where(trees.c.key.in_([tree.id for tree in some]))))
+        rows = [
+            {"key": tree.id, "batch": batch[:200], "content": json.dumps(dict(tree.fields), default=str)}
+            for tree in some
+            if tree.id not in known
+        ]
+        if rows:
+            connection.execute(insert(trees), rows)
 
 
 def _rank(candidate: Candidate) -> list[list[int]]:

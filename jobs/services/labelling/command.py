@@ -1,4 +1,4 @@
-"""`rlhf label serve`, `add`, `invite`, `revoke`, `people`, `export` and `backup`."""
+"""`rlhf label serve`, `add`, `invite`, `revoke`, `people`, `export`, `backup` and `quickstart`."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def add(  # noqa: PLR0913  the parameters are the command's options
         if source.is_dir():
             found = imported("jobs.services.labelling.sources:from_run")(source, stage=stage, step=step)
         else:
-            found = imported("jobs.services.labelling.sources:from_file")(source, format, kind)
+            found = imported("jobs.services.labelling.sources:from_file")(source, format, kind, say)
         wanted = imported("jobs.services.labelling.adding:Wanted")(task, overlap, overlap_share, gold, priority, limit)
         added = imported("jobs.services.labelling.adding:add")(opened, found, wanted, batch=source.name)
         say(
@@ -157,7 +157,12 @@ def people(store: Place = "labels.db") -> None:
 def export(
     out: Annotated[Path, typer.Argument(help="JSONL file to write.")],
     shape: Annotated[
-        str, typer.Option("--as", help="rankings, scores, demonstrations; judgements: everything, one per line.")
+        str,
+        typer.Option(
+            "--as",
+            help="rankings, scores, demonstrations; judgements: everything, one per line; oasst, hh-rlhf, "
+            "ultrafeedback, helpsteer2, helpsteer3, arena, argilla, label-studio.",
+        ),
     ] = "rankings",
     store: Place = "labels.db",
 ) -> None:
@@ -183,3 +188,22 @@ def backup(
         say(f"{out}: a copy of {opened.place}")
 
     _with_store(store, work)
+
+
+@app.command(epilog="\b\nExample:\n  rlhf label quickstart --limit 10")
+def quickstart(
+    run: Annotated[Path | None, typer.Argument(help="Folder of a run. Default: the newest of the config.")] = None,
+    config: Annotated[Path, typer.Option("--config", help="YAML file of the run.")] = Path(
+        "jobs/configs/quickstart.yaml"
+    ),
+    limit: Annotated[int, typer.Option(min=1, help="Prompts to judge.")] = 20,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 0,
+    browser: Annotated[bool, typer.Option(help="Open the page, if there is a display.")] = True,
+) -> None:
+    """Shows samples of the quickstart to a person at this machine, until Ctrl-C or until all are judged, then compares
+    its reward model with that person, and offers to train on what was judged."""
+
+    def work() -> None:
+        imported("jobs.services.labelling.embedded:label_run")(run, config, limit=limit, port=port, opens=browser)
+
+    run_command(work)

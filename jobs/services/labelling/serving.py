@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from jobs.command import say
 from jobs.services.labelling import people
@@ -31,7 +34,7 @@ def serve(
     """
     if (certificate is None) != (key is None):
         raise ConfigError("--certificate and --key belong together: give both, or none.")
-    with store.served(), _listening(host, port) as listener:
+    with store.served(), listening(host, port) as listener:
         address = address_of(host, listener.getsockname()[1], is_encrypted=certificate is not None)
         with store.writing() as connection:
             token = None if people.has_admin(connection) else people.new_admin(connection)
@@ -41,19 +44,33 @@ def serve(
         say("links for others: rlhf label invite NAME")
         if not is_loopback(host) and certificate is None:
             say("WARNING links and answers travel unencrypted; give --certificate and --key, or a proxy with TLS.")
-        config = uvicorn.Config(
-            create_app(store, settings),
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=_STOP_S,
-            limit_concurrency=_MAX_CONNECTIONS,
-            ssl_certfile=certificate,
-            ssl_keyfile=key,
-        )
+        run(create_app(store, settings), listener, ssl_certfile=certificate, ssl_keyfile=key)
+
+
+def run(app: FastAPI, listener: socket.socket, *, until: Callable[[], bool] = lambda: False, **tls: Any) -> None:
+    """Serves until a signal, or until `until` holds, which is called every second in a thread."""
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_STOP_S,
+        limit_concurrency=_MAX_CONNECTIONS,
+        **tls,
+    )
+    server, ended = uvicorn.Server(config), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(1.0):
+            server.should_exit = server.should_exit or until()
+
+    threading.Thread(target=watch, name="until", daemon=True).start()
+    try:
         with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has ended
-            uvicorn.Server(config).run(sockets=[listener])
-        say("stopped; everything that was confirmed is in the store.")
+            server.run(sockets=[listener])
+    finally:
+        ended.set()
+    say("stopped; everything that was confirmed is in the store.")
 
 
 def link(address: str, token: str) -> str:
@@ -74,12 +91,14 @@ def is_loopback(host: str) -> bool:
 
 
 @contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket whose connections wait until the service accepts them. Raises CapacityError: it can't be made."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
+            listener.listen()
         except (OSError, OverflowError) as error:
             raise CapacityError(f"{host}:{port} can't be used ({error}); give another --port or --host.") from error
         yield listener

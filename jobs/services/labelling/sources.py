@@ -1,7 +1,8 @@
-"""What can be judged: records of data files, samples of a run's stage, steps of its experience log."""
+"""What can be judged: records of data files, trees of messages, samples of a run's stage, steps of its log."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.datasets.kinds import kinds_of
+from jobs.services.labelling.trees import TREES, Tree, holds_trees
 from orchestrator.config.yaml_text import parse_yaml
+from orchestrator.data.inputs import read_text
 from orchestrator.data.kinds import KINDS, reply_in
 from orchestrator.data.mixtures import stream_of
 from orchestrator.data.records import (
@@ -20,18 +23,25 @@ from orchestrator.data.records import (
     LabelledRecord,
     PromptRecord,
     RankingRecord,
+    ReadReport,
     ScoredRecord,
     message_dict,
     message_dicts,
     reply_json,
 )
-from orchestrator.errors import DataError
-from orchestrator.run.folder import CONFIG_FILE
+from orchestrator.data.streams import Stream
+from orchestrator.errors import DataError, StorageError
+from orchestrator.run.experience_log import committed_files
+from orchestrator.run.folder import CONFIG_FILE, stage_place
 
 SAMPLES_FILE = "samples.parquet"
-_COLUMNS = ["prompt_id", "sample_index", "seed", "response_text", "finish_reason", "version", "meta"]
+_LOG = "log"
+_REWARD = "reward"  # only samples of the log have one
+_KEPT = ("sample_index", "seed", "version", "finish_reason", _REWARD)
+_NEEDED = ["prompt_id", "response_text", "meta", *_KEPT[:-1]]
 _SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens")
 Json = Mapping[str, Any]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -51,8 +61,18 @@ class Candidate:
     scores: Sequence[float] = field(default=())
 
 
-def from_file(path: Path, format: str, kind: str | None) -> Iterator[Candidate]:
-    """The records of a data file or a mixture. Raises DataError."""
+def from_file(path: Path, format: str, kind: str | None, tell: Say = lambda line: None) -> Iterator[Candidate | Tree]:
+    """The records of a data file or a mixture; of OASST trees every message of a prompter, with all replies to it.
+
+    Args:
+        tell: gets a line about rows, or parts of them, that nobody can judge.
+
+    Raises:
+        DataError: the file can't be read, or has bad rows.
+    """
+    if kind in (None, "preferences") and holds_trees(path, format):
+        yield from _from_trees(path, tell)
+        return
     name, *_ = kinds_of(path, kind)
     if name == "documents":
         raise DataError(f"{path} holds texts without a prompt, which nobody can judge; docs/data.md lists formats.")
@@ -68,11 +88,38 @@ def from_file(path: Path, format: str, kind: str | None) -> Iterator[Candidate]:
             {"file": path.name},
             scores,
         )
-    stream.report()
+    _tell(stream.report(), tell)
+
+
+def _from_trees(path: Path, tell: Say) -> Iterator[Candidate | Tree]:
+    stream = Stream(TREES, path)
+    for tree in stream:
+        yield tree
+        for turn in tree.asked():
+            ranks: list[Any] = [reply.get("rank") for reply in turn.replies]
+            yield Candidate(
+                tree.id,
+                message_dicts(turn.path),
+                [],
+                [{"reply": reply["text"], "source": _of_message(reply)} for reply in turn.replies],
+                {"file": path.name, "tree": tree.id, "message": turn.node["message_id"]},
+                [-rank for rank in ranks] if all(isinstance(rank, int) for rank in ranks) else (),
+            )
+    _tell(stream.report(), tell)
+
+
+def _of_message(node: Json) -> Json:
+    model = node.get("model_name")
+    return {"message": node["message_id"], **({} if model is None else {"model": model})}
+
+
+def _tell(report: ReadReport, tell: Say) -> None:
+    if report.left_out:
+        tell(report.summary())
 
 
 def from_run(folder: Path, *, stage: str | None, step: int | None) -> Iterator[Candidate]:
-    """The samples of a stage, or of a step of the experience log, grouped by prompt.
+    """The samples of a stage, or of a step of the experience log with their rewards, grouped by prompt.
 
     Raises DataError: they are missing, or can't be read.
     """
@@ -80,23 +127,24 @@ def from_run(folder: Path, *, stage: str | None, step: int | None) -> Iterator[C
     place = files[0].parent if step is None else files[0].parents[2]
     name = stage or ("" if place == folder else place.name)
     source = {"run": folder.resolve().name, "stage": name, "step": step, "sampling": _sampling(folder, name)}
-    try:
-        table = pa.concat_tables(pq.read_table(file, columns=_COLUMNS) for file in files)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{files[0]}: samples can't be read ({error}).") from None
     groups: dict[str, list[Json]] = {}
-    for row in table.to_pylist():
+    for row in itertools.chain.from_iterable(map(_samples, files)):
         groups.setdefault(row["prompt_id"], []).append(row)
     for prompt_id, rows in groups.items():
         meta = json.loads(rows[0]["meta"])
         replies = [
-            {
-                "reply": row["response_text"],
-                "source": {key: row[key] for key in ("sample_index", "seed", "version", "finish_reason")},
-            }
-            for row in rows
+            {"reply": row["response_text"], "source": {key: row[key] for key in _KEPT if key in row}} for row in rows
         ]
         yield Candidate(prompt_id, meta["messages"], list(meta.get("tools", ())), replies, source)
+
+
+def _samples(file: Path) -> list[Json]:
+    try:
+        columns = [*_NEEDED, *({_REWARD} & set(pq.read_schema(file).names))]
+        found: list[Json] = pq.read_table(file, columns=columns).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{file}: samples can't be read ({error}). Restore it from a copy, or give others.") from None
+    return found
 
 
 def _ranked(record: RankingRecord) -> tuple[list[Any], Sequence[float]]:
@@ -127,7 +175,7 @@ _REPLIES: Mapping[type, Callable[[Any], tuple[list[Any], Sequence[float]]]] = {
 
 
 def _samples_file(folder: Path, stage: str | None) -> Path:
-    places = [folder / "stages" / stage] if stage else [folder, *folder.glob("stages/*")]
+    places = _places(folder, stage)
     found = [place / SAMPLES_FILE for place in places if (place / SAMPLES_FILE).is_file()]
     if not found:
         raise DataError(
@@ -138,19 +186,27 @@ def _samples_file(folder: Path, stage: str | None) -> Path:
 
 def _step_files(folder: Path, stage: str | None, step: int) -> Sequence[Path]:
     """The files that a step's manifest names."""
-    places = [folder / "stages" / stage] if stage else [folder, *folder.glob("stages/*")]
-    for place in places:
-        log = place / "log" / f"step-{step:06d}"
-        if (log / "manifest.json").is_file():
-            manifest = json.loads((log / "manifest.json").read_text(encoding="utf-8"))
-            return [log / Path(shard["file"]).name for shard in manifest["shards"]]
+    for place in _places(folder, stage):
+        try:
+            files = committed_files(place / _LOG, step)
+        except StorageError as error:
+            raise DataError(f"step {step} can't be judged: {error}") from None
+        if files:
+            return files
     raise DataError(f"{folder}: the log has no step {step}; `rlhf why {folder}` says how far the run is.")
+
+
+def _places(folder: Path, stage: str | None) -> Sequence[Path]:
+    return [stage_place(folder, stage)] if stage else [folder, *folder.glob("stages/*")]
 
 
 def _sampling(folder: Path, stage: str) -> Json:
     """Settings of the rollout, as far as the run's config names them."""
     file = folder / CONFIG_FILE
-    tree = parse_yaml(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        tree = parse_yaml(read_text(file, f"the run's config {file}", DataError)) if file.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"the run's config {file} is not YAML ({error}); restore it from a copy.") from None
     rollout = tree.get("rollout", {}) if isinstance(tree, dict) else {}
     found = {name: rollout[name] for name in _SAMPLING if name in rollout}
     for entry in tree.get("stages") or () if isinstance(tree, dict) else ():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, Boolean, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table, text
+from sqlalchemy import JSON, Boolean, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table, Text, text
 
 VERSION = 1
 LABELLER, ADMIN = "labeller", "admin"
@@ -47,6 +47,16 @@ items = Table(
 )
 _waiting = text("gold IS NULL AND num_judgements < overlap")
 Index("waiting_items", items.c.priority.desc(), items.c.id, sqlite_where=_waiting, postgresql_where=_waiting)
+
+# Trees of messages that items are parts of, as they came; `source` of such items names tree and messages.
+trees = Table(
+    "trees",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("key", String(200), nullable=False, unique=True),  # message_tree_id
+    Column("batch", String(200), nullable=False),
+    Column("content", Text, nullable=False),  # JSON
+)
 
 showings = Table(
     "showings",

@@ -21,7 +21,7 @@ from jobs.stages.preference import RESULT_FILE
 from jobs.stages.preferences import PREFERENCES
 from jobs.stages.stage import POLICY, RowSizes, StageJob
 from jobs.stages.work.data import judged
-from jobs.stages.work.data.judged import StoredJudgements, measure_held_out, store_judged
+from jobs.stages.work.data.judged import StoredJudgements, measure_held_out, store_preferences
 from jobs.stages.work.data.storing import APPENDED_ROWS
 from jobs.stages.work.training import Report, inputs_of, of_last_tenth, train_section, words
 from orchestrator.config.config import Config
@@ -79,28 +79,15 @@ class PreferenceResult:
 async def run(job: StageJob) -> Mapping[str, Any]:
     """Reads the preferences, trains, and writes the result next to the policy."""
     folder = job.output(POLICY).absolute()
-    data = await store_preferences(job.config, folder, job.say, made=job.inputs.get(PREFERENCES))
+    stage, made = job.config.preference, job.inputs.get(PREFERENCES)
+    train = RankedTokens(policy_chat(job.config), stage.max_length, learns_prompts=learns_prompts(stage))
+    data = await store_preferences(job.config, stage.loss.judgement, train, folder, job.say, made=made)
+    job.say(f"preference: {data.report.summary()}")
     result = await train_on_preferences(job.config, data, folder, job.telemetry, job.say)
     write_json(job.run.place / RESULT_FILE, asdict(result))
     job.telemetry.event("policy_trained", **asdict(result))
     job.say(f"preference: {result.describe()}")
     return asdict(result)
-
-
-async def store_preferences(config: Config, folder: Path, say: Say, *, made: Path | None = None) -> StoredJudgements:
-    """Writes the preferences as rows of tokens, next to the policy that will be in `folder`.
-
-    Raises:
-        DataError: the preferences, or a conversation that the chat template refuses.
-        StorageError: writing.
-    """
-    stage, chat = config.preference, policy_chat(config)
-    train = RankedTokens(chat, stage.max_length, learns_prompts=learns_prompts(stage))
-    place = folder.with_name(f".{folder.name}.rows")
-    tokens = train, RankedTokens(chat, stage.max_length)
-    data = await store_judged(config, stage.loss.judgement, tokens, place, say, made=made)
-    say(f"preference: {data.report.summary()}")
-    return data
 
 
 async def store_mismatched(data: StoredJudgements, config: Config) -> Path:

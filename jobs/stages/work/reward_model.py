@@ -23,7 +23,7 @@ from jobs.stages.reward_model import RESULT_FILE
 from jobs.stages.settings import alone
 from jobs.stages.stage import RowSizes, StageJob
 from jobs.stages.work.data import judged
-from jobs.stages.work.data.judged import StoredJudgements, measure_heads, measure_held_out, store_judged
+from jobs.stages.work.data.judged import StoredJudgements, measure_heads, measure_held_out, store_preferences
 from jobs.stages.work.labeller import read_gold
 from jobs.stages.work.training import Report, inputs_of, of_last_tenth, train_section, words
 from orchestrator.config.config import Config
@@ -108,7 +108,10 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     """Reads the preferences, trains, and writes the result next to the model."""
     folder = job.output(REWARD_MODEL).absolute()
     path = job.inputs.get(PREFERENCES)
-    data = await store_preferences(job.config, folder, job.say, made=path)
+    stage = job.config.reward_model
+    train = RankedTokens(start_chat(job.config), stage.max_length, heads=stage.heads, seed=job.config.run.seed)
+    data = await store_preferences(job.config, stage.loss.judgement, train, folder, job.say, made=path)
+    job.say(f"reward model: {data.report.summary()}")
     gold = None
     if path is not None:
         gold_of_prompt = read_gold(path)
@@ -118,23 +121,6 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     job.telemetry.event("trained", **asdict(result))
     job.say(f"reward model: {result.describe()}")
     return asdict(result)
-
-
-async def store_preferences(config: Config, folder: Path, say: Say, *, made: Path | None = None) -> StoredJudgements:
-    """Writes the preferences as rows of tokens, next to the model that will be in `folder`.
-
-    Raises:
-        DataError: the preferences, the base model, or a conversation that its chat template refuses.
-        StorageError: writing.
-    """
-    stage = config.reward_model
-    chat = start_chat(config)
-    place = folder.with_name(f".{folder.name}.rows")
-    train = RankedTokens(chat, stage.max_length, heads=stage.heads, seed=config.run.seed)
-    tokens = train, RankedTokens(chat, stage.max_length)
-    data = await store_judged(config, stage.loss.judgement, tokens, place, say, made=made)
-    say(f"reward model: {data.report.summary()}")
-    return data
 
 
 async def train_reward_model(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.data.formats import instructions
+from orchestrator.data.formats import argilla, instructions
 from orchestrator.data.formats.format import Format, field_sets
+from orchestrator.data.formats.label_studio import studio_replies
 from orchestrator.data.formats.oasst import OASST_FIELDS, oasst_paths, trees
 from orchestrator.data.formats.sharegpt import sharegpt_turns
 from orchestrator.data.formats.transcripts import whole_transcript, with_reply
@@ -43,4 +44,6 @@ DEMONSTRATION_FORMATS: dict[str, Format[Messages]] = {
     "prompt": Format(field_sets("prompt response", "prompt completion"), instructions.prompt_and_reply),
     "question": Format(field_sets("question answer", "question response"), instructions.question),
     "chosen": Format(field_sets("chosen rejected"), _chosen),
+    "argilla": Format(argilla.fields_of(argilla.REPLY), argilla.argilla_replies, id_key=""),
+    "label-studio": Format(field_sets("data annotations"), studio_replies, id_key=""),
 }

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from orchestrator.data.formats import argilla
 from orchestrator.data.formats.format import Format, LeftOut, field_sets
 from orchestrator.data.formats.instructions import present
+from orchestrator.data.formats.label_studio import studio_scores
 from orchestrator.data.formats.transcripts import (
     TIE,
     Ranked,
+    Scored,
     after_begun,
     as_ranked,
     as_reply,
@@ -19,7 +22,6 @@ from orchestrator.data.messages import BadRow, Fields, Messages, conversation, i
 from orchestrator.data.records import Message, Reply
 from orchestrator.data.values import describe
 
-Scored = tuple[Messages, Reply, float]
 Labelled = tuple[Messages, Reply, bool]
 UNSCORED = "replies without a score"
 _HELPSTEER_TURN = re.compile(r"\n*<extra_id_1>(User|Assistant)\n")
@@ -98,6 +100,8 @@ _ANSWERED = ("user_input completion", "user_input response", "prompt completion"
 SCORE_FORMATS: dict[str, Format[Scored]] = {
     "helpsteer": Format(field_sets("prompt response helpfulness"), _helpsteer),
     "ultrafeedback": Format(field_sets("instruction completions"), ultrafeedback_scores),
+    "argilla": Format(argilla.fields_of(argilla.RATING), argilla.argilla_scores, id_key=""),
+    "label-studio": Format(field_sets("data annotations"), studio_scores, id_key=""),
     "scored": Format(field_sets(*_ANSWERED), _scored),  # Parquet has no field for a null score
 }
 LABEL_FORMATS: dict[str, Format[Labelled]] = {

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from orchestrator.data.formats.format import LeftOut, field_sets
 from orchestrator.data.formats.transcripts import TIE, Ranked, as_ranked
@@ -20,32 +20,41 @@ MAX_TREE_MESSAGES = 10_000
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
+class Turn(NamedTuple):
+    """A message of a tree: the conversation that ends with it, its own fields, and its replies, without deleted
+    ones."""
+
+    path: Messages
+    node: Fields
+    replies: Sequence[Fields]
+
+
 def oasst_paths(fields: Fields) -> Iterator[Messages | LeftOut]:
     """The path from the root to every leaf."""
-    for found in _walk(fields):
+    for found in oasst_turns(fields):
         if isinstance(found, LeftOut):
             yield found
-        elif not found[1]:
-            yield found[0]
+        elif not found.replies:
+            yield found.path
 
 
 def oasst_prompts(fields: Fields) -> Iterator[Messages | LeftOut]:
     """The path from the root to every message of a prompter."""
-    for found in _walk(fields):
+    for found in oasst_turns(fields):
         if isinstance(found, LeftOut):
             yield found
-        elif found[0][-1].role == "user":
-            yield found[0]
+        elif found.path[-1].role == "user":
+            yield found.path
 
 
 def oasst_rankings(fields: Fields) -> Iterator[Ranked | LeftOut]:
     """The ranked replies to every message of a prompter; of replies with equal rank the first."""
     num_found = 0
-    for found in _walk(fields):
+    for found in oasst_turns(fields):
         if isinstance(found, LeftOut):
             yield found
             continue
-        path, replies = found
+        path, _, replies = found
         ranked: dict[float, str] = {}
         for reply in replies if path[-1].role == "user" else ():
             rank = number_of(reply, "rank", "a reply")
@@ -62,16 +71,20 @@ def oasst_rankings(fields: Fields) -> Iterator[Ranked | LeftOut]:
 
 
 def trees(rows: Iterator[Row]) -> Iterator[Row]:
+    """As `whole_trees`, each with the language of its first message among its own fields."""
+    return map(_with_language, whole_trees(rows))
+
+
+def whole_trees(rows: Iterator[Row]) -> Iterator[Row]:
     """Rows that are trees, and trees made of rows that are messages. Memory holds one tree."""
     for tree_id, group in groupby(rows, key=_tree_id):
         if tree_id is None:
-            yield from map(_with_language, group)
+            yield from group
         else:
-            yield from map(_with_language, _grown(group))
+            yield from _grown(group)
 
 
 def _with_language(row: Row) -> Row:
-    """A tree with the language of its first message among its own fields."""
     root = row.fields.get("prompt")
     language = root.get("lang") if isinstance(root, dict) else None
     return replace(row, fields={"lang": language, **row.fields}) if isinstance(language, str) else row
@@ -107,8 +120,8 @@ def _grown(group: Iterator[Row]) -> Iterator[Row]:
         yield root
 
 
-def _walk(fields: Fields) -> Iterator[tuple[Messages, list[Fields]] | LeftOut]:
-    """Every path that begins at the root, depth first, and the replies to its end. A deleted message ends its path."""
+def oasst_turns(fields: Fields) -> Iterator[Turn | LeftOut]:
+    """Every message of a tree, depth first. A deleted one ends its path."""
     root = required(fields, "prompt")
     if not isinstance(root, dict):
         raise BadRow(f"'prompt' must be the first message of a tree, found {describe(root)}")
@@ -122,7 +135,7 @@ def _walk(fields: Fields) -> Iterator[tuple[Messages, list[Fields]] | LeftOut]:
         replies = node.get("replies") or []
         if replies and not is_messages(replies):
             raise BadRow(f"{where}.replies must be a list of messages, found {describe(replies)}")
-        yield path, [reply for reply in replies if reply.get("deleted") is not True]
+        yield Turn(path, node, [reply for reply in replies if reply.get("deleted") is not True])
         waiting += reversed([(path, reply, f"{where}.replies[{index}]") for index, reply in enumerate(replies)])
 
 

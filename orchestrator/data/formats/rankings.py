@@ -6,8 +6,11 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
+from orchestrator.data.formats import argilla
+from orchestrator.data.formats.arena import arena_pair
 from orchestrator.data.formats.feedback import helpsteer_pair, ultrafeedback_ranking
 from orchestrator.data.formats.format import Format, field_sets
+from orchestrator.data.formats.label_studio import studio_rankings
 from orchestrator.data.formats.oasst import OASST_FIELDS, oasst_rankings, trees
 from orchestrator.data.formats.transcripts import (
     Ranked,
@@ -128,4 +131,8 @@ RANKING_FORMATS: dict[str, Format[Ranked]] = {
         ),
         helpsteer_pair,
     ),
+    # Their ids name records and votes; a prompt's is its content, which keeps its records on one side of a split.
+    "arena": Format(field_sets("conversation_a conversation_b winner"), arena_pair, id_key=""),
+    "argilla": Format(argilla.fields_of(argilla.RANKING), argilla.argilla_rankings, id_key=""),
+    "label-studio": Format(field_sets("data annotations"), studio_rankings, id_key=""),
 }

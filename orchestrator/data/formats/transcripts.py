@@ -22,6 +22,7 @@ from orchestrator.data.values import describe
 
 Ranked = tuple[Messages, tuple[Reply, ...], tuple[float, ...]]
 """A prompt, its replies, best first, and their scores, which may be unknown (see RankingRecord)."""
+Scored = tuple[Messages, Reply, float]
 
 
 TIE = "with equal replies"

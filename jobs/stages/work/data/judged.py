@@ -116,6 +116,23 @@ class StoredJudgements:
         return [quality[start:end] for start, end in itertools.pairwise(bounds)]
 
 
+async def store_preferences(
+    config: Config, judgement: Judgement, train: RankedTokens, model: Path, say: Say, *, made: Path | None
+) -> StoredJudgements:
+    """Writes the rows of a training next to the model that will be in `model`.
+
+    Args:
+        train: for the records to train on; those held out get the same tokens without what is added for learning.
+        made: the file of an earlier stage.
+
+    Raises:
+        DataError: the preferences, or a conversation that the chat template refuses.
+        StorageError: writing.
+    """
+    tokens = train, RankedTokens(train.chat, train.max_length)
+    return await store_judged(config, judgement, tokens, model.with_name(f".{model.name}.rows"), say, made=made)
+
+
 async def store_judged(
     config: Config,
     judgement: Judgement,

@@ -11,6 +11,7 @@ import pytest
 from orchestrator.data.kinds import KINDS
 from orchestrator.data.streams import Stream
 from orchestrator.errors import DataError
+from tests.unit.orchestrator.data import annotation_rows
 from tests.unit.orchestrator.data.test_demonstrations import TREE, TURNS, flat, node, write
 
 MEDIA = [{"type": "image_url", "image_url": {"url": "x"}}]
@@ -48,6 +49,7 @@ GOOD: dict[str, dict[str, dict[str, Any]]] = {
         "prompt": {"prompt": "q", "response": "a"},
         "question": {"question": "q", "answer": "a"},
         "chosen": PAIR,
+        **annotation_rows.GOOD["demonstrations"],
     },
     "preferences": {
         "ranking": RANKING,
@@ -56,12 +58,14 @@ GOOD: dict[str, dict[str, dict[str, Any]]] = {
         "oasst": TREE,
         "ultrafeedback": FEEDBACK,
         "helpsteer": HELPSTEER,
+        **annotation_rows.GOOD["preferences"],
     },
     "labels": {"kto": {"prompt": "q", "completion": "a", "label": True}},
     "scores": {
         "scored": {"user_input": "q", "completion": "a", "score": 0},
         "ultrafeedback": FEEDBACK,
         "helpsteer": {"prompt": "q", "response": "a", "helpfulness": 4},
+        **annotation_rows.GOOD["scores"],
     },
     "documents": {"text": {"text": "x"}, "plain": {}},
 }
@@ -171,6 +175,7 @@ BAD: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
             ({"prompt": 3, "chosen": "a", "rejected": "b"}, "'prompt' must be text or a list of {role, content}"),
         ],
         "alpaca-template": INSTRUCTION,
+        **annotation_rows.BAD["demonstrations"],
     },
     "prompts": {
         "messages": [
@@ -279,6 +284,7 @@ BAD: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
             ({**HELPSTEER, "prompt": ""}, "'prompt' is empty"),
             ({**HELPSTEER, "response_1": 3}, "'response_1' must be text or a list of texts, found a number"),
         ],
+        **annotation_rows.BAD["preferences"],
     },
     "labels": {
         "kto": [
@@ -315,6 +321,7 @@ BAD: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
             ({"prompt": "\n<extra_id_1>User\nq", "response": "a", "helpfulness": 4}, "'prompt' is empty before"),
             ({"prompt": ["q"], "response": "a", "helpfulness": 4}, "'prompt' must be text or a list of"),
         ],
+        **annotation_rows.BAD["scores"],
     },
     "documents": {
         "text": [

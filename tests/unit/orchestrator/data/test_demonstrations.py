@@ -12,6 +12,7 @@ from orchestrator.data.formats.demonstrations import DEMONSTRATION_FORMATS
 from orchestrator.data.kinds import DEMONSTRATIONS, PROMPTS
 from orchestrator.data.readers import read_all
 from orchestrator.data.records import Message, ToolCall, content_id
+from tests.unit.orchestrator.data import annotation_rows
 
 SYSTEM, ASKED, REPLY = Message("system", "s"), Message("user", "q"), Message("assistant", "a")
 TURNS = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -80,6 +81,7 @@ GOOD: list[tuple[str, dict[str, Any], list[Message]]] = [
     ("question", {"system_prompt": "s", "question": "q", "response": "a"}, [SYSTEM, ASKED, REPLY]),
     ("chosen", {"chosen": HH.format("a"), "rejected": HH.format("b")}, [ASKED, REPLY]),
     ("chosen", {"prompt": "q", "chosen": "a", "rejected": "b"}, [ASKED, REPLY]),
+    *((name, row, [ASKED, REPLY]) for name, row in annotation_rows.GOOD["demonstrations"].items()),
 ]
 
 

@@ -16,6 +16,7 @@ from jobs.services.labelling.sources import from_file, from_run
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import items
 from orchestrator.errors import ConfigError, DataError
+from orchestrator.run.storage import write_sealed
 from orchestrator.schema import ROLLOUT
 from tests.unit.jobs.services.labelling.filled import candidate
 
@@ -87,11 +88,43 @@ def test_samples_of_a_step_come_from_the_files_of_its_manifest(tmp_path: Path, s
     samples(run / "log" / "step-000007" / "shard-0001-attempt-002.parquet", num_prompts=9)
     with pytest.raises(DataError, match="no step 7"):
         list(from_run(run, stage=None, step=7))
-    (run / "log" / "step-000007" / "manifest.json").write_text('{"shards": [{"file": "shard-0000.parquet"}]}')
+    write_sealed(run / "log" / "step-000007" / "manifest.json", {"shards": [{"file": "shard-0000.parquet"}]})
     assert add(store, from_run(run, stage=None, step=7), Wanted("rank"), batch="x").num_new == 2
     assert added(store)[0].source == {"run": "my-run", "stage": "", "step": 7, "sampling": {}}
     with pytest.raises(DataError, match=r"holds no samples\.parquet"):
         list(from_run(run, stage=None, step=None))
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{", "is damaged: it is not valid JSON"),
+        ('{"shards": 7}', "is damaged: its entries do not form a manifest"),
+        ('{"shards": [{"file": 7}]}', "is damaged: its entries do not form a manifest"),
+        ('{"shards": [{"file": "../other.parquet"}]}', "which is not inside it"),
+        ('{"shards": [], "sha256": "0"}', "is damaged: it does not match its own checksum"),
+    ],
+)
+def test_a_damaged_manifest_is_named_with_the_way_out(tmp_path: Path, content: str, problem: str) -> None:
+    manifest = tmp_path / "log" / "step-000007" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(content)
+    with pytest.raises(DataError, match=problem) as caught:
+        list(from_run(tmp_path, stage=None, step=7))
+    assert str(manifest.parent) in str(caught.value) and "Restore it" in str(caught.value)
+
+
+def test_samples_of_the_log_bring_their_rewards(tmp_path: Path, store: Store) -> None:
+    file = tmp_path / "log" / "step-000000" / "shard-0000.parquet"
+    samples(file, num_prompts=1)
+    table = pq.read_table(file)
+    pq.write_table(table.append_column("reward", pa.array([0.5, -1.0, 2.0], pa.float32())), file)
+    write_sealed(file.with_name("manifest.json"), {"shards": [{"file": file.name}]})
+    add(store, from_run(tmp_path, stage=None, step=0), Wanted("rank"), batch="x")
+    assert [each["source"]["reward"] for each in added(store)[0].replies] == [0.5, -1.0]
+    with pytest.raises(DataError, match=r"shard-0000\.parquet: samples can't be read"):
+        file.write_bytes(b"PAR1")
+        list(from_run(tmp_path, stage=None, step=0))
 
 
 def test_the_same_source_adds_nothing_twice(store: Store) -> None:

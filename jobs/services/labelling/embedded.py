@@ -1,0 +1,209 @@
+"""`make label`: a person at this machine judges samples of a run, and its rewards are compared with that person.
+
+The samples are those of the run's experience log: their rewards are known, and its reward model has not learned them.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import webbrowser
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from time import monotonic
+
+import typer
+from sqlalchemy import Connection, func, select
+
+from jobs.command import imported, say
+from jobs.quickstart import set_environment
+from jobs.services.labelling import people
+from jobs.services.labelling.adding import Wanted, add
+from jobs.services.labelling.app import Settings, create_app
+from jobs.services.labelling.exporting import export
+from jobs.services.labelling.serving import address_of, link, listening, run
+from jobs.services.labelling.shapes.judged import every
+from jobs.services.labelling.sources import Candidate, from_run
+from jobs.services.labelling.store import Store
+from jobs.services.labelling.tables import items
+from jobs.services.labelling.work import Rules
+from orchestrator.config.loader import load_config
+from orchestrator.errors import DataError, StorageError
+from orchestrator.run.experience_log import num_committed
+from orchestrator.run.folder import CONFIG_FILE, RunFolder, storage_root
+from orchestrator.run.storage import reading
+from orchestrator.training.ranking import order, wilson_interval
+
+HOST = "127.0.0.1"
+NAME = "you"
+STORE_FILE = "labels.db"
+EXPORT_FILE = "labels.jsonl"
+REWARD_MODEL = "reward-model"
+_LINGER_S = 3.0  # for the page, after the last judgement
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How rewards order pairs of replies that a person ordered. Equal rewards agree by half.
+
+    Args:
+        num_tied: pairs that the person found equal, which are not counted.
+    """
+
+    num_items: int
+    num_pairs: int
+    num_agreed: float
+    num_tied: int
+
+    def describe(self) -> str:
+        tied = f"; you found {self.num_tied} pairs equal" if self.num_tied else ""
+        if not self.num_pairs:
+            return f"no pair of replies to compare{tied}"
+        low, high = wilson_interval(self.num_agreed, self.num_pairs)
+        return (
+            f"the reward model orders {self.num_agreed / self.num_pairs:.1%} of {self.num_pairs} pairs of "
+            f"{self.num_items} prompts as you did (95 %: {low:.1%} to {high:.1%}){tied}"
+        )
+
+
+def label_run(folder: Path | None, config: Path, *, limit: int, port: int, opens: bool) -> None:
+    """Raises:
+    CapacityError: another service has the store, or the port is taken.
+    DataError: there is no such run, or its log can't be read.
+    """
+    place = folder or newest_run(config)
+    with closing(Store(str(place / STORE_FILE))) as store:
+        add(store, logged(place), Wanted("rank", overlap_share=0.0, limit=limit), batch=place.name)
+        _serve(store, port, opens=opens)
+        with store.reading() as connection:
+            found = agreement(connection)
+        say(found.describe())
+        if found.num_pairs:
+            out = place / EXPORT_FILE
+            report = export(store, out, "rankings")
+            say(f"{out}: {report.num_rows} rankings")
+            offer(place, out)
+
+
+def newest_run(config: Path) -> Path:
+    """The newest run of a config that has sampled. Raises DataError."""
+    settings = load_config(config).run
+    root = storage_root(settings.root)
+    with reading(root):
+        found = [path.parent for path in root.glob(f"{settings.name}-*/{CONFIG_FILE}")]
+        runs = [path for path in found if num_committed(_log(path))]
+        if not runs:
+            raise DataError(f"{root} has no run of {config} with samples: run `make quickstart`, or give RUN.")
+        return max(runs, key=lambda path: (path / CONFIG_FILE).stat().st_mtime)
+
+
+def _log(folder: Path) -> Path:
+    return RunFolder(folder, folder.name, attempt=0).log
+
+
+def logged(folder: Path) -> Iterator[Candidate]:
+    """The samples of all steps. Raises DataError."""
+    num_steps = num_committed(_log(folder))
+    if not num_steps:
+        raise DataError(f"{folder} has no committed step: give a run whose stage rl has sampled.")
+    for step in range(num_steps):
+        yield from from_run(folder, stage=None, step=step)
+
+
+def _serve(store: Store, port: int, *, opens: bool) -> None:
+    """Until Ctrl-C, or until everything is judged."""
+    settings = Settings(rules=Rules(gold_share=0.0))
+    with store.served(), listening(HOST, port) as listener:
+        with store.writing() as connection:
+            token = people.invite(connection, NAME)
+        address = link(address_of(HOST, listener.getsockname()[1]), token)
+        say(f"judge here, until Ctrl-C: {address}")
+        with _opened(store, address) if opens and has_display() else nullcontext():
+            run(create_app(store, settings), listener, until=Done(store))
+
+
+class Done:
+    """Whether everything has been judged for a while."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._since: float | None = None
+
+    def __call__(self) -> bool:
+        with suppress(StorageError), self._store.reading() as connection:
+            left = connection.scalar(
+                select(func.count()).select_from(items).where(items.c.num_judgements < items.c.overlap)
+            )
+            self._since = None if left else self._since or monotonic()
+        return self._since is not None and monotonic() - self._since >= _LINGER_S
+
+
+def has_display() -> bool:
+    return sys.platform == "darwin" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+
+
+@contextmanager
+def _opened(store: Store, address: str) -> Iterator[None]:
+    """Opens the browser by a file that leads to the page: everybody on a machine can read a command line, and only this
+    user the file."""
+    assert store.file is not None
+    page = store.file.with_suffix(".html")
+    page.touch(mode=0o600)
+    page.write_text(f'<meta http-equiv="refresh" content="0; url={escape(address)}">\n', encoding="utf-8")
+    try:
+        webbrowser.open(page.as_uri())
+        yield
+    finally:
+        page.unlink(missing_ok=True)
+
+
+def agreement(connection: Connection) -> Agreement:
+    """Of the rewards of samples with all judgements of them."""
+    num_items = num_pairs = num_tied = 0
+    agreed = 0.0
+    for judged in every(connection, {}):
+        rewards = [each["source"].get("reward") for each in judged.item.replies]
+        known = [vote for vote in judged.votes if None not in (rewards[vote.first], rewards[vote.second])]
+        for vote in known:
+            if vote.first_is_better == 0.5:
+                num_tied += 1
+                continue
+            better, worse = (vote.first, vote.second)[:: 1 if vote.first_is_better else -1]
+            agreed += order(rewards[better], rewards[worse])
+            num_pairs += 1
+        num_items += bool(known)
+    return Agreement(num_items, num_pairs, agreed, num_tied)
+
+
+def offer(folder: Path, rankings: Path) -> None:
+    """Asks whether to train on the rankings; prints the command where nobody can be asked."""
+    overrides = training(folder, rankings)
+    command = ["rlhf", "reward-model", "--config", str(folder / CONFIG_FILE), *overrides]
+    if not sys.stdin.isatty() or not _agreed("train the reward model on your rankings now?"):
+        say(f"to train the reward model on them: {shlex.join(command)}")
+        return
+    set_environment()
+    config = load_config(folder / CONFIG_FILE, overrides)
+    imported("jobs.stages.work.reward_model:run_alone")(config, None)
+
+
+def training(folder: Path, rankings: Path) -> Sequence[str]:
+    """Overrides of a run that trains the run's reward model further, on these rankings."""
+    base = folder.absolute() / REWARD_MODEL
+    return [
+        "stages=[reward_model]",
+        "run.id=null",
+        f"run.name={folder.name}-labels",
+        f"preferences.path={rankings.absolute()}",
+        *([f"reward_model.base={base}"] if base.is_dir() else []),
+    ]
+
+
+def _agreed(question: str) -> bool:
+    with suppress(typer.Abort):
+        return typer.confirm(question, default=False)
+    return False
