@@ -9,7 +9,6 @@ replies before the first. The interval of the difference is Student's, over seed
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import shlex
 import statistics
@@ -22,9 +21,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from scipy.stats import t as student
 
-from benchmarks.harness import Figure, measure_turns, plain_figure
+from benchmarks.harness import Figure, interval, measure_turns, plain_figure
 from benchmarks.table import report
 from jobs.cluster.jobs_api import Job, connect_local, follow, submit
 from jobs.cluster.local_ray import local_ray
@@ -106,15 +104,6 @@ def figures(runs: Mapping[str, Sequence[Run]], what: str) -> list[Figure]:
     ]
     detail = f"{what}; mean {interval(differences)}, paired by seed"
     return [*gains, plain_figure("lora less full: gain of held-out score", differences, "score", detail=detail)]
-
-
-def interval(values: Sequence[float]) -> str:
-    """The mean and its 95 % interval by Student's t."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.3f} (one seed: no interval)"
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.3f} (95 %: {mean - half:.3f} to {mean + half:.3f})"
 
 
 def run(keys: Sequence[str]) -> Run:
