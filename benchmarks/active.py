@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import typer
+from scipy.optimize import minimize
 from scipy.special import expit
 
 from actors.models.model import EMBEDDED, load_scorer, resolve_model
@@ -42,12 +43,12 @@ from orchestrator.training.acquisition import Numbers, Signals, choose, componen
 from orchestrator.training.ensemble import bootstrap_weights
 
 DATA = ROOT.parent / "shared" / "data" / "hh-rlhf-harmless.jsonl.gz"
-HEADS = 8
-START, BATCH, LAST = 40, 40, 400  # labels
+HEADS = 5
+START, BATCH, LAST = 40, 40, 240  # labels
 LONGEST = 160  # tokens of a conversation with its reply
 LAYERS = 5  # of the trunk, as in the quickstart
 DECAY = 0.1
-_ROUNDS = 8  # of Newton's method
+_PRECISION = {"maxiter": 1000, "gtol": 1e-6, "ftol": 1e-12}
 _AT_ONCE = 128
 Ints = npt.NDArray[np.int64]
 
@@ -218,20 +219,14 @@ def trained(differences_ND: Numbers, numbers: Ints, seed: int) -> Numbers:
 
 
 def fitted(differences_ND: Numbers, weights_N: Numbers, start_D: Numbers, decay: float) -> Numbers:
-    """The minimum over w of Σ weight · -log σ(difference · w) + decay/2 · |w - start|², by Newton's method in the
-    span of the differences (Rasmussen and Williams 2006, algorithm 3.1)."""
-    kernel_NN = differences_ND @ differences_ND.T / decay
-    begun_N = differences_ND @ start_D
-    scores_N = begun_N.copy()
-    for _ in range(_ROUNDS):
-        wrong_N = expit(-scores_N)
-        curvature_N = weights_N * wrong_N * (1.0 - wrong_N)
-        root_N = np.sqrt(curvature_N)
-        target_N = curvature_N * (scores_N - begun_N) + weights_N * wrong_N
-        system_NN = np.eye(len(root_N)) + root_N[:, None] * kernel_NN * root_N
-        step_N = target_N - root_N * np.linalg.solve(system_NN, root_N * (kernel_NN @ target_N))
-        scores_N = begun_N + kernel_NN @ step_N
-    found: Numbers = start_D + differences_ND.T @ step_N / decay
+    """The minimum over w of Σ weight · -log σ(difference · w) + decay/2 · |w - start|²."""
+
+    def loss(head_D: Numbers) -> tuple[float, Numbers]:
+        margins_N, moved_D = differences_ND @ head_D, head_D - start_D
+        value = weights_N @ np.logaddexp(0.0, -margins_N) + 0.5 * decay * moved_D @ moved_D
+        return float(value), decay * moved_D - differences_ND.T @ (weights_N * expit(-margins_N))
+
+    found: Numbers = minimize(loss, start_D, jac=True, method="L-BFGS-B", options=_PRECISION).x
     return found
 
 
@@ -264,7 +259,7 @@ def _at(labels: int, curve: Sequence[float]) -> float:
 
 
 MEANS: Mapping[str, Callable[[Sequence[float]], float]] = {
-    **{f"{labels} labels": partial(_at, labels) for labels in (80, 160, 240, 400)},
+    **{f"{labels} labels": partial(_at, labels) for labels in (80, 160, 240)},
     f"mean of {START} to {LAST}": fmean,
 }
 

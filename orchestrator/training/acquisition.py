@@ -87,7 +87,8 @@ def knn_entropy(points_ND: Numbers, neighbour: int = 1) -> float:
     radii_N = np.array([np.partition(distances(points_ND, point), neighbour)[neighbour] for point in points_ND])
     ball = 0.5 * dims * math.log(math.pi) - math.lgamma(0.5 * dims + 1.0)
     with np.errstate(divide="ignore"):
-        return _harmonic(num) - _harmonic(neighbour) + ball + dims * float(np.log(radii_N).mean())
+        found: float = _harmonic(num) - _harmonic(neighbour) + ball + dims * float(np.log(radii_N).mean())
+    return found
 
 
 def _harmonic(number: int) -> float:

@@ -31,7 +31,7 @@ def test_a_head_is_the_minimum_of_its_loss() -> None:
     )
     found = fitted(differences, weights, start, decay=0.7)
     pull = differences.T @ (weights * expit(-differences @ found))
-    assert 0.7 * (found - start) == pytest.approx(pull, abs=1e-8)
+    assert 0.7 * (found - start) == pytest.approx(pull, abs=1e-4)
 
 
 def test_one_pair_by_hand() -> None:
@@ -59,5 +59,5 @@ def test_contenders_start_from_the_same_labels_and_a_seed_gives_the_same_curve()
     assert len({curve[0] for curve in found.values()}) == 1
     assert all(curve[-1] > 0.9 for curve in found.values())
     figures = {figure.name: figure for figure in figures_of("planted", [found, found])}
-    assert "less random, in points 0.000 (95 %: 0.000 to 0.000)" in figures[f"planted: {RANDOM}, 400 labels"].detail
-    assert figures["planted: both, 400 labels"].value == pytest.approx(found["both"][-1])
+    assert "less random, in points 0.000 (95 %: 0.000 to 0.000)" in figures[f"planted: {RANDOM}, 240 labels"].detail
+    assert figures["planted: both, 240 labels"].value == pytest.approx(found["both"][-1])
