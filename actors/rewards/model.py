@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +15,14 @@ import pyarrow as pa
 import torch
 
 from actors.learning.heads import ValueModel
-from actors.learning.packing import token_rows
+from actors.learning.packing import MicroBatch, token_rows
 from actors.machine.devices import compute_device
 from actors.models.files import window
 from actors.models.model import load_scorer, resolve_model, torch_dtype
 from actors.models.reward_heads import num_heads
 from actors.rewards import DISAGREEMENT, RewardContext, Sample, Score, samples
 from actors.text.conversations import Chat, Transcript, load_chat, reward_chat
+from orchestrator import schema
 from orchestrator.config.rewards import ModelSource
 from orchestrator.data.records import messages_from_dicts
 from orchestrator.errors import ConfigError, DataError
@@ -29,6 +31,7 @@ from orchestrator.run.storage import write_json
 from orchestrator.training.ensemble import disagreement, mean_scores
 
 STATS_FILE = "reward_stats.json"
+Numbers = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -127,19 +130,45 @@ class RewardModel:
             for found in transcripts
         ]
 
-    def head_scores(self, transcripts: Sequence[Transcript]) -> npt.NDArray[np.float64]:
+    def head_scores(self, transcripts: Sequence[Transcript]) -> Numbers:
         """Scores before normalisation by each head: one row per transcript, in order."""
+        scores_BH = np.zeros((len(transcripts), self._num_heads))
+        for rows, micro in self._micro_batches(transcripts):
+            with torch.no_grad():
+                _, last_B = self._model(micro)
+            scores_BH[rows] = last_B.float().cpu().numpy().reshape(len(rows), -1)
+        return scores_BH
+
+    def head_states(self, transcripts: Sequence[Transcript]) -> tuple[Numbers, Numbers]:
+        """(scores_BH, states_BD): the scores before normalisation by each head, and the states that the heads read."""
+        scores_BH = np.zeros((len(transcripts), self._num_heads))
+        states_BD = np.zeros((len(transcripts), self._model.head.weight.shape[-1]))
+        for rows, micro in self._micro_batches(transcripts):
+            with torch.no_grad():
+                last_BD = self._model.last_states(micro)
+                scores_BH[rows] = self._model.head(last_BD).float().cpu().numpy().reshape(len(rows), -1)
+            states_BD[rows] = last_BD.float().cpu().numpy()
+        return scores_BH, states_BD
+
+    def states(self, table: pa.Table) -> pa.Table:
+        """Table of schema.STATES for a table of schema.ROLLOUT. A sample fails as in `scores`."""
+        transcripts = self._transcripts(table)
+        found = iter(zip(*self.head_states([one for one in transcripts if isinstance(one, Transcript)]), strict=True))
+        states = [_state(*next(found)) if isinstance(one, Transcript) else _no_state(str(one)) for one in transcripts]
+        names = zip(table["row"].to_pylist(), table["prompt_id"].to_pylist(), states, strict=True)
+        return pa.Table.from_pylist(
+            [{"row": row, "prompt_id": prompt_id, **state} for row, prompt_id, state in names], schema.STATES
+        )
+
+    def _micro_batches(self, transcripts: Sequence[Transcript]) -> Iterator[tuple[list[int], MicroBatch]]:
+        """With the rows of each among the transcripts."""
         if self._max_length is not None:
             transcripts = [transcript.last(self._max_length) for transcript in transcripts]
         rows = token_rows(
             [t.prompt_tokens.tolist() for t in transcripts], [t.response_tokens.tolist() for t in transcripts]
         )
-        scores_BH = np.zeros((len(transcripts), self._num_heads))
         for batch in micro_batches(range(len(transcripts)), rows.lengths, self._micro_batch_tokens):
-            with torch.no_grad():
-                _, last_B = self._model(rows.pack(batch, self._device))
-            scores_BH[list(batch)] = last_B.float().cpu().numpy().reshape(len(batch), -1)
-        return scores_BH
+            yield list(batch), rows.pack(batch, self._device)
 
     def _transcripts(self, table: pa.Table) -> list[Transcript | DataError]:
         if not self.takes_tokens:
@@ -159,13 +188,23 @@ class RewardModel:
         except DataError as error:
             return error
 
-    def _score(self, heads_H: npt.NDArray[np.float64], transcript: Transcript) -> Score:
+    def _score(self, heads_H: Numbers, transcript: Transcript) -> Score:
         raw = float(mean_scores(heads_H))
         cut = max(len(transcript) - self._max_length, 0) if self._max_length is not None else 0
         if not math.isfinite(raw):
             return Score(None, error=f"the reward model's score is {raw}", tokens_cut=cut)
         parts = {"model": raw} | ({DISAGREEMENT: float(disagreement(heads_H))} if len(heads_H) > 1 else {})
         return Score(self._stats.normalised(raw) if self._stats else raw, parts, tokens_cut=cut)
+
+
+def _state(heads_H: Numbers, state_D: Numbers) -> Mapping[str, Any]:
+    if not (np.isfinite(heads_H).all() and np.isfinite(state_D).all()):
+        return _no_state("the reward model's scores are not finite")
+    return {"heads": heads_H, "state": state_D, "error": None}
+
+
+def _no_state(error: str) -> Mapping[str, Any]:
+    return {"heads": None, "state": None, "error": error}
 
 
 def build(reward: ModelSource, context: RewardContext) -> RewardModel:

@@ -68,6 +68,19 @@ def wilson_interval(successes: float, trials: int, *, z: float = 1.959964) -> tu
     return max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
 
 
+def difference_interval(successes: float, trials: int, other: float, other_trials: int) -> tuple[float, float]:
+    """Interval of the difference of two independent proportions, by their score intervals (Newcombe 1998, method 10);
+    95 %. Both need trials."""
+    share, other_share = successes / trials, other / other_trials
+    low, high = wilson_interval(successes, trials)
+    other_low, other_high = wilson_interval(other, other_trials)
+    difference = share - other_share
+    return (
+        difference - math.hypot(share - low, other_high - other_share),
+        difference + math.hypot(high - share, other_share - other_low),
+    )
+
+
 def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Kendall's tau-b of two lists of scores (Kendall 1945), which corrects for ties.
 

@@ -7,16 +7,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
+from actors.rewards.model import RewardModel
+from actors.text.conversations import chat_of
+from jobs.services.labelling.choosing import Asking
+from jobs.services.labelling.sources import from_run
+from jobs.stages.stage import StageJob
+from jobs.stages.work.score import choose_items
+from orchestrator.config.loader import load_kept_config
+from orchestrator.run.folder import RunFolder
 from orchestrator.run.lineage import read_lineage
 from orchestrator.run.storage import read_json, sha256
+from orchestrator.watching.telemetry import Telemetry
 from tests.deadlines import of_a_run
 from tests.integration import pipelines
 from tests.integration.pipelines import kill_when, start
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, tiny_scorer, tiny_tokenizer
 
 finish = partial(pipelines.finish, within_s=240.0)
 
@@ -114,3 +125,47 @@ def test_a_result_that_was_required_and_is_not_met_ends_with_3_until_it_is(clust
     assert "gold is" in output and "required > 5" in output
     assert "nothing is left to do" not in finish(start(path, cluster, "gate", "evaluate.require={gold: '> -5'}"))
     assert "nothing is left to do" in finish(start(path, cluster, "gate", "evaluate.require={gold: '> -5'}"))
+
+
+async def test_items_for_people_are_chosen_by_the_states_of_a_reward_model(
+    cluster: str, folder: Path, whole: tuple[Path, str]
+) -> None:
+    """As stage `people` asks for them. An attempt after a kill reads what is kept, and starts no actor."""
+    config_ = load_kept_config(config(folder))
+    scorer = tiny_scorer(folder / "scorer", heads=2)
+    place = RunFolder(folder / "asking", "asking", 1)
+    place.path.mkdir()
+    samples = pq.read_table(whole[0] / "samples.parquet")
+    candidates = list(from_run(whole[0], stage=None, step=None))
+    seen: list[int] = []
+    with Telemetry(place.path, place.id, place.attempt, stage="people") as telemetry:
+        job = StageJob(
+            name="people",
+            config=config_,
+            run=place,
+            makes=(),
+            prepared=None,  # type: ignore[arg-type]  # nothing reads it
+            telemetry=telemetry,
+            say=lambda line: None,
+            inputs={"reward_model": scorer},
+            start_policy="",
+            watch=lambda groups: seen.append(len(groups)),
+        )
+        found = await choose_items(job, samples, candidates, Asking("rank", 6, 0.5))
+        started = len(seen)
+        assert await choose_items(job, samples, candidates, Asking("rank", 6, 0.5)) == found
+    assert started == len(seen) == 1
+    arms = [each.source["choice"]["arm"] for each in found.candidates]
+    assert sorted(arms) == ["active"] * 3 + ["control"] * 3
+    states = pq.read_table(place.path / "states.parquet")
+    here = RewardModel(
+        scorer,
+        chat_of(tiny_tokenizer()),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        micro_batch_tokens=4096,
+        normalise=False,
+        max_length=config_.reward_model.max_length,
+    ).states(samples)
+    for name in ("heads", "state"):
+        assert np.array(states[name].to_pylist()) == pytest.approx(np.array(here[name].to_pylist()), abs=1e-5)

@@ -152,11 +152,31 @@ _GOLD: Mapping[str, Callable[[Sequence[float]], Row]] = MappingProxyType(
 )
 
 
+def compared(kind: str, candidate: Candidate) -> list[int]:
+    """The replies, by index, that people would compare; none: there are too few different ones.
+
+    Raises ConfigError: nothing is compared in tasks of this kind.
+    """
+    if kind not in _GOLD:
+        raise ConfigError(f"--choose needs a task that compares replies: {' or '.join(_GOLD)}, not {kind}.")
+    return next(iter(_CHOICES[kind](candidate)), [])
+
+
+def key_of(kind: str, candidate: Candidate, chosen: Sequence[int]) -> str:
+    """The key in the store of the item with these replies."""
+    replies = [candidate.replies[index]["reply"] for index in chosen]
+    return content_digest(kind, list(candidate.messages), list(candidate.tools), replies).hex()
+
+
+def known_keys(store: Store) -> frozenset[str]:
+    """Of all items in the store. Raises StorageError."""
+    with store.reading() as connection:
+        return frozenset(connection.scalars(select(items.c.key)))
+
+
 def _row(candidate: Candidate, chosen: Sequence[int], wanted: Wanted, batch: str) -> Row:
     replies = [candidate.replies[index] for index in chosen]
-    key = content_digest(
-        wanted.kind, list(candidate.messages), list(candidate.tools), [each["reply"] for each in replies]
-    ).hex()
+    key = key_of(wanted.kind, candidate, chosen)
     # By the item, so that the same items are judged several times however often a file is added.
     is_shared = derive_seed("overlap", key) / 2**63 < wanted.overlap_share
     return {

@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 
 from jobs.command import imported, run_command, say
+from jobs.services.labelling import arms, quality
 from jobs.services.labelling import people as links
-from jobs.services.labelling import quality
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.work import Rules
 from orchestrator.data.inputs import read_text
-from orchestrator.errors import DataError
+from orchestrator.errors import ConfigError, DataError
 
 _PORT = 8700
 app = typer.Typer(
@@ -83,6 +83,12 @@ def add(  # noqa: PLR0913  the parameters are the command's options
     gold: Annotated[bool, typer.Option(help="The file's order is the known answer, to measure people.")] = False,
     priority: Annotated[float, typer.Option(help="Items of a higher one come first.")] = 0.0,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many items.")] = None,
+    choose: Annotated[
+        str | None, typer.Option(help="active: by what the run's reward model does not know; random. Needs --budget.")
+    ] = None,
+    budget: Annotated[int | None, typer.Option(min=1, help="Number of items that are chosen.")] = None,
+    control: Annotated[float, typer.Option(help="Share of them that is drawn at random, to measure the choice.")] = 0.5,
+    reward_model: Annotated[Path | None, typer.Option(help="Its folder. Default: the run's newest.")] = None,
 ) -> None:
     """Adds items to judge. Those that the store holds already are not added again."""
 
@@ -91,6 +97,20 @@ def add(  # noqa: PLR0913  the parameters are the command's options
             found = imported("jobs.services.labelling.sources:from_run")(source, stage=stage, step=step)
         else:
             found = imported("jobs.services.labelling.sources:from_file")(source, format, kind, say)
+        if choose is not None or budget is not None:
+            if choose is None or budget is None:
+                raise ConfigError("--choose and --budget belong together: --choose active --budget 200.")
+            chosen = imported("jobs.services.labelling.choosing:asked")(
+                opened,
+                found,
+                imported("jobs.services.labelling.choosing:Asking")(task, budget, control),
+                lambda: imported("jobs.services.labelling.measuring:states_of")(
+                    source, stage=stage, step=step, model=reward_model, say=say
+                ),
+                how=choose,
+            )
+            say(chosen.describe())
+            found = chosen.candidates
         wanted = imported("jobs.services.labelling.adding:Wanted")(task, overlap, overlap_share, gold, priority, limit)
         added = imported("jobs.services.labelling.adding:add")(opened, found, wanted, batch=source.name)
         say(
@@ -147,7 +167,7 @@ def people(store: Place = "labels.db") -> None:
 
     def work(opened: Store) -> None:
         with opened.reading() as connection:
-            for line in quality.lines(connection):
+            for line in (*quality.lines(connection), *arms.lines(connection)):
                 say(line)
 
     _with_store(store, work)

@@ -123,7 +123,7 @@ def from_run(folder: Path, *, stage: str | None, step: int | None) -> Iterator[C
 
     Raises DataError: they are missing, or can't be read.
     """
-    files = _step_files(folder, stage, step) if step is not None else [_samples_file(folder, stage)]
+    files = sample_files(folder, stage=stage, step=step)
     place = files[0].parent if step is None else files[0].parents[2]
     name = stage or ("" if place == folder else place.name)
     source = {"run": folder.resolve().name, "stage": name, "step": step, "sampling": _sampling(folder, name)}
@@ -138,6 +138,9 @@ def from_run(folder: Path, *, stage: str | None, step: int | None) -> Iterator[C
         yield Candidate(prompt_id, meta["messages"], list(meta.get("tools", ())), replies, source)
 
 
+def sample_files(folder: Path, *, stage: str | None, step: int | None) -> Sequence[Path]:
+    """The files with the samples of a stage, or of a step. Raises DataError: there are none."""
+    return _step_files(folder, stage, step) if step is not None else [_samples_file(folder, stage)]
 def _samples(file: Path) -> list[Json]:
     try:
         columns = [*_NEEDED, *({_REWARD} & set(pq.read_schema(file).names))]

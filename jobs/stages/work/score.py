@@ -1,10 +1,11 @@
-"""The work of stage `score`: a score or a failure for every sample, as one Parquet file of schema.REWARDS."""
+"""The work of stage `score`: a score or a failure for every sample, as one Parquet file of schema.REWARDS. Also the
+states of a reward model for every sample, by which items for people are chosen."""
 
 from __future__ import annotations
 
 import asyncio
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,27 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actors.groups.group import ActorGroup
+from actors.groups.starter import Starter
 from actors.rewards import DISAGREEMENT
 from actors.roles.reward import RewardWorker
+from actors.roles.states import StatesWorker
+from jobs.command import imported
 from jobs.stages.sample import SAMPLES
 from jobs.stages.score import SCORES
-from jobs.stages.settings import reward_path, samples_per_shard, start_s
+from jobs.stages.settings import reward_max_length, reward_path, samples_per_shard, start_s
 from jobs.stages.stage import StageJob
 from jobs.stages.work.data.replies import read_replies, replies_table
 from jobs.stages.work.data.shards import ShardFiles, spread
-from jobs.stages.work.wiring import all_ready, start_reward, starting, supervisor_of
+from jobs.stages.work.wiring import all_ready, start_reward, start_states, starting, supervisor_of
 from orchestrator.config.config import Config
+from orchestrator.config.rewards import ModelRewardConfig, main_reward_model
 from orchestrator.errors import DataError, StorageError
-from orchestrator.planning.demands import reward_demand
+from orchestrator.planning.demands import REWARD_MODEL, reward_demand
 from orchestrator.run.storage import replacing
+
+STATES_FILE = "states.parquet"
+Start = Callable[[Starter], Awaitable[ActorGroup]]
 
 
 async def run(job: StageJob) -> Mapping[str, Any]:
@@ -71,34 +80,69 @@ async def score_shards(
     Args:
         model: the reward model. None: the reward is not a model.
     """
+
+    async def start(starter: Starter) -> ActorGroup:
+        return await start_reward(config, starter, model)
+
+    return await in_shards(job, config, start, RewardWorker.score, samples, files)
+
+
+async def choose_items(
+    job: StageJob, samples: pa.Table, candidates: Sequence[Any], asking: Any, known: Collection[str] = ()
+) -> Any:
+    """What stage `people` asks: `choose_items` of jobs/services/labelling/choosing.py with its arguments, by the reward
+    model that an earlier stage has made; without one, all items are drawn at random.
+
+    Args:
+        samples: of which the candidates were made.
+    """
+    model = job.inputs.get(REWARD_MODEL)
+    states = None if model is None else await measure_states(job, model, samples)
+    return imported("jobs.services.labelling.choosing:choose_items")(candidates, states, asking, known)
+
+
+async def measure_states(job: StageJob, model: Path, samples: pa.Table) -> pa.Table:
+    """Table of schema.STATES for a table of schema.ROLLOUT, which is kept as STATES_FILE in the stage's folder
+    (docs/adr/0026-what-to-ask.md).
+
+    Args:
+        model: the folder of the reward model.
+    """
+    config = job.config
+    main = main_reward_model(config.reward)
+    source = ModelRewardConfig() if main is None else main[1]
+    longest = reward_max_length(config, source)
+    source = source.model_copy(update={"path": str(model), "normalise": False, "max_length": longest})
+
+    async def start(starter: Starter) -> ActorGroup:
+        return await start_states(config, starter, source)
+
+    files = ShardFiles(config, job.run.place / STATES_FILE)
+    return await in_shards(job, config, start, StatesWorker.states, samples, files)
+
+
+async def in_shards(
+    job: StageJob, config: Config, start: Start, method: Callable[..., pa.Table], samples: pa.Table, files: ShardFiles
+) -> pa.Table:
+    """What a method of the reward's actors returns for all samples; shards in `files` are kept. The actors have ended
+    when this returns."""
     size = samples_per_shard(config)
-    shards = [samples.slice(start, size) for start in range(0, samples.num_rows, size)]
+    shards = [samples.slice(begin, size) for begin in range(0, samples.num_rows, size)]
     if missing := files.missing(len(shards)):
-        await _score(job, config, model, shards, missing, files)
+        async with starting(config, [reward_demand(config)]) as starter:
+            job.watch(starter.groups)
+            replicas = await start(starter)
+            deadline_s = start_s(config)
+            await all_ready({"reward": replicas}, deadline_s)
+            supervisor = supervisor_of(config, starter, job.telemetry, job.run, deadline_s)
+
+            async def ask(replica: int, number: int) -> None:
+                work = partial(replicas.call, replica, method, config.deadlines.score_s, shards[number])
+                files.write(number, await supervisor.keep(replicas, work))
+                job.say(f"{job.name}: {number + 1} of {len(shards)} shards")
+
+            await spread(replicas, missing, ask)
     return files.finish(len(shards))
-
-
-async def _score(
-    job: StageJob,
-    config: Config,
-    model: str | None,
-    shards: Sequence[pa.Table],
-    missing: Sequence[int],
-    files: ShardFiles,
-) -> None:
-    async with starting(config, [reward_demand(config)]) as starter:
-        job.watch(starter.groups)
-        replicas = await start_reward(config, starter, model)
-        deadline_s = start_s(config)
-        await all_ready({"reward": replicas}, deadline_s)
-        supervisor = supervisor_of(config, starter, job.telemetry, job.run, deadline_s)
-
-        async def score(replica: int, number: int) -> None:
-            work = partial(replicas.call, replica, RewardWorker.score, config.deadlines.score_s, shards[number])
-            files.write(number, await supervisor.keep(replicas, work))
-            job.say(f"{job.name}: {number + 1} of {len(shards)} shards")
-
-        await spread(replicas, missing, score)
 
 
 def _described(job: StageJob, table: pa.Table) -> Mapping[str, Any]:

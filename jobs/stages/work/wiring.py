@@ -30,6 +30,7 @@ from actors.roles.recorder import RecorderWorker
 from actors.roles.reference import ReferenceWorker
 from actors.roles.reward import RewardWorker
 from actors.roles.rollout import RolloutWorker
+from actors.roles.states import StatesWorker
 from actors.weights.sender import PublishingPolicy
 from jobs.command import say
 from jobs.grace import saving_s
@@ -53,6 +54,8 @@ from jobs.stages.settings import (
 from jobs.stages.work.data.demonstrations import mixed_in
 from orchestrator.concurrency import together
 from orchestrator.config.config import Config
+from orchestrator.config.environments import EnvironmentConfig
+from orchestrator.config.rewards import ModelSource
 from orchestrator.config.sections import LearnerConfig
 from orchestrator.coordinator import Coordinator
 from orchestrator.failures import FailurePolicy
@@ -145,8 +148,22 @@ async def start_scorers(config: Config, starter: Starter, reward_path: str | Non
 
 
 async def start_reward(config: Config, starter: Starter, reward_path: str | None) -> ActorGroup:
-    reward = reward_section(config, reward_path)
-    context = RewardContext(
+    reward, context = reward_section(config, reward_path), reward_context(config)
+    return await starter.group(
+        "reward", RewardWorker, lambda slot: {"reward": reward, "context": replace(context, threads=slot.threads)}
+    )
+
+
+async def start_states(config: Config, starter: Starter, source: ModelSource) -> ActorGroup:
+    """The reward model of `source`, in the places of the reward's replicas."""
+    context = reward_context(config)
+    return await starter.group(
+        "reward", StatesWorker, lambda slot: {"reward": source, "context": replace(context, threads=slot.threads)}
+    )
+
+
+def reward_context(config: Config) -> RewardContext:
+    return RewardContext(
         policy=config.model,
         template=chat_template(config),
         cache=config.run.cache,
@@ -154,9 +171,6 @@ async def start_reward(config: Config, starter: Starter, reward_path: str | None
         total_s=within(config.deadlines.score_s),
         judge_templates=judge_templates(config),
         adds_episodes=config.environment.name is not None,
-    )
-    return await starter.group(
-        "reward", RewardWorker, lambda slot: {"reward": reward, "context": replace(context, threads=slot.threads)}
     )
 
 

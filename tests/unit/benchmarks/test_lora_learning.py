@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.lora_learning import FULL, LORA, Run, figures, interval, run_of
+from benchmarks.harness import interval
+from benchmarks.lora_learning import FULL, LORA, Run, figures, run_of
 
 
 def test_a_run_is_read_from_its_metrics() -> None:

@@ -10,6 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -20,6 +21,7 @@ from actors.rewards.model import STATS_FILE, RewardModel, read_stats, write_stat
 from actors.text.conversations import CHAT_FILE, Chat, chat_of, reward_chat
 from orchestrator.data.records import Message
 from orchestrator.errors import DataError
+from orchestrator.schema import STATES
 from tests.tiny import CHATML, tiny_scorer, tiny_tokenizer
 from tests.unit.actors.rewards.rollouts import rollout_table
 
@@ -162,6 +164,33 @@ def test_the_score_of_several_heads_is_their_mean_and_their_deviation_is_a_part(
     assert [score.parts["disagreement"] for score in scores] == pytest.approx(expected, abs=1e-5)
     assert min(expected) > 1e-3
     assert all(list(score.parts) == ["model"] for score in model(tiny_scorer(tmp_path / "one")).scores(table(True)))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_states_are_what_the_heads_read(tmp_path: Path, heads: int) -> None:
+    folder = tiny_scorer(tmp_path, heads=heads)
+    samples = table(closing=True)
+    found = model(folder).states(samples)
+    assert found.schema.equals(STATES) and found["row"].to_pylist() == samples["row"].to_pylist()
+    assert found["prompt_id"].to_pylist() == ["p"] * 3 and found["error"].null_count == 3
+    expected = classifier_heads(folder, expected_tokens(CHATML))
+    assert np.array(found["heads"].to_pylist()) == pytest.approx(np.array(expected), abs=1e-5)
+    states = np.array(found["state"].to_pylist())
+    weight = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).score.weight
+    assert states.shape == (3, 64)
+    assert states @ weight.detach().numpy().T == pytest.approx(np.array(expected), abs=1e-5)
+
+
+def test_a_sample_without_a_state_says_why(tmp_path: Path) -> None:
+    folder = tiny_scorer(tmp_path, heads=2)
+    refusing = "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}" + CHATML
+    tiny_tokenizer(chat_template=refusing).save_pretrained(folder)
+    found = model(folder).states(table(closing=True)).to_pylist()
+    assert all(row["heads"] is None and row["state"] is None and "one turn only" in row["error"] for row in found)
+    broken = model(tiny_scorer(tmp_path / "broken", heads=2))
+    with torch.no_grad():
+        broken._model.head.weight.fill_(math.inf)
+    assert all("not finite" in str(error) for error in broken.states(table(closing=True))["error"].to_pylist())
 
 
 def test_a_classifier_with_several_labels_is_no_ensemble(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from orchestrator.training.ranking import (
     concordant_pairs,
+    difference_interval,
     epoch_batches,
     kendall_tau,
     num_pairs,
@@ -76,3 +77,11 @@ def test_thinned_items_are_evenly_spread(count: int) -> None:
     assert all(later - earlier <= max(2 * count / 7, 1) for earlier, later in pairwise([*found, count]))
     if count <= 14:
         assert found == spread(range(count), 7)
+
+
+def test_the_interval_of_a_difference_is_newcombes() -> None:
+    """Newcombe 1998, table II, method 10: 56/70 - 48/80, and 10/10 - 0/20."""
+    assert difference_interval(56, 70, 48, 80) == pytest.approx((0.0524, 0.3339), abs=1e-4)
+    assert difference_interval(10, 10, 0, 20) == pytest.approx((0.6791, 1.0), abs=1e-4)
+    low, high = difference_interval(48, 80, 56, 70)
+    assert (-high, -low) == pytest.approx((0.0524, 0.3339), abs=1e-4)

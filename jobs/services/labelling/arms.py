@@ -1,0 +1,116 @@
+"""What the choice of items was worth: the arms of choosing.py by what people judged (docs/adr/0026-what-to-ask.md)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import fmean
+from typing import Any
+
+from sqlalchemy import Connection, select
+
+from jobs.services.labelling.merging import votes_of
+from jobs.services.labelling.tables import items, judgements
+from orchestrator.training.acquisition import ACTIVE, CONTROL
+from orchestrator.training.ranking import difference_interval, order, wilson_interval
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Judged items of one arm.
+
+    Args:
+        wrong: of each item on which people prefer a reply, the share of its pairs that the reward model which chose it
+            ordered otherwise than they did.
+        agreed: of each item that several people judged, the share of their votes that agree, two people at a time.
+        num_items: all of them.
+    """
+
+    num_items: int
+    wrong: Sequence[float]
+    agreed: Sequence[float]
+
+
+def arms_of(connection: Connection) -> Mapping[str, Arm]:
+    """The arms with judged items, by name."""
+    found = connection.execute(
+        select(judgements.c.item, judgements.c.answer, items.c.source, items.c.replies)
+        .join(items)
+        .where(judgements.c.undone_at.is_(None), items.c.gold.is_(None), items.c.kind.in_(("rank", "compare")))
+        .order_by(judgements.c.seq)
+    )
+    answers: dict[str, dict[int, list[Any]]] = {ACTIVE: defaultdict(list), CONTROL: defaultdict(list)}
+    scores: dict[int, Sequence[float | None]] = {}
+    for row in found:
+        arm = row.source.get("choice", {}).get("arm")
+        if arm in answers:
+            answers[arm][row.item].append(row.answer)
+            scores[row.item] = [reply["source"].get("score") for reply in row.replies]
+    return {name: _arm(of_items, scores) for name, of_items in answers.items() if of_items}
+
+
+def _arm(answers: Mapping[int, Sequence[Any]], scores: Mapping[int, Sequence[float | None]]) -> Arm:
+    votes = {item: [_votes(answer) for answer in given] for item, given in answers.items()}
+    wrong = [_wrong(given, scores[item]) for item, given in votes.items()]
+    agreed = [_agreed(given) for given in votes.values()]
+    return Arm(
+        len(answers),
+        [share for share in wrong if share is not None],
+        [share for share in agreed if share is not None],
+    )
+
+
+def _votes(answer: Mapping[str, Any]) -> Mapping[Pair, float]:
+    return {(vote.first, vote.second): vote.first_is_better for vote in votes_of(0, 0, answer)}
+
+
+def _wrong(votes: Sequence[Mapping[Pair, float]], scores: Sequence[float | None]) -> float | None:
+    """Pairs that people tie do not count; equal scores are half wrong."""
+    shares = []
+    for pair in {pair for vote in votes for pair in vote}:
+        liked = fmean(vote[pair] for vote in votes if pair in vote)
+        first, second = scores[pair[0]], scores[pair[1]]
+        if liked != 0.5 and first is not None and second is not None:
+            right = order(first, second)
+            shares.append(1.0 - right if liked > 0.5 else right)
+    return fmean(shares) if shares else None
+
+
+def _agreed(votes: Sequence[Mapping[Pair, float]]) -> float | None:
+    """A tie agrees by half with a preference, and with another tie."""
+    found = [
+        1.0 - abs(one[pair] - other[pair]) for one, other in combinations(votes, 2) for pair in one if pair in other
+    ]
+    return fmean(found) if found else None
+
+
+def lines(connection: Connection) -> Iterator[str]:
+    """A table for the console; nothing if no item was chosen."""
+    found = arms_of(connection)
+    if not found:
+        return
+    yield f"{'asked':<10}{'items':>7}  {'reward model was wrong on':<34}people agree"
+    for name, arm in found.items():
+        agreed = f"{fmean(arm.agreed):.0%} ({len(arm.agreed)} items)" if arm.agreed else "-"
+        yield f"{name:<10}{arm.num_items:>7}  {_share(arm.wrong):<34}{agreed}"
+    if all(name in found and found[name].wrong for name in (ACTIVE, CONTROL)):
+        yield _difference(found[ACTIVE].wrong, found[CONTROL].wrong)
+
+
+def _share(wrong: Sequence[float]) -> str:
+    """Pairs of one item depend on each other, so an item counts as one trial."""
+    if not wrong:
+        return "-"
+    low, high = wilson_interval(sum(wrong), len(wrong))
+    return f"{fmean(wrong):.1%} (95 %: {low:.1%} to {high:.1%})"
+
+
+def _difference(active: Sequence[float], control: Sequence[float]) -> str:
+    low, high = (100 * end for end in difference_interval(sum(active), len(active), sum(control), len(control)))
+    apart = 100 * (fmean(active) - fmean(control))
+    shown = "more errors are found" if low > 0 else "fewer errors are found" if high < 0 else "no difference is shown"
+    return f"active less control: {apart:+.1f} points (95 %: {low:+.1f} to {high:+.1f}): {shown}"
