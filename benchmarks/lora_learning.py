@@ -8,7 +8,6 @@ replies before the first. The interval of the difference is Student's, over seed
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -95,15 +94,6 @@ def figures(runs: Mapping[str, Sequence[Run]], what: str) -> list[Figure]:
     ]
     detail = f"{what}; mean {interval(differences)}, paired by seed"
     return [*gains, plain_figure("lora less full: gain of held-out score", differences, "score", detail=detail)]
-
-
-def interval(values: Sequence[float]) -> str:
-    """The mean and its 95 % interval by Student's t."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.3f} (one seed: no interval)"
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.3f} (95 %: {mean - half:.3f} to {mean + half:.3f})"
 
 
 def run_of(lines: Sequence[Mapping[str, object]]) -> Run:

@@ -141,6 +141,8 @@ def from_run(folder: Path, *, stage: str | None, step: int | None) -> Iterator[C
 def sample_files(folder: Path, *, stage: str | None, step: int | None) -> Sequence[Path]:
     """The files with the samples of a stage, or of a step. Raises DataError: there are none."""
     return _step_files(folder, stage, step) if step is not None else [_samples_file(folder, stage)]
+
+
 def _samples(file: Path) -> list[Json]:
     try:
         columns = [*_NEEDED, *({_REWARD} & set(pq.read_schema(file).names))]

@@ -54,7 +54,6 @@ from jobs.stages.settings import (
 from jobs.stages.work.data.demonstrations import mixed_in
 from orchestrator.concurrency import together
 from orchestrator.config.config import Config
-from orchestrator.config.environments import EnvironmentConfig
 from orchestrator.config.rewards import ModelSource
 from orchestrator.config.sections import LearnerConfig
 from orchestrator.coordinator import Coordinator
