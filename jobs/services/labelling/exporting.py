@@ -13,7 +13,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, select
 
-from jobs.services.labelling.merging import Vote, as_order, margins, ranked_pairs, reliabilities, votes_of, weight
+from jobs.services.labelling.agreement.given import given_in
+from jobs.services.labelling.merging import Vote, as_order, electorate, margins, ranked_pairs
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import items, judgements, people, showings
 from orchestrator.data.canonical import demonstration_row, ranking_row, scored_row
@@ -30,6 +31,7 @@ from orchestrator.errors import ConfigError, DataError
 from orchestrator.run.storage import replacing
 
 Json = dict[str, Any]
+_ORDERED = ("rank", "compare")  # kinds of tasks whose answers order replies
 
 
 @dataclass
@@ -65,10 +67,11 @@ def export(store: Store, out: Path, shape: str) -> Exported:
 
 def _rankings(connection: Connection, report: Exported) -> Iterator[Json]:
     """Judgements of ranks and comparisons, merged for each item. An item whose order has ties makes a row per pair."""
-    weights = {person: weight(found) for person, found in reliabilities_of(connection).items()}
-    for item, given in _judged(connection, ("rank", "compare")):
+    judges = electorate(given_in(connection, _ORDERED))
+    weights = judges.weights
+    for item, given in _judged(connection, _ORDERED):
         report.num_items += 1
-        votes = [vote for row in given for vote in votes_of(item.id, row.person, row.answer)]
+        votes = judges.votes(item.id, ((row.person, row.answer) for row in given))
         order = ranked_pairs(margins(votes, weights))
         if not order:
             report.left_out["without a preference"] += 1
@@ -153,22 +156,6 @@ SHAPES: Mapping[str, Callable[[Connection, Exported], Iterator[Json]]] = Mapping
         "judgements": _every_judgement,
     }
 )
-
-
-def reliabilities_of(connection: Connection) -> Mapping[int, float]:
-    """The reliability of each person who has ranked or compared, over all items of the store."""
-    found = connection.execute(
-        select(judgements.c.item, judgements.c.person, judgements.c.answer, items.c.gold)
-        .join(items)
-        .where(judgements.c.undone_at.is_(None), items.c.kind.in_(("rank", "compare")))
-    ).all()
-    known = {row.item: row.gold for row in found if row.gold is not None}
-    gold = {
-        (vote.item, vote.first, vote.second): vote.first_is_better
-        for item, answer in known.items()
-        for vote in votes_of(item, 0, answer)
-    }
-    return reliabilities((vote for row in found for vote in votes_of(row.item, row.person, row.answer)), gold)
 
 
 def _judged(connection: Connection, kinds: Iterable[str]) -> Iterator[tuple[Row[Any], Sequence[Any]]]:
