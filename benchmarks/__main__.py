@@ -31,6 +31,7 @@ BENCHMARKS: Mapping[str, Sequence[str]] = {
     "coordinator_scale": (),
     "coordinator_memory": (),
     "reading": (),
+    "labelling": (),
 }
 NEEDS_GPU = 2
 

@@ -19,6 +19,7 @@ from orchestrator.config.loader import load_config
 from orchestrator.run.folder import open_run
 from tests.deadlines import scaled
 from tests.integration.command_line import CommandLine, assert_refused, command_line
+from tests.ports import free_port
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 WITH_RAY_S = scaled(120.0)
@@ -78,7 +79,7 @@ def _id_of_another_run(line: CommandLine) -> list[str]:
 
 
 def _dead_endpoint(_: CommandLine) -> list[str]:
-    return [f"reward={{name: http, url: 'http://127.0.0.1:{_closed_port()}/score'}}"]
+    return [f"reward={{name: http, url: 'http://127.0.0.1:{free_port()}/score'}}"]
 
 
 def _taken_port(_: CommandLine) -> list[str]:
@@ -86,7 +87,7 @@ def _taken_port(_: CommandLine) -> list[str]:
 
 
 def _no_ray(_: CommandLine) -> list[str]:
-    return ["--ray-address", f"127.0.0.1:{_closed_port()}", "placement.wait_s=3"]
+    return ["--ray-address", f"127.0.0.1:{free_port()}", "placement.wait_s=3"]
 
 
 def _not_ray(_: CommandLine) -> list[str]:
@@ -222,12 +223,6 @@ def _wait_for_line(process: subprocess.Popen[str], text: str) -> None:
             guard.cancel()
             return
     pytest.fail(f"{text!r} never came: {process.stderr.read() if process.stderr else ''}")
-
-
-def _closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class _endpoint:  # noqa: N801  used as a function

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -20,6 +19,7 @@ from orchestrator.watching.exposition import PrometheusEndpoint
 from orchestrator.watching.metrics import METRICS, prometheus_name
 from orchestrator.watching.telemetry import Telemetry
 from tests.deadlines import scaled
+from tests.ports import free_port
 
 RUN_ID = "demo-1"
 DEADLINE_S = scaled(15.0)
@@ -85,11 +85,6 @@ def server(tmp_path: Path, run_folder: Path) -> Iterator[str]:
 def synthetic_step() -> dict[str, float]:
     names = (name.replace("<name>", "style") for name in METRICS)
     return {name: float(number) for number, name in enumerate(names, start=1) if name != "tokens/total"}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def query(server: str, expression: str) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """Runs a function in several processes connected by gloo."""
 
-import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,7 @@ from orchestrator.algorithms.algorithm import Algorithm
 from orchestrator.config.base import Dtype
 from orchestrator.config.sections import ModelConfig
 from tests.deadlines import scaled
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+from tests.ports import free_port
 
 
 def group(rank: int = 0, world_size: int = 1, port: int | None = None) -> Group:

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from jobs.command import imported, run_command, say
-from jobs.services.labelling import arms, quality
 from jobs.services.labelling import people as links
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.work import Rules
@@ -128,7 +127,7 @@ def invite(name: Name, store: Place = "labels.db", address: Address = f"http://1
     def work(opened: Store) -> None:
         with opened.writing() as connection:
             token = links.new_admin(connection) if name == "admin" else links.invite(connection, name)
-        say(f"{address.rstrip('/')}/#{token}")
+        say(links.link(address, token))
 
     _with_store(store, work)
 
@@ -163,12 +162,13 @@ def pause(
 
 @app.command(epilog="\b\nExample:\n  rlhf label people")
 def people(store: Place = "labels.db") -> None:
-    """Lists the labellers: judgements, time, agreement with others and with gold, spam score."""
+    """Lists the labellers: judgements, time, agreement with others and with gold, reliability, spam score."""
 
     def work(opened: Store) -> None:
         with opened.reading() as connection:
-            for line in (*quality.lines(connection), *arms.lines(connection)):
-                say(line)
+            for part in ("quality", "arms"):
+                for line in imported(f"jobs.services.labelling.{part}:lines")(connection):
+                    say(line)
 
     _with_store(store, work)
 

@@ -25,8 +25,8 @@ from jobs.services.labelling import people
 from jobs.services.labelling.adding import Wanted, add
 from jobs.services.labelling.app import Settings, create_app
 from jobs.services.labelling.exporting import export
-from jobs.services.labelling.serving import address_of, link, listening, run
-from jobs.services.labelling.shapes.judged import every
+from jobs.services.labelling.serving import address_of, listening, run
+from jobs.services.labelling.shapes.judged import every, judges_of
 from jobs.services.labelling.sources import Candidate, from_run
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import items
@@ -120,7 +120,7 @@ def _serve(store: Store, port: int, *, opens: bool) -> None:
     with store.served(), listening(HOST, port) as listener:
         with store.writing() as connection:
             token = people.invite(connection, NAME)
-        address = link(address_of(HOST, listener.getsockname()[1]), token)
+        address = people.link(address_of(HOST, listener.getsockname()[1]), token)
         say(f"judge here, until Ctrl-C: {address}")
         with _opened(store, address) if opens and has_display() else nullcontext():
             run(create_app(store, settings), listener, until=Done(store))
@@ -165,7 +165,7 @@ def agreement(connection: Connection) -> Agreement:
     """Of the rewards of samples with all judgements of them."""
     num_items = num_pairs = num_tied = 0
     agreed = 0.0
-    for judged in every(connection, {}):
+    for judged in every(connection, judges_of(connection)):
         rewards = [each["source"].get("reward") for each in judged.item.replies]
         known = [vote for vote in judged.votes if None not in (rewards[vote.first], rewards[vote.second])]
         for vote in known:

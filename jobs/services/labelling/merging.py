@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from scipy.special import expit
+
+from jobs.services.labelling.agreement.copies import Voters, voters
+from jobs.services.labelling.agreement.given import Given
 
 Pair = tuple[int, int]  # the first is better
 _MAX_ROUNDS = 100
@@ -21,7 +28,8 @@ _CERTAIN = 0.99  # no one counts as more reliable
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """`first_is_better`: 1, 0, or 1/2 for a tie. `first` < `second` are indices of an item's replies."""
+    """`first_is_better`: 1, 0, or 1/2 for a tie; between them for several people who count as one. `first` < `second`
+    are indices of an item's replies."""
 
     item: int
     person: int
@@ -44,53 +52,86 @@ def _better(rank: float, other: float) -> float:
     return 1.0 if rank < other else 0.0 if rank > other else 0.5
 
 
+@dataclass(frozen=True)
+class Electorate:
+    """Who votes, and how reliable they are. `reliability`: by voter; people with the same answers are one."""
+
+    voters: Voters
+    reliability: Mapping[int, float]
+
+    @property
+    def weights(self) -> Mapping[int, float]:
+        """By voter."""
+        return {voter: weight(found) for voter, found in self.reliability.items()}
+
+    def votes(self, item: int, answers: Iterable[tuple[int, Mapping[str, Any]]]) -> list[Vote]:
+        """The votes on an item, by voter. `answers`: (person, answer)."""
+        return joined((vote for person, answer in answers for vote in votes_of(item, person, answer)), self.voters.of)
+
+
+def electorate(given: Sequence[Given]) -> Electorate:
+    """Of all judgements of a store: reliabilities are those over all items."""
+    found = voters(given)
+    votes = joined((vote for each in given for vote in votes_of(each.item, each.person, each.answer)), found.of)
+    known = {each.item: each.gold for each in given if each.gold is not None}
+    gold = {
+        (item, vote.first, vote.second): vote.first_is_better
+        for item, answer in known.items()
+        for vote in votes_of(item, 0, answer)
+    }
+    return Electorate(found, reliabilities(votes, gold))
+
+
+def joined(votes: Iterable[Vote], voter: Callable[[int], int]) -> list[Vote]:
+    """Several people who count as one voter have one vote on each pair, the mean of theirs.
+
+    Args:
+        voter: the voter that a person counts as.
+    """
+    opinions: dict[tuple[int, int, int, int], list[float]] = defaultdict(list)
+    for vote in votes:
+        opinions[vote.item, voter(vote.person), vote.first, vote.second].append(vote.first_is_better)
+    return [Vote(*place, statistics.fmean(found)) for place, found in opinions.items()]
+
+
 def reliabilities(votes: Iterable[Vote], gold: Mapping[tuple[int, int, int], float]) -> Mapping[int, float]:
     """The probability of each person's votes to be right, by expectation maximisation (Dawid and Skene 1979, one
     parameter per person).
 
-    Pairs on which only one person voted say nothing about that person, unless their answer is known.
+    Pairs on which only one person voted say nothing about that person, unless their answer is known. Votes must be
+    independent given the truth: those of copies are joined before.
 
     Args:
         gold: the known `first_is_better` by (item, first, second).
     """
-    by_pair: dict[tuple[int, int, int], list[Vote]] = defaultdict(list)
-    people: set[int] = set()
-    for vote in votes:
-        by_pair[vote.item, vote.first, vote.second].append(vote)
-        people.add(vote.person)
-    telling = {pair: found for pair, found in by_pair.items() if len(found) > 1 or pair in gold}
-    right = dict.fromkeys(people, _PRIOR_RIGHT / (_PRIOR_RIGHT + _PRIOR_WRONG))
+    found = list(votes)
+    person_of = {person: place for place, person in enumerate(sorted({vote.person for vote in found}))}
+    counts = Counter((vote.item, vote.first, vote.second) for vote in found)
+    telling = {pair: place for place, pair in enumerate(pair for pair in counts if counts[pair] > 1 or pair in gold)}
+    rows = [vote for vote in found if (vote.item, vote.first, vote.second) in telling]
+    people = np.array([person_of[vote.person] for vote in rows], np.int64)
+    pairs = np.array([telling[vote.item, vote.first, vote.second] for vote in rows], np.int64)
+    better = np.array([vote.first_is_better for vote in rows], np.float64)
+    known = np.array([gold.get(pair, math.nan) for pair in telling], np.float64)
+    given = np.bincount(people, minlength=len(person_of))
+    right = np.full(len(person_of), _PRIOR_RIGHT / (_PRIOR_RIGHT + _PRIOR_WRONG))
     for _ in range(_MAX_ROUNDS):
-        agreed, given = Counter[int](), Counter[int]()
-        for pair, found in telling.items():
-            first_is_better = gold[pair] if pair in gold else _posterior(found, right)
-            for vote in found:
-                share = vote.first_is_better * first_is_better + (1 - vote.first_is_better) * (1 - first_is_better)
-                agreed[vote.person] += share  # type: ignore[assignment]  # a Counter of numbers
-                given[vote.person] += 1
-        fresh = {
-            person: (agreed[person] + _PRIOR_RIGHT) / (given[person] + _PRIOR_RIGHT + _PRIOR_WRONG) for person in people
-        }
-        change = max((abs(fresh[person] - right[person]) for person in people), default=0.0)
-        right = fresh
+        log_odds = np.log(right / (1 - right))
+        posterior = expit(np.bincount(pairs, (2 * better - 1) * log_odds[people], len(telling)))
+        truth = np.where(np.isnan(known), posterior, known)[pairs]
+        agreed = np.bincount(people, better * truth + (1 - better) * (1 - truth), len(person_of))
+        fresh = (agreed + _PRIOR_RIGHT) / (given + _PRIOR_RIGHT + _PRIOR_WRONG)
+        change = np.abs(fresh - right).max(initial=0.0)
+        right = np.clip(fresh, 1 - _CERTAIN, _CERTAIN)
         if change < _CHANGE:
             break
-    return right
+    return {person: float(right[place]) for person, place in person_of.items()}
 
 
 def weight(reliability: float) -> float:
     """The weight of a vote: the log-odds of being right; 0 for someone who guesses, or is worse."""
     bounded = min(max(reliability, 0.5), _CERTAIN)
     return math.log(bounded / (1 - bounded))
-
-
-def _posterior(votes: Sequence[Vote], right: Mapping[int, float]) -> float:
-    """The probability that the first reply is better."""
-    odds = 0.0
-    for vote in votes:
-        reliability = min(max(right[vote.person], 1 - _CERTAIN), _CERTAIN)
-        odds += (2 * vote.first_is_better - 1) * math.log(reliability / (1 - reliability))
-    return 1 / (1 + math.exp(-odds))
 
 
 def margins(votes: Iterable[Vote], weights: Mapping[int, float]) -> Mapping[Pair, float]:

@@ -28,6 +28,11 @@ def token_hash(token: str) -> str:
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def link(address: str, token: str) -> str:
+    """The link of a token's owner. Browsers do not send what follows the #."""
+    return f"{address.rstrip('/')}/#{token}"
+
+
 def invite(connection: Connection, name: str) -> str:
     """The token of a new labeller; of a known one a new token, which ends the old one and a revocation.
 

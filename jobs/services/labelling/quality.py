@@ -1,37 +1,25 @@
-"""How well each person judges: agreement with others and with known answers, time, habits of place."""
+"""How well people judge: agreement with others and with known answers, reliability, time, habits of place."""
 
 from __future__ import annotations
 
 import statistics
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sqlalchemy import Connection, select
 
-from jobs.services.labelling.merging import votes_of
-from jobs.services.labelling.tables import LABELLER, items, judgements, people, showings
+from jobs.services.labelling.agreement.alpha import alphas
+from jobs.services.labelling.agreement.copies import Copy, Voters
+from jobs.services.labelling.agreement.given import Given, by_item, given_in, ranks_of
+from jobs.services.labelling.merging import Electorate, electorate, votes_of
+from jobs.services.labelling.tables import LABELLER, people
 from orchestrator.training import ranking
 from orchestrator.training.ranking import wilson_interval
 
-_GUESSING = 0.5  # of votes agree
-_GOOD = 0.75  # agreement from which on nobody is suspected
-_COPIED = 0.85  # share of the same rankings that careful people do not reach
-_MIN_REPLIES = 3  # rankings of fewer are the same by chance
-
-
-@dataclass(frozen=True)
-class Given:
-    """A judgement that was not undone; the answer and `gold` by index of the item's replies."""
-
-    item: int
-    person: int
-    answer: Mapping[str, Any]
-    order: Sequence[int]
-    seconds: float
-    gold: Mapping[str, Any] | None
+_GUESSING = 0.5  # of votes are right
+_GOOD = 0.75  # reliability from which on nobody is suspected
+SPAM = 0.5  # score from which on a person is named a spammer
 
 
 @dataclass(frozen=True)
@@ -43,9 +31,12 @@ class Figures:
         seconds: median per judgement, as the page measured.
         with_others, with_gold: mean Kendall tau-b to the other judgements of an item, and to known answers.
         agreement: share of votes on pairs that agree with others or gold; a tie is half.
+        reliability: estimated probability of a vote to be right, by which merging weighs it.
         num_compared: judgements for which there are others, or gold.
         first_share: share of judgements whose best reply was shown at the first place.
-        copy_of: somebody with the same answers. Nobody can see from answers alone which of the two copied.
+        copy_of: somebody, or several, with the same answers. All of them count as one voter, and are not compared with
+            each other. Nobody can see from answers alone which of them copied.
+        copy_first: share of the rankings in common with those that this person gave first.
     """
 
     name: str
@@ -54,13 +45,15 @@ class Figures:
     with_others: float | None
     with_gold: float | None
     agreement: float | None
+    reliability: float | None
     num_compared: int
     first_share: float | None
     copy_of: str | None
+    copy_first: float | None
 
     @property
     def spam(self) -> float:
-        return 0.0 if self.agreement is None else spam_score(self.agreement, self.num_compared)
+        return 0.0 if self.reliability is None else spam_score(self.reliability, self.num_compared)
 
 
 def kendall_tau(first: Sequence[float | None], second: Sequence[float | None]) -> float | None:
@@ -70,117 +63,132 @@ def kendall_tau(first: Sequence[float | None], second: Sequence[float | None]) -
     return ranking.kendall_tau([a for a, _ in both], [b for _, b in both])
 
 
-def spam_score(agreement: float, num: int) -> float:
+def spam_score(reliability: float, num: int) -> float:
     """0 to 1: how far a person's votes are from those of a careful one, at best. The upper end of the 95 % interval of
-    their agreement is 1/2 or less for a score of 1; 0.75 or more for a score of 0, as for few judgements.
+    their reliability is 1/2 or less for a score of 1; 0.75 or more for a score of 0, as for few judgements.
 
     Args:
         num: judgements that could be compared. Votes of one judgement depend on each other, so they count as one.
     """
-    _, highest = wilson_interval(agreement * num, num)
+    _, highest = wilson_interval(reliability * num, num)
     return min(1.0, max(0.0, (_GOOD - highest) / (_GOOD - _GUESSING)))
+
+
+def report(connection: Connection) -> dict[str, Any]:
+    """All figures, as JSON has them.
+
+    Returns:
+        people: of each labeller the fields of Figures, `spam`, `paused` and `revoked`; by name.
+        alpha: by kind of task Krippendorff's alpha as `value`, and `num_items` that several people judged.
+    """
+    given, states = given_in(connection), _states(connection)
+    judges = electorate(given)
+    found = figures_of(given, {person: state.name for person, state in states.items()}, judges)
+    paused = {
+        state.name: {"paused": state.paused, "revoked": state.revoked_at is not None} for state in states.values()
+    }
+    return {
+        "people": [{**asdict(each), "spam": each.spam, **paused[each.name]} for each in found],
+        "alpha": {kind: asdict(alpha) for kind, alpha in alphas(judges.voters.once(given)).items()},
+    }
 
 
 def figures(connection: Connection) -> list[Figures]:
     """Of all labellers, by name."""
-    rows = connection.execute(
-        select(
-            judgements.c.item,
-            judgements.c.person,
-            judgements.c.answer,
-            showings.c.order,
-            judgements.c.seconds,
-            items.c.gold,
-        )
-        .join(showings, judgements.c.showing == showings.c.id)
-        .join(items, judgements.c.item == items.c.id)
-        .where(judgements.c.undone_at.is_(None))
-    )
-    names = connection.execute(select(people.c.id, people.c.name).where(people.c.role == LABELLER))
-    return figures_of([Given(*row) for row in rows], {row.id: row.name for row in names})
+    return figures_of(given_in(connection), {person: state.name for person, state in _states(connection).items()})
 
 
-def figures_of(given: Sequence[Given], names: Mapping[int, str]) -> list[Figures]:
-    """Of the people in `names` (by id), by name."""
-    by_item: dict[int, list[Given]] = defaultdict(list)
-    by_person: dict[int, list[Given]] = defaultdict(list)
+def figures_of(given: Sequence[Given], names: Mapping[int, str], judges: Electorate | None = None) -> list[Figures]:
+    """Of the people in `names` (by id), by name. `judges`: the electorate of `given`, if it is known."""
+    judges = judges or electorate(given)
+    items = by_item(given)
+    by_person: dict[int, list[Given]] = {person: [] for person in names}
     for each in given:
-        by_item[each.item].append(each)
-        by_person[each.person].append(each)
-    copies = _copies(by_item)
+        by_person.setdefault(each.person, []).append(each)
     return [
-        _figures(name, by_person[person], by_item, names.get(copies.get(person, -1)))
-        for person, name in sorted(names.items(), key=lambda entry: entry[1])
+        _figures(person, names, by_person[person], items, judges)
+        for person in sorted(names, key=lambda person: names[person])
     ]
 
 
-def _copies(by_item: Mapping[int, Sequence[Given]]) -> Mapping[int, int]:
-    """People whose answers are those of another person, and that person."""
-    same, common = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
-    for given in by_item.values():
-        for first, second in combinations(given, 2):
-            if len(first.order) >= _MIN_REPLIES:
-                pair = (first.person, second.person)
-                for either in (pair, pair[::-1]):
-                    common[either] += 1
-                    same[either] += first.answer == second.answer
-    return {
-        person: other
-        for (person, other), count in common.items()
-        if wilson_interval(same[person, other], count)[0] > _COPIED
-    }
-
-
 def lines(connection: Connection) -> Iterator[str]:
-    """A table for the console."""
-    yield f"{'name':<24}{'judged':>8}{'seconds':>9}{'others':>8}{'gold':>7}{'spam':>6}"
-    for each in figures(connection):
-        shown = [_shown(value) for value in (each.seconds, each.with_others, each.with_gold, each.spam)]
-        copied = f"  same answers as {each.copy_of}" if each.copy_of else ""
-        yield f"{each.name:<24}{each.num:>8}{shown[0]:>9}{shown[1]:>8}{shown[2]:>7}{shown[3]:>6}{copied}"
+    """A table for the console, and Krippendorff's alpha."""
+    found = report(connection)
+    yield f"{'name':<24}{'judged':>8}{'seconds':>9}{'others':>8}{'gold':>7}{'right':>7}{'spam':>6}"
+    for each in found["people"]:
+        columns = ("seconds", "with_others", "with_gold", "reliability", "spam")
+        shown = "".join(f"{_shown(each[name]):>{width}}" for name, width in zip(columns, (9, 8, 7, 7, 6), strict=True))
+        copied = f"  same answers as {each['copy_of']}, {each['copy_first']:.0%} first" if each["copy_of"] else ""
+        yield f"{each['name']:<24}{each['num']:>8}{shown}{copied}"
+    for kind, alpha in found["alpha"].items():
+        if alpha["num_items"]:
+            several = f"{alpha['num_items']} items of several people"
+            yield f"Krippendorff's alpha, {kind}: {_shown(alpha['value'])} ({several})"
 
 
-def _figures(name: str, rows: Sequence[Given], by_item: Mapping[int, Sequence[Given]], copy_of: str | None) -> Figures:
-    others: list[float] = []
-    golds: list[float] = []
+def _states(connection: Connection) -> Mapping[int, Any]:
+    found = connection.execute(
+        select(people.c.id, people.c.name, people.c.paused, people.c.revoked_at).where(people.c.role == LABELLER)
+    )
+    return {row.id: row for row in found}
+
+
+def _figures(
+    person: int,
+    names: Mapping[int, str],
+    rows: Sequence[Given],
+    items: Mapping[int, Sequence[Given]],
+    judges: Electorate,
+) -> Figures:
+    compared = _Compared()
     firsts: list[bool] = []
-    agreed, given, num_compared = 0.0, 0, 0
     for row in rows:
-        ranks = _ranks(row.answer)
-        if ranks is None:
-            continue
-        compared = [(other.answer, others) for other in by_item[row.item] if other.person != row.person]
-        if row.gold is not None:
-            compared = [(row.gold, golds)]
-        before = given
-        for answer, kept in compared:
-            tau = kendall_tau(ranks, _ranks(answer) or [])
-            if tau is not None:
-                kept.append(tau)
-            found, number = _agreement(row.answer, answer)
-            agreed, given = agreed + found, given + number
-        num_compared += given > before
-        known = [rank for rank in ranks if rank is not None]
-        if known and known.count(min(known)) == 1:
-            firsts.append(ranks[row.order[0]] == min(known))
+        ranks = ranks_of(row.answer)
+        if ranks is not None:
+            compared.add(row, ranks, _others(row, items, judges.voters))
+            known = [rank for rank in ranks if rank is not None]
+            if known and known.count(min(known)) == 1:
+                firsts.append(ranks[row.order[0]] == min(known))
+    copy = judges.voters.copies.get(person)
     return Figures(
-        name,
+        names[person],
         len(rows),
         statistics.median(row.seconds for row in rows) if rows else None,
-        statistics.fmean(others) if others else None,
-        statistics.fmean(golds) if golds else None,
-        agreed / given if given else None,
-        num_compared,
+        statistics.fmean(compared.with_others) if compared.with_others else None,
+        statistics.fmean(compared.with_gold) if compared.with_gold else None,
+        compared.agreed / compared.given if compared.given else None,
+        judges.reliability.get(judges.voters.of(person)) if compared.num else None,
+        compared.num,
         statistics.fmean(firsts) if firsts else None,
-        copy_of,
+        _named(copy, names),
+        None if copy is None else copy.first_share,
     )
 
 
-def _ranks(answer: Mapping[str, Any]) -> Sequence[float | None] | None:
-    if answer["kind"] == "compare":
-        return [answer["preference"], -answer["preference"]]
-    ranks: Sequence[float | None] | None = answer.get("ranks")
-    return ranks
+class _Compared:
+    """One person's answers beside gold, or else those of others."""
+
+    def __init__(self) -> None:
+        self.with_others: list[float] = []
+        self.with_gold: list[float] = []
+        self.agreed, self.given, self.num = 0.0, 0, 0
+
+    def add(self, row: Given, ranks: Sequence[float | None], others: Sequence[Mapping[str, Any]]) -> None:
+        kept = self.with_others if row.gold is None else self.with_gold
+        before = self.given
+        for answer in others if row.gold is None else [row.gold]:
+            tau = kendall_tau(ranks, ranks_of(answer) or [])
+            if tau is not None:
+                kept.append(tau)
+            found, number = _agreement(row.answer, answer)
+            self.agreed, self.given = self.agreed + found, self.given + number
+        self.num += self.given > before
+
+
+def _others(row: Given, items: Mapping[int, Sequence[Given]], voters: Voters) -> list[Mapping[str, Any]]:
+    """The answers of other voters to the same item."""
+    me = voters.of(row.person)
+    return [other.answer for other in items[row.item] if voters.of(other.person) != me]
 
 
 def _agreement(answer: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, int]:
@@ -193,6 +201,10 @@ def _agreement(answer: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[flo
             given += 1
             agreed += 1 - abs(vote.first_is_better - known)
     return agreed, given
+
+
+def _named(copy: Copy | None, names: Mapping[int, str]) -> str | None:
+    return None if copy is None else ", ".join(sorted(names[other] for other in copy.of if other in names)) or None
 
 
 def _shown(value: float | None) -> str:

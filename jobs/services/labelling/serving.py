@@ -40,7 +40,7 @@ def serve(
             token = None if people.has_admin(connection) else people.new_admin(connection)
         say(f"labelling {store.place} at {address}")
         if token:
-            say(f"the admin's link, shown once: {link(address, token)}")
+            say(f"the admin's link, shown once: {people.link(address, token)}")
         say("links for others: rlhf label invite NAME")
         if not is_loopback(host) and certificate is None:
             say("WARNING links and answers travel unencrypted; give --certificate and --key, or a proxy with TLS.")
@@ -56,6 +56,7 @@ def run(app: FastAPI, listener: socket.socket, *, until: Callable[[], bool] = la
         server_header=False,
         timeout_graceful_shutdown=_STOP_S,
         limit_concurrency=_MAX_CONNECTIONS,
+        http="h11",  # limits the length of headers, which httptools reads without end
         **tls,
     )
     server, ended = uvicorn.Server(config), threading.Event()
@@ -71,11 +72,6 @@ def run(app: FastAPI, listener: socket.socket, *, until: Callable[[], bool] = la
     finally:
         ended.set()
     say("stopped; everything that was confirmed is in the store.")
-
-
-def link(address: str, token: str) -> str:
-    """Browsers do not send what follows the #."""
-    return f"{address}/#{token}"
 
 
 def address_of(host: str, port: int, *, is_encrypted: bool = False) -> str:

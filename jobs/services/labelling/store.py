@@ -111,10 +111,7 @@ class Store:
 
     def _open(self) -> None:
         if self.file is not None:
-            try:
-                os.close(os.open(self.file, os.O_CREAT | os.O_RDWR, 0o600))  # it holds what people wrote
-            except OSError as error:
-                raise StorageError(f"{self.place} can't be opened ({error.strerror}); give another --store.") from error
+            os.close(_opened(self.file))
         with self.writing() as connection:
             metadata.create_all(connection)
             version = connection.scalar(select(about.c.version))
@@ -142,7 +139,7 @@ class Store:
 
     @contextmanager
     def _served_file(self, file: Path) -> Iterator[bool]:
-        with file.with_name(f"{file.name}.lock").open("w") as lock:
+        with os.fdopen(_opened(file.with_name(f"{file.name}.lock"))) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -154,6 +151,14 @@ class Store:
     def _served_database(self) -> Iterator[bool]:
         with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             yield bool(connection.scalar(text(f"SELECT pg_try_advisory_lock({_SERVICE_LOCK})")))
+
+
+def _opened(file: Path) -> int:
+    """A file that only its owner may read, for it holds what people wrote. Raises StorageError."""
+    try:
+        return os.open(file, os.O_CREAT | os.O_RDWR, 0o600)
+    except OSError as error:
+        raise StorageError(f"{file} can't be opened ({error.strerror}); give another --store.") from error
 
 
 def _prepare(connection: Any, _: Any) -> None:

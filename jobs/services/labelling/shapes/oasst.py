@@ -16,7 +16,7 @@ from typing import Any
 
 from sqlalchemy import Connection, select
 
-from jobs.services.labelling.shapes.judged import Exported, Json, Judged, every, weights_of
+from jobs.services.labelling.shapes.judged import Exported, Json, Judged, every, judges_of
 from jobs.services.labelling.shapes.own import ratings_of
 from jobs.services.labelling.shapes.texts import UNKNOWN, exchange, model_of, replies
 from jobs.services.labelling.tables import items, trees
@@ -41,14 +41,14 @@ UNRANKED = "ranks of replies that were not among those judged"
 
 def oasst(connection: Connection, report: Exported) -> Iterator[Json]:
     of_tree, of_conversation = _groups(connection)
-    weights = weights_of(connection)
+    judges = judges_of(connection)
     for row in connection.execute(select(trees.c.key, trees.c.content).order_by(trees.c.id)).yield_per(100):
         tree = json.loads(row.content)
         if row.key in of_tree:
-            _put_all(tree, every(connection, weights, of_tree[row.key]), report)
+            _put_all(tree, every(connection, judges, of_tree[row.key]), report)
         yield tree
     for ids in of_conversation.values():
-        yield from _grown(every(connection, weights, ids), report)
+        yield from _grown(every(connection, judges, ids), report)
 
 
 def _groups(connection: Connection) -> tuple[Mapping[str, list[int]], Mapping[bytes, list[int]]]:

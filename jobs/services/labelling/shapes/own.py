@@ -40,7 +40,7 @@ def rankings(judged: Judged, _: Exported) -> Iterator[Json]:
         )
         if item.kind == "compare":
             row["margin"] = abs(mean_preference(judged))
-        certainty = _certainty(votes, ranked, judged.weights, len(judged.given))
+        certainty = _certainty(votes, ranked, judged.judges.weights, len(judged.given))
         yield {**row, "people": certainty, "source": _source(item, ranked)}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from jobs.services.labelling.shapes.judged import Exported, Json, Judged, every, weights_of
+from jobs.services.labelling.shapes.judged import Exported, Json, Judged, every, judges_of
 from jobs.services.labelling.shapes.own import mean_preference, ratings_of
 from jobs.services.labelling.shapes.texts import exchange, model_of, replies, require_kept
 from orchestrator.data.formats import arena
@@ -40,7 +40,7 @@ def hh_rlhf(judged: Judged, _: Exported) -> Iterator[Json]:
 
 def ultrafeedback(connection: Connection, report: Exported) -> Iterator[Json]:
     """Replies to one prompt that were added together, with their mean ratings."""
-    for _, group in groupby(every(connection, weights_of(connection)), key=_prompt_of):
+    for _, group in groupby(every(connection, judges_of(connection)), key=_prompt_of):
         completions: list[Json] = []
         for judged in group:
             report.num_items += 1

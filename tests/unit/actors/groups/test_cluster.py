@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from time import monotonic
 
 import pytest
@@ -14,17 +13,12 @@ from actors.groups import cluster
 from actors.groups.cluster import NETWORK, Address, connect, environment, named_address, network_settings
 from orchestrator.errors import CapacityError, ConfigError
 from tests.deadlines import scaled
+from tests.ports import free_port
 
 
 @pytest.fixture(autouse=True)
 def no_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-
-
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_without_an_address_no_cluster_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +64,7 @@ def test_an_address_of_another_kind_is_refused(text: str) -> None:
 
 
 def test_a_dead_address_is_told_at_its_deadline_with_its_source() -> None:
-    address = Address(f"127.0.0.1:{closed_port()}", "RAY_ADDRESS")
+    address = Address(f"127.0.0.1:{free_port()}", "RAY_ADDRESS")
     started = monotonic()
     with pytest.raises(CapacityError, match=rf"answers at {address.text} \(RAY_ADDRESS\): waited 1 s"):
         connect(address, wait_s=1.0)

@@ -13,7 +13,7 @@ from jobs.services.labelling import work
 from jobs.services.labelling.adding import Wanted, add
 from jobs.services.labelling.answers import Judgement
 from jobs.services.labelling.exporting import export
-from jobs.services.labelling.quality import figures, lines
+from jobs.services.labelling.quality import figures, lines, report
 from jobs.services.labelling.sources import from_file
 from jobs.services.labelling.store import Store
 from orchestrator.data.kinds import KINDS
@@ -157,7 +157,15 @@ def test_gold_items_measure_people_and_are_not_exported(tmp_path: Path) -> None:
     export(store, tmp_path / "out.jsonl", "rankings")
     assert [row["id"] for row in rows(tmp_path / "out.jsonl")] == ["prompt-0"]
     with store.reading() as connection:
-        assert [line.split()[0] for line in lines(connection)] == ["name", "ann", "bob"]
+        *table, alpha = lines(connection)
+        found = report(connection)
+    assert [line.split()[0] for line in table] == ["name", "ann", "bob"]
+    assert alpha == "Krippendorff's alpha, rank: -0.99 (30 items of several people)"
+    assert json.loads(json.dumps(found)) == found
+    assert [(each["name"], each["paused"], each["revoked"]) for each in found["people"]] == [
+        ("ann", False, False),
+        ("bob", False, False),
+    ]
 
 
 def _figures(store: Store) -> Any:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pwd
-import shutil
-import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select
 
+from benchmarks.labelling.service import POSTGRESQL, postgresql
 from jobs.services.labelling import work
 from jobs.services.labelling.answers import Judgement
 from jobs.services.labelling.exporting import export
@@ -24,43 +20,16 @@ from jobs.services.labelling.tables import items, judgements
 from orchestrator.errors import CapacityError, ConfigError
 from tests.deadlines import scaled
 from tests.unit.jobs.services.labelling.filled import client, fill, invited, person, ranking
-from tests.unit.jobs.services.labelling.running import free_port
 
 pytest.importorskip("psycopg", reason="needs psycopg (pip install 'psycopg[binary]')")
-PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-pytestmark = pytest.mark.skipif(not PROGRAMS, reason="needs PostgreSQL (apt-get install postgresql)")
+pytestmark = pytest.mark.skipif(not POSTGRESQL, reason="needs PostgreSQL (apt-get install postgresql)")
 RULES = work.Rules(gold_share=0.0)
 
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[str]:
-    """A server in a folder of its own, which any user but root may run."""
-    folder = Path(tempfile.mkdtemp(prefix="labels-"))
-    as_user: list[str] = []
-    if os.geteuid() == 0:
-        owner = pwd.getpwnam("postgres")
-        os.chown(folder, owner.pw_uid, owner.pw_gid)
-        as_user = ["runuser", "-u", "postgres", "--"]
-    port, programs = free_port(), PROGRAMS[-1].parent
-
-    def run(*command: str) -> None:
-        # Its output goes to a file: the server would keep a pipe open.
-        with (folder / "output").open("w") as output:
-            subprocess.run(
-                [*as_user, *command], check=True, cwd=folder, timeout=scaled(60), stdout=output, stderr=output
-            )
-
-    data = str(folder / "data")
-    try:
-        run(str(programs / "initdb"), "-D", data, "-U", "labels", "-A", "trust", "--no-sync")
-        settings = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
-        run(str(programs / "pg_ctl"), "-D", data, "-w", "-l", str(folder / "log"), "-o", settings, "start")
-        try:
-            yield f"postgresql+psycopg://labels@127.0.0.1:{port}/postgres"
-        finally:
-            run(str(programs / "pg_ctl"), "-D", data, "-w", "-m", "immediate", "stop")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with postgresql(limit_s=scaled(60)) as url:
+        yield url
 
 
 def label(store: Store, who: Person) -> None:

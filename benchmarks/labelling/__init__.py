@@ -1,0 +1,1 @@
+"""Simulated labellers, in this process and over HTTP."""
