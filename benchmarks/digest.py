@@ -1,7 +1,7 @@
-"""`python -m benchmarks.digest [--rounds N]`: the linear digest of weights against a copy of them, and against XXH3.
+"""`python -m benchmarks.digest [--rounds N]`: the linear digest of weights against a copy of them.
 
-The tensors are SmolLM2-135M's, in fp32 and bf16, hashed one after another on all cores. XXH3 (128 bits, one thread) is
-the fastest checksum that we know; it does not add over shards.
+The tensors are SmolLM2-135M's, in fp32 and bf16, one after another on all cores: read, or copied and read, as the
+trainer's side of a publish does in one pass.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from time import perf_counter
 import torch
 from safetensors.torch import load_file
 
-from actors.weights.digest import Digests
-from actors.weights.manifest import checksum
+from actors.weights.digest import Digests, copied_part
 from benchmarks.harness import Figure, Pairs, measure_turns, ratio_figure
 from benchmarks.table import report
 from benchmarks.work import load_work
 
-TARGET = 3.0
+TARGET = 1.5
 Weights = dict[str, torch.Tensor]
 
 
@@ -48,14 +47,14 @@ def measure(weights: Weights, dtype: torch.dtype, rounds: int) -> list[Figure]:
             digests.add(name, tensor)
         digests.result()
 
-    def hash_bytes() -> None:
-        for tensor in tensors.values():
-            checksum(tensor)
+    def copy_and_add() -> None:
+        for name, tensor in tensors.items():
+            copied_part(tensor.view(-1), copies[name].view(-1), name, tensor.shape, 0)
 
-    contenders: tuple[Callable[[], None], ...] = (add, hash_bytes, copy)
+    contenders: tuple[Callable[[], None], ...] = (add, copy_and_add, copy)
     for run in contenders:
         run()
-    digest_s, hash_s, copy_s = measure_turns([partial(_seconds, run) for run in contenders], rounds=rounds)
+    digest_s, both_s, copy_s = measure_turns([partial(_seconds, run) for run in contenders], rounds=rounds)
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     what = f"{num_bytes / 1e6:.0f} MB in {len(tensors)} tensors"
     name = str(dtype).removeprefix("torch.")
@@ -63,7 +62,7 @@ def measure(weights: Weights, dtype: torch.dtype, rounds: int) -> list[Figure]:
         ratio_figure(
             f"digest ÷ copy, {name}", Pairs(digest_s, copy_s), "s", better="lower", target=TARGET, detail=what
         ),
-        ratio_figure(f"digest ÷ XXH3, {name}", Pairs(digest_s, hash_s), "s", better="lower", detail=what),
+        ratio_figure(f"copy with digest ÷ copy, {name}", Pairs(both_s, copy_s), "s", better="lower", detail=what),
     ]
 
 

@@ -36,9 +36,9 @@ class UpdateReport:
     """One engine's report that it serves `version`.
 
     Args:
-        num_tensors: received tensors, whose checksums equal the trainer's.
+        num_tensors: received tensors, whose digests equal the trainer's.
         num_compared: tensors read back from the layers and found equal; 0 with verify = "checksums".
-        seconds: time in the engine: receive (checksums), apply, verify.
+        seconds: time in the engine: receive, apply, verify.
     """
 
     version: int

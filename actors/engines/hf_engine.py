@@ -26,7 +26,8 @@ from actors.machine.devices import compute_device
 from actors.models.export import named_state
 from actors.models.model import load_causal, torch_dtype
 from actors.text.conversations import load_chat
-from actors.weights.manifest import Unpacker, WeightHeader, check_names, checksum, listed
+from actors.weights.digest import digest
+from actors.weights.manifest import TensorSpec, Unpacker, WeightHeader, check_names, listed
 from actors.weights.transports.group import Rendezvous
 from actors.weights.transports.receiver import Parcel, Receiver
 from orchestrator.errors import PublishError
@@ -48,7 +49,7 @@ class HfEngine:
         self._served = ServedVersion(context.version)
         self._unpacker: Unpacker | None = None
         self._receiver = Receiver(self._device)
-        self._checksums: dict[str, str] = {}
+        self._expected: dict[str, str] = {}  # digests by tensor
         self._seconds: dict[str, float] = {}
         if context.version is None:
             self.sleep(level=2)
@@ -73,7 +74,7 @@ class HfEngine:
         with self._served.failing():
             self._held = self._model.state_dict()  # moving the model between devices replaces its buffers
             check_names((spec.name for spec in header.tensors), needed=self._needed, optional=self._held)
-        self._unpacker, self._checksums = Unpacker(header), {}
+        self._unpacker, self._expected = Unpacker(header, proved_later=self._proves), {}
         self._receiver.begin(header)
         self._seconds = {"receive": 0.0, "apply": 0.0, "verify": 0.0}
 
@@ -86,12 +87,14 @@ class HfEngine:
         assert self._unpacker is not None
         with self._served.failing():
             started = perf_counter()
-            tensors = self._unpacker.add(self._receiver.take(parcel))
+            bucket = self._receiver.take(parcel)
+            tensors = self._unpacker.add(bucket)
             received = perf_counter()
             for name, tensor in tensors:
                 held = self._held[name]
                 held.copy_(tensor)
-                self._checksums[name] = checksum(tensor.to(held.dtype))
+                is_same = held.dtype == tensor.dtype
+                self._expected[name] = bucket.digests[name] if is_same else digest(tensor.to(held.dtype), name).hex
         self._seconds["receive"] += received - started
         self._seconds["apply"] += perf_counter() - received
 
@@ -100,16 +103,24 @@ class HfEngine:
         assert self._unpacker is not None
         started = perf_counter()
         self._receiver.finish()
-        compared = self._checksums if self._context.publish.verify != "checksums" else {}
+        compared = self._expected if self._reads_back else {}
         with self._served.failing():
             if not self._unpacker.done:
                 raise PublishError("the update was finished before all of its buckets arrived; publish again.")
-            stale = [name for name, sent in compared.items() if checksum(self._held[name]) != sent]
+            stale = [name for name, sent in compared.items() if digest(self._held[name], name).hex != sent]
             if stale:
                 raise PublishError(f"the engine does not hold the published weights of {listed(stale)}; publish again.")
         self._seconds["verify"] += perf_counter() - started
         self._served.serve(version)
         return UpdateReport(version, len(header.tensors), header.num_bytes, len(compared), self._seconds)
+
+    @property
+    def _reads_back(self) -> bool:
+        return self._context.publish.verify != "checksums"
+
+    def _proves(self, spec: TensorSpec) -> bool:
+        """Whether `finish_update` compares what is held with the trainer's digest itself."""
+        return self._reads_back and self._held[spec.name].dtype == spec.torch_dtype
 
     def version(self) -> int | None:
         return self._served.number

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.platforms import current_platform
+from vllm.triton_utils import dispatcher
 
 BACKEND = "rlhf-buckets"
 
 
 def register() -> None:
     """Registers the transfer engine by name, and on CPUs packed weights that can be read; again: does nothing."""
+    if BACKEND in WeightTransferEngineFactory._registry:
+        return
     if current_platform.is_cpu():
         from actors.weights import packed  # noqa: PLC0415 (imports vLLM's kernels, which other platforms lack)
 
         packed.install()
-    if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, "actors.weights.cpu", "BucketTransferEngine")
+        dispatcher._rebind_kernels = _without_llvmlite(dispatcher._rebind_kernels)
+    WeightTransferEngineFactory.register_engine(BACKEND, "actors.weights.cpu", "BucketTransferEngine")
+
+
+def _without_llvmlite(rebind: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM 0.32 looks into all loaded modules for kernels that it replaces on CPUs, and fails at an object of llvmlite
+    whose `__dict__` is no dictionary. numba loads it for our digests. Remove this when _rebind_kernels skips such
+    objects."""
+
+    @wraps(rebind)
+    def rebind_others(*arguments: Any) -> None:
+        hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("llvmlite.binding")}
+        try:
+            rebind(*arguments)
+        finally:
+            sys.modules.update(hidden)
+
+    return rebind_others

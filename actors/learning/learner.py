@@ -321,7 +321,12 @@ class Learner:
         }
 
     def full_weights(
-        self, dtype: torch.dtype | None = None, *, device: torch.device = _HOST, is_kept: bool = True
+        self,
+        dtype: torch.dtype | None = None,
+        *,
+        device: torch.device = _HOST,
+        is_kept: bool = True,
+        lends: bool = False,
     ) -> Iterator[tuple[str, Tensor]]:
         """(name, full tensor) of the state under transformers' names: all parameters (tied ones once), merged with
         their adapters in fp32, and all saved buffers.
@@ -332,6 +337,8 @@ class Learner:
             dtype: of floating-point tensors; None: the model's compute type.
             device: of the tensors.
             is_kept: False on a rank that only takes part in gathering: its tensors are empty.
+            lends: parameters that need no change are yielded themselves, to be read before the next update. Otherwise
+                all tensors are copies.
         """
         self._take_turn()
         for name, tensor in named_state(self._pretrained):
@@ -340,7 +347,8 @@ class Learner:
                 if is_kept:
                     wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
                     value = adapter.merged(tensor) if adapter else tensor.detach()
-                    copy = value.to(device, wanted, copy=True)
+                    is_own = lends and adapter is None and not hasattr(tensor, "ds_id")
+                    copy = value.to(device, wanted, copy=not is_own)
                 else:
                     copy = tensor.new_empty(0)
             yield name, copy

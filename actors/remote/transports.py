@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import itertools
 import socket
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -58,18 +58,7 @@ class HostTransport:
         return Packing()
 
     async def carry(self, header: WeightHeader, engines: Sequence[int]) -> None:
-        upcoming = asyncio.ensure_future(self._next_bucket())
-        try:
-            for index in range(header.num_buckets):
-                bucket = await upcoming
-                if index + 1 < header.num_buckets:
-                    upcoming = asyncio.ensure_future(self._next_bucket())
-                await together(
-                    self._engines.call(engine, RolloutWorker.receive_bucket, self._publish_s, bucket)
-                    for engine in engines
-                )
-        finally:
-            await cancel([upcoming])
+        await _relay(header.num_buckets, self._next_bucket, self._engines, engines, self._publish_s)
 
     async def _next_bucket(self) -> Handle:
         """All ranks take part (ZeRO-3 gathers); returns rank 0's bucket."""
@@ -78,6 +67,25 @@ class HostTransport:
             for rank in range(len(self._policy))
         )
         return parts[0][0]
+
+
+async def _relay(
+    count: int,
+    make: Callable[[], Awaitable[Any]],
+    group: ActorGroup,
+    engines: Sequence[int],
+    publish_s: float,
+) -> None:
+    """Gives `count` parcels to the engines, one after another. While they apply one, the next is made."""
+    upcoming = asyncio.ensure_future(make())
+    try:
+        for number in range(1, count + 1):
+            parcel = await upcoming
+            if number < count:
+                upcoming = asyncio.ensure_future(make())
+            await together(group.call(e, RolloutWorker.receive_bucket, publish_s, parcel) for e in engines)
+    finally:
+        await cancel([upcoming])
 
 
 class CollectiveTransport:
@@ -184,18 +192,7 @@ class SharedTransport:
 
     async def carry(self, header: WeightHeader, engines: Sequence[int]) -> None:
         """In both buffers of each rank in turn: one is filled while the engines read the other."""
-        upcoming = asyncio.ensure_future(self._share())
-        try:
-            for index in range(header.num_buckets):
-                parcel = await upcoming
-                if index + 1 < header.num_buckets:
-                    upcoming = asyncio.ensure_future(self._share())
-                await together(
-                    self._engines.call(engine, RolloutWorker.receive_bucket, self._publish_s, parcel)
-                    for engine in engines
-                )
-        finally:
-            await cancel([upcoming])
+        await _relay(header.num_buckets, self._share, self._engines, engines, self._publish_s)
 
     async def _share(self) -> SharedBucket:
         parts = await self._policy.call_all(PublishingPolicy.share_bucket, self._publish_s)
@@ -203,4 +200,4 @@ class SharedTransport:
         handles = dict(first.handles)
         for other in others:
             handles.update(other.handles)
-        return SharedBucket(first.index, first.num_bytes, first.checksums, handles)
+        return SharedBucket(first.index, first.num_bytes, first.digests, handles)

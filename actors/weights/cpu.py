@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import nn
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -20,7 +21,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from actors.weights.conversion import NamedTensor
 from actors.weights.experts import pack_again
-from actors.weights.manifest import Unpacker, Verify, WeightHeader
+from actors.weights.manifest import TensorSpec, Unpacker, Verify, WeightHeader
+from actors.weights.packed import packed_weight
 from actors.weights.places import Places, checkpoint_form, locate
 from actors.weights.readback import Reader
 from actors.weights.transports.receiver import Parcel, Receiver
@@ -68,7 +70,8 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         """Raises PublishError if the sent names are not the model's."""
         verifier = Verifier(self._reader, self._places, mode=init_info.verify, seed=init_info.seed)
         verifier.check_names((spec.name for spec in init_info.header.tensors), optional=self._form.buffers)
-        self._verifier, self._unpacker = verifier, Unpacker(init_info.header, proved_later=verifier.proves)
+        self._verifier = verifier
+        self._unpacker = Unpacker(init_info.header, proved_later=verifier.proves, room=self._room)
         self.receiver.begin(init_info.header)
         self.seconds = dict.fromkeys(self.seconds, 0.0)
 
@@ -96,12 +99,17 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         tensors = self._unpacker.add(bucket)
         received = perf_counter()
         for name, tensor in tensors:
-            self._verifier.expect(name, tensor, bucket.checksums[name])
+            self._verifier.expect(name, tensor, bucket.digests[name])
         expected = perf_counter()
         self._apply(tensors)
         self.seconds["receive"] += received - started
         self.seconds["verify"] += expected - received
         self.seconds["apply"] += perf_counter() - expected
+
+    def _room(self, spec: TensorSpec) -> torch.Tensor | None:
+        """A tensor that is compared when it is received must not be used before."""
+        is_proved = self._verifier is not None and self._verifier.proves(spec)
+        return self._writer.room(spec) if is_proved and self._writer is not None else None
 
     def _apply(self, tensors: list[NamedTensor]) -> None:
         if self._writer is None:
@@ -140,9 +148,12 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
 
 
 def refresh_tied_layers(model: nn.Module, places: Places) -> None:
-    """Packs tied layers again. They receive no weights, so their packed copy is stale after a reload."""
+    """Renews the packed copies of tied layers. They receive no weights, so the copies are stale after an update."""
     modules = dict(model.named_modules())
     for name in {place.module for many in places.values() for place in many if place.tied}:
         module = modules[name]
-        if hasattr(module, "cpu_linear"):
+        packed = packed_weight(module)
+        if packed is not None and packed.height is not None:
+            packed.write(0, module.weight.detach())
+        elif hasattr(module, "cpu_linear"):
             module.quant_method.process_weights_after_loading(module)

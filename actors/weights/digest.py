@@ -1,55 +1,50 @@
 """A linear digest of tensors: digests of parts add up to the digest of the whole, wherever the parts are.
 
-A tensor of row width W is read as a matrix of bytes x[r, c], row-major. For j = 1, 2:
+A tensor of row width W is read as a matrix of bytes, row-major, and each row in words of four:
+x[r, q] = Σ_k 2^8k byte[r, 4q + k], of signed bytes. For j = 1, 2:
 
-    digest_j = N_j · Σ_r A_j(r) Σ_c h_j(c) x[r, c]   mod 2^64,   h_j(c) = Σ_m g_j(m) b_j(c, m), m = 0..7
+    digest_j = N_j · Σ_r A_j(r) Σ_q h_j(q) x[r, q]   mod 2^64
 
-b holds pseudo-random odd numbers from -63 to 63. A, g and N are pseudo-random 64-bit numbers; A, N and
-g_j(0) are odd, the other g even, so every weight N A(r) h(c) is odd. N depends on the tensor's name, dtype and shape. A
-digest also counts bytes.
+A, h and N are pseudo-random odd numbers: A and N of 64 bits, h of 32. N depends on the tensor's name, dtype and shape.
+A digest also counts bytes.
 
-The word is the byte, which no shard can cut: shards of tensor parallel (rows or columns), flat ranges of ZeRO and
-strided views are sums over their bytes, with the weights of the bytes' positions in the whole. The weights are a
-product of one factor per row and one per column, so the inner sums are a product of int8 matrices, `torch._int_mm`,
-which reads the data once, at about the speed of a copy where a CPU or GPU has int8 dot products. It is exact
-everywhere: sums stay below 2^31, and |b| < 64 keeps the 16-bit steps of CPUs without VNNI from saturating.
+It is a sum over bytes, which no shard can cut: shards of tensor parallel (rows or columns), flat ranges of ZeRO and
+strided views are sums over their bytes, with the factors of the bytes' positions in the whole. On the host, compiled
+loops multiply words by h: one pass, at the speed of memory (actors.weights.sums.words). On GPUs, and where numba is not
+installed, the inner sums are a product of int8 matrices: bytes times the digits of h, `torch._int_mm`
+(actors.weights.sums.products). Both are exact, and so equal.
 
 What is found:
 
-- Every change of a single bit or byte: odd weights have inverses mod 2^64.
+- Every change within one word, such as a bit, a byte or an element of up to 4 bytes: its product with h is below 2^64
+  and not 0, and odd numbers have inverses mod 2^64.
 - A missing or doubled part, a truncation: bytes are counted.
-- Any other fixed change, such as an element of several bytes, swapped elements or rows, a stale matrix: it is missed
-  only if both digests miss it. In a row that changed, the eight sums of a digest all vanish with a probability of at
-  most 64^-8 = 2^-48. Otherwise they have a common factor 2^t, usually 2^0 and at most 2^24, and the random g and A
-  cancel the change with a probability of about 2^(t - 62). Both together: about 2^-96.
+- Any other fixed change, such as swapped elements or rows, a stale matrix: it is missed only if both digests miss it.
+  The inner sum of a row that changed does so with a probability of at most 2^-31: only one value of the last h cancels
+  the others. Otherwise A cancels the rows' changes with a probability of about 2^(t - 62), where 2^t divides them all,
+  usually 2^0. Both digests together: about 2^-62.
 - Swapped tensors: N differs.
 
-Weights are constants of this module, equal on all devices and hosts (of little-endian bytes). They detect faults, not
-forgery.
+The factors are constants (actors.weights.sums.factors), equal on all devices and hosts (of little-endian bytes). They
+detect faults, not forgery.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from hashlib import blake2b
+from functools import cache
 from itertools import accumulate
 from math import prod
-from typing import Any
+from types import ModuleType
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-_SEQUENCES = 2
-_SUMS = 8  # per sequence
-_COLUMNS = _SEQUENCES * _SUMS
+from actors.weights.sums import factors, products
+from actors.weights.canonical import canonical
+
 _MASK = (1 << 64) - 1
 _MIN_ROW = 64  # elements; shorter rows are joined
-_MAX_ROW_BYTES = 1 << 17  # 2^17 · 128 · 63 < 2^31
-_ROWS_AT_ONCE = 1 << 15
-_CUDA_MIN_ROWS, _CUDA_MULTIPLE, _CUDA_ALIGNMENT = 32, 8, 16  # what cuBLAS needs for int8
 
 Sums = torch.Tensor  # (2,), int64: the two sums of a part, before N, on the part's device
 
@@ -98,9 +93,34 @@ def digest_part(
 
 def named(sums: Sequence[int], part: torch.Tensor, name: str, whole: Sequence[int]) -> Digest:
     """The digest of a part with the given sums. Of `part` only dtype and size matter."""
-    multipliers = _multipliers(name, str(part.dtype), tuple(whole))
+    return _named(sums, part.numel() * part.element_size(), name, part.dtype, whole)
+
+
+def digest_of_rows(sums: torch.Tensor, first: int, name: str, dtype: torch.dtype, whole: Sequence[int]) -> Digest:
+    """The digest of rows of a tensor, which `first` begins, from the sums (rows, 2) of each (words.row_sums)."""
+    weights = factors.of_rows(factors.rounded(first + len(sums)), sums.device)[first : first + len(sums)]
+    total = (sums * weights).sum(0).tolist()
+    return _named(total, len(sums) * row_width(whole) * dtype.itemsize, name, dtype, whole)
+
+
+def copied_part(part: torch.Tensor, out: torch.Tensor, name: str, whole: Sequence[int], offset: int) -> Digest:
+    """Writes a range of a tensor's elements to `out`, in the canonical form; returns the digest of what was written.
+
+    Args:
+        part: contiguous elements from `offset` on, counted in row-major order; at least one.
+        out: as many, on the same device.
+    """
+    width = row_width(whole)
+    total = torch.zeros(factors.SEQUENCES, dtype=torch.int64, device=part.device)
+    for source, target in zip(_range(part, width, offset), _range(out, width, offset), strict=True):
+        total += source.copied_to(target)
+    return named(total.tolist(), part, name, whole)
+
+
+def _named(sums: Sequence[int], num_bytes: int, name: str, dtype: torch.dtype, whole: Sequence[int]) -> Digest:
+    multipliers = factors.of_tensor(name, str(dtype), tuple(whole))
     first, second = ((total * multiplier) & _MASK for total, multiplier in zip(sums, multipliers, strict=True))
-    return Digest(part.numel() * part.element_size(), first, second)
+    return Digest(num_bytes, first, second)
 
 
 class Digests:
@@ -140,7 +160,7 @@ def part_sums(part: torch.Tensor, whole: Sequence[int], offset: int = 0, strides
     steps = _strides_in(whole, part) if strides is None else tuple(strides)
     if len(steps) != part.dim() or offset < 0 or min(steps, default=0) < 0:
         raise ValueError(f"offset {offset} and strides {steps} do not describe a part of shape {tuple(part.shape)}.")
-    total = torch.zeros(_SEQUENCES, dtype=torch.int64, device=part.device)
+    total = torch.zeros(factors.SEQUENCES, dtype=torch.int64, device=part.device)
     if not part.numel():
         return total
     last = offset + sum((size - 1) * step for size, step in zip(part.shape, steps, strict=True))
@@ -149,7 +169,7 @@ def part_sums(part: torch.Tensor, whole: Sequence[int], offset: int = 0, strides
             f"a part of shape {tuple(part.shape)} with strides {steps} at {offset} exceeds a tensor of shape "
             f"{tuple(whole)}."
         )
-    for box in _boxes(part, _row_width(whole), offset, steps):
+    for box in _boxes(part, row_width(whole), offset, steps):
         total += box.sums()
     return total
 
@@ -164,21 +184,44 @@ class _Box:
     first_column: int
 
     def sums(self) -> Sums:
-        device, num_rows = self.elements.device, len(self.elements)
-        end_row = self.first_row + (num_rows - 1) * self.row_step + 1
-        rows = _row_weights(_rounded(end_row), device)[self.first_row : end_row : self.row_step]
-        size = self.elements.element_size()
-        first, end = self.first_column * size, (self.first_column + self.elements.shape[1]) * size
-        columns = _column_weights(_rounded(end + _CUDA_MULTIPLE), device)[first:]
-        sums = torch.zeros(_SEQUENCES, _SUMS, dtype=torch.int64, device=device)
-        for start in range(0, num_rows, _ROWS_AT_ONCE):
-            block = self.elements[start : start + _ROWS_AT_ONCE]
-            block = (block if block.stride(1) == 1 else block.contiguous()).view(torch.int8)
-            for left in range(0, end - first, _MAX_ROW_BYTES):
-                inner = _product(block[:, left : left + _MAX_ROW_BYTES], columns[left:])
-                weights = rows[start : start + _ROWS_AT_ONCE, :, None]
-                sums += (inner.view(-1, _SEQUENCES, _SUMS) * weights).sum(0)
-        return (sums * _sum_weights(device)).sum(1)
+        return self._weighted(_row_sums(self.elements, self._first_byte))
+
+    def copied_to(self, other: _Box) -> Sums:
+        """The sums of `other` after the canonical elements were copied there."""
+        words = _words() if self.elements.device.type == "cpu" else None
+        if words is not None and words.can_copy(self.elements, other.elements, self._first_byte):
+            return self._weighted(words.copied_row_sums(self.elements, other.elements, self._first_byte))
+        canonical(self.elements, out=other.elements)
+        return other.sums()
+
+    @property
+    def _first_byte(self) -> int:
+        return self.first_column * self.elements.element_size()
+
+    def _weighted(self, row_sums: torch.Tensor) -> Sums:
+        end_row = self.first_row + (len(row_sums) - 1) * self.row_step + 1
+        rows = factors.of_rows(factors.rounded(end_row), row_sums.device)[self.first_row : end_row : self.row_step]
+        return (row_sums * rows).sum(0)
+
+
+def _row_sums(rows: torch.Tensor, first_byte: int) -> torch.Tensor:
+    """(rows, 2), int64."""
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    words = _words() if rows.device.type == "cpu" else None
+    found: torch.Tensor = (products if words is None else words).row_sums(rows, first_byte)
+    return found
+
+
+@cache
+def _words() -> ModuleType | None:
+    """None: numba is not installed. It takes half a second to import, so only processes that need it do."""
+    try:
+        from actors.weights.sums import words  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if error.name != "numba":
+            raise
+        return None
+    return words
 
 
 def _boxes(part: torch.Tensor, width: int, offset: int, steps: Sequence[int]) -> Iterator[_Box]:
@@ -228,22 +271,7 @@ def _scattered(part: torch.Tensor, width: int, offset: int, strides: Sequence[in
     yield from _range(spread, width, offset)
 
 
-def _product(block: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(rows, 16), int32: the product of int8 bytes with the first rows of `weights`."""
-    num_rows, width = block.shape
-    if not block.is_cuda:
-        return torch._int_mm(block, weights[:width])
-    padded_width = -(-width // _CUDA_MULTIPLE) * _CUDA_MULTIPLE
-    if num_rows < _CUDA_MIN_ROWS or width != padded_width:
-        padded = block.new_zeros(max(num_rows, _CUDA_MIN_ROWS), padded_width)
-        padded[:num_rows, :width] = block
-        block = padded
-    elif not block.is_contiguous() or block.data_ptr() % _CUDA_ALIGNMENT:
-        block = block.clone(memory_format=torch.contiguous_format)
-    return torch._int_mm(block, weights[:padded_width].contiguous())[:num_rows]
-
-
-def _row_width(whole: Sequence[int]) -> int:
+def row_width(whole: Sequence[int]) -> int:
     """Elements of a row: the last dimension, joined with those before it if it is short."""
     widths = list(accumulate(reversed(whole), lambda product, size: product * size))
     return next((width for width in widths if width >= _MIN_ROW), widths[-1] if widths else 1)
@@ -271,56 +299,3 @@ def _merged(shape: Sequence[int], strides: Sequence[int]) -> tuple[list[int], li
             sizes.insert(0, size)
             steps.insert(0, step)
     return sizes, steps
-
-
-def _rounded(size: int) -> int:
-    """Few distinct sizes of tables."""
-    return 1 << max(12, (size - 1).bit_length())
-
-
-_Words = npt.NDArray[np.uint64]
-
-
-def _mixed(numbers: _Words, stream: int) -> _Words:
-    """Pseudo-random 64-bit numbers: splitmix64 (Steele, Lea, Flood 2014) with one state per number."""
-    z = (numbers + np.uint64(stream << 40)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def _counted(rows: int, columns: int, stream: int) -> _Words:
-    return _mixed(np.arange(1, rows * columns + 1, dtype=np.uint64), stream).reshape(rows, columns)
-
-
-@lru_cache(maxsize=64)
-def _row_weights(count: int, device: torch.device) -> torch.Tensor:
-    """A: (count, 2), int64."""
-    return _tensor(_counted(count, _SEQUENCES, 1) | np.uint64(1), device)
-
-
-@lru_cache(maxsize=64)
-def _column_weights(count: int, device: torch.device) -> torch.Tensor:
-    """b: (count, 16), int8."""
-    drawn = _counted(count, _COLUMNS // 8, 2).view(np.uint8) & np.uint8(63)
-    return _tensor(drawn.astype(np.int8) * 2 - 63, device)
-
-
-@lru_cache(maxsize=8)
-def _sum_weights(device: torch.device) -> torch.Tensor:
-    """g: (2, 8), int64."""
-    drawn = _counted(_SEQUENCES, _SUMS, 3) & ~np.uint64(1)
-    drawn[:, 0] |= np.uint64(1)
-    return _tensor(drawn, device)
-
-
-def _tensor(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    signed = array.view(np.int64) if array.dtype == np.uint64 else array.astype(np.int8)
-    return torch.from_numpy(signed).to(device)
-
-
-@lru_cache(maxsize=1 << 16)
-def _multipliers(name: str, dtype: str, whole: tuple[int, ...]) -> tuple[int, int]:
-    """N_1 and N_2."""
-    drawn = blake2b(f"{name}\0{dtype}\0{whole}".encode(), digest_size=16).digest()
-    return int.from_bytes(drawn[:8], "little") | 1, int.from_bytes(drawn[8:], "little") | 1

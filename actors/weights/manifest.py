@@ -4,8 +4,7 @@ The trainer plans once (names, dtypes and shapes are known without gathering), t
 of bounded size. A tensor's digest is in the bucket with its last byte, so each side holds at most one bucket and one
 tensor. Buckets are uint8 arrays, which any transport of arrays can send.
 
--0 and subnormals are sent as +0: matrix units flush them, so a receiver that reads weights back through its layers
-could not distinguish them.
+They are sent in the canonical form (actors.weights.canonical).
 """
 
 from __future__ import annotations
@@ -21,9 +20,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from xxhash import xxh3_128
 
-from actors.weights.digest import Digest, digest, digest_part
+from actors.weights.digest import Digest, copied_part, digest
 from orchestrator.errors import PublishError
 
 Verify = Literal["full", "sampled", "checksums"]
@@ -94,6 +92,13 @@ class WeightHeader:
     def bucket_size(self, index: int) -> int:
         return min(self.bucket_bytes, self.stream_bytes - index * self.bucket_bytes)
 
+    def endings(self) -> list[list[str]]:
+        """By bucket, the names of the tensors whose last byte, and so whose digest, is in it."""
+        names: list[list[str]] = [[] for _ in range(self.num_buckets)]
+        for number, spec in enumerate(self.tensors):
+            names[max(0, self.start(number) + spec.num_bytes - 1) // self.bucket_bytes].append(spec.name)
+        return names
+
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
@@ -102,7 +107,7 @@ class Bucket:
 
     index: int
     data: Bytes | torch.Tensor
-    checksums: Mapping[str, str]
+    digests: Mapping[str, str]
 
     @property
     def num_bytes(self) -> int:
@@ -125,28 +130,6 @@ def plan(tensors: Iterable[tuple[str, torch.dtype, Iterable[int]]], bucket_bytes
     return WeightHeader(tuple(specs), bucket_bytes)
 
 
-def raw_bytes(tensor: torch.Tensor) -> Bytes:
-    """The tensor's bytes in row-major order; a view if it is contiguous and on the CPU."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    array: Bytes = flat.view(torch.uint8).numpy()
-    return array
-
-
-def checksum(data: Bytes | torch.Tensor) -> str:
-    """XXH3 of the bytes, 128 bits in hexadecimal. It detects faults; forgery between our processes is not a threat."""
-    array = raw_bytes(data) if isinstance(data, torch.Tensor) else data
-    return xxh3_128(array.data).hexdigest()
-
-
-def canonical(tensor: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Replaces -0 and subnormals by +0; NaN stays."""
-    if not tensor.is_floating_point():
-        return tensor.clone() if out is None else out.copy_(tensor)
-    info = torch.finfo(tensor.dtype)
-    shrunk: torch.Tensor = torch.hardshrink(tensor, info.tiny * (1 - info.eps), out=out)
-    return shrunk
-
-
 def pack(
     header: WeightHeader, tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device = _HOST
 ) -> Iterator[Bucket]:
@@ -163,7 +146,7 @@ def pack(
         return torch.empty(header.bucket_size(index), dtype=torch.uint8, device=device), {}
 
     index = 0
-    buffer, checksums = new_bucket(0)
+    buffer, digests = new_bucket(0)
     pairs = iter(tensors)
     for number, spec in enumerate(header.tensors):
         source = _checked(spec, next(pairs, None)).detach().to(device).contiguous().reshape(-1)
@@ -171,27 +154,26 @@ def pack(
         position, done = header.start(number), 0
         while done < spec.num_bytes:
             if position >= (index + 1) * header.bucket_bytes:
-                yield _bucket(index, buffer, checksums)
+                yield _bucket(index, buffer, digests)
                 index += 1
-                buffer, checksums = new_bucket(index)
+                buffer, digests = new_bucket(index)
             offset = position - index * header.bucket_bytes
             size = min(spec.num_bytes - done, len(buffer) - offset)
             part = buffer[offset : offset + size]
             first, last = (at // source.element_size() for at in (done, done + size))
-            sent = canonical(source[first:last], out=part.view(source.dtype))
-            total += digest_part(sent, spec.name, spec.shape, first, (1,))
+            total += copied_part(source[first:last], part.view(source.dtype), spec.name, spec.shape, first)
             position, done = position + size, done + size
-        checksums[spec.name] = total.hex
+        digests[spec.name] = total.hex
     extra = next(pairs, None)
     if extra is not None:
         raise PublishError(
             f"the trainer yields {extra[0]!r} after the header's last tensor; plan and weights disagree."
         )
-    yield _bucket(index, buffer, checksums)
+    yield _bucket(index, buffer, digests)
 
 
-def _bucket(index: int, buffer: torch.Tensor, checksums: Mapping[str, str]) -> Bucket:
-    return Bucket(index, buffer.numpy() if buffer.device == _HOST else buffer, checksums)
+def _bucket(index: int, buffer: torch.Tensor, digests: Mapping[str, str]) -> Bucket:
+    return Bucket(index, buffer.numpy() if buffer.device == _HOST else buffer, digests)
 
 
 def _checked(spec: TensorSpec, pair: tuple[str, torch.Tensor] | None) -> torch.Tensor:
@@ -212,17 +194,19 @@ class Unpacker:
 
     Args:
         proved_later: whether the receiver itself compares a tensor's digest with the trainer's, after applying it.
+        room: memory (bytes) for a tensor that comes in several buckets, such as where it will be used; None: new memory.
     """
 
     header: WeightHeader
     proved_later: Callable[[TensorSpec], bool] = lambda _: False
+    room: Callable[[TensorSpec], torch.Tensor | None] = lambda _: None
     _next_bucket: int = 0
     _next_tensor: int = 0
     _partial: torch.Tensor | None = None
     _filled: int = 0
 
     def add(self, bucket: Bucket) -> list[tuple[str, torch.Tensor]]:
-        """Returns the tensors that end in this bucket; whole ones are views into it.
+        """Returns the tensors that end in this bucket; those that lie in it are views into it.
 
         Raises:
             PublishError: not the next bucket, a wrong size, or tensors (named) whose bytes differ from the trainer's.
@@ -242,10 +226,10 @@ class Unpacker:
             for (name, data), spec in zip(complete, specs, strict=True)
         ]
         read_now = [pair for pair, spec in zip(tensors, specs, strict=True) if not self.proved_later(spec)]
-        bad = [name for name, tensor in read_now if digest(tensor, name).hex != bucket.checksums.get(name)]
+        bad = [name for name, tensor in read_now if digest(tensor, name).hex != bucket.digests.get(name)]
         received = {name for name, _ in tensors}
-        if bad or set(bucket.checksums) != received:
-            names = bad or sorted(set(bucket.checksums) ^ received)
+        if bad or set(bucket.digests) != received:
+            names = bad or sorted(set(bucket.digests) ^ received)
             raise PublishError(f"bytes received differ from the trainer's for {listed(names)}; publish again.")
         return tensors
 
@@ -263,7 +247,8 @@ class Unpacker:
             data = all_bytes[offset : offset + spec.num_bytes - self._filled]
             if len(data) < spec.num_bytes:
                 if self._partial is None:
-                    self._partial = all_bytes.new_empty(spec.num_bytes)
+                    room = self.room(spec)
+                    self._partial = all_bytes.new_empty(spec.num_bytes) if room is None else room
                 self._partial[self._filled : self._filled + len(data)] = data
                 self._filled += len(data)
                 if self._filled < spec.num_bytes:

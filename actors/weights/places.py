@@ -54,6 +54,13 @@ class View:
         *outer, last = zip(self.shape, self.strides, strict=True) if self.shape else [(0, 0)]
         return last == (width, 1) and not any(step % width for step in (self.offset, *(stride for _, stride in outer)))
 
+    def rows(self, width: int) -> range | None:
+        """The rows of a matrix of width `width` that these are. None: not whole rows, or not neighbors in order."""
+        steps = [prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
+        if list(self.strides) != steps or self.offset % width or self.num_elements % width:
+            return None
+        return range(self.offset // width, (self.offset + self.num_elements) // width)
+
     def columns(self, width: int, count: int) -> View:
         """The same rows of a matrix that keeps `count` of its `width` columns."""
         strides = (*(stride // width * count for stride in self.strides[:-1]), 1)

@@ -1,11 +1,11 @@
 """Reads back the weights that the layers of a vLLM model compute with, which may differ from its parameters.
 
 They differ on CPUs. If the CPU has a packed format for the dtype, linear layers multiply with packed copies; the
-parameter is emptied or, for a tied lm_head, unused. Copies that torch packed are unpacked (actors.weights.packed). Any
-other such layer is applied to the identity matrix: the result is exactly the transposed weight, because all other
-products are exact zeros. The layer that computes logits is read through `compute_logits`, which sampling also uses.
-Packing moves the elements of experts; the new positions are found
-by packing numbers. All other parameters are read as bytes.
+parameter is emptied or, for a tied lm_head, unused. Copies that torch packed are read in their memory or unpacked
+(actors.weights.packed). Any other such layer is applied to the identity matrix: the result is exactly the transposed
+weight, because all other products are exact zeros. The layer that computes logits is read through `compute_logits`,
+which sampling also uses. Packing moves the elements of experts; the new positions are found by packing numbers. All other parameters are read as
+bytes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import nn
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from actors.weights.canonical import flushed
 from actors.weights.experts import ExpertLayout
-from actors.weights.manifest import canonical
-from actors.weights.packed import packed_weight
+from actors.weights.packed import PackedWeight, packed_weight
 
 Way = Literal["bytes", "packed", "product", "experts"]
 
@@ -43,6 +43,11 @@ class Reader:
     def parameter(self, module: str, name: str) -> torch.Tensor:
         parameter: torch.Tensor = getattr(self._modules[module], name)
         return parameter
+
+    def panels(self, module: str) -> PackedWeight | None:
+        """The packed weight of a linear layer, if it can be written and summed where it is."""
+        packed = packed_weight(self._modules[module])
+        return packed if packed is not None and packed.height is not None else None
 
     def ways(self, module: str, name: str) -> tuple[Way, ...]:
         """The ways to read it: an embedding that also computes logits may use a packed copy for them."""
@@ -156,8 +161,3 @@ def _transposed(matrix: torch.Tensor) -> torch.Tensor:
     for source, target in zip(matrix.split(TRANSPOSED_ROWS), turned.split(TRANSPOSED_ROWS, dim=1), strict=True):
         target.copy_(source.T)
     return turned
-
-
-def flushed(tensor: torch.Tensor) -> torch.Tensor:
-    """Removes subnormals that a cast to float16 produces; other dtypes have the exponents of the sent ones."""
-    return canonical(tensor) if tensor.dtype == torch.float16 else tensor

@@ -10,8 +10,9 @@ import torch
 
 from actors.learning.distributed import from_all
 from actors.roles.policy import PolicyWorker
+from actors.weights.canonical import canonical
 from actors.weights.digest import Digest, Digests
-from actors.weights.manifest import ALIGNMENT_BYTES, Bucket, WeightHeader, canonical, listed, pack, plan
+from actors.weights.manifest import ALIGNMENT_BYTES, Bucket, WeightHeader, listed, pack, plan
 from actors.weights.transports.broken import TransportBroken
 from actors.weights.transports.group import BroadcastGroup, Rendezvous
 from actors.weights.transports.shared import SharedBucket, SharedBuffer, device_id
@@ -52,7 +53,7 @@ class PublishingPolicy(PolicyWorker):
         header = plan(specs, bucket_bytes)
         packs, device = self.group.rank in packing.ranks, self.learner.device if packing.on_device else _HOST
         parts = self.digests_of_parts()
-        weights = self.learner.full_weights(device=device, is_kept=packs)
+        weights = self.learner.full_weights(device=device, is_kept=packs, lends=True)
         self._buckets = (
             proved(pack(header, weights, device), parts, header.num_buckets) if packs else follow(header, weights)
         )
@@ -132,7 +133,7 @@ class PublishingPolicy(PolicyWorker):
             self._shared = [SharedBuffer(bucket.num_bytes, device) for _ in range(_SHARED_BUFFERS)]
         buffer = self._shared[bucket.index % _SHARED_BUFFERS]
         buffer.fill(bucket)
-        return SharedBucket(bucket.index, bucket.num_bytes, bucket.checksums, {self.device_id(): buffer.handle})
+        return SharedBucket(bucket.index, bucket.num_bytes, bucket.digests, {self.device_id(): buffer.handle})
 
     def end_publish(self) -> None:
         """Frees memory of the publish. Engines must have finished."""
@@ -153,7 +154,7 @@ def proved(buckets: Iterable[Bucket], parts: Mapping[str, Digest], num_buckets: 
     """
     wrong: list[str] = []
     for bucket in buckets:
-        wrong += [name for name, sent in bucket.checksums.items() if name in parts and sent != parts[name].hex]
+        wrong += [name for name, sent in bucket.digests.items() if name in parts and sent != parts[name].hex]
         if wrong and bucket.index + 1 == num_buckets:
             raise PublishError(
                 f"{listed(wrong)} was gathered from the policy's ranks with other bytes than they hold. Start the run "

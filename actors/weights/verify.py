@@ -7,16 +7,17 @@ not return.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from actors.weights.digest import digest, digest_part
+from actors.weights.canonical import flushed
+from actors.weights.digest import digest, digest_of_rows, digest_part, row_width
 from actors.weights.manifest import TensorSpec, Verify, check_names, listed
 from actors.weights.places import Place, Places, View
-from actors.weights.readback import Reader, Way, flushed
+from actors.weights.readback import Reader, Way
 from orchestrator.errors import PublishError
 
 SAMPLED_FRACTION = 1 / 16
@@ -49,6 +50,19 @@ class _Expected:
         if columns is not None:
             return digest(columns.of(held), self.name).hex == self.digest
         return _digest_at(self.place.held.of(held), self.name, self.whole, self.place) == self.digest
+
+    def rows(self, width: int) -> tuple[range, range] | None:
+        """The rows of the parameter and of the tensor, both of this width. None: the place is not made of rows."""
+        held, sent = self.place.held.rows(width), self.place.sent.rows(width)
+        return (held, sent) if held is not None and sent is not None and row_width(self.whole) == width else None
+
+    def is_in_sums(self, sums: torch.Tensor, rows: tuple[range, range], dtype: torch.dtype) -> bool:
+        """Args:
+        sums: of each row of the parameter, see words.row_sums.
+        """
+        held, sent = rows
+        found = digest_of_rows(sums[held.start : held.stop], sent.start, self.name, dtype, self.whole)
+        return found.hex == self.digest
 
 
 class Verifier:
@@ -112,22 +126,30 @@ class Verifier:
         """
         stale: dict[str, str] = {}
         for reading, parts in self._expected.items():
-            columns = self._columns(reading)
-            held = self._reader.read(reading.module, reading.parameter, reading.way, columns)
-            for part in parts:
-                view = (
-                    None
-                    if columns is None
-                    else part.place.held.columns(self._reader.width(reading.module), len(columns))
-                )
-                if not part.is_in(held, view):
-                    stale[part.name] = f"{part.name} (in {reading.module})"
+            for part in self._differing(reading, parts):
+                stale[part.name] = f"{part.name} (in {reading.module})"
         if stale:
             raise PublishError(
                 f"the engine does not compute with the published weights of {listed(stale.values())}. "
                 "It is out of service until a publish succeeds; restart it if this repeats."
             )
         return len(self._names)
+
+    def _differing(self, reading: _Reading, parts: Sequence[_Expected]) -> Iterator[_Expected]:
+        """The parts that a layer does not hold as they were sent."""
+        width = self._reader.width(reading.module) if reading.way in ("packed", "product") else 0
+        panels = self._reader.panels(reading.module) if reading.way == "packed" else None
+        in_rows = [(part, rows) for part in parts if panels is not None and (rows := part.rows(width)) is not None]
+        if panels is not None and len(in_rows) == len(parts):
+            sums = panels.row_sums()
+            yield from (part for part, rows in in_rows if not part.is_in_sums(sums, rows, panels.dtype))
+            return
+        columns = self._columns(reading)
+        held = self._reader.read(reading.module, reading.parameter, reading.way, columns)
+        for part in parts:
+            view = None if columns is None else part.place.held.columns(width, len(columns))
+            if not part.is_in(held, view):
+                yield part
 
     def _columns(self, reading: _Reading) -> torch.Tensor | None:
         """The columns of a product to read; None: all."""

@@ -1,8 +1,9 @@
-"""Writes tensors straight to the places where a CPU engine keeps them, without vLLM's reload.
+"""Writes tensors straight to the places where an engine keeps them, without vLLM's reload.
 
 vLLM's reload caches, materializes, loads and copies each layer. If a model keeps nothing but what its loader moved
-there (`locate` shows where) and packed copies of linear layers, writing the parameters and packing these layers again
-has the same result. `obstacle` says why it may not; then vLLM reloads the model.
+there (`locate` shows where) and packed copies of linear layers, writing the parameters and these copies has the same
+result. Copies in panels are written where they are (actors.weights.packed); layers with others are packed again.
+`obstacle` says why all this may not be enough; then vLLM reloads the model.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
+from actors.weights.manifest import TensorSpec
 from actors.weights.places import Place, Places, View
 from actors.weights.readback import Reader
 
@@ -61,7 +63,7 @@ def _other_tensors(layer: nn.Module) -> Iterator[str]:
 
 
 class Writer:
-    """Writes to one model. A layer is packed when all of its parts have arrived."""
+    """Writes to one model. A layer that must be packed is packed when all of its parts have arrived."""
 
     def __init__(self, model: nn.Module, places: Places, reader: Reader) -> None:
         self._places, self._reader = places, reader
@@ -70,10 +72,25 @@ class Writer:
         self._sizes = {key: sum(view.num_elements for view in views) for key, views in self._views.items()}
         self._staged: dict[_Key, torch.Tensor] = {}
         self._left: dict[_Key, set[View]] = {}
+        self._in_panels: set[_Key] = set()
 
     def begin(self) -> None:
         self._staged = {}
+        self._in_panels = {key for key in self._views if self._is_made_of_panels(key)}
         self._left = {key: set(views) for key, views in self._views.items()}
+
+    def room(self, spec: TensorSpec) -> torch.Tensor | None:
+        """The bytes of a parameter that is the tensor, so that its pieces can arrive there. None: there is none."""
+        places = [place for place in self._places.get(spec.name, ()) if not place.tied]
+        if len(places) != 1:
+            return None
+        (place,) = places
+        parameter = self._reader.parameter(place.module, place.parameter)
+        held, sent = place.held.rows(spec.num_elements), place.sent.rows(spec.num_elements)
+        is_whole = held == sent == range(1) and parameter.numel() == spec.num_elements
+        return (
+            parameter.detach().view(-1).view(torch.uint8) if is_whole and parameter.dtype == spec.torch_dtype else None
+        )
 
     @torch.no_grad()
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -85,7 +102,7 @@ class Writer:
     def finish(self) -> None:
         """Packs layers that lack parts, with their old ones, so that reading back names just the missing tensors."""
         for key, views in self._left.items():
-            if not views or len(views) == len(self._views[key]):
+            if not views or len(views) == len(self._views[key]) or key in self._in_panels:
                 continue
             if key in self._staged:
                 held = self._held(key)
@@ -95,11 +112,33 @@ class Writer:
 
     def _write(self, place: Place, tensor: torch.Tensor) -> None:
         key = place.module, place.parameter
-        target = self._target(key)
-        place.held.of(target).copy_(place.sent.of(tensor))
+        if key in self._in_panels:
+            self._write_rows(place, place.sent.of(tensor))
+            return
+        target, source = place.held.of(self._target(key)), place.sent.of(tensor)
+        if target.data_ptr() != source.data_ptr():  # otherwise it arrived here, see `room`
+            target.copy_(source)
         self._left[key].discard(place.held)
         if not self._left[key]:
             self._pack_if_needed(key)
+
+    def _write_rows(self, place: Place, part: torch.Tensor) -> None:
+        packed = self._reader.panels(place.module)
+        rows = place.held.rows(self._reader.width(place.module))
+        assert packed is not None and rows is not None
+        packed.write(rows.start, part.reshape(len(rows), -1))
+
+    def _is_made_of_panels(self, key: _Key) -> bool:
+        """Whether only a packed copy exists, and each part fills whole panels of it."""
+        module, name = key
+        if self._reader.ways(module, name) != ("packed",) or self._reader.parameter(module, name).numel():
+            return False
+        packed = self._reader.panels(module)
+        parts = [view.rows(self._reader.width(module)) for view in self._views[key]]
+        height = packed.height if packed is not None else None
+        return height is not None and not any(
+            rows is None or rows.start % height or rows.stop % height for rows in parts
+        )
 
     def _target(self, key: _Key) -> torch.Tensor:
         """The parameter; in place of an emptied one, a new tensor that becomes the packed weight."""
@@ -120,9 +159,13 @@ class Writer:
     def _pack_if_needed(self, key: _Key) -> None:
         if not set(self._reader.ways(*key)) & {"packed", "product"}:
             return
+        packed, staged = self._reader.panels(key[0]), self._staged.pop(key, None)
+        if packed is not None:
+            packed.write(0, self._reader.parameter(*key) if staged is None else staged)
+            return
         layer = self._modules[key[0]]
-        if key in self._staged:
-            layer.weight = nn.Parameter(self._staged.pop(key), requires_grad=False)
+        if staged is not None:
+            layer.weight = nn.Parameter(staged, requires_grad=False)
         layer.quant_method.process_weights_after_loading(layer)
 
 

@@ -123,7 +123,7 @@ def _cost() -> Iterable[Metric]:
     yield Metric("tokens/learned_per_s", "tokens/learned over time/learn_s", "tokens/second")
     yield Metric("tokens/total", "Response tokens of all steps of the run so far", "tokens", "counter")
     yield Metric("publish/tensors_verified", "Weight tensors compared on each engine after publishing", "tensors")
-    yield Metric("publish/verify_s", "Part of publishing: checksums and reading back, on the slowest engine", "s")
+    yield Metric("publish/verify_s", "Part of publishing: digests and reading back, on the slowest engine", "s")
     yield Metric("publish/apply_s", "Part of publishing: loading and packing weights, on the slowest engine", "s")
     yield Metric("publish/bytes", "Bytes of published weights", "bytes")
     for role in (*ROLES, "coordinator"):

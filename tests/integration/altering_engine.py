@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ class AlteringRollout(RolloutWorker):
             if 0 <= at < bucket.num_bytes:
                 data = bucket.tensor.clone()
                 data[at] ^= 4
-                return Bucket(bucket.index, data, bucket.checksums)
+                return Bucket(bucket.index, data, bucket.digests)
             return bucket
 
         setattr(Receiver, "untouched", take)  # noqa: B010
@@ -45,18 +46,19 @@ class AlteringRollout(RolloutWorker):
         return behaviour(engine)[0]
 
     def digests(self) -> Mapping[str, str]:
-        """By tensor, the digest of what is read back from its layers."""
+        """By tensor, the digest of what is read back from its layers; several if its places differ."""
         return self._engine._llm.collective_rpc(_digests)[0]  # type: ignore[attr-defined]
 
 
 def _digests(worker: Any) -> Mapping[str, str]:
     engine: BucketTransferEngine = worker.weight_transfer_engine
-    reader, found = Reader(engine.model), {}
+    reader = Reader(engine.model)
+    found: dict[str, set[str]] = defaultdict(set)
     assert engine._unpacker is not None
     shapes = {spec.name: spec.shape for spec in engine._unpacker.header.tensors}
     for name, places in engine._places.items():
         for place in places:
             for way in reader.ways(place.module, place.parameter):
                 held = place.held.of(reader.read(place.module, place.parameter, way))
-                found[name] = digest(held.reshape(shapes[name]), name).hex
-    return found
+                found[name].add(digest(held.reshape(shapes[name]), name).hex)
+    return {name: " ".join(sorted(digests)) for name, digests in found.items()}

@@ -21,6 +21,7 @@ class AlteringPolicy(PublishingPolicy):
         def altering(*args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
             for found, tensor in full_weights(*args, **kwargs):
                 if found == name and tensor.numel():
+                    tensor = tensor.clone()  # noqa: PLW2901
                     tensor.view(-1)[-1] += 1
                 yield found, tensor
 

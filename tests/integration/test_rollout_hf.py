@@ -90,7 +90,7 @@ def test_a_failed_publish_takes_the_engine_out_of_service(folder: Path) -> None:
     engine = HfEngine(folder, scenarios.context())
     weights = scenarios.read_weights(folder)
     name = "model.layers.0.mlp.up_proj.weight"
-    with pytest.raises(PublishError, match=f"for {name};"):
+    with pytest.raises(PublishError, match=f"weights of {name};"):
         scenarios.publish(engine, weights, 1, alter=scenarios.flip_one_bit(name, weights))
     with pytest.raises(PublishError, match="its last update failed"):
         engine.generate(scenarios.shard(sampling=Sampling()))

@@ -150,7 +150,7 @@ def published(learner: Learner) -> tuple[list[tuple[str, str, tuple[int, ...]]],
     """(names, types and shapes; checksums by tensor; all bytes) as engines get them."""
     header = plan(learner.weight_specs(), BUCKET_BYTES)
     buckets = list(pack(header, learner.full_weights()))
-    checksums = {name: told for bucket in buckets for name, told in bucket.checksums.items()}
+    checksums = {name: told for bucket in buckets for name, told in bucket.digests.items()}
     specs = [(spec.name, spec.dtype, spec.shape) for spec in header.tensors]
     return specs, checksums, b"".join(bucket.data.tobytes() for bucket in buckets)
 
@@ -244,7 +244,7 @@ def test_what_engines_get_is_what_the_ranks_hold(measured: Any, name: str, stage
 
 def _checksums(weights: Mapping[str, Tensor]) -> Mapping[str, str]:
     header = plan(((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()), BUCKET_BYTES)
-    return {name: told for bucket in pack(header, weights.items()) for name, told in bucket.checksums.items()}
+    return {name: told for bucket in pack(header, weights.items()) for name, told in bucket.digests.items()}
 
 
 @pytest.mark.parametrize("stage", STAGES)

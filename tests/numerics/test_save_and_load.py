@@ -189,6 +189,19 @@ def test_an_export_is_an_ordinary_folder(causal, tmp_path, stage):
     assert (tmp_path / "generation_config.json").is_file()
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_weights_that_are_lent_are_the_learners_own_unless_they_are_partitioned(causal, stage):
+    distributed.join(group())
+    learner = make(causal, stage, "float32")
+    learn(learner, [0])
+    expected = dict(learner.full_weights())
+    own = {parameter.data_ptr() for parameter in learner._pretrained.parameters()}
+    for name, tensor in learner.full_weights(lends=True):
+        assert torch.equal(tensor, expected.pop(name))
+        assert (tensor.data_ptr() in own) == (stage == 0)
+    assert not expected
+
+
 def test_an_export_is_asked_and_stops_as_the_policy_was(tmp_path):
     """A base model without a template, whose EOS is not the template's closing."""
     base = tiny_llama(tmp_path / "base")

@@ -14,7 +14,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -30,7 +30,7 @@ from actors.weights.transports.broken import TransportBroken
 STOP = "stop"
 LOOK_S = 0.2  # seconds between looks for the driver's stop
 LONGEST_PAUSE_S = 0.001
-CHECKSUM_BYTES = 64  # of its text, filled with zeros
+DIGEST_BYTES = 64  # of its text, filled with zeros
 
 # Groups that were left. The destructor of one with an unfinished operation waits for the operation's time limit.
 _LEFT: list[Any] = []
@@ -86,8 +86,8 @@ class BroadcastGroup:
         """Returns when the bucket before this one has arrived, so that the next can be packed meanwhile."""
         with _breaking():
             posted = [self._post(bucket.tensor.to(self._device))]
-            if bucket.checksums:
-                posted.append(self._post(_packed(bucket.checksums.values()).to(self._device)))
+            if bucket.digests:
+                posted.append(self._post(_packed(bucket.digests.values()).to(self._device)))
             self.flush()
             self._in_flight = posted
 
@@ -101,16 +101,17 @@ class BroadcastGroup:
     def receive(self, header: WeightHeader) -> Iterator[Bucket]:
         """All buckets of a publish; the next one arrives while the caller uses the last."""
         self.allow()
+        endings = header.endings()
         with _breaking():
-            upcoming = self._post_bucket(header, 0)
+            upcoming = self._post_bucket(header, 0, endings[0])
         for index in range(header.num_buckets):
             with _breaking():
-                (data, names, checksums), works = upcoming
+                (data, names, digests), works = upcoming
                 for work in works:
                     self._complete(work)
                 if index + 1 < header.num_buckets:
-                    upcoming = self._post_bucket(header, index + 1)
-            rows = checksums.cpu().numpy().reshape(-1, CHECKSUM_BYTES)
+                    upcoming = self._post_bucket(header, index + 1, endings[index + 1])
+            rows = digests.cpu().numpy().reshape(-1, DIGEST_BYTES)
             texts = [row.tobytes().rstrip(b"\0").decode("ascii") for row in rows]
             yield Bucket(index, data, dict(zip(names, texts, strict=True)))
 
@@ -118,15 +119,15 @@ class BroadcastGroup:
         """Gives the group up without waiting for its members."""
         if self._backend is None:
             return
-        _LEFT.append((self._backend, self._in_flight))
-        threading.Thread(target=self._backend.abort, name="leave-group", daemon=True).start()
+        _LEFT.append(self._backend)
+        threading.Thread(target=_abort, args=(self._backend, self._in_flight), name="leave-group", daemon=True).start()
+        self._in_flight = []
 
-    def _post_bucket(self, header: WeightHeader, index: int) -> Any:
-        names = ending_in(header, index)
+    def _post_bucket(self, header: WeightHeader, index: int, names: Sequence[str]) -> Any:
         data = torch.empty(header.bucket_size(index), dtype=torch.uint8, device=self._device)
-        checksums = torch.empty(len(names) * CHECKSUM_BYTES, dtype=torch.uint8, device=self._device)
-        parts = [part for part in (data, checksums) if part.numel()]
-        return (data, names, checksums), [self._post(part)[0] for part in parts]
+        digests = torch.empty(len(names) * DIGEST_BYTES, dtype=torch.uint8, device=self._device)
+        parts = [part for part in (data, digests) if part.numel()]
+        return (data, names, digests), [self._post(part)[0] for part in parts]
 
     def _broadcast(self, tensor: torch.Tensor) -> None:
         self._complete(self._post(tensor)[0])
@@ -154,17 +155,14 @@ class BroadcastGroup:
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
-def ending_in(header: WeightHeader, index: int) -> list[str]:
-    """Names of the tensors whose last byte, and so whose checksum, is in bucket `index`."""
-    return [
-        spec.name
-        for number, spec in enumerate(header.tensors)
-        if max(0, header.start(number) + spec.num_bytes - 1) // header.bucket_bytes == index
-    ]
+def _abort(backend: Any, in_flight: list[tuple[Any, torch.Tensor]]) -> None:
+    """The buckets in flight live until their operations have ended."""
+    backend.abort()
+    in_flight.clear()
 
 
-def _packed(checksums: Iterable[str]) -> torch.Tensor:
-    rows = b"".join(text.encode("ascii").ljust(CHECKSUM_BYTES, b"\0") for text in checksums)
+def _packed(digests: Iterable[str]) -> torch.Tensor:
+    rows = b"".join(text.encode("ascii").ljust(DIGEST_BYTES, b"\0") for text in digests)
     return torch.frombuffer(bytearray(rows), dtype=torch.uint8)
 
 

@@ -28,7 +28,7 @@ class SharedBucket:
 
     index: int
     num_bytes: int
-    checksums: Mapping[str, str]
+    digests: Mapping[str, str]
     handles: Mapping[str, Any]
 
 
@@ -93,7 +93,7 @@ class SharedReader:
                 torch.cuda.current_stream(self._device).synchronize()
         except (RuntimeError, OSError) as error:
             raise TransportBroken(f"the memory of the policy's rank can't be mapped: {error}") from error
-        return Bucket(parcel.index, data, parcel.checksums)
+        return Bucket(parcel.index, data, parcel.digests)
 
     def close(self) -> None:
         self._mapped = {}

@@ -11,10 +11,11 @@ import torch
 
 from actors.engines.contract import UpdateReport
 from actors.remote.publisher import BucketPublisher, PolicyWeights
-from actors.remote.transports import CollectiveTransport
+from actors.remote.transports import CollectiveTransport, HostTransport, SharedTransport
 from actors.weights.manifest import WeightHeader, plan
 from actors.weights.sender import Packing
 from actors.weights.transports.broken import TransportBroken
+from actors.weights.transports.shared import SharedBucket
 from benchmarks.publish import AsIs
 from orchestrator.errors import PublishError, RoleDied
 
@@ -85,6 +86,40 @@ async def test_a_group_is_formed_once_and_again_after_an_actor_was_replaced() ->
     await transport.prepare()
     assert engines.calls == met * 2
     assert policy.calls == [("join", 0)] * 2
+
+
+@pytest.mark.parametrize(("transport", "make"), [(HostTransport, "next_bucket"), (SharedTransport, "share_bucket")])
+async def test_the_next_parcel_is_made_while_engines_apply_one(transport: Any, make: str) -> None:
+    """And none after that: two exist at once."""
+    made, applied = 0, 0
+    waiting: list[int] = []
+
+    def next_one(rank: int) -> tuple[float, Any]:
+        nonlocal made
+        made += 1
+        return 0.0, SharedBucket(made - 1, 64, {}, {})
+
+    def apply(rank: int) -> tuple[float, Any]:
+        nonlocal applied
+        applied += 1
+        asyncio.get_running_loop().call_later(0.01, lambda number: waiting.append(made - number), (applied + 1) // 2)
+        return 0.02, None
+
+    header = plan([("weight", torch.float32, (80,))], bucket_bytes=64)
+    policy, engines = Scripted("policy", 1, **{make: next_one}), Scripted("rollout", 3, receive_bucket=apply)
+    await transport(policy, engines, publish_s=5.0).carry(header, [0, 2])
+    assert made == header.num_buckets == 5
+    assert engines.calls == [("receive_bucket", rank) for _ in range(5) for rank in (0, 2)]
+    assert waiting == [1, 1] * 4 + [0, 0]  # while a parcel is applied, one more is made
+
+
+async def test_an_engine_that_fails_ends_the_relay() -> None:
+    header = plan([("weight", torch.float32, (80,))], bucket_bytes=64)
+    policy = Scripted("policy", 1, next_bucket=lambda rank: (0.0, None))
+    engines = Scripted("rollout", 1, receive_bucket=lambda rank: (0.0, DIED))
+    with pytest.raises(RoleDied):
+        await HostTransport(policy, engines, publish_s=5.0).carry(header, [0])  # type: ignore[arg-type]
+    assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 class Breaking:

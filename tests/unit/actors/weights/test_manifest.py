@@ -84,11 +84,23 @@ def test_a_tensor_that_is_proved_later_is_not_compared_when_it_arrives() -> None
     assert all(torch.equal(received[name], tensor) for name, tensor in weights.items())
 
 
+def test_a_tensor_in_several_buckets_arrives_in_the_room_that_is_given() -> None:
+    weights = _weights(torch.bfloat16)
+    header = _header(weights)
+    rooms = {name: torch.zeros(tensor.nbytes, dtype=torch.uint8) for name, tensor in weights.items()}
+    unpacker = Unpacker(header, room=lambda spec: rooms[spec.name])
+    received = {name: tensor for bucket in pack(header, weights.items()) for name, tensor in unpacker.add(bucket)}
+    assert all(torch.equal(received[name], tensor) for name, tensor in weights.items())
+    arrived = {name for name, room in rooms.items() if room.numel() and received[name].data_ptr() == room.data_ptr()}
+    assert arrived == {"embed", "up"}
+    assert all(not room.any() for name, room in rooms.items() if name not in arrived)
+
+
 def test_a_tensor_that_is_proved_later_still_needs_the_trainers_digest() -> None:
     weights = _weights(torch.bfloat16)
     header = _header(weights, bucket_bytes=1 << 20)
     (bucket,) = pack(header, weights.items())
-    without = {name: value for name, value in bucket.checksums.items() if name != "norm"}
+    without = {name: value for name, value in bucket.digests.items() if name != "norm"}
     with pytest.raises(PublishError, match="for norm;"):
         Unpacker(header, proved_later=lambda _: True).add(Bucket(0, bucket.data, without))
 

@@ -12,7 +12,8 @@ pytest.importorskip("vllm")
 from vllm import _custom_ops as vllm_ops
 from vllm.platforms import current_platform
 
-from actors.weights.packed import PackedWeight, _create, _multiply, install, packed_weight
+from actors.weights.packed import PackedWeight, _create, _is_packed_by_torch, _multiply, install, packed_weight
+from actors.weights.sums.words import row_sums
 
 SHAPES = [(96, 64), (515, 96), (64, 32), (5, 48), (1, 64)]
 
@@ -47,6 +48,37 @@ def test_it_is_read_to_the_bit_and_is_a_copy(shape: tuple[int, int]) -> None:
     before = weight.clone()
     packed = PackedWeight(weight.t())
     assert torch.equal(packed.read().view(torch.int32), before.view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(960, 576), (576, 1536), (1024, 64)], ids=str)
+def test_memory_in_panels_is_written_and_summed_as_rows(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    if not _is_packed_by_torch(dtype):
+        pytest.skip(f"torch packs no {dtype} here")
+    before, after = random(*shape).to(dtype), (random(*shape) * 3).to(dtype)
+    packed = PackedWeight(before.t())
+    height = packed.height
+    if height is None:
+        assert dtype == torch.bfloat16, "on CPUs with AVX2, AVX-512 and AMX oneDNN packs such shapes in panels"
+        pytest.skip("oneDNN packs it otherwise here")
+    assert shape[0] % height == 0
+    assert torch.equal(packed.row_sums(), row_sums(before, 0))
+    packed.write(height, after[height:])
+    assert torch.equal(packed.read(), torch.cat([before[:height], after[height:]]))
+    packed.write(0, after[:height])
+    assert torch.equal(packed.row_sums(), row_sums(after, 0))
+    rows = random(7, shape[1]).to(dtype)
+    assert torch.equal(packed.multiply(rows, None), PackedWeight(after.t()).multiply(rows, None))
+
+
+def test_other_shapes_are_not_taken_for_panels() -> None:
+    """Their rows are cut between words, or padded."""
+    for shape in ((515, 96), (5, 48), (64, 33)):
+        weight = random(*shape)
+        packed = PackedWeight(weight.t())
+        if packed.height is not None:
+            assert torch.equal(packed.row_sums(), row_sums(weight, 0))
+    assert PackedWeight(random(64, 33).t()).height is None
 
 
 def test_an_installed_layer_shows_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,17 @@ def test_views_read_what_was_written() -> None:
     assert torch.equal(held.of(parameter), sent.of(tensor))
 
 
+def test_whole_rows_that_are_neighbors_are_a_range() -> None:
+    parameter = torch.empty(10, 4)
+    assert found(parameter[3:9], numbered(6, 4))[0].rows(4) == range(3, 9)
+    assert View((4,), (1,), 8).rows(4) == range(2, 3)
+    assert View((), (), 5).rows(1) == range(5, 6)
+    assert View((2, 4), (4, 1), 6).rows(4) is None  # starts within a row
+    assert View((3, 2), (4, 1), 0).rows(4) is None  # half rows
+    assert View((3, 4), (8, 1), 0).rows(4) is None  # every second row
+    assert View((4, 6), (1, 4), 0).rows(4) is None  # transposed
+
+
 def test_a_shuffle_is_no_place() -> None:
     shuffled = numbered(24)[torch.randperm(24, generator=torch.Generator().manual_seed(0))]
     assert _views(torch.empty(24), shuffled, FIRST, END) is None

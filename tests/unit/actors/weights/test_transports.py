@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -15,7 +16,8 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from actors.weights.manifest import Bucket, Unpacker, WeightHeader, pack, plan
 from actors.weights.sender import follow
 from actors.weights.transports.broken import TransportBroken
-from actors.weights.transports.group import STOP, BroadcastGroup, Rendezvous, ending_in
+from actors.weights.transports import group as groups
+from actors.weights.transports.group import STOP, BroadcastGroup, Rendezvous
 from actors.weights.transports.receiver import Announced, Receiver
 from actors.weights.transports.shared import SharedBucket, SharedBuffer, SharedReader, device_id
 from tests.deadlines import scaled
@@ -115,6 +117,26 @@ def test_the_drivers_stop_ends_all_waits(store: TCPStore, weights: dict[str, tor
     assert "the driver stopped the group: engine 3 is gone" in str(outcomes[1])
 
 
+def test_a_group_that_was_left_keeps_no_bucket(store: TCPStore, weights: dict[str, torch.Tensor]) -> None:
+    header = header_of(weights)
+
+    def leaves() -> list[tuple[Any, torch.Tensor]]:
+        group = BroadcastGroup(meeting(store, 2), 0, CPU)
+        group.send(next(pack(header, weights.items())))  # the other member never receives it
+        in_flight = group._in_flight
+        assert in_flight
+        group.leave()
+        for thread in threading.enumerate():
+            if thread.name == "leave-group":
+                thread.join(scaled(30))
+        assert group._backend in groups._LEFT
+        assert not group._in_flight
+        return in_flight
+
+    in_flight, _ = together(leaves, lambda: BroadcastGroup(meeting(store, 2), 1, CPU))
+    assert in_flight == []
+
+
 def test_a_worker_without_a_group_says_so() -> None:
     with pytest.raises(TransportBroken, match="in no group"):
         Receiver(CPU).take(Announced())
@@ -144,7 +166,7 @@ def test_ranks_that_only_follow_take_as_many_tensors_per_bucket_as_those_that_pa
 def test_both_sides_know_which_tensors_end_in_a_bucket(weights: dict[str, torch.Tensor], bucket_bytes: int) -> None:
     header = header_of(weights, bucket_bytes)
     buckets = list(pack(header, weights.items()))
-    assert [ending_in(header, bucket.index) for bucket in buckets] == [list(bucket.checksums) for bucket in buckets]
+    assert header.endings() == [list(bucket.digests) for bucket in buckets]
 
 
 def test_a_shared_bucket_is_a_copy_of_what_the_policy_put_there(weights: dict[str, torch.Tensor]) -> None:
@@ -153,7 +175,7 @@ def test_a_shared_bucket_is_a_copy_of_what_the_policy_put_there(weights: dict[st
     found, parcels = [], []
     for bucket in pack(header, weights.items()):
         buffer.fill(bucket)
-        parcels.append(SharedBucket(bucket.index, bucket.num_bytes, bucket.checksums, {device_id(CPU): buffer.handle}))
+        parcels.append(SharedBucket(bucket.index, bucket.num_bytes, bucket.digests, {device_id(CPU): buffer.handle}))
         found += unpacker.add(reader.take(parcels[-1]))
     buffer.fill(Bucket(0, torch.zeros(1024, dtype=torch.uint8), {}))
     assert_equal(found, weights)
