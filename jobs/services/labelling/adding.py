@@ -45,11 +45,15 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Added:
-    """`num_unfit`: prompts with too few different replies, or without a known order for gold."""
+    """Args:
+    num_unfit: prompts with too few different replies, or without a known order for gold.
+    overlaps: by key of each item, also of known ones, the number of people who shall judge it.
+    """
 
     num_new: int
     num_known: int
     num_unfit: int
+    overlaps: Mapping[str, int]
 
 
 def add(store: Store, candidates: Iterable[Candidate], wanted: Wanted, *, batch: str) -> Added:
@@ -63,6 +67,7 @@ def add(store: Store, candidates: Iterable[Candidate], wanted: Wanted, *, batch:
     if wanted.gold and wanted.kind not in _GOLD:
         raise ConfigError(f"--gold needs a task with a known order: {' or '.join(_GOLD)}, not {wanted.kind}.")
     num_new = num_known = num_unfit = 0
+    overlaps: dict[str, int] = {}
 
     def rows() -> Iterator[Row]:
         nonlocal num_unfit
@@ -75,7 +80,8 @@ def add(store: Store, candidates: Iterable[Candidate], wanted: Wanted, *, batch:
     while group := list(islice(fitting, _BATCH)):
         new = _insert(store, group)
         num_new, num_known = num_new + new, num_known + len(group) - new
-    return Added(num_new, num_known, num_unfit)
+        overlaps |= {row["key"]: row["overlap"] for row in group}
+    return Added(num_new, num_known, num_unfit, overlaps)
 
 
 def _insert(store: Store, group: Sequence[Row]) -> int:

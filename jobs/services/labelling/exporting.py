@@ -64,9 +64,20 @@ def export(store: Store, out: Path, shape: str) -> Exported:
 
 
 def _rankings(connection: Connection, report: Exported) -> Iterator[Json]:
-    """Judgements of ranks and comparisons, merged for each item. An item whose order has ties makes a row per pair."""
     weights = {person: weight(found) for person, found in reliabilities_of(connection).items()}
-    for item, given in _judged(connection, ("rank", "compare")):
+    yield from rankings_of(_judged(connection, ("rank", "compare")), weights, report)
+
+
+def rankings_of(
+    judged: Iterable[tuple[Any, Sequence[Any]]], weights: Mapping[int, float], report: Exported
+) -> Iterator[Json]:
+    """Ranks and comparisons, merged for each item. An item whose order has ties makes a row per pair.
+
+    Args:
+        judged: items (fields as in tables.py) with their judgements (person, answer).
+        weights: of each person's votes.
+    """
+    for item, given in judged:
         report.num_items += 1
         votes = [vote for row in given for vote in votes_of(item.id, row.person, row.answer)]
         order = ranked_pairs(margins(votes, weights))
@@ -162,6 +173,11 @@ def reliabilities_of(connection: Connection) -> Mapping[int, float]:
         .join(items)
         .where(judgements.c.undone_at.is_(None), items.c.kind.in_(("rank", "compare")))
     ).all()
+    return reliabilities_from(found)
+
+
+def reliabilities_from(found: Sequence[Any]) -> Mapping[int, float]:
+    """The same of judgements (item, person, answer, the item's gold)."""
     known = {row.item: row.gold for row in found if row.gold is not None}
     gold = {
         (vote.item, vote.first, vote.second): vote.first_is_better

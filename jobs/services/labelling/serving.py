@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import signal
 import socket
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -54,6 +58,16 @@ def serve(
         with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has ended
             uvicorn.Server(config).run(sockets=[listener])
         say("stopped; everything that was confirmed is in the store.")
+
+
+def end_with_input() -> None:
+    """From now on this process stops when its standard input ends: when the process that started it has ended."""
+
+    def watch() -> None:
+        sys.stdin.buffer.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="input", daemon=True).start()
 
 
 def link(address: str, token: str) -> str:

@@ -79,7 +79,19 @@ def from_run(folder: Path, *, stage: str | None, step: int | None) -> Iterator[C
     files = _step_files(folder, stage, step) if step is not None else [_samples_file(folder, stage)]
     place = files[0].parent if step is None else files[0].parents[2]
     name = stage or ("" if place == folder else place.name)
-    source = {"run": folder.resolve().name, "stage": name, "step": step, "sampling": _sampling(folder, name)}
+    return of_samples(files, folder, name, step=step)
+
+
+def of_samples(files: Sequence[Path], folder: Path, stage: str, *, step: int | None = None) -> Iterator[Candidate]:
+    """The samples in files of the run in `folder`, grouped by prompt.
+
+    Args:
+        stage: the stage that sampled, for the source of the items.
+
+    Raises:
+        DataError: they can't be read.
+    """
+    source = {"run": folder.resolve().name, "stage": stage, "step": step, "sampling": _sampling(folder, stage)}
     try:
         table = pa.concat_tables(pq.read_table(file, columns=_COLUMNS) for file in files)
     except (OSError, pa.ArrowException) as error:
