@@ -62,8 +62,9 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     found = await asyncio.to_thread(read_items, job.output(JUDGEMENTS))
     report = await asyncio.to_thread(write_rankings, job.output(PREFERENCES), found)
     shared = agreement(found)
+    num_judgements = sum(len(item.judgements) for item in found)
     result = {
-        "judgements": sum(len(item.judgements) for item in found),
+        "judgements": num_judgements,
         "items": sum(bool(item.judgements) for item in found),
         "people": num_people(found),
         "rankings": report.num_rows,
@@ -71,7 +72,7 @@ async def run(job: StageJob) -> Mapping[str, Any]:
         "agreement": shared,
     }
     agreed = {} if shared is None else {"people/agreement": shared}
-    job.telemetry.evaluation(0, {"people/judgements": result["judgements"], "people/waiting": 0.0, **agreed})
+    job.telemetry.evaluation(0, {"people/judgements": num_judgements, "people/waiting": 0.0, **agreed})
     job.say(f"{job.name}: {describe(result)}")
     return result
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable
@@ -33,8 +31,8 @@ from orchestrator.watching.telemetry import read_lines
 from tests.deadlines import scaled
 from tests.people import labellers, until
 from tests.unit.jobs.services.labelling.filled import person
-from tests.unit.jobs.services.labelling.running import ROOT, free_port
-from tests.unit.jobs.stages.work.waiting import config_of, run_all, samples, with_samples, written
+from tests.unit.jobs.services.labelling.running import free_port
+from tests.unit.jobs.stages.work.waiting import config_of, driver, run_all, samples, with_samples, written
 
 RULES = work.Rules(gold_share=0.0)
 
@@ -120,8 +118,9 @@ async def test_an_admin_ends_the_wait_and_what_is_missing_is_no_longer_asked_for
         with store.writing() as connection:
             batches.finish(connection, "demo/people")
         await asyncio.wait_for(task, scaled(20))
+        bob = person(store, "bob")
         with store.writing() as connection:
-            assert work.next_task(connection, person(store, "bob"), RULES) is None
+            assert work.next_task(connection, bob, RULES) is None
     assert len(rows(run / "people.jsonl")) == 1 and len(rows(run / "judgements.jsonl")) == 4
     assert read_lines(run / "events.jsonl")[-2]["reason"] == "an admin finished the batch"
 
@@ -224,39 +223,28 @@ def _judged_run(config: Path, run: Path, port: int, *, kills: int) -> list[Any]:
         opened.close()
         return found.num_judgements if found else 0
 
-    process = _driver(config)
+    process = driver(config)
     try:
-        until((run / "people.json").exists, within_s=scaled(30), what="the wait for people")
+        until((run / "people.json").exists, within_s=scaled(60), what="the wait for people")
         if kills:
             process.kill()
-            process.wait()
-            process = _driver(config)
+            process.join()
+            process = driver(config)
         with labellers(store, f"http://127.0.0.1:{port}", ("ann", "bob"), pause_s=0.02) as found:
             if kills > 1:
                 until(lambda: num_judged() > 5, within_s=scaled(30), what="judgements")
                 process.kill()
-                process.wait()
-                before = num_judged()
-                assert before < 48, "it was killed while people answered"
-                process = _driver(config)
-            output, _ = process.communicate(timeout=scaled(60))
-            assert process.returncode == 0, output
+                process.join()
+                assert num_judged() < 48, "it was killed while people answered"
+                process = driver(config)
+            process.join(scaled(60))
+            assert process.exitcode == 0
             assert not kills or any(each.failures for each in found), "the service was away"
     finally:
         process.kill()
-        process.communicate()
+        process.join()
     assert sum(len(row["judgements"]) for row in rows(run / "judgements.jsonl")) == 48
     return [{**row, "source": None} for row in rows(run / "people.jsonl")]
-
-
-def _driver(config: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.unit.jobs.stages.work.waiting", str(config)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 @pytest.mark.parametrize(

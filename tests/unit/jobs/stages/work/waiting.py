@@ -1,13 +1,10 @@
-"""Runs whose samples exist already, so that their stages `people` can run without Ray.
-
-`python -m tests.unit.jobs.stages.work.waiting CONFIG` runs or continues one, as a driver that tests can kill.
-"""
+"""Runs whose samples exist already, so that their stages `people` can run without Ray."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import sys
+import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.command import say
 from jobs.pipeline import run_stages
 from jobs.prepare import without_prompts
+from jobs.stages.work import people as stage
 from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree, load_config, to_yaml
 from orchestrator.run.folder import RunFolder, open_run
@@ -82,9 +81,15 @@ async def run_all(config: Config, say: Any = lambda line: None) -> RunFolder:
     return run
 
 
-def main() -> None:
-    asyncio.run(run_all(load_config(Path(sys.argv[1]), ()), lambda line: print(line, flush=True)))  # noqa: T201
+def driver(config: Path) -> Any:
+    """A process that runs or continues a run, to be killed. It is forked off a server that has imported this module."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=_drive, args=(config,))
+    process.start()
+    return process
 
 
-if __name__ == "__main__":
-    main()
+def _drive(config: Path) -> None:
+    stage.POLL_S = 0.1
+    asyncio.run(run_all(load_config(config, ()), say))
