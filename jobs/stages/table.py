@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.stages.evaluate import Evaluate
+from jobs.stages.people import People
 from jobs.stages.preference import Preference
 from jobs.stages.preferences import Preferences
 from jobs.stages.reward_model import RewardModel
@@ -25,8 +26,9 @@ from orchestrator.config.stages import OLD_KINDS, StageEntry
 from orchestrator.errors import ConfigError
 from orchestrator.run.folder import RunFolder, stage_place
 
-_ALL = (Sft(), Sample(), ScoreSamples(), Select(), Preferences(), RewardModel(), Preference(), Rl(), Evaluate())
-STAGES: dict[str, Stage] = {stage.kind: stage for stage in _ALL}
+_MAKING_DATA = (Sample(), ScoreSamples(), Select(), Preferences(), People())
+_LEARNING = (Sft(), RewardModel(), Preference(), Rl())
+STAGES: dict[str, Stage] = {stage.kind: stage for stage in (*_MAKING_DATA, *_LEARNING, Evaluate())}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from jobs.why.facts import Beat, Event, Facts
+from jobs.why.facts import Beat, Event, Facts, PeopleWait
 from jobs.why.failure import (
     STAGE_ENDS,
     FirstFailure,
@@ -121,6 +121,10 @@ def _deed(event: Event) -> str | None:
         "stop_requested": lambda: f"asked to stop, step {get('step')}; last checkpoint: {get('saved')}",
         "stage_set_aside": lambda: f"results of {event.stage} set aside, to run it again: {get('folder')}",
         "waiting": lambda: brief(get("what")),
+        "people_asked": lambda: f"asked people for {get('judgements')} judgements of {get('items')} items",
+        "people_judged": lambda: (
+            f"people gave {get('judgements')} judgements of {get('judged')} items; {get('reason')}"
+        ),
     }
     return texts[event.kind]() if event.kind in texts else None
 
@@ -149,7 +153,7 @@ def _now(facts: Facts, state: State, failure: FirstFailure | None) -> Iterator[s
         else:
             yield f"finished what its command was to do; the config has more stages, up to {facts.stages[-1]}"
             yield from _way_on(facts)
-    elif beat is not None and state in ("running", "paused", "frozen"):
+    elif beat is not None and state in ("running", "waiting", "paused", "frozen"):
         yield from _living(facts, state, beat)
         if events and events[-1].kind == "waiting":
             since = duration(facts.now - events[-1].time)
@@ -173,9 +177,27 @@ def _living(facts: Facts, state: State, beat: Beat) -> Iterator[str]:
     else:
         yield f"frozen: {process} is there, its last heartbeat {age} ago; `py-spy dump --pid {beat.pid}` says why"
     yield from doing(beat)
+    if beat.people is not None:
+        yield from _people(beat.people, facts.now)
     if state == "paused":
         yield f"paused: {brief(beat.paused or facts.paused)}"
         yield f"to resume: rm {_path(facts, PAUSED_FILE)}; to end it: kill -TERM {beat.pid} (on {beat.host})"
+
+
+def _people(wait: PeopleWait, now: float) -> Iterator[str]:
+    since = "" if wait.since is None else f", for {duration(now - wait.since)}"
+    until = "" if wait.until is None else f", until {moment(wait.until)} at the latest"
+    if wait.missing is None or wait.judgements is None:
+        yield f"waits for people: judgements of {brief(wait.batch)} are missing{since}{until}"
+    else:
+        of = wait.judgements + wait.missing
+        yield f"waits for people: {wait.missing} of {of} judgements of {brief(wait.batch)} are missing{since}{until}"
+    if wait.problem is not None:
+        yield f"the judgements can't be counted now: {brief(wait.problem)}"
+    store = shlex.quote(brief(wait.store))
+    if wait.page is not None:
+        yield f"page: {brief(wait.page)}; a link: rlhf label invite NAME --store {store} --address {brief(wait.page)}"
+    yield f"to continue with what there is: rlhf label finish {shlex.quote(brief(wait.batch))} --store {store}"
 
 
 def doing(beat: Beat) -> Iterator[str]:

@@ -31,6 +31,26 @@ class Call:
 
 
 @dataclass(frozen=True)
+class PeopleWait:
+    """A wait for judgements of people.
+
+    Args:
+        since, until: times; `until` None: there is no deadline.
+        page: address of the page; None: the run does not serve it.
+        problem: why the judgements can't be counted at the moment.
+    """
+
+    batch: str
+    store: str
+    judgements: int | None
+    missing: int | None
+    since: float | None
+    until: float | None
+    page: str | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
 class Beat:
     """The last heartbeat. `process`: the state of the process that wrote it; "unknown" from another host."""
 
@@ -45,6 +65,7 @@ class Beat:
     paused: str | None
     ended: str | None
     process: Process
+    people: PeopleWait | None = None
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from jobs.why.facts import Beat, Event, Facts
 from jobs.why.reader import stages_of, whole
 from orchestrator.watching.heartbeat import EVERY_S, FINISHED, STOPPED
 
-State = Literal["finished", "running", "paused", "starting", "frozen", "stopped", "failed", "killed"]
-GOOD: frozenset[State] = frozenset({"finished", "running", "paused", "starting"})
+State = Literal["finished", "running", "waiting", "paused", "starting", "frozen", "stopped", "failed", "killed"]
+GOOD: frozenset[State] = frozenset({"finished", "running", "waiting", "paused", "starting"})
 ALIVE_S = 3 * EVERY_S
 STARTING_S = 120.0  # the preflight and the start of Ray come before the first heartbeat
 STAGE_ENDS = {
@@ -83,6 +83,8 @@ def _state_by_beat(facts: Facts, beat: Beat) -> State:
         return "killed"
     if beat.process == "stopped" or not beats:
         return "frozen"
+    if beat.people is not None:
+        return "waiting"
     return "paused" if beat.paused or facts.paused is not None else "running"
 
 

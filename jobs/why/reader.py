@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import psutil
 
 from jobs.stages.table import logged_name, logged_place, named_kinds, num_steps_of
-from jobs.why.facts import Beat, Call, Event, Facts, Process
+from jobs.why.facts import Beat, Call, Event, Facts, PeopleWait, Process
 from orchestrator.config.loader import translated
 from orchestrator.config.stages import OLD_KINDS
 from orchestrator.config.yaml_text import parse_yaml
@@ -176,7 +176,26 @@ def _beat(line: Mapping[str, Any]) -> Beat | None:
         paused=str(line["paused"]) if line.get("paused") else None,
         ended=str(line["ended"]) if line.get("ended") else None,
         process=_process(pid, host, time),
+        people=_people(people) if isinstance(people := line.get("people"), dict) else None,
     )
+
+
+def _people(item: Mapping[str, Any]) -> PeopleWait:
+    return PeopleWait(
+        str(item.get("batch")),
+        str(item.get("store")),
+        whole(item.get("judgements")),
+        whole(item.get("missing")),
+        _moment(item.get("since")),
+        _moment(item.get("until")),
+        str(item["page"]) if item.get("page") else None,
+        str(item["problem"]) if item.get("problem") else None,
+    )
+
+
+def _moment(value: Any) -> float | None:
+    found = number(value)
+    return found if found is not None and found >= 0 else None
 
 
 def _call(item: Mapping[str, Any]) -> Call:

@@ -13,6 +13,7 @@ from orchestrator.algorithms.table import ALGORITHMS
 from orchestrator.config.base import ByName, Section
 from orchestrator.config.environments import EnvironmentConfig
 from orchestrator.config.guards import GuardsConfig
+from orchestrator.config.people import PeopleConfig
 from orchestrator.config.publishing import PublishConfig
 from orchestrator.config.rewards import (
     REWARDS,
@@ -59,7 +60,8 @@ class Config(Section):
     stages: Annotated[tuple[StageEntry, ...], Field(min_length=1), BeforeValidator(in_rounds)] = (
         StageEntry(kind="rl", name="rl"),
     )
-    """Stages of the run, in order: sft, sample, score, select, preferences, reward_model, preference, rl, evaluate.
+    """Stages of the run, in order: sft, sample, score, select, preferences, people, reward_model, preference, rl,
+    evaluate.
     A repeated stage needs a unique name: {name: again, kind: rl, set: {rl.steps: 5}}.
     {rounds: 2, stages: [sample, rl]} repeats stages: sample-1, rl-1, sample-2, rl-2."""
     run: RunConfig = RunConfig()
@@ -69,6 +71,7 @@ class Config(Section):
     sft: SftConfig = SftConfig()
     sample: SampleConfig = SampleConfig()
     labeller: LabellerConfig = LabellerConfig()
+    people: PeopleConfig = PeopleConfig()
     score: ScoreConfig = ScoreConfig()
     select: SelectConfig = SelectConfig()
     preferences: PreferencesConfig = PreferencesConfig()

@@ -34,6 +34,7 @@ LAST_PUSH_S, STOPPED_PUSH_S = 600.0, 20.0
 _BLOCK_BYTES = 8 << 20
 # Files that grow during the run. They are read last, so they cover everything else in the snapshot.
 _GROWING = (".jsonl",)
+_DATABASE = "labels.db"  # a copy of a database that is written to is damaged; the stage `people` makes a sound one
 _NAME = re.compile(r"(\d{3,})-(\d{6,})\.json")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MANIFEST_BYTES = 64 << 20
@@ -319,6 +320,7 @@ def _settled(folder: Path) -> list[str]:
         for path in sorted(folder.rglob("*"))
         # A link may refer to files outside the folder that do not belong to the run.
         if path.is_file() and not path.is_symlink() and not any(parent in incomplete for parent in path.parents)
+        if not path.name.startswith(_DATABASE)
     ]
     names = [str(path) for path in found if not any(part.startswith(".") for part in path.parts)]
     return sorted((name for name in names if name != HEARTBEAT_FILE), key=lambda name: name.endswith(_GROWING))

@@ -22,7 +22,7 @@ from orchestrator.data.outside_text import redacted
 HEARTBEAT_FILE = "heartbeat.json"
 EVERY_S = 5.0
 FINISHED, STOPPED = "finished", "stopped"
-_NOTHING: Mapping[str, Any] = {"stage": None, "step": None, "phases": {}, "waiting": [], "paused": None}
+_NOTHING: Mapping[str, Any] = {"stage": None, "step": None, "phases": {}, "waiting": [], "paused": None, "people": None}
 
 
 class Heartbeat:
@@ -33,8 +33,9 @@ class Heartbeat:
 
     Args:
         folder: the run's folder.
-        read: returns the current activity: any of stage, step, phases (seconds by name), paused, and waiting (role,
-            rank, operation, seconds, deadline_s of each pending call). Called on the event loop.
+        read: returns the current activity: any of stage, step, phases (seconds by name), paused, waiting (role,
+            rank, operation, seconds, deadline_s of each pending call), and people (batch, store, items, judgements,
+            missing, since, until, page, problem of a wait for people). Called on the event loop.
     """
 
     def __init__(

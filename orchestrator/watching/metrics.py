@@ -25,7 +25,7 @@ PHASES: Mapping[str, str] = MappingProxyType(
     }
 )
 
-When = Literal["every step", "evaluation", "reward_model stage"]
+When = Literal["every step", "evaluation", "reward_model stage", "people stage"]
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,22 @@ def _beside_steps() -> Iterable[Metric]:
     yield Metric("reward_model/learning_rate", "Learning rate", when=stage)
 
 
+def _people() -> Iterable[Metric]:
+    stage: When = "people stage"
+    yield Metric("people/waiting", "1 while the run waits for judgements of people, 0 afterwards", when=stage)
+    yield Metric("people/items", "Items that people are asked to judge", "items", when=stage)
+    yield Metric("people/judgements", "Judgements of these items", "judgements", when=stage)
+    yield Metric("people/missing", "Judgements for which the run waits", "judgements", when=stage)
+    yield Metric("people/seconds_left", "Time until people.deadline_hours; absent without it", "seconds", when=stage)
+    yield Metric("people/agreement", "Share of pairs of replies on which two people agree, in all rounds", when=stage)
+
+
 METRICS: Mapping[str, Metric] = MappingProxyType(
-    {metric.name: metric for part in (_rewards, _samples, _learning, _cost, _beside_steps) for metric in part()}
+    {
+        metric.name: metric
+        for part in (_rewards, _samples, _learning, _cost, _beside_steps, _people)
+        for metric in part()
+    }
 )
 
 
@@ -213,6 +227,7 @@ _SECTIONS: Mapping[When, str] = {
     "every step": "Every step",
     "evaluation": "Every evaluation",
     "reward_model stage": "Reward-model stage",
+    "people stage": "Stage that waits for people, at the endpoint while it waits",
 }
 
 ACTOR_METRICS: Mapping[str, Metric] = MappingProxyType(

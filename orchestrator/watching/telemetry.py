@@ -171,6 +171,7 @@ class Telemetry:
         for name in (METRICS_FILE, EVENTS_FILE):
             _repair(folder / name)
         self._total_tokens = 0.0
+        self._people: Mapping[str, Any] | None = None
         self._first: Mapping[str, float] = {}
         self._continue_from(read_lines(folder / METRICS_FILE))
 
@@ -243,8 +244,20 @@ class Telemetry:
         self._rewrite(lambda line: False)
 
     def now(self) -> dict[str, Any]:
-        """The current activity: stage, step (the last started, None before the first), seconds by open phase."""
-        return {"stage": self._stage, "step": self._step, "phases": self._phases.open()}
+        """The current activity: stage, step (the last started, None before the first), seconds by open phase, what
+        people are waited for."""
+        return {"stage": self._stage, "step": self._step, "phases": self._phases.open(), "people": self._people}
+
+    def waits_for_people(self, what: Mapping[str, Any] | None, metrics: Mapping[str, float]) -> None:
+        """Shows in the heartbeat and at the endpoint that the stage waits for people; writes no line.
+
+        Args:
+            what: content of the heartbeat; None: it waits no longer.
+            metrics: values of this moment.
+        """
+        self._people = what
+        if self._prometheus is not None:
+            self._prometheus.update(metrics, steps=0, tokens=0.0)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Appends one line to events.jsonl: time, attempt, stage, kind and the fields (values that JSON can hold)."""

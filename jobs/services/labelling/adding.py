@@ -47,11 +47,15 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Added:
-    """`num_unfit`: prompts with too few different replies, or without a known order for gold."""
+    """Args:
+    num_unfit: prompts with too few different replies, or without a known order for gold.
+    overlaps: by key of each item, also of known ones, the number of people who shall judge it.
+    """
 
     num_new: int
     num_known: int
     num_unfit: int
+    overlaps: Mapping[str, int]
 
 
 def add(store: Store, candidates: Iterable[Candidate | Tree], wanted: Wanted, *, batch: str) -> Added:
@@ -68,6 +72,7 @@ def add(store: Store, candidates: Iterable[Candidate | Tree], wanted: Wanted, *,
         raise ConfigError(f"--gold needs a task with a known order: {' or '.join(_GOLD)}, not {wanted.kind}.")
     num_new = num_known = num_unfit = 0
     whole: list[Tree] = []
+    overlaps: dict[str, int] = {}
 
     def rows() -> Iterator[Row]:
         nonlocal num_unfit
@@ -83,10 +88,11 @@ def add(store: Store, candidates: Iterable[Candidate | Tree], wanted: Wanted, *,
     while group := list(islice(fitting, _BATCH)):
         new = _insert(store, group, whole, batch)
         num_new, num_known = num_new + new, num_known + len(group) - new
+        overlaps |= {row["key"]: row["overlap"] for row in group}
         whole.clear()
     if whole:
         _insert(store, (), whole, batch)
-    return Added(num_new, num_known, num_unfit)
+    return Added(num_new, num_known, num_unfit, overlaps)
 
 
 def _insert(store: Store, group: Sequence[Row], whole: Sequence[Tree], batch: str) -> int:

@@ -1,4 +1,4 @@
-"""`rlhf label serve`, `add`, `invite`, `revoke`, `people`, `export`, `backup` and `quickstart`."""
+"""`rlhf label serve`, `add`, `invite`, `revoke`, `people`, `finish`, `export`, `backup` and `quickstart`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from jobs.command import imported, run_command, say
+from jobs.services.labelling import batches
 from jobs.services.labelling import people as links
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.work import Rules
@@ -51,10 +52,13 @@ def serve(  # noqa: PLR0913  the parameters are the command's options
     rate: Annotated[float, typer.Option(min=0.1, help="Requests per second of one labeller, on average.")] = 20.0,
     certificate: Annotated[Path | None, typer.Option(help="PEM file, for HTTPS.")] = None,
     key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's key.")] = None,
+    until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
 ) -> None:
     """Serves the page until Ctrl-C. A start continues where the last one ended."""
 
     def work(opened: Store) -> None:
+        if until_eof:
+            imported("jobs.services.labelling.serving:end_with_input")()
         settings = imported("jobs.services.labelling.app:Settings")(
             rules=Rules(lease_s=60.0 * lease_minutes, gold_share=gold_share),
             guidelines="" if guidelines is None else read_text(guidelines, f"guidelines {guidelines}", DataError),
@@ -169,6 +173,22 @@ def people(store: Place = "labels.db") -> None:
             for part in ("quality", "arms"):
                 for line in imported(f"jobs.services.labelling.{part}:lines")(connection):
                     say(line)
+
+    _with_store(store, work)
+
+
+@app.command(epilog="\b\nExample:\n  rlhf label finish my-run/people --store runs/my-run/labels.db")
+def finish(
+    batch: Annotated[str, typer.Argument(help="Name of a batch: RUN/STAGE of a run that waits for people.")],
+    store: Place = "labels.db",
+    undo: Annotated[bool, typer.Option("--undo", help="Wait for the missing judgements again.")] = False,
+) -> None:
+    """Lets a run that waits for people continue with the judgements that there are."""
+
+    def work(opened: Store) -> None:
+        with opened.writing() as connection:
+            batches.finish(connection, batch, is_finished=not undo)
+        say(f"{batch}: {'the missing judgements are waited for' if undo else 'no more judgements are waited for'}")
 
     _with_store(store, work)
 

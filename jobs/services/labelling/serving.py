@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -72,6 +75,16 @@ def run(app: FastAPI, listener: socket.socket, *, until: Callable[[], bool] = la
     finally:
         ended.set()
     say("stopped; everything that was confirmed is in the store.")
+
+
+def end_with_input() -> None:
+    """From now on this process stops when its standard input ends: when the process that started it has ended."""
+
+    def watch() -> None:
+        sys.stdin.buffer.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="input", daemon=True).start()
 
 
 def address_of(host: str, port: int, *, is_encrypted: bool = False) -> str:

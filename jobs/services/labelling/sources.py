@@ -126,7 +126,19 @@ def from_run(folder: Path, *, stage: str | None, step: int | None) -> Iterator[C
     files = sample_files(folder, stage=stage, step=step)
     place = files[0].parent if step is None else files[0].parents[2]
     name = stage or ("" if place == folder else place.name)
-    source = {"run": folder.resolve().name, "stage": name, "step": step, "sampling": _sampling(folder, name)}
+    return of_samples(files, folder, name, step=step)
+
+
+def of_samples(files: Sequence[Path], folder: Path, stage: str, *, step: int | None = None) -> Iterator[Candidate]:
+    """The samples in files of the run in `folder`, grouped by prompt.
+
+    Args:
+        stage: the stage that sampled, for the source of the items.
+
+    Raises:
+        DataError: they can't be read.
+    """
+    source = {"run": folder.resolve().name, "stage": stage, "step": step, "sampling": _sampling(folder, stage)}
     groups: dict[str, list[Json]] = {}
     for row in itertools.chain.from_iterable(map(_samples, files)):
         groups.setdefault(row["prompt_id"], []).append(row)

@@ -69,6 +69,11 @@ class Store:
                 raise CapacityError(f"another service uses {self.place}; stop it, or give another --store.")
             yield
 
+    def is_served(self) -> bool:
+        """Whether a service has claimed the store."""
+        with self._served_file(self.file) if self.file else self._served_database() as is_free:
+            return not is_free
+
     def back_up(self, target: Path) -> None:
         """Copies the store while it is in use, whole or not at all.
 

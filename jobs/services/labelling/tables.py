@@ -58,6 +58,24 @@ trees = Table(
     Column("content", Text, nullable=False),  # JSON
 )
 
+# Items whose judgements somebody waits for, such as a stage of a run.
+batches = Table(
+    "batches",
+    metadata,
+    Column("name", String(200), primary_key=True),
+    Column("opened_at", Float, nullable=False),
+    Column("finished_at", Float),  # by an admin, who wants no more judgements
+    Column("closed_by", String(200)),  # why nobody waits any more
+)
+
+# An item may be in several batches: judgements of one count in all of them.
+members = Table(
+    "members",
+    metadata,
+    Column("batch", ForeignKey("batches.name"), primary_key=True),
+    Column("item", ForeignKey("items.id"), primary_key=True),
+)
+
 showings = Table(
     "showings",
     metadata,

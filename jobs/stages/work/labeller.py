@@ -105,10 +105,11 @@ def write_rankings(path: Path, rankings: Iterable[LabelledRanking]) -> None:
 
 
 def read_gold(path: Path) -> dict[str, tuple[float, ...]]:
-    """Gold scores of the replies that `write_rankings` wrote, best first by label, by prompt id."""
+    """Gold scores of the replies that `write_rankings` wrote, best first by label, by prompt id. Empty: people ranked
+    them."""
     with path.open(encoding="utf-8") as stream:
         rows = map(json.loads, stream)
-        return {row["id"]: tuple(row["gold"]) for row in rows}
+        return {row["id"]: tuple(row["gold"]) for row in rows if "gold" in row}
 
 
 def _ranking(prompt: ScoredReplies, gold_of_reply: dict[str, float], *, noise_std: float, seed: int) -> LabelledRanking:

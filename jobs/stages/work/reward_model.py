@@ -113,8 +113,7 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     data = await store_preferences(job.config, stage.loss.judgement, train, folder, job.say, made=path)
     job.say(f"reward model: {data.report.summary()}")
     gold = None
-    if path is not None:
-        gold_of_prompt = read_gold(path)
+    if path is not None and (gold_of_prompt := read_gold(path)):
         gold = [gold_of_prompt[identity] for identity in data.held_out_ids]
     result = await train_reward_model(job.config, data, folder, job.telemetry, job.say, gold=gold)
     write_json(job.run.place / RESULT_FILE, asdict(result))

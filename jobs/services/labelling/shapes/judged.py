@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, Row, select
+from sqlalchemy import Connection, select
 
 from jobs.services.labelling.agreement.given import given_in
 from jobs.services.labelling.merging import Electorate, Pair, Vote, electorate, margins, ranked_pairs
@@ -28,13 +28,13 @@ class Exported:
 
 @dataclass(frozen=True)
 class Judged:
-    """An item and its judgements (person, name, client_id, answer, made_at, seconds), without those that were undone.
+    """An item (fields as in tables.py) and its judgements (person, name, client_id, answer, made_at, seconds), without those that were undone.
 
     Args:
         judges: those who judged, over all items of the store.
     """
 
-    item: Row[Any]
+    item: Any
     given: Sequence[Any]
     judges: Electorate
 

@@ -234,6 +234,45 @@ def test_a_pause_by_a_guard_says_why_and_how_to_resume(run):
     assert explained.first_failure is not None and explained.first_failure.is_answered
 
 
+def test_a_wait_for_people_is_a_state_of_its_own_with_the_ways_to_end_it(run):
+    run.begin()
+    run.event("people_asked", batch="demo-1/people", items=40, judgements=48)
+    people = {
+        "batch": "demo-1/people",
+        "store": "runs/demo 1/labels.db",
+        "items": 40,
+        "judgements": 11,
+        "missing": 37,
+        "since": NOW - 18720.0,
+        "until": None,
+        "page": "http://127.0.0.1:8700",
+        "problem": None,
+    }
+    run.beat(stage="people", step=None, phases={}, people=people)
+    explained = run.explain()
+    assert explained.state == "waiting" and explained.first_failure is None
+    assert list(explained.now) == [
+        "alive: process 99 on elsewhere, last heartbeat 3 s ago",
+        "people, step none yet",
+        "waits for people: 37 of 48 judgements of demo-1/people are missing, for 5 h 12 min",
+        "page: http://127.0.0.1:8700; a link: rlhf label invite NAME --store 'runs/demo 1/labels.db' --address "
+        "http://127.0.0.1:8700",
+        "to continue with what there is: rlhf label finish demo-1/people --store 'runs/demo 1/labels.db'",
+    ]
+    assert "asked people for 48 judgements of 40 items" in text(explained)
+    assert ask(run.folder).exit_code == 1, "the heartbeat is old by now"
+    run.beat(people={**people, "missing": None, "until": NOW + 60.0, "page": None, "problem": "it is away"})
+    now = "\n".join(run.explain().now)
+    assert "judgements of demo-1/people are missing, for 5 h 12 min, until " in now and "page" not in now
+    assert "the judgements can't be counted now: it is away" in now
+    run.beat(people={"batch": ["x"], "missing": "many", "since": -1e300, "until": True})
+    assert run.explain().state == "waiting"
+    run.beat(age=7000.0, people=people)
+    assert run.explain().state == "killed"
+    run.event("people_judged", batch="demo-1/people", judgements=48, judged=40, reason="all that were asked for")
+    assert "people gave 48 judgements of 40 items; all that were asked for" in text(run.explain())
+
+
 def test_a_guard_that_stopped_the_run_is_the_first_failure(run):
     run.begin()
     run.event("guard", guard="max_kl", step=7, metric="kl/per_response", value=None, bound=20.0, action="stop")

@@ -25,6 +25,8 @@ FILES = {
 }
 LEFT_OUT = {
     "heartbeat.json": "{}",
+    "labels.db": "is written to",
+    "labels.db-wal": "is written to",
     "checkpoints/.step-000002.ab12.tmp/policy/weights.pt": "half",
     "checkpoints/step-000003/policy/weights.pt": "not yet found to match",
 }

@@ -68,6 +68,7 @@ async def test_it_beats_at_once_and_after_every_interval_with_what_is_going_on(m
             **going_on,
             "waiting": [],
             "paused": None,
+            "people": None,
             "ended": None,
         }
         going_on["step"] = 1

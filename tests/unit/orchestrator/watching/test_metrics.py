@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -52,6 +53,13 @@ def test_the_document_is_what_the_catalogue_says():
         "regenerate it: python -c 'from orchestrator.watching.metrics import to_markdown; "
         'print(to_markdown(), end="")\' > docs/metrics.md'
     )
+
+
+def test_the_dashboard_shows_metrics_that_exist_and_what_people_are_waited_for():
+    dashboard = json.loads((DOCS.parents[1] / "k8s/monitoring/dashboard.json").read_text(encoding="utf-8"))
+    shown = [target["expr"].partition("{")[0] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert set(shown) <= {prometheus_name(name) for name in METRICS}
+    assert {"rlhf_people_waiting", "rlhf_people_missing"} <= set(shown)
 
 
 def test_every_metric_is_a_row_of_the_document():

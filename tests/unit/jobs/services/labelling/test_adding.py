@@ -133,6 +133,8 @@ def test_the_same_source_adds_nothing_twice(store: Store) -> None:
     second = add(store, [*found, candidate(5000)], Wanted("rank"), batch="y")
     assert (first.num_new, first.num_known) == (1200, 0)
     assert (second.num_new, second.num_known) == (1, 1200)
+    assert len(second.overlaps) == 1201 and set(second.overlaps.values()) == {1, 3}
+    assert all(first.overlaps[item.key] == item.overlap for item in added(store) if item.key in first.overlaps)
     shared = sum(item.overlap == 3 for item in added(store))
     assert 60 < shared < 180  # a tenth
     assert add(store, found, Wanted("compare"), batch="x").num_new == 1200

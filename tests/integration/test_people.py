@@ -1,0 +1,69 @@
+"""People in the loop: a run samples, waits for people without an actor, and trains a reward model on what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.util.state import list_actors, list_placement_groups
+
+from orchestrator.run.lineage import read_lineage
+from orchestrator.run.storage import read_json
+from tests.deadlines import of_a_run, scaled
+from tests.integration.pipelines import finish, start
+from tests.people import labellers, until
+from tests.tiny import tiny_llama
+from tests.unit.jobs.services.labelling.running import free_port
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("people")
+    tiny_llama(found / "base")
+    (found / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(60)))
+    return found
+
+
+def config(folder: Path, port: int) -> Path:
+    tree: dict[str, Any] = {
+        "stages": ["sample", "people", "reward_model"],
+        "model": {"path": str(folder / "base"), "dtype": "float32", "max_length": 128},
+        "prompts": {"path": str(folder / "prompts.jsonl"), "max_prompt_tokens": 64, "reward_model_fraction": 0.7},
+        "rollout": {"engine": "hf", "max_new_tokens": 16, "cpus_per_replica": 1, "samples_per_shard": 24},
+        "sample": {"prompts": 24, "samples_per_prompt": 4},
+        "people": {"address": f"127.0.0.1:{port}", "overlap": 2, "overlap_share": 0.25},
+        "reward_model": {"records_per_batch": 4, "max_length": 128, "cpus_per_rank": 1},
+        "run": {"root": str(folder)},
+        "placement": {"wait_s": 5.0},
+        "deadlines": of_a_run(),
+        "telemetry": {"prometheus_port": None, "tensorboard": False},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "config.yaml"
+
+
+def alive() -> list[Any]:
+    groups = [group for group in list_placement_groups() if group.state != "REMOVED"]
+    return [*list_actors(filters=[("state", "=", "ALIVE")]), *groups]
+
+
+def test_a_run_waits_for_people_without_actors_and_learns_what_they_judged(cluster: str, folder: Path) -> None:
+    port, run = free_port(), folder / "loop"
+    process = start(config(folder, port), cluster, "loop")
+    try:
+        until(lambda: (run / "people.json").exists() or process.poll() is not None, within_s=scaled(120), what="a wait")
+        until(lambda: not alive(), within_s=scaled(10), what="the end of the engines")
+        with labellers(run / "labels.db", f"http://127.0.0.1:{port}", ("ann", "bob"), noise_std=0.01):
+            output = finish(process)
+    finally:
+        process.kill()
+    made = {entry.path: entry for entry in read_lineage(run)}
+    result = made["people.jsonl"].result
+    assert 24 <= result["judgements"] <= 30 and result["people"] == 2 and "asks people for" in output
+    trained = read_json(run / "reward_model.json")
+    rankings = [json.loads(line) for line in (run / "people.jsonl").read_text().splitlines()]
+    assert trained["num_records"] + trained["num_held_out"] == len(rankings) == result["rankings"]
+    assert made["reward-model"].reads == {"preferences": "people.jsonl"}
