@@ -28,7 +28,8 @@ class Exported:
 
 @dataclass(frozen=True)
 class Judged:
-    """An item (fields as in tables.py) and its judgements (person, name, client_id, answer, made_at, seconds), without those that were undone.
+    """An item (fields as in tables.py) and its judgements (person, name, client_id, answer, made_at, seconds), without
+    those that were undone.
 
     Args:
         judges: those who judged, over all items of the store.
