@@ -13,16 +13,20 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, select
 
+from jobs.services.labelling.adding import TOPIC
 from jobs.services.labelling.merging import Vote, as_order, margins, ranked_pairs, reliabilities, votes_of, weight
+from jobs.services.labelling.reviewing import written
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import items, judgements, people, showings
-from orchestrator.data.canonical import demonstration_row, ranking_row, scored_row
+from orchestrator.data.canonical import demonstration_row, prompt_row, ranking_row, scored_row
 from orchestrator.data.records import (
     DemonstrationRecord,
     Message,
+    PromptRecord,
     RankingRecord,
     Reply,
     ScoredRecord,
+    content_id,
     message_from_dict,
     messages_from_dicts,
 )
@@ -108,11 +112,20 @@ def _scores(connection: Connection, report: Exported) -> Iterator[Json]:
 
 
 def _demonstrations(connection: Connection, report: Exported) -> Iterator[Json]:
-    for item, given in _judged(connection, ("write",)):
+    for item, text, opinion in written(connection, "write", report.left_out):
         report.num_items += 1
-        for row in given:
-            messages = (*messages_from_dicts(item.messages), Message("assistant", row.answer["text"]))
-            yield demonstration_row(DemonstrationRecord(item.prompt_id, messages, tuple(item.tools)))
+        messages = (*messages_from_dicts(item.messages), Message("assistant", text))
+        yield {**demonstration_row(DemonstrationRecord(item.prompt_id, messages, tuple(item.tools))), **opinion}
+
+
+def _prompts(connection: Connection, report: Exported) -> Iterator[Json]:
+    for item, text, opinion in written(connection, "prompt", report.left_out):
+        report.num_items += 1
+        before = [message for message in item.messages if message["role"] != TOPIC]
+        messages = (*messages_from_dicts(before), Message("user", text))
+        tools = tuple(item.tools)
+        record = PromptRecord(content_id(messages, tools), messages, text, opinion, tools)
+        yield prompt_row(record)
 
 
 def _every_judgement(connection: Connection, report: Exported) -> Iterator[Json]:
@@ -150,6 +163,7 @@ SHAPES: Mapping[str, Callable[[Connection, Exported], Iterator[Json]]] = Mapping
         "rankings": _rankings,
         "scores": _scores,
         "demonstrations": _demonstrations,
+        "prompts": _prompts,
         "judgements": _every_judgement,
     }
 )

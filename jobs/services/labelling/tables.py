@@ -48,6 +48,24 @@ items = Table(
 _waiting = text("gold IS NULL AND num_judgements < overlap")
 Index("waiting_items", items.c.priority.desc(), items.c.id, sqlite_where=_waiting, postgresql_where=_waiting)
 
+# Items whose judgements somebody waits for, such as a stage of a run.
+batches = Table(
+    "batches",
+    metadata,
+    Column("name", String(200), primary_key=True),
+    Column("opened_at", Float, nullable=False),
+    Column("finished_at", Float),  # by an admin, who wants no more judgements
+    Column("closed_by", String(200)),  # why nobody waits any more
+)
+
+# An item may be in several batches: judgements of one count in all of them.
+members = Table(
+    "members",
+    metadata,
+    Column("batch", ForeignKey("batches.name"), primary_key=True),
+    Column("item", ForeignKey("items.id"), primary_key=True),
+)
+
 showings = Table(
     "showings",
     metadata,
@@ -84,4 +102,13 @@ Index(
     unique=True,
     sqlite_where=text("undone_at IS NULL"),
     postgresql_where=text("undone_at IS NULL"),
+)
+
+# Items of the kind `review`, and the judgement whose text they show.
+reviews = Table(
+    "reviews",
+    metadata,
+    Column("item", ForeignKey("items.id"), primary_key=True),
+    Column("judgement", ForeignKey("judgements.seq"), nullable=False, unique=True),
+    Column("accepted", Boolean),  # null: reviews are missing
 )
