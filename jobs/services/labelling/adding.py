@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +21,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.prompts import derive_seed
 
 MAX_REPLIES = 9
+TOPIC = "topic"  # role of what a prompt shall be about
 _BATCH = 500
 Row = dict[str, Any]
 
@@ -30,7 +31,7 @@ class Wanted:
     """What people shall do with new items.
 
     Args:
-        kind: rank, compare, rate or write.
+        kind: rank, compare, rate, write or prompt.
         overlap: number of people who judge an item of the share `overlap_share`; others are judged by one.
         gold: the order of the replies is the known answer, and only measures people.
         priority: items of a higher one come first.
@@ -80,9 +81,10 @@ def add(store: Store, candidates: Iterable[Candidate | Tree], wanted: Wanted, *,
             if isinstance(candidate, Tree):
                 whole.append(candidate)
                 continue
-            choices = _CHOICES[wanted.kind](candidate) if not wanted.gold or candidate.scores else []
+            shown = topic_of(candidate) if wanted.kind == "prompt" else candidate
+            choices = _CHOICES[wanted.kind](shown) if not wanted.gold or shown.scores else []
             num_unfit += not choices
-            yield from (_row(candidate, chosen, wanted, batch) for chosen in choices)
+            yield from (_row(shown, chosen, wanted, batch) for chosen in choices)
 
     fitting = islice(rows(), wanted.limit)
     while group := list(islice(fitting, _BATCH)):
@@ -138,9 +140,20 @@ def _write(candidate: Candidate) -> list[list[int]]:
     return [[]]
 
 
+def topic_of(candidate: Candidate) -> Candidate:
+    """What a person sees who writes a prompt: a conversation whose next message they write, or, if there is no reply,
+    the prompt as a topic."""
+    if candidate.replies:
+        reply = candidate.replies[0]["reply"]
+        shown = [*candidate.messages, {"role": "assistant", "content": reply} if isinstance(reply, str) else reply]
+    else:
+        shown = [{"role": TOPIC, "content": "\n\n".join(each["content"] for each in candidate.messages)}]
+    return replace(candidate, messages=shown, replies=[])
+
+
 # For each kind of task the replies of its items, by index.
 _CHOICES: Mapping[str, Callable[[Candidate], list[list[int]]]] = MappingProxyType(
-    {"rank": _rank, "compare": _compare, "rate": _rate, "write": _write}
+    {"rank": _rank, "compare": _compare, "rate": _rate, "write": _write, "prompt": _write}
 )
 
 

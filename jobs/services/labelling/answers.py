@@ -60,24 +60,44 @@ class Compare(_Answer):
         return {"kind": self.kind, "preference": self.preference if list(order) == [0, 1] else -self.preference}
 
 
-class Rate(_Answer):
+class _Rating(_Answer):
     """A rating, 5 is the best, or flags, or both."""
 
-    kind: Literal["rate"]
     rating: Annotated[int, Field(ge=1, le=5)] | None
     flags: Annotated[list[Flag], Field(max_length=len(FLAGS))] = []
 
     def stored(self, order: Sequence[int]) -> Mapping[str, Any]:  # noqa: ARG002  answers share one signature
         _require(self.rating is not None or bool(self.flags), "the answer has neither a rating nor a flag")
-        return {"kind": self.kind, "rating": self.rating, "flags": sorted(set(self.flags))}
+        return {**self.model_dump(), "flags": sorted(set(self.flags))}
 
 
-class Write(_Answer):
-    kind: Literal["write"]
+class Rate(_Rating):
+    kind: Literal["rate"]
+
+
+class Review(_Rating):
+    """Of a text that another person wrote."""
+
+    kind: Literal["review"]
+
+
+class _Text(_Answer):
     text: Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(_plain)]
 
 
-Answer = Annotated[Rank | Compare | Rate | Write, Field(discriminator="kind")]
+class Write(_Text):
+    """The assistant's reply."""
+
+    kind: Literal["write"]
+
+
+class Prompt(_Text):
+    """A message of the user: the first one, or the next one of a conversation."""
+
+    kind: Literal["prompt"]
+
+
+Answer = Annotated[Rank | Compare | Rate | Write | Prompt | Review, Field(discriminator="kind")]
 Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{8,64}$")]
 
 

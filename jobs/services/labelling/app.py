@@ -17,13 +17,14 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Row, select
 
 from jobs.services.labelling import work
+from jobs.services.labelling.admin.routes import admin_routes
 from jobs.services.labelling.answers import FLAGS, Id, Judgement, Unfit
 from jobs.services.labelling.guard import Guard
 from jobs.services.labelling.meters import Meters
 from jobs.services.labelling.people import Person, person_of
 from jobs.services.labelling.store import Store, StoreFull
 from jobs.services.labelling.tables import ADMIN, about
-from orchestrator.errors import StorageError
+from orchestrator.errors import ConfigError, DataError, StorageError
 
 _PAGE = Path(__file__).with_name("page")
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -94,6 +95,7 @@ def create_app(store: Store, settings: Settings) -> FastAPI:
     app.include_router(_pages())
     app.include_router(_health(store, settings, meters))
     app.include_router(_labelling(store, settings), prefix="/api")
+    app.include_router(admin_routes(store, identify), prefix="/api/admin")
     return app
 
 
@@ -104,6 +106,8 @@ def _handle_errors(app: FastAPI) -> None:
         Unfit: 422,
         StoreFull: 507,
         StorageError: 503,
+        DataError: 422,
+        ConfigError: 422,
     }
 
     def answer(status: int, request: Request, error: Exception) -> JSONResponse:
@@ -169,6 +173,7 @@ def _labelling(store: Store, settings: Settings) -> APIRouter:
             progress = work.progress(connection, person)
         return {
             "name": person.name,
+            "role": person.role,
             "paused": person.paused,
             "guidelines": settings.guidelines,
             "flags": FLAGS,
@@ -185,7 +190,7 @@ def _labelling(store: Store, settings: Settings) -> APIRouter:
     @router.post("/judgements")
     def judge(judgement: Judgement, person: Who) -> Mapping[str, Any]:
         with store.writing() as connection:
-            is_new = work.judge(connection, person, judgement)
+            is_new = work.judge(connection, person, judgement, num_reviews=rules.num_reviews)
         return {"id": judgement.id, "new": is_new}
 
     @router.post("/skip")

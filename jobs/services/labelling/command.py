@@ -49,6 +49,9 @@ def serve(  # noqa: PLR0913  the parameters are the command's options
     gold_share: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of tasks with a known answer, if there are some.")
     ] = 0.05,
+    reviews: Annotated[
+        int, typer.Option(min=0, help="Other people who review each text that somebody writes: 3 is usual; 0: none.")
+    ] = 0,
     rate: Annotated[float, typer.Option(min=0.1, help="Requests per second of one labeller, on average.")] = 20.0,
     certificate: Annotated[Path | None, typer.Option(help="PEM file, for HTTPS.")] = None,
     key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's key.")] = None,
@@ -60,7 +63,7 @@ def serve(  # noqa: PLR0913  the parameters are the command's options
         if until_eof:
             imported("jobs.services.labelling.serving:end_with_input")()
         settings = imported("jobs.services.labelling.app:Settings")(
-            rules=Rules(lease_s=60.0 * lease_minutes, gold_share=gold_share),
+            rules=Rules(60.0 * lease_minutes, gold_share, reviews),
             guidelines="" if guidelines is None else read_text(guidelines, f"guidelines {guidelines}", DataError),
             rate=rate,
             open_metrics=imported("jobs.services.labelling.serving:is_loopback")(host),
@@ -75,7 +78,7 @@ def serve(  # noqa: PLR0913  the parameters are the command's options
 @app.command(epilog="\b\nExample:\n  rlhf label add runs/my-run --task rank")
 def add(  # noqa: PLR0913  the parameters are the command's options
     source: Annotated[Path, typer.Argument(help="Folder of a run, or a data file.")],
-    task: Annotated[str, typer.Option(help="rank, compare, rate or write.")] = "rank",
+    task: Annotated[str, typer.Option(help="rank, compare, rate, write or prompt.")] = "rank",
     store: Place = "labels.db",
     stage: Annotated[str | None, typer.Option(help="Stage of the run. Default: the last with samples.")] = None,
     step: Annotated[int | None, typer.Option(min=0, help="Step of the run's experience log.")] = None,
@@ -200,7 +203,7 @@ def export(
         str,
         typer.Option(
             "--as",
-            help="rankings, scores, demonstrations; judgements: everything, one per line; oasst, hh-rlhf, "
+            help="rankings, scores, demonstrations, prompts; judgements: everything, one per line; oasst, hh-rlhf, "
             "ultrafeedback, helpsteer2, helpsteer3, arena, argilla, label-studio.",
         ),
     ] = "rankings",

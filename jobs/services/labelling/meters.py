@@ -9,6 +9,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy import func, select
 
+from jobs.services.labelling.finishing import counts
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import items, judgements
 
@@ -39,18 +40,7 @@ class _Stored(Collector):
 
     def collect(self) -> Iterable[Metric]:
         with self._store.reading() as connection:
-            by_kind = connection.execute(
-                select(
-                    items.c.kind,
-                    func.count(),
-                    func.sum(items.c.num_judgements),
-                    func.sum(func.max(items.c.overlap - items.c.num_judgements, 0))
-                    if connection.dialect.name == "sqlite"
-                    else func.sum(func.greatest(items.c.overlap - items.c.num_judgements, 0)),
-                )
-                .where(items.c.gold.is_(None))
-                .group_by(items.c.kind)
-            ).all()
+            by_kind = counts(connection, items.c.kind)
             undone = connection.scalar(
                 select(func.count()).select_from(judgements).where(judgements.c.undone_at.is_not(None))
             )

@@ -113,3 +113,12 @@ Index(
     sqlite_where=text("undone_at IS NULL"),
     postgresql_where=text("undone_at IS NULL"),
 )
+
+# Items of the kind `review`, and the judgement whose text they show.
+reviews = Table(
+    "reviews",
+    metadata,
+    Column("item", ForeignKey("items.id"), primary_key=True),
+    Column("judgement", ForeignKey("judgements.seq"), nullable=False, unique=True),
+    Column("accepted", Boolean),  # null: reviews are missing
+)

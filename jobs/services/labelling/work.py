@@ -10,7 +10,9 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, and_, exists, func, insert, select, update
 
+from jobs.services.labelling import reviewing
 from jobs.services.labelling.answers import Judgement, Unfit
+from jobs.services.labelling.finishing import is_given_out
 from jobs.services.labelling.people import Person
 from jobs.services.labelling.tables import ANSWERED, OPEN, RETURNED, SKIPPED, items, judgements, showings
 from orchestrator.data.records import content_digest
@@ -31,10 +33,12 @@ class Rules:
     """Args:
     lease_s: after this time without a sign of life a task may go to somebody else.
     gold_share: share of tasks whose answer is known, which measure the labeller.
+    num_reviews: other people who review each text that somebody writes; 0: none.
     """
 
     lease_s: float = 1800.0
     gold_share: float = 0.05
+    num_reviews: int = 0
 
 
 def next_task(connection: Connection, person: Person, rules: Rules) -> Row[Any] | None:
@@ -76,7 +80,7 @@ def keep(connection: Connection, person: Person, showing: str, rules: Rules) -> 
     )
 
 
-def judge(connection: Connection, person: Person, judgement: Judgement) -> bool:
+def judge(connection: Connection, person: Person, judgement: Judgement, *, num_reviews: int = 0) -> bool:
     """Stores a judgement. False: it was stored already.
 
     Raises:
@@ -97,7 +101,7 @@ def judge(connection: Connection, person: Person, judgement: Judgement) -> bool:
         raise Refused("this task has an answer already, or was skipped.")
     if judgement.answer.kind != showing.kind:
         raise Unfit(f"the task is to {showing.kind}, the answer is one to {judgement.answer.kind}")
-    connection.execute(
+    stored = connection.execute(
         insert(judgements).values(
             person=person.id,
             client_id=judgement.id,
@@ -111,6 +115,10 @@ def judge(connection: Connection, person: Person, judgement: Judgement) -> bool:
     )
     _set_state(connection, showing.id, ANSWERED)
     _count(connection, showing.item, 1)
+    if showing.kind == reviewing.REVIEW:
+        reviewing.settle(connection, showing.item)
+    elif num_reviews and showing.kind in reviewing.WRITTEN and stored.inserted_primary_key:
+        reviewing.enter(connection, stored.inserted_primary_key[0], num_reviews)
     return True
 
 
@@ -140,6 +148,8 @@ def undo(connection: Connection, person: Person, client_id: str, rules: Rules) -
         raise Refused("only the last judgement can be undone.")
     connection.execute(update(judgements).where(judgements.c.seq == found.seq).values(undone_at=time.time()))
     _count(connection, found.item, -1)
+    reviewing.settle(connection, found.item)
+    reviewing.withdraw(connection, found.seq)
     connection.execute(
         update(showings).where(showings.c.person == person.id, showings.c.state == OPEN).values(state=RETURNED)
     )
@@ -174,7 +184,7 @@ def _choose(connection: Connection, person: Person, rules: Rules, now: float) ->
     """The id of an item, and the number of its replies."""
     columns = select(items.c.id, func.json_array_length(items.c.replies).label("num_replies"))
     if _random.random() < rules.gold_share:
-        gold = columns.where(items.c.gold.is_not(None), ~_seen(person)).order_by(func.random()).limit(1)
+        gold = columns.where(items.c.gold.is_not(None), is_given_out(), ~_seen(person)).order_by(func.random()).limit(1)
         found = connection.execute(gold).first()
         if found is not None:
             return found.id, found.num_replies
@@ -199,7 +209,9 @@ def _for(person: Person, now: float) -> ColumnElement[bool]:
     return and_(
         items.c.gold.is_(None),
         items.c.num_judgements < items.c.overlap,
+        is_given_out(),
         ~_seen(person),
+        ~reviewing.is_own(person.id),
         items.c.num_judgements + others < items.c.overlap,
     )
 

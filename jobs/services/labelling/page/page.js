@@ -1,11 +1,12 @@
 // The page: gets a task, shows it, keeps the draft, hands the answer to the outbox, gets the next task.
 
+import { Admin } from "/static/admin.js";
 import { element, formatted } from "/static/dom.js";
 import { Outbox, forget, keep, kept, newId, post, request } from "/static/outbox.js";
 import { viewOf } from "/static/tasks.js";
 import { language, switchLanguage, texts } from "/static/texts.js";
 
-const LINK = "labelling.link"; // {token, name}
+const LINK = "labelling.link"; // {token, name, role}
 const TASK = "labelling.task."; // + name: {task, draft, seconds}
 const LAST = "labelling.last."; // + name: {id, showing, draft} of the answer that can be undone
 const POLL_MS = 15000;
@@ -13,7 +14,7 @@ const COUNT_EVERY = 10; // answers between two questions for the exact progress
 const IDLE_MS = 60000; // without a key or a touch: no more time is counted
 
 const at = (id) => document.getElementById(id);
-let link, outbox, me, task, view;
+let link, outbox, me, task, view, admin;
 let seconds = 0;
 let activeAt = performance.now();
 let message = () => texts().loading; // shown when there is no task
@@ -34,11 +35,17 @@ async function start() {
   if (!link) return say(() => texts().noLink);
   if (given) keep(LINK, link);
   if (link.name === null && !(await meet())) return;
+  if (link.role === "admin") return administrate();
   outbox = new Outbox(link.token, link.name, { changed: showTrouble, confirmed, refused });
   const unfinished = kept(TASK + link.name);
   if (unfinished) show(unfinished.task, unfinished.draft, unfinished.seconds); // before the server answers, if it does
   if (!me) meet();
   await next();
+}
+
+function administrate() {
+  admin = new Admin(link.token, { changed: render, failed: showFailure });
+  render();
 }
 
 // Asks who this link belongs to, until there is an answer. False: to nobody.
@@ -47,7 +54,7 @@ async function meet() {
     const reply = await request(link.token, "me");
     if (reply.status === 200) {
       me = reply;
-      link.name = reply.name;
+      Object.assign(link, { name: reply.name, role: reply.role });
       keep(LINK, link);
       render();
       return true;
@@ -159,6 +166,13 @@ function refused(detail) {
   showNotice();
 }
 
+function showFailure(status, detail) {
+  const isAway = status === 0 || status >= 500;
+  const words = () => (status === 401 ? texts().badLink : status === 507 ? texts().fullDisk : isAway ? texts().away(0) : detail);
+  notice = status === null ? null : words;
+  showNotice();
+}
+
 function showTrouble(found) {
   trouble = found.trouble ? found : null;
   showProgress();
@@ -174,8 +188,9 @@ function showNotice() {
 }
 
 function showProgress() {
-  at("progress").textContent = me ? texts().progress(me.done, me.left) : "";
+  at("progress").textContent = me && !admin ? texts().progress(me.done, me.left) : "";
   at("undo").disabled = !me?.last || Boolean(outbox?.count);
+  at("undo").hidden = at("help").hidden = Boolean(admin);
 }
 
 function say(words) {
@@ -194,15 +209,27 @@ function render() {
   at("keys-table").replaceChildren(
     ...words.keys.map(([key, what]) => element("tr", {}, element("td", {}, element("kbd", {}, key)), element("td", {}, what))),
   );
-  at("beside").hidden = !me?.guidelines;
+  at("beside").hidden = !me?.guidelines || Boolean(admin);
   if (me?.guidelines) at("guidelines").replaceChildren(formatted(me.guidelines));
   at("actions").hidden = !view;
-  at("task").replaceChildren(view ? view.node : element("p", { class: "message" }, message()));
+  showContent(admin ? admin.node : view ? view.node : element("p", { class: "message" }, message()));
   showProgress();
   showNotice();
 }
 
+// The focus stays on what has it.
+function showContent(node) {
+  if (at("task").firstChild === node) return;
+  const focused = at("task").contains(document.activeElement) ? document.activeElement : null;
+  at("task").replaceChildren(node);
+  if (!admin || !focused) return;
+  const same = [...at("task").querySelectorAll("button, input")].find((each) =>
+    focused.dataset.key ? each.dataset.key === focused.dataset.key : each.id === focused.id);
+  (same ?? at("task")).focus({ preventScroll: true });
+}
+
 function wire() {
+  at("guidelines-details").open = matchMedia("(min-width: 44rem)").matches; // beside the task and not above it
   at("submit").addEventListener("click", submit);
   at("skip").addEventListener("click", skip);
   at("undo").addEventListener("click", undo);
@@ -226,7 +253,7 @@ function wire() {
 }
 
 function onKey(event) {
-  if (at("keys").open || event.altKey || event.metaKey || event.isComposing) return;
+  if (admin || at("keys").open || event.altKey || event.metaKey || event.isComposing) return;
   const isWriting = event.target.matches("textarea");
   if (event.key === "Enter" && (event.ctrlKey || !isWriting)) {
     if (!event.ctrlKey && event.target.matches("button:not(.choice), summary")) return; // it is pressed

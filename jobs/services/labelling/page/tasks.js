@@ -1,4 +1,4 @@
-// The four kinds of tasks. Each view has `node`, `draft()` (what was entered so far), `answer()` (null: incomplete),
+// The kinds of tasks. Each view has `node`, `draft()` (what was entered so far), `answer()` (null: incomplete),
 // `problem` (what is missing), `key(key)` (whether the key meant something) and `focus()`.
 
 import { element, formatted } from "/static/dom.js";
@@ -20,9 +20,13 @@ class View {
     this.node = element(
       "div",
       {},
-      element("section", { "aria-label": words.roles.user }, ...task.messages.map(turn)),
-      element("p", { class: "hint", id: "instruction" }, words[task.kind]),
+      element("section", { "aria-label": words.conversation }, ...task.messages.map(turn)),
+      element("p", { class: "hint", id: "instruction" }, this.instruction(words)),
     );
+  }
+
+  instruction(words) {
+    return words[this.task.kind];
   }
 
   addReplies(extras) {
@@ -135,7 +139,7 @@ class Compare extends View {
     const words = texts();
     this.buttons = [-3, -2, -1, 0, 1, 2, 3].map((preference) => {
       const side = preference < 0 ? words.first : words.second;
-      const label = preference === 0 ? words.tie : `${side}: ${words.strength[Math.abs(preference)]}`;
+      const label = preference === 0 ? words.tie : side(words.strength[Math.abs(preference)]);
       const button = choice(label, label, () => this.give(preference));
       button.preference = preference;
       return button;
@@ -214,8 +218,9 @@ class Rate extends View {
   }
 
   key(key) {
-    if (!/^[1-5]$/.test(key)) return super.key(key);
-    this.give(Number(key));
+    if (/^[1-5]$/.test(key)) this.give(Number(key));
+    else if (key === "s") this.toggle("spam");
+    else return super.key(key);
     return true;
   }
 
@@ -224,7 +229,7 @@ class Rate extends View {
   }
 
   answer() {
-    return this.rating === null && !this.flags.size ? null : { kind: "rate", ...this.draft() };
+    return this.rating === null && !this.flags.size ? null : { kind: this.task.kind, ...this.draft() };
   }
 
   get problem() {
@@ -232,11 +237,26 @@ class Rate extends View {
   }
 }
 
+// Of a text that another person wrote.
+class Review extends Rate {
+  instruction(words) {
+    return this.isPrompt ? words.reviewPrompt : words.reviewReply;
+  }
+
+  label() {
+    return this.isPrompt ? texts().writtenPrompt : texts().writtenReply;
+  }
+
+  get isPrompt() {
+    return this.task.messages.at(-1)?.role !== "user";
+  }
+}
+
 class Write extends View {
   constructor(task, draft, changed) {
     super(task, changed);
     this.area = element("textarea", {
-      "aria-label": texts().yourReply,
+      "aria-label": this.label(),
       dir: "auto",
       maxlength: "32000",
       on: { input: () => this.changed() },
@@ -245,12 +265,16 @@ class Write extends View {
     this.node.append(this.area);
   }
 
+  label() {
+    return texts().yourReply;
+  }
+
   draft() {
     return { text: this.area.value };
   }
 
   answer() {
-    return this.area.value.trim() ? { kind: "write", text: this.area.value } : null;
+    return this.area.value.trim() ? { kind: this.task.kind, text: this.area.value } : null;
   }
 
   get problem() {
@@ -262,7 +286,13 @@ class Write extends View {
   }
 }
 
-const VIEWS = { rank: Rank, compare: Compare, rate: Rate, write: Write };
+class Prompt extends Write {
+  label() {
+    return texts().yourPrompt;
+  }
+}
+
+const VIEWS = { rank: Rank, compare: Compare, rate: Rate, write: Write, prompt: Prompt, review: Review };
 
 function choice(label, name, chosen, tabindex = "-1") {
   return element(

@@ -9,17 +9,21 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, select
 
+from jobs.services.labelling.adding import TOPIC
 from jobs.services.labelling.merging import Vote, as_order
+from jobs.services.labelling.reviewing import written
 from jobs.services.labelling.shapes.judged import Exported, Json, Judged
 from jobs.services.labelling.tables import items, judgements, people, showings
-from orchestrator.data.canonical import demonstration_row, ranking_row, scored_row
+from orchestrator.data.canonical import demonstration_row, prompt_row, ranking_row, scored_row
 from orchestrator.data.formats.format import LeftOut
 from orchestrator.data.records import (
     DemonstrationRecord,
     Message,
+    PromptRecord,
     RankingRecord,
     Reply,
     ScoredRecord,
+    content_id,
     message_from_dict,
     messages_from_dicts,
 )
@@ -59,11 +63,20 @@ def scores(judged: Judged, _: Exported) -> Iterator[Json]:
     yield {**scored_row(record), "people": about}
 
 
-def demonstrations(judged: Judged, _: Exported) -> Iterator[Json]:
-    item = judged.item
-    for row in judged.given:
-        messages = (*messages_from_dicts(item.messages), Message("assistant", row.answer["text"]))
-        yield demonstration_row(DemonstrationRecord(item.prompt_id, messages, tuple(item.tools)))
+def demonstrations(connection: Connection, report: Exported) -> Iterator[Json]:
+    for item, text, opinion in written(connection, "write", report.left_out):
+        report.num_items += 1
+        messages = (*messages_from_dicts(item.messages), Message("assistant", text))
+        yield {**demonstration_row(DemonstrationRecord(item.prompt_id, messages, tuple(item.tools))), **opinion}
+
+
+def prompts(connection: Connection, report: Exported) -> Iterator[Json]:
+    for item, text, opinion in written(connection, "prompt", report.left_out):
+        report.num_items += 1
+        before = [message for message in item.messages if message["role"] != TOPIC]
+        messages = (*messages_from_dicts(before), Message("user", text))
+        tools = tuple(item.tools)
+        yield prompt_row(PromptRecord(content_id(messages, tools), messages, text, opinion, tools))
 
 
 def every_judgement(connection: Connection, report: Exported) -> Iterator[Json]:

@@ -36,7 +36,8 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
     {
         "rankings": _shape("rankings", ("rank", "compare"), own.rankings),
         "scores": _shape("scores", ("rate",), own.scores),
-        "demonstrations": _shape("demonstrations", ("write",), own.demonstrations),
+        "demonstrations": Shape(own.demonstrations),
+        "prompts": Shape(own.prompts),
         "judgements": Shape(own.every_judgement),
         "oasst": Shape(oasst, is_ascii=True),
         "hh-rlhf": _shape("hh-rlhf", ("rank", "compare"), published.hh_rlhf),

@@ -221,7 +221,7 @@ async def test_the_page_is_served_from_here_alone_and_runs_nothing_else(tmp_path
         policy = page.headers["content-security-policy"]
         assert "default-src 'none'" in policy and "unsafe" not in policy and "require-trusted-types-for" in policy
         assert page.headers["x-content-type-options"] == "nosniff" and "set-cookie" not in page.headers
-        for name in ("page.css", "page.js", "tasks.js", "texts.js", "dom.js", "outbox.js"):
+        for name in ("page.css", "page.js", "admin.js", "tasks.js", "texts.js", "dom.js", "outbox.js"):
             found = await anyone.get(f"/static/{name}")
             assert found.status_code == 200 and "://" not in found.text, name
             for sink in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function"):

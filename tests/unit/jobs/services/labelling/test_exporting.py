@@ -127,7 +127,7 @@ def test_an_export_is_whole_or_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no judgements that make rankings"):
         export(store, tmp_path / "out.jsonl", "rankings")
     assert not (tmp_path / "out.jsonl").exists()
-    with pytest.raises(ConfigError, match="rankings, scores, demonstrations, judgements"):
+    with pytest.raises(ConfigError, match="rankings, scores, demonstrations"):
         export(store, tmp_path / "out.jsonl", "nonsense")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,15 +12,18 @@ from sqlalchemy import func, select
 
 from benchmarks.labelling.service import POSTGRESQL, postgresql
 from jobs.services.labelling import work
+from jobs.services.labelling.adding import Wanted, add
+from jobs.services.labelling.admin.overview import overview
 from jobs.services.labelling.answers import Judgement
 from jobs.services.labelling.exporting import export
+from jobs.services.labelling.finishing import finish_batch
 from jobs.services.labelling.people import Person
 from jobs.services.labelling.quality import figures
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import items, judgements
 from orchestrator.errors import CapacityError, ConfigError
 from tests.deadlines import scaled
-from tests.unit.jobs.services.labelling.filled import client, fill, invited, person, ranking
+from tests.unit.jobs.services.labelling.filled import candidate, client, fill, invited, person, ranking
 
 pytest.importorskip("psycopg", reason="needs psycopg (pip install 'psycopg[binary]')")
 pytestmark = pytest.mark.skipif(not POSTGRESQL, reason="needs PostgreSQL (apt-get install postgresql)")
@@ -77,4 +81,28 @@ async def test_people_label_at_the_same_time_each_item_as_often_as_wanted(databa
     second.close()
     with pytest.raises(ConfigError, match="pg_dump"):
         store.back_up(tmp_path / "copy.db")
+    store.close()
+
+
+def test_texts_are_reviewed_and_batches_finished(database: str) -> None:
+    store = Store(database)
+    add(store, [candidate(2000, num_replies=0)], Wanted("write", overlap=1, priority=99.0), batch="texts")
+    for name, answer in (
+        ("eve", {"kind": "write", "text": "Hello."}),
+        ("fay", {"kind": "review", "rating": 4, "flags": []}),
+        ("gil", {"kind": "review", "rating": None, "flags": ["spam"]}),
+    ):
+        who = person(store, name)
+        with store.writing() as connection:
+            task = work.next_task(connection, who, RULES)
+            assert task is not None and task.kind == answer["kind"]
+            body = {"id": "answer-1", "showing": task.id, "seconds": 1.0, "answer": answer}
+            work.judge(connection, who, Judgement.model_validate(body), num_reviews=2)
+    with store.writing() as connection:
+        finish_batch(connection, "test")
+        found = json.loads(json.dumps(overview(connection)))
+        assert found["reviews"] == {"waiting": 0, "accepted": 0, "rejected": 1}  # 1 - 1/2 is below 0.6
+        by_name = {each["name"]: each for each in found["batches"]}
+        assert (by_name["texts"]["missing"], by_name["texts"]["finished"]) == (1, False)
+        assert (by_name["test"]["missing"], by_name["test"]["finished"]) == (0, True)
     store.close()
