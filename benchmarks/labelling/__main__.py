@@ -52,11 +52,8 @@ console = Console(width=150, highlight=False)
 
 @dataclass(frozen=True)
 class Labelled:
-    """What is in a store at the end, and the times of paced and of unthrottled labellers.
-
-    Args:
-        cpu_s: of the service, while they were unthrottled.
-    """
+    """What is in a store at the end, the times of paced and of hurried labellers, and the service's CPU time for the
+    hurried ones."""
 
     given: Sequence[Given]
     names: Mapping[int, str]
