@@ -40,8 +40,8 @@ from types import ModuleType
 
 import torch
 
-from actors.weights.sums import factors, products
 from actors.weights.canonical import canonical
+from actors.weights.sums import factors, products
 
 _MASK = (1 << 64) - 1
 _MIN_ROW = 64  # elements; shorter rows are joined

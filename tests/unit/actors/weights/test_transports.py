@@ -15,8 +15,8 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from actors.weights.manifest import Bucket, Unpacker, WeightHeader, pack, plan
 from actors.weights.sender import follow
-from actors.weights.transports.broken import TransportBroken
 from actors.weights.transports import group as groups
+from actors.weights.transports.broken import TransportBroken
 from actors.weights.transports.group import STOP, BroadcastGroup, Rendezvous
 from actors.weights.transports.receiver import Announced, Receiver
 from actors.weights.transports.shared import SharedBucket, SharedBuffer, SharedReader, device_id

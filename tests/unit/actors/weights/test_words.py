@@ -1,4 +1,4 @@
-"""Compiled loops and int8 products have the same sums, for every dtype and at every address, read, copied, in panels."""
+"""Compiled loops and int8 products have the same sums, for every dtype and address: read, copied, and in panels."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from actors.weights import digest as digests
-from actors.weights.sums import words
 from actors.weights.canonical import canonical
 from actors.weights.digest import copied_part, digest, digest_of_rows, digest_part
+from actors.weights.sums import words
 from tests.unit.actors.weights.test_digest import DTYPES, FLOATS, random_tensor
 
 NAME = "model.layers.0.mlp.up_proj.weight"
