@@ -194,7 +194,7 @@ class Unpacker:
 
     Args:
         proved_later: whether the receiver itself compares a tensor's digest with the trainer's, after applying it.
-        room: memory (bytes) for a tensor that comes in several buckets, such as where it will be used; None: new memory.
+        room: memory (bytes) for a tensor in several buckets, such as where it will be used; None: new memory.
     """
 
     header: WeightHeader

@@ -4,8 +4,8 @@ They differ on CPUs. If the CPU has a packed format for the dtype, linear layers
 parameter is emptied or, for a tied lm_head, unused. Copies that torch packed are read in their memory or unpacked
 (actors.weights.packed). Any other such layer is applied to the identity matrix: the result is exactly the transposed
 weight, because all other products are exact zeros. The layer that computes logits is read through `compute_logits`,
-which sampling also uses. Packing moves the elements of experts; the new positions are found by packing numbers. All other parameters are read as
-bytes.
+which sampling also uses. Packing moves the elements of experts; the new positions are found by packing numbers. All
+other parameters are read as bytes.
 """
 
 from __future__ import annotations

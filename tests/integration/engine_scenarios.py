@@ -353,7 +353,7 @@ def altered_while_loading(engine: VllmEngine, alter: Alter) -> Iterator[None]:
         mock.patch.object(model, "load_weights", load_altered),
         mock.patch.object(Writer, "write", write_altered),
         # A tensor in several buckets would otherwise be in its place before it is written.
-        mock.patch.object(Writer, "room", lambda writer, spec: None),
+        mock.patch.object(Writer, "room", return_value=None),
     ):
         yield
 

@@ -1,4 +1,4 @@
-"""The pseudo-random factors of the digest (actors.weights.digest): constants, equal in all processes, on all devices."""
+"""The pseudo-random factors of the digest: constants, equal in all processes, on all devices."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _NONE = np.uint64(0)
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
-    """Machine code is kept beside this file or in the user's cache; if neither can be written, each process compiles."""
+    """Machine code is kept beside this file or in the user's cache; if neither can be written, processes compile."""
     try:
         return njit(nogil=True, cache=True)(function)
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Compiled loops and int8 products have the same sums, for every dtype and at every address, read, copied, in panels."""
+"""Compiled loops and int8 products have the same sums, for every dtype and address: read, copied, and in panels."""
 
 from __future__ import annotations
 
