@@ -153,7 +153,7 @@ def states(base: Path, chat: Chat, transcripts: Sequence[Transcript]) -> Numbers
     for start in range(0, len(transcripts), _AT_ONCE):
         found.append(model.head_states(transcripts[start : start + _AT_ONCE])[1])
         say(f"features of {min(start + _AT_ONCE, len(transcripts))} of {len(transcripts)} replies")
-    features = np.concatenate(found).reshape(len(transcripts) // 2, 2, -1)
+    features: Numbers = np.concatenate(found).reshape(len(transcripts) // 2, 2, -1)
     return features / np.sqrt(np.square(features).sum(-1).mean())
 
 
