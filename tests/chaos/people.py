@@ -22,7 +22,6 @@ from typing import Any
 import psutil
 import ray
 import yaml
-from ray.util.state import list_actors, list_placement_groups
 
 from jobs.command import say
 from jobs.services.labelling import batches
@@ -31,6 +30,7 @@ from jobs.why.explain import explain
 from jobs.why.reader import read_facts
 from orchestrator.run.storage import read_json, sha256
 from tests.integration.pipelines import ROOT
+from tests.integration.test_people import held
 from tests.people import labellers, until
 from tests.unit.jobs.services.labelling.running import free_port
 
@@ -106,8 +106,8 @@ class Loop:
 
 def looked_at(loop: Loop) -> None:
     """What Ray, `why`, the endpoint and the processor say while the run waits."""
-    until(lambda: not alive(), within_s=60.0, what="the end of all actors")
-    say(f"while it waits: {len(alive())} actors and placement groups are alive")
+    until(lambda: not held(), within_s=60.0, what="the end of all actors")
+    say(f"while it waits: {held()} of the cluster is held by actors or placement groups")
     process = psutil.Process(loop.process.pid)
     before = sum(process.cpu_times()[:2])
     time.sleep(WATCHED_S)
@@ -117,11 +117,6 @@ def looked_at(loop: Loop) -> None:
     explained = explain(facts)
     assert explained.state == "waiting", explained
     say("\n".join(["why says:", *(f"  {line}" for line in explained.now)]))
-
-
-def alive() -> list[Any]:
-    groups = [group for group in list_placement_groups() if group.state != "REMOVED"]
-    return [*list_actors(filters=[("state", "=", "ALIVE")]), *groups]
 
 
 def results(run: Path, rounds: int) -> list[Any]:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
-from ray.util.state import list_actors, list_placement_groups
+from ray._private import state
+from ray.util import placement_group_table
 
 from orchestrator.run.lineage import read_lineage
 from orchestrator.run.storage import read_json
@@ -45,9 +47,12 @@ def config(folder: Path, port: int) -> Path:
     return folder / "config.yaml"
 
 
-def alive() -> list[Any]:
-    groups = [group for group in list_placement_groups() if group.state != "REMOVED"]
-    return [*list_actors(filters=[("state", "=", "ALIVE")]), *groups]
+def held() -> list[Any]:
+    """What lives in the cluster or holds a part of it: actors, placement groups, resources."""
+    living = [actor for actor in state.actors().values() if actor["State"] != "DEAD"]
+    groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+    free, all_there = ray.available_resources(), ray.cluster_resources()
+    return [*living, *groups, *(name for name in ("CPU", "GPU") if free.get(name) != all_there.get(name))]
 
 
 def test_a_run_waits_for_people_without_actors_and_learns_what_they_judged(cluster: str, folder: Path) -> None:
@@ -55,7 +60,7 @@ def test_a_run_waits_for_people_without_actors_and_learns_what_they_judged(clust
     process = start(config(folder, port), cluster, "loop")
     try:
         until(lambda: (run / "people.json").exists() or process.poll() is not None, within_s=scaled(120), what="a wait")
-        until(lambda: not alive(), within_s=scaled(10), what="the end of the engines")
+        until(lambda: not held(), within_s=scaled(10), what="the end of all actors")
         with labellers(run / "labels.db", f"http://127.0.0.1:{port}", ("ann", "bob"), noise_std=0.01):
             output = finish(process)
     finally:
