@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import select
 
-from benchmarks.harness import Figure, plain_figure
+from benchmarks.harness import Better, Figure, plain_figure
 from benchmarks.labelling.clients import Times, label, reply_text
 from benchmarks.labelling.minds import BEST, NUM_REPLIES, WORST, Crowd, crowd, true_scores
 from benchmarks.labelling.pools import NUM_GOLD, verdicts
@@ -220,29 +220,30 @@ def show_copies(minds: Crowd, labelled: Labelled, judges: Electorate) -> None:
 
 
 def accusations(num_pools: int, num_people: int) -> list[Figure]:
-    kinds: Mapping[str, tuple[bool, float, float]] = {
-        "three spammers": (True, WORST, BEST),
-        "all careful": (False, WORST, BEST),
-        "all very careful": (False, 0.985, 0.995),
-        "all mediocre": (False, 0.65, 0.72),
+    kinds: Mapping[str, tuple[bool, float, float, int]] = {
+        "three spammers": (True, WORST, BEST, 2000),
+        "three spammers, few judgements": (True, WORST, BEST, POOL_ITEMS),
+        "all careful": (False, WORST, BEST, POOL_ITEMS),
+        "all very careful": (False, 0.985, 0.995, POOL_ITEMS),
+        "all mediocre": (False, 0.65, 0.72, POOL_ITEMS),
     }
     figures = []
-    for name, (spammers, worst, best) in kinds.items():
-        found = verdicts(num_pools, num_people, POOL_ITEMS, spammers=spammers, worst=worst, best=best)
-        num_careful = num_pools * (num_people - 3 * spammers)
-        figures.append(_share(f"{name}: careful people accused", sum(len(each.accused) for each in found), num_careful))
+    for name, (spammers, worst, best, num_items) in kinds.items():
+        found = verdicts(num_pools, num_people, num_items, spammers=spammers, worst=worst, best=best)
+        what = f"{num_items:,} items, judged by {OVERLAP} of {num_people}"
+        num_careful, num_spammers = num_people - 3 * spammers, 3 * spammers
+        num_accused = sum(len(each.accused) for each in found)
+        figures.append(_share(f"{name}: careful people accused", num_accused, num_pools * num_careful, "lower", what))
         if spammers:
             num_found = sum(len(each.found) for each in found)
-            figures.append(_share(f"{name}: found", num_found, 3 * num_pools, better="higher"))
+            figures.append(_share(f"{name}: found", num_found, num_pools * num_spammers, "higher", what))
     return figures
 
 
-def _share(name: str, count: int, trials: int, *, better: str = "lower") -> Figure:
+def _share(name: str, count: int, trials: int, better: Better, what: str) -> Figure:
     share, (low, high) = count / trials, wilson_interval(count, trials)
-    detail = f"{count:,} of {trials:,}; {POOL_ITEMS} items, judged by {OVERLAP}; 95 % interval"
-    return Figure(
-        name, share, low, high, share, None, "", trials, "higher" if better == "higher" else "lower", None, detail
-    )
+    detail = f"{count:,} of {trials:,}; {what}; 95 % interval"
+    return Figure(name, share, low, high, share, None, "", trials, better, None, detail)
 
 
 if __name__ == "__main__":
