@@ -126,7 +126,9 @@ def choose_items(
         DataError: the reward model has one head, so nothing can disagree.
     """
     read = None if states is None else _read(states)
-    fresh, old, num_unfit = [], [], 0
+    fresh: list[_Item] = []
+    old: list[_Item] = []
+    num_unfit = 0
     for candidate in candidates:
         replies = compared(asking.kind, candidate)
         item = _item(candidate, replies, read) if replies else None
