@@ -154,7 +154,8 @@ def states(base: Path, chat: Chat, transcripts: Sequence[Transcript]) -> Numbers
         found.append(model.head_states(transcripts[start : start + _AT_ONCE])[1])
         say(f"features of {min(start + _AT_ONCE, len(transcripts))} of {len(transcripts)} replies")
     features: Numbers = np.concatenate(found).reshape(len(transcripts) // 2, 2, -1)
-    return features / np.sqrt(np.square(features).sum(-1).mean())
+    features /= np.sqrt(np.square(features).sum(-1).mean())
+    return features
 
 
 def _people(data: Data, seed: int) -> Pairs:
