@@ -31,12 +31,12 @@ from benchmarks.labelling.service import POSTGRESQL, address_of, postgresql, ser
 from benchmarks.labelling.verdicts import gains, taus, verdict
 from benchmarks.table import report
 from jobs.services.labelling import people
-from jobs.services.labelling.adding import Wanted, add
 from jobs.services.labelling.agreement.alpha import alphas
 from jobs.services.labelling.agreement.given import Given, given_in
-from jobs.services.labelling.merging import Electorate, electorate, reliabilities, votes_of
-from jobs.services.labelling.quality import Figures, figures_of
-from jobs.services.labelling.sources import Candidate
+from jobs.services.labelling.agreement.merging import Electorate, electorate, reliabilities, votes_of
+from jobs.services.labelling.agreement.quality import Figures, figures_of
+from jobs.services.labelling.items.adding import Wanted, add
+from jobs.services.labelling.items.sources import Candidate
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import items
 from jobs.services.labelling.tables import people as accounts

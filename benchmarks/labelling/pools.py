@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from benchmarks.labelling.minds import NUM_REPLIES, Crowd, Mind, crowd, ranks_of, true_scores
 from benchmarks.labelling.verdicts import Verdict, verdict
 from jobs.services.labelling.agreement.given import Given
-from jobs.services.labelling.quality import figures_of
+from jobs.services.labelling.agreement.quality import figures_of
 
 GOLD_SHARE = 0.05
 NUM_GOLD = 100

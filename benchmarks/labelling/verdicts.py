@@ -10,8 +10,8 @@ import numpy as np
 
 from benchmarks.labelling.minds import CAREFUL, COPY, Crowd, ranks_of
 from jobs.services.labelling.agreement.given import Given, by_item
-from jobs.services.labelling.merging import Electorate, margins, ranked_pairs
-from jobs.services.labelling.quality import SPAM, Figures, kendall_tau
+from jobs.services.labelling.agreement.merging import Electorate, margins, ranked_pairs
+from jobs.services.labelling.agreement.quality import SPAM, Figures, kendall_tau
 
 _RESAMPLES = 2000
 

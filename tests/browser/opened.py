@@ -13,12 +13,12 @@ import uvicorn
 from sqlalchemy import select
 
 from jobs.services.labelling import people, work
-from jobs.services.labelling.adding import Wanted, add
 from jobs.services.labelling.answers import Judgement
-from jobs.services.labelling.app import Settings, create_app
-from jobs.services.labelling.sources import Candidate
+from jobs.services.labelling.items.adding import Wanted, add
+from jobs.services.labelling.items.sources import Candidate
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import items, judgements
+from jobs.services.labelling.web.app import Settings, create_app
 from tests.deadlines import scaled
 from tests.unit.jobs.services.labelling.filled import person
 from tests.unit.jobs.services.labelling.running import free_port

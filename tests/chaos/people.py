@@ -24,8 +24,8 @@ import ray
 import yaml
 
 from jobs.command import say
-from jobs.services.labelling import batches
 from jobs.services.labelling.store import Store
+from jobs.services.labelling.waiting import batches
 from jobs.why.explain import explain
 from jobs.why.reader import read_facts
 from orchestrator.run.storage import read_json, sha256

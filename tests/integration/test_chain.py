@@ -15,8 +15,8 @@ import yaml
 
 from actors.rewards.model import RewardModel
 from actors.text.conversations import chat_of
-from jobs.services.labelling.choosing import Asking
-from jobs.services.labelling.sources import from_run
+from jobs.services.labelling.items.choosing import Asking
+from jobs.services.labelling.items.sources import from_run
 from jobs.stages.stage import StageJob
 from jobs.stages.work.score import choose_items
 from orchestrator.config.loader import load_kept_config

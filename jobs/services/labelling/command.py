@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from jobs.command import imported, run_command, say
-from jobs.services.labelling import batches
 from jobs.services.labelling import people as links
 from jobs.services.labelling.store import Store
+from jobs.services.labelling.waiting import batches
 from jobs.services.labelling.work import Rules
 from orchestrator.data.inputs import read_text
 from orchestrator.errors import ConfigError, DataError
@@ -61,14 +61,14 @@ def serve(  # noqa: PLR0913  the parameters are the command's options
 
     def work(opened: Store) -> None:
         if until_eof:
-            imported("jobs.services.labelling.serving:end_with_input")()
-        settings = imported("jobs.services.labelling.app:Settings")(
+            imported("jobs.services.labelling.web.serving:end_with_input")()
+        settings = imported("jobs.services.labelling.web.app:Settings")(
             rules=Rules(60.0 * lease_minutes, gold_share, reviews),
             guidelines="" if guidelines is None else read_text(guidelines, f"guidelines {guidelines}", DataError),
             rate=rate,
-            open_metrics=imported("jobs.services.labelling.serving:is_loopback")(host),
+            open_metrics=imported("jobs.services.labelling.web.serving:is_loopback")(host),
         )
-        imported("jobs.services.labelling.serving:serve")(
+        imported("jobs.services.labelling.web.serving:serve")(
             opened, settings, host=host, port=port, certificate=certificate, key=key
         )
 
@@ -100,25 +100,27 @@ def add(  # noqa: PLR0913  the parameters are the command's options
 
     def work(opened: Store) -> None:
         if source.is_dir():
-            found = imported("jobs.services.labelling.sources:from_run")(source, stage=stage, step=step)
+            found = imported("jobs.services.labelling.items.sources:from_run")(source, stage=stage, step=step)
         else:
-            found = imported("jobs.services.labelling.sources:from_file")(source, format, kind, say)
+            found = imported("jobs.services.labelling.items.sources:from_file")(source, format, kind, say)
         if choose is not None or budget is not None:
             if choose is None or budget is None:
                 raise ConfigError("--choose and --budget belong together: --choose active --budget 200.")
-            chosen = imported("jobs.services.labelling.choosing:asked")(
+            chosen = imported("jobs.services.labelling.items.choosing:asked")(
                 opened,
                 found,
-                imported("jobs.services.labelling.choosing:Asking")(task, budget, control),
-                lambda: imported("jobs.services.labelling.measuring:states_of")(
+                imported("jobs.services.labelling.items.choosing:Asking")(task, budget, control),
+                lambda: imported("jobs.services.labelling.items.measuring:states_of")(
                     source, stage=stage, step=step, model=reward_model, say=say
                 ),
                 how=choose,
             )
             say(chosen.describe())
             found = chosen.candidates
-        wanted = imported("jobs.services.labelling.adding:Wanted")(task, overlap, overlap_share, gold, priority, limit)
-        added = imported("jobs.services.labelling.adding:add")(opened, found, wanted, batch=source.name)
+        wanted = imported("jobs.services.labelling.items.adding:Wanted")(
+            task, overlap, overlap_share, gold, priority, limit
+        )
+        added = imported("jobs.services.labelling.items.adding:add")(opened, found, wanted, batch=source.name)
         say(
             f"{added.num_new} items added; {added.num_known} were there already, {added.num_unfit} prompts have not "
             f"enough different replies to {task}"
@@ -174,7 +176,7 @@ def people(store: Place = "labels.db") -> None:
     def work(opened: Store) -> None:
         with opened.reading() as connection:
             for part in ("quality", "arms"):
-                for line in imported(f"jobs.services.labelling.{part}:lines")(connection):
+                for line in imported(f"jobs.services.labelling.agreement.{part}:lines")(connection):
                     say(line)
 
     _with_store(store, work)

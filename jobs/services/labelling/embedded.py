@@ -22,14 +22,14 @@ from sqlalchemy import Connection, func, select
 from jobs.command import imported, say
 from jobs.quickstart import set_environment
 from jobs.services.labelling import people
-from jobs.services.labelling.adding import Wanted, add
-from jobs.services.labelling.app import Settings, create_app
 from jobs.services.labelling.exporting import export
-from jobs.services.labelling.serving import address_of, listening, run
+from jobs.services.labelling.items.adding import Wanted, add
+from jobs.services.labelling.items.sources import Candidate, from_run
 from jobs.services.labelling.shapes.judged import every, judges_of
-from jobs.services.labelling.sources import Candidate, from_run
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import items
+from jobs.services.labelling.web.app import Settings, create_app
+from jobs.services.labelling.web.serving import address_of, listening, run
 from jobs.services.labelling.work import Rules
 from orchestrator.config.loader import load_config
 from orchestrator.errors import DataError, StorageError

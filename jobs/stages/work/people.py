@@ -21,10 +21,12 @@ from time import monotonic
 from typing import Any
 
 from jobs.prepare import find_data
-from jobs.services.labelling import batches
-from jobs.services.labelling.adding import Wanted, add
-from jobs.services.labelling.batches import Progress
-from jobs.services.labelling.frozen import (
+from jobs.services.labelling.items.adding import Wanted, add
+from jobs.services.labelling.items.sources import of_samples
+from jobs.services.labelling.store import Store
+from jobs.services.labelling.waiting import batches
+from jobs.services.labelling.waiting.batches import Progress
+from jobs.services.labelling.waiting.frozen import (
     JudgedItem,
     agreement,
     joined,
@@ -34,9 +36,7 @@ from jobs.services.labelling.frozen import (
     write_items,
     write_rankings,
 )
-from jobs.services.labelling.hosting import Hosted, command_of, hosting
-from jobs.services.labelling.sources import of_samples
-from jobs.services.labelling.store import Store
+from jobs.services.labelling.web.hosting import Hosted, command_of, hosting
 from jobs.stages.people import JUDGEMENTS, STATE_FILE
 from jobs.stages.preferences import PREFERENCES
 from jobs.stages.sample import SAMPLES

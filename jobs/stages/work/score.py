@@ -90,7 +90,7 @@ async def score_shards(
 async def choose_items(
     job: StageJob, samples: pa.Table, candidates: Sequence[Any], asking: Any, known: Collection[str] = ()
 ) -> Any:
-    """What stage `people` asks: `choose_items` of jobs/services/labelling/choosing.py with its arguments, by the reward
+    """What stage `people` asks: `choose_items` of jobs/services/labelling/items/choosing.py with its arguments, by the reward
     model that an earlier stage has made; without one, all items are drawn at random.
 
     Args:
@@ -98,7 +98,7 @@ async def choose_items(
     """
     model = job.inputs.get(REWARD_MODEL)
     states = None if model is None else await measure_states(job, model, samples)
-    return imported("jobs.services.labelling.choosing:choose_items")(candidates, states, asking, known)
+    return imported("jobs.services.labelling.items.choosing:choose_items")(candidates, states, asking, known)
 
 
 async def measure_states(job: StageJob, model: Path, samples: pa.Table) -> pa.Table:

@@ -11,8 +11,8 @@ import pytest
 from benchmarks.labelling.minds import CAREFUL, COPY, FIRST, RANDOM, Mind, crowd, true_scores
 from benchmarks.labelling.pools import pool
 from benchmarks.labelling.verdicts import Taus, gains, taus, verdict
-from jobs.services.labelling.merging import electorate
-from jobs.services.labelling.quality import figures_of
+from jobs.services.labelling.agreement.merging import electorate
+from jobs.services.labelling.agreement.quality import figures_of
 
 
 @pytest.mark.parametrize("accuracy", [0.6, 0.72, 0.95])

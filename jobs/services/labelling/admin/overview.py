@@ -6,10 +6,11 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from jobs.services.labelling import quality, reviewing
-from jobs.services.labelling.finishing import counts, finished_batches
+from jobs.services.labelling import reviewing
+from jobs.services.labelling.agreement import quality
 from jobs.services.labelling.shapes.table import SHAPES
 from jobs.services.labelling.tables import items
+from jobs.services.labelling.waiting.finishing import counts, finished_batches
 
 Json = dict[str, Any]
 

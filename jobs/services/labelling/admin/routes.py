@@ -13,12 +13,13 @@ from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.background import BackgroundTask
 
-from jobs.services.labelling import finishing, people
+from jobs.services.labelling import people
 from jobs.services.labelling.admin.overview import overview
 from jobs.services.labelling.exporting import export
 from jobs.services.labelling.people import Person
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import ADMIN
+from jobs.services.labelling.waiting import finishing
 
 
 class NameOf(BaseModel):

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, select
 
 from jobs.services.labelling.agreement.given import given_in
-from jobs.services.labelling.merging import Electorate, Pair, Vote, electorate, margins, ranked_pairs
+from jobs.services.labelling.agreement.merging import Electorate, Pair, Vote, electorate, margins, ranked_pairs
 from jobs.services.labelling.tables import items, judgements, people
 from orchestrator.data.formats.format import LeftOut
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, select
 
-from jobs.services.labelling.adding import TOPIC
-from jobs.services.labelling.merging import Vote, as_order
+from jobs.services.labelling.agreement.merging import Vote, as_order
+from jobs.services.labelling.items.adding import TOPIC
 from jobs.services.labelling.reviewing import written
 from jobs.services.labelling.shapes.judged import Exported, Json, Judged
 from jobs.services.labelling.tables import items, judgements, people, showings

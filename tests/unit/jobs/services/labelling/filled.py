@@ -8,11 +8,11 @@ from typing import Any
 import httpx
 
 from jobs.services.labelling import people
-from jobs.services.labelling.adding import Wanted, add
-from jobs.services.labelling.app import Settings, create_app
+from jobs.services.labelling.items.adding import Wanted, add
+from jobs.services.labelling.items.sources import Candidate
 from jobs.services.labelling.people import Person, person_of
-from jobs.services.labelling.sources import Candidate
 from jobs.services.labelling.store import Store
+from jobs.services.labelling.web.app import Settings, create_app
 
 HOST = "http://labels.test"
 

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import select
 
-from jobs.services.labelling.adding import MAX_REPLIES, Wanted, add
-from jobs.services.labelling.sources import from_file, from_run
+from jobs.services.labelling.items.adding import MAX_REPLIES, Wanted, add
+from jobs.services.labelling.items.sources import from_file, from_run
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import items
 from orchestrator.errors import ConfigError, DataError

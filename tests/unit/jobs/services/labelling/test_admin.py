@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from jobs.services.labelling import people
-from jobs.services.labelling.app import Settings, create_app
 from jobs.services.labelling.store import Store
+from jobs.services.labelling.web.app import Settings, create_app
 from jobs.services.labelling.work import Rules
 from tests.unit.jobs.services.labelling.filled import client, client_of, fill, filled, invited, ranking
 

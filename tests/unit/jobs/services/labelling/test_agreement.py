@@ -12,8 +12,8 @@ from benchmarks.labelling.pools import Pool, pool, verdicts
 from jobs.services.labelling.agreement.alpha import Alpha, alphas
 from jobs.services.labelling.agreement.copies import voters
 from jobs.services.labelling.agreement.given import Given
-from jobs.services.labelling.merging import electorate, reliabilities, votes_of
-from jobs.services.labelling.quality import figures_of
+from jobs.services.labelling.agreement.merging import electorate, reliabilities, votes_of
+from jobs.services.labelling.agreement.quality import figures_of
 
 
 def given(item: int, person: int, answer: dict[str, Any], made_at: float = 0.0) -> Given:

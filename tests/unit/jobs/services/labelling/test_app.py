@@ -12,11 +12,11 @@ import pytest
 from sqlalchemy import event
 
 from jobs.services.labelling import people
-from jobs.services.labelling.adding import Wanted, add
-from jobs.services.labelling.app import Settings, create_app
-from jobs.services.labelling.guard import MAX_BODY_BYTES, Buckets
-from jobs.services.labelling.sources import Candidate
+from jobs.services.labelling.items.adding import Wanted, add
+from jobs.services.labelling.items.sources import Candidate
 from jobs.services.labelling.store import Store
+from jobs.services.labelling.web.app import Settings, create_app
+from jobs.services.labelling.web.guard import MAX_BODY_BYTES, Buckets
 from jobs.services.labelling.work import Rules
 from tests.unit.jobs.services.labelling.filled import HOST, client, client_of, filled, invited, ranking
 
@@ -263,7 +263,7 @@ async def test_too_many_requests_of_one_client_are_refused_and_others_served(
 
 def test_buckets_forget_the_least_recently_used(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("jobs.services.labelling.guard.monotonic", lambda: now)
+    monkeypatch.setattr("jobs.services.labelling.web.guard.monotonic", lambda: now)
     buckets = Buckets(rate=2.0, burst=2.0)
     for _ in range(2):
         assert buckets.wait_s("a") == 0

@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 from jobs.services.labelling import people
-from jobs.services.labelling.adding import Wanted, add
-from jobs.services.labelling.sources import Candidate
+from jobs.services.labelling.items.adding import Wanted, add
+from jobs.services.labelling.items.sources import Candidate
 from tests.deadlines import scaled
 from tests.unit.jobs.services.labelling.filled import filled, invited, ranking
 from tests.unit.jobs.services.labelling.running import free_port, service, until_healthy

@@ -8,13 +8,21 @@ from typing import Any
 
 import pytest
 
-from jobs.services.labelling import batches, people, work
-from jobs.services.labelling.adding import Wanted, add
+from jobs.services.labelling import people, work
 from jobs.services.labelling.answers import Judgement
-from jobs.services.labelling.batches import Progress
-from jobs.services.labelling.frozen import agreement, joined, judged_items, read_items, write_items, write_rankings
+from jobs.services.labelling.items.adding import Wanted, add
 from jobs.services.labelling.people import Person
 from jobs.services.labelling.store import Store
+from jobs.services.labelling.waiting import batches
+from jobs.services.labelling.waiting.batches import Progress
+from jobs.services.labelling.waiting.frozen import (
+    agreement,
+    joined,
+    judged_items,
+    read_items,
+    write_items,
+    write_rankings,
+)
 from orchestrator.errors import DataError, StorageError
 from tests.unit.jobs.services.labelling.filled import candidate, fill, person
 

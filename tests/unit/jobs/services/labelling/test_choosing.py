@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from jobs.services.labelling.adding import Wanted, add, compared, key_of
-from jobs.services.labelling.arms import arms_of, lines
-from jobs.services.labelling.choosing import Asked, Asking, asked, choose_items
+from jobs.services.labelling.agreement.arms import arms_of, lines
+from jobs.services.labelling.items.adding import Wanted, add, compared, key_of
+from jobs.services.labelling.items.choosing import Asked, Asking, asked, choose_items
 from jobs.services.labelling.store import Store
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.schema import STATES

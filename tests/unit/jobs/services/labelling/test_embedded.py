@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.services.labelling import embedded
-from jobs.services.labelling.adding import Wanted, add
 from jobs.services.labelling.embedded import Agreement, agreement, newest_run, offer, training
-from jobs.services.labelling.sources import Candidate
+from jobs.services.labelling.items.adding import Wanted, add
+from jobs.services.labelling.items.sources import Candidate
 from jobs.services.labelling.store import Store
 from orchestrator.config.config import Config
 from orchestrator.config.loader import load_config, to_yaml

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from jobs.services.labelling import work
-from jobs.services.labelling.adding import Wanted, add
+from jobs.services.labelling.agreement.quality import figures, lines, report
 from jobs.services.labelling.answers import Judgement
 from jobs.services.labelling.exporting import export
-from jobs.services.labelling.quality import figures, lines, report
-from jobs.services.labelling.sources import from_file
+from jobs.services.labelling.items.adding import Wanted, add
+from jobs.services.labelling.items.sources import from_file
 from jobs.services.labelling.store import Store
 from orchestrator.data.kinds import KINDS
 from orchestrator.data.streams import Stream

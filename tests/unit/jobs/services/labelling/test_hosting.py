@@ -10,14 +10,14 @@ from pathlib import Path
 import httpx
 import psutil
 
-from jobs.services.labelling.hosting import command_of, hosting
 from jobs.services.labelling.store import Store
+from jobs.services.labelling.web.hosting import command_of, hosting
 from tests.deadlines import scaled
 from tests.unit.jobs.services.labelling.running import ROOT, free_port, service, until_healthy
 
 PARENT = """
 import asyncio, sys
-from jobs.services.labelling.hosting import command_of, hosting
+from jobs.services.labelling.web.hosting import command_of, hosting
 from jobs.services.labelling.store import Store
 
 async def main(place, address):

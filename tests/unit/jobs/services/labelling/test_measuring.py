@@ -11,7 +11,7 @@ from sqlalchemy import select
 from typer.testing import CliRunner
 
 from jobs.services.labelling.command import app
-from jobs.services.labelling.measuring import states_of
+from jobs.services.labelling.items.measuring import states_of
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import items
 from orchestrator.errors import ConfigError, DataError

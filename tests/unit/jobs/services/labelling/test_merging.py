@@ -11,8 +11,16 @@ from typing import Any
 import pytest
 
 from jobs.services.labelling.agreement.given import Given
-from jobs.services.labelling.merging import Vote, as_order, margins, ranked_pairs, reliabilities, votes_of, weight
-from jobs.services.labelling.quality import figures_of, kendall_tau, spam_score
+from jobs.services.labelling.agreement.merging import (
+    Vote,
+    as_order,
+    margins,
+    ranked_pairs,
+    reliabilities,
+    votes_of,
+    weight,
+)
+from jobs.services.labelling.agreement.quality import figures_of, kendall_tau, spam_score
 
 
 def test_votes_of_a_ranking_leave_out_what_is_not_rankable() -> None:

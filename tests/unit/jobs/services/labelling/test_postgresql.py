@@ -12,15 +12,15 @@ from sqlalchemy import func, select
 
 from benchmarks.labelling.service import POSTGRESQL, postgresql
 from jobs.services.labelling import work
-from jobs.services.labelling.adding import Wanted, add
 from jobs.services.labelling.admin.overview import overview
+from jobs.services.labelling.agreement.quality import figures
 from jobs.services.labelling.answers import Judgement
 from jobs.services.labelling.exporting import export
-from jobs.services.labelling.finishing import finish_batch
+from jobs.services.labelling.items.adding import Wanted, add
 from jobs.services.labelling.people import Person
-from jobs.services.labelling.quality import figures
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import items, judgements
+from jobs.services.labelling.waiting.finishing import finish_batch
 from orchestrator.errors import CapacityError, ConfigError
 from tests.deadlines import scaled
 from tests.unit.jobs.services.labelling.filled import candidate, client, fill, invited, person, ranking

@@ -11,15 +11,15 @@ import pytest
 from sqlalchemy import insert, select
 
 from jobs.services.labelling import work
-from jobs.services.labelling.adding import TOPIC, Wanted, add
 from jobs.services.labelling.answers import Judgement, Unfit
 from jobs.services.labelling.exporting import export
-from jobs.services.labelling.finishing import counts, finish_batch, is_finished, reopen_batch
+from jobs.services.labelling.items.adding import TOPIC, Wanted, add
+from jobs.services.labelling.items.sources import Candidate
 from jobs.services.labelling.people import Person
 from jobs.services.labelling.reviewing import acceptance, states
-from jobs.services.labelling.sources import Candidate
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import batches, items, members
+from jobs.services.labelling.waiting.finishing import counts, finish_batch, is_finished, reopen_batch
 from orchestrator.data.kinds import KINDS
 from orchestrator.data.streams import Stream
 from orchestrator.errors import DataError

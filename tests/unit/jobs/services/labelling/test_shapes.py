@@ -15,15 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.services.labelling.adding import Wanted, add
 from jobs.services.labelling.exporting import export
+from jobs.services.labelling.items.adding import Wanted, add
+from jobs.services.labelling.items.sources import from_file
 from jobs.services.labelling.shapes import published
 from jobs.services.labelling.shapes.argilla import UNORDERED, argilla
 from jobs.services.labelling.shapes.judged import Exported, Judged
 from jobs.services.labelling.shapes.label_studio import TIED, label_studio
 from jobs.services.labelling.shapes.oasst import UNLABELLED
 from jobs.services.labelling.shapes.table import SHAPES
-from jobs.services.labelling.sources import from_file
 from jobs.services.labelling.store import Store
 from orchestrator.data.formats.format import LeftOut
 from orchestrator.data.kinds import KINDS

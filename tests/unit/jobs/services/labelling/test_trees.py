@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
-from jobs.services.labelling.adding import Wanted, add
 from jobs.services.labelling.exporting import export
-from jobs.services.labelling.sources import from_file
+from jobs.services.labelling.items.adding import Wanted, add
+from jobs.services.labelling.items.sources import from_file
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import items
 from orchestrator.errors import DataError

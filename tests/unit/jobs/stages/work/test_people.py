@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from jobs.services.labelling import batches, work
+from jobs.services.labelling import work
 from jobs.services.labelling.answers import Judgement
-from jobs.services.labelling.batches import Progress
 from jobs.services.labelling.store import Store
+from jobs.services.labelling.waiting import batches
+from jobs.services.labelling.waiting.batches import Progress
 from jobs.stages.table import stages_of
 from jobs.stages.work import people as stage
 from jobs.stages.work.people import Wait

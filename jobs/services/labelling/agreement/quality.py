@@ -12,7 +12,7 @@ from sqlalchemy import Connection, select
 from jobs.services.labelling.agreement.alpha import alphas
 from jobs.services.labelling.agreement.copies import Copy, Voters
 from jobs.services.labelling.agreement.given import Given, by_item, given_in, ranks_of
-from jobs.services.labelling.merging import Electorate, electorate, votes_of
+from jobs.services.labelling.agreement.merging import Electorate, electorate, votes_of
 from jobs.services.labelling.tables import LABELLER, people
 from orchestrator.training import ranking
 from orchestrator.training.ranking import wilson_interval

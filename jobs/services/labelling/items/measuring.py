@@ -12,7 +12,7 @@ import torch
 from actors.rewards import RewardContext
 from actors.rewards.model import build
 from actors.text.templates import read_template
-from jobs.services.labelling.sources import sample_files
+from jobs.services.labelling.items.sources import sample_files
 from orchestrator.config.config import Config
 from orchestrator.config.loader import load_kept_config
 from orchestrator.config.rewards import ModelRewardConfig

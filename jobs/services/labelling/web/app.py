@@ -19,14 +19,14 @@ from sqlalchemy import Row, select
 from jobs.services.labelling import work
 from jobs.services.labelling.admin.routes import admin_routes
 from jobs.services.labelling.answers import FLAGS, Id, Judgement, Unfit
-from jobs.services.labelling.guard import Guard
-from jobs.services.labelling.meters import Meters
 from jobs.services.labelling.people import Person, person_of
 from jobs.services.labelling.store import Store, StoreFull
 from jobs.services.labelling.tables import ADMIN, about
+from jobs.services.labelling.web.guard import Guard
+from jobs.services.labelling.web.meters import Meters
 from orchestrator.errors import ConfigError, DataError, StorageError
 
-_PAGE = Path(__file__).with_name("page")
+_PAGE = Path(__file__).parents[1] / "page"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, select
 
-from jobs.services.labelling.merging import votes_of
+from jobs.services.labelling.agreement.merging import votes_of
 from jobs.services.labelling.tables import items, judgements
 from orchestrator.training.acquisition import ACTIVE, CONTROL
 from orchestrator.training.ranking import difference_interval, order, wilson_interval

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.datasets.kinds import kinds_of
-from jobs.services.labelling.trees import TREES, Tree, holds_trees
+from jobs.services.labelling.items.trees import TREES, Tree, holds_trees
 from orchestrator.config.yaml_text import parse_yaml
 from orchestrator.data.inputs import read_text
 from orchestrator.data.kinds import KINDS, reply_in

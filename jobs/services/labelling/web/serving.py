@@ -18,8 +18,8 @@ from fastapi import FastAPI
 
 from jobs.command import say
 from jobs.services.labelling import people
-from jobs.services.labelling.app import Settings, create_app
 from jobs.services.labelling.store import Store
+from jobs.services.labelling.web.app import Settings, create_app
 from orchestrator.errors import CapacityError, ConfigError
 
 _STOP_S = 5  # for requests that are in progress

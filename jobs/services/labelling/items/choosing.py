@@ -15,8 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.services.labelling.adding import compared, key_of, known_keys
-from jobs.services.labelling.sources import Candidate
+from jobs.services.labelling.items.adding import compared, key_of, known_keys
+from jobs.services.labelling.items.sources import Candidate
 from jobs.services.labelling.store import Store
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.training.acquisition import ACTIVE, CONTROL, Choice, Numbers, Signals, choose, information

@@ -19,11 +19,11 @@ from sqlalchemy import Connection, Row, or_, select
 
 from jobs.services.labelling.agreement.given import Given
 from jobs.services.labelling.agreement.given import by_item as group_by_item
-from jobs.services.labelling.batches import chunks
-from jobs.services.labelling.merging import electorate, votes_of
+from jobs.services.labelling.agreement.merging import electorate, votes_of
 from jobs.services.labelling.shapes.judged import Exported, Judged
 from jobs.services.labelling.shapes.own import rankings
 from jobs.services.labelling.tables import items, judgements, people, showings
+from jobs.services.labelling.waiting.batches import chunks
 from orchestrator.data.formats.format import LeftOut
 from orchestrator.errors import DataError, StorageError
 from orchestrator.run.storage import reading, replacing

@@ -9,9 +9,9 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy import func, select
 
-from jobs.services.labelling.finishing import counts
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import items, judgements
+from jobs.services.labelling.waiting.finishing import counts
 
 
 class Meters:

@@ -12,10 +12,10 @@ from typing import Any
 
 from sqlalchemy import Connection, insert, select
 
-from jobs.services.labelling.sources import Candidate, distinct
+from jobs.services.labelling.items.sources import Candidate, distinct
+from jobs.services.labelling.items.trees import Tree
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import items, trees
-from jobs.services.labelling.trees import Tree
 from orchestrator.data.records import content_digest
 from orchestrator.errors import ConfigError
 from orchestrator.prompts import derive_seed

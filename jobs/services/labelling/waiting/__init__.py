@@ -1,0 +1,1 @@
+"""Batches whose judgements somebody waits for."""

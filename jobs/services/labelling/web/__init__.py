@@ -1,0 +1,1 @@
+"""The service: a web application in one process."""
