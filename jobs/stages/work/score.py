@@ -90,8 +90,8 @@ async def score_shards(
 async def choose_items(
     job: StageJob, samples: pa.Table, candidates: Sequence[Any], asking: Any, known: Collection[str] = ()
 ) -> Any:
-    """What stage `people` asks: `choose_items` of jobs/services/labelling/items/choosing.py with its arguments, by the reward
-    model that an earlier stage has made; without one, all items are drawn at random.
+    """What stage `people` asks: `choose_items` of jobs/services/labelling/items/choosing.py with its arguments, by the
+    reward model that an earlier stage has made; without one, all items are drawn at random.
 
     Args:
         samples: of which the candidates were made.
