@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import ray
 import yaml
@@ -31,15 +29,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def config(folder: Path, port: int, stages: Sequence[str], *, heads: int = 1, **people: Any) -> Path:
+def config(folder: Path, port: int) -> Path:
     tree: dict[str, Any] = {
-        "stages": list(stages),
+        "stages": ["sample", "people", "reward_model"],
         "model": {"path": str(folder / "base"), "dtype": "float32", "max_length": 128},
         "prompts": {"path": str(folder / "prompts.jsonl"), "max_prompt_tokens": 64, "reward_model_fraction": 0.7},
         "rollout": {"engine": "hf", "max_new_tokens": 16, "cpus_per_replica": 1, "samples_per_shard": 24},
         "sample": {"prompts": 24, "samples_per_prompt": 4},
-        "people": {"address": f"127.0.0.1:{port}", "overlap": 2, "overlap_share": 0.25, **people},
-        "reward_model": {"records_per_batch": 4, "max_length": 128, "cpus_per_rank": 1, "heads": heads},
+        "people": {"address": f"127.0.0.1:{port}", "overlap": 2, "overlap_share": 0.25},
+        "reward_model": {"records_per_batch": 4, "max_length": 128, "cpus_per_rank": 1},
         "run": {"root": str(folder)},
         "placement": {"wait_s": 5.0},
         "deadlines": of_a_run(),
@@ -59,7 +57,7 @@ def held() -> list[Any]:
 
 def test_a_run_waits_for_people_without_actors_and_learns_what_they_judged(cluster: str, folder: Path) -> None:
     port, run = free_port(), folder / "loop"
-    process = start(config(folder, port, ["sample", "people", "reward_model"]), cluster, "loop")
+    process = start(config(folder, port), cluster, "loop")
     try:
         until(lambda: (run / "people.json").exists() or process.poll() is not None, within_s=scaled(120), what="a wait")
         until(lambda: not held(), within_s=scaled(10), what="the end of all actors")
@@ -74,23 +72,3 @@ def test_a_run_waits_for_people_without_actors_and_learns_what_they_judged(clust
     rankings = [json.loads(line) for line in (run / "people.jsonl").read_text().splitlines()]
     assert trained["num_records"] + trained["num_held_out"] == len(rankings) == result["rankings"]
     assert made["reward-model"].reads == {"preferences": "people.jsonl"}
-
-
-@pytest.mark.variant
-def test_the_actors_that_choose_items_have_ended_when_the_run_waits(cluster: str, folder: Path) -> None:
-    port, run = free_port(), folder / "chosen"
-    stages = ["sample", "preferences", "reward_model", "people"]
-    process = start(config(folder, port, stages, heads=2, items=8, choose="active"), cluster, "chosen")
-    try:
-        until(lambda: (run / "people.json").exists() or process.poll() is not None, within_s=scaled(240), what="a wait")
-        assert process.poll() is None, finish(process)
-        until(lambda: not held(), within_s=scaled(10), what="the end of all actors")
-        assert pq.read_table(run / "states.parquet")["error"].null_count == 96
-        with labellers(run / "labels.db", f"http://127.0.0.1:{port}", ("ann", "bob"), noise_std=0.01):
-            output = finish(process)
-    finally:
-        process.kill()
-    judged = [json.loads(line) for line in (run / "judgements.jsonl").read_text().splitlines()]
-    assert sorted(item["source"]["choice"]["arm"] for item in judged) == ["active"] * 4 + ["control"] * 4
-    assert "people: 4 items chosen, 4 drawn at random" in output and "active less control: " in output
-    assert {entry.path: entry.reads for entry in read_lineage(run)}["people.jsonl"]["reward_model"] == "reward-model"
