@@ -14,14 +14,14 @@ from actors.groups.cluster import alive_nodes, connect, named_address
 from actors.models.model import resolve_model
 from actors.models.size import model_size
 from jobs.prepare import Prepared
-from jobs.stages.settings import critic_base, reward_bases, samples_per_shard
+from jobs.stages.settings import critic_base, reward_bases, samples_per_shard, states_section, trained_base
 from jobs.stages.table import stages_of
 from orchestrator.config.config import Config
 from orchestrator.config.rewards import reward_models
 from orchestrator.config.sections import LearnerConfig, LoraConfig
 from orchestrator.config.trainings import OfflineConfig
 from orchestrator.failures import LEARNERS
-from orchestrator.planning.demands import PREFERENCE, REWARD_MODEL, SFT, all_demands
+from orchestrator.planning.demands import PREFERENCE, REWARD_MODEL, SFT, STATES, all_demands
 from orchestrator.planning.hardware import DEVICES
 from orchestrator.planning.memory import (
     AVERAGE_BYTES,
@@ -192,6 +192,13 @@ def memory_per_role(config: Config, sizes: _Sizes, roles: Collection[str]) -> di
             logits=True,
         ),
         "reward": of_reward,
+        STATES: lambda: scorer_memory(
+            sizes.of(*trained_base(config)),
+            dtype=dtype,
+            shards=1,
+            micro_batch_tokens=states_section(config).micro_batch_tokens,
+            logits=False,
+        ),
         "rollout": of_engine,
         "recorder": lambda: Memory(process=RECORDER_PROCESS),
         REWARD_MODEL: lambda: _learner(

@@ -27,7 +27,8 @@ def check_people(config: Config, found: Found) -> str | None:
         _require(people.store)
     if found.prepared is None:
         return None
-    num_items = len(sampled(config, found.prepared))
+    num_prompts = len(sampled(config, found.prepared))
+    num_items = min(num_prompts, people.items or num_prompts)
     num_judgements = round(num_items * (1 + (people.overlap - 1) * people.overlap_share))
     waits = "" if people.deadline_hours is None else f", for at most {people.deadline_hours:g} h"
     return (

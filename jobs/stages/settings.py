@@ -18,6 +18,7 @@ from orchestrator.config.base import Section
 from orchestrator.config.config import Config
 from orchestrator.config.rewards import (
     JudgeSource,
+    ModelRewardConfig,
     ModelSource,
     PairJudgeConfig,
     RewardConfig,
@@ -119,9 +120,8 @@ def has_reward(config: Config, inputs: Mapping[str, Path]) -> bool:
 def reward_bases(config: Config) -> Mapping[str, tuple[str, int | None]]:
     """By key of its section, the model whose size each reward model has, and how many of its layers are kept (None:
     all)."""
-    trained = (config.reward_model.base or config.model.path, config.reward_model.layers)
     return {
-        key: trained if source.path is None else (source.path, None)
+        key: trained_base(config) if source.path is None else (source.path, None)
         for key, source in reward_models(config.reward).items()
     }
 
@@ -151,6 +151,20 @@ def reward_section(config: Config, path: str | None) -> RewardConfig:
     if isinstance(reward, WeightedRewardConfig):
         return reward.model_copy(update={"sources": {name: filled(one) for name, one in reward.sources.items()}})
     return reward.model_copy(update=dict(filled(reward)))
+
+
+def states_section(config: Config, path: str | None = None) -> ModelSource:
+    """The section of the reward model at `path`, by whose states items for people are chosen: as the run scores with
+    it, if it does."""
+    main = main_reward_model(config.reward)
+    source = ModelRewardConfig() if main is None else main[1]
+    longest = reward_max_length(config, source)
+    return source.model_copy(update={"path": path, "normalise": False, "max_length": longest})
+
+
+def trained_base(config: Config) -> tuple[str, int | None]:
+    """The model whose size the run's own reward model has, and how many of its layers are kept (None: all)."""
+    return config.reward_model.base or config.model.path, config.reward_model.layers
 
 
 def critic_warmup_steps(config: Config) -> int:
@@ -221,7 +235,8 @@ def start_s(config: Config) -> float:
     """Deadline of an actor's start: it grows with the largest model of the run. A model that is not on this machine's
     disk does not count. Reads folders, so it is asked for once where actors are started."""
     scorers = [name for name, _ in reward_bases(config).values()]
-    names = {config.model.path, config.reference.path, critic_base(config)[0], *scorers}
+    chosen_by = [trained_base(config)[0]] if config.people.choose == "active" else []
+    names = {config.model.path, config.reference.path, critic_base(config)[0], *scorers, *chosen_by}
     sizes = [0]
     for name in names - {None}:
         with suppress(DataError):

@@ -179,7 +179,7 @@ class Stage:
         kind: its name in `stages` of a config.
         start_s: seconds until its processes are ready, and those that end it, for estimates.
         samples: whether it starts rollout engines on the run's prompts.
-        uses: kinds of artifacts that it reads if an earlier stage makes them.
+        uses: kinds of artifacts that it reads if an earlier stage makes them, whatever the config.
         starts_from_policy: whether it starts from the policy: that of the last stage before it which makes one, or
             model.path.
         sections: sections of the config that affect its results and not those of stages which don't name them. Sections
@@ -208,6 +208,10 @@ class Stage:
     def reads(self, config: Config) -> Sequence[str]:
         """Kinds of artifacts that earlier stages must make."""
         return ()
+
+    def may_read(self, config: Config) -> Sequence[str]:
+        """Kinds of artifacts that it reads if an earlier stage makes them."""
+        return self.uses
 
     def makes(self, config: Config) -> Sequence[Artifact]:
         return ()

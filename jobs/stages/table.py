@@ -140,7 +140,7 @@ def _named(config: Config, entry: StageEntry, makers: Mapping[str, NamedStage]) 
         )
     for problem in stage.problems(mine):
         raise ConfigError(problem)
-    optional = (*stage.uses, *((POLICY,) if stage.starts_from_policy else ()))
+    optional = (*stage.may_read(mine), *((POLICY,) if stage.starts_from_policy else ()))
     wanted = (*stage.reads(mine), *(kind for kind in optional if kind in makers))
     sources = {kind: makers[kind] for kind in wanted}
     for problem in stage.misfits(mine, {kind: source.made(kind) for kind, source in sources.items()}):

@@ -27,6 +27,13 @@ class PeopleConfig(Section):
     """Number of people who judge an item of the share people.overlap_share; others are judged by one."""
     overlap_share: Fraction = 0.1
     """Share of items that several people judge, which shows how far people agree."""
+    items: Positive | None = None
+    """Number of items that a round asks for. Null: all prompts of the samples that can be compared."""
+    choose: Literal["random", "active"] = "random"
+    """How people.items are chosen; active: by what the reward model of an earlier round does not know (see
+    docs/labelling.md)."""
+    control_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Share of them that is drawn at random with active, to measure what the choice is worth."""
     judgements: Positive | None = None
     """Number of judgements after which the run continues. Null: all that the stage asks for."""
     deadline_hours: PositiveNumber | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from orchestrator.config.config import Config
 from orchestrator.config.sections import LearnerConfig, ReferenceConfig
@@ -13,6 +14,8 @@ from orchestrator.planning.placement import Demand, Node, Plan, place
 RECORDER_CPUS = 1.0
 REWARD_MODEL = "reward_model"
 """The name of the reward model among artifacts, and of what trains it in plans and messages."""
+STATES = "states"
+"""What reads the states of the reward model, by which items for people are chosen."""
 SFT = "sft"
 PREFERENCE = "preference"
 
@@ -27,6 +30,11 @@ def engine_demand(config: Config) -> Demand:
 def reward_demand(config: Config) -> Demand:
     reward = config.reward
     return Demand("reward", reward.replicas, reward.cpus_per_replica, reward.gpus_per_replica)
+
+
+def states_demand(config: Config) -> Demand:
+    """As many as score, in the places of these."""
+    return replace(reward_demand(config), role=STATES)
 
 
 def reference_demand(config: Config) -> Demand:

@@ -1,9 +1,10 @@
 """The work of stage `people`: puts samples into a labelling store, waits, and freezes what people judged.
 
-1. open    items and their batch are in the store; people.json says when the wait began
-2. wait    until nothing is missing, the quota or the deadline is reached, or an admin has finished the batch
-3. close   the store withdraws what is missing
-4. freeze  judgements.jsonl, from which people.jsonl follows: later judgements change neither
+1. choose  with people.items: asked.json, by actors that have ended before the wait
+2. open    items and their batch are in the store; people.json says when the wait began
+3. wait    until nothing is missing, the quota or the deadline is reached, or an admin has finished the batch
+4. close   the store withdraws what is missing
+5. freeze  judgements.jsonl, from which people.jsonl follows: later judgements change neither
 
 An attempt repeats a step that a killed one had not ended; each one leaves the same whoever repeats it.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,9 @@ from time import monotonic
 from typing import Any
 
 from jobs.prepare import find_data
+from jobs.services.labelling.agreement.arms import arms_among, table_of
 from jobs.services.labelling.items.adding import Wanted, add
-from jobs.services.labelling.items.sources import of_samples
+from jobs.services.labelling.items.sources import Candidate
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.waiting import batches
 from jobs.services.labelling.waiting.batches import Progress
@@ -39,11 +41,12 @@ from jobs.services.labelling.waiting.frozen import (
 from jobs.services.labelling.web.hosting import Hosted, command_of, hosting
 from jobs.stages.people import JUDGEMENTS, STATE_FILE
 from jobs.stages.preferences import PREFERENCES
-from jobs.stages.sample import SAMPLES
 from jobs.stages.stage import StageJob
+from jobs.stages.work.asking import candidates_to_ask
 from orchestrator.config.people import PeopleConfig
 from orchestrator.errors import DataError, StorageError
 from orchestrator.run.storage import read_json, replacing, write_json
+from orchestrator.training.acquisition import ACTIVE
 
 STORE_FILE, COPY_FILE = "labels.db", "labels-copy.db"
 POLL_S = 2.0
@@ -74,6 +77,8 @@ async def run(job: StageJob) -> Mapping[str, Any]:
     agreed = {} if shared is None else {"people/agreement": shared}
     job.telemetry.evaluation(0, {"people/judgements": num_judgements, "people/waiting": 0.0, **agreed})
     job.say(f"{job.name}: {describe(result)}")
+    if job.config.people.items is not None:
+        _say_arms(job, found)
     return result
 
 
@@ -84,6 +89,19 @@ def describe(result: Mapping[str, Any]) -> str:
         f"{result['judgements']} judgements of {result['items']} items by {result['people']} people make "
         f"{result['rankings']} rankings{agreed}"
     )
+
+
+def _say_arms(job: StageJob, found: Sequence[JudgedItem]) -> None:
+    """What the choice was worth in this round and those before it; nothing if none was made by a reward model."""
+    arms = arms_among(
+        (item.key, each["answer"], item.source, item.replies)
+        for item in found
+        if item.gold is None
+        for each in item.judgements
+    )
+    if ACTIVE in arms:
+        for line in table_of(arms):
+            job.say(f"{job.name}: {line}")
 
 
 @dataclass(frozen=True)
@@ -123,7 +141,9 @@ class Wait:
 
 async def _collect(job: StageJob, store: Store) -> None:
     """Leaves judgements.jsonl."""
-    wait = await asyncio.to_thread(_open, job, store)
+    batch = f"{job.run.id}/{job.name}"
+    candidates = await candidates_to_ask(job, store, batch)
+    wait = await asyncio.to_thread(_open, job, store, batch, candidates)
     async with _hosted(job, store) as hosted:
         reason = await _until_judged(job, wait, store, hosted)
     await asyncio.to_thread(_close, job, store, wait.batch, reason)
@@ -148,16 +168,16 @@ def _restore(job: StageJob) -> None:
             temporary.chmod(0o600)
 
 
-def _open(job: StageJob, store: Store) -> Wait:
-    """Puts the samples into the store and asks for judgements, unless an earlier attempt has."""
-    name, state = f"{job.run.id}/{job.name}", job.run.place / STATE_FILE
+def _open(job: StageJob, store: Store, name: str, candidates: Iterable[Candidate]) -> Wait:
+    """Puts items into the store and asks for judgements, unless an earlier attempt has."""
+    state = job.run.place / STATE_FILE
     kept = read_json(state) if state.exists() else {}
     wait = Wait(name, float(kept.get("opened_at", time.time())), job.config.people)
     with store.reading() as connection:
         is_there = batches.progress(connection, name) is not None
     if kept and is_there:
         return wait
-    added = add(store, of_samples([job.inputs[SAMPLES]], job.run.path, _sampler(job)), _wanted(wait.people), batch=name)
+    added = add(store, candidates, _wanted(wait.people), batch=name)
     if not added.overlaps:
         raise DataError(
             f"stage {job.name!r}: none of {added.num_unfit} prompts has two different replies to compare. Raise "
@@ -173,12 +193,6 @@ def _open(job: StageJob, store: Store) -> Wait:
     unfit = f"; {added.num_unfit} prompts have no two different replies" if added.num_unfit else ""
     job.say(f"{job.name}: asks people for {asked} judgements of {found.num_items} items{unfit}")
     return wait
-
-
-def _sampler(job: StageJob) -> str:
-    """The name under which the samples' stage has its files; empty for the run's own folder."""
-    place = job.inputs[SAMPLES].parent
-    return "" if place == job.run.path else place.name
 
 
 def _wanted(people: PeopleConfig) -> Wanted:

@@ -19,20 +19,20 @@ from actors.rewards import DISAGREEMENT
 from actors.roles.reward import RewardWorker
 from actors.roles.states import StatesWorker
 from jobs.command import imported
+from jobs.stages.people import STATES_FILE
 from jobs.stages.sample import SAMPLES
 from jobs.stages.score import SCORES
-from jobs.stages.settings import reward_max_length, reward_path, samples_per_shard, start_s
+from jobs.stages.settings import reward_path, samples_per_shard, start_s, states_section
 from jobs.stages.stage import StageJob
 from jobs.stages.work.data.replies import read_replies, replies_table
 from jobs.stages.work.data.shards import ShardFiles, spread
 from jobs.stages.work.wiring import all_ready, start_reward, start_states, starting, supervisor_of
 from orchestrator.config.config import Config
-from orchestrator.config.rewards import ModelRewardConfig, main_reward_model
 from orchestrator.errors import DataError, StorageError
-from orchestrator.planning.demands import REWARD_MODEL, reward_demand
+from orchestrator.planning.demands import REWARD_MODEL, reward_demand, states_demand
+from orchestrator.planning.placement import Demand
 from orchestrator.run.storage import replacing
 
-STATES_FILE = "states.parquet"
 Start = Callable[[Starter], Awaitable[ActorGroup]]
 
 
@@ -84,7 +84,7 @@ async def score_shards(
     async def start(starter: Starter) -> ActorGroup:
         return await start_reward(config, starter, model)
 
-    return await in_shards(job, config, start, RewardWorker.score, samples, files)
+    return await in_shards(job, config, reward_demand(config), start, RewardWorker.score, samples, files)
 
 
 async def choose_items(
@@ -108,32 +108,34 @@ async def measure_states(job: StageJob, model: Path, samples: pa.Table) -> pa.Ta
     Args:
         model: the folder of the reward model.
     """
-    config = job.config
-    main = main_reward_model(config.reward)
-    source = ModelRewardConfig() if main is None else main[1]
-    longest = reward_max_length(config, source)
-    source = source.model_copy(update={"path": str(model), "normalise": False, "max_length": longest})
+    config, source = job.config, states_section(job.config, str(model))
 
     async def start(starter: Starter) -> ActorGroup:
         return await start_states(config, starter, source)
 
     files = ShardFiles(config, job.run.place / STATES_FILE)
-    return await in_shards(job, config, start, StatesWorker.states, samples, files)
+    return await in_shards(job, config, states_demand(config), start, StatesWorker.states, samples, files)
 
 
 async def in_shards(
-    job: StageJob, config: Config, start: Start, method: Callable[..., pa.Table], samples: pa.Table, files: ShardFiles
+    job: StageJob,
+    config: Config,
+    demand: Demand,
+    start: Start,
+    method: Callable[..., pa.Table],
+    samples: pa.Table,
+    files: ShardFiles,
 ) -> pa.Table:
-    """What a method of the reward's actors returns for all samples; shards in `files` are kept. The actors have ended
-    when this returns."""
+    """What a method of the actors of one role returns for all samples; shards in `files` are kept. The actors have
+    ended when this returns."""
     size = samples_per_shard(config)
     shards = [samples.slice(begin, size) for begin in range(0, samples.num_rows, size)]
     if missing := files.missing(len(shards)):
-        async with starting(config, [reward_demand(config)]) as starter:
+        async with starting(config, [demand]) as starter:
             job.watch(starter.groups)
             replicas = await start(starter)
             deadline_s = start_s(config)
-            await all_ready({"reward": replicas}, deadline_s)
+            await all_ready({demand.role: replicas}, deadline_s)
             supervisor = supervisor_of(config, starter, job.telemetry, job.run, deadline_s)
 
             async def ask(replica: int, number: int) -> None:

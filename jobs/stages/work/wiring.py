@@ -60,7 +60,7 @@ from orchestrator.coordinator import Coordinator
 from orchestrator.failures import FailurePolicy
 from orchestrator.filtering import DynamicSampling, Filter, as_sampled
 from orchestrator.held_out import Evaluation
-from orchestrator.planning.demands import all_demands
+from orchestrator.planning.demands import STATES, all_demands
 from orchestrator.planning.placement import Demand, Slot
 from orchestrator.prompts import PromptSchedule, Splits, sample_requests
 from orchestrator.roles import Grouping, Learner, Learners, NoCritic, Recorder, Roles, Rollouts
@@ -154,10 +154,10 @@ async def start_reward(config: Config, starter: Starter, reward_path: str | None
 
 
 async def start_states(config: Config, starter: Starter, source: ModelSource) -> ActorGroup:
-    """The reward model of `source`, in the places of the reward's replicas."""
+    """Replicas of the reward model of `source`."""
     context = reward_context(config)
     return await starter.group(
-        "reward", StatesWorker, lambda slot: {"reward": source, "context": replace(context, threads=slot.threads)}
+        STATES, StatesWorker, lambda slot: {"reward": source, "context": replace(context, threads=slot.threads)}
     )
 
 

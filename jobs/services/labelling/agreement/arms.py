@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
@@ -17,6 +17,9 @@ from orchestrator.training.acquisition import ACTIVE, CONTROL
 from orchestrator.training.ranking import difference_interval, order, wilson_interval
 
 Pair = tuple[int, int]
+Item = int | str
+Judged = tuple[Item, Any, Mapping[str, Any], Sequence[Mapping[str, Any]]]
+"""A judgement: item, answer, the item's source and replies."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +46,22 @@ def arms_of(connection: Connection) -> Mapping[str, Arm]:
         .where(judgements.c.undone_at.is_(None), items.c.gold.is_(None), items.c.kind.in_(("rank", "compare")))
         .order_by(judgements.c.seq)
     )
-    answers: dict[str, dict[int, list[Any]]] = {ACTIVE: defaultdict(list), CONTROL: defaultdict(list)}
-    scores: dict[int, Sequence[float | None]] = {}
-    for row in found:
-        arm = row.source.get("choice", {}).get("arm")
+    return arms_among(tuple(row) for row in found)
+
+
+def arms_among(found: Iterable[Judged]) -> Mapping[str, Arm]:
+    """The arms with judged items, by name. Judgements are of tasks that compare replies."""
+    answers: dict[str, dict[Item, list[Any]]] = {ACTIVE: defaultdict(list), CONTROL: defaultdict(list)}
+    scores: dict[Item, Sequence[float | None]] = {}
+    for item, answer, source, replies in found:
+        arm = source.get("choice", {}).get("arm")
         if arm in answers:
-            answers[arm][row.item].append(row.answer)
-            scores[row.item] = [reply["source"].get("score") for reply in row.replies]
+            answers[arm][item].append(answer)
+            scores[item] = [reply["source"].get("score") for reply in replies]
     return {name: _arm(of_items, scores) for name, of_items in answers.items() if of_items}
 
 
-def _arm(answers: Mapping[int, Sequence[Any]], scores: Mapping[int, Sequence[float | None]]) -> Arm:
+def _arm(answers: Mapping[Item, Sequence[Any]], scores: Mapping[Item, Sequence[float | None]]) -> Arm:
     votes = {item: [_votes(answer) for answer in given] for item, given in answers.items()}
     wrong = [_wrong(given, scores[item]) for item, given in votes.items()]
     agreed = [_agreed(given) for given in votes.values()]
@@ -90,7 +98,11 @@ def _agreed(votes: Sequence[Mapping[Pair, float]]) -> float | None:
 
 def lines(connection: Connection) -> Iterator[str]:
     """A table for the console; nothing if no item was chosen."""
-    found = arms_of(connection)
+    yield from table_of(arms_of(connection))
+
+
+def table_of(found: Mapping[str, Arm]) -> Iterator[str]:
+    """The same of these arms."""
     if not found:
         return
     yield f"{'asked':<10}{'items':>7}  {'reward model was wrong on':<34}people agree"

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, insert, select
 from jobs.services.labelling.items.sources import Candidate, distinct
 from jobs.services.labelling.items.trees import Tree
 from jobs.services.labelling.store import Store
-from jobs.services.labelling.tables import items, trees
+from jobs.services.labelling.tables import items, members, trees
 from orchestrator.data.records import content_digest
 from orchestrator.errors import ConfigError
 from orchestrator.prompts import derive_seed
@@ -187,10 +187,12 @@ def key_of(kind: str, candidate: Candidate, chosen: Sequence[int]) -> str:
     return content_digest(kind, list(candidate.messages), list(candidate.tools), replies).hex()
 
 
-def known_keys(store: Store) -> frozenset[str]:
-    """Of all items in the store. Raises StorageError."""
+def known_keys(store: Store, *, but_of: str = "") -> frozenset[str]:
+    """Of all items in the store, without those of the batch `but_of`. Raises StorageError."""
+    asked = select(members.c.item).where(members.c.batch == but_of)
+    known = select(items.c.key).where(items.c.batch != but_of[:200], items.c.id.not_in(asked))
     with store.reading() as connection:
-        return frozenset(connection.scalars(select(items.c.key)))
+        return frozenset(connection.scalars(known if but_of else select(items.c.key)))
 
 
 def _row(candidate: Candidate, chosen: Sequence[int], wanted: Wanted, batch: str) -> Row:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,8 @@ import pyarrow.compute as pc
 from jobs.services.labelling.items.adding import compared, key_of, known_keys
 from jobs.services.labelling.items.sources import Candidate
 from jobs.services.labelling.store import Store
-from orchestrator.errors import ConfigError, DataError
+from orchestrator.errors import ConfigError, DataError, StorageError
+from orchestrator.run.storage import read_json, write_json
 from orchestrator.training.acquisition import ACTIVE, CONTROL, Choice, Numbers, Signals, choose, information
 from orchestrator.training.ensemble import mean_scores
 
@@ -111,6 +113,20 @@ def asked(
         raise ConfigError(f"--choose {how} is not known; choose one of {', '.join(_WAYS)}.")
     known = known_keys(store)
     return choose_items(candidates, states() if how == "active" else None, asking, known)
+
+
+def write_asked(path: Path, found: Asked) -> None:
+    """Keeps a choice, so that it is not made again. Raises StorageError."""
+    write_json(path, {**vars(found), "candidates": [vars(candidate) for candidate in found.candidates]})
+
+
+def read_asked(path: Path) -> Asked:
+    """Raises StorageError."""
+    kept = read_json(path)
+    try:
+        return Asked(**{**kept, "candidates": [Candidate(**each) for each in kept["candidates"]]})
+    except (KeyError, TypeError):
+        raise StorageError(f"{path} is damaged; delete it, and its stage chooses again.") from None
 
 
 def choose_items(

@@ -210,6 +210,15 @@ def test_every_model_among_the_sources_of_a_reward_is_planned(
     assert changed(config, keys, source="the plan").reward.replicas == keys["reward.replicas"]
 
 
+def test_what_chooses_items_for_people_is_the_reward_model_that_the_run_trains(tree: dict[str, Any]) -> None:
+    """Also where the run scores by rules."""
+    config = config_of({**tree, "people": {"items": 9, "choose": "active"}, "reward_model": {"layers": 8}})
+    memory = memory_per_role(config, _Sizes(config), ["states"])["states"]
+    whole = dimensions(Path(config.model.path), dtype="bfloat16").num_params
+    assert memory.state < whole
+    assert memory.state == 2 * _Sizes(config).of(None, 8).num_params
+
+
 @pytest.mark.parametrize(
     ("changes", "reference", "critic"),
     [

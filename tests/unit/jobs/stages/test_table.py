@@ -63,7 +63,7 @@ def run_all(config: Config) -> RunFolder:
     return run
 
 
-@pytest.mark.parametrize("stages", [["sample", "preferences"], ["sample", "score", "select"]])
+@pytest.mark.parametrize("stages", [["sample", "preferences"], ["sample", "people"], ["sample", "score", "select"]])
 def test_stages_that_compare_replies_refuse_episodes_and_say_what_to_do(tmp_path: Path, stages: list[Any]) -> None:
     sections = {"environment": {"name": "a.module:Class"}, "select": {"keep": "pairs"}}
     with pytest.raises(ConfigError, match=r"compares single replies.*select.keep=best.*environment.name: null"):

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from jobs.services.labelling import work
@@ -19,6 +20,7 @@ from jobs.services.labelling.store import Store
 from jobs.services.labelling.waiting import batches
 from jobs.services.labelling.waiting.batches import Progress
 from jobs.stages.table import stages_of
+from jobs.stages.work import asking, score
 from jobs.stages.work import people as stage
 from jobs.stages.work.people import Wait
 from jobs.why.explain import explain
@@ -27,7 +29,9 @@ from orchestrator.config.config import Config
 from orchestrator.config.loader import config_from_tree
 from orchestrator.config.people import PeopleConfig
 from orchestrator.errors import ConfigError, DataError
+from orchestrator.planning.placement import Node
 from orchestrator.run.lineage import read_lineage
+from orchestrator.schema import STATES
 from orchestrator.watching.telemetry import read_lines
 from tests.deadlines import scaled
 from tests.people import labellers, until
@@ -66,10 +70,12 @@ async def reached(holds: Callable[[], object]) -> None:
 
 
 @asynccontextmanager
-async def waiting(config: Config) -> AsyncIterator[tuple[Path, Store, asyncio.Task[Any]]]:
+async def waiting(
+    config: Config, say: Callable[[str], None] = lambda line: None
+) -> AsyncIterator[tuple[Path, Store, asyncio.Task[Any]]]:
     """A run that waits for people, with its folder and store."""
     run = with_samples(config)
-    task = asyncio.create_task(run_all(config))
+    task = asyncio.create_task(run_all(config, say))
     try:
         place = Path(config.people.store or run / "labels.db")
         await reached(lambda: task.done() or ((run / "people.json").exists() and place.exists()))
@@ -269,3 +275,121 @@ def test_rounds_hold_out_the_same_prompts(tmp_path: Path) -> None:
     tree = {"stages": [{"rounds": 2, "stages": ["sample", "people"]}], "run": {"root": str(tmp_path)}}
     with pytest.raises(ConfigError, match=r"preferences\.held_out=5 holds out the end of a file, which grows"):
         stages_of(config_from_tree({**tree, "preferences": {"held_out": 5}}, source="the test"))
+
+
+def asked_keys(store: Store) -> list[str]:
+    with store.reading() as connection:
+        return list(batches.keys_of(connection, "demo/people"))
+
+
+def forget_the_batch(run: Path, store: Store) -> None:
+    """As if the run had been killed before it asked."""
+    (run / "people.json").unlink()
+    with store.writing() as connection:
+        connection.execute(batches.members.delete())
+        connection.execute(batches.batches.delete())
+
+
+async def test_a_part_of_the_samples_is_asked_for_and_a_killed_run_asks_for_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path, items=2, overlap_share=0.0)
+    async with waiting(config) as (run, store, _):
+        first = asked_keys(store)
+    assert len(first) == 2
+
+    async def fail(*arguments: Any) -> None:
+        raise AssertionError("it chooses again")
+
+    monkeypatch.setattr(asking, "choose_items", fail)
+    store = Store(str(run / "labels.db"))
+    forget_the_batch(run, store)
+    store.close()
+    async with waiting(config) as (run, store, task):
+        assert asked_keys(store) == first
+        judge(store, "ann", 2)
+        await asyncio.wait_for(task, scaled(20))
+    assert [row["key"] for row in rows(run / "judgements.jsonl")] == first
+
+
+async def test_items_of_its_own_batch_are_asked_for_again_and_those_of_others_are_not(tmp_path: Path) -> None:
+    config = config_of(tmp_path, items=4)
+    async with waiting(config) as (run, store, _):
+        first = asked_keys(store)
+    store = Store(str(run / "labels.db"))
+    forget_the_batch(run, store)
+    store.close()
+    (run / "asked.json").unlink()
+    async with waiting(config) as (_, store, _):
+        assert asked_keys(store) == first and len(first) == 4
+    other = config_of(tmp_path, "other", items=4, store=str(run / "labels.db"))
+    with_samples(other)
+    with pytest.raises(DataError, match=r"the 4 prompts whose replies can be compared are in .*labels\.db already"):
+        await run_all(other)
+
+
+TRAINED = ["sample", "preferences", "reward_model", "people"]
+
+
+def active(root: Path, *, heads: int = 2, stages: Any = TRAINED, **people: Any) -> Config:
+    sections = {"stages": stages, "reward_model": {"heads": heads}}
+    return config_of(root, sections=sections, choose="active", **people)
+
+
+async def test_items_are_chosen_by_the_reward_model_before_the_wait_and_the_gain_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its heads agree on all prompts but p3, of which the mean makes all replies equal."""
+    config, asked, lines = active(tmp_path, items=2, overlap_share=0.0), [], list[str]()
+    trained = tmp_path / "demo" / "reward-model"
+    trained.mkdir(parents=True)
+    for path in (trained / "config.json", trained.parent / "reward_model.json"):
+        path.write_text("{}")
+
+    async def measure(job: Any, model: Path, samples: pa.Table) -> pa.Table:
+        asked.append((model, (job.run.place / "people.json").exists()))
+        found = []
+        for row in samples.to_pylist():
+            best = 2.0 - row["sample_index"]
+            heads = [best, -best if row["prompt_id"] == "p3" else best]
+            state = [float(row["prompt_id"][1:]), 1.0]
+            found.append({"row": row["row"], "prompt_id": row["prompt_id"], "heads": heads, "state": state})
+        return pa.Table.from_pylist(found, STATES)
+
+    monkeypatch.setattr(score, "measure_states", measure)
+    async with waiting(config, lines.append) as (run, store, task):
+        judge(store, "ann", 2)
+        await asyncio.wait_for(task, scaled(20))
+    assert asked == [(trained, False)]
+    arms = {row["source"]["choice"]["arm"]: row["prompt_id"] for row in rows(run / "judgements.jsonl")}
+    assert arms.keys() == {"active", "control"} and arms["active"] == "p3"
+    assert "people: 1 items chosen, 1 drawn at random; 0 prompts were known, 0 can't be compared" in lines
+    assert any(line.startswith("people: active          1  50.0% (95 %: ") for line in lines)
+    assert any(line.startswith("people: control         1  0.0% (95 %: ") for line in lines)
+    assert {entry.path: entry.reads for entry in read_lineage(run)}["people.jsonl"]["reward_model"] == "reward-model"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"people\.choose=active needs people\.items"),
+        ({"items": 2, "heads": 1}, r"reward_model\.heads=1 makes one head: set reward_model\.heads=5"),
+        ({"items": 2, "stages": ["sample", "people", "reward_model"]}, "no stage 'reward_model' comes before"),
+        ({"items": 2, "stages": [{"rounds": 1, "stages": ["sample", "people", "reward_model"]}]}, "repeat them"),
+    ],
+)
+def test_a_choice_that_can_not_be_made_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        stages_of(active(tmp_path, **changes))
+
+
+def test_a_first_round_has_no_reward_model_and_the_plan_has_room_for_that_of_the_second(tmp_path: Path) -> None:
+    rounds = [{"rounds": 2, "stages": ["sample", "people", "reward_model"]}]
+    found = {entry.name: entry for entry in stages_of(active(tmp_path, items=2, stages=rounds))}
+    assert "reward_model" not in found["people-1"].sources
+    assert found["people-2"].sources["reward_model"].name == "reward_model-1"
+    second = found["people-2"]
+    assert [slot.role for slot in second.stage.plan(second.config, [Node("here", 4.0, 0.0)]).slots] == ["states"]
+    at_random = {entry.name: entry for entry in stages_of(config_of(tmp_path, sections={"stages": rounds}, items=2))}
+    assert "reward_model" not in at_random["people-2"].sources
+    assert not at_random["people-2"].stage.plan(at_random["people-2"].config, [Node("here", 4.0, 0.0)]).slots

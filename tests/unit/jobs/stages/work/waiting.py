@@ -49,13 +49,16 @@ def samples(path: Path, *, first: int = 0, num_prompts: int = 4, num_samples: in
     pq.write_table(pa.Table.from_pylist(rows, ROLLOUT), path)
 
 
-def config_of(root: Path, run_id: str = "demo", *, rounds: int = 1, run: Any = None, **people: Any) -> Config:
+def config_of(
+    root: Path, run_id: str = "demo", *, rounds: int = 1, run: Any = None, sections: Any = None, **people: Any
+) -> Config:
     stages: Sequence[Any] = ["sample", "people"]
     tree = {
         "stages": stages if rounds == 1 else [{"rounds": rounds, "stages": stages}],
         "run": {"root": str(root), "id": run_id, **(run or {})},
         "telemetry": {"prometheus_port": 0},
         "people": {"address": None, **people},
+        **(sections or {}),
     }
     return config_from_tree(tree, source="the test")
 
