@@ -18,6 +18,7 @@ import httpx
 from actors.rewards.gold import vader_positivity
 from jobs.services.labelling import people
 from jobs.services.labelling.store import Store
+from tests.deadlines import scaled
 
 Gold = Callable[[str, str, dict[str, Any]], float]
 
@@ -35,7 +36,7 @@ class Labeller(threading.Thread):
         self, name: str, address: str, token: str, *, gold: Gold, noise_std: float, pause_s: float = 0.0
     ) -> None:
         super().__init__(name=name, daemon=True)
-        self._client = httpx.Client(base_url=address, headers={"Authorization": f"Bearer {token}"}, timeout=20.0)
+        self._client = httpx.Client(base_url=address, headers={"Authorization": f"Bearer {token}"}, timeout=scaled(20))
         self._gold, self._noise_std, self._pause_s = gold, noise_std, pause_s
         self._ended = threading.Event()
         self.answered = self.failures = 0

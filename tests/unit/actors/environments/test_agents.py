@@ -278,8 +278,9 @@ def test_a_thread_that_ends_after_its_endpoint_is_gone_ends_quietly(monkeypatch:
 
     async def begin() -> threading.Thread:
         late = Agent(run, CHANNEL, is_async=False)
+        one = Task("one", {}, 0)
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(late.reset(Task("one", {}, 0)), timeout=scaled(0.1))
+            await asyncio.wait_for(late.reset(one), timeout=scaled(0.1))
         late.abandon()
         assert late._thread is not None
         return late._thread

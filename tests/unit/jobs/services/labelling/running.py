@@ -10,6 +10,8 @@ from benchmarks.labelling import service as services
 from tests.deadlines import scaled
 from tests.ports import free_port as free_port
 
+ROOT = Path(__file__).resolve().parents[5]
+
 
 def service(store: Path, port: int, *, rate: float = 1000.0) -> AbstractContextManager[subprocess.Popen[str]]:
     return services.service(str(store), port, "--rate", str(rate), "--gold-share", "0")

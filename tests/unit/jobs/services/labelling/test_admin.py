@@ -68,7 +68,7 @@ async def test_the_overview_has_the_figures_of_people_kinds_and_batches(tmp_path
         assert ann["with_others"] == bob["with_others"] == pytest.approx(2 / 3)
         assert (ann["paused"], ann["revoked"]) == (False, False)
         assert found["kinds"] == [
-            {"name": "rank", "items": 1, "judgements": 2, "missing": 1, "alpha": None},
+            {"name": "rank", "items": 1, "judgements": 2, "missing": 1, "alpha": {"value": 0.825, "num_items": 1}},
             {"name": "write", "items": 2, "judgements": 0, "missing": 2, "alpha": None},
         ]
         assert found["batches"] == [{"name": "test", "items": 3, "judgements": 2, "missing": 3, "finished": False}]

@@ -15,6 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobs.services.labelling.agreement.copies import Voters
+from jobs.services.labelling.agreement.merging import Electorate
 from jobs.services.labelling.exporting import export
 from jobs.services.labelling.items.adding import Wanted, add
 from jobs.services.labelling.items.sources import from_file
@@ -61,7 +63,8 @@ def item(kind: str, messages: Sequence[Any], answers: Sequence[str], given: Sequ
         )
         for n, each in enumerate(given)
     ]
-    return Judged(row, people, {n: 1.0 + n / 10 for n in range(len(people))})
+    weights = {n: 0.6 + n / 100 for n in range(len(people))}
+    return Judged(row, people, Electorate(Voters({}, {}), weights))
 
 
 @st.composite
@@ -289,7 +292,7 @@ def test_every_shape_leaves_a_file_that_is_read_and_says_what_it_lacks(tmp_path:
         "argilla": ("preferences", "argilla", 2, {UNORDERED: 1}),
         "label-studio": ("preferences", "label-studio", 2, {TIED: 1}),
     }
-    assert {*readers, "rankings", "scores", "demonstrations", "judgements"} == set(SHAPES)
+    assert {*readers, "rankings", "scores", "demonstrations", "prompts", "judgements"} == set(SHAPES)
     for shape, (kind, format, num, lacks) in readers.items():
         out = tmp_path / f"{shape}.json"
         report = export(store, out, shape)
