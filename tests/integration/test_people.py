@@ -48,8 +48,13 @@ def config(folder: Path, port: int) -> Path:
 
 
 def held() -> list[Any]:
-    """What lives in the cluster or holds a part of it: actors, placement groups, resources."""
-    living = [actor for actor in state.actors().values() if actor["State"] != "DEAD"]
+    """What lives in the cluster or holds a part of it: actors, placement groups, resources. Not the coordinator of
+    requests that Ray Train leaves to all jobs of a cluster after its first training; it holds nothing."""
+    living = [
+        actor
+        for actor in state.actors().values()
+        if actor["State"] != "DEAD" and actor["ActorClassName"] != "_AutoscalingCoordinatorActor"
+    ]
     groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
     free, all_there = ray.available_resources(), ray.cluster_resources()
     return [*living, *groups, *(name for name in ("CPU", "GPU") if free.get(name) != all_there.get(name))]

@@ -21,8 +21,15 @@ def _model(folder: Path, *, tied: bool, dtype: str) -> Path:
     return scenarios.served_llama(folder / "model", tied=tied, dtype=getattr(torch, dtype))
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "tied"),
+    [
+        ("float32", True),
+        ("float32", False),
+        ("bfloat16", True),
+        pytest.param("bfloat16", False, marks=pytest.mark.variant),
+    ],
+)
 def test_a_published_engine_equals_a_fresh_one(apart: Apart, tmp_path: Path, dtype: str, tied: bool) -> None:
     folder = _model(tmp_path, tied=tied, dtype=dtype)
     results = apart(scenarios.agreement_with_fresh_engines, folder, dtype)
@@ -93,7 +100,8 @@ def test_checksums_alone_do_not_see_what_only_reading_back_sees(apart: Apart, tm
 @pytest.mark.parametrize(
     ("name", "dtype", "obstacle"),
     [
-        *((name, "float32", None) for name in ("GPT-2", "Phi-3", "BLOOM", "Phi")),
+        *((name, "float32", None) for name in ("GPT-2", "Phi-3", "BLOOM")),
+        pytest.param("Phi", "float32", None, marks=pytest.mark.variant),
         ("Mixtral", "float32", "is processed by UnquantizedFusedMoEMethod"),
         ("GPT-2", "bfloat16", None),
         ("GLM-4-MoE", "bfloat16", "is processed by UnquantizedFusedMoEMethod"),
@@ -107,4 +115,4 @@ def test_every_tensor_that_is_left_out_or_altered_is_seen(
     scenarios.write_states(name, folder, getattr(torch, dtype))
     missed, found = apart(scenarios.every_fault_is_seen, folder, dtype)
     assert not any(missed.values()), missed
-    assert found == obstacle if obstacle is None else obstacle in found
+    assert found == obstacle if obstacle is None else obstacle in found, found

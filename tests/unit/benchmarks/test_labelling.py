@@ -38,7 +38,7 @@ def test_spammers_do_what_their_names_say() -> None:
 
 def test_a_verdict_names_what_was_planted_and_merged_orders_are_better_than_people() -> None:
     minds = crowd(12, 0)
-    drawn = pool(minds, 0, num_items=300)
+    drawn = pool(minds, 0, num_items=450)
     judges = electorate(drawn.given)
     figures = figures_of(drawn.given, drawn.names, judges)
     found = verdict(minds, figures)
