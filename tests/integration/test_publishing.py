@@ -100,7 +100,8 @@ def test_checksums_alone_do_not_see_what_only_reading_back_sees(apart: Apart, tm
 @pytest.mark.parametrize(
     ("name", "dtype", "obstacle"),
     [
-        *((name, "float32", None) for name in ("GPT-2", "Phi-3", "BLOOM")),
+        *((name, "float32", None) for name in ("GPT-2", "Phi-3")),
+        ("BLOOM", "float32", "keeps a tensor impl.alibi_slopes"),
         pytest.param("Phi", "float32", None, marks=pytest.mark.variant),
         ("Mixtral", "float32", "is processed by UnquantizedFusedMoEMethod"),
         ("GPT-2", "bfloat16", None),
