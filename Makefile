@@ -51,7 +51,7 @@ quickstart: setup
 label: setup
 	@$(BIN)/python -m jobs label quickstart $(ARGS)
 
-# Light tests first, on all cores; then those that start Ray, engines or learners, one at a time.
+# Light tests first, on all cores; then those that start Ray, engines or learners.
 test: setup-dev
 	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/tests $(ARGS)
 
