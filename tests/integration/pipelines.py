@@ -6,15 +6,32 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import monotonic, sleep
+from typing import Any
+
+import yaml
 
 from orchestrator.run.storage import read_json, sha256
 from orchestrator.watching.telemetry import read_lines
-from tests.deadlines import scaled
+from tests.deadlines import of_a_run, scaled
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_config(folder: Path, tree: Mapping[str, Any]) -> Path:
+    """The config of a pipeline whose runs are in `folder`, where `base` is its model. Sections of `tree` replace those
+    that all such pipelines have."""
+    common = {
+        "model": {"path": str(folder / "base"), "dtype": "float32", "max_length": 128},
+        "run": {"root": str(folder)},
+        "placement": {"wait_s": 5.0},
+        "deadlines": of_a_run(),
+        "telemetry": {"prometheus_port": None, "tensorboard": False},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump({**common, **tree}))
+    return folder / "config.yaml"
 
 
 def start(config: Path, cluster: str, run_id: str, *more: str) -> subprocess.Popen[str]:

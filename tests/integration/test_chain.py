@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 
 from actors.rewards.model import RewardModel
 from actors.text.conversations import chat_of
@@ -24,9 +23,8 @@ from orchestrator.run.folder import RunFolder
 from orchestrator.run.lineage import read_lineage
 from orchestrator.run.storage import read_json, sha256
 from orchestrator.watching.telemetry import Telemetry
-from tests.deadlines import of_a_run
 from tests.integration import pipelines
-from tests.integration.pipelines import kill_when, start
+from tests.integration.pipelines import kill_when, start, write_config
 from tests.tiny import tiny_llama, tiny_scorer, tiny_tokenizer
 
 finish = partial(pipelines.finish, within_s=240.0)
@@ -43,21 +41,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(folder: Path, **keys: Any) -> Path:
     tree = {
         "stages": ["sample", "score", "select", "sft", "evaluate"],
-        "model": {"path": str(folder / "base"), "dtype": "float32", "max_length": 128},
         "prompts": {"path": str(folder / "prompts.jsonl"), "max_prompt_tokens": 64, "held_out_fraction": 0.3},
         "rollout": {"engine": "hf", "max_new_tokens": 24, "cpus_per_replica": 1, "samples_per_shard": 8},
         "sample": {"prompts": 12, "samples_per_prompt": 4, "split": "train"},
         "reward": {"name": "rules", "rules": [{"function": "actors.rewards.rules:length_target"}]},
         "sft": {"learning_rate": 1e-3, "records_per_batch": 4, "max_length": 128, "cpus_per_rank": 1},
         "evaluation": {"prompts": 8, "gold": "actors.rewards.rules:length_target"},
-        "run": {"root": str(folder)},
-        "placement": {"wait_s": 5.0},
-        "deadlines": of_a_run(),
-        "telemetry": {"prometheus_port": None, "tensorboard": False},
         **keys,
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    return folder / "config.yaml"
+    return write_config(folder, tree)
 
 
 @pytest.fixture(scope="module")

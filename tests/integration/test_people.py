@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import ray
-import yaml
 from ray._private import state
 from ray.util import placement_group_table
 
 from orchestrator.run.lineage import read_lineage
 from orchestrator.run.storage import read_json
-from tests.deadlines import of_a_run, scaled
-from tests.integration.pipelines import finish, start
+from tests.deadlines import scaled
+from tests.integration.pipelines import finish, start, write_config
 from tests.people import labellers, until
 from tests.tiny import tiny_llama
 from tests.unit.jobs.services.labelling.running import free_port
@@ -32,19 +31,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(folder: Path, port: int) -> Path:
     tree: dict[str, Any] = {
         "stages": ["sample", "people", "reward_model"],
-        "model": {"path": str(folder / "base"), "dtype": "float32", "max_length": 128},
         "prompts": {"path": str(folder / "prompts.jsonl"), "max_prompt_tokens": 64, "reward_model_fraction": 0.7},
         "rollout": {"engine": "hf", "max_new_tokens": 16, "cpus_per_replica": 1, "samples_per_shard": 24},
         "sample": {"prompts": 24, "samples_per_prompt": 4},
         "people": {"address": f"127.0.0.1:{port}", "overlap": 2, "overlap_share": 0.25},
         "reward_model": {"records_per_batch": 4, "max_length": 128, "cpus_per_rank": 1},
-        "run": {"root": str(folder)},
-        "placement": {"wait_s": 5.0},
-        "deadlines": of_a_run(),
-        "telemetry": {"prometheus_port": None, "tensorboard": False},
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    return folder / "config.yaml"
+    return write_config(folder, tree)
 
 
 def held() -> list[Any]:
