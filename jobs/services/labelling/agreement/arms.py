@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from statistics import fmean
 from typing import Any
 
 from sqlalchemy import Connection, select
 
-from jobs.services.labelling.agreement.merging import votes_of
+from jobs.services.labelling.agreement.merging import Pair, agreements, opinions
 from jobs.services.labelling.tables import items, judgements
 from orchestrator.training.acquisition import ACTIVE, CONTROL
 from orchestrator.training.ranking import difference_interval, order, wilson_interval
 
-Pair = tuple[int, int]
 Item = int | str
 Judged = tuple[Item, Any, Mapping[str, Any], Sequence[Mapping[str, Any]]]
 """A judgement: item, answer, the item's source and replies."""
@@ -62,18 +60,14 @@ def arms_among(found: Iterable[Judged]) -> Mapping[str, Arm]:
 
 
 def _arm(answers: Mapping[Item, Sequence[Any]], scores: Mapping[Item, Sequence[float | None]]) -> Arm:
-    votes = {item: [_votes(answer) for answer in given] for item, given in answers.items()}
+    votes = {item: [opinions(answer) for answer in given] for item, given in answers.items()}
     wrong = [_wrong(given, scores[item]) for item, given in votes.items()]
-    agreed = [_agreed(given) for given in votes.values()]
+    agreed = [list(agreements(given)) for given in votes.values()]
     return Arm(
         len(answers),
         [share for share in wrong if share is not None],
-        [share for share in agreed if share is not None],
+        [fmean(each) for each in agreed if each],
     )
-
-
-def _votes(answer: Mapping[str, Any]) -> Mapping[Pair, float]:
-    return {(vote.first, vote.second): vote.first_is_better for vote in votes_of(0, 0, answer)}
 
 
 def _wrong(votes: Sequence[Mapping[Pair, float]], scores: Sequence[float | None]) -> float | None:
@@ -86,14 +80,6 @@ def _wrong(votes: Sequence[Mapping[Pair, float]], scores: Sequence[float | None]
             right = order(first, second)
             shares.append(1.0 - right if liked > 0.5 else right)
     return fmean(shares) if shares else None
-
-
-def _agreed(votes: Sequence[Mapping[Pair, float]]) -> float | None:
-    """A tie agrees by half with a preference, and with another tie."""
-    found = [
-        1.0 - abs(one[pair] - other[pair]) for one, other in combinations(votes, 2) for pair in one if pair in other
-    ]
-    return fmean(found) if found else None
 
 
 def lines(connection: Connection) -> Iterator[str]:

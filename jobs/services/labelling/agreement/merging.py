@@ -19,7 +19,7 @@ from scipy.special import expit
 from jobs.services.labelling.agreement.copies import Voters, voters
 from jobs.services.labelling.agreement.given import Given
 
-Pair = tuple[int, int]  # the first is better
+Pair = tuple[int, int]  # of replies; where there is an order, the first is better
 _MAX_ROUNDS = 100
 _CHANGE = 1e-6
 _PRIOR_RIGHT, _PRIOR_WRONG = 8.0, 2.0  # votes that everybody is credited with
@@ -46,6 +46,18 @@ def votes_of(item: int, person: int, answer: Mapping[str, Any]) -> Iterator[Vote
         for (first, rank), (second, other) in itertools.combinations(enumerate(answer["ranks"]), 2):
             if rank is not None and other is not None:
                 yield Vote(item, person, first, second, _better(rank, other))
+
+
+def opinions(answer: Mapping[str, Any]) -> Mapping[Pair, float]:
+    """`first_is_better` of an answer's votes, by the two replies."""
+    return {(vote.first, vote.second): vote.first_is_better for vote in votes_of(0, 0, answer)}
+
+
+def agreements(given: Sequence[Mapping[Pair, float]]) -> Iterator[float]:
+    """For every two people and every pair of replies on which both have an opinion: 1 if they agree, 0 if not. A tie
+    agrees by half with a preference, and wholly with another tie."""
+    for one, other in itertools.combinations(given, 2):
+        yield from (1.0 - abs(one[pair] - other[pair]) for pair in one if pair in other)
 
 
 def _better(rank: float, other: float) -> float:

@@ -111,9 +111,13 @@ def finish(connection: Connection, name: str, *, is_finished: bool = True) -> No
     if name not in names:
         waiting = f"there are: {', '.join(names)}" if names else "nobody waits for any"
         raise DataError(f"nobody waits for the batch {name!r}; {waiting}.")
-    connection.execute(
-        update(batches).where(batches.c.name == name).values(finished_at=time.time() if is_finished else None)
-    )
+    mark_finished(connection, name, is_finished=is_finished)
+
+
+def mark_finished(connection: Connection, name: str, *, is_finished: bool) -> bool:
+    """Whether there is such a batch."""
+    at = time.time() if is_finished else None
+    return bool(connection.execute(update(batches).where(batches.c.name == name).values(finished_at=at)).rowcount)
 
 
 def close(connection: Connection, name: str, reason: str) -> None:

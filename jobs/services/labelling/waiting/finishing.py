@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Connection, Row, and_, case, func, insert, or_, select, update
+from sqlalchemy import Column, ColumnElement, Connection, Row, and_, case, func, insert, or_, select
 
 from jobs.services.labelling.tables import batches, items, members
+from jobs.services.labelling.waiting.batches import mark_finished
 from orchestrator.errors import DataError
 
 
@@ -16,25 +17,21 @@ def finish_batch(connection: Connection, batch: str) -> None:
 
     Raises DataError: no item is of this batch.
     """
-    now = time.time()
-    if connection.execute(update(batches).where(batches.c.name == batch).values(finished_at=now)).rowcount:
+    if mark_finished(connection, batch, is_finished=True):
         return
     if connection.scalar(select(items.c.id).where(items.c.batch == batch).limit(1)) is None:
         raise DataError(f"no item is of a batch {batch!r}.")
+    now = time.time()
     connection.execute(insert(batches).values(name=batch, opened_at=now, finished_at=now, closed_by="admin"))
 
 
 def reopen_batch(connection: Connection, batch: str) -> None:
     """Gives out its tasks again."""
-    connection.execute(update(batches).where(batches.c.name == batch).values(finished_at=None))
+    mark_finished(connection, batch, is_finished=False)
 
 
 def finished_batches(connection: Connection) -> frozenset[str]:
     return frozenset(connection.scalars(_finished()))
-
-
-def is_finished(connection: Connection, batch: str) -> bool:
-    return batch in finished_batches(connection)
 
 
 def is_given_out() -> ColumnElement[bool]:

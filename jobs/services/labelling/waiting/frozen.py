@@ -10,8 +10,8 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Row, or_, select
 
 from jobs.services.labelling.agreement.given import Given
 from jobs.services.labelling.agreement.given import by_item as group_by_item
-from jobs.services.labelling.agreement.merging import electorate, votes_of
+from jobs.services.labelling.agreement.merging import agreements, electorate, opinions
 from jobs.services.labelling.shapes.judged import Exported, Judged
 from jobs.services.labelling.shapes.own import rankings
 from jobs.services.labelling.tables import items, judgements, people, showings
@@ -178,18 +178,13 @@ def num_people(found: Iterable[JudgedItem]) -> int:
 def agreement(found: Iterable[JudgedItem]) -> float | None:
     """Share of votes on pairs of replies on which two people agree; a tie is half. No reward model can be expected to
     agree with people more. None: no two people judged the same."""
-    agreed = given = 0.0
-    for item in found:
-        votes = [
-            {(vote.first, vote.second): vote.first_is_better for vote in votes_of(0, 0, each["answer"])}
-            for each in item.judgements
-            if item.gold is None
-        ]
-        for first, second in combinations(votes, 2):
-            for pair in first.keys() & second.keys():
-                agreed += 1 - abs(first[pair] - second[pair])
-                given += 1
-    return agreed / given if given else None
+    shares = [
+        share
+        for item in found
+        if item.gold is None
+        for share in agreements([opinions(each["answer"]) for each in item.judgements])
+    ]
+    return fmean(shares) if shares else None
 
 
 def _names(found: Iterable[JudgedItem]) -> set[str]:
