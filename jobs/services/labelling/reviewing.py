@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, func, insert, select, update
 
 from jobs.services.labelling.tables import items, judgements, people, reviews
 from orchestrator.data.records import content_digest
@@ -78,16 +78,10 @@ def withdraw(connection: Connection, judgement: int) -> None:
         _decide(connection, review, None)
 
 
-def is_own(person: int) -> ColumnElement[bool]:
-    """Whether an item is the review of a text that the person wrote."""
-    return and_(
-        items.c.kind == REVIEW,
-        exists().where(
-            reviews.c.item == items.c.id,
-            judgements.c.seq == reviews.c.judgement,
-            judgements.c.person == person,
-        ),
-    )
+def own(person: int) -> Select[tuple[int]]:
+    """The items that are reviews of texts of a person."""
+    found = select(reviews.c.item).join(judgements, judgements.c.seq == reviews.c.judgement)
+    return found.where(judgements.c.person == person)
 
 
 def states(connection: Connection) -> Mapping[str, int]:

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, exists, func, insert, select, union, update
 
 from jobs.services.labelling import reviewing
 from jobs.services.labelling.answers import Judgement, Unfit
 from jobs.services.labelling.people import Person
-from jobs.services.labelling.tables import ANSWERED, OPEN, RETURNED, SKIPPED, items, judgements, showings
+from jobs.services.labelling.tables import ANSWERED, OPEN, RETURNED, SKIPPED, items, judgements, people, showings
 from jobs.services.labelling.waiting.finishing import is_given_out
 from orchestrator.data.records import content_digest
 
@@ -162,7 +162,7 @@ def progress(connection: Connection, person: Person) -> Mapping[str, Any]:
     """How many tasks the person has done and could do, and the id of the judgement that can be undone."""
     mine = and_(judgements.c.person == person.id, judgements.c.undone_at.is_(None))
     done, last = connection.execute(select(func.count(), func.max(judgements.c.seq)).where(mine)).one()
-    left = connection.scalar(select(func.count()).select_from(items).where(_for(person, time.time())))
+    left = _num_left(connection, person, time.time())
     last_id = connection.scalar(select(judgements.c.client_id).where(judgements.c.seq == last))
     return {"done": done, "left": left, "last": last_id}
 
@@ -211,9 +211,30 @@ def _for(person: Person, now: float) -> ColumnElement[bool]:
         items.c.num_judgements < items.c.overlap,
         is_given_out(),
         ~_seen(person),
-        ~reviewing.is_own(person.id),
+        items.c.id.not_in(reviewing.own(person.id)),
         items.c.num_judgements + others < items.c.overlap,
     )
+
+
+def _num_left(connection: Connection, person: Person, now: float) -> int:
+    """How many items `_for` finds: those that wait, less those that are not for this person. These are few and have
+    indexes; `_for` looks at every item."""
+    waits = and_(items.c.gold.is_(None), items.c.num_judgements < items.c.overlap, is_given_out())
+    seen = select(showings.c.item).where(showings.c.person == person.id, showings.c.state.in_((ANSWERED, SKIPPED)))
+    others = select(people.c.id).where(people.c.id != person.id)  # an index begins with the person
+    taken = (
+        select(showings.c.item)
+        .join(items)
+        .where(showings.c.person.in_(others), showings.c.state == OPEN, showings.c.expires_at > now)
+        .group_by(showings.c.item, items.c.num_judgements, items.c.overlap)
+        .having(items.c.num_judgements + func.count() >= items.c.overlap)
+    )
+    not_mine = union(seen, taken, reviewing.own(person.id))
+    num_waiting = connection.scalar(select(func.count()).select_from(items).where(waits)) or 0
+    num_not_mine = connection.scalar(
+        select(func.count()).select_from(items).where(waits, items.c.id.in_(select(not_mine.subquery().c.item)))
+    )
+    return num_waiting - (num_not_mine or 0)
 
 
 def _seen(person: Person) -> ColumnElement[bool]:
