@@ -184,23 +184,25 @@ def people(store: Place = "labels.db") -> None:
 
 @app.command(epilog="\b\nExample:\n  rlhf label finish my-run/people --store runs/my-run/labels.db")
 def finish(
-    batch: Annotated[str, typer.Argument(help="Name of a batch: RUN/STAGE of a run that waits for people.")],
+    batch: Annotated[
+        str, typer.Argument(help="RUN/STAGE of a run that waits for people, or the source that was added.")
+    ],
     store: Place = "labels.db",
-    undo: Annotated[bool, typer.Option("--undo", help="Wait for the missing judgements again.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Ask for the missing judgements again.")] = False,
 ) -> None:
-    """Lets a run that waits for people continue with the judgements that there are."""
+    """Asks for no more judgements of a batch; a run that waits for it continues with those that there are."""
 
     def work(opened: Store) -> None:
         with opened.writing() as connection:
             batches.finish(connection, batch, is_finished=not undo)
-        say(f"{batch}: {'the missing judgements are waited for' if undo else 'no more judgements are waited for'}")
+        say(f"{batch}: {'the missing judgements are asked for again' if undo else 'no more judgements are asked for'}")
 
     _with_store(store, work)
 
 
 @app.command(epilog="\b\nExample:\n  rlhf label export preferences.jsonl")
 def export(
-    out: Annotated[Path, typer.Argument(help="JSONL file to write.")],
+    out: Annotated[Path, typer.Argument(help="File to write: JSONL; JSON for argilla and label-studio.")],
     shape: Annotated[
         str,
         typer.Option(
