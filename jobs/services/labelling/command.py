@@ -86,7 +86,7 @@ def add(  # noqa: PLR0913  the parameters are the command's options
     kind: Annotated[str | None, typer.Option("--as", help="What a file holds, as in rlhf data inspect.")] = None,
     overlap: Annotated[int, typer.Option(min=1, help="People per item, for a share of the items.")] = 3,
     overlap_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="That share; others get one.")] = 0.1,
-    gold: Annotated[bool, typer.Option(help="The file's order is the known answer, to measure people.")] = False,
+    gold: Annotated[bool, typer.Option(help="The file's order or ranks are known answers, to measure people.")] = False,
     priority: Annotated[float, typer.Option(help="Items of a higher one come first.")] = 0.0,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many items.")] = None,
     choose: Annotated[
