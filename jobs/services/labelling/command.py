@@ -86,7 +86,7 @@ def add(  # noqa: PLR0913  the parameters are the command's options
     kind: Annotated[str | None, typer.Option("--as", help="What a file holds, as in rlhf data inspect.")] = None,
     overlap: Annotated[int, typer.Option(min=1, help="People per item, for a share of the items.")] = 3,
     overlap_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="That share; others get one.")] = 0.1,
-    gold: Annotated[bool, typer.Option(help="The file's order is the known answer, to measure people.")] = False,
+    gold: Annotated[bool, typer.Option(help="The file's order or ranks are known answers, to measure people.")] = False,
     priority: Annotated[float, typer.Option(help="Items of a higher one come first.")] = 0.0,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many items.")] = None,
     choose: Annotated[
@@ -184,23 +184,25 @@ def people(store: Place = "labels.db") -> None:
 
 @app.command(epilog="\b\nExample:\n  rlhf label finish my-run/people --store runs/my-run/labels.db")
 def finish(
-    batch: Annotated[str, typer.Argument(help="Name of a batch: RUN/STAGE of a run that waits for people.")],
+    batch: Annotated[
+        str, typer.Argument(help="RUN/STAGE of a run that waits for people, or the source that was added.")
+    ],
     store: Place = "labels.db",
-    undo: Annotated[bool, typer.Option("--undo", help="Wait for the missing judgements again.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Ask for the missing judgements again.")] = False,
 ) -> None:
-    """Lets a run that waits for people continue with the judgements that there are."""
+    """Asks for no more judgements of a batch; a run that waits for it continues with those that there are."""
 
     def work(opened: Store) -> None:
         with opened.writing() as connection:
             batches.finish(connection, batch, is_finished=not undo)
-        say(f"{batch}: {'the missing judgements are waited for' if undo else 'no more judgements are waited for'}")
+        say(f"{batch}: {'the missing judgements are asked for again' if undo else 'no more judgements are asked for'}")
 
     _with_store(store, work)
 
 
 @app.command(epilog="\b\nExample:\n  rlhf label export preferences.jsonl")
 def export(
-    out: Annotated[Path, typer.Argument(help="JSONL file to write.")],
+    out: Annotated[Path, typer.Argument(help="File to write: JSONL; JSON for argilla and label-studio.")],
     shape: Annotated[
         str,
         typer.Option(

@@ -25,7 +25,7 @@ from jobs.services.labelling import people
 from jobs.services.labelling.exporting import export
 from jobs.services.labelling.items.adding import Wanted, add
 from jobs.services.labelling.items.sources import Candidate, from_run
-from jobs.services.labelling.shapes.judged import every, judges_of
+from jobs.services.labelling.shapes.judged import Exported, every, judges_of
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import items
 from jobs.services.labelling.web.app import Settings, create_app
@@ -165,7 +165,7 @@ def agreement(connection: Connection) -> Agreement:
     """Of the rewards of samples with all judgements of them."""
     num_items = num_pairs = num_tied = 0
     agreed = 0.0
-    for judged in every(connection, judges_of(connection)):
+    for judged in every(connection, judges_of(connection), Exported()):
         rewards = [each["source"].get("reward") for each in judged.item.replies]
         known = [vote for vote in judged.votes if None not in (rewards[vote.first], rewards[vote.second])]
         for vote in known:

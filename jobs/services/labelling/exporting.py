@@ -17,12 +17,13 @@ def export(store: Store, out: Path, shape: str) -> Exported:
     """Writes OUT, whole or not at all, from one state of the store.
 
     Raises:
-        ConfigError: an unknown shape.
+        ConfigError: an unknown shape, or OUT is a file of the store.
         DataError: nothing was judged that has this shape.
         StorageError: OUT can't be written, or the store can't be read.
     """
     if shape not in SHAPES:
         raise ConfigError(f"--as {shape} is not known; choose one of {', '.join(SHAPES)}.")
+    store.require_other(out)
     report = Exported()
     with store.reading() as connection, replacing(out) as temporary:
         with temporary.open("w", encoding="utf-8") as file:

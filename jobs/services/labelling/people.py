@@ -72,6 +72,11 @@ def person_of(connection: Connection, token: str) -> Person | None:
     return None if found is None else Person(*found)
 
 
+def valid_hashes(connection: Connection) -> frozenset[str]:
+    """Hashes of all tokens that `person_of` knows."""
+    return frozenset(connection.scalars(select(people.c.token_hash).where(people.c.revoked_at.is_(None))))
+
+
 def _new_token(connection: Connection, name: str, role: str) -> str:
     token = secrets.token_urlsafe(32)
     fresh = {"token_hash": token_hash(token), "revoked_at": None}

@@ -109,10 +109,17 @@ def written(connection: Connection, kind: str, left_out: Counter[str]) -> Iterat
         .order_by(items.c.id, judgements.c.seq)
     )
     for row in found:
-        if row.review is not None and not row.accepted:
-            left_out["waiting for reviews" if row.accepted is None else "rejected by reviewers"] += 1
+        if (reason := withheld(row)) is not None:
+            left_out[reason] += 1
             continue
         yield row, row.answer["text"], {} if row.review is None else _opinion(connection, row.review)
+
+
+def withheld(row: Any) -> str | None:
+    """Why the text of a judgement is not exported. `row` has the `review` of it, if there is one, and `accepted`."""
+    if row.review is None or row.accepted:
+        return None
+    return "waiting for reviews" if row.accepted is None else "rejected by reviewers"
 
 
 def _opinion(connection: Connection, item: int) -> Json:

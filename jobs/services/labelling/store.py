@@ -10,7 +10,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from orchestrator.run.storage import replacing
 _WAIT_MS = 20_000  # for another process that writes to the file
 _SERVICE_LOCK = 0x726C6866  # PostgreSQL's number of the lock that a service holds
 _DISK_FULL = "53100"
+_LOCK = ".lock"
+_SUFFIXES = ("", "-wal", "-shm", "-journal", _LOCK)  # of the files of a store
 
 
 class StoreFull(StorageError):
@@ -46,6 +48,8 @@ class Store:
         self.file = None if "://" in place else Path(place).expanduser().absolute()
         self.engine = self._engine(place)
         self._writer = self.engine.execution_options(writes=True)
+        # PostgreSQL's own default lets each statement see another state; SQLite has one by transaction.
+        self._reader = self.engine if self.file else self.engine.execution_options(isolation_level="REPEATABLE READ")
         self._lock = threading.Lock()
         self._open()
 
@@ -58,7 +62,7 @@ class Store:
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A transaction that sees one state of the store. Raises StorageError."""
-        with self._failing("read"), self.engine.begin() as connection:
+        with self._failing("read"), self._reader.begin() as connection:
             yield connection
 
     @contextmanager
@@ -78,11 +82,12 @@ class Store:
         """Copies the store while it is in use, whole or not at all.
 
         Raises:
-            ConfigError: it is no SQLite file.
+            ConfigError: it is no SQLite file, or `target` is one of its own.
             StorageError: the copy can't be written, or is damaged.
         """
         if self.file is None:
             raise ConfigError("a PostgreSQL store is backed up with pg_dump.")
+        self.require_other(target)
         with replacing(target) as temporary:
             try:
                 with closing(sqlite3.connect(self.file)) as source, closing(sqlite3.connect(temporary)) as copy:
@@ -94,6 +99,16 @@ class Store:
             if found != "ok":
                 raise StorageError(f"{self.place} is damaged ({found}); restore an earlier backup.")
             temporary.chmod(0o600)
+
+    def require_other(self, out: Path) -> None:
+        """Raises ConfigError: writing `out` would replace the store, or a file that SQLite or a service keeps beside
+        it."""
+        if self.file is None:
+            return
+        bases = {self.file, self.file.resolve()}  # SQLite keeps its files beside what a link leads to
+        own = {base.with_name(f"{base.name}{suffix}").resolve() for base in bases for suffix in _SUFFIXES}
+        if out.resolve() in own:
+            raise ConfigError(f"{out} is a file of the store {self.place} itself; give another file to write.")
 
     def close(self) -> None:
         self.engine.dispose()
@@ -144,7 +159,7 @@ class Store:
 
     @contextmanager
     def _served_file(self, file: Path) -> Iterator[bool]:
-        with os.fdopen(_opened(file.with_name(f"{file.name}.lock"))) as lock:
+        with os.fdopen(_opened(file.with_name(f"{file.name}{_LOCK}"))) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -154,8 +169,18 @@ class Store:
 
     @contextmanager
     def _served_database(self) -> Iterator[bool]:
-        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            yield bool(connection.scalar(text(f"SELECT pg_try_advisory_lock({_SERVICE_LOCK})")))
+        claim, release = (f"SELECT pg_{name}({_SERVICE_LOCK})" for name in ("try_advisory_lock", "advisory_unlock"))
+        with ExitStack() as stack:
+            with self._failing("claimed"):
+                session = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+                stack.enter_context(session)
+                is_free = bool(session.scalar(text(claim)))
+            try:
+                yield is_free
+            finally:
+                if is_free:  # the lock is the session's, and the pool keeps sessions
+                    with suppress(DBAPIError):  # a session that was lost has no lock
+                        session.scalar(text(release))
 
 
 def _opened(file: Path) -> int:

@@ -14,7 +14,7 @@ from jobs.services.labelling import reviewing
 from jobs.services.labelling.answers import Judgement, Unfit
 from jobs.services.labelling.people import Person
 from jobs.services.labelling.tables import ANSWERED, OPEN, RETURNED, SKIPPED, items, judgements, people, showings
-from jobs.services.labelling.waiting.finishing import is_given_out
+from jobs.services.labelling.waiting.batches import is_given_out
 from orchestrator.data.records import content_digest
 
 _random = secrets.SystemRandom()

@@ -10,7 +10,7 @@ from jobs.services.labelling import reviewing
 from jobs.services.labelling.agreement import quality
 from jobs.services.labelling.shapes.table import SHAPES
 from jobs.services.labelling.tables import items
-from jobs.services.labelling.waiting.finishing import counts, finished_batches
+from jobs.services.labelling.waiting.batches import counted, listed
 
 Json = dict[str, Any]
 
@@ -18,13 +18,12 @@ Json = dict[str, Any]
 def overview(connection: Connection) -> Json:
     """`people` by name, `kinds` and `batches` with their counts, `reviews` by state, `shapes` of exports."""
     figures = quality.report(connection)
-    finished = finished_batches(connection)
     return {
         "people": figures["people"],
         "kinds": [
-            {**row._asdict(), "alpha": figures["alpha"].get(row.name)} for row in counts(connection, items.c.kind)
+            {**row._asdict(), "alpha": figures["alpha"].get(row.name)} for row in counted(connection, items.c.kind)
         ],
-        "batches": [{**row._asdict(), "finished": row.name in finished} for row in counts(connection, items.c.batch)],
+        "batches": [row._asdict() for row in listed(connection)],
         "reviews": reviewing.states(connection),
         "shapes": list(SHAPES),
     }

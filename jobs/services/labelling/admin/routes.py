@@ -17,9 +17,10 @@ from jobs.services.labelling import people
 from jobs.services.labelling.admin.overview import overview
 from jobs.services.labelling.exporting import export
 from jobs.services.labelling.people import Person
+from jobs.services.labelling.shapes.table import SHAPES
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import ADMIN
-from jobs.services.labelling.waiting import finishing
+from jobs.services.labelling.waiting import batches
 
 
 class NameOf(BaseModel):
@@ -78,23 +79,22 @@ def admin_routes(store: Store, identify: Callable[[Request, str], Person]) -> AP
 
     @router.post("/finish")
     def finish(body: BatchOf) -> Mapping[str, Any]:
-        change = finishing.finish_batch if body.finished else finishing.reopen_batch
         with store.writing() as connection:
-            change(connection, body.batch)
+            batches.finish(connection, body.batch, is_finished=body.finished)
         return {}
 
     @router.get("/export/{shape}")
     def exported(shape: str) -> FileResponse:
         folder = Path(tempfile.mkdtemp(prefix="label-export-"))
         try:
-            export(store, folder / "out.jsonl", shape)
+            export(store, folder / "out", shape)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         return FileResponse(
-            folder / "out.jsonl",
-            media_type="application/x-ndjson",
-            filename=f"{shape}.jsonl",
+            folder / "out",
+            media_type=SHAPES[shape].media_type,
+            filename=f"{shape}.{SHAPES[shape].suffix}",
             background=BackgroundTask(shutil.rmtree, folder, ignore_errors=True),
         )
 

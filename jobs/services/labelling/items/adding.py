@@ -33,7 +33,7 @@ class Wanted:
     Args:
         kind: rank, compare, rate, write or prompt.
         overlap: number of people who judge an item of the share `overlap_share`; others are judged by one.
-        gold: the order of the replies is the known answer, and only measures people.
+        gold: the scores of the replies are the known answer, and only measure people.
         priority: items of a higher one come first.
         limit: at most this many items.
     """
@@ -163,7 +163,8 @@ def _gold_ranks(scores: Sequence[float]) -> Row:
 
 
 def _gold_preference(scores: Sequence[float]) -> Row:
-    return {"kind": "compare", "preference": 0 if scores[0] == scores[1] else -1}
+    first, second = scores
+    return {"kind": "compare", "preference": (second > first) - (first > second)}
 
 
 _GOLD: Mapping[str, Callable[[Sequence[float]], Row]] = MappingProxyType(

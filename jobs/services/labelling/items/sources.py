@@ -50,7 +50,7 @@ class Candidate:
 
     Args:
         replies: {reply, source}; `reply` is text or a message.
-        scores: of the replies, which are best first then; empty: their order means nothing.
+        scores: of the replies, in their order; empty: nothing is known of which is better.
     """
 
     prompt_id: str

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, and_, exists, select
 
 from jobs.services.labelling.agreement.given import given_in
 from jobs.services.labelling.agreement.merging import Electorate, Pair, Vote, electorate, margins, ranked_pairs
-from jobs.services.labelling.tables import items, judgements, people
+from jobs.services.labelling.reviewing import withheld
+from jobs.services.labelling.tables import items, judgements, people, reviews
 from orchestrator.data.formats.format import LeftOut
 
 Json = dict[str, Any]
@@ -62,13 +63,17 @@ class Judged:
 Rows = Callable[[Connection, Exported], Iterator[Json]]
 Write = Callable[[Judged, Exported], Iterator[Json]]
 """Rows of one item. Raises LeftOut, before the first of them."""
+IS_JUDGED = and_(
+    items.c.gold.is_(None), exists().where(judgements.c.item == items.c.id, judgements.c.undone_at.is_(None))
+)
+"""Also if the only text was rejected, which counts for no judgement of its item."""
 
 
 def of_items(shape: str, kinds: Sequence[str], write: Write) -> Rows:
     """The rows of all items of some kinds; items of others are counted."""
 
     def rows(connection: Connection, report: Exported) -> Iterator[Json]:
-        for judged in every(connection, judges_of(connection)):
+        for judged in every(connection, judges_of(connection), report):
             report.num_items += 1
             if judged.item.kind not in kinds:
                 report.left_out[f"tasks to {judged.item.kind}, which {shape} does not hold"] += 1
@@ -81,9 +86,12 @@ def of_items(shape: str, kinds: Sequence[str], write: Write) -> Rows:
     return rows
 
 
-def every(connection: Connection, judges: Electorate, ids: Sequence[int] | None = None) -> Iterator[Judged]:
-    """All judged items, or those of `ids`, without gold ones."""
-    wanted = select(items).where(items.c.gold.is_(None), items.c.num_judgements > 0)
+def every(
+    connection: Connection, judges: Electorate, report: Exported, ids: Sequence[int] | None = None
+) -> Iterator[Judged]:
+    """All judged items, or those of `ids`, without gold ones, and without texts that wait for reviews or were
+    rejected, which are counted."""
+    wanted = select(items).where(IS_JUDGED)
     if ids is not None:
         wanted = wanted.where(items.c.id.in_(ids))
     columns = (
@@ -93,15 +101,21 @@ def every(connection: Connection, judges: Electorate, ids: Sequence[int] | None 
         judgements.c.answer,
         judgements.c.made_at,
         judgements.c.seconds,
+        reviews.c.item.label("review"),
+        reviews.c.accepted,
     )
     for item in connection.execute(wanted.order_by(items.c.id)).yield_per(500):
-        given = connection.execute(
+        found = connection.execute(
             select(*columns)
             .join(people, judgements.c.person == people.c.id)
+            .outerjoin(reviews, reviews.c.judgement == judgements.c.seq)
             .where(judgements.c.item == item.id, judgements.c.undone_at.is_(None))
             .order_by(judgements.c.seq)
         ).all()
-        yield Judged(item, given, judges)
+        report.left_out.update(reason for row in found if (reason := withheld(row)) is not None)
+        given = [row for row in found if withheld(row) is None]
+        if given:
+            yield Judged(item, given, judges)
 
 
 def judges_of(connection: Connection) -> Electorate:

@@ -2,7 +2,7 @@
 
 Trees that were added come out as they came in, with what was judged: ranks of replies, labels, written replies. Other
 items become trees of their conversation and its replies. Names made here depend only on content and judgements, so an
-unchanged store gives the same file.
+unchanged store gives the same file, also if that file was added to the store itself.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from typing import Any
 
 from sqlalchemy import Connection, select
 
-from jobs.services.labelling.shapes.judged import Exported, Json, Judged, every, judges_of
+from jobs.services.labelling.shapes.judged import IS_JUDGED, Exported, Json, Judged, every, judges_of
 from jobs.services.labelling.shapes.own import ratings_of
 from jobs.services.labelling.shapes.texts import UNKNOWN, exchange, model_of, replies
 from jobs.services.labelling.tables import items, trees
 from orchestrator.data.formats.format import LeftOut
-from orchestrator.data.records import content_digest
 
 _MADE = uuid.UUID("0d6f0a3e-52b7-4a65-9d8e-8f6b5d0a7c11")  # namespace of names made here
 READY = "ready_for_export"
@@ -40,54 +39,56 @@ UNRANKED = "ranks of replies that were not among those judged"
 
 
 def oasst(connection: Connection, report: Exported) -> Iterator[Json]:
-    of_tree, of_conversation = _groups(connection)
+    of_tree, of_conversation = _groups(connection, report)
     judges = judges_of(connection)
+
+    def grown(ids: Sequence[int]) -> Json | None:
+        return _grown(every(connection, judges, report, ids), report)
+
     for row in connection.execute(select(trees.c.key, trees.c.content).order_by(trees.c.id)).yield_per(100):
         tree = json.loads(row.content)
+        if row.key in of_conversation and (fresh := grown(of_conversation.pop(row.key))):
+            tree = _with_rest(fresh, tree)
         if row.key in of_tree:
-            _put_all(tree, every(connection, judges, of_tree[row.key]), report)
+            _put_all(tree, every(connection, judges, report, of_tree[row.key]), report)
         yield tree
     for ids in of_conversation.values():
-        yield from _grown(every(connection, judges, ids), report)
+        tree = grown(ids)
+        if tree is not None:
+            yield tree
 
 
-def _groups(connection: Connection) -> tuple[Mapping[str, list[int]], Mapping[bytes, list[int]]]:
-    """Ids of judged items by their tree, and those of no tree by their conversation."""
+def _groups(connection: Connection, report: Exported) -> tuple[Mapping[str, list[int]], dict[str, list[int]]]:
+    """Ids of judged items by their tree, and those of no tree by the tree that they will become."""
     of_tree: dict[str, list[int]] = defaultdict(list)
-    of_conversation: dict[bytes, list[int]] = defaultdict(list)
-    columns = (items.c.id, items.c.prompt_id, items.c.source, items.c.messages, items.c.tools)
-    wanted = select(*columns).where(items.c.gold.is_(None), items.c.num_judgements > 0).order_by(items.c.id)
-    for row in connection.execute(wanted).yield_per(500):
-        if "tree" in row.source:
+    of_conversation: dict[str, list[int]] = defaultdict(list)
+    columns = (items.c.id, items.c.kind, items.c.prompt_id, items.c.source, items.c.messages)
+    for row in connection.execute(select(*columns).where(IS_JUDGED).order_by(items.c.id)).yield_per(500):
+        if row.kind not in _PUTTERS:
+            report.num_items += 1
+            report.left_out[f"tasks to {row.kind}, which oasst does not hold"] += 1
+        elif "tree" in row.source:
             of_tree[row.source["tree"]].append(row.id)
         else:
-            of_conversation[content_digest(row.prompt_id, row.messages, row.tools)].append(row.id)
+            of_conversation[_tree_name(row.prompt_id, [turn["content"] for turn in row.messages])].append(row.id)
     return of_tree, of_conversation
 
 
 def _put_all(tree: Json, group: Iterable[Judged], report: Exported) -> None:
     """Changes the messages of a tree by the judgements of its items."""
-    nodes = _nodes(tree)
     for judged in group:
         report.num_items += 1
+        nodes = _nodes(tree)
         names = [judged.item.source["message"], *(each["source"]["message"] for each in judged.item.replies)]
         found = [nodes[name] for name in names if name in nodes]
         if len(found) < len(names):
             report.left_out["whose messages are not in their tree"] += 1
             continue
-        _put(found[0], found[1:], judged, report)
+        _PUTTERS[judged.item.kind](found[0], found[1:], judged, report)
 
 
-def _put(asked: Json, answers: Sequence[Json], judged: Judged, report: Exported) -> None:
-    kind = judged.item.kind
-    if kind in _PUTTERS:
-        _PUTTERS[kind](asked, answers, judged, report)
-    else:
-        report.left_out[f"tasks to {kind}, which oasst does not hold"] += 1
-
-
-def _grown(group: Iterable[Judged], report: Exported) -> Iterator[Json]:
-    """The tree of the items of one conversation; nothing if the shape can't hold them."""
+def _grown(group: Iterable[Judged], report: Exported) -> Json | None:
+    """The tree of the items of one conversation. None: the shape can't hold them."""
     tree: Json | None = None
     asked: Json = {}
     for judged in group:
@@ -100,14 +101,25 @@ def _grown(group: Iterable[Judged], report: Exported) -> Iterator[Json]:
         if tree is None:
             tree, asked = _trunk(judged.item.prompt_id, [turn["content"] for turn in path])
         answers = [_answer(asked, text, model_of(judged, index)) for index, text in enumerate(texts)]
-        _put(asked, answers, judged, report)
-    if tree is not None:
-        yield tree
+        _PUTTERS[judged.item.kind](asked, answers, judged, report)
+    return tree
+
+
+def _with_rest(grown: Json, added: Json) -> Json:
+    """A tree with what an added one of the same name has beside: it is this store's own export, to which others may
+    have replied."""
+    nodes = _nodes(grown)
+    for name, node in _nodes(added).items():
+        if name in nodes:
+            known = {below["message_id"] for below in nodes[name]["replies"]}
+            fresh = [below for below in node.get("replies") or () if below.get("message_id") not in known]
+            nodes[name]["replies"] += fresh
+    return grown
 
 
 def _trunk(prompt_id: str, texts: Sequence[str]) -> tuple[Json, Json]:
     """The tree of a conversation, and its last message."""
-    name = _name("tree", prompt_id, *texts)
+    name = _tree_name(prompt_id, texts)
     root: Json = {"message_id": name, "text": texts[0], "role": "prompter", **_UNREVIEWED, "replies": []}
     end = root
     for place, text in enumerate(texts[1:], 1):
@@ -138,6 +150,10 @@ def _node(parent: Json, role: str, text: str, about: Json | None = None, *, writ
         **(about or {}),
         "replies": [],
     }
+
+
+def _tree_name(prompt_id: str, texts: Sequence[str]) -> str:
+    return _name("tree", prompt_id, *texts)
 
 
 def _name(*parts: str) -> str:

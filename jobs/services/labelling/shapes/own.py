@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -28,6 +28,8 @@ from orchestrator.data.records import (
     messages_from_dicts,
 )
 
+_DIGITS = 4
+
 
 def rankings(judged: Judged, _: Exported) -> Iterator[Json]:
     """All judgements of an item, merged. An order with ties makes a row per pair."""
@@ -43,7 +45,7 @@ def rankings(judged: Judged, _: Exported) -> Iterator[Json]:
             )
         )
         if item.kind == "compare":
-            row["margin"] = abs(mean_preference(judged))
+            row["margin"] = abs(preference_of(judged))
         certainty = _certainty(votes, ranked, judged.judges.weights, len(judged.given))
         yield {**row, "people": certainty, "source": _source(item, ranked)}
 
@@ -109,9 +111,18 @@ def every_judgement(connection: Connection, report: Exported) -> Iterator[Json]:
         }
 
 
-def mean_preference(judged: Judged) -> float:
-    """Of a comparison, from -3 to 3; below 0 the first reply is better."""
-    return statistics.fmean(row.answer["preference"] for row in judged.given)
+def preference_of(judged: Judged) -> float:
+    """Of a comparison, from -3 to 3; below 0 the first reply is better. Its size is the mean strength over voters, by
+    their weights, and its side that of the merged order. The order counts votes and not their strengths: where the mean
+    contradicts it, and where it has a tie, this is 0."""
+    given: dict[int, list[int]] = defaultdict(list)
+    for row in judged.given:
+        given[judged.judges.voters.of(row.person)].append(row.answer["preference"])
+    weights = judged.judges.weights
+    total = sum(weights[voter] for voter in given)
+    mean = sum(weights[voter] * statistics.fmean(found) for voter, found in given.items()) / (total or 1.0)
+    better = (0, 1) if mean < 0 else (1, 0)
+    return round(mean, _DIGITS) if better in judged.pairs() else 0.0
 
 
 def ratings_of(judged: Judged) -> list[int]:
@@ -131,7 +142,7 @@ def _certainty(votes: Iterable[Vote], ranked: list[int], weights: Mapping[int, f
             is_first = places[vote.first] < places[vote.second]
             agreed += weights[vote.person] * (vote.first_is_better if is_first else 1 - vote.first_is_better)
             given += weights[vote.person]
-    return {"judgements": count, "agreement": round(agreed / given, 4) if given else None}
+    return {"judgements": count, "agreement": round(agreed / given, _DIGITS) if given else None}
 
 
 def _source(item: Row[Any], ranked: Iterable[int]) -> Json:

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from jobs.services.labelling.shapes.judged import Exported, Json, Judged, every, judges_of
-from jobs.services.labelling.shapes.own import mean_preference, ratings_of
+from jobs.services.labelling.shapes.own import preference_of, ratings_of
 from jobs.services.labelling.shapes.texts import exchange, model_of, replies, require_kept
 from orchestrator.data.formats import arena
 from orchestrator.data.formats.feedback import SCORE_FORMATS
@@ -29,7 +29,7 @@ def hh_rlhf(judged: Judged, _: Exported) -> Iterator[Json]:
     messages, texts = exchange(judged), replies(judged)
     head = "".join(f"\n\n{_SPEAKERS[turn['role']]}: {turn['content'].strip()}" for turn in messages)
     whole = [f"{head}\n\nAssistant: {text.strip()}" for text in texts]
-    more = {"margin": abs(mean_preference(judged))} if judged.item.kind == "compare" else {}
+    more = {"margin": abs(preference_of(judged))} if judged.item.kind == "compare" else {}
     rows = []
     for better, worse in sorted(judged.order()):
         row = {"id": judged.item.prompt_id, "chosen": whole[better], "rejected": whole[worse], **more}
@@ -40,7 +40,7 @@ def hh_rlhf(judged: Judged, _: Exported) -> Iterator[Json]:
 
 def ultrafeedback(connection: Connection, report: Exported) -> Iterator[Json]:
     """Replies to one prompt that were added together, with their mean ratings."""
-    for _, group in groupby(every(connection, judges_of(connection)), key=_prompt_of):
+    for _, group in groupby(every(connection, judges_of(connection), report), key=_prompt_of):
         completions: list[Json] = []
         for judged in group:
             report.num_items += 1
@@ -90,7 +90,7 @@ def helpsteer2(judged: Judged, report: Exported) -> Iterator[Json]:
 
 
 def helpsteer3(judged: Judged, _: Exported) -> Iterator[Json]:
-    """A comparison: the mean preference, and that of each person."""
+    """A comparison: the merged preference, and that of each person."""
     first, second = replies(judged)
     individual = [
         {"score": row.answer["preference"], "reasoning": "", "feedback1": "", "feedback2": ""} for row in judged.given
@@ -102,7 +102,7 @@ def helpsteer3(judged: Judged, _: Exported) -> Iterator[Json]:
         "context": exchange(judged),
         "response1": first,
         "response2": second,
-        "overall_preference": _whole(mean_preference(judged)),
+        "overall_preference": _whole(preference_of(judged)),
         "individual_preference": individual,
     }
 

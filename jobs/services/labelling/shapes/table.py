@@ -24,6 +24,15 @@ class Shape:
     is_array: bool = False
     is_ascii: bool = False
 
+    @property
+    def suffix(self) -> str:
+        """Of a file's name."""
+        return "json" if self.is_array else "jsonl"
+
+    @property
+    def media_type(self) -> str:
+        return "application/json" if self.is_array else "application/x-ndjson"
+
 
 _ALL = ("rank", "compare", "rate", "write")
 

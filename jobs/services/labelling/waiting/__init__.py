@@ -1,1 +1,1 @@
-"""Batches whose judgements somebody waits for."""
+"""Batches: what is asked for, who waits for it, and what was given."""

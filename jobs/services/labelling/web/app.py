@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request, Response
@@ -15,14 +14,15 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Row, select
+from starlette.types import ASGIApp
 
 from jobs.services.labelling import work
 from jobs.services.labelling.admin.routes import admin_routes
 from jobs.services.labelling.answers import FLAGS, Id, Judgement, Unfit
-from jobs.services.labelling.people import Person, person_of
+from jobs.services.labelling.people import Person, person_of, valid_hashes
 from jobs.services.labelling.store import Store, StoreFull
 from jobs.services.labelling.tables import ADMIN, about
-from jobs.services.labelling.web.guard import Guard
+from jobs.services.labelling.web.guard import Guard, Links, token_of
 from jobs.services.labelling.web.meters import Meters
 from orchestrator.errors import ConfigError, DataError, StorageError
 
@@ -62,10 +62,10 @@ class JudgementOf(BaseModel):
 
 def identify(request: Request, authorization: Annotated[str, Header()] = "") -> Person:
     """The owner of the request's token. Raises HTTPException 401."""
-    scheme, _, token = authorization.partition(" ")
+    token = token_of(authorization)
     store: Store = request.app.state.store
     person = None
-    if scheme.lower() == "bearer" and token:
+    if token:
         with store.reading() as connection:
             person = person_of(connection, token)
     if person is None:
@@ -76,27 +76,22 @@ def identify(request: Request, authorization: Annotated[str, Header()] = "") -> 
 Who = Annotated[Person, Depends(identify)]
 
 
-def create_app(store: Store, settings: Settings) -> FastAPI:
+def create_app(store: Store, settings: Settings) -> ASGIApp:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.store = store
     meters = Meters(store)
-
-    @app.middleware("http")
-    async def measured(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        started = perf_counter()
-        response = await call_next(request)
-        meters.requests.labels(str(response.status_code)).inc()
-        if request.url.path.startswith("/api/"):
-            meters.seconds.observe(perf_counter() - started)
-        return response
-
     _handle_errors(app)
-    app.add_middleware(Guard, rate=settings.rate)
     app.include_router(_pages())
     app.include_router(_health(store, settings, meters))
     app.include_router(_labelling(store, settings), prefix="/api")
     app.include_router(admin_routes(store, identify), prefix="/api/admin")
-    return app
+
+    def hashes() -> Collection[str]:
+        with store.reading() as connection:
+            return valid_hashes(connection)
+
+    # Around the whole application, and no middleware of it: answers to unexpected errors are made outside of those.
+    return Guard(app, Links(hashes), meters, rate=settings.rate)
 
 
 def _handle_errors(app: FastAPI) -> None:

@@ -2,24 +2,34 @@
 
 - a body is read completely, up to a limit, before it is given on
 - a request that changes something must come from the service's own page, or from a program, and hold JSON
-- each client has a number of requests per second; who is unknown shares a smaller one by address
+- each person has a number of requests per second; requests without a valid link share one by address. Files of the
+  page are not counted: to send one is as cheap as to refuse it, and a page that lacks one is blank
+- every answer is counted, also those that are given here
 """
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
-from time import monotonic
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from time import monotonic, perf_counter
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jobs.services.labelling.people import token_hash
+from jobs.services.labelling.web.meters import Meters
+from orchestrator.errors import StorageError
+
 MAX_BODY_BYTES = 256 * 1024
+_MAX_DIGITS = 15  # of a body's length
 _SAFE = ("GET", "HEAD")
-_NEEDS_TOKEN = "/api/"
+_API, _FILES = "/api/", "/static/"
 _MAX_CLIENTS = 10_000
+_BURST_S, _LEAST_BURST = 5.0, 10.0  # a page that is opened asks a few things at once, however low the rate is
+_FRESH_S = 1.0
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
@@ -65,31 +75,50 @@ class Buckets:
         return min(self._burst, left + (now - then) * self._rate), now
 
 
+class Links:
+    """The valid links, as the store has them. Who they are is known before a request is let in, so nobody without a
+    link uses up what the owner of one may ask, also just after a start.
+
+    Args:
+        load: hashes of all valid tokens.
+    """
+
+    def __init__(self, load: Callable[[], Collection[str]]) -> None:
+        self._load = load
+        self._valid: Collection[str] = ()
+        self._loaded_at = -_FRESH_S
+        self._lock = asyncio.Lock()
+
+    async def holds(self, hashed: str) -> bool:
+        """Whether a token is valid. Links that are made or ended elsewhere are seen after a second."""
+        if hashed not in self._valid and monotonic() - self._loaded_at >= _FRESH_S:
+            async with self._lock:
+                if monotonic() - self._loaded_at >= _FRESH_S:
+                    with suppress(StorageError):  # the answer to the request will say so
+                        self._valid = await asyncio.to_thread(self._load)
+                    self._loaded_at = monotonic()
+        return hashed in self._valid
+
+
 class Guard:
     """Args:
     rate: requests per second of one labeller, on average.
     """
 
-    def __init__(self, app: ASGIApp, *, rate: float = 20.0) -> None:
-        self._app = app
-        self._known = Buckets(rate, 5 * rate)
-        self._unknown = Buckets(rate, 5 * rate)
-        self._seen: OrderedDict[str, None] = OrderedDict()  # clients whose token was accepted
+    def __init__(self, app: ASGIApp, links: Links, meters: Meters, *, rate: float) -> None:
+        burst = max(_BURST_S * rate, _LEAST_BURST)
+        self._app, self._links, self._meters = app, links, meters
+        self._known, self._unknown = Buckets(rate, burst), Buckets(rate, burst)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        client = _client(headers)
-        address = (scope.get("client") or ("?",))[0]
-        is_known = client in self._seen
-        buckets, name = (self._known, client) if is_known else (self._unknown, address)
-        sending = _with_headers(send)
-        if (wait_s := buckets.wait_s(name)) > 0:
+        sending = self._sending(send)
+        if not _is_of_page(scope) and (wait_s := await self._wait_s(scope, headers)) > 0:
             await _refuse(sending, 429, "too many requests; the page sends again by itself.", wait_s)
             return
-        buckets.take(name)
         problem = _problem(scope["method"], headers)
         if problem is not None:
             await _refuse(sending, *problem)
@@ -98,46 +127,66 @@ class Guard:
         if body is None:
             await _refuse(sending, 413, f"the request is longer than {MAX_BODY_BYTES} bytes.")
             return
+        started = perf_counter()
+        await self._app(scope, _replay(body, receive), sending)
+        if scope["path"].startswith(_API):
+            self._meters.seconds.observe(perf_counter() - started)
 
-        async def noting(message: Message) -> None:
-            if message["type"] == "http.response.start" and client and scope["path"].startswith(_NEEDS_TOKEN):
-                self._note(client, message["status"])
-            await sending(message)
+    async def _wait_s(self, scope: Scope, headers: Mapping[str, str]) -> float:
+        """Seconds until the sender may make this request; 0: it is let in, and counted."""
+        token = token_of(headers.get("authorization", ""))
+        hashed = token_hash(token) if token else ""
+        is_known = bool(token) and await self._links.holds(hashed)
+        address = (scope.get("client") or ("?",))[0]
+        buckets, name = (self._known, hashed) if is_known else (self._unknown, address)
+        wait_s = buckets.wait_s(name)
+        if not wait_s:
+            buckets.take(name)
+        return wait_s
 
-        await self._app(scope, _replay(body, receive), noting)
+    def _sending(self, send: Send) -> Send:
+        """Counts the answer, and adds the headers that all have."""
 
-    def _note(self, client: str, status: int) -> None:
-        if status == 401:
-            self._seen.pop(client, None)
-        elif status < 400:
-            self._seen[client] = None
-            self._seen.move_to_end(client)
-            if len(self._seen) > _MAX_CLIENTS:
-                self._seen.popitem(last=False)
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._meters.requests.labels(str(message["status"])).inc()
+                more = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
+                message = {**message, "headers": [*message.get("headers", ()), *more]}
+            await send(message)
+
+        return sending
 
 
-def _client(headers: Mapping[str, str]) -> str:
-    """A name for the sender of a token; empty without one."""
-    token = headers.get("authorization", "")
-    return hashlib.sha256(token.encode("latin-1")).hexdigest() if token else ""
+def token_of(authorization: str) -> str:
+    """The token in a header `Authorization`; empty: there is none."""
+    scheme, _, token = authorization.partition(" ")
+    return token if scheme.lower() == "bearer" else ""
+
+
+def _is_of_page(scope: Scope) -> bool:
+    return scope["method"] in _SAFE and (scope["path"] == "/" or scope["path"].startswith(_FILES))
 
 
 def _problem(method: str, headers: Mapping[str, str]) -> tuple[int, str] | None:
     """Why a request is refused before its body is read."""
-    if headers.get("content-length", "0").isdigit() and int(headers.get("content-length", "0")) > MAX_BODY_BYTES:
+    length = headers.get("content-length", "0")
+    if length.isdecimal() and (len(length) > _MAX_DIGITS or int(length) > MAX_BODY_BYTES):
         return 413, f"the request is longer than {MAX_BODY_BYTES} bytes."
     if method in _SAFE:
         return None
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
-    if (origin is not None and urlsplit(origin).netloc != headers.get("host")) or site not in (
-        None,
-        "same-origin",
-        "none",
-    ):
+    if (origin is not None and _host_of(origin) != headers.get("host")) or site not in (None, "same-origin", "none"):
         return 403, "the request comes from another page than this service's."
     if headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         return 415, "send JSON, with Content-Type: application/json."
     return None
+
+
+def _host_of(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:  # "http://["
+        return ""
 
 
 async def _body(receive: Receive) -> bytes | None:
@@ -162,16 +211,6 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return replay
-
-
-def _with_headers(send: Send) -> Send:
-    async def sending(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            more = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
-            message = {**message, "headers": [*message.get("headers", ()), *more]}
-        await send(message)
-
-    return sending
 
 
 async def _refuse(send: Send, status: int, detail: str, wait_s: float = 0.0) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy import func, select
 
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import items, judgements
-from jobs.services.labelling.waiting.finishing import counts
+from jobs.services.labelling.waiting.batches import counted
 
 
 class Meters:
@@ -40,7 +40,7 @@ class _Stored(Collector):
 
     def collect(self) -> Iterable[Metric]:
         with self._store.reading() as connection:
-            by_kind = counts(connection, items.c.kind)
+            by_kind = counted(connection, items.c.kind)
             undone = connection.scalar(
                 select(func.count()).select_from(judgements).where(judgements.c.undone_at.is_not(None))
             )

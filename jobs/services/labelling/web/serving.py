@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from jobs.command import say
 from jobs.services.labelling import people
@@ -50,7 +50,7 @@ def serve(
         run(create_app(store, settings), listener, ssl_certfile=certificate, ssl_keyfile=key)
 
 
-def run(app: FastAPI, listener: socket.socket, *, until: Callable[[], bool] = lambda: False, **tls: Any) -> None:
+def run(app: ASGIApp, listener: socket.socket, *, until: Callable[[], bool] = lambda: False, **tls: Any) -> None:
     """Serves until a signal, or until `until` holds, which is called every second in a thread."""
     config = uvicorn.Config(
         app,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,16 @@ def test_gold_is_the_order_of_the_file(tmp_path: Path, store: Store) -> None:
     assert [item.gold for item in added(store)] == [
         {"kind": "rank", "ranks": [1, 2, 2]},
         {"kind": "compare", "preference": -1},
+    ]
+    turned = replace(candidate(8), scores=[-2.0, 0.0, -1.0, -0.0])
+    tied = replace(candidate(9), scores=[1.0, 3.0, 2.0, 1.0])
+    for kind in ("rank", "compare"):
+        add(store, [turned, tied], Wanted(kind, gold=True), batch="y")
+    assert [item.gold for item in added(store)[2:]] == [
+        {"kind": "rank", "ranks": [3, 1, 2, 1]},
+        {"kind": "rank", "ranks": [3, 1, 2, 3]},
+        {"kind": "compare", "preference": 1},
+        {"kind": "compare", "preference": 0},
     ]
     assert add(store, [candidate(7)], Wanted("rank", gold=True), batch="x").num_unfit == 1  # no known order
     with pytest.raises(ConfigError, match="rank or compare, not write"):

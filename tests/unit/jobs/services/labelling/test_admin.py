@@ -11,10 +11,12 @@ import httpx
 import pytest
 
 from jobs.services.labelling import people
+from jobs.services.labelling.items.adding import key_of
 from jobs.services.labelling.store import Store
+from jobs.services.labelling.waiting.batches import close, open_batch
 from jobs.services.labelling.web.app import Settings, create_app
 from jobs.services.labelling.work import Rules
-from tests.unit.jobs.services.labelling.filled import client, client_of, fill, filled, invited, ranking
+from tests.unit.jobs.services.labelling.filled import candidate, client, client_of, fill, filled, invited, ranking
 
 SETTINGS = Settings(rules=Rules(gold_share=0.0))
 ROUTES = [
@@ -71,7 +73,8 @@ async def test_the_overview_has_the_figures_of_people_kinds_and_batches(tmp_path
             {"name": "rank", "items": 1, "judgements": 2, "missing": 1, "alpha": {"value": 0.825, "num_items": 1}},
             {"name": "write", "items": 2, "judgements": 0, "missing": 2, "alpha": None},
         ]
-        assert found["batches"] == [{"name": "test", "items": 3, "judgements": 2, "missing": 3, "finished": False}]
+        numbers = {"items": 3, "judgements": 2, "missing": 3}
+        assert found["batches"] == [{"name": "test", **numbers, "finished": False, "over": False}]
         assert found["reviews"] == {"waiting": 0, "accepted": 0, "rejected": 0}
 
 
@@ -105,6 +108,38 @@ async def test_the_admin_invites_pauses_revokes_and_finishes(tmp_path: Path) -> 
             assert refused.status_code == 422 and refused.json()["detail"]
 
 
+async def test_a_run_that_waits_has_a_line_with_its_own_numbers_whoever_added_its_items_first(tmp_path: Path) -> None:
+    store = filled(tmp_path, num=3)
+    with store.writing() as connection:
+        for run, asked in (("one/people", range(2)), ("two/people", range(1, 4))):
+            found = {key_of("rank", candidate(number), range(4)): 1 + (number == 1) for number in asked}
+            open_batch(connection, run, found, opened_at=0.0)
+    fill(store, num=1, first=3)
+    app = create_app(store, SETTINGS)
+    async with client_of(app, invited(store, "ann")) as ann, client_of(app, admin_of(store)) as admin:
+
+        async def lines() -> dict[str, Any]:
+            found = (await admin.get("/api/admin/overview")).json()["batches"]
+            return {each.pop("name"): tuple(each.values()) for each in found}
+
+        await judge(ann, [1, 2, 3, 4])  # of item 0
+        assert await lines() == {
+            "test": (4, 1, 4, False, False),
+            "one/people": (2, 1, 2, False, False),
+            "two/people": (2, 0, 3, False, False),
+        }
+        for run in ("one/people", "two/people", "test"):
+            finished = await admin.post("/api/admin/finish", json={"batch": run, "finished": True})
+            assert finished.status_code == 200
+        assert {line[2:] for line in (await lines()).values()} == {(0, True, False)}
+        assert (await ann.post("/api/next", json={})).json()["task"] is None
+        with store.writing() as connection:
+            close(connection, "one/people", "an admin finished the batch")
+        assert (await lines())["one/people"] == (2, 1, 0, True, True)
+        refused = await admin.post("/api/admin/finish", json={"batch": "one/people", "finished": False})
+        assert refused.status_code == 422 and "any more: an admin finished the batch" in refused.json()["detail"]
+
+
 async def test_an_export_is_a_file_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
@@ -117,6 +152,11 @@ async def test_an_export_is_a_file_and_leaves_nothing_behind(tmp_path: Path, mon
         found = await admin.get("/api/admin/export/rankings")
         assert found.headers["content-disposition"] == 'attachment; filename="rankings.jsonl"'
         assert [f"answer {place} to 0" for place in range(4)] == found.json()["replies"]
+        assert found.headers["content-type"] == "application/x-ndjson"
+        for shape in ("argilla", "label-studio"):  # one array, which is no line of JSONL
+            found = await admin.get(f"/api/admin/export/{shape}")
+            assert found.headers["content-disposition"] == f'attachment; filename="{shape}.json"'
+            assert found.headers["content-type"] == "application/json" and len(found.json()) == 1
         for path in ("no-such-shape", "..%2f..%2fetc%2fpasswd"):
             assert (await admin.get(f"/api/admin/export/{path}")).status_code in (404, 422)
     assert list((tmp_path / "temporary").iterdir()) == []

@@ -16,7 +16,7 @@ from jobs.services.labelling.items.adding import Wanted, add
 from jobs.services.labelling.items.sources import Candidate
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.web.app import Settings, create_app
-from jobs.services.labelling.web.guard import MAX_BODY_BYTES, Buckets
+from jobs.services.labelling.web.guard import MAX_BODY_BYTES, Buckets, Links
 from jobs.services.labelling.work import Rules
 from tests.unit.jobs.services.labelling.filled import HOST, client, client_of, filled, invited, ranking
 
@@ -109,6 +109,8 @@ async def test_a_paused_labeller_keeps_the_begun_task_and_gets_no_other(
     [
         ({"Origin": "http://evil.test"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Origin": "http://["}, 403),
+        ({"Origin": "http://[::1"}, 403),
         ({"Origin": f"{HOST}.evil.test"}, 403),
         ({"Origin": HOST, "Sec-Fetch-Site": "cross-site"}, 403),
         ({"Origin": HOST, "Sec-Fetch-Site": "same-origin"}, 200),
@@ -246,19 +248,118 @@ async def test_too_many_requests_of_one_client_are_refused_and_others_served(
     store, _, _ = two
     app = create_app(store, Settings(rules=SETTINGS.rules, rate=1.0))
     async with client_of(app, invited(store, "ann")) as ann, client_of(app, invited(store, "bob")) as bob:
-        assert (await ann.get("/api/me")).status_code == 200
-        assert (await bob.get("/api/me")).status_code == 200
         found = await asyncio.gather(*(ann.get("/api/me") for _ in range(100)))
         refused = [each for each in found if each.status_code == 429]
         assert len(refused) > 80 and int(refused[0].headers["retry-after"]) >= 1
         assert (await bob.get("/api/me")).status_code == 200
         async with client_of(app) as nobody:  # each with another token, from one address
-            tries = [nobody.get("/api/me", headers={"Authorization": f"Bearer {number}"}) for number in range(100)]
-            assert sum(each.status_code == 429 for each in await asyncio.gather(*tries)) > 80
-            # A page that needs no token does not make a token known.
-            tries = [nobody.get("/healthz", headers={"Authorization": f"Bearer {number}"}) for number in range(100)]
-            assert sum(each.status_code == 429 for each in await asyncio.gather(*tries)) > 80
+            for path in ("/api/me", "/healthz"):
+                tries = [nobody.get(path, headers={"Authorization": f"Bearer {number}"}) for number in range(100)]
+                assert sum(each.status_code == 429 for each in await asyncio.gather(*tries)) > 80
         assert (await bob.get("/api/me")).status_code == 200
+
+
+async def test_a_flood_of_strangers_blocks_neither_pages_nor_links_even_after_a_restart(
+    two: tuple[Store, httpx.AsyncClient, httpx.AsyncClient],
+) -> None:
+    """All of one address, as behind one router."""
+    store, _, _ = two
+    token = invited(store, "ann")
+    app = create_app(store, SETTINGS)  # has seen nobody
+    async with client_of(app) as nobody, client_of(app, token) as ann:
+        tries = [nobody.get("/api/me", headers={"Authorization": f"Bearer {number}"}) for number in range(300)]
+        assert sum(each.status_code == 429 for each in await asyncio.gather(*tries)) > 150
+        assert (await nobody.get("/healthz")).status_code == 429
+        assert (await ann.get("/api/me")).status_code == 200
+        for path in ("/", *(f"/static/{name}" for name in ("page.js", "page.css", "texts.js"))):
+            assert {(await nobody.get(path)).status_code for _ in range(60)} == {200}, path
+
+
+async def test_a_link_that_is_made_while_strangers_flood_is_known_after_a_second(
+    two: tuple[Store, httpx.AsyncClient, httpx.AsyncClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _, _ = two
+    now = 100.0
+    monkeypatch.setattr("jobs.services.labelling.web.guard.monotonic", lambda: now)
+    loads = 0
+
+    def load() -> frozenset[str]:
+        nonlocal loads
+        loads += 1
+        with store.reading() as connection:
+            return people.valid_hashes(connection)
+
+    links = Links(load)
+    assert not await links.holds("nobody's")
+    hashed = people.token_hash(invited(store, "eve"))
+    assert not any([await links.holds(hashed) for _ in range(50)]) and loads == 1
+    now = 101.0
+    assert await links.holds(hashed) and loads == 2
+    with store.writing() as connection:
+        people.revoke(connection, "eve")
+    now = 102.0
+    assert not await links.holds("nobody's") and not await links.holds(hashed)
+
+
+@pytest.mark.parametrize("rate", [0.1, 1.0])
+async def test_a_low_rate_still_lets_the_page_begin(
+    two: tuple[Store, httpx.AsyncClient, httpx.AsyncClient], rate: float
+) -> None:
+    store, _, _ = two
+    async with client(store, invited(store, "ann"), Settings(rate=rate)) as ann:
+        begun = [await ann.get("/"), await ann.get("/static/page.js"), await ann.get("/api/me")]
+        begun += [await ann.post("/api/next", json={}) for _ in range(4)]
+        assert {each.status_code for each in begun} == {200}
+        found = [(await ann.get("/api/me")).status_code for _ in range(40)]
+        assert found.count(429) >= 30
+
+
+async def test_every_answer_is_counted_and_has_the_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = filled(tmp_path)
+    app = create_app(store, Settings(rate=0.1))
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("jobs.services.labelling.work.progress", broken)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    headers = {"Authorization": f"Bearer {invited(store, 'ann')}"}
+    async with httpx.AsyncClient(transport=transport, base_url=HOST, headers=headers) as ann:
+        found = [
+            await ann.get("/api/me"),
+            await ann.post("/api/next", json={}, headers={"Origin": "http://["}),
+            await ann.post("/api/next", content=b"{}", headers={"Content-Type": "text/plain"}),
+            await ann.post("/api/next", content=b"x" * (MAX_BODY_BYTES + 1)),
+            await ann.get("/no/such/page"),
+            *[await ann.get("/healthz") for _ in range(8)],
+        ]
+        async with client_of(app) as nobody:
+            counted = (await nobody.get("/metrics")).text
+    assert [each.status_code for each in found[:5]] == [500, 403, 415, 413, 404]
+    assert [each.status_code for each in found[5:]] == [200] * 5 + [429] * 3
+    for status, num in ((500, 1), (403, 1), (415, 1), (413, 1), (404, 1), (200, 5), (429, 3)):
+        assert f'rlhf_label_requests_total{{status="{status}"}} {float(num)}' in counted
+    for each in found:
+        assert "default-src 'none'" in each.headers["content-security-policy"], each.status_code
+        assert each.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize("length", ["\xb2", "9" * 5000, "262145"])
+async def test_no_length_of_a_body_is_an_error_of_the_service(tmp_path: Path, length: str) -> None:
+    """Given to the application as it is: servers and clients refuse some of them."""
+    statuses: list[int] = []
+
+    async def send(message: Any) -> None:
+        statuses.extend([message["status"]] if "status" in message else [])
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    headers = [(b"content-length", length.encode("latin-1"))]
+    raw = {"type": "http", "method": "GET", "headers": headers, "query_string": b"", "http_version": "1.1"}
+    scope = {**raw, "scheme": "http", "path": "/", "raw_path": b"/", "client": ("a", 1), "server": ("a", 1)}
+    await create_app(filled(tmp_path), SETTINGS)({**scope, "root_path": ""}, receive, send)
+    assert statuses == [200 if length == "\xb2" else 413]
 
 
 def test_buckets_forget_the_least_recently_used(monkeypatch: pytest.MonkeyPatch) -> None:

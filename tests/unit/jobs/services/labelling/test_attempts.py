@@ -224,7 +224,7 @@ def flood_of_a_labeller(target: Target) -> Iterator[Answer]:
 
 
 def flood_of_strangers(target: Target) -> Iterator[Answer]:
-    return flood(target, None, "/")
+    return flood(target, None, "/healthz")
 
 
 # As in the document; floods come last, for they use up what an address may ask.

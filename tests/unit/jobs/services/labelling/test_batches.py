@@ -129,9 +129,39 @@ def test_an_admin_finishes_a_batch_that_is_open_and_takes_it_back(store: Store) 
     with store.writing() as connection, pytest.raises(DataError, match=r"'run/peple'; there are: run/people"):
         batches.finish(connection, "run/peple")
     with store.writing() as connection:
-        batches.close(connection, "run/people", "over")
-        with pytest.raises(DataError, match="nobody waits for any"):
+        batches.close(connection, "run/people", "all that were asked for")
+        with pytest.raises(DataError, match=r"'run/people' any more: all that were asked for\."):
             batches.finish(connection, "run/people")
+        with pytest.raises(DataError, match=r"'run/peple'; there is none"):
+            batches.finish(connection, "run/peple")
+
+
+def test_a_finished_batch_gives_out_nothing_that_an_earlier_round_had_asked_for_first(store: Store) -> None:
+    ask(store, "run/people-1", range(2))
+    with store.writing() as connection:
+        batches.close(connection, "run/people-1", "over")
+    ask(store, "run/people-2", range(2))
+    ann = person(store, "ann")
+    assert task_of(store, ann) is not None
+    with store.writing() as connection:
+        batches.finish(connection, "run/people-2")
+    assert task_of(store, person(store, "bob")) is None
+
+
+def test_what_a_batch_no_longer_asks_for_is_withdrawn_but_not_from_others(store: Store) -> None:
+    fill(store, num=1)  # by hand
+    ask(store, "run/people", range(4))
+    ask(store, "run/people", range(3, 5))
+    with store.reading() as connection:
+        found = {row.name: row.missing for row in batches.listed(connection)}
+    assert found == {"run/people": 2, "test": 1}
+    with store.writing() as connection:
+        batches.close(connection, "run/people", "over")
+    ann = person(store, "ann")
+    task = task_of(store, ann)
+    assert task.messages[0]["content"] == "Question 0?"
+    answer(store, ann, task)
+    assert task_of(store, ann) is None
 
 
 def test_the_file_of_judgements_does_not_depend_on_who_came_first(tmp_path: Path) -> None:

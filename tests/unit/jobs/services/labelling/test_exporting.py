@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from jobs.services.labelling import work
+from jobs.services.labelling.agreement.copies import Voters
+from jobs.services.labelling.agreement.merging import Electorate, weight
 from jobs.services.labelling.agreement.quality import figures, lines, report
 from jobs.services.labelling.answers import Judgement
 from jobs.services.labelling.exporting import export
 from jobs.services.labelling.items.adding import Wanted, add
 from jobs.services.labelling.items.sources import from_file
+from jobs.services.labelling.shapes.judged import Judged, judges_of
+from jobs.services.labelling.shapes.own import preference_of
 from jobs.services.labelling.store import Store
 from orchestrator.data.kinds import KINDS
 from orchestrator.data.streams import Stream
@@ -178,3 +183,65 @@ def test_habits_of_place_are_seen(tmp_path: Path) -> None:
     judged(store, "ann", [lambda task: rank(*[task.order.index(reply) + 1 for reply in range(4)])] * 20)
     (ann,) = _figures(store)
     assert ann.first_share == 1.0
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal", ".lock"])
+def test_a_file_of_the_store_is_not_written_over(tmp_path: Path, suffix: str) -> None:
+    store = filled(tmp_path, num=1)
+    judged(store, "ann", [rank(1, 2, 3, 4)])
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "alias.db").symlink_to(tmp_path / "labels.db")
+    by_link = Store(str(tmp_path / "alias.db"))
+    for opened in (store, by_link):
+        for out in (tmp_path / f"labels.db{suffix}", tmp_path / "link" / ".." / tmp_path.name / f"labels.db{suffix}"):
+            with pytest.raises(ConfigError, match="is a file of the store .* itself; give another file"):
+                opened.back_up(out)
+            with pytest.raises(ConfigError, match="is a file of the store .* itself; give another file"):
+                export(opened, out, "rankings")
+    with pytest.raises(ConfigError, match="itself"):
+        by_link.back_up(tmp_path / f"alias.db{suffix}")
+    export(store, tmp_path / "labels.db.jsonl", "rankings")
+    store.back_up(tmp_path / "copy.db")
+    assert Store(str(tmp_path / "copy.db")).file != store.file
+    assert export(store, tmp_path / "again.jsonl", "rankings").num_rows == 1
+
+
+def test_the_strength_of_a_comparison_has_the_side_of_its_order_in_all_shapes(tmp_path: Path) -> None:
+    given = {
+        "ann": [-1, -1, -3],
+        "bob": [-1, -2, 1],
+        "cid": [3, 1, -2],
+    }
+    store = filled(tmp_path, num=3, kind="compare", num_replies=2, overlap=3)
+    for name, answers in given.items():
+        judged(store, name, [{"kind": "compare", "preference": each} for each in answers])
+    for shape in ("rankings", "hh-rlhf", "helpsteer3"):
+        export(store, tmp_path / shape, shape)
+    with store.reading() as connection:
+        weights = judges_of(connection).weights
+    ann, bob, cid = weights.values()
+    total = ann + bob + cid
+    expected = [
+        max(0.0, ann + bob - 3 * cid) / total,  # without weights the second would be better by a third
+        (ann + 2 * bob - cid) / total,
+        (3 * ann - bob + 2 * cid) / total,
+    ]
+    for shape in ("rankings", "hh-rlhf"):
+        found = [row["margin"] for row in rows(tmp_path / shape)]
+        assert found == pytest.approx(expected, abs=1e-4), shape
+    found = [row["overall_preference"] for row in rows(tmp_path / "helpsteer3")]
+    assert found == pytest.approx([-each for each in expected], abs=1e-4)
+
+
+def test_copies_are_one_voter_of_a_strength_and_who_guesses_none() -> None:
+    given = [SimpleNamespace(person=n, answer={"kind": "compare", "preference": each}) for n, each in
+             enumerate((-3, -1, 1, 3))]  # fmt: skip
+    judges = Electorate(Voters({}, {0: 0, 1: 0}), {0: 0.9, 2: 0.7, 3: 0.5})
+    item: Any = SimpleNamespace(id=1, kind="compare")
+    one, other = weight(0.9), weight(0.7)
+    assert preference_of(Judged(item, given, judges)) == pytest.approx((other - 2 * one) / (one + other), abs=1e-4)
+    assert preference_of(Judged(item, given[3:], judges)) == 0.0
+    alike = Electorate(Voters({}, {}), dict.fromkeys(range(4), 0.8))
+    assert preference_of(Judged(item, given[1:], alike)) == 1.0
+    two_by_one = [SimpleNamespace(person=n, answer={"kind": "compare", "preference": (-1, -1, 3)[n]}) for n in range(3)]
+    assert preference_of(Judged(item, two_by_one, alike)) == 0.0  # the order has the first before, the mean does not

@@ -14,7 +14,7 @@ from jobs.services.labelling.answers import Judgement
 from jobs.services.labelling.people import Person
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import items, showings
-from jobs.services.labelling.waiting.finishing import finish_batch
+from jobs.services.labelling.waiting.batches import finish
 from tests.unit.jobs.services.labelling.filled import fill, filled, person, ranking
 
 RULES = work.Rules(lease_s=60, gold_share=0.3, num_reviews=2)
@@ -33,7 +33,7 @@ def test_what_is_left_is_what_would_be_given(tmp_path: Path, seed: int) -> None:
         act(store, draw, draw.choice(crowd), f"answer-{number}")
         if number == 45:
             with store.writing() as connection:
-                finish_batch(connection, "test")
+                finish(connection, "test")
         for who in crowd if number % 3 == 0 else ():
             assert left(store, who) == given_out(store, who)
 

@@ -19,7 +19,7 @@ from jobs.services.labelling.people import Person
 from jobs.services.labelling.reviewing import acceptance, states
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import batches, items, members
-from jobs.services.labelling.waiting.finishing import counts, finish_batch, finished_batches, reopen_batch
+from jobs.services.labelling.waiting.batches import counted, finish, listed
 from orchestrator.data.kinds import KINDS
 from orchestrator.data.streams import Stream
 from orchestrator.errors import DataError
@@ -68,7 +68,7 @@ class Team:
     def counts(self) -> dict[str, tuple[int, int]]:
         """By kind: judgements that count, and missing ones."""
         with self.store.reading() as connection:
-            return {row.name: (row.judgements, row.missing) for row in counts(connection, items.c.kind)}
+            return {row.name: (row.judgements, row.missing) for row in counted(connection, items.c.kind)}
 
 
 @pytest.fixture
@@ -184,6 +184,31 @@ def test_prompts_are_written_for_topics_and_as_the_next_message(tmp_path: Path) 
     assert [others.task("bob").kind] == ["review"]
 
 
+@pytest.mark.parametrize("shape", ["demonstrations", "oasst", "argilla", "label-studio"])
+def test_no_shape_has_a_text_that_waits_or_was_rejected(team: Team, tmp_path: Path, shape: str) -> None:
+    out = tmp_path / "out.json"
+
+    def left_out() -> dict[str, int]:
+        found = export(team.store, out, shape).left_out
+        return {reason: num for reason, num in found.items() if "tasks to" not in reason}
+
+    add(team.store, [candidate(1, num_replies=2)], Wanted("write"), batch="x")
+    team.answer("ann", write("Waits."))
+    with pytest.raises(DataError, match="1 waiting for reviews"):
+        export(team.store, out, shape)
+    for name in ("bob", "cid", "dan"):
+        team.answer(name, SPAM)
+    with pytest.raises(DataError, match="1 rejected by reviewers"):
+        export(team.store, out, shape)
+    team.answer("bob", write("Accepted."))
+    for name in ("ann", "cid", "dan"):
+        team.answer(name, GOOD)
+    team.answer("cid", write("Is new."))
+    assert left_out() == {"rejected by reviewers": 1, "waiting for reviews": 1}
+    text = out.read_text(encoding="utf-8")
+    assert text.count("Accepted.") == 1 and "Waits." not in text and "Is new." not in text
+
+
 def test_written_prompts_are_prompts(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "labels.db"))
     topic = Candidate("t", [{"role": "user", "content": "Cooking"}], [], [], {})
@@ -216,28 +241,27 @@ def test_nothing_of_a_finished_batch_is_given_out(tmp_path: Path) -> None:
     ann, bob = person(store, "ann"), person(store, "bob")
     with store.writing() as connection:
         begun = work.next_task(connection, ann, RULES)
-        finish_batch(connection, "test")
-        finish_batch(connection, "test")
-        assert finished_batches(connection) == {"test"}
+        finish(connection, "test")
+        finish(connection, "test")
         assert work.next_task(connection, bob, RULES) is None
         assert work.progress(connection, bob)["left"] == 0
-        assert [(row.items, row.missing) for row in counts(connection, items.c.batch)] == [(2, 0)]
+        assert [(row.items, row.missing, row.finished) for row in listed(connection)] == [(2, 0, True)]
         kept = work.next_task(connection, ann, RULES)
         assert begun is not None and kept is not None and kept.id == begun.id
-        reopen_batch(connection, "test")
+        finish(connection, "test", is_finished=False)
         assert work.next_task(connection, bob, RULES) is not None
-        with pytest.raises(DataError, match="no item is of a batch 'tset'"):
-            finish_batch(connection, "tset")
+        with pytest.raises(DataError, match="no item is of a batch 'tset'; there are: test"):
+            finish(connection, "tset")
 
 
 def test_an_item_of_a_finished_batch_that_another_batch_waits_for_is_given_out(tmp_path: Path) -> None:
     store = filled(tmp_path, num=2)
     ann, bob = person(store, "ann"), person(store, "bob")
     with store.writing() as connection:
-        finish_batch(connection, "test")
+        finish(connection, "test")
         connection.execute(insert(batches).values(name="again", opened_at=0.0))
         connection.execute(insert(members).values(batch="again", item=2))
         found = work.next_task(connection, ann, RULES)
         assert found is not None and found.item == 2
-        finish_batch(connection, "again")
+        finish(connection, "again")
         assert work.next_task(connection, bob, RULES) is None

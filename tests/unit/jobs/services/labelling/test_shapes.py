@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import operator
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.services.labelling.agreement.copies import Voters
-from jobs.services.labelling.agreement.merging import Electorate
+from jobs.services.labelling.agreement.merging import Electorate, weight
 from jobs.services.labelling.exporting import export
 from jobs.services.labelling.items.adding import Wanted, add
 from jobs.services.labelling.items.sources import from_file
@@ -117,6 +118,15 @@ def stripped(messages: Sequence[Any]) -> list[tuple[str, str]]:
     ]
 
 
+def merged(found: Judged) -> float:
+    """Mean strength by weights; 0 on another side than the majority's."""
+    weights = [weight(found.judges.reliability[row.person]) for row in found.given]
+    given = [row.answer["preference"] for row in found.given]
+    mean = sum(map(operator.mul, weights, given)) / sum(weights)
+    majority = sum(w * ((one > 0) - (one < 0)) for w, one in zip(weights, given, strict=True))
+    return float(mean) if mean * majority > 0 else 0.0
+
+
 @settings(max_examples=60, deadline=None)
 @given(ranked() | compared())
 def test_hh_rlhf_holds_the_merged_order(found: Judged) -> None:
@@ -133,8 +143,7 @@ def test_hh_rlhf_holds_the_merged_order(found: Judged) -> None:
     ]
     assert all(stripped(record.messages) == stripped(found.item.messages) for record in records)
     if found.item.kind == "compare":
-        mean = sum(row.answer["preference"] for row in found.given) / len(found.given)
-        assert records[0].scores == pytest.approx((abs(mean), 0.0))
+        assert records[0].scores == pytest.approx((abs(merged(found)), 0.0), abs=1e-4)
 
 
 @settings(max_examples=40, deadline=None)
@@ -212,12 +221,12 @@ def test_comparisons_keep_their_strength(found: Judged) -> None:
         assert left_out["with equal replies"] == len(found.given) - len(expected)
     (row,), _ = written(published.helpsteer3, found)
     assert [one["score"] for one in row["individual_preference"]] == [r.answer["preference"] for r in found.given]
-    mean = sum(one["score"] for one in row["individual_preference"]) / len(found.given)
-    assert row["overall_preference"] == pytest.approx(mean)
-    if mean:
+    mean = merged(found)
+    assert row["overall_preference"] == pytest.approx(mean, abs=1e-4)
+    if row["overall_preference"]:
         (record,), _ = read([row], "preferences", "helpsteer")
         assert record.replies == ((first, second) if mean < 0 else (second, first))
-        assert record.scores == pytest.approx((abs(mean), 0.0))
+        assert record.scores == pytest.approx((abs(mean), 0.0), abs=1e-4)
 
 
 @settings(max_examples=40, deadline=None)

@@ -13,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
+from jobs.services.labelling import work
+from jobs.services.labelling.answers import Judgement
 from jobs.services.labelling.exporting import export
 from jobs.services.labelling.items.adding import Wanted, add
 from jobs.services.labelling.items.sources import from_file
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import items
 from orchestrator.errors import DataError
-from tests.unit.jobs.services.labelling.filled import filled
+from tests.unit.jobs.services.labelling.filled import candidate, filled, person
 from tests.unit.jobs.services.labelling.test_exporting import judged, rank, rows
 
 PUBLISHED = Path(__file__).parents[6] / "shared" / "data" / "oasst-trees-en.jsonl.gz"
@@ -165,6 +167,56 @@ def test_other_items_become_trees_that_come_in_and_out(tmp_path: Path) -> None:
     second = store_of(tmp_path / "out.jsonl", place="second.db")
     assert exported(second, tmp_path / "again.jsonl") == first
     assert len(found) == 2
+
+
+def answered(store: Store, name: str) -> None:
+    """All tasks that are left for a new person."""
+    who, number = person(store, name), 0
+    with store.writing() as connection:
+        while (task := work.next_task(connection, who, work.Rules(gold_share=0.0))) is not None:
+            number += 1
+            answers: dict[str, dict[str, Any]] = {
+                "rank": {"ranks": [1 + index for index in task.order]},
+                "rate": {"rating": 3, "flags": ["spam"]},
+                "write": {"text": f"{name} writes {number}."},
+            }
+            answer = {"kind": task.kind, **answers[task.kind]}
+            body = {"id": f"answer-{number}", "showing": task.id, "seconds": 1.0, "answer": answer}
+            work.judge(connection, who, Judgement.model_validate(body))
+
+
+def test_an_export_that_is_added_to_its_own_store_changes_nothing(tmp_path: Path) -> None:
+    store = filled(tmp_path, num=2)
+    for kind in ("rate", "write"):
+        add(store, [candidate(0), candidate(7)], Wanted(kind, 2, 1.0), batch="more")
+    file = write(tmp_path / "trees.jsonl", tree())
+    add(store, from_file(file, "auto", None), Wanted("write", 2, 1.0), batch="trees")
+    answered(store, "ann")
+    first = exported(store, tmp_path / "out.jsonl")
+    assert len({row["message_tree_id"] for row in rows(tmp_path / "out.jsonl")}) == 4
+    for kind in ("rank", "rate", "write"):
+        add(store, from_file(tmp_path / "out.jsonl", "oasst", None), Wanted(kind, 2, 1.0), batch="again")
+    assert exported(store, tmp_path / "again.jsonl") == first
+    answered(store, "bob")  # what is judged after that is in it once too
+    second = exported(store, tmp_path / "second.jsonl")
+    add(store, from_file(tmp_path / "second.jsonl", "oasst", None), Wanted("rank"), batch="third")
+    assert exported(store, tmp_path / "third.jsonl") == second != first
+    for found in rows(tmp_path / "third.jsonl"):
+        texts = [message["text"] for message in messages_of([found]).values()]
+        assert len(texts) == len(set(texts))
+        labels = [label for one in messages_of([found]).values() for label in one.get("labels", {}).values()]
+        assert {label["count"] for label in labels} <= {1, 2}
+
+
+def test_replies_of_others_to_an_export_stay_in_it(tmp_path: Path) -> None:
+    store = filled(tmp_path, num=1)
+    judged(store, "ann", [rank(1, 2, 3, 4)])
+    exported(store, tmp_path / "out.jsonl")
+    (found,) = rows(tmp_path / "out.jsonl")
+    found["prompt"]["replies"].append(node("new", "assistant"))
+    found["prompt"]["replies"][0]["replies"].append(node("below", "prompter", node("end", "assistant")))
+    add(store, from_file(write(tmp_path / "more.jsonl", found), "auto", None), Wanted("rank"), batch="x")
+    assert exported(store, tmp_path / "again.jsonl") == (tmp_path / "more.jsonl").read_bytes()
 
 
 def test_tables_of_messages_become_trees(tmp_path: Path) -> None:
