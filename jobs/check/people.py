@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jobs.prepare import find_data
 from jobs.services.labelling.store import Store
+from jobs.stages.people import asked_of
 from jobs.stages.sample import sampled
 from jobs.stages.stage import Found
 from orchestrator.config.config import Config
@@ -27,7 +28,8 @@ def check_people(config: Config, found: Found) -> str | None:
         _require(people.store)
     if found.prepared is None:
         return None
-    num_prompts = len(sampled(config, found.prepared))
+    is_log = config.people.source == "log"
+    num_prompts = asked_of(config)[0] if is_log else len(sampled(config, found.prepared))
     num_items = min(num_prompts, people.items or num_prompts)
     num_judgements = round(num_items * (1 + (people.overlap - 1) * people.overlap_share))
     waits = "" if people.deadline_hours is None else f", for at most {people.deadline_hours:g} h"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from jobs.stages.preferences import PREFERENCES
 from jobs.stages.reward_model import RewardModel
-from jobs.stages.sample import SAMPLES, refuse_episodes
+from jobs.stages.sample import EXPERIENCE, SAMPLES, refuse_episodes
 from jobs.stages.stage import Artifact, Sizes, Stage
 from orchestrator.config.config import Config
 from orchestrator.planning.demands import REWARD_MODEL, states_demand
@@ -34,7 +34,7 @@ class People(Stage):
     checks = ("jobs.check.people:check_people",)
 
     def reads(self, config: Config) -> Sequence[str]:
-        return (SAMPLES,)
+        return (source_of(config),)
 
     def may_read(self, config: Config) -> Sequence[str]:
         return (*self.uses, REWARD_MODEL) if _is_active(config) else self.uses
@@ -43,8 +43,9 @@ class People(Stage):
         return (Artifact(JUDGEMENTS, "judgements.jsonl"), Artifact(PREFERENCES, "people.jsonl"))
 
     def problems(self, config: Config) -> Iterable[str]:
-        if config.sample.samples_per_prompt < 2:
-            yield "stage 'people' compares replies to one prompt, and sample.samples_per_prompt=1: raise it."
+        _, num_replies, key = asked_of(config)
+        if num_replies < 2:
+            yield f"stage 'people' compares replies to one prompt, and {key}.samples_per_prompt=1: raise it."
         rounds = sum(entry.kind == self.kind for entry in config.stages)
         if rounds > 1 and config.preferences.held_out is not None:
             yield (
@@ -67,9 +68,22 @@ class People(Stage):
         """States and scores of all samples."""
         if not _is_active(config):
             return Disk()
-        size, sample = sizes.of(*RewardModel().initial_model(config)), config.sample
+        size = sizes.of(*RewardModel().initial_model(config))
         values = size.hidden + config.reward_model.heads
-        return Disk(_BYTES_PER_VALUE * values * sample.prompts * sample.samples_per_prompt)
+        num_prompts, num_replies, _ = asked_of(config)
+        return Disk(_BYTES_PER_VALUE * values * num_prompts * num_replies)
+
+
+def source_of(config: Config) -> str:
+    """The kind of artifact whose samples people judge."""
+    return EXPERIENCE if config.people.source == "log" else SAMPLES
+
+
+def asked_of(config: Config) -> tuple[int, int, str]:
+    """The most prompts that a round can ask for, the replies to each, and the section that says so."""
+    if config.people.source == "log":
+        return config.rl.prompts_per_step, config.rl.samples_per_prompt, "rl"
+    return config.sample.prompts, config.sample.samples_per_prompt, "sample"
 
 
 def _is_active(config: Config) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from jobs.command import imported
 from jobs.stages.rewarding import INSTEAD, environments, reward_inputs, reward_reads, reward_uses
-from jobs.stages.sample import policy_use
+from jobs.stages.sample import EPISODES, EXPERIENCE, policy_use
 from jobs.stages.stage import POLICY, Artifact, Costs, Inputs, ModelUse, Row, Sizes, Stage
 from orchestrator.config.config import Config
 from orchestrator.config.rewards import main_reward_model
@@ -24,6 +24,7 @@ from orchestrator.planning.disk import (
 from orchestrator.planning.memory import AVERAGE_BYTES
 from orchestrator.planning.placement import Node, Plan, place
 from orchestrator.run.checkpoints import is_complete
+from orchestrator.run.experience_log import MANIFEST
 from orchestrator.run.folder import RunFolder, has_finished
 from orchestrator.watching.telemetry import SHOWN
 
@@ -74,7 +75,8 @@ class Rl(Stage):
         return reward_reads(config)
 
     def makes(self, config: Config) -> Sequence[Artifact]:
-        return (Artifact(POLICY, "export"),) if config.checkpoints.export else ()
+        policy = [Artifact(POLICY, "export")] if config.checkpoints.export else []
+        return (*policy, *([_experience(config)] if _is_judged(config) else []))
 
     def problems(self, config: Config) -> Iterable[str]:
         if not config.ptx.coefficient:
@@ -139,6 +141,17 @@ class Rl(Stage):
         made = all((run.place / made.path).exists() for made in self.makes(config))
         told = has_finished(run.path, run.stage or self.kind)
         return made and told and is_complete(run.checkpoints, config.rl.steps)
+
+
+def _is_judged(config: Config) -> bool:
+    """Whether people judge samples of the log."""
+    key = "people.source"
+    return any(e.kind == "people" and e.set.get(key, config.people.source) == "log" for e in config.stages)
+
+
+def _experience(config: Config) -> Artifact:
+    manifest = f"log/step-{config.rl.steps - 1:06d}/{MANIFEST}"
+    return Artifact(EXPERIENCE, manifest, holds=EPISODES if config.environment.name else "")
 
 
 def _critic_use(config: Config) -> ModelUse:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from orchestrator.types import Prompt
 
 SAMPLES = "samples"
+EXPERIENCE = "experience"
+"""The last step of a stage's log: its manifest, which names and seals the files of the samples."""
 EPISODES = "episodes"
 """What samples hold if they were drawn with an environment."""
 
@@ -51,6 +53,8 @@ class Sample(Stage):
 
 def refuse_episodes(what: str, read: Mapping[str, Artifact]) -> Iterator[str]:
     """The problem of comparing replies where samples are episodes. `what` compares them."""
+    if EXPERIENCE in read and read[EXPERIENCE].holds == EPISODES:
+        yield f"{what} compares single replies, and with environment.name the log holds episodes of several turns."
     if SAMPLES in read and read[SAMPLES].holds == EPISODES:
         yield (
             f"{what} compares single replies, and with environment.name the samples are episodes of several turns. "

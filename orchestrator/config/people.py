@@ -21,6 +21,9 @@ class PeopleConfig(Section):
     none, because somebody runs `rlhf label serve` on the store."""
     guidelines: Path | None = None
     """Text file, shown beside every task by the run's own service."""
+    source: Literal["samples", "log"] = "samples"
+    """What people judge; samples: those of the newest stage `sample`; log: those of the last step of the newest stage
+    `rl`, with which it learned (docs/experience-log.md)."""
     task: Literal["rank", "compare"] = "rank"
     """rank: people order up to 9 different replies to a prompt; compare: they compare the first and the last one."""
     overlap: Positive = 3

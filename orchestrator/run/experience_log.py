@@ -194,8 +194,16 @@ def committed_files(folder: Path, step: int) -> list[Path] | None:
     Raises StorageError: its manifest is damaged.
     """
     manifest = _step_folder(folder, step) / MANIFEST
-    if not _is_there(manifest):
-        return None
+    return files_of(manifest) if _is_there(manifest) else None
+
+
+def step_of(manifest: Path) -> int:
+    """The step of a manifest's path."""
+    return int(manifest.parent.name.removeprefix("step-"))
+
+
+def files_of(manifest: Path) -> list[Path]:
+    """The files that a manifest names. Raises StorageError: it is damaged, or can't be read."""
     content = read_sealed(manifest)
     try:
         return [inside(manifest.parent, shard["file"]) for shard in content["shards"]]

@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
 
 from jobs.services.labelling.items.adding import known_keys
 from jobs.services.labelling.items.choosing import Asked, Asking, read_asked, write_asked
 from jobs.services.labelling.items.sources import Candidate, of_samples
 from jobs.services.labelling.store import Store
 from jobs.stages.people import ASKED_FILE
-from jobs.stages.sample import SAMPLES
+from jobs.stages.sample import EXPERIENCE, SAMPLES
 from jobs.stages.stage import StageJob
 from jobs.stages.work.score import choose_items, read_table
 from orchestrator.errors import DataError
 from orchestrator.prompts import derive_seed
+from orchestrator.run.experience_log import files_of, step_of
 
 
 async def candidates_to_ask(job: StageJob, store: Store, batch: str) -> Iterable[Candidate]:
@@ -39,7 +43,7 @@ async def _choose(job: StageJob, store: Store, batch: str, budget: int) -> Asked
     seed = derive_seed("people", job.config.run.seed, job.name)
     known = await asyncio.to_thread(known_keys, store, but_of=batch)
     candidates = await asyncio.to_thread(lambda: list(_sampled(job)))
-    samples = await asyncio.to_thread(read_table, job.inputs[SAMPLES])
+    samples = await asyncio.to_thread(lambda: pa.concat_tables(map(read_table, _files(job))))
     asking = Asking(people.task, budget, people.control_share, seed)
     found: Asked = await choose_items(job, samples, candidates, asking, known)
     job.watch(())
@@ -53,10 +57,19 @@ async def _choose(job: StageJob, store: Store, batch: str, budget: int) -> Asked
 
 
 def _sampled(job: StageJob) -> Iterable[Candidate]:
-    return of_samples([job.inputs[SAMPLES]], job.run.path, _sampler(job))
+    manifest = job.inputs.get(EXPERIENCE)
+    step = None if manifest is None else step_of(manifest)
+    return of_samples(_files(job), job.run.path, _sampler(job), step=step)
+
+
+def _files(job: StageJob) -> Sequence[Path]:
+    """The files of the samples that people judge. Raises StorageError."""
+    manifest = job.inputs.get(EXPERIENCE)
+    return [job.inputs[SAMPLES]] if manifest is None else files_of(manifest)
 
 
 def _sampler(job: StageJob) -> str:
     """The name under which the samples' stage has its files; empty for the run's own folder."""
-    place = job.inputs[SAMPLES].parent
+    manifest = job.inputs.get(EXPERIENCE)
+    place = job.inputs[SAMPLES].parent if manifest is None else manifest.parents[2]
     return "" if place == job.run.path else place.name

@@ -39,7 +39,7 @@ from jobs.services.labelling.waiting.frozen import (
     write_rankings,
 )
 from jobs.services.labelling.web.hosting import Hosted, command_of, hosting
-from jobs.stages.people import JUDGEMENTS, STATE_FILE
+from jobs.stages.people import JUDGEMENTS, STATE_FILE, asked_of
 from jobs.stages.preferences import PREFERENCES
 from jobs.stages.stage import StageJob
 from jobs.stages.work.asking import candidates_to_ask
@@ -181,7 +181,7 @@ def _open(job: StageJob, store: Store, name: str, candidates: Iterable[Candidate
     if not added.overlaps:
         raise DataError(
             f"stage {job.name!r}: none of {added.num_unfit} prompts has two different replies to compare. Raise "
-            "sample.samples_per_prompt or rollout.temperature."
+            f"{asked_of(job.config)[2]}.samples_per_prompt or rollout.temperature."
         )
     with store.writing() as connection:
         batches.open_batch(connection, name, added.overlaps, opened_at=wait.opened_at)

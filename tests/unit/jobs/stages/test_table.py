@@ -75,6 +75,23 @@ def test_stages_that_compare_replies_refuse_episodes_and_say_what_to_do(tmp_path
     assert "rule a.module:Class" in kept[0].outside
 
 
+def test_people_judge_the_log_of_the_newest_rl_before_them(tmp_path: Path) -> None:
+    log = {"people": {"source": "log"}}
+    *_, people = stages_of(config_of(tmp_path, "rl", {"name": "rl-2", "kind": "rl"}, "people", rl={"steps": 7}, **log))
+    run = open_run(people.config)
+    assert people.inputs(run)["experience"] == run.path / "stages" / "rl-2" / "log" / "step-000006" / "manifest.json"
+    with pytest.raises(ConfigError, match="'people' reads experience, which no stage before it makes: put 'rl' before"):
+        stages_of(config_of(tmp_path, "sample", "people", "rl", **log))
+    with pytest.raises(ConfigError, match=r"rl\.samples_per_prompt=1: raise it"):
+        stages_of(config_of(tmp_path, "rl", "people", rl={"samples_per_prompt": 1}, **log))
+    with pytest.raises(ConfigError, match="the log holds episodes of several turns"):
+        stages_of(config_of(tmp_path, "rl", "people", environment={"name": "a.module:Class"}, **log))
+    by_stage = {"name": "people", "kind": "people", "set": {"people.source": "log"}}
+    assert "experience" in stages_of(config_of(tmp_path, "rl", by_stage))[1].sources
+    made = stages_of(config_of(tmp_path, "rl", "sample", "people"))[0]
+    assert [each.kind for each in made.stage.makes(made.config)] == ["policy"]
+
+
 def test_a_stage_takes_fewer_than_fifteen_lines() -> None:
     assert len([line for line in inspect.getsource(Nothing).splitlines() if line.strip()]) < 15
 
