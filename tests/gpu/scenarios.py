@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from actors.machine.devices import compute_device
+from actors.weights.transports.shared import SharedBucket, SharedReader
 from orchestrator.types import ShardRequest
 from tests.integration.engine_scenarios import (
     behaviour,
@@ -48,6 +50,14 @@ def asleep_and_awake(folder: Path) -> tuple[int, bool, int]:
 
 def logprobs_of(folder: Path) -> list[float]:
     return behaviour(start(folder, **ON_GPU))[0]
+
+
+def mapped(parcel: SharedBucket) -> int:
+    """The sum of a shared bucket's bytes, whose memory this process maps and lets go of."""
+    reader = SharedReader(compute_device())
+    total = int(reader.take(parcel).tensor.sum())
+    reader.close()
+    return total
 
 
 def sampled(folder: Path, requests: Sequence[ShardRequest]) -> list[list[dict[str, Any]]]:
