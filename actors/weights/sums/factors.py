@@ -30,6 +30,12 @@ def of_rows(count: int, device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=64)
+def of_rows_here(count: int) -> U64:
+    """A for compiled loops."""
+    return of_rows(count, torch.device("cpu")).numpy().view(np.uint64)
+
+
+@lru_cache(maxsize=64)
 def of_words(count: int) -> U64:
     """h: (2, count), below 2^32."""
     drawn = _counted(1, count, 2)[0]
