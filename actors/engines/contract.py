@@ -73,6 +73,9 @@ class Engine(Protocol):
     def begin_update(self, header: WeightHeader) -> None:
         """Stops serving and prepares for the header's buckets. Raises PublishError on unknown or missing tensors."""
 
+    def device_ids(self) -> list[str]:
+        """The device of each of the engine's workers, see transports.shared.device_id."""
+
     def join(self, meeting: Rendezvous, first_rank: int) -> None:
         """The engine's workers join the group that broadcasts buckets, from this rank on. Raises TransportBroken."""
 

@@ -30,6 +30,7 @@ from actors.weights.digest import digest
 from actors.weights.manifest import TensorSpec, Unpacker, WeightHeader, check_names, listed
 from actors.weights.transports.group import Rendezvous
 from actors.weights.transports.receiver import Parcel, Receiver
+from actors.weights.transports.shared import device_id
 from orchestrator.errors import PublishError
 from orchestrator.roles import Tag
 from orchestrator.types import SampleRequest, Sampling, ShardRequest
@@ -77,6 +78,9 @@ class HfEngine:
         self._unpacker, self._expected = Unpacker(header, proved_later=self._proves), {}
         self._receiver.begin(header)
         self._seconds = {"receive": 0.0, "apply": 0.0, "verify": 0.0}
+
+    def device_ids(self) -> list[str]:
+        return [device_id(self._device)]
 
     def join(self, meeting: Rendezvous, first_rank: int) -> None:
         self._receiver.join(meeting, first_rank)

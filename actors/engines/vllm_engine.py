@@ -31,6 +31,7 @@ from actors.weights.cpu import BucketTransferEngine
 from actors.weights.manifest import WeightHeader
 from actors.weights.transports.group import Rendezvous
 from actors.weights.transports.receiver import Parcel
+from actors.weights.transports.shared import device_id
 from orchestrator.errors import ConfigError, RlhfError
 from orchestrator.garbage import collect_seldom
 from orchestrator.roles import Tag
@@ -90,6 +91,9 @@ class VllmEngine:
             self._call(_abandon_session)
             self._call("init_weight_transfer_engine", init_info=init_info)
             self._call("start_weight_update")
+
+    def device_ids(self) -> list[str]:
+        return self._call(_device_id)
 
     def join(self, meeting: Rendezvous, first_rank: int) -> None:
         self._call(_join, meeting=meeting, first_rank=first_rank)
@@ -242,6 +246,11 @@ def _attempt(worker: Any, work: str | Callable[..., Any], arguments: Mapping[str
 def _join(worker: Any, meeting: Rendezvous, first_rank: int) -> None:
     engine: BucketTransferEngine = worker.weight_transfer_engine
     engine.receiver.join(meeting, first_rank + engine.parallel_config.rank)
+
+
+def _device_id(worker: Any) -> str:
+    engine: BucketTransferEngine = worker.weight_transfer_engine
+    return device_id(engine.device)
 
 
 def _compare(worker: Any) -> tuple[int, dict[str, float]]:

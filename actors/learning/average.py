@@ -25,14 +25,15 @@ class WeightAverage:
     """
 
     def __init__(self, decay: float, *, holds: bool) -> None:
-        self._decay, self._holds = decay, holds
+        self._decay, self.holds = decay, holds
         self.has_begun = False
         self.weights: dict[str, Tensor] = {}
 
     def add(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Adds the weights after a step: (name, fp32 copy of the full tensor)."""
+        """Adds the weights after a step: (name, fp32 copy of the full tensor; on other ranks
+        anything)."""
         for name, tensor in weights:
-            if not self._holds:
+            if not self.holds:
                 continue
             mine = self.weights.get(name)
             if mine is None or not tensor.is_floating_point():
@@ -43,7 +44,7 @@ class WeightAverage:
 
     def save(self, folder: Path) -> None:
         """Raises StorageError."""
-        if self._holds and self.has_begun:
+        if self.holds and self.has_begun:
             with writing(folder / FILE):
                 try:
                     save_file(self.weights, folder / FILE)
@@ -54,7 +55,7 @@ class WeightAverage:
         """Raises StorageError: the file is damaged. A checkpoint from before the first step has none."""
         self.has_begun = (folder / FILE).exists()
         self.weights = {}
-        if self._holds and self.has_begun:
+        if self.holds and self.has_begun:
             with reading(folder / FILE):
                 try:
                     self.weights = load_file(folder / FILE)

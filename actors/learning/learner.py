@@ -346,12 +346,12 @@ class Learner:
             with self._gathered([tensor, *(adapter.parameters() if adapter else ())]):
                 if is_kept:
                     wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-                    value = adapter.merged(tensor) if adapter else tensor.detach()
                     is_own = lends and adapter is None and not hasattr(tensor, "ds_id")
-                    copy = value.to(device, wanted, copy=not is_own)
+                    copy = (adapter.merged(tensor) if adapter else tensor.detach()).to(device, wanted, copy=not is_own)
                 else:
                     copy = tensor.new_empty(0)
             yield name, copy
+            del copy  # before the next tensor is gathered
 
     @property
     def is_partitioned(self) -> bool:
@@ -383,13 +383,14 @@ class Learner:
         return contextlib.nullcontext()
 
     def _learned_weights(self) -> Mapping[str, Tensor]:
-        """Copies of the tensors that learn, on the CPU, by their names in the model."""
+        """Copies of the tensors that learn, on rank 0's CPU, by their names in the model."""
         self._take_turn()
         found = {}
         for name, tensor in self._pretrained.named_parameters():
             if tensor.requires_grad:
                 with self._gathered([tensor]):
-                    found[name] = tensor.detach().to("cpu", copy=True)
+                    if self.rank == 0:
+                        found[name] = tensor.detach().to("cpu", copy=True)
         return found
 
     def export(self, folder: Path, tokenizer: Any) -> None:
@@ -400,7 +401,7 @@ class Learner:
             StorageError: see export_model; raised on all ranks.
         """
         expected = self._probed()
-        state = {name: tensor for name, tensor in self.full_weights() if self.rank == 0}
+        state = dict(self.full_weights(is_kept=self.rank == 0))
         learned = self._learned_weights() if self._adapters else {}
 
         def write_alone(unfinished: Path) -> None:

@@ -170,8 +170,8 @@ class LearningWorker:
     def resume(self) -> None:
         self.learner.resume()
 
-    def full_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        return self.learner.full_weights(dtype)
+    def full_weights(self, dtype: torch.dtype | None = None, *, is_kept: bool = True) -> Iterator[tuple[str, Tensor]]:
+        return self.learner.full_weights(dtype, is_kept=is_kept)
 
     def run_epochs(
         self,

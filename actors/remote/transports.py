@@ -115,7 +115,7 @@ class CollectiveTransport:
             self._members = None
             await self._meet()
             self._members = members
-        return Packing(on_device=True)
+        return Packing(where="device")
 
     async def carry(self, header: WeightHeader, engines: Sequence[int]) -> None:
         count, publish_s = header.num_buckets, self._publish_s
@@ -186,9 +186,14 @@ class SharedTransport:
         self._policy, self._engines, self._publish_s = policy, engines, publish_s
 
     async def prepare(self) -> Packing:
+        """Ranks on devices without an engine do not pack: nobody would map what they export."""
         places = await self._policy.call_all(PublishingPolicy.device_id, self._publish_s)
-        first = {place: rank for rank, place in reversed(list(enumerate(places)))}
-        return Packing(ranks=tuple(sorted(first.values())), on_device=True)
+        found = await self._engines.call_all(RolloutWorker.device_ids, self._publish_s)
+        wanted = {place for of_one in found for place in of_one}
+        if alone := sorted(wanted - set(places)):
+            raise TransportBroken(f"no rank of the policy is on the devices {', '.join(alone)} of engines")
+        first = {place: rank for rank, place in reversed(list(enumerate(places))) if place in wanted}
+        return Packing(ranks=tuple(sorted(first.values())), where="shared")
 
     async def carry(self, header: WeightHeader, engines: Sequence[int]) -> None:
         """In both buffers of each rank in turn: one is filled while the engines read the other."""

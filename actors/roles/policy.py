@@ -151,7 +151,7 @@ class PolicyWorker(LearningWorker):
         rows = TokenRows.of_table(pa.concat_tables(tables), objective.policy_columns, learned_only=True)
 
         if self._average is not None and not self._average.has_begun:
-            self._average.add(self.full_weights(torch.float32))
+            self._average.add(self.full_weights(torch.float32, is_kept=self._average.holds))
 
         def loss(output: tuple[Tensor, Tensor], micro: MicroBatch, mean_length: float) -> LossTerms:
             read = Rows(micro.columns, micro.lengths_B, mean_length, self._max_new_tokens)
@@ -170,7 +170,7 @@ class PolicyWorker(LearningWorker):
             mixed_in=self._mixed_in,
         )
         if self._average is not None:
-            self._average.add(self.full_weights(torch.float32))
+            self._average.add(self.full_weights(torch.float32, is_kept=self._average.holds))
         first = updates[0][2]
         ratios = {name: value for name, value in {**first.means, **first.maxima}.items() if name in _FIRST_RATIOS}
         return {**averaged(updates), **{f"first_{name}": value for name, value in ratios.items()}}

@@ -45,6 +45,9 @@ class RolloutWorker:
     def begin_update(self, header: WeightHeader) -> None:
         self._engine.begin_update(header)
 
+    def device_ids(self) -> list[str]:
+        return self._engine.device_ids()
+
     def join(self, meeting: Rendezvous, first_rank: int) -> None:
         self._engine.join(meeting, first_rank)
 

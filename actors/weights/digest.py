@@ -111,10 +111,11 @@ def copied_part(part: torch.Tensor, out: torch.Tensor, name: str, whole: Sequenc
         out: as many, on the same device.
     """
     width = row_width(whole)
-    total = torch.zeros(factors.SEQUENCES, dtype=torch.int64, device=part.device)
-    for source, target in zip(_range(part, width, offset), _range(out, width, offset), strict=True):
-        total += source.copied_to(target)
-    return named(total.tolist(), part, name, whole)
+    words = _words() if part.device.type == "cpu" else None
+    if words is not None and words.can_copy(part, out, width, offset):
+        return named(words.copied_sums(part, out, width, offset), part, name, whole)
+    canonical(part, out=out)
+    return digest_part(out, name, whole, offset, (1,))
 
 
 def _named(sums: Sequence[int], num_bytes: int, name: str, dtype: torch.dtype, whole: Sequence[int]) -> Digest:
@@ -185,14 +186,6 @@ class _Box:
 
     def sums(self) -> Sums:
         return self._weighted(_row_sums(self.elements, self._first_byte))
-
-    def copied_to(self, other: _Box) -> Sums:
-        """The sums of `other` after the canonical elements were copied there."""
-        words = _words() if self.elements.device.type == "cpu" else None
-        if words is not None and words.can_copy(self.elements, other.elements, self._first_byte):
-            return self._weighted(words.copied_row_sums(self.elements, other.elements, self._first_byte))
-        canonical(self.elements, out=other.elements)
-        return other.sums()
 
     @property
     def _first_byte(self) -> int:

@@ -130,39 +130,49 @@ def plan(tensors: Iterable[tuple[str, torch.dtype, Iterable[int]]], bucket_bytes
     return WeightHeader(tuple(specs), bucket_bytes)
 
 
+Room = Callable[[int], torch.Tensor]
+"""By bucket, at least as many bytes."""
+
+
 def pack(
-    header: WeightHeader, tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device = _HOST
+    header: WeightHeader, tensors: Iterable[tuple[str, torch.Tensor]], room: Room | None = None
 ) -> Iterator[Bucket]:
-    """Yields the header's buckets, filled from (name, tensor) pairs in the header's order, cast to its dtypes.
+    """Yields the header's buckets, filled from (name, tensor) pairs in the header's order, cast to its dtypes. Holds
+    one bucket and one tensor.
 
     Args:
-        device: of the buckets; arrays on the host.
+        room: memory for each bucket, called when the bucket before it is no longer needed here; None: new memory of
+            the host.
 
     Raises:
         PublishError: a wrong name or shape, a missing tensor or one too many.
     """
+    find = room or (lambda index: torch.empty(header.bucket_size(index), dtype=torch.uint8))
 
     def new_bucket(index: int) -> tuple[torch.Tensor, dict[str, str]]:
-        return torch.empty(header.bucket_size(index), dtype=torch.uint8, device=device), {}
+        return find(index)[: header.bucket_size(index)], {}
 
     index = 0
     buffer, digests = new_bucket(0)
     pairs = iter(tensors)
     for number, spec in enumerate(header.tensors):
-        source = _checked(spec, next(pairs, None)).detach().to(device).contiguous().reshape(-1)
+        source = _checked(spec, next(pairs, None)).detach().to(buffer.device).contiguous().reshape(-1)
         total = Digest(0, 0, 0)
         position, done = header.start(number), 0
         while done < spec.num_bytes:
             if position >= (index + 1) * header.bucket_bytes:
                 yield _bucket(index, buffer, digests)
                 index += 1
+                del buffer
                 buffer, digests = new_bucket(index)
             offset = position - index * header.bucket_bytes
             size = min(spec.num_bytes - done, len(buffer) - offset)
-            part = buffer[offset : offset + size]
             first, last = (at // source.element_size() for at in (done, done + size))
-            total += copied_part(source[first:last], part.view(source.dtype), spec.name, spec.shape, first)
+            out = buffer[offset : offset + size].view(source.dtype)
+            total += copied_part(source[first:last], out, spec.name, spec.shape, first)
+            del out
             position, done = position + size, done + size
+        del source
         digests[spec.name] = total.hex
     extra = next(pairs, None)
     if extra is not None:

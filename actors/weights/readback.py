@@ -34,7 +34,8 @@ class Reader:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._modules = dict(model.named_modules())
-        self._head = _head_of(model)
+        packs = any(hasattr(layer, "cpu_linear") for layer in self._modules.values())
+        self._head = _head_of(model) if packs else None  # only a packed copy makes it matter
         self._packed: dict[str, bool] = {}  # by module
         self._layouts: dict[tuple[object, ...], ExpertLayout] = {}  # by shapes and dtype
         # By width and dtype: buffers that become rows of an identity matrix during use.
@@ -134,7 +135,7 @@ def _head_of(model: Any) -> nn.Module | None:
     try:
         width = model.config.get_text_config().hidden_size
         with torch.inference_mode():
-            model.compute_logits(torch.zeros(1, width, dtype=next(model.parameters()).dtype))
+            model.compute_logits(next(model.parameters()).new_zeros(1, width))
     finally:
         hook.remove()
     return seen[0]

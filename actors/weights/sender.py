@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 import torch
 
@@ -12,7 +13,7 @@ from actors.learning.distributed import from_all
 from actors.roles.policy import PolicyWorker
 from actors.weights.canonical import canonical
 from actors.weights.digest import Digest, Digests
-from actors.weights.manifest import ALIGNMENT_BYTES, Bucket, WeightHeader, listed, pack, plan
+from actors.weights.manifest import ALIGNMENT_BYTES, Bucket, Room, WeightHeader, listed, pack, plan
 from actors.weights.transports.broken import TransportBroken
 from actors.weights.transports.group import BroadcastGroup, Rendezvous
 from actors.weights.transports.shared import SharedBucket, SharedBuffer, device_id
@@ -28,12 +29,12 @@ class Packing:
 
     Args:
         ranks: of the policy that pack; the others only take part in the collectives.
-        on_device: buckets stay on the policy's device, and are at least as large as the largest tensor, so that one
-            bucket holds each tensor or two hold it.
+        where: buckets are put on the host, on the policy's device, or there into memory that engines map. On the device
+            they are at least as large as the largest tensor, so that one bucket holds each tensor or two hold it.
     """
 
     ranks: Sequence[int] = (0,)
-    on_device: bool = False
+    where: Literal["host", "device", "shared"] = "host"
 
 
 class PublishingPolicy(PolicyWorker):
@@ -45,19 +46,27 @@ class PublishingPolicy(PolicyWorker):
 
     def begin_publish(self, bucket_bytes: int, packing: Packing = Packing()) -> WeightHeader:
         """Restarts with the current weights, without gathering them yet."""
-        self._free_shared()
         specs = list(self.learner.weight_specs())
-        if packing.on_device:
+        if packing.where != "host":
             largest = max(prod(shape) * dtype.itemsize for _, dtype, shape in specs)
             bucket_bytes = max(bucket_bytes, -(-largest // ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
         header = plan(specs, bucket_bytes)
-        packs, device = self.group.rank in packing.ranks, self.learner.device if packing.on_device else _HOST
+        packs, device = self.group.rank in packing.ranks, _HOST if packing.where == "host" else self.learner.device
         parts = self.digests_of_parts()
         weights = self.learner.full_weights(device=device, is_kept=packs, lends=True)
-        self._buckets = (
-            proved(pack(header, weights, device), parts, header.num_buckets) if packs else follow(header, weights)
-        )
+        if packs:
+            room = self._shared_room(header) if packing.where == "shared" else _new_room(header, device)
+            self._buckets = proved(pack(header, weights, room), parts, header.num_buckets)
+        else:
+            self._buckets = follow(header, weights)
         return header
+
+    def _shared_room(self, header: WeightHeader) -> Room:
+        """Both buffers in turn. Those of a publish that failed are used again: engines may still map them."""
+        if not self._shared:
+            size, device = header.bucket_size(0), self.learner.device  # the first bucket is the largest
+            self._shared = [SharedBuffer(size, device) for _ in range(min(header.num_buckets, _SHARED_BUFFERS))]
+        return lambda index: self._shared[index % _SHARED_BUFFERS].memory
 
     def digests_of_parts(self) -> dict[str, Digest]:
         """By name, the digest of each parameter that ZeRO-3 has partitioned: the sum over the parts of all ranks, each
@@ -109,6 +118,7 @@ class PublishingPolicy(PolicyWorker):
                 broken = error
                 if self.group.world_size == 1:
                     break
+            del bucket
         if broken is not None:
             raise broken
 
@@ -124,26 +134,24 @@ class PublishingPolicy(PolicyWorker):
         return device_id(self.learner.device)
 
     def share_bucket(self) -> SharedBucket | None:
-        """Puts the next bucket into shared memory, on ranks that pack. The bucket before the last must be read."""
+        """Packs the next bucket into shared memory, on ranks that pack. The bucket before the last must be read."""
         bucket = self.next_bucket()
         if bucket is None:
             return None
-        if not self._shared:  # the first bucket is the largest
-            device = self.learner.device
-            self._shared = [SharedBuffer(bucket.num_bytes, device) for _ in range(_SHARED_BUFFERS)]
         buffer = self._shared[bucket.index % _SHARED_BUFFERS]
-        buffer.fill(bucket)
+        buffer.settle()
         return SharedBucket(bucket.index, bucket.num_bytes, bucket.digests, {self.device_id(): buffer.handle})
 
     def end_publish(self) -> None:
         """Frees memory of the publish. Engines must have finished."""
         self._buckets = None
-        self._free_shared()
-
-    def _free_shared(self) -> None:
         for buffer in self._shared:
             buffer.close()
         self._shared = ()
+
+
+def _new_room(header: WeightHeader, device: torch.device) -> Room:
+    return lambda index: torch.empty(header.bucket_size(index), dtype=torch.uint8, device=device)
 
 
 def proved(buckets: Iterable[Bucket], parts: Mapping[str, Digest], num_buckets: int) -> Iterator[Bucket]:
@@ -161,6 +169,7 @@ def proved(buckets: Iterable[Bucket], parts: Mapping[str, Digest], num_buckets: 
                 "again: it continues from its last checkpoint."
             )
         yield bucket
+        del bucket  # its memory, before the next one needs as much
 
 
 def follow(header: WeightHeader, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[None]:

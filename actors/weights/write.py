@@ -148,7 +148,7 @@ class Writer:
         if key not in self._staged:
             shape = self._reader.shape(key[0])
             is_filled = shape.numel() == self._sizes[key]
-            self._staged[key] = torch.empty(shape, dtype=parameter.dtype) if is_filled else self._held(key)
+            self._staged[key] = parameter.new_empty(shape) if is_filled else self._held(key)
         return self._staged[key]
 
     def _held(self, key: _Key) -> torch.Tensor:

@@ -235,7 +235,7 @@ def learner_memory(
         resting=found.states,
         moments=found.moments,
         scoring=_forward_bytes(size, dtype, micro_batch_tokens, logits=logits) + (buffers if stage == 3 else 0),
-        sending=_sent_bytes(size, held) if logits else 0.0,
+        sending=_sent_bytes(size, held, tensors=2 if stage == 3 else 0) if logits else 0.0,
         offloaded=found.offloaded,
     )
 
@@ -280,7 +280,7 @@ def gpu_engine_memory(size: ModelSize, *, dtype: Dtype, tensor_parallel_size: in
         held * size.num_params / tensor_parallel_size,
         (activations + logits) / tensor_parallel_size,
         process=ENGINE_PROCESS,
-        sending=_sent_bytes(size, held),
+        sending=_sent_bytes(size, held, tensors=1),
     )
 
 
@@ -297,9 +297,13 @@ def _zero_buffers(size: ModelSize, held: int, zero_stage: int, ranks: int) -> fl
     return float(held * (2 * min(size.num_params, ZERO_BUCKET) + gathered))
 
 
-def _sent_bytes(size: ModelSize, held: int) -> float:
-    """The largest tensor, gathered, and the bucket that holds it."""
-    return 2.0 * held * size.vocabulary * size.hidden
+def _sent_bytes(size: ModelSize, held: int, *, tensors: int) -> float:
+    """Two buckets, one on its way while the other is filled or applied, each as large as the largest tensor.
+
+    Args:
+        tensors: held besides: with ZeRO-3 the gathered one and its copy, in an engine the one that two buckets bring.
+    """
+    return float((2 + tensors) * held * size.vocabulary * size.hidden)
 
 
 def _layer_bytes(size: ModelSize, dtype: Dtype, tokens: int) -> float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
 import vllm
+from vllm.config import VllmConfig
 
 from tests.contract.contract import Contract, Report, users
 from tests.contract.fetch import ROOT, locked, python_files
@@ -46,10 +49,36 @@ def test_what_we_use_of_vllm_was_found(on_gpus: Report) -> None:
 
 
 def test_the_code_that_we_use_is_the_same_on_the_cpu(on_gpus: Report) -> None:
-    """So what the tests show on the CPU, they show for the code that runs on a GPU."""
+    """So what tests on the CPU show of it, they show for GPUs. What vLLM chooses below it differs: the model runner."""
     on_cpu = report(Path(vllm.__file__).parents[1])
     assert not on_cpu.problems
     assert on_cpu.uses == on_gpus.uses
     differ = {name for name, text in on_gpus.definitions.items() if on_cpu.definitions.get(name) != text}
     assert len(on_gpus.definitions) > 30
     assert not differ
+
+
+def test_each_lock_chooses_another_model_runner() -> None:
+    """By the presence of Triton, which the CPU lock leaves out. docs/gpu.md names both."""
+
+    def choice(folder: Path) -> str:
+        tree = ast.parse((folder / "vllm/config/vllm.py").read_text(encoding="utf-8"))
+        return next(
+            ast.unparse(node)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef) and node.name == "use_v2_model_runner"
+        )
+
+    here, there = Path(vllm.__file__).parents[1], python_files("vllm")
+    assert choice(here) == choice(there)
+    assert "if not HAS_TRITON:" in choice(here)
+    assert not VllmConfig().use_v2_model_runner
+    for lock, runner, folder in (
+        ("cpu.txt", "vllm.v1.worker.cpu_model_runner.CPUModelRunner", here),
+        ("gpu.txt", "vllm.v1.worker.gpu.model_runner.GPUModelRunner", there),
+    ):
+        module, _, name = runner.rpartition(".")
+        assert f"class {name}" in (folder / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
+        has_triton = re.search(r"^triton==", (ROOT / "requirements" / lock).read_text(encoding="utf-8"), re.MULTILINE)
+        assert bool(has_triton) == (lock == "gpu.txt")
+        assert runner in (ROOT / "docs/gpu.md").read_text(encoding="utf-8")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from actors.machine.devices import compute_device
+from actors.weights.transports.shared import SharedBucket, SharedReader
+from orchestrator.types import ShardRequest
 from tests.integration.engine_scenarios import (
     behaviour,
     perturbed,
@@ -45,3 +50,18 @@ def asleep_and_awake(folder: Path) -> tuple[int, bool, int]:
 
 def logprobs_of(folder: Path) -> list[float]:
     return behaviour(start(folder, **ON_GPU))[0]
+
+
+def mapped(parcel: SharedBucket) -> int:
+    """The sum of a shared bucket's bytes, whose memory this process maps and lets go of."""
+    reader = SharedReader(compute_device())
+    total = int(reader.take(parcel).tensor.sum())
+    reader.close()
+    return total
+
+
+def sampled(folder: Path, requests: Sequence[ShardRequest]) -> list[list[dict[str, Any]]]:
+    """The rows of each request, from one engine."""
+    engine = start(folder, **ON_GPU)
+    assert engine._llm.llm_engine.vllm_config.use_v2_model_runner, "docs/gpu.md names another model runner"
+    return [engine.generate(request)[0].to_pylist() for request in requests]

@@ -10,7 +10,9 @@ import pytest
 import ray
 import torch
 
+from actors.machine.devices import compute_device
 from actors.remote.transports import CollectiveTransport, SharedTransport, Transport
+from actors.weights.transports.shared import SharedBucket, SharedBuffer, device_id
 from orchestrator.errors import PublishError
 from tests.gpu import scenarios
 from tests.integration.altering_engine import AlteringRollout
@@ -47,6 +49,20 @@ def test_an_engine_gives_its_memory_back_while_it_sleeps_and_wakes_as_it_was(apa
     assert freed > 0.5 * scenarios.SHARE_OF_GPU * total
     assert same
     assert compared > 0
+
+
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_shared_memory_is_free_at_its_end_however_often_it_was_mapped(apart: Apart, times: int) -> None:
+    device = compute_device()
+    before = torch.cuda.memory_allocated()
+    buffer = SharedBuffer(1 << 20, device)
+    buffer.memory.fill_(1)
+    buffer.settle()
+    parcel = SharedBucket(0, 1 << 20, {}, {device_id(device): buffer.handle})
+    assert [apart(scenarios.mapped, parcel) for _ in range(times)] == [1 << 20] * times
+    assert torch.cuda.memory_allocated() > before
+    buffer.close()
+    assert torch.cuda.memory_allocated() == before
 
 
 @pytest.mark.parametrize("transport", [SharedTransport, CollectiveTransport])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,19 +112,30 @@ def test_without_a_decay_nothing_is_averaged(folder: Path, tmp_path: Path) -> No
 
 def on_two_ranks(mine: Group, folder: Path, place: Path) -> Any:
     zero.PERSISTENT_ELEMENTS = 0  # parameters really lie in parts
-    worker = policy(folder, mine, stage=3)
+    worker, copied = policy(folder, mine, stage=3), 0
+    full_weights = worker.learner.full_weights
+
+    def counted(*args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        nonlocal copied
+        for name, tensor in full_weights(*args, **kwargs):
+            copied += tensor.numel()
+            yield name, tensor
+
+    worker.learner.full_weights = counted  # type: ignore[method-assign]
     for step in range(2):
         worker.learn([experience(seed=step)], LearnJob(step, 0.0, 1.0, 0.0, seed=1))
     worker.save(place / "saved")
     worker.export(place / "export")
-    return None if worker._average is None else len(worker._average.weights)
+    return (0 if worker._average is None else len(worker._average.weights)), copied
 
 
 def test_sharded_ranks_average_on_the_first_one(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "saved").mkdir()
-    held = run_ranks(on_two_ranks, 2, folder, tmp_path)
-    assert held[0] > 0 and held[1] == 0 and (tmp_path / "saved" / FILE).exists()
+    (held, copied), (held_besides, copied_besides) = run_ranks(on_two_ranks, 2, folder, tmp_path)
+    assert held > 0 and held_besides == 0 and (tmp_path / "saved" / FILE).exists()
     alone = policy(folder, group())
+    assert copied == 4 * sum(tensor.numel() for tensor in weights(alone).values())  # start, two steps, the export
+    assert copied_besides == 0, "the other rank only takes part in gathering"
     for step in range(2):
         learn(alone, step)
     alone.export(tmp_path / "alone")

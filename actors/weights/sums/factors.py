@@ -30,6 +30,12 @@ def of_rows(count: int, device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=64)
+def of_rows_here(count: int) -> U64:
+    """A for compiled loops."""
+    return of_rows(count, torch.device("cpu")).numpy().view(np.uint64)
+
+
+@lru_cache(maxsize=64)
 def of_words(count: int) -> U64:
     """h: (2, count), below 2^32."""
     drawn = _counted(1, count, 2)[0]
@@ -44,7 +50,7 @@ def totals(count: int) -> U64:
 
 @lru_cache(maxsize=64)
 def of_bytes(count: int, device: torch.device) -> torch.Tensor:
-    """(count, 40), int8: row 4q + k has the digits of h(q) in columns 10k to 10k + 9, and zeros besides."""
+    """(40, count), int8: column 4q + k has the digits of h(q) in rows 10k to 10k + 9, and zeros besides."""
     num_words = -(-count // WORD_BYTES)
     spread = np.zeros((num_words, WORD_BYTES, WORD_BYTES, SEQUENCES, DIGITS), np.int8)
     rest = of_words(num_words).T.astype(np.int64)
@@ -53,7 +59,8 @@ def of_bytes(count: int, device: torch.device) -> torch.Tensor:
         for byte in range(WORD_BYTES):
             spread[:, byte, byte, :, digit] = lowest
         rest = (rest - lowest) >> 7
-    return _tensor(spread.reshape(num_words * WORD_BYTES, -1)[:count], device)
+    columns = spread.reshape(num_words * WORD_BYTES, -1)[:count].T
+    return _tensor(np.ascontiguousarray(columns), device)
 
 
 @lru_cache(maxsize=8)

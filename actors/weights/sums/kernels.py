@@ -59,23 +59,34 @@ def sum_rows(words: Words, stride: int, size: int, factors: U64, first: int, sum
 
 
 @_compiled
-def copy_rows(words: Words, target: Words, size: int, masks: Words, factors: U64, first: int, sums: U64) -> None:
-    """Copies rows of `size` words without -0 and subnormals, and sums the copy as `sum_rows` does.
+def copy_range(
+    words: Words, target: Words, size: int, first: int, masks: Words, factors: U64, totals: U64, of_rows: U64
+) -> tuple[np.uint64, np.uint64]:
+    """Copies words from number `first` on of a matrix with `size` words in a row, without -0 and subnormals. Returns
+    both sums of the copy: those of `sum_rows` without SIGNS, each times its row's factor.
 
     Args:
         masks: of the exponent and of all bits of an element of the word, and of a second element or 0, 0.
+        totals: sums of the first 0, 1, 2, ... factors.
+        of_rows: (rows, 2).
     """
-    factors_1, factors_2 = factors[0][first : first + size], factors[1][first : first + size]
     exponent_1, element_1, exponent_2, element_2 = masks[0], masks[1], masks[2], masks[3]
     nothing = exponent_1 & ~exponent_1
-    for row in range(len(sums)):
-        source, copied = words[row * size : (row + 1) * size], target[row * size : (row + 1) * size]
-        for i in range(size):
+    first_sum, second_sum = _NONE, _NONE
+    row, left, at = first // size, first % size, 0
+    while at < len(words):
+        right = min(size, left + len(words) - at)
+        source, copied = words[at : at + right - left], target[at : at + right - left]
+        for i in range(len(source)):
             word = source[i]
             one = word & element_1 if word & exponent_1 != 0 else nothing
             other = word & element_2 if word & exponent_2 != 0 else nothing
             copied[i] = one | other
-        sums[row, 0], sums[row, 1] = _sum_row(copied, factors_1, factors_2)
+        one_sum, two_sum = _sum_row(copied, factors[0][left:right], factors[1][left:right])
+        first_sum += of_rows[row, 0] * (one_sum - SIGNS * (totals[0, right] - totals[0, left]))
+        second_sum += of_rows[row, 1] * (two_sum - SIGNS * (totals[1, right] - totals[1, left]))
+        row, left, at = row + 1, 0, at + right - left
+    return first_sum, second_sum
 
 
 @_compiled

@@ -37,23 +37,33 @@ def row_sums(rows: torch.Tensor, first_byte: int) -> torch.Tensor:
     return _signed(sums, first, size)
 
 
-def copied_row_sums(rows: torch.Tensor, out: torch.Tensor, first_byte: int) -> torch.Tensor:
-    """Writes the canonical elements of `rows` to `out`, and returns the sums of these. Needs `can_copy`."""
-    words, target, size, first = _words(rows), _words(out), _num_words(rows), first_byte // WORD_BYTES
-    table, masks, sums = factors.of_words(factors.rounded(first + size)), _masks(rows.dtype), _room(len(rows))
+def copied_sums(part: torch.Tensor, out: torch.Tensor, width: int, offset: int) -> tuple[int, int]:
+    """Writes the canonical elements of a range to `out`, and returns both sums of these. Needs `can_copy`.
+
+    Args:
+        width: elements of a row of the whole.
+        offset: of the first element in the whole.
+    """
+    words, target = _flat_words(part), _flat_words(out)
+    size, first = (count * part.element_size() // WORD_BYTES for count in (width, offset))
+    table, totals = factors.of_words(factors.rounded(size)), factors.totals(factors.rounded(size))
+    of_rows = factors.of_rows_here(factors.rounded((first + len(words) - 1) // size + 1))
+    masks = _masks(part.dtype)
+    sums: list[tuple[np.uint64, np.uint64]] = []
 
     def copy_some(begin: int, end: int) -> None:
-        at = slice(begin * size, end * size)
-        kernels.copy_rows(words[at], target[at], size, masks, table, first, sums[begin:end])
+        some, there = words[begin:end], target[begin:end]
+        sums.append(kernels.copy_range(some, there, size, first + begin, masks, table, totals, of_rows))
 
-    _in_threads(copy_some, len(rows), rows.nbytes)
-    return _signed(sums, first, size)
+    _in_threads(copy_some, len(words), part.nbytes)
+    return sum(int(one) for one, _ in sums), sum(int(two) for _, two in sums)
 
 
-def can_copy(rows: torch.Tensor, out: torch.Tensor, first_byte: int) -> bool:
-    """Whether both are contiguous, and cut into the words of the whole, in which `copied_row_sums` knows elements."""
-    in_words = _lie_in_words(rows, first_byte) and _lie_in_words(out, first_byte)
-    return in_words and rows.dtype in EXPONENTS and rows.is_contiguous() and out.is_contiguous()
+def can_copy(part: torch.Tensor, out: torch.Tensor, width: int, offset: int) -> bool:
+    """Whether both lie in the words of the whole, in which `copied_sums` knows elements."""
+    size = part.element_size()
+    ends = part.data_ptr() | out.data_ptr() | part.nbytes | width * size | offset * size
+    return part.dtype in EXPONENTS and not ends % WORD_BYTES
 
 
 class Panels:
@@ -113,6 +123,10 @@ def _words(rows: torch.Tensor) -> Words:
     return flat.view(np.uint32)
 
 
+def _flat_words(part: torch.Tensor) -> Words:
+    return part.detach().view(torch.uint8).numpy().view(np.uint32)
+
+
 def _num_words(rows: torch.Tensor) -> int:
     return int(rows.shape[1] * rows.element_size() // WORD_BYTES)
 
@@ -123,7 +137,7 @@ def _room(num_rows: int) -> U64:
 
 @lru_cache(maxsize=len(EXPONENTS))
 def _masks(dtype: torch.dtype) -> Words:
-    """See kernels.copy_rows."""
+    """See kernels.copy_range."""
     bits = 8 * dtype.itemsize
     exponent, element = EXPONENTS[dtype], (1 << bits) - 1
     other = (exponent << bits, element << bits) if dtype.itemsize < WORD_BYTES else (0, 0)

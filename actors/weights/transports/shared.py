@@ -7,7 +7,7 @@ device is identified by the GPU's UUID, or by the host's boot id.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 from actors.weights.manifest import Bucket
 from actors.weights.transports.broken import TransportBroken
 
-_DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor: the index of the device, which differs between processes
+# Places among the arguments of rebuild_cuda_tensor: the index of the device, which differs between processes, and the
+# file of the counter with its number in there.
+_DEVICE, _COUNTER, _NUMBER = 6, 11, 12
+_NO_COUNTER = b"/counts-nothing"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -40,32 +43,43 @@ def device_id(device: torch.device) -> str:
 
 
 class SharedBuffer:
-    """Memory that other processes can map with `handle` while this object exists."""
+    """Memory that other processes can map with `handle` while this object exists: any number of them, or none."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self._device, self._fd = device, -1
         self.handle: Any
         if device.type == "cuda":
-            self._tensor = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-            # Its reference count expects that each export is mapped once: one export for all uses of the buffer.
-            self.handle = reduce_tensor(self._tensor)[1]
+            self.memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            self.handle, self._counter = uncounted(reduce_tensor(self.memory)[1])
         else:
             self._fd = os.memfd_create("publish")
             os.ftruncate(self._fd, num_bytes)
             self.handle = f"/proc/{os.getpid()}/fd/{self._fd}", num_bytes
-            self._tensor = _mapped(self.handle)
+            self.memory = _mapped(self.handle)
 
-    def fill(self, bucket: Bucket) -> None:
-        self._tensor[: bucket.num_bytes].copy_(bucket.tensor)
+    def settle(self) -> None:
+        """Returns when all that was written is there for other processes."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 
     def close(self) -> None:
-        del self._tensor
+        """No other process may still map the memory."""
         if self._fd >= 0:
             os.close(self._fd)
         else:
-            torch.cuda.ipc_collect()
+            torch.UntypedStorage._release_ipc_counter(*self._counter)
+        del self.memory
+
+
+def uncounted(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[bytes, int]]:
+    """A handle without its counter, and the counter.
+
+    torch counts down when a mapping of an export is closed, and frees the memory at exactly 0, from 1: never, if no
+    process mapped it, as an engine that died, or if two did. A counter that does not exist is ignored.
+    """
+    handle = list(arguments)
+    handle[_COUNTER] = _NO_COUNTER
+    return tuple(handle), (arguments[_COUNTER], arguments[_NUMBER])
 
 
 class SharedReader:
@@ -102,7 +116,7 @@ class SharedReader:
         if self._device.type != "cuda":
             return _mapped(handle)
         arguments = list(handle)
-        arguments[_DEVICE_ARGUMENT] = self._device.index
+        arguments[_DEVICE] = self._device.index
         tensor: torch.Tensor = rebuild_cuda_tensor(*arguments)
         return tensor
 

@@ -80,7 +80,7 @@ async def test_a_group_is_formed_once_and_again_after_an_actor_was_replaced() ->
     transport = collective(policy, engines)
     met = [("join", 0), ("join", 1)]
     for _ in range(2):
-        assert await transport.prepare() == Packing(on_device=True)
+        assert await transport.prepare() == Packing(where="device")
         assert engines.calls == met
     engines.births[1] = 1
     await transport.prepare()
@@ -111,6 +111,25 @@ async def test_the_next_parcel_is_made_while_engines_apply_one(transport: Any, m
     assert made == header.num_buckets == 5
     assert engines.calls == [("receive_bucket", rank) for _ in range(5) for rank in (0, 2)]
     assert waiting == [1, 1] * 4 + [0, 0]  # while a parcel is applied, one more is made
+
+
+@pytest.mark.parametrize(
+    ("engines", "ranks"),
+    [([["GPU-b"]], (1,)), ([["GPU-c"], ["GPU-a"]], (0, 3)), ([["GPU-a", "GPU-b"], ["GPU-b"]], (0, 1))],
+)
+async def test_one_rank_packs_on_each_device_with_an_engine(engines: list[list[str]], ranks: tuple[int, ...]) -> None:
+    places = ["GPU-a", "GPU-b", "GPU-b", "GPU-c"]
+    policy = Scripted("policy", 4, device_id=lambda rank: (0.0, places[rank]))
+    rollout = Scripted("rollout", len(engines), device_ids=lambda rank: (0.0, engines[rank]))
+    packing = await SharedTransport(policy, rollout, publish_s=5.0).prepare()  # type: ignore[arg-type]
+    assert packing == Packing(ranks=ranks, where="shared")
+
+
+async def test_an_engine_on_a_device_without_a_rank_is_named_before_anything_is_packed() -> None:
+    policy = Scripted("policy", 1, device_id=lambda rank: (0.0, "GPU-a"))
+    rollout = Scripted("rollout", 2, device_ids=lambda rank: (0.0, [["GPU-a"], ["GPU-z"]][rank]))
+    with pytest.raises(TransportBroken, match="no rank of the policy is on the devices GPU-z of engines"):
+        await SharedTransport(policy, rollout, publish_s=5.0).prepare()  # type: ignore[arg-type]
 
 
 async def test_an_engine_that_fails_ends_the_relay() -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from actors.weights.manifest import Bucket, Unpacker, WeightHeader, pack, plan
+from actors.weights.manifest import Bucket, Room, Unpacker, WeightHeader, pack, plan
 from orchestrator.errors import PublishError
 
 BUCKET = 256
@@ -43,6 +45,34 @@ def test_what_is_packed_is_what_is_unpacked(dtype: torch.dtype, bucket_bytes: in
         assert received[name].dtype == dtype
         assert received[name].shape == tensor.shape
         assert torch.equal(received[name], tensor), name
+
+
+@pytest.mark.parametrize("bucket_bytes", [64, BUCKET])
+def test_packing_holds_one_bucket_and_one_tensor(bucket_bytes: int) -> None:
+    weights, held = _weights(torch.bfloat16), list[weakref.ref[Any]]()
+    header = _header(weights, bucket_bytes)
+
+    def remembered(tensor: torch.Tensor) -> torch.Tensor:
+        assert not any(each() is not None for each in held), "what came before is still held"
+        held.append(weakref.ref(tensor.untyped_storage()))
+        return tensor
+
+    def buckets(tensors: Iterator[tuple[str, torch.Tensor]], room: Room) -> int:
+        count = 0
+        for bucket in pack(header, tensors, room):
+            count += 1
+            del bucket
+        return count
+
+    def new(index: int) -> torch.Tensor:
+        return torch.empty(header.bucket_size(index) + 64, dtype=torch.uint8)
+
+    assert buckets(iter(weights.items()), lambda index: remembered(new(index))) == header.num_buckets > 1
+    assert len(held) == header.num_buckets
+    held.clear()
+    copies = ((name, remembered(tensor.clone())) for name, tensor in weights.items())
+    assert buckets(copies, new) == header.num_buckets
+    assert len(held) == len(weights)
 
 
 def test_fp32_masters_are_cast_to_the_planned_dtype() -> None:

@@ -6,20 +6,30 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from inspect import signature
 from math import prod
 from typing import Any
 
 import pytest
 import torch
 from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-from actors.weights.manifest import Bucket, Unpacker, WeightHeader, pack, plan
+from actors.weights.manifest import Unpacker, WeightHeader, pack, plan
 from actors.weights.sender import follow
 from actors.weights.transports import group as groups
 from actors.weights.transports.broken import TransportBroken
 from actors.weights.transports.group import STOP, BroadcastGroup, Rendezvous
 from actors.weights.transports.receiver import Announced, Receiver
-from actors.weights.transports.shared import SharedBucket, SharedBuffer, SharedReader, device_id
+from actors.weights.transports.shared import (
+    _DEVICE,
+    _NO_COUNTER,
+    SharedBucket,
+    SharedBuffer,
+    SharedReader,
+    device_id,
+    uncounted,
+)
 from tests.deadlines import scaled
 
 CPU = torch.device("cpu")
@@ -173,16 +183,24 @@ def test_a_shared_bucket_is_a_copy_of_what_the_policy_put_there(weights: dict[st
     header = header_of(weights, 1024)
     buffer, reader, unpacker = SharedBuffer(1024, CPU), SharedReader(CPU), Unpacker(header)
     found, parcels = [], []
-    for bucket in pack(header, weights.items()):
-        buffer.fill(bucket)
+    for bucket in pack(header, weights.items(), lambda _: buffer.memory):
         parcels.append(SharedBucket(bucket.index, bucket.num_bytes, bucket.digests, {device_id(CPU): buffer.handle}))
         found += unpacker.add(reader.take(parcels[-1]))
-    buffer.fill(Bucket(0, torch.zeros(1024, dtype=torch.uint8), {}))
+    buffer.memory.zero_()
     assert_equal(found, weights)
     reader.close()
     buffer.close()
     with pytest.raises(TransportBroken, match="can't be mapped"):
         reader.take(parcels[0])
+
+
+def test_a_handle_of_a_gpus_memory_counts_no_mapping_and_its_counter_is_kept_for_the_end() -> None:
+    """By their places among torch's arguments, of which CPUs have no example."""
+    names = list(signature(rebuild_cuda_tensor).parameters)
+    handle, counter = uncounted(names)
+    assert counter == ("ref_counter_handle", "ref_counter_offset")
+    assert names[_DEVICE] == "storage_device"
+    assert [new for new, old in zip(handle, names, strict=True) if new != old] == [_NO_COUNTER]
 
 
 def test_an_engine_on_another_device_can_not_read_a_shared_bucket() -> None:

@@ -50,6 +50,31 @@ def test_both_ways_have_the_same_digest(threads: None, dtype: torch.dtype) -> No
         assert by_words == by_products, shape
 
 
+@pytest.mark.usefixtures("products_only")
+def test_products_have_the_one_layout_that_cublas_promises(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply, shapes = torch._int_mm, set()
+
+    def strict(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        rows, size = left.shape
+        assert rows > 16 and size % 8 == 0 and right.shape == (size, 40)
+        assert (left.stride(), right.stride()) == ((size, 1), (1, size))
+        assert not left.data_ptr() % 16 and not right.data_ptr() % 16
+        shapes.add((rows, size))
+        return multiply(left, right)
+
+    expected = {}
+    for patch in (None, strict):
+        if patch is not None:
+            monkeypatch.setattr(torch, "_int_mm", patch)
+        for dtype in DTYPES:
+            for shape in SHAPES:
+                flat = random_tensor(shape, dtype).flatten()
+                for first in (0, 1, len(flat) // 2):
+                    found = digest_part(flat[first:], NAME, shape, first, (1,))
+                    assert expected.setdefault((dtype, shape, first), found) == found
+    assert len(shapes) > 10
+
+
 def with_oddities(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """With zeros of both signs, subnormals, infinities and NaN."""
     tensor = random_tensor(shape, dtype)

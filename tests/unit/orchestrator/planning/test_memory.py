@@ -16,6 +16,7 @@ from orchestrator.planning.memory import (
     ModelSize,
     Sharding,
     engine_memory,
+    gpu_engine_memory,
     in_one_process,
     learner_memory,
     learner_states,
@@ -70,6 +71,18 @@ def test_only_one_chunk_of_logits_lives_at_a_time() -> None:
         for count in (512, 5120)
     )
     assert few == many == 4 * 4 * 512 * 100 + 4 * 100 * 8
+
+
+def test_a_publish_needs_two_buckets_and_what_is_gathered_or_joined_besides() -> None:
+    largest = 2 * 100 * 8
+    assert [learner(zero_stage=stage, ranks=2).sending for stage in (1, 2, 3)] == [
+        2 * largest,
+        2 * largest,
+        4 * largest,
+    ]
+    assert learner(zero_stage=3, ranks=2, logits=False).sending == 0, "critics do not publish"
+    engine = gpu_engine_memory(SIZE, dtype="bfloat16", tensor_parallel_size=2, sequences=1)
+    assert engine.sending == 3 * largest
 
 
 def test_a_scorer_holds_weights_alone_and_an_engine_its_cache_besides() -> None:
