@@ -40,7 +40,8 @@ class Presence:
     Args:
         engines: parts of the engines, in the order in which they wake.
         states: the learner whose states are there.
-        samples_next: engines that leave for this phase will sample again before the next publish.
+        samples_next: engines that leave for this phase will sample again before the next publish, though they have
+            sampled since the last one.
     """
 
     engines: tuple[Tag, ...] = ()
@@ -94,12 +95,15 @@ class SharedGpus:
     ) -> None:
         self._rollouts, self._learners, self._samples_again = rollouts, learners, samples_again
         self._there: Presence | None = None
+        self._has_sampled = False  # since the last publish
         self._turn = asyncio.Lock()
 
     @asynccontextmanager
     async def hold(self, phase: Phase) -> AsyncIterator[None]:
         async with self._turn:
             await self._enter(PHASES[phase])
+            if phase in ("sample", "publish"):
+                self._has_sampled = phase == "sample"
             yield
 
     def forget(self) -> None:
@@ -120,7 +124,7 @@ class SharedGpus:
             return
         awake: Sequence[Tag] = () if there is None else there.engines
         if there is None or set(awake) - set(wanted.engines):
-            keeps = there is None or wanted.samples_next or self._samples_again
+            keeps = there is None or not self._has_sampled or wanted.samples_next or self._samples_again
             await self._rollouts.sleep(OFFLOAD if keeps else DISCARD)
             awake = ()
         if missing := [tag for tag in wanted.engines if tag not in awake]:

@@ -67,6 +67,8 @@ class FakeRollouts:
 
     async def sleep(self, level: int) -> None:
         self.diary.note("sleep", level)
+        if level > 1:
+            self.version = None
 
 
 @dataclass

@@ -65,6 +65,17 @@ async def test_engines_keep_their_weights_when_they_sample_again_before_a_publis
     assert world.diary.of("sleep")[2:-1] == [1 if samples_again else 2] * 2
 
 
+async def test_a_run_that_continues_at_a_due_and_unsaved_step_samples_what_it_published(tmp_path: Path) -> None:
+    world = World(tmp_path, takes_turns=True, shares_gpus=True, fail_in_step=2)
+    with pytest.raises(RoleDied):
+        await world.coordinator().run(State(0, 0.1))
+    world.fail_in_step, world.every_steps = None, 2
+    world.diary.entries.clear()
+    await world.coordinator().run(State(0, 0.1))
+    assert world.diary.of("sleep")[1] == 1, "nothing was sampled from the published weights yet"
+    assert world.diary.of("generate") == [2, 2, 3, 3, 4, 4]
+
+
 async def test_what_computes_finds_its_parts_and_nothing_else(tmp_path: Path) -> None:
     world = World(tmp_path, steps=4, takes_turns=True, shares_gpus=True, every_steps=1, evaluate_every=2)
     await world.coordinator().run(State(0, 0.1))
