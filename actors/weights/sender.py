@@ -9,6 +9,7 @@ from math import prod
 import torch
 
 from actors.learning.distributed import from_all
+from actors.machine.allocator import trim_gpu
 from actors.roles.policy import PolicyWorker
 from actors.weights.canonical import canonical
 from actors.weights.digest import Digest, Digests
@@ -139,6 +140,7 @@ class PublishingPolicy(PolicyWorker):
         """Frees memory of the publish. Engines must have finished."""
         self._buckets = None
         self._free_shared()
+        trim_gpu()  # an engine that catches up does so while the others sample
 
     def _free_shared(self) -> None:
         for buffer in self._shared:

@@ -113,6 +113,9 @@ class FakeLearner:
     async def resume(self) -> None:
         self.diary.note(f"resume {self.name}", 0)
 
+    async def trim(self) -> None:
+        self.diary.note(f"trim {self.name}", 0)
+
 
 @dataclass
 class FakePublisher:
