@@ -35,8 +35,16 @@ Tag = Literal["weights", "kv_cache"]
 """A part of an engine that sleeps and wakes; vLLM's names."""
 
 
-class Resting(Protocol):
-    """A learner that can leave shared GPUs. Both calls may be repeated."""
+class Trimming(Protocol):
+    """A model that computes on shared GPUs."""
+
+    async def trim(self) -> None:
+        """Returns the GPU memory that its processes keep for their next computation (no-op on CPUs). May be
+        repeated."""
+
+
+class Resting(Trimming, Protocol):
+    """A learner that can leave shared GPUs. Both calls may be repeated, and trim."""
 
     async def rest(self) -> None:
         """Moves gradients, master weights and optimizer states to the host; the weights stay."""

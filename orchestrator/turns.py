@@ -11,6 +11,8 @@ same table.
 
 Weights of models that learn or score stay on the GPUs. States are gradients, master weights and optimizer states; they
 are on the host in all other phases. Engines start first, on empty GPUs, and are asleep when the other roles start.
+
+torch keeps freed memory for the process that freed it, so models that computed return it before the next phase.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from types import MappingProxyType
 from typing import Literal, Protocol
 
 from orchestrator.concurrency import together
-from orchestrator.roles import Learner, Resting, Rollouts, Tag
+from orchestrator.roles import Learner, Resting, Rollouts, Tag, Trimming
 from orchestrator.types import Experience, Handle, Metrics, RolloutShard
 
 Phase = Literal["sample", "score", "evaluate", "policy", "critic", "publish"]
@@ -40,22 +42,27 @@ class Presence:
     Args:
         engines: parts of the engines, in the order in which they wake.
         states: the learner whose states are there.
-        samples_next: engines that leave for this phase will sample again before the next publish.
+        computing: the models that compute.
+        samples_next: engines that leave for this phase will sample again before the next publish, though they have
+            sampled since the last one.
     """
 
     engines: tuple[Tag, ...] = ()
     states: frozenset[str] = frozenset()
+    computing: frozenset[str] = frozenset()
     samples_next: bool = False
 
 
+_POLICY, _CRITIC = frozenset({"policy"}), frozenset({"critic"})
+_MODELS = frozenset({"policy", "critic", "reference", "reward"})
 PHASES: Mapping[Phase, Presence] = MappingProxyType(
     {
         "sample": Presence(engines=("weights", "kv_cache")),
-        "score": Presence(),
-        "evaluate": Presence(samples_next=True),
-        "policy": Presence(states=frozenset({"policy"})),
-        "critic": Presence(states=frozenset({"critic"})),
-        "publish": Presence(engines=("weights",)),
+        "score": Presence(computing=_MODELS),
+        "evaluate": Presence(computing=_MODELS, samples_next=True),
+        "policy": Presence(states=_POLICY, computing=_POLICY),
+        "critic": Presence(states=_CRITIC, computing=_CRITIC),
+        "publish": Presence(engines=("weights",), computing=_POLICY),
     }
 )
 
@@ -86,20 +93,31 @@ class SharedGpus:
     Args:
         rollouts: None: engines have GPUs of their own.
         learners: policy, and critic if there is one.
+        scorers: reference and reward, if they are on these GPUs.
         samples_again: after scoring, further samples may be drawn with the same weights (dynamic sampling).
     """
 
     def __init__(
-        self, rollouts: Rollouts | None, learners: Mapping[str, Resting], *, samples_again: bool = False
+        self,
+        rollouts: Rollouts | None,
+        learners: Mapping[str, Resting],
+        scorers: Mapping[str, Trimming] = MappingProxyType({}),
+        *,
+        samples_again: bool = False,
     ) -> None:
         self._rollouts, self._learners, self._samples_again = rollouts, learners, samples_again
+        self._models: Mapping[str, Trimming] = {**scorers, **learners}
         self._there: Presence | None = None
+        self._has_sampled = False  # since the last publish
         self._turn = asyncio.Lock()
 
     @asynccontextmanager
     async def hold(self, phase: Phase) -> AsyncIterator[None]:
         async with self._turn:
-            await self._enter(PHASES[phase])
+            if self._there is not PHASES[phase]:
+                await self._enter(PHASES[phase])
+            if phase in ("sample", "publish"):
+                self._has_sampled = phase == "sample"
             yield
 
     def forget(self) -> None:
@@ -110,7 +128,13 @@ class SharedGpus:
         coming = wanted.states & self._learners.keys()
         leaving = self._learners.keys() if there is None else there.states & self._learners.keys()
         staying = frozenset() if there is None else coming & leaving
-        await together(self._learners[role].rest() for role in sorted(leaving - coming))
+        computed = self._models.keys() & (_MODELS if there is None else there.computing)
+        await together(
+            [
+                *(self._learners[role].rest() for role in sorted(leaving - coming)),
+                *(self._models[role].trim() for role in sorted(computed - (leaving - coming))),
+            ]
+        )
         await self._move_engines(there, wanted)
         await together(self._learners[role].resume() for role in sorted(coming - staying))
         self._there = wanted
@@ -120,7 +144,7 @@ class SharedGpus:
             return
         awake: Sequence[Tag] = () if there is None else there.engines
         if there is None or set(awake) - set(wanted.engines):
-            keeps = there is None or wanted.samples_next or self._samples_again
+            keeps = there is None or not self._has_sampled or wanted.samples_next or self._samples_again
             await self._rollouts.sleep(OFFLOAD if keeps else DISCARD)
             awake = ()
         if missing := [tag for tag in wanted.engines if tag not in awake]:

@@ -46,7 +46,7 @@ lock_gpu() {
   same=$(mktemp)
   trap 'rm -f "$same"' EXIT
   grep -oE '^[a-z0-9-]+==[^ ;]+' requirements/cpu.txt | grep -vE '^(torch|apache-tvm-ffi)==' > "$same"
-  "${compile[@]}" --no-sources pyproject.toml --extra rollout-gpu --extra quickstart -c "$same" -o requirements/gpu.txt
+  "${compile[@]}" --no-sources pyproject.toml --extra rollout-gpu --extra quickstart --extra liger -c "$same" -o requirements/gpu.txt
   finish requirements/gpu.txt <<'HEAD'
 Locked set for GPU machines: Python 3.11 to 3.13, Linux with glibc 2.34 or newer, CUDA 13 (NVIDIA driver 580 or newer).
 Written by requirements/lock.sh.

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from actors.machine.allocator import keep_large_blocks
+from actors.machine.allocator import keep_large_blocks, trim_gpu
 from actors.watching.metrics import ActorMetrics
 from orchestrator.garbage import collect_as_usual, collect_seldom
 from orchestrator.types import Handle
@@ -43,10 +43,16 @@ class Process:
         collect_as_usual()
 
     def ready(self) -> Whereabouts:
-        """Answers after the constructor has finished. Later computations keep their large memory blocks."""
+        """Answers after the constructor has finished. Later computations keep their large memory blocks; a GPU gets
+        back what only the start took."""
         keep_large_blocks()
+        self.trim()
         node_id = ray.get_runtime_context().get_node_id()
         return Whereabouts(node_id, str(ray.util.get_node_ip_address()), os.getpid())
+
+    def trim(self) -> None:
+        """Returns the GPU memory that this process keeps for its next computation."""
+        trim_gpu()
 
     def serve(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Calls a method of the worker. Fetches handles among its arguments here, not in the caller."""

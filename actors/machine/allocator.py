@@ -1,8 +1,9 @@
-"""The allocator of processes that compute on CPUs: jemalloc from Ray's wheel, because page faults are expensive."""
+"""Allocators: on CPUs jemalloc from Ray's wheel, because page faults are expensive; on GPUs torch's."""
 
 from __future__ import annotations
 
 import ctypes
+import sys
 from pathlib import Path
 
 import ray
@@ -30,3 +31,11 @@ def keep_large_blocks() -> None:
     if control is not None:
         threshold = ctypes.c_size_t(_NO_BLOCK_BYTES)
         control(b"arena.0.oversize_threshold", None, None, ctypes.byref(threshold), ctypes.sizeof(threshold))
+
+
+def trim_gpu() -> None:
+    """Returns the GPU memory that torch keeps for this process's next tensors; does nothing where it computes on a CPU
+    or has no torch."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.cuda.empty_cache()

@@ -49,6 +49,10 @@ async def _kept(
     return await (work() if supervisor is None else supervisor.keep(group, work, prepare))
 
 
+async def _trim(supervisor: RaySupervisor | None, group: ActorGroup, deadline_s: float) -> None:
+    await _kept(supervisor, group, lambda: group.call_all(Process.trim, deadline_s))
+
+
 class RayRollouts:
     """Engines that each sample one shard at a time.
 
@@ -155,6 +159,9 @@ class ReplicatedScorer:
         )
         return [handle]
 
+    async def trim(self) -> None:
+        await _trim(self._supervisor, self._group, self._score_s)
+
 
 class ShardedScorer:
     """Ranks that score. The ranks are divided among the shards of a step, and a shard's rows among its ranks.
@@ -185,6 +192,9 @@ class ShardedScorer:
             for rank, share in self._shares(shard.index)
         )
         return [handle for handle, _ in parts]
+
+    async def trim(self) -> None:
+        await _trim(self._supervisor, self._group, self._score_s)
 
     def _shares(self, shard: int) -> list[tuple[int, Share | None]]:
         num_ranks = len(self._group)

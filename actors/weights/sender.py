@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from actors.learning.distributed import from_all
+from actors.machine.allocator import trim_gpu
 from actors.roles.policy import PolicyWorker
 from actors.weights.canonical import canonical
 from actors.weights.digest import Digest, Digests
@@ -148,6 +149,7 @@ class PublishingPolicy(PolicyWorker):
         for buffer in self._shared:
             buffer.close()
         self._shared = ()
+        trim_gpu()  # an engine that catches up does so while the others sample
 
 
 def _new_room(header: WeightHeader, device: torch.device) -> Room:

@@ -246,5 +246,17 @@ def start_s(config: Config) -> float:
 
 
 def engines_sleep(config: Config) -> bool:
-    """Whether engines share GPUs with learners, so that they sleep while those compute."""
-    return config.placement.mode == "colocated" and config.rollout.gpus_per_replica > 0
+    """Whether engines share GPUs with models, so that they sleep while those compute."""
+    return config.placement.mode == "colocated" and config.rollout.on_gpus and bool(models_in_turn(config))
+
+
+def models_in_turn(config: Config) -> frozenset[str]:
+    """The roles with processes of their own that take turns on GPUs. Models on CPUs leave the GPUs to the engines."""
+    if config.placement.mode == "separate":
+        return frozenset()
+    gpus = {"policy": config.policy.gpus_per_rank, "reward": config.reward.gpus_per_replica}
+    if config.algorithm.needs_critic and not config.critic_is_on_trunk:
+        gpus["critic"] = config.critic.gpus_per_rank
+    if not config.reference_is_trunk:
+        gpus["reference"] = config.reference.gpus_per_rank
+    return frozenset(role for role, count in gpus.items() if count)

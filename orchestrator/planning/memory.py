@@ -89,6 +89,7 @@ class Memory:
         scoring: in addition to `state`, while a learner scores.
         sending: in addition to `state`, during a publish.
         offloaded: of a learner whose optimizer is on the host: what the host always holds.
+        loading: all weights, which are on the device until ZeRO-3 has divided them. 0: `state` has them.
     """
 
     state: float = 0.0
@@ -100,6 +101,12 @@ class Memory:
     scoring: float = 0.0
     sending: float = 0.0
     offloaded: float = 0.0
+    loading: float = 0.0
+
+    @property
+    def starting(self) -> float:
+        """On the device at most while a role starts; no update has created the optimizer's moments."""
+        return max(self.state - self.moments, self.loading)
 
     @property
     def weights(self) -> float:
@@ -216,7 +223,8 @@ def learner_memory(
     """
     dtype, held, stage = sharding.dtype, BYTES_OF[sharding.dtype], sharding.stage
     learned = adapters or size.num_params
-    found = learner_states(learned, sharding, frozen_bytes=size.frozen_bytes(held) if adapters else 0.0)
+    frozen = size.frozen_bytes(held) if adapters else 0.0
+    found = learner_states(learned, sharding, frozen_bytes=frozen)
     updated_here = 0.0 if sharding.offload_optimizer else learned / (sharding.ranks if stage else 1)
     layers = 1 if gradient_checkpointing else size.num_layers
     working = (
@@ -237,6 +245,7 @@ def learner_memory(
         scoring=_forward_bytes(size, dtype, micro_batch_tokens, logits=logits) + (buffers if stage == 3 else 0),
         sending=_sent_bytes(size, held, tensors=2 if stage == 3 else 0) if logits else 0.0,
         offloaded=found.offloaded,
+        loading=held * learned + frozen,
     )
 
 
@@ -258,7 +267,8 @@ def scorer_memory(size: ModelSize, *, dtype: Dtype, shards: int, micro_batch_tok
     working = _forward_bytes(size, dtype, micro_batch_tokens, logits=logits)
     if shards > 1:
         working += _zero_buffers(size, BYTES_OF[dtype], 3, shards)
-    return Memory(BYTES_OF[dtype] * size.num_params / shards, working, process=SCORER_PROCESS, scoring=working)
+    whole = float(BYTES_OF[dtype] * size.num_params)
+    return Memory(whole / shards, working, process=SCORER_PROCESS, scoring=working, loading=whole)
 
 
 def engine_memory(size: ModelSize, *, dtype: Dtype, tensor_parallel_size: int, cache_bytes: float) -> Memory:

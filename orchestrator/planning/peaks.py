@@ -19,7 +19,7 @@ USABLE = 0.92  # share of a GPU that a plan fills
 
 START, WHOLE_STEP = "start", "whole step"
 ENGINE = "rollout"
-_SHOWN = ("start", "sample", "score", "policy", "critic", "publish", WHOLE_STEP)  # evaluate is score
+_SHOWN = (START, "sample", "score", "policy", "critic", "publish", WHOLE_STEP)  # evaluate is score
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def peaks(memory_of: Mapping[str, Memory], *, takes_turns: bool) -> list[Peak]:
     """
     if not takes_turns:
         return [Peak(WHOLE_STEP, {role: _always(role, memory) for role, memory in memory_of.items()})]
-    found = {"start": {role: _starting(role, memory) for role, memory in memory_of.items()}}
+    found = {START: {role: _starting(role, memory) for role, memory in memory_of.items()}}
     for phase, presence in PHASES.items():
         found[phase] = {role: _in_phase(phase, presence, role, memory) for role, memory in memory_of.items()}
     is_there = {"sample": ENGINE in memory_of, "policy": "policy" in memory_of, "critic": "critic" in memory_of}
@@ -65,14 +65,14 @@ def _always(role: str, memory: Memory) -> float:
     size = memory.state + max(memory.working, memory.scoring, memory.sending)
     if role == ENGINE:
         return CONTEXT + CUDA_GRAPHS + size + memory.cache
-    return CONTEXT + size * (1 + FRAGMENTATION)
+    return CONTEXT + max(size, memory.starting) * (1 + FRAGMENTATION)
 
 
 def _starting(role: str, memory: Memory) -> float:
-    """Engines are asleep, and no update has created the optimizer's moments."""
+    """Engines are asleep. All other roles start at the same time."""
     if role == ENGINE:
         return CONTEXT + CUDA_GRAPHS
-    return CONTEXT + (memory.state - memory.moments) * (1 + FRAGMENTATION)
+    return CONTEXT + memory.starting * (1 + FRAGMENTATION)
 
 
 def _in_phase(phase: str, presence: Presence, role: str, memory: Memory) -> float:

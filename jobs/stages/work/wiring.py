@@ -42,6 +42,7 @@ from jobs.stages.settings import (
     episode_tokens,
     experience_settings,
     judge_templates,
+    models_in_turn,
     rank_context,
     reward_section,
     samples_per_shard,
@@ -63,7 +64,7 @@ from orchestrator.held_out import Evaluation
 from orchestrator.planning.demands import STATES, all_demands
 from orchestrator.planning.placement import Demand, Slot
 from orchestrator.prompts import PromptSchedule, Splits, sample_requests
-from orchestrator.roles import Grouping, Learner, Learners, NoCritic, Recorder, Roles, Rollouts
+from orchestrator.roles import Grouping, Learner, Learners, NoCritic, Recorder, Roles, Rollouts, Trimming
 from orchestrator.run.best import Best, BestByEvaluation
 from orchestrator.run.checkpoints import Checkpoints
 from orchestrator.run.experience_log import ExperienceLog
@@ -265,29 +266,31 @@ def roles_of(config: Config, groups: Mapping[str, ActorGroup], supervisor: RaySu
         tell=say,
         rouse=rollouts.rouse,
     )
-    turns = turns_of(config, learners, rollouts)
+    reference = _reference_of(config, groups, supervisor)
+    turns = turns_of(config, learners, {"reference": reference, "reward": reward}, rollouts)
     recorder = recorder_of(config, groups["recorder"], supervisor)
     return Roles(
         policy=_in_turn(learners.policy, "policy", turns),
         critic=_in_turn(learners.critic, "policy" if config.critic_is_on_trunk else "critic", turns),
         rollouts=rollouts,
-        reference=_reference_of(config, groups, supervisor),
+        reference=reference,
         reward=reward,
         recorder=recorder,
         publisher=publisher,
     ), turns
 
 
-def turns_of(config: Config, learners: Learners, rollouts: Rollouts) -> Turns:
-    """Turns where models share GPUs, with the engines unless these have their own."""
-    resting = {role: learner for role, learner in learners.by_role.items() if isinstance(learner, RayLearner)}
-    if config.placement.mode == "separate" or not config.policy.gpus_per_rank:
+def turns_of(config: Config, learners: Learners, scorers: Mapping[str, Trimming], rollouts: Rollouts) -> Turns:
+    """Turns where models share GPUs, with the engines unless these have their own. The states of a critic on the
+    policy's trunk come and go with the policy's."""
+    there = models_in_turn(config)
+    if not there:
         return Unshared()
-    if config.critic_is_on_trunk:  # its states come and go with the policy's
-        resting.pop("critic", None)
+    learning = learners.by_role.items()
     return SharedGpus(
         rollouts if engines_sleep(config) else None,
-        resting,
+        {role: learner for role, learner in learning if role in there and isinstance(learner, RayLearner)},
+        {role: scorer for role, scorer in scorers.items() if role in there},
         samples_again=config.algorithm.filter_rounds is not None,
     )
 

@@ -17,7 +17,7 @@ from orchestrator.planning.memory import (
     scorer_memory,
     with_on_trunk,
 )
-from orchestrator.planning.peaks import ENGINE, USABLE, WHOLE_STEP, Peak, highest, peaks, with_cache
+from orchestrator.planning.peaks import ENGINE, START, USABLE, WHOLE_STEP, Peak, highest, peaks, with_cache
 from orchestrator.planning.simulation.scenario import MODELS, Layout, Pool, Work
 
 HAS_LOGITS = frozenset({"policy", "reference"})
@@ -136,6 +136,8 @@ def _shortage(
         if layout.utilization is not None and found.total > usable:
             room = max(usable - found.total + found.parts[ENGINE], 0.0) / layout.device.memory_bytes
             way_out = f"rollout.gpu_memory_utilization={int(100 * room) / 100:g}"
+    elif found.phase == START and memory_of[largest].starting == memory_of[largest].loading:
+        way_out = "smaller models, GPUs of their own for some of these roles"  # all weights are there at first
     elif settings is not None and settings.zero_stage == 3:
         offload = f", {largest}.offload_optimizer=true" if _could_offload(largest, settings) else ""
         ranks = layout.width(largest)

@@ -227,6 +227,9 @@ class SimulatedModel:
 
     resume = rest
 
+    async def trim(self) -> None:
+        """Takes no time."""
+
     def _lines(self, prompts: Lengths, responses: Lengths, *, sharing: int) -> Lengths:
         """Lengths of the computed lines. Reward model and critic compute each row separately."""
         if sharing == 1 or not self.has_head:

@@ -67,6 +67,8 @@ class FakeRollouts:
 
     async def sleep(self, level: int) -> None:
         self.diary.note("sleep", level)
+        if level > 1:
+            self.version = None
 
 
 @dataclass
@@ -110,6 +112,9 @@ class FakeLearner:
 
     async def resume(self) -> None:
         self.diary.note(f"resume {self.name}", 0)
+
+    async def trim(self) -> None:
+        self.diary.note(f"trim {self.name}", 0)
 
 
 @dataclass

@@ -71,9 +71,10 @@ class World:
         rollouts = FakeRollouts(diary, fail_in_step=self.fail_in_step)
         recorder = self.recorder(diary, self.num_dropped, self.sums_of_step)
         telemetry = Telemetry(self.folder, "run", 1)
-        scorer = FakeLearner("scorer", diary)
+        scorers = {name: FakeLearner(name, diary) for name in ("reference", "reward")}
         learners = {"policy": self.policy, **({"critic": self.critic} if self.needs_critic else {})}
-        turns = SharedGpus(rollouts, learners, samples_again=self.samples_again) if self.shares_gpus else Unshared()
+        shared = SharedGpus(rollouts, learners, scorers, samples_again=self.samples_again)
+        turns = shared if self.shares_gpus else Unshared()
         critic = self.critic if self.needs_critic else NoCritic()
         schedule = FakeSchedule(8)
         sampling = Sampling()
@@ -81,8 +82,7 @@ class World:
             policy=InTurn(self.policy, "policy", turns) if self.shares_gpus else self.policy,
             critic=InTurn(critic, "critic", turns) if self.shares_gpus and self.needs_critic else critic,
             rollouts=rollouts,
-            reference=scorer,
-            reward=scorer,
+            **scorers,
             recorder=recorder,
             publisher=FakePublisher(diary, rollouts),
         )

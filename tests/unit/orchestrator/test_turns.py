@@ -34,8 +34,9 @@ def shared(diary: Diary) -> SharedGpus:
 
 
 def events(diary: Diary) -> list[str]:
-    """Without repetitions of scoring, which is concurrent, and without recording."""
-    seen = [what for what, _ in diary.entries if what not in ("record", "evaluate")]
+    """Without repetitions of scoring, which is concurrent, and without recording and trimming."""
+    left_out = ("record", "evaluate", "trim")
+    seen = [what for what, _ in diary.entries if not what.startswith(left_out)]
     return [what for number, what in enumerate(seen) if what != "score" or seen[number - 1] != "score"]
 
 
@@ -65,6 +66,17 @@ async def test_engines_keep_their_weights_when_they_sample_again_before_a_publis
     assert world.diary.of("sleep")[2:-1] == [1 if samples_again else 2] * 2
 
 
+async def test_a_run_that_continues_at_a_due_and_unsaved_step_samples_what_it_published(tmp_path: Path) -> None:
+    world = World(tmp_path, takes_turns=True, shares_gpus=True, fail_in_step=2)
+    with pytest.raises(RoleDied):
+        await world.coordinator().run(State(0, 0.1))
+    world.fail_in_step, world.every_steps = None, 2
+    world.diary.entries.clear()
+    await world.coordinator().run(State(0, 0.1))
+    assert world.diary.of("sleep")[1] == 1, "nothing was sampled from the published weights yet"
+    assert world.diary.of("generate") == [2, 2, 3, 3, 4, 4]
+
+
 async def test_what_computes_finds_its_parts_and_nothing_else(tmp_path: Path) -> None:
     world = World(tmp_path, steps=4, takes_turns=True, shares_gpus=True, every_steps=1, evaluate_every=2)
     await world.coordinator().run(State(0, 0.1))
@@ -82,6 +94,37 @@ async def test_what_computes_finds_its_parts_and_nothing_else(tmp_path: Path) ->
         elif what in NEEDS:
             presence = PHASES[NEEDS[what]]
             assert (engines, states) == (set(presence.engines), set(presence.states)), what
+
+
+@pytest.mark.parametrize("needs_critic", [True, False])
+async def test_nothing_computes_before_all_that_computed_returned_their_memory(
+    tmp_path: Path, needs_critic: bool
+) -> None:
+    models = {"policy", "reference", "reward"} | ({"critic"} if needs_critic else set())
+    computes = {
+        "score": models,
+        "learn policy": {"policy"},
+        "learn critic": {"critic"},
+        "publish": {"policy"},
+        "generate": set(),
+    }
+    world = World(
+        tmp_path,
+        takes_turns=True,
+        shares_gpus=True,
+        every_steps=1,
+        evaluate_every=2,
+        needs_critic=needs_critic,
+    )
+    await world.coordinator().run(State(0, 0.1))
+    keeping: dict[str, str] = {}
+    for what, _ in world.diary.entries:
+        kind, _, role = what.partition(" ")
+        if kind in ("trim", "rest"):
+            keeping.pop(role, None)
+        elif what in computes:
+            assert set(keeping.values()) <= {what}, f"{keeping} at {what}"
+            keeping |= dict.fromkeys(computes[what], what)
 
 
 async def test_phases_never_overlap() -> None:
@@ -117,7 +160,7 @@ async def test_after_a_failed_call_or_a_restart_everything_is_moved_again() -> N
     turns.forget()
     async with turns.hold("policy"):
         pass
-    assert [what for what, _ in diary.entries][4:] == ["sleep", "resume policy"]
+    assert [what for what, _ in diary.entries][4:] == ["trim policy", "sleep", "resume policy"]
 
 
 async def test_engines_with_their_own_gpus_are_left_alone() -> None:
@@ -126,4 +169,4 @@ async def test_engines_with_their_own_gpus_are_left_alone() -> None:
     for phase in PHASES:
         async with turns.hold(phase):
             pass
-    assert {what for what, _ in diary.entries} == {"rest policy", "resume policy"}
+    assert {what for what, _ in diary.entries} == {"rest policy", "trim policy", "resume policy"}

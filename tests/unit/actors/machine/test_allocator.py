@@ -1,14 +1,19 @@
-"""Freed memory of actors is reused without new page faults."""
+"""Freed memory of actors is reused without new page faults, and that of GPUs is given back."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import ray
+import torch
 
+from actors.groups.process import Process
 from actors.machine import allocator
+from actors.weights.sender import PublishingPolicy
 from tests.deadlines import scaled
 
 BLOCK_BYTES, TIMES, PAGE_BYTES = 32 << 20, 20, 4096
@@ -43,3 +48,27 @@ def test_a_large_block_is_faulted_in_once() -> None:
 
 def test_without_jemalloc_nothing_happens() -> None:
     allocator.keep_large_blocks()
+
+
+def test_a_gpu_gets_memory_back_where_torch_is_loaded_and_torch_is_not_loaded_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("emptied"))
+    allocator.trim_gpu()
+    assert calls == ["emptied"]
+    monkeypatch.delitem(sys.modules, "torch")
+    allocator.trim_gpu()
+    assert calls == ["emptied"]
+    assert "torch" not in sys.modules
+
+
+def test_memory_is_given_back_after_a_start_and_after_a_publish(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("emptied"))
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.1")
+    Process().ready()
+    assert len(calls) == 1
+    PublishingPolicy.__new__(PublishingPolicy).end_publish()
+    assert len(calls) == 2

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from actors.groups.group import ActorGroup
+from actors.groups.process import Process
 from actors.learning.worker import Share
-from actors.remote.roles import RayRollouts, ShardedScorer
+from actors.remote.roles import RayRollouts, ReplicatedScorer, ShardedScorer
 from orchestrator.errors import RoleDied
 from orchestrator.types import Handle, RolloutShard
 
@@ -50,6 +51,31 @@ async def test_calls_grow_with_shards_or_ranks_not_with_both(num_ranks: int) -> 
     assert sum(map(len, await calls(num_ranks, 16))) <= max(16, num_ranks)
 
 
+class Trimmers(ActorGroup):
+    """Processes that remember who trimmed; rank 1 dies once."""
+
+    def __init__(self) -> None:
+        super().__init__("reference", [None] * 2)
+        self.trimmed: list[int] = []
+
+    async def call(self, rank: int, method: Callable[..., Any], _deadline_s: float, *_: Any, **__: Any) -> Any:
+        assert method is Process.trim
+        if rank == 1 and not self.births:
+            raise RoleDied("reference", rank, method.__name__, "killed by the test")
+        self.trimmed.append(rank)
+
+    async def restart(self, rank: int) -> None:
+        self.births[rank] = 1
+
+
+@pytest.mark.parametrize("kind", [ReplicatedScorer, ShardedScorer])
+async def test_all_processes_of_a_scorer_trim_and_one_that_died_is_restarted(kind: Any) -> None:
+    group, supervisor = Trimmers(), Restarting()
+    more = {"shards_per_step": 1} if kind is ShardedScorer else {}
+    await kind(group, len, score_s=1.0, supervisor=supervisor, **more).trim()
+    assert group.trimmed[-2:] == [0, 1]
+
+
 class Sleepers(ActorGroup):
     """Engines that remember what is awake; those in `dying` die once, and are asleep when they are new."""
 
@@ -80,7 +106,7 @@ class Sleepers(ActorGroup):
 class Restarting:
     """Restarts what died, and repeats the work."""
 
-    async def keep(self, group: Sleepers, work: Callable[[], Any], prepare: Callable[[], Any] | None = None) -> Any:
+    async def keep(self, group: Any, work: Callable[[], Any], prepare: Callable[[], Any] | None = None) -> Any:
         while True:
             try:
                 return await work()

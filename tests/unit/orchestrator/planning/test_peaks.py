@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.errors import CapacityError
-from orchestrator.planning.memory import GIB, Memory, ModelSize, Sharding, gpu_engine_memory, learner_memory
+from orchestrator.planning.memory import (
+    GIB,
+    Memory,
+    ModelSize,
+    Sharding,
+    gpu_engine_memory,
+    learner_memory,
+    scorer_memory,
+)
 from orchestrator.planning.needs import NodeOffer, Sharing, needs, too_much
 from orchestrator.planning.peaks import CONTEXT, CUDA_GRAPHS, FRAGMENTATION, highest, peaks
 from orchestrator.planning.placement import Demand, Node, place
@@ -37,6 +45,31 @@ def test_each_phase_holds_what_the_table_of_turns_says() -> None:
 def test_without_turns_all_parts_are_there_at_once() -> None:
     (peak,) = peaks(ROLES, takes_turns=False)
     assert peak.total == pytest.approx(3 * CONTEXT + CUDA_GRAPHS + (130 + 80) * FREE + 260)
+
+
+def test_a_role_in_parts_starts_with_all_its_weights() -> None:
+    """Per parameter 2 bytes of weights; of a learner's part 2 + 2 + 4 + 4 before its first update, and 8 of moments."""
+    size = ModelSize(num_params=1000, num_layers=1, hidden=1, feed_forward=1, vocabulary=1)
+
+    def starting(stage: int, ranks: int) -> float:
+        found = learner_memory(
+            size,
+            Sharding("bfloat16", stage, ranks),
+            micro_batch_tokens=1,
+            gradient_checkpointing=True,
+            logits=False,
+        )
+        return peaks({"policy": found, "rollout": ENGINE}, takes_turns=True)[0].parts["policy"]
+
+    assert starting(3, 8) == pytest.approx(CONTEXT + 2000 * FREE), "not the 12 / 8 × 1000 of its part"
+    assert starting(3, 2) == pytest.approx(CONTEXT + 12 / 2 * 1000 * FREE)
+    assert starting(1, 8) == pytest.approx(CONTEXT + (2 + 2 + 4 + 4 / 8) * 1000 * FREE)
+    for takes_turns in (True, False):
+        for shards, state in ((1, 2000), (8, 250)):
+            memory = scorer_memory(size, dtype="bfloat16", shards=shards, micro_batch_tokens=1, logits=False)
+            assert (memory.state, memory.starting) == (state, 2000)
+            first = peaks({"reference": memory, "rollout": ENGINE}, takes_turns=takes_turns)[0]
+            assert first.parts["reference"] >= CONTEXT + 2000 * FREE
 
 
 def test_what_rests_is_all_but_the_weights() -> None:

@@ -65,16 +65,25 @@ def test_a_model_that_needs_it_gets_zero_3_by_itself() -> None:
 
 
 def test_optimizers_are_on_the_host_where_nothing_else_fits() -> None:
-    """16 billion bytes of weights; the states of policy and critic are 18 bytes per parameter, 2 of them gradients."""
-    found = search(work(LARGE), H100, 2, learning=LEARNING, dtype="bfloat16", staleness=0)
+    """15 billion bytes of weights; the states of policy and critic are 18 bytes per parameter, 2 of them gradients."""
+    size = replace(LARGE, num_params=7_600_000_000)
+    found = search(work(size), H100, 2, learning=LEARNING, dtype="bfloat16", staleness=0)
     best = found.candidates[0].layout
     assert best.mode == "colocated"
     assert all(best.learning[role].offload_optimizer for role in ("policy", "critic"))
     assert not best.learning["reference"].offload_optimizer
-    roomy = search(work(LARGE), H100, 8, learning=LEARNING, dtype="bfloat16", staleness=0)
+    roomy = search(work(size), H100, 8, learning=LEARNING, dtype="bfloat16", staleness=0)
     assert not any(
         each.layout.learning["policy"].offload_optimizer for each in roomy.candidates if each.layout.takes_turns
     )
+
+
+def test_models_that_are_whole_only_while_they_start_are_refused_with_a_way_out_that_helps() -> None:
+    found = search(work(LARGE), H100, 2, learning=LEARNING, dtype="bfloat16", staleness=0)
+    assert not found.candidates
+    reason = found.refused["colocated, 2 engines of 1"]
+    assert "start 68.6 GiB (policy 16.7, critic 16.7, reference 16.7, reward 16.7, rollout 1.8)" in reason
+    assert "Use smaller models, GPUs of their own for some of these roles, or larger GPUs." in reason
 
 
 def test_a_second_copy_of_weights_is_kept_where_the_ranks_allow_it() -> None:
