@@ -34,9 +34,9 @@ def verdict(crowd: Crowd, figures: Iterable[Figures]) -> Verdict:
         mind = crowd.by_name[each.name]
         named = set((each.copy_of or "").split(", ")) - {""}
         false = {name for name in named if crowd.by_name[name].seed != mind.seed}
-        if mind.kind == CAREFUL and (each.spam >= SPAM or false):
+        if mind.kind == CAREFUL and ((each.spam or 0.0) >= SPAM or false):
             accused.add(each.name)
-        if (named - false) if mind.kind == COPY else each.spam >= SPAM:
+        if (named - false) if mind.kind == COPY else (each.spam or 0.0) >= SPAM:
             found.add(each.name)
     spammers = {mind.name for mind in crowd.minds if mind.kind != CAREFUL}
     return Verdict(frozenset(found & spammers), frozenset(spammers - found), frozenset(accused))

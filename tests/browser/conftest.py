@@ -13,9 +13,7 @@ QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 MORE = ("--disable-component-update", "--disable-sync")
 
 
-@pytest.fixture(
-    scope="package"
-)  # Playwright's event loop runs in this thread until it ends; later tests have their own
+@pytest.fixture(scope="package")  # Playwright's event loop runs in this thread until it ends; others make their own
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="needs Playwright (pip install playwright) and Debian's package chromium"

@@ -194,6 +194,6 @@ def test_an_admin_sees_and_changes_everything_by_keyboard(browser: Any, tmp_path
         assert '"person": "بسام 王"' in Path(download.value.path()).read_text(encoding="utf-8")
         admin.tab_to("scores")
         admin.press("Enter")
-        admin.shows("#notice", "no judgements that make scores")
+        admin.shows("#notice", "This was not done: nothing was judged that this file can hold.")
         assert [error for error in admin.errors if "422" not in error] == []
     assert [kind for kind, _, _ in answers(store)] == ["rank"]

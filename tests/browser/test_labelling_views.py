@@ -23,6 +23,11 @@ CODE = "See:\n\n```python\nprint('<i>hi</i>')\n```\nand `x < 1`."
 ARABIC = "عاصمة فرنسا هي باريس."
 MIXED = f"In Arabic:\n{ARABIC}"
 LOOKS = [(1280, "light", "en"), (1280, "dark", "zh"), (400, "light", "zh"), (400, "dark", "en")]
+KEEP = """async (text) => {
+  const { Drafts } = await import("/static/drafts.js");
+  const task = { showing: "earlier", kind: "write", messages: [{ role: "user", content: text }], replies: [] };
+  new Drafts("nothing").keep(task, { text }, 0);
+}"""
 AXE = "axe-core@4"
 
 
@@ -46,6 +51,9 @@ def views(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ma
             found[name].page.locator("#task article, #task textarea").first.wait_for()
         found["nothing"] = Page(browser, f"{address}/#{invited(store, 'nothing')}")
         found["nothing"].shows("#task", "Nothing is left")
+        found["nothing"].page.evaluate(KEEP, MIXED)
+        found["nothing"].page.reload()
+        found["nothing"].page.locator("#kept summary").click()
         with store.writing() as connection:
             people.pause(connection, "write", paused=True)
             people.revoke(connection, "bob")
@@ -84,7 +92,9 @@ def test_texts_of_both_directions_code_and_long_replies(views: Mapping[str, Page
       }"""
     )
     assert abs(ends[0] - ends[1]) < 2
-    assert rank.page.locator("article pre").inner_text() == "print('<i>hi</i>')"
+    assert rank.page.locator("article pre").inner_text() == "print('<i>hi</i>')\n"
+    box = rank.page.locator("article pre").bounding_box()
+    assert box["height"] < 60  # its last line break is no line
     long = rank.page.locator("article", has_text="long")
     assert long.locator(".text.long").count() == 1
     long.focus()

@@ -10,13 +10,11 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from jobs.services.labelling.refusals import Unfit
+
 MAX_TEXT = 32_000
 Flag = Literal["spam", "off_topic", "wrong_language", "personal_data", "harmful", "rude", "wrong_facts", "cut_off"]
 FLAGS: tuple[str, ...] = get_args(Flag)
-
-
-class Unfit(ValueError):
-    """The answer does not fit its task."""
 
 
 def _plain(text: str) -> str:
@@ -114,4 +112,4 @@ class Judgement(BaseModel):
 
 def _require(holds: bool, problem: str) -> None:
     if not holds:
-        raise Unfit(problem)
+        raise Unfit("unfit", problem)

@@ -69,7 +69,7 @@ def serve(  # noqa: PLR0913  the parameters are the command's options
             open_metrics=imported("jobs.services.labelling.web.serving:is_loopback")(host),
         )
         imported("jobs.services.labelling.web.serving:serve")(
-            opened, settings, host=host, port=port, certificate=certificate, key=key
+            opened, settings, host=host, port=port, certificate=certificate, key=key, shows_link=not until_eof
         )
 
     _with_store(store, work)

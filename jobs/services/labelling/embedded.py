@@ -17,7 +17,7 @@ from pathlib import Path
 from time import monotonic
 
 import typer
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection
 
 from jobs.command import imported, say
 from jobs.quickstart import set_environment
@@ -27,10 +27,9 @@ from jobs.services.labelling.items.adding import Wanted, add
 from jobs.services.labelling.items.sources import Candidate, from_run
 from jobs.services.labelling.shapes.judged import Exported, every, judges_of
 from jobs.services.labelling.store import Store
-from jobs.services.labelling.tables import items
 from jobs.services.labelling.web.app import Settings, create_app
 from jobs.services.labelling.web.serving import address_of, listening, run
-from jobs.services.labelling.work import Rules
+from jobs.services.labelling.work import Rules, progress
 from orchestrator.config.loader import load_config
 from orchestrator.errors import DataError, StorageError
 from orchestrator.run.experience_log import num_committed
@@ -115,29 +114,29 @@ def logged(folder: Path) -> Iterator[Candidate]:
 
 
 def _serve(store: Store, port: int, *, opens: bool) -> None:
-    """Until Ctrl-C, or until everything is judged."""
+    """Until Ctrl-C, or until nothing is left to judge."""
     settings = Settings(rules=Rules(gold_share=0.0))
     with store.served(), listening(HOST, port) as listener:
         with store.writing() as connection:
             token = people.invite(connection, NAME)
+            person = people.person_of(connection, token)
+        assert person is not None
         address = people.link(address_of(HOST, listener.getsockname()[1]), token)
         say(f"judge here, until Ctrl-C: {address}")
         with _opened(store, address) if opens and has_display() else nullcontext():
-            run(create_app(store, settings), listener, until=Done(store))
+            run(create_app(store, settings), listener, until=Done(store, person))
 
 
 class Done:
-    """Whether everything has been judged for a while."""
+    """Whether nothing has been left for a person for a while: all is judged, or skipped."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, person: people.Person) -> None:
+        self._store, self._person = store, person
         self._since: float | None = None
 
     def __call__(self) -> bool:
         with suppress(StorageError), self._store.reading() as connection:
-            left = connection.scalar(
-                select(func.count()).select_from(items).where(items.c.num_judgements < items.c.overlap)
-            )
+            left = progress(connection, self._person)["left"]
             self._since = None if left else self._since or monotonic()
         return self._since is not None and monotonic() - self._since >= _LINGER_S
 

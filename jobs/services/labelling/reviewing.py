@@ -25,6 +25,11 @@ _SOONER = 1.0  # a review comes before more texts of the same priority are writt
 Json = dict[str, Any]
 
 
+def rejects(answer: Mapping[str, Any]) -> bool:
+    """Whether a review has a flag that rejects a text."""
+    return any(flag in answer["flags"] for flag in _REJECTING)
+
+
 def acceptance(answers: Sequence[Mapping[str, Any]]) -> float:
     """1 less the shares of reviews with each flag that rejects a text; below 0 if reviews have both flags."""
     return 1.0 - sum(statistics.fmean(flag in each["flags"] for each in answers) for flag in _REJECTING)

@@ -11,21 +11,14 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, and_, exists, func, insert, select, union, update
 
 from jobs.services.labelling import reviewing
-from jobs.services.labelling.answers import Judgement, Unfit
+from jobs.services.labelling.answers import Judgement
 from jobs.services.labelling.people import Person
+from jobs.services.labelling.refusals import Refused, Unfit, Unknown
 from jobs.services.labelling.tables import ANSWERED, OPEN, RETURNED, SKIPPED, items, judgements, people, showings
 from jobs.services.labelling.waiting.batches import is_given_out
 from orchestrator.data.records import content_digest
 
 _random = secrets.SystemRandom()
-
-
-class Refused(Exception):
-    """The request can't be carried out; a repetition can't either."""
-
-
-class Unknown(Refused):
-    """No such task was shown to this person."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +87,15 @@ def judge(connection: Connection, person: Person, judgement: Judgement, *, num_r
     )
     if known is not None:
         if known != digest:
-            raise Refused("another answer was stored under this id; send this one under an id of its own.")
+            raise Refused(
+                "other_answer", "another answer was stored under this id; send this one under an id of its own."
+            )
         return False
     showing = _showing(connection, person, judgement.showing)
     if showing.state in (ANSWERED, SKIPPED) or _has_judged(connection, person, showing.item):
-        raise Refused("this task has an answer already, or was skipped.")
+        raise Refused("answered", "this task has an answer already, or was skipped.")
     if judgement.answer.kind != showing.kind:
-        raise Unfit(f"the task is to {showing.kind}, the answer is one to {judgement.answer.kind}")
+        raise Unfit("unfit", f"the task is to {showing.kind}, the answer is one to {judgement.answer.kind}")
     stored = connection.execute(
         insert(judgements).values(
             person=person.id,
@@ -126,45 +121,59 @@ def skip(connection: Connection, person: Person, showing: str) -> None:
     """Gives a task to others. Raises Unknown, or Refused if it has an answer."""
     state = _showing(connection, person, showing).state
     if state not in (OPEN, SKIPPED):
-        raise Refused(f"this task was {state} already.")
+        raise Refused("answered", f"this task was {state} already.")
     _set_state(connection, showing, SKIPPED)
 
 
-def undo(connection: Connection, person: Person, client_id: str, rules: Rules) -> Mapping[str, Any]:
-    """Takes back the person's last judgement, and opens its task again. Returns the answer that was taken back.
+def undo(connection: Connection, person: Person, showing: str, rules: Rules) -> None:
+    """Opens the person's last task again, answered or skipped, and takes back its judgement.
 
     Raises:
-        Unknown: no such judgement.
+        Unknown: no such task.
         Refused: it is not the last one.
     """
-    mine = judgements.c.person == person.id
-    found = connection.execute(select(judgements).where(mine, judgements.c.client_id == client_id)).first()
-    if found is None:
-        raise Unknown("no such judgement of yours is stored.")
-    answer: Mapping[str, Any] = found.answer
-    if found.undone_at is not None:
-        return answer
-    if connection.scalar(select(func.max(judgements.c.seq)).where(mine, judgements.c.undone_at.is_(None))) != found.seq:
-        raise Refused("only the last judgement can be undone.")
+    state = _showing(connection, person, showing).state
+    if state == OPEN:
+        return  # a repetition
+    if showing != _last(connection, person):
+        raise Refused("not_last", "only the last task can be opened again.")
+    if state == ANSWERED:
+        _take_back(connection, showing)
+    connection.execute(
+        update(showings).where(showings.c.person == person.id, showings.c.state == OPEN).values(state=RETURNED)
+    )
+    _set_state(connection, showing, OPEN)
+    keep(connection, person, showing, rules)
+
+
+def _take_back(connection: Connection, showing: str) -> None:
+    found = connection.execute(
+        select(judgements.c.seq, judgements.c.item).where(
+            judgements.c.showing == showing, judgements.c.undone_at.is_(None)
+        )
+    ).one()
     connection.execute(update(judgements).where(judgements.c.seq == found.seq).values(undone_at=time.time()))
     _count(connection, found.item, -1)
     reviewing.settle(connection, found.item)
     reviewing.withdraw(connection, found.seq)
-    connection.execute(
-        update(showings).where(showings.c.person == person.id, showings.c.state == OPEN).values(state=RETURNED)
-    )
-    _set_state(connection, found.showing, OPEN)
-    keep(connection, person, found.showing, rules)
-    return answer
 
 
 def progress(connection: Connection, person: Person) -> Mapping[str, Any]:
-    """How many tasks the person has done and could do, and the id of the judgement that can be undone."""
+    """How many tasks the person has done and could do, and the id of the showing that can be opened again."""
     mine = and_(judgements.c.person == person.id, judgements.c.undone_at.is_(None))
-    done, last = connection.execute(select(func.count(), func.max(judgements.c.seq)).where(mine)).one()
+    done = connection.scalar(select(func.count()).select_from(judgements).where(mine))
     left = _num_left(connection, person, time.time())
-    last_id = connection.scalar(select(judgements.c.client_id).where(judgements.c.seq == last))
-    return {"done": done, "left": left, "last": last_id}
+    return {"done": done, "left": left, "last": _last(connection, person)}
+
+
+def _last(connection: Connection, person: Person) -> str | None:
+    """The showing that the person finished last. A person has one task at a time, so it was also shown last."""
+    return connection.scalar(
+        select(showings.c.id)
+        .where(showings.c.person == person.id, showings.c.state.in_((ANSWERED, SKIPPED)))
+        .order_by(showings.c.shown_at.desc(), showings.c.id)
+        .limit(1)
+    )
 
 
 def _unfinished(connection: Connection, person: Person, now: float) -> str | None:
@@ -257,7 +266,7 @@ def _showing(connection: Connection, person: Person, identity: str) -> Row[Any]:
         .where(showings.c.id == identity, showings.c.person == person.id)
     ).first()
     if found is None:
-        raise Unknown("no such task was given to you.")
+        raise Unknown("not_yours", "no such task was given to you.")
     return found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, HTTPException, Request
+from fastapi import APIRouter, Depends, Header, Request
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.background import BackgroundTask
@@ -17,10 +17,15 @@ from jobs.services.labelling import people
 from jobs.services.labelling.admin.overview import overview
 from jobs.services.labelling.exporting import export
 from jobs.services.labelling.people import Person
+from jobs.services.labelling.refusals import Refused, refusing
 from jobs.services.labelling.shapes.table import SHAPES
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import ADMIN
 from jobs.services.labelling.waiting import batches
+
+
+class NotAdmin(Refused):
+    status = 403
 
 
 class NameOf(BaseModel):
@@ -51,7 +56,7 @@ def admin_routes(store: Store, identify: Callable[[Request, str], Person]) -> AP
 
     def only_admin(request: Request, authorization: Annotated[str, Header()] = "") -> None:
         if identify(request, authorization).role != ADMIN:
-            raise HTTPException(403, "this is for the admin; rlhf label invite admin makes a link.")
+            raise NotAdmin("not_admin", "this is for the admin; rlhf label invite admin makes a link.")
 
     router = APIRouter(dependencies=[Depends(only_admin)])
 
@@ -62,24 +67,24 @@ def admin_routes(store: Store, identify: Callable[[Request, str], Person]) -> AP
 
     @router.post("/invite")
     def invite(body: NameOf) -> Mapping[str, str]:
-        with store.writing() as connection:
+        with refusing("name"), store.writing() as connection:
             return {"token": people.invite(connection, body.name)}
 
     @router.post("/revoke")
     def revoke(body: NameOf) -> Mapping[str, Any]:
-        with store.writing() as connection:
+        with refusing("name"), store.writing() as connection:
             people.revoke(connection, body.name)
         return {}
 
     @router.post("/pause")
     def pause(body: PauseOf) -> Mapping[str, Any]:
-        with store.writing() as connection:
+        with refusing("name"), store.writing() as connection:
             people.pause(connection, body.name, paused=body.paused)
         return {}
 
     @router.post("/finish")
     def finish(body: BatchOf) -> Mapping[str, Any]:
-        with store.writing() as connection:
+        with refusing("no_batch"), store.writing() as connection:
             batches.finish(connection, body.batch, is_finished=body.finished)
         return {}
 
@@ -87,7 +92,8 @@ def admin_routes(store: Store, identify: Callable[[Request, str], Person]) -> AP
     def exported(shape: str) -> FileResponse:
         folder = Path(tempfile.mkdtemp(prefix="label-export-"))
         try:
-            export(store, folder / "out", shape)
+            with refusing("no_export"):
+                export(store, folder / "out", shape)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

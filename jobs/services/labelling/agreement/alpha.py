@@ -10,7 +10,7 @@ from typing import Any
 import krippendorff
 import numpy as np
 
-from jobs.services.labelling.agreement.given import Given, ranks_of
+from jobs.services.labelling.agreement.given import RATED, Given, ranks_of
 from orchestrator.training.ranking import spread
 
 _MAX_UNITS = 50_000  # the package has a matrix of values by values for each; more units hardly change the figure
@@ -26,7 +26,7 @@ class Alpha:
 
 
 def alphas(given: Iterable[Given]) -> Mapping[str, Alpha]:
-    """By kind of task: rank, compare, rate.
+    """By kind of task: rank, compare, rate, review.
 
     The unit is a reply. Its value is ordinal: the rank, the rating, or in a comparison the strength of the preference
     for it. Both replies of a comparison are units, so that it does not matter which is listed first.
@@ -51,7 +51,7 @@ def _alpha(units: Mapping[tuple[int, int], Counter[float]]) -> Alpha:
 
 def _values(answer: Mapping[str, Any]) -> Iterator[tuple[int, float]]:
     """The value of each reply."""
-    ranks = [answer["rating"]] if answer["kind"] == "rate" else list(ranks_of(answer) or ())
+    ranks = [answer["rating"]] if answer["kind"] in RATED else list(ranks_of(answer) or ())
     known = [rank for rank in ranks if rank is not None]
     for reply, rank in enumerate(ranks):
         if rank is not None:

@@ -125,10 +125,22 @@ def _correlations(matrices: _Matrices, left_out: Iterable[tuple[int, int]]) -> F
     for first, second in left_out:
         for cell in ((first, second), (second, first)):
             agreement[cell] = num_votes[cell] = 0
-    found = np.full(len(matrices.ids), 0.6)
+    return with_truth(agreement, num_votes, known=0)
+
+
+def with_truth(agreement: Floats, num: Floats, *, known: int | None = None) -> Floats:
+    """Correlation of each person with the truth; 1 for those about whom nothing is known.
+
+    Args:
+        agreement, num: people by people: sums of agreement, from -1 to 1 for each thing that both judged, and the
+            number of those.
+        known: the place of somebody who is always right.
+    """
+    found = np.full(len(agreement), 0.6)
     for _ in range(_ROUNDS):
-        found[0] = 1.0
-        weights = num_votes @ found**2
+        if known is not None:
+            found[known] = 1.0
+        weights = num @ found**2
         fresh = np.clip(np.divide(agreement @ found, weights, out=np.ones_like(found), where=weights > 0), 0.0, 1.0)
         found = (found + fresh) / 2  # alone it would swing between two solutions
     return found

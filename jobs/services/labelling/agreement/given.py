@@ -12,6 +12,8 @@ from sqlalchemy import Connection, select
 
 from jobs.services.labelling.tables import items, judgements, showings
 
+RATED = ("rate", "review")  # kinds of tasks with a rating of one text
+
 
 @dataclass(frozen=True)
 class Given:

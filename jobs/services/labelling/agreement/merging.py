@@ -10,7 +10,7 @@ import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from scipy.special import expit
 
 from jobs.services.labelling.agreement.copies import Voters, voters
 from jobs.services.labelling.agreement.given import Given
+from jobs.services.labelling.agreement.rating import Rater, raters
 
 Pair = tuple[int, int]  # of replies; where there is an order, the first is better
 _MAX_ROUNDS = 100
@@ -66,15 +67,24 @@ def _better(rank: float, other: float) -> float:
 
 @dataclass(frozen=True)
 class Electorate:
-    """Who votes, and how reliable they are. `reliability`: by voter; people with the same answers are one."""
+    """Who votes, and how reliable they are. `reliability`: by voter; people with the same answers are one. `raters`: by
+    person, of those who rated or reviewed."""
 
     voters: Voters
     reliability: Mapping[int, float]
+    raters: Mapping[int, Rater] = field(default_factory=dict)
 
     @property
     def weights(self) -> Mapping[int, float]:
         """By voter."""
         return {voter: weight(found) for voter, found in self.reliability.items()}
+
+    def rating_weight(self, person: int) -> float:
+        """Of a person's ratings. People about whom nothing is known have that of the prior."""
+        found = self.raters.get(person, Rater())
+        right = 0.0 if found.reliability is None else found.reliability * found.evidence
+        num = 0.0 if found.reliability is None else found.evidence
+        return weight((right + _PRIOR_RIGHT) / (num + _PRIOR_RIGHT + _PRIOR_WRONG))
 
     def votes(self, item: int, answers: Iterable[tuple[int, Mapping[str, Any]]]) -> list[Vote]:
         """The votes on an item, by voter. `answers`: (person, answer)."""
@@ -91,7 +101,7 @@ def electorate(given: Sequence[Given]) -> Electorate:
         for item, answer in known.items()
         for vote in votes_of(item, 0, answer)
     }
-    return Electorate(found, reliabilities(votes, gold))
+    return Electorate(found, reliabilities(votes, gold), raters(given, found))
 
 
 def joined(votes: Iterable[Vote], voter: Callable[[int], int]) -> list[Vote]:

@@ -13,12 +13,14 @@ from jobs.services.labelling.agreement.alpha import alphas
 from jobs.services.labelling.agreement.copies import Copy, Voters
 from jobs.services.labelling.agreement.given import Given, by_item, given_in, ranks_of
 from jobs.services.labelling.agreement.merging import Electorate, electorate, votes_of
+from jobs.services.labelling.agreement.rating import Rater
 from jobs.services.labelling.tables import LABELLER, people
 from orchestrator.training import ranking
 from orchestrator.training.ranking import wilson_interval
 
 _GUESSING = 0.5  # of votes are right
 _GOOD = 0.75  # reliability from which on nobody is suspected
+_COLUMNS = {"seconds": 9, "with_others": 8, "with_gold": 7, "reliability": 7, "ratings": 9, "reviews": 9, "spam": 6}
 SPAM = 0.5  # score from which on a person is named a spammer
 
 
@@ -32,6 +34,8 @@ class Figures:
         with_others, with_gold: mean Kendall tau-b to the other judgements of an item, and to known answers.
         agreement: share of votes on pairs that agree with others or gold; a tie is half.
         reliability: estimated probability of a vote to be right, by which merging weighs it.
+        ratings: mean correlation of ratings and reviews with those of others of the same texts.
+        reviews: share of reviews that reject or accept as the majority of the others does.
         num_compared: judgements for which there are others, or gold.
         first_share: share of judgements whose best reply was shown at the first place.
         copy_of: somebody, or several, with the same answers. All of them count as one voter, and are not compared with
@@ -46,14 +50,19 @@ class Figures:
     with_gold: float | None
     agreement: float | None
     reliability: float | None
+    ratings: float | None
+    reviews: float | None
+    rater_spam: float | None
     num_compared: int
     first_share: float | None
     copy_of: str | None
     copy_first: float | None
 
     @property
-    def spam(self) -> float:
-        return 0.0 if self.reliability is None else spam_score(self.reliability, self.num_compared)
+    def spam(self) -> float | None:
+        """The higher one of what pairs and ratings say."""
+        by_pairs = None if self.reliability is None else spam_score(self.reliability, self.num_compared)
+        return max((score for score in (by_pairs, self.rater_spam) if score is not None), default=None)
 
 
 def kendall_tau(first: Sequence[float | None], second: Sequence[float | None]) -> float | None:
@@ -114,10 +123,11 @@ def figures_of(given: Sequence[Given], names: Mapping[int, str], judges: Elector
 def lines(connection: Connection) -> Iterator[str]:
     """A table for the console, and Krippendorff's alpha."""
     found = report(connection)
-    yield f"{'name':<24}{'judged':>8}{'seconds':>9}{'others':>8}{'gold':>7}{'right':>7}{'spam':>6}"
+    heads = {"with_others": "others", "with_gold": "gold", "reliability": "right"}
+    shown = "".join(f"{heads.get(name, name):>{width}}" for name, width in _COLUMNS.items())
+    yield f"{'name':<24}{'judged':>8}{shown}"
     for each in found["people"]:
-        columns = ("seconds", "with_others", "with_gold", "reliability", "spam")
-        shown = "".join(f"{_shown(each[name]):>{width}}" for name, width in zip(columns, (9, 8, 7, 7, 6), strict=True))
+        shown = "".join(f"{_shown(each[name]):>{width}}" for name, width in _COLUMNS.items())
         copied = f"  same answers as {each['copy_of']}, {each['copy_first']:.0%} first" if each["copy_of"] else ""
         yield f"{each['name']:<24}{each['num']:>8}{shown}{copied}"
     for kind, alpha in found["alpha"].items():
@@ -150,6 +160,7 @@ def _figures(
             if known and known.count(min(known)) == 1:
                 firsts.append(ranks[row.order[0]] == min(known))
     copy = judges.voters.copies.get(person)
+    rater = judges.raters.get(person, Rater())
     return Figures(
         names[person],
         len(rows),
@@ -158,6 +169,9 @@ def _figures(
         statistics.fmean(compared.with_gold) if compared.with_gold else None,
         compared.agreed / compared.given if compared.given else None,
         judges.reliability.get(judges.voters.of(person)) if compared.num else None,
+        rater.with_others,
+        rater.with_majority,
+        None if rater.reliability is None else spam_score(rater.reliability, round(rater.evidence)),
         compared.num,
         statistics.fmean(firsts) if firsts else None,
         _named(copy, names),
@@ -208,4 +222,4 @@ def _named(copy: Copy | None, names: Mapping[int, str]) -> str | None:
 
 
 def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    return "–" if value is None else f"{value:.2f}"

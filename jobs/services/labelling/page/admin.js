@@ -8,7 +8,7 @@ const REFRESH_MS = 60000;
 const SUSPICIOUS = 0.5; // spam score from which on a person is named
 
 export class Admin {
-  // changed(): there is something new to show. failed(status, detail): the last request failed; status 0: no answer.
+  // changed(): there is something new to show. failed(reply): the last request failed, or null.
   constructor(token, { changed, failed }) {
     Object.assign(this, { token, changed, failed });
     this.seen = null;
@@ -35,8 +35,8 @@ export class Admin {
     return reply;
   }
 
-  #report({ status, detail }) {
-    this.failed(status === 200 ? null : status, detail);
+  #report(reply) {
+    this.failed(reply.status === 200 ? null : reply);
   }
 
   async #invite(name) {
@@ -49,11 +49,11 @@ export class Admin {
   }
 
   async #download(shape) {
-    const { status, detail, content } = await downloaded(this.token, shape);
-    this.failed(status === 200 ? null : status, detail);
-    if (status !== 200) return;
-    const address = URL.createObjectURL(content);
-    element("a", { href: address, download: `${shape}.jsonl` }).click();
+    const reply = await downloaded(this.token, shape);
+    this.#report(reply);
+    if (reply.status !== 200) return;
+    const address = URL.createObjectURL(reply.content);
+    element("a", { href: address, download: reply.name }).click();
     setTimeout(() => URL.revokeObjectURL(address), REFRESH_MS);
   }
 
@@ -91,18 +91,23 @@ export class Admin {
       });
       return [
         element("bdi", {}, each.name), each.items, each.judgements, each.missing, bar,
-        each.finished
-          ? this.#button(words.reopen, each.name, "finish", turn)
-          : this.#careful([words.finish, words.reallyFinish], each.name, "finish", turn),
+        each.over
+          ? "" // the run that asked for it has gone on
+          : each.finished
+            ? this.#button(words.reopen, each.name, "finish", turn)
+            : this.#careful([words.finish, words.reallyFinish], each.name, "finish", turn),
       ];
     });
     return table(words.batches, [words.batch, words.items, words.judgements, words.missing, words.done, ""], rows);
   }
 
   #people(words) {
+    const rates = this.seen.people.some((each) => each.ratings !== null);
+    const reviews = this.seen.people.some((each) => each.reviews !== null);
     const rows = this.seen.people.map((each) => [
       element("bdi", {}, each.name),
       each.num, figure(each.seconds, 1), figure(each.with_others), figure(each.with_gold),
+      ...(rates ? [figure(each.ratings)] : []), ...(reviews ? [figure(each.reviews)] : []),
       spam(each, words),
       each.revoked ? words.revoked : each.paused ? words.paused : words.active,
       element(
@@ -117,7 +122,7 @@ export class Admin {
     ]);
     const heads = [
       words.name, words.judgements, words.seconds, words.withOthers, words.withGold,
-      words.spam, words.state, "",
+      ...(rates ? [words.ratings] : []), ...(reviews ? [words.reviewed] : []), words.spam, words.state, "",
     ];
     return rows.length ? table(words.people, heads, rows) : element("p", { class: "hint" }, words.nobody);
   }
@@ -141,7 +146,7 @@ export class Admin {
       id: "invited-link", readonly: true, value: link, dir: "ltr", on: { focus: () => shown.select() },
     });
     const copy = navigator.clipboard
-      ? element("button", { type: "button", id: "copy", on: { click: () => navigator.clipboard.writeText(link) } }, words.copy)
+      ? element("button", { type: "button", id: "copy", on: { click: () => navigator.clipboard.writeText(link) } }, texts().copy)
       : ""; // browsers have it only with HTTPS or on this machine
     const hide = () => { this.invited = null; this.changed(); };
     return element(
@@ -190,14 +195,15 @@ export class Admin {
   }
 }
 
-// {status, detail, content}
+// {status, code, content, name}
 async function downloaded(token, shape) {
   try {
     const response = await fetch(`/api/admin/export/${shape}`, {
       headers: { Authorization: `Bearer ${token}` }, cache: "no-store", credentials: "omit",
     });
-    if (!response.ok) return { status: response.status, detail: (await response.json()).detail };
-    return { status: 200, content: await response.blob() };
+    if (!response.ok) return { ...(await response.json()), status: response.status };
+    const name = /filename="(.+)"/.exec(response.headers.get("Content-Disposition"))?.[1] ?? shape;
+    return { status: 200, content: await response.blob(), name };
   } catch {
     return { status: 0 };
   }

@@ -3,12 +3,11 @@
 // the server count it once, also if two tabs send it.
 
 const PREFIX = "labelling.outbox.";
-const REFUSED = "labelling.refused.";
 const RETRY_MS = [500, 1000, 2000, 4000, 8000, 15000];
 const TIMEOUT_MS = 20000;
 
 export class Outbox {
-  // changed({count, trouble}): trouble is null, "away", "full" or "link". confirmed(entry). refused(detail, entry).
+  // changed({count, trouble}): trouble is null, "away", "full" or "link". confirmed(entry). refused(reply, entry).
   constructor(token, name, { changed, confirmed, refused }) {
     Object.assign(this, { token, changed, confirmed, refused });
     this.prefix = `${PREFIX}${name}\n`; // no name contains a line break
@@ -57,12 +56,8 @@ export class Outbox {
       }
       failures = 0;
       this.entries.shift();
-      if (reply.status >= 400) {
-        keep(entry.key.replace(PREFIX, REFUSED), { ...entry, detail: reply.detail });
-        this.refused(reply.detail, entry);
-      } else {
-        this.confirmed(entry);
-      }
+      if (reply.status >= 400) this.refused(reply, entry);
+      else this.confirmed(entry);
       forget(entry.key);
       this.#report(null);
     }
@@ -88,7 +83,8 @@ export class Outbox {
   }
 }
 
-function stored(prefix) {
+// The values whose keys begin so.
+export function stored(prefix) {
   try {
     const keys = Object.keys(localStorage).filter((key) => key.startsWith(prefix));
     return keys.sort().map((key) => JSON.parse(localStorage.getItem(key)));

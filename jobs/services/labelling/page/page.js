@@ -1,24 +1,25 @@
-// The page: gets a task, shows it, keeps the draft, hands the answer to the outbox, gets the next task.
+// The page: gets a task, shows it, keeps what is entered, hands the answer to the outbox, gets the next task.
 
 import { Admin } from "/static/admin.js";
 import { element, formatted } from "/static/dom.js";
+import { Drafts, SENDING, SENT } from "/static/drafts.js";
+import { keptText } from "/static/kept.js";
 import { Outbox, forget, keep, kept, newId, post, request } from "/static/outbox.js";
 import { viewOf } from "/static/tasks.js";
-import { language, switchLanguage, texts } from "/static/texts.js";
+import { language, reasonOf, switchLanguage, texts } from "/static/texts.js";
 
 const LINK = "labelling.link"; // {token, name, role}
-const TASK = "labelling.task."; // + name: {task, draft, seconds}
-const LAST = "labelling.last."; // + name: {id, showing, draft} of the answer that can be undone
+const TASK = "labelling.task."; // + name: the showing at hand
 const POLL_MS = 15000;
 const COUNT_EVERY = 10; // answers between two questions for the exact progress
 const IDLE_MS = 60000; // without a key or a touch: no more time is counted
 
 const at = (id) => document.getElementById(id);
-let link, outbox, me, task, view, admin;
+let link, outbox, drafts, me, task, view, admin;
 let seconds = 0;
 let activeAt = performance.now();
 let message = () => texts().loading; // shown when there is no task
-let notice = null; // a line about the last answer that was refused
+let notice = null; // a line about what was last refused or missing
 let trouble = null; // {count, trouble} of the outbox, while the server does not take answers
 let generation = 0; // of questions for a task: replies to older ones are ignored
 
@@ -37,8 +38,9 @@ async function start() {
   if (link.name === null && !(await meet())) return;
   if (link.role === "admin") return administrate();
   outbox = new Outbox(link.token, link.name, { changed: showTrouble, confirmed, refused });
-  const unfinished = kept(TASK + link.name);
-  if (unfinished) show(unfinished.task, unfinished.draft, unfinished.seconds); // before the server answers, if it does
+  drafts = new Drafts(link.name);
+  const unfinished = drafts.at(kept(TASK + link.name));
+  if (unfinished) show(unfinished.task); // before the server answers, if it does
   if (!me) meet();
   await next();
 }
@@ -59,13 +61,17 @@ async function meet() {
       render();
       return true;
     }
-    if (reply.status === 401) {
-      say(() => texts().badLink);
-      return false;
-    }
+    if (reply.status === 401) return endLink();
     if (!outbox) showTrouble({ count: 0, trouble: "away" });
     await new Promise((resolve) => setTimeout(resolve, 2000));
   }
+}
+
+// The link is not valid any more. False, for those who ask who it belongs to.
+function endLink() {
+  if (view) showTrouble({ count: outbox.count, trouble: "link" });
+  say(() => texts().badLink);
+  return false;
 }
 
 async function next() {
@@ -74,15 +80,21 @@ async function next() {
     await outbox.empty();
     const reply = await post(link.token, "next", {});
     if (mine !== generation) return;
-    if (reply.status === 401) return say(() => texts().badLink);
+    if (reply.status === 401) return endLink();
     if (reply.status === 200 && reply.task) {
       showTrouble({ count: outbox.count, trouble: null });
-      if (reply.task.showing !== task?.showing) show(reply.task, draftOf(reply.task.showing), 0);
+      if (reply.task.showing !== task?.showing) {
+        const before = task?.showing;
+        show(reply.task);
+        noteLoss(before);
+      }
       return;
     }
     if (reply.status === 200) {
       showTrouble({ count: outbox.count, trouble: null });
+      const before = task?.showing;
       task = view = null;
+      noteLoss(before);
       forget(TASK + link.name);
       say(() => (reply.paused ? texts().paused : texts().empty));
     } else {
@@ -93,16 +105,19 @@ async function next() {
   }
 }
 
-// What was entered for a task before it was undone.
-function draftOf(showing) {
-  const last = kept(LAST + link.name);
-  return last?.showing === showing ? last.draft : null;
+// Says that a task went to somebody else, if the person has written something for it.
+function noteLoss(showing) {
+  if (!drafts.unsent(task).some((each) => each.showing === showing)) return;
+  notice = () => texts().taskGone;
+  showNotice();
 }
 
-function show(newTask, draft, spent) {
+function show(newTask) {
+  const entered = drafts.of(newTask);
   task = newTask;
-  seconds = spent;
-  view = viewOf(task, draft, remember);
+  seconds = entered?.seconds ?? 0;
+  view = viewOf(task, entered?.draft ?? null, remember);
+  keep(TASK + link.name, task.showing);
   remember();
   render();
   scrollTo(0, 0);
@@ -110,8 +125,7 @@ function show(newTask, draft, spent) {
 }
 
 function remember() {
-  const keeps = keep(TASK + link.name, { task, draft: view.draft(), seconds });
-  if (!keeps) {
+  if (!drafts.keep(task, view.draft(), seconds)) {
     notice = () => texts().noStorage;
     showNotice();
   }
@@ -121,12 +135,10 @@ function submit() {
   const answer = view?.answer();
   if (!view) return;
   if (!answer) {
-    notice = ((problem) => () => problem)(view.problem);
+    notice = ((asked) => () => asked.problem)(view);
     return showNotice();
   }
-  const id = newId();
-  keep(LAST + link.name, { id, showing: task.showing, draft: view.draft() });
-  leave("judgements", { id, showing: task.showing, seconds: Math.round(seconds * 10) / 10, answer });
+  leave("judgements", { id: newId(), showing: task.showing, seconds: Math.round(seconds * 10) / 10, answer });
 }
 
 function skip() {
@@ -135,6 +147,8 @@ function skip() {
 
 function leave(path, body) {
   notice = null;
+  remember();
+  drafts.mark(body.showing, SENDING);
   outbox.add(path, body);
   forget(TASK + link.name);
   task = view = null;
@@ -144,32 +158,44 @@ function leave(path, body) {
 
 async function undo() {
   if (!me?.last || outbox.count) return;
-  const { status, detail } = await post(link.token, "undo", { id: me.last });
+  const reply = await post(link.token, "undo", { showing: me.last });
+  const { status } = reply;
   if (status === 0 || status >= 500) return showTrouble({ count: 0, trouble: status === 507 ? "full" : "away" });
-  if (status >= 400) return refused(detail);
+  if (status === 401) return endLink();
+  if (status >= 400) return showRefusal(reply);
   await meet();
   task = view = null;
   next();
 }
 
-function confirmed(entry) {
-  if (entry.path !== "judgements" || !me) return;
-  me.done += 1;
+function confirmed({ path, body }) {
+  drafts.mark(body.showing, SENT);
+  if (!me) return;
   me.left = Math.max(0, me.left - 1);
-  me.last = entry.body.id;
-  if (me.done % COUNT_EVERY === 0) meet();
+  me.last = body.showing;
+  if (path === "judgements") me.done += 1;
+  if (path === "judgements" && me.done % COUNT_EVERY === 0) meet();
   showProgress();
 }
 
-function refused(detail) {
-  notice = () => texts().refused(detail ?? "");
+function refused(reply, { body }) {
+  drafts.refuse(body, reply);
+  showKept();
+  showRefusal(reply);
+}
+
+function showRefusal(reply) {
+  notice = () => texts().refused(reasonOf(reply));
   showNotice();
 }
 
-function showFailure(status, detail) {
-  const isAway = status === 0 || status >= 500;
-  const words = () => (status === 401 ? texts().badLink : status === 507 ? texts().fullDisk : isAway ? texts().away(0) : detail);
-  notice = status === null ? null : words;
+// Of the admin; null: it did not fail.
+function showFailure(reply) {
+  notice = reply && (() => {
+    if (reply.status === 401) return texts().badLink;
+    if (reply.status === 507) return texts().fullDisk;
+    return reply.status === 0 || reply.status >= 500 ? texts().away(0) : texts().failed(reasonOf(reply));
+  });
   showNotice();
 }
 
@@ -185,6 +211,23 @@ function showNotice() {
   const lines = [trouble && troubles[trouble.trouble](trouble.count), outbox && !outbox.keeps && words.noStorage, notice?.()];
   at("notice").textContent = lines.filter(Boolean).join(" ");
   at("notice").hidden = !at("notice").textContent;
+}
+
+// What is not sent, beside the task at hand. It is made again only if it has changed, so that the focus stays.
+function showKept() {
+  const words = texts();
+  const found = drafts?.unsent(task) ?? [];
+  const signature = JSON.stringify([language(), found.map(({ showing, state, at }) => [showing, state, at])]);
+  at("kept").hidden = !found.length;
+  if (at("kept").dataset.shows === signature) return;
+  at("kept").dataset.shows = signature;
+  at("kept-title").textContent = words.keptTexts(found.length);
+  at("kept-texts").replaceChildren(...found.map((entry) =>
+    keptText(entry, () => {
+      drafts.discard(entry.showing);
+      showKept();
+      at(at("kept").hidden ? "task" : "kept-title").focus();
+    })));
 }
 
 function showProgress() {
@@ -215,6 +258,7 @@ function render() {
   showContent(admin ? admin.node : view ? view.node : element("p", { class: "message" }, message()));
   showProgress();
   showNotice();
+  showKept();
 }
 
 // The focus stays on what has it.
@@ -253,7 +297,7 @@ function wire() {
 }
 
 function onKey(event) {
-  if (admin || at("keys").open || event.altKey || event.metaKey || event.isComposing) return;
+  if (admin || at("keys").open || event.target.closest("#kept") || event.altKey || event.metaKey || event.isComposing) return;
   const isWriting = event.target.matches("textarea");
   if (event.key === "Enter" && (event.ctrlKey || !isWriting)) {
     if (!event.ctrlKey && event.target.matches("button:not(.choice), summary")) return; // it is pressed

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, exists, select
 
-from jobs.services.labelling.agreement.given import given_in
+from jobs.services.labelling.agreement.given import RATED, given_in
 from jobs.services.labelling.agreement.merging import Electorate, Pair, Vote, electorate, margins, ranked_pairs
 from jobs.services.labelling.reviewing import withheld
 from jobs.services.labelling.tables import items, judgements, people, reviews
@@ -119,5 +119,5 @@ def every(
 
 
 def judges_of(connection: Connection) -> Electorate:
-    """Those who have ranked or compared."""
-    return electorate(given_in(connection, ("rank", "compare")))
+    """Those whose answers merge: all but texts."""
+    return electorate(given_in(connection, ("rank", "compare", *RATED)))

@@ -51,13 +51,13 @@ def rankings(judged: Judged, _: Exported) -> Iterator[Json]:
 
 
 def scores(judged: Judged, _: Exported) -> Iterator[Json]:
-    """The mean rating of a reply, and how often each flag was given."""
+    """The mean rating of a reply by weighted voters, and how often each flag was given."""
     item, ratings = judged.item, ratings_of(judged)
     record = ScoredRecord(
         item.prompt_id,
         messages_from_dicts(item.messages),
         _reply(item.replies[0]["reply"]),
-        statistics.fmean(ratings),
+        mean_rating(judged),
         tuple(item.tools),
     )
     flags = Counter(flag for row in judged.given for flag in row.answer["flags"])
@@ -131,6 +131,16 @@ def ratings_of(judged: Judged) -> list[int]:
     if not ratings:
         raise LeftOut("only flagged")
     return ratings
+
+
+def mean_rating(judged: Judged) -> float:
+    """Over voters, by their weights; equal ones if none is known to rate better than chance."""
+    given: dict[int, list[int]] = {}
+    for row in judged.given:
+        if row.answer["rating"] is not None:
+            given.setdefault(judged.judges.voters.of(row.person), []).append(row.answer["rating"])
+    weights = [judged.judges.rating_weight(voter) for voter in given]
+    return round(statistics.fmean(map(statistics.fmean, given.values()), weights if any(weights) else None), 4)
 
 
 def _certainty(votes: Iterable[Vote], ranked: list[int], weights: Mapping[int, float], count: int) -> Json:

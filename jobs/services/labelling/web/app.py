@@ -18,13 +18,14 @@ from starlette.types import ASGIApp
 
 from jobs.services.labelling import work
 from jobs.services.labelling.admin.routes import admin_routes
-from jobs.services.labelling.answers import FLAGS, Id, Judgement, Unfit
+from jobs.services.labelling.answers import FLAGS, Id, Judgement
 from jobs.services.labelling.people import Person, person_of, valid_hashes
+from jobs.services.labelling.refusals import Refused
 from jobs.services.labelling.store import Store, StoreFull
 from jobs.services.labelling.tables import ADMIN, about
 from jobs.services.labelling.web.guard import Guard, Links, token_of
 from jobs.services.labelling.web.meters import Meters
-from orchestrator.errors import ConfigError, DataError, StorageError
+from orchestrator.errors import StorageError
 
 _PAGE = Path(__file__).parents[1] / "page"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -50,14 +51,6 @@ class ShowingOf(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     showing: Id
-
-
-class JudgementOf(BaseModel):
-    """The body of a request about a judgement."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    id: Id
 
 
 def identify(request: Request, authorization: Annotated[str, Header()] = "") -> Person:
@@ -96,13 +89,8 @@ def create_app(store: Store, settings: Settings) -> ASGIApp:
 
 def _handle_errors(app: FastAPI) -> None:
     answers: Mapping[type[Exception], int] = {
-        work.Unknown: 404,
-        work.Refused: 409,
-        Unfit: 422,
         StoreFull: 507,
         StorageError: 503,
-        DataError: 422,
-        ConfigError: 422,
     }
 
     def answer(status: int, request: Request, error: Exception) -> JSONResponse:
@@ -111,11 +99,15 @@ def _handle_errors(app: FastAPI) -> None:
     for kind, status in answers.items():
         app.add_exception_handler(kind, partial(answer, status))
 
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> JSONResponse:
+        return JSONResponse({"detail": str(error), "code": error.code}, error.status)
+
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         """Without the values: they may hold what can't be encoded."""
         faults = "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()[:5])
-        return JSONResponse({"detail": ascii(faults)[1:-1]}, 422)
+        return JSONResponse({"detail": ascii(faults)[1:-1], "code": "invalid"}, 422)
 
 
 def _pages() -> APIRouter:
@@ -201,9 +193,9 @@ def _labelling(store: Store, settings: Settings) -> APIRouter:
         return {}
 
     @router.post("/undo")
-    def undo(body: JudgementOf, person: Who) -> Mapping[str, Any]:
+    def undo(body: ShowingOf, person: Who) -> Mapping[str, Any]:
         with store.writing() as connection:
-            work.undo(connection, person, body.id, rules)
+            work.undo(connection, person, body.showing, rules)
         return {}
 
     return router

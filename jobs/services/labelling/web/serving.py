@@ -27,9 +27,19 @@ _MAX_CONNECTIONS = 500
 
 
 def serve(
-    store: Store, settings: Settings, *, host: str, port: int, certificate: Path | None, key: Path | None
+    store: Store,
+    settings: Settings,
+    *,
+    host: str,
+    port: int,
+    certificate: Path | None,
+    key: Path | None,
+    shows_link: bool = True,
 ) -> None:
-    """Serves until a signal. Prints the admin's link when it is made, which is the first time.
+    """Serves until a signal. Makes and prints the admin's link the first time.
+
+    Args:
+        shows_link: False where others read what is printed, as in the log of a run: then there is none yet.
 
     Raises:
         CapacityError: another service has the store, or the port is taken.
@@ -40,11 +50,12 @@ def serve(
     with store.served(), listening(host, port) as listener:
         address = address_of(host, listener.getsockname()[1], is_encrypted=certificate is not None)
         with store.writing() as connection:
-            token = None if people.has_admin(connection) else people.new_admin(connection)
+            token = people.new_admin(connection) if shows_link and not people.has_admin(connection) else None
         say(f"labelling {store.place} at {address}")
         if token:
             say(f"the admin's link, shown once: {people.link(address, token)}")
-        say("links for others: rlhf label invite NAME")
+        invite = f"rlhf label invite NAME --store {store.place} --address {address}"
+        say(f"links for others: {invite}; with the name admin: the admin's")
         if not is_loopback(host) and certificate is None:
             say("WARNING links and answers travel unencrypted; give --certificate and --key, or a proxy with TLS.")
         run(create_app(store, settings), listener, ssl_certfile=certificate, ssl_keyfile=key)

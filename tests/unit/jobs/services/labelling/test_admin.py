@@ -98,14 +98,16 @@ async def test_the_admin_invites_pauses_revokes_and_finishes(tmp_path: Path) -> 
             await change("revoke", name="ann")
             assert (await ann.post("/api/next", json={})).status_code == 401
         assert [each["revoked"] for each in (await admin.get("/api/admin/overview")).json()["people"]] == [True]
-        for path, body in (
-            ("invite", {"name": "admin"}),
-            ("invite", {"name": " "}),
-            ("revoke", {"name": "nobody"}),
-            ("finish", {"batch": "nothing", "finished": True}),
+        for path, body, code in (
+            ("invite", {"name": "admin"}, "name"),
+            ("invite", {"name": " "}, "name"),
+            ("revoke", {"name": "nobody"}, "name"),
+            ("pause", {"name": "nobody", "paused": True}, "name"),
+            ("finish", {"batch": "nothing", "finished": True}, "no_batch"),
+            ("finish", {"batch": "nothing", "finished": "perhaps"}, "invalid"),
         ):
             refused = await change(path, **body)
-            assert refused.status_code == 422 and refused.json()["detail"]
+            assert refused.status_code == 422 and refused.json()["detail"] and refused.json()["code"] == code
 
 
 async def test_a_run_that_waits_has_a_line_with_its_own_numbers_whoever_added_its_items_first(tmp_path: Path) -> None:
@@ -147,7 +149,8 @@ async def test_an_export_is_a_file_and_leaves_nothing_behind(tmp_path: Path, mon
     app = create_app(store, SETTINGS)
     async with client_of(app, invited(store, "ann")) as ann, client_of(app, admin_of(store)) as admin:
         nothing = await admin.get("/api/admin/export/rankings")
-        assert nothing.status_code == 422 and "no judgements that make rankings" in nothing.json()["detail"]
+        assert nothing.status_code == 422 and nothing.json()["code"] == "no_export"
+        assert "no judgements that make rankings" in nothing.json()["detail"]
         await judge(ann, [1, 2, 3, 4])
         found = await admin.get("/api/admin/export/rankings")
         assert found.headers["content-disposition"] == 'attachment; filename="rankings.jsonl"'

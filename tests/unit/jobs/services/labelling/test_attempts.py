@@ -106,7 +106,7 @@ def anothers_task(target: Target) -> Iterator[Answer]:
 def anothers_judgement(target: Target) -> Iterator[Answer]:
     showing = target.posted("/api/next", {}, "ann").json()["task"]["showing"]
     assert target.posted("/api/judgements", ranking(showing, [1, 2, 3, 4], "of-ann-1")).status_code == 200
-    yield answer(target.posted("/api/undo", {"id": "of-ann-1"}, "bob"))
+    yield answer(target.posted("/api/undo", {"showing": showing}, "bob"))
 
 
 def invalid_links(target: Target) -> Iterator[Answer]:

@@ -194,7 +194,7 @@ def test_a_later_judgement_of_the_same_person_replaces_the_earlier_one(store: St
     answer(store, ann, task)
     earlier = items(store, keys)
     with store.writing() as connection:
-        work.undo(connection, ann, f"answer-{task.id}", RULES)
+        work.undo(connection, ann, task.id, RULES)
     assert joined(earlier, items(store, keys))[0].judgements == earlier[0].judgements, "what was frozen stays"
     body = {"id": "answer-again", "showing": task.id, "seconds": 1.0}
     with store.writing() as connection:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.services.labelling import embedded
+from jobs.services.labelling import embedded, work
 from jobs.services.labelling.embedded import Agreement, agreement, newest_run, offer, training
 from jobs.services.labelling.items.adding import Wanted, add
 from jobs.services.labelling.items.sources import Candidate
@@ -28,6 +28,7 @@ from orchestrator.run.storage import write_sealed
 from orchestrator.schema import ROLLOUT
 from orchestrator.training.ranking import wilson_interval
 from tests.deadlines import scaled
+from tests.unit.jobs.services.labelling.filled import filled, person
 from tests.unit.jobs.services.labelling.running import ROOT
 from tests.unit.jobs.services.labelling.test_exporting import judged, rank
 
@@ -159,6 +160,29 @@ def test_it_ends_when_all_is_judged_and_continues_after_an_interruption(tmp_path
     assert "of 9 pairs of 3 prompts" in output and f"{run / 'labels.jsonl'}: 3 rankings" in output
     assert f"rlhf reward-model --config {run / 'config.yaml'} 'stages=[reward_model]'" in output
     assert len((run / "labels.jsonl").read_text().splitlines()) == 3
+
+
+def test_it_ends_when_the_person_has_answered_or_skipped_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(embedded, "monotonic", lambda: now)
+    store = filled(tmp_path, num=2)
+    you, rules = person(store, "you"), work.Rules(gold_share=0.0)
+    done = embedded.Done(store, you)
+    for _ in range(2):
+        now += 10.0
+        assert not done() and not done()
+        with store.writing() as connection:
+            task = work.next_task(connection, you, rules)
+            assert task is not None
+            work.skip(connection, you, task.id)
+    assert not done()
+    now += 10.0
+    assert done()
+    with store.writing() as connection:
+        work.undo(connection, you, task.id, rules)
+    assert not done()
 
 
 class Terminal:

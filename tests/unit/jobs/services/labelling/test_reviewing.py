@@ -11,11 +11,12 @@ import pytest
 from sqlalchemy import insert, select
 
 from jobs.services.labelling import work
-from jobs.services.labelling.answers import Judgement, Unfit
+from jobs.services.labelling.answers import Judgement
 from jobs.services.labelling.exporting import export
 from jobs.services.labelling.items.adding import TOPIC, Wanted, add
 from jobs.services.labelling.items.sources import Candidate
 from jobs.services.labelling.people import Person
+from jobs.services.labelling.refusals import Unfit
 from jobs.services.labelling.reviewing import acceptance, states
 from jobs.services.labelling.store import Store
 from jobs.services.labelling.tables import batches, items, members
@@ -45,21 +46,20 @@ class Team:
             return work.next_task(connection, self.people[name], RULES)
 
     def answer(self, name: str, answer: dict[str, Any], *, showing: str | None = None) -> str:
-        """The id of the person's answer to their next task, which must be of this kind, or to a showing."""
+        """Answers the person's next task, which must be of this kind, or a showing. Returns the showing."""
         if showing is None:
             task = self.task(name)
             assert task.kind == answer["kind"]
             showing = task.id
         self._num += 1
-        identity = f"answer-{self._num}"
-        body = {"id": identity, "showing": showing, "seconds": 1.0, "answer": answer}
+        body = {"id": f"answer-{self._num}", "showing": showing, "seconds": 1.0, "answer": answer}
         with self.store.writing() as connection:
             work.judge(connection, self.people[name], Judgement.model_validate(body), num_reviews=3)
-        return identity
+        return showing
 
-    def undo(self, name: str, identity: str) -> None:
+    def undo(self, name: str, showing: str) -> None:
         with self.store.writing() as connection:
-            work.undo(connection, self.people[name], identity, RULES)
+            work.undo(connection, self.people[name], showing, RULES)
 
     def states(self) -> dict[str, int]:
         with self.store.reading() as connection:

@@ -10,8 +10,9 @@ import pytest
 from sqlalchemy import Row, event, func, select, update
 
 from jobs.services.labelling import work
-from jobs.services.labelling.answers import Judgement, Unfit
+from jobs.services.labelling.answers import Judgement
 from jobs.services.labelling.people import Person
+from jobs.services.labelling.refusals import Refused, Unfit, Unknown
 from jobs.services.labelling.store import Store, StoreFull
 from jobs.services.labelling.tables import items, judgements, showings
 from orchestrator.errors import CapacityError, ConfigError, StorageError
@@ -39,6 +40,11 @@ def answer(store: Store, who: Person, showing: str, ranks: list[int | None], ide
 def stored(store: Store) -> list[Row[Any]]:
     with store.reading() as connection:
         return list(connection.execute(select(judgements).order_by(judgements.c.seq)).all())
+
+
+def undo(store: Store, who: Person, showing: str) -> None:
+    with store.writing() as connection:
+        work.undo(connection, who, showing, RULES)
 
 
 def expire(store: Store) -> None:
@@ -78,9 +84,9 @@ def test_a_retry_counts_once_and_another_answer_under_its_id_is_refused(tmp_path
     task = given(store, ann)
     assert answer(store, ann, task.id, [1, 2, 3, 4])
     assert not answer(store, ann, task.id, [1, 2, 3, 4])
-    with pytest.raises(work.Refused):
+    with pytest.raises(Refused):
         answer(store, ann, task.id, [4, 3, 2, 1])
-    with pytest.raises(work.Refused):
+    with pytest.raises(Refused):
         answer(store, ann, task.id, [4, 3, 2, 1], "answer-2")
     assert len(stored(store)) == 1
 
@@ -150,11 +156,10 @@ def test_undo_takes_back_the_last_judgement_and_opens_its_task(tmp_path: Path) -
     second = given(store, ann)
     answer(store, ann, second.id, [1, 2, 3, 4], "answer-2")
     third = given(store, ann)
-    with pytest.raises(work.Refused), store.writing() as connection:
-        work.undo(connection, ann, "answer-1", RULES)
+    with pytest.raises(Refused), store.writing() as connection:
+        work.undo(connection, ann, first.id, RULES)
     for _ in range(2):  # a retry
-        with store.writing() as connection:
-            work.undo(connection, ann, "answer-2", RULES)
+        undo(store, ann, second.id)
     assert given(store, ann).id == second.id
     answer(store, ann, second.id, [4, 3, 2, 1], "answer-3")
     assert given(store, ann).item == third.item
@@ -162,7 +167,28 @@ def test_undo_takes_back_the_last_judgement_and_opens_its_task(tmp_path: Path) -
     assert [row.undone_at is None for row in rows] == [True, False, True]
     with store.reading() as connection:
         assert connection.scalar(select(func.sum(items.c.num_judgements))) == 2
-        assert work.progress(connection, ann) == {"done": 2, "left": 1, "last": "answer-3"}
+        assert work.progress(connection, ann) == {"done": 2, "left": 1, "last": second.id}
+
+
+def test_undo_opens_what_was_skipped_and_then_what_was_done_before_it(tmp_path: Path) -> None:
+    store = filled(tmp_path, num=3)
+    ann = person(store, "ann")
+    first = given(store, ann)
+    answer(store, ann, first.id, [1, 2, 3, 4], "answer-1")
+    second = given(store, ann)
+    with store.writing() as connection:
+        work.skip(connection, ann, second.id)
+    third = given(store, ann)
+    undo(store, ann, second.id)
+    assert given(store, ann).id == second.id
+    with store.reading() as connection:
+        assert work.progress(connection, ann) == {"done": 1, "left": 2, "last": first.id}
+    undo(store, ann, first.id)
+    assert given(store, ann).id == first.id and stored(store)[0].undone_at is not None
+    answer(store, ann, first.id, [4, 3, 2, 1], "answer-2")
+    assert given(store, ann).item == second.item  # it was taken back before an answer
+    with pytest.raises(Refused), store.writing() as connection:
+        work.undo(connection, ann, third.id, RULES)
 
 
 def test_gold_items_come_once_to_each_person_at_their_share_and_need_no_overlap(tmp_path: Path) -> None:
@@ -185,7 +211,7 @@ def test_only_what_was_shown_to_somebody_can_be_answered_and_only_as_it_was(tmp_
     store = filled(tmp_path, num=1)
     ann, bob = person(store, "ann"), person(store, "bob")
     task = given(store, ann)
-    with pytest.raises(work.Unknown):
+    with pytest.raises(Unknown):
         answer(store, bob, task.id, [1, 2, 3, 4])
     with pytest.raises(Unfit):
         answer(store, ann, task.id, [1, 2, 3])
