@@ -29,6 +29,7 @@ from orchestrator.data.records import (
 )
 
 _DIGITS = 4
+_FLAGS_ONLY = "only flagged"
 
 
 def rankings(judged: Judged, _: Exported) -> Iterator[Json]:
@@ -129,16 +130,19 @@ def ratings_of(judged: Judged) -> list[int]:
     """Raises LeftOut: there are only flags."""
     ratings = [row.answer["rating"] for row in judged.given if row.answer["rating"] is not None]
     if not ratings:
-        raise LeftOut("only flagged")
+        raise LeftOut(_FLAGS_ONLY)
     return ratings
 
 
 def mean_rating(judged: Judged) -> float:
-    """Over voters, by their weights; equal ones if none is known to rate better than chance."""
+    """Over voters, by their weights; equal ones if none is known to rate better than chance. Raises LeftOut: there are
+    only flags."""
     given: dict[int, list[int]] = {}
     for row in judged.given:
         if row.answer["rating"] is not None:
             given.setdefault(judged.judges.voters.of(row.person), []).append(row.answer["rating"])
+    if not given:
+        raise LeftOut(_FLAGS_ONLY)
     weights = [judged.judges.rating_weight(voter) for voter in given]
     return round(statistics.fmean(map(statistics.fmean, given.values()), weights if any(weights) else None), 4)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, groupby
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from jobs.services.labelling.shapes.judged import Exported, Json, Judged, every, judges_of
-from jobs.services.labelling.shapes.own import preference_of, ratings_of
+from jobs.services.labelling.shapes.own import mean_rating, preference_of
 from jobs.services.labelling.shapes.texts import exchange, model_of, replies, require_kept
 from orchestrator.data.formats import arena
 from orchestrator.data.formats.feedback import SCORE_FORMATS
@@ -68,9 +67,9 @@ def _completion(judged: Judged, report: Exported) -> Json:
         raise LeftOut(f"tasks to {judged.item.kind}, which ultrafeedback does not hold")
     if len(exchange(judged)) > 1:
         raise LeftOut("with several turns")
-    (text,), ratings = replies(judged), ratings_of(judged)
+    (text,) = replies(judged)
     _count_flags(judged, report)
-    return {"model": model_of(judged, 0), "response": text, "overall_score": statistics.fmean(ratings)}
+    return {"model": model_of(judged, 0), "response": text, "overall_score": mean_rating(judged)}
 
 
 def helpsteer2(judged: Judged, report: Exported) -> Iterator[Json]:
@@ -82,7 +81,7 @@ def helpsteer2(judged: Judged, report: Exported) -> Iterator[Json]:
         "id": judged.item.prompt_id,
         "prompt": "".join([first["content"], *turns]),
         "response": text,
-        "helpfulness": _whole(statistics.fmean(ratings_of(judged)) - 1),
+        "helpfulness": _whole(mean_rating(judged) - 1),
     }
     require_kept(SCORE_FORMATS["helpsteer"], row, messages, [text])
     _count_flags(judged, report)
