@@ -34,7 +34,10 @@ def use_liger(pretrained: Any, forward: Callable[[], Tensor]) -> None:
         DataError: the model computes otherwise with them.
     """
     if not is_liger_kernel_available():
-        raise ConfigError("liger=true needs package liger-kernel: pip install liger-kernel, or set liger=false.")
+        raise ConfigError(
+            "liger=true needs package liger-kernel, which requirements/gpu.txt has: pip install "
+            "'rlhf-orchestrator[liger]', or set liger=false."
+        )
     if pretrained.device.type != _DEVICE:
         raise ConfigError(f"liger=true needs a GPU, and the model is on {pretrained.device}. Set liger=false.")
     module = sys.modules[type(pretrained).__module__]

@@ -1,5 +1,5 @@
-"""Checks whether the chosen rollout engine is available, and whether vLLM serves the policy's architecture: before
-anything starts, and without the policy's weights."""
+"""Checks whether engine and kernels are available, and whether vLLM serves the policy's architecture: before anything
+starts, and without the policy's weights."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ def check_engine(config: Config) -> None:
             "rollout.engine='vllm', and vLLM is not installed here. Set rollout.engine=hf or auto to sample with "
             "transformers, or install the locked set on Linux: make setup."
         )
+
+
+def check_kernels(config: Config) -> str | None:
+    """A note if Liger's kernels are wanted and not installed here: the machines with GPUs are mostly others."""
+    wanted = [name for name in type(config).model_fields if getattr(getattr(config, name), "liger", False)]
+    if not wanted or importlib.util.find_spec("liger_kernel") is not None:
+        return None
+    return (
+        f"{', '.join(f'{name}.liger' for name in wanted)}: package liger-kernel is not installed here, and the nodes "
+        "with GPUs need it. requirements/gpu.txt has it; otherwise pip install 'rlhf-orchestrator[liger]' there"
+    )
 
 
 def check_architecture(config: Config) -> str | None:

@@ -12,7 +12,7 @@ import pytest
 from actors.machine import probe
 from actors.machine.probe import Speed
 from jobs import resolve
-from jobs.check.engine import check_engine
+from jobs.check.engine import check_engine, check_kernels
 from jobs.check.engine_trial import Verdict
 from jobs.resolve import RESOLVERS, resolved
 from orchestrator.config.changes import OPEN, RESOLVED_ONCE, changed_keys, value_of
@@ -121,6 +121,16 @@ def test_vllm_asked_for_by_name_and_missing_is_refused_with_the_way_out(
     with pytest.raises(ConfigError, match=r"vLLM is not installed here. Set rollout.engine=hf"):
         check_engine(named)
     check_engine(config(tmp_path, rollout={"engine": "hf"}))
+
+
+def test_kernels_that_are_wanted_and_missing_are_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = config(tmp_path, policy={"liger": True, "gpus_per_rank": 1.0}, placement={"mode": "separate"})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    note = check_kernels(wanted)
+    assert note is not None and note.startswith("policy.liger: ") and "rlhf-orchestrator[liger]" in note
+    assert check_kernels(config(tmp_path)) is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert check_kernels(wanted) is None
 
 
 def test_an_open_engine_is_never_started() -> None:
