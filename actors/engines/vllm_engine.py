@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from vllm import LLM, RequestOutput, SamplingParams, TokensPrompt
 from vllm.config import WeightTransferConfig
 from vllm.platforms import current_platform
-from vllm.v1.sample import sampler
 
 from actors.engines import vllm_plugin
 from actors.engines.contract import (
@@ -25,13 +24,12 @@ from actors.engines.contract import (
     rollout_table,
     summary,
 )
+from actors.engines.vllm_workers import Workers
 from actors.machine.devices import require_usable
 from actors.text.conversations import load_chat
-from actors.weights.cpu import BucketTransferEngine
 from actors.weights.manifest import WeightHeader
 from actors.weights.transports.group import Rendezvous
 from actors.weights.transports.receiver import Parcel
-from actors.weights.transports.shared import device_id
 from orchestrator.errors import ConfigError, RlhfError
 from orchestrator.garbage import collect_seldom
 from orchestrator.roles import Tag
@@ -44,6 +42,8 @@ _VLLM_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # Roles take turns on the cores; pinned threads of two roles on one core would starve each other.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # OpenMP's threads do not survive a fork: a forked worker would wait for them forever.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_NO_USAGE_STATS": "1",
 }
 
@@ -56,6 +56,7 @@ class VllmEngine:
         self._context = context
         self._chat = load_chat(folder, context.model, context.template)
         self._llm = start_llm(folder, context)
+        self._workers = Workers(self._llm)
         self._served = ServedVersion(context.version)
         self._asleep: set[Tag] = set()
         if context.version is None:
@@ -86,31 +87,25 @@ class VllmEngine:
 
     def begin_update(self, header: WeightHeader) -> None:
         self._served.begin(header)
-        init_info = {"header": header, "verify": self._context.publish.verify, "seed": self._served.num_updates}
         with self._served.failing():
-            self._call(_abandon_session)
-            self._call("init_weight_transfer_engine", init_info=init_info)
-            self._call("start_weight_update")
+            self._workers.begin(header, self._context.publish.verify, self._served.num_updates)
 
     def device_ids(self) -> list[str]:
-        return self._call(_device_id)
+        return self._workers.device_ids()
 
     def join(self, meeting: Rendezvous, first_rank: int) -> None:
-        self._call(_join, meeting=meeting, first_rank=first_rank)
+        self._workers.join(meeting, first_rank)
 
     def receive_bucket(self, parcel: Parcel) -> None:
         self._served.updating()
         with self._served.failing():
-            self._call("update_weights", update_info={"parcel": parcel})
+            self._workers.receive(parcel)
 
     def finish_update(self, version: int) -> UpdateReport:
         header = self._served.updating()
         with self._served.failing():
-            self._call("finish_weight_update")
-            compared = self._call(_compare)
-            num_compared = min(count for count, _ in compared)
-            slowest = {part: max(seconds[part] for _, seconds in compared) for part in compared[0][1]}
-            return self._serve(version, header, num_compared, slowest)
+            num_compared, seconds = self._workers.finish()
+            return self._serve(version, header, num_compared, seconds)
 
     def version(self) -> int | None:
         return self._served.number
@@ -135,14 +130,6 @@ class VllmEngine:
         self._served.serve(version)
         return UpdateReport(version, len(header.tensors), header.num_bytes, num_compared, seconds)
 
-    def _call(self, work: str | Callable[..., Any], **arguments: Any) -> list[Any]:
-        """The results of all workers; more than one with tensor parallelism. Raises the first RlhfError of a worker."""
-        results: list[Any] = self._llm.collective_rpc(_attempt, kwargs={"work": work, "arguments": arguments})
-        for result in results:
-            if isinstance(result, RlhfError):
-                raise result
-        return results
-
     def _parameters(self, sampling: Sampling, item: SampleRequest) -> SamplingParams:
         return SamplingParams(
             temperature=0.0 if item.is_greedy else sampling.temperature,
@@ -158,6 +145,7 @@ class VllmEngine:
 
 def start_llm(folder: Path, context: EngineContext, *, skip_tokenizer_init: bool = False) -> LLM:
     model, rollout = context.model, context.rollout
+    width = rollout.tensor_parallel_size
     require_usable()
     os.environ.update(_VLLM_ENVIRONMENT)
     vllm_plugin.register()
@@ -165,7 +153,7 @@ def start_llm(folder: Path, context: EngineContext, *, skip_tokenizer_init: bool
     if on_cpu:
         # vLLM fixes torch's thread count when it starts.
         torch.set_num_threads(context.threads)
-        _skip_ranks()
+        os.environ["OMP_NUM_THREADS"] = str(max(1, context.threads // width))  # of each worker, if they are processes
     collect_seldom()  # vLLM runs five full garbage collections when it starts
     return LLM(
         model=str(folder),
@@ -173,9 +161,9 @@ def start_llm(folder: Path, context: EngineContext, *, skip_tokenizer_init: bool
         max_model_len=model.max_length,
         max_num_seqs=context.max_samples,
         seed=context.seed,
-        tensor_parallel_size=rollout.tensor_parallel_size,
+        tensor_parallel_size=width,
         # By default vLLM asks Ray for the workers of an engine in a placement group, which holds the GPUs already.
-        distributed_executor_backend="mp" if rollout.tensor_parallel_size > 1 else None,
+        distributed_executor_backend="mp" if width > 1 else None,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         # An explicit size also avoids the warm-up on CPUs.
         kv_cache_memory_bytes=int(rollout.kv_cache_gib * _GIB) if on_cpu else None,
@@ -196,25 +184,8 @@ def start_llm(folder: Path, context: EngineContext, *, skip_tokenizer_init: bool
     )
 
 
-def _skip_ranks() -> None:
-    """Sets the rank of each sampled token to 1, because it is not used.
-
-    vLLM 0.32 computes ranks with a kernel that torch compiles from C++ during the first batch: 2 s with a warm
-    cache, and it needs a compiler. Remove this when SamplingParams.logprobs can omit ranks.
-    """
-    sampler.batched_count_greater_than = lambda logprobs, chosen: chosen.new_ones(len(chosen), dtype=torch.int64)
-
-
 def _check(context: EngineContext) -> None:
-    if not current_platform.is_cpu():
-        return
-    rollout = context.rollout
-    if rollout.tensor_parallel_size > 1:
-        raise ConfigError(
-            f"rollout.tensor_parallel_size={rollout.tensor_parallel_size} needs GPUs, and here vLLM runs on the CPU. "
-            "Set it to 1 and raise rollout.replicas or rollout.cpus_per_replica."
-        )
-    if context.sleeps:
+    if current_platform.is_cpu() and context.sleeps:
         raise ConfigError("engines on CPUs have no GPU memory to free; build them without sleeps.")
 
 
@@ -227,32 +198,3 @@ def _sample(output: RequestOutput) -> Sample:
     tokens = list(completion.token_ids)
     entries = zip(tokens, completion.logprobs, strict=True)
     return Sample(tokens, [entry[token].logprob for token, entry in entries])
-
-
-def _abandon_session(worker: Any) -> None:
-    """Closes the session of an interrupted update; the transfer engine resets the layers at the next start."""
-    # vLLM passes the worker in a wrapper that forwards reads of attributes but not writes.
-    getattr(worker, "worker", worker)._weight_update_active = False
-
-
-def _attempt(worker: Any, work: str | Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """Returns an RlhfError instead of raising it: vLLM keeps only the text of an error in another process."""
-    try:
-        return getattr(worker, work)(**arguments) if isinstance(work, str) else work(worker, **arguments)
-    except RlhfError as error:
-        return error
-
-
-def _join(worker: Any, meeting: Rendezvous, first_rank: int) -> None:
-    engine: BucketTransferEngine = worker.weight_transfer_engine
-    engine.receiver.join(meeting, first_rank + engine.parallel_config.rank)
-
-
-def _device_id(worker: Any) -> str:
-    engine: BucketTransferEngine = worker.weight_transfer_engine
-    return device_id(engine.device)
-
-
-def _compare(worker: Any) -> tuple[int, dict[str, float]]:
-    engine: BucketTransferEngine = worker.weight_transfer_engine
-    return engine.compare(), engine.seconds

@@ -27,6 +27,7 @@ from vllm.model_executor.models import registry
 
 from actors.engines.contract import EngineContext, ServedVersion
 from actors.engines.vllm_engine import VllmEngine, start_llm
+from actors.engines.vllm_workers import Workers
 from actors.models.export import named_state
 from actors.weights.manifest import pack, plan
 from orchestrator.config.base import Dtype
@@ -169,6 +170,7 @@ class _BareEngine(VllmEngine):
     def __init__(self, folder: Path, context: EngineContext) -> None:
         self._context = context
         self._llm = start_llm(folder, context, skip_tokenizer_init=True)
+        self._workers = Workers(self._llm)
         self._served = ServedVersion(context.version)
 
     def sampled(self, prompt: list[int], count: int) -> tuple[list[int], list[float]]:

@@ -25,6 +25,7 @@ from actors.weights.manifest import TensorSpec, Unpacker, Verify, WeightHeader
 from actors.weights.packed import packed_weight
 from actors.weights.places import Places, checkpoint_form, locate
 from actors.weights.readback import Reader
+from actors.weights.taken import Taken, views_of
 from actors.weights.transports.receiver import Parcel, Receiver
 from actors.weights.verify import Verifier
 from actors.weights.write import Writer, obstacle
@@ -59,19 +60,31 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
         self._verifier: Verifier | None = None
         self._half_loaded = False
         self._form = checkpoint_form(self.vllm_config)
-        self._places = locate(self.model, self._form)
+        self._places: Places = {}
+        self._refusal: PublishError | None = None
+        try:
+            self._places = locate(self.model, self._form)
+        except PublishError as error:
+            self._refusal = error
         self.receiver = Receiver(self.device)
         self._reader = Reader(self.model)
         self.obstacle = obstacle(self.model, self._places)
         self._writer = Writer(self.model, self._places, self._reader) if self.obstacle is None else None
         self.seconds = dict.fromkeys(("receive", "apply", "verify"), 0.0)
 
+    def taken(self) -> Taken:
+        """What this worker keeps of the trainer's tensors. Called before the first publish.
+
+        Raises:
+            PublishError: see `locate`. Not raised when the worker starts, because vLLM would log it and raise another.
+        """
+        if self._refusal is not None:
+            raise self._refusal
+        return Taken(dict(self._form.specs), self._form.buffers, views_of(self._places))
+
     def init_transfer_engine(self, init_info: BucketInitInfo) -> None:
-        """Raises PublishError if the sent names are not the model's."""
-        verifier = Verifier(self._reader, self._places, mode=init_info.verify, seed=init_info.seed)
-        verifier.check_names((spec.name for spec in init_info.header.tensors), optional=self._form.buffers)
-        self._verifier = verifier
-        self._unpacker = Unpacker(init_info.header, proved_later=verifier.proves, room=self._room)
+        self._verifier = Verifier(self._reader, self._places, mode=init_info.verify, seed=init_info.seed)
+        self._unpacker = Unpacker(init_info.header, proved_later=self._verifier.proves, room=self._room)
         self.receiver.begin(init_info.header)
         self.seconds = dict.fromkeys(self.seconds, 0.0)
 

@@ -92,11 +92,11 @@ Places = Mapping[str, tuple[Place, ...]]
 def locate(model: Any, form: CheckpointForm) -> Places:
     """Maps the name of each tensor that the engine loads to its places.
 
-    Omits buffers of the trainer (such as masks) that the engine does not load.
+    With tensor parallelism these are the places of one worker, which may keep parts of a tensor, or nothing of it
+    (actors.weights.taken).
 
     Raises:
-        PublishError: the loader computes with a tensor instead of moving it, omits a parameter of the trainer, or fills
-            a parameter from another source.
+        PublishError: the loader computes with a tensor instead of moving it, or fills a parameter from another source.
     """
     ties = _ties(model)
     with _Loading(model) as loading:
@@ -110,22 +110,16 @@ def locate(model: Any, form: CheckpointForm) -> Places:
         for module, parameter in ties.get((place.module, place.parameter), ()):
             if (module, parameter) != (place.module, place.parameter):
                 places[name].append(Place(module, parameter, place.held, place.sent, tied=True))
+    # The padding of a vocabulary, which a tied layer shares too.
+    recorder.constants += [(other, view) for key, view in recorder.constants for other in ties.get(key, ())]
     found = {name: tuple(dict.fromkeys(many)) for name, many in places.items()}
-    _require_whole(model, found, recorder, form)
+    _require_filled(model, found, recorder)
     return found
 
 
-def _require_whole(model: nn.Module, places: Places, recorder: _Recorder, form: CheckpointForm) -> None:
+def _require_filled(model: nn.Module, places: Places, recorder: _Recorder) -> None:
     if recorder.computed:
-        raise _refusal(f"computes with {listed(sorted(recorder.computed))} while it loads them")
-    arrived = {name: sum(view.num_elements for view in {p.sent for p in many}) for name, many in places.items()}
-    lost = [
-        name
-        for name, shape in form.specs
-        if arrived.get(name, 0) < prod(shape) and (name not in form.buffers or name in arrived)
-    ]
-    if lost:
-        raise _refusal(f"leaves out {listed(lost)}")
+        raise refusal(f"computes with {listed(sorted(recorder.computed))} while it loads them")
     filled: dict[tuple[str, str], int] = defaultdict(int)
     views = {((p.module, p.parameter), p.held) for many in places.values() for p in many}
     for key, view in views | set(recorder.constants):
@@ -137,10 +131,10 @@ def _require_whole(model: nn.Module, places: Places, recorder: _Recorder, form: 
         and (filled[module, name] or not _is_constant(getattr(model.get_submodule(module), name)))
     ]
     if foreign:
-        raise _refusal(f"has parameters that no tensor of the trainer fills, or not wholly: {listed(foreign)}")
+        raise refusal(f"has parameters that no tensor of the trainer fills, or not wholly: {listed(foreign)}")
 
 
-def _refusal(what: str) -> PublishError:
+def refusal(what: str) -> PublishError:
     return PublishError(
         f"vLLM's model {what}, so a publish could not be proved. Set rollout.engine=hf for this architecture."
     )

@@ -4,13 +4,14 @@ They differ on CPUs. If the CPU has a packed format for the dtype, linear layers
 parameter is emptied or, for a tied lm_head, unused. Copies that torch packed are read in their memory or unpacked
 (actors.weights.packed). Any other such layer is applied to the identity matrix: the result is exactly the transposed
 weight, because all other products are exact zeros. The layer that computes logits is read through `compute_logits`,
-which sampling also uses. Packing moves the elements of experts; the new positions are found by packing numbers. All
+which sampling also uses; with tensor parallelism through its own product, because `compute_logits` then waits for the
+other workers. Packing moves the elements of experts; the new positions are found by packing numbers. All
 other parameters are read as bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -29,7 +30,7 @@ TRANSPOSED_ROWS = 64
 
 
 class Reader:
-    """Reads one vLLM model whose layers hold whole tensors (tensor parallel size 1)."""
+    """Reads the layers of one worker's vLLM model. With tensor parallelism they hold parts of tensors."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -116,12 +117,17 @@ class Reader:
     def _multiply(self, layer: Any, rows: torch.Tensor) -> torch.Tensor:
         processor = getattr(self._model, "logits_processor", None)
         plain = processor is not None and processor.scale == 1 and processor.soft_cap is None
+        is_whole = getattr(layer, "tp_size", 1) == 1
         product: torch.Tensor
-        if layer is self._head and plain and getattr(layer, "bias", None) is None:
+        if layer is self._head and is_whole and plain and getattr(layer, "bias", None) is None:
             product = self._model.compute_logits(rows)
         else:
             product = layer.quant_method.apply(layer, rows, None)
         return product
+
+
+class _HeadReached(Exception):
+    """Ends `compute_logits` before it waits for other workers."""
 
 
 def _head_of(model: Any) -> nn.Module | None:
@@ -130,11 +136,15 @@ def _head_of(model: Any) -> nn.Module | None:
     if processor is None:
         return None
     seen: list[nn.Module] = []
-    watch: Callable[..., None] = lambda _, args: seen.append(args[0])  # noqa: E731
+
+    def watch(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+        raise _HeadReached
+
     hook = processor.register_forward_pre_hook(watch)
     try:
         width = model.config.get_text_config().hidden_size
-        with torch.inference_mode():
+        with torch.inference_mode(), suppress(_HeadReached):
             model.compute_logits(next(model.parameters()).new_zeros(1, width))
     finally:
         hook.remove()

@@ -1,13 +1,14 @@
 """Verifies that a vLLM model computes with the sent weights: reads them back from its layers.
 
 It compares digests, so it need not keep the sent weights. These contain no -0 and no subnormals, which products would
-not return.
+not return. A layer that holds a part of a tensor (tensor parallelism) is compared with that part of what arrived, after
+the whole had the trainer's digest.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +16,7 @@ import torch
 
 from actors.weights.canonical import flushed
 from actors.weights.digest import digest, digest_of_rows, digest_part, row_width
-from actors.weights.manifest import TensorSpec, Verify, check_names, listed
+from actors.weights.manifest import TensorSpec, Verify, listed
 from actors.weights.places import Place, Places, View
 from actors.weights.readback import Reader, Way
 from orchestrator.errors import PublishError
@@ -69,7 +70,7 @@ class Verifier:
     """Compares the sent weights with those that the layers of one model compute with.
 
     Args:
-        reader: reader of a vLLM model whose layers hold whole tensors (tensor parallel size 1).
+        reader: reader of a vLLM model.
         places: result of `locate` for that model.
         mode: "full" reads everything back; "sampled" reads a random part of the input columns of prepacked layers and
             everything else; "checksums" reads nothing back.
@@ -80,10 +81,6 @@ class Verifier:
         self._reader, self._places, self._mode, self._seed = reader, places, mode, seed
         self._expected: dict[_Reading, list[_Expected]] = defaultdict(list)
         self._names: set[str] = set()
-
-    def check_names(self, names: Iterable[str], *, optional: Iterable[str] = ()) -> None:
-        """Raises PublishError, which names tensors that only the model or only the trainer has."""
-        check_names(names, needed=self._places, optional=optional)
 
     def proves(self, spec: TensorSpec) -> bool:
         """Whether `compare` reads every place of a tensor back against the trainer's digest itself, so that the tensor

@@ -283,7 +283,7 @@ class RolloutConfig(Section):
     replicas: Positive = 1
     """Number of engines."""
     tensor_parallel_size: Positive = 1
-    """Number of GPUs per engine (tensor parallelism)."""
+    """Number of GPUs per engine (tensor parallelism); on CPUs, of processes. Needs vLLM."""
     temperature: PositiveNumber = 1.0
     """Sampling temperature; the learner's log-probs use it too."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -312,6 +312,11 @@ class RolloutConfig(Section):
             yield (
                 f"rollout.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in "
                 f"model.max_length={model.max_length}. Lower the first or raise the second."
+            )
+        if self.engine == "hf" and self.tensor_parallel_size > 1:
+            yield (
+                f"rollout.tensor_parallel_size={self.tensor_parallel_size} needs rollout.engine=vllm: engines of "
+                "transformers compute on one device. Set it to 1 and raise rollout.replicas."
             )
 
     @property

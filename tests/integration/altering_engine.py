@@ -10,6 +10,7 @@ from actors.roles.rollout import RolloutWorker
 from actors.weights.cpu import BucketTransferEngine
 from actors.weights.digest import digest
 from actors.weights.manifest import Bucket
+from actors.weights.packed import PackedWeight, packed_weight
 from actors.weights.readback import Reader
 from actors.weights.transports.receiver import Parcel, Receiver
 from tests.integration.engine_scenarios import behaviour
@@ -42,12 +43,39 @@ class AlteringRollout(RolloutWorker):
 
     def logprobs(self) -> list[float]:
         """Of fixed texts."""
+        return self.behaviour()[0]
+
+    def behaviour(self) -> tuple[list[float], list[list[int]]]:
         engine: Any = self._engine
-        return behaviour(engine)[0]
+        return behaviour(engine)
+
+    def damage(self, rank: int, module: str) -> None:
+        """One worker changes an element of a weight before it reads back the next publish."""
+        self._engine._llm.collective_rpc(_damage, args=(rank, module))  # type: ignore[attr-defined]
 
     def digests(self) -> Mapping[str, str]:
         """By tensor, the digest of what is read back from its layers; several if its places differ."""
         return self._engine._llm.collective_rpc(_digests)[0]  # type: ignore[attr-defined]
+
+
+def _damage(worker: Any, rank: int, module: str) -> None:
+    engine: BucketTransferEngine = worker.weight_transfer_engine
+    finish = engine.finish_weight_update
+
+    def damaging() -> None:
+        finish()
+        engine.finish_weight_update = finish  # type: ignore[method-assign]
+        if engine.parallel_config.rank == rank:
+            layer = engine.model.get_submodule(module)
+            packed = packed_weight(layer)
+            if packed is None:
+                layer.weight.data[-1, -1] += 1
+            else:
+                weight = packed.read()
+                weight[-1, -1] += 1
+                packed._packed, packed._panels = PackedWeight(weight.t())._packed, None
+
+    engine.finish_weight_update = damaging  # type: ignore[method-assign]
 
 
 def _digests(worker: Any) -> Mapping[str, str]:

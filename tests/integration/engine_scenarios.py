@@ -486,6 +486,14 @@ def samples_of_one_engine(
 _SHARED: dict[Path, VllmEngine] = {}
 
 
+def behaviour_after(folder: Path, published: Path) -> tuple[list[float], list[list[int]]]:
+    """Of an engine of one worker that started from `folder` and got the weights of another."""
+    if folder not in _SHARED:
+        _SHARED[folder] = start(folder)
+    publish(_SHARED[folder], read_weights(published), 1)
+    return behaviour(_SHARED[folder])
+
+
 def samples_of_a_used_engine(folder: Path, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
     """For tests that do not depend on what the engine sampled before."""
     if folder not in _SHARED:
@@ -502,7 +510,6 @@ def refusals(folder: Path) -> dict[str, str | None]:
         "unpublished": failure(lambda: unpublished.generate(shard(sampling=Sampling()))),
         "overlong": failure(lambda: serving.generate(overlong)),
         "no update": failure(lambda: serving.finish_update(1)),
-        "tensor parallel": failure(lambda: VllmEngine(folder, context(tensor_parallel_size=2))),
     }
     publish(unpublished, read_weights(folder), 5)
     table, _ = unpublished.generate(shard(sampling=Sampling(max_new_tokens=4)))

@@ -48,9 +48,9 @@ print(len(names))
 
 def test_all_but_vllms_own_modules_import_without_vllm() -> None:
     """vLLM is not published for macOS."""
-    using = ("cpu", "experts", "packed", "places", "readback", "verify", "write")
+    using = ("cpu", "experts", "packed", "places", "readback", "taken", "verify", "write")
     weights = [f"actors/weights/{name}.py" for name in using]
-    own = ("actors/engines/vllm_engine.py", "actors/engines/vllm_plugin.py", "actors/engines/vllm_trial.py", *weights)
+    own = [f"actors/engines/vllm_{name}.py" for name in ("engine", "plugin", "trial", "workers")] + weights
     others = [path for path in MODULES if path not in own and "__main__" not in path]
     names = [path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in others]
     code = f"import sys, importlib; sys.modules['vllm'] = None; [importlib.import_module(name) for name in {names}]"

@@ -50,6 +50,10 @@ ON_GPUS: dict[str, Any] = {"policy": {"gpus_per_rank": 1}, "rollout": {"gpus_per
             {"rl": {"prompts_per_step": 6, "samples_per_prompt": 4}, "algorithm": {**GROUPS, "minibatches": 4}},
             r"6 is not divisible by algorithm\.minibatches=4",
         ),
+        (
+            {"rollout": {"engine": "hf", "tensor_parallel_size": 2}},
+            r"tensor_parallel_size=2 needs rollout\.engine=vllm",
+        ),
         ({"rollout": {"max_new_tokens": 512}}, r"leaves no room for a prompt in model\.max_length=512"),
         ({"checkpoints": {"best_metric": None, "best_max_kl": 1.0}}, r"needs checkpoints\.best_metric"),
         (
