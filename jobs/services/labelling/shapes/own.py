@@ -58,7 +58,7 @@ def scores(judged: Judged, _: Exported) -> Iterator[Json]:
         item.prompt_id,
         messages_from_dicts(item.messages),
         _reply(item.replies[0]["reply"]),
-        mean_rating(judged),
+        round(mean_rating(judged), _DIGITS),
         tuple(item.tools),
     )
     flags = Counter(flag for row in judged.given for flag in row.answer["flags"])
@@ -144,7 +144,7 @@ def mean_rating(judged: Judged) -> float:
     if not given:
         raise LeftOut(_FLAGS_ONLY)
     weights = [judged.judges.rating_weight(voter) for voter in given]
-    return round(statistics.fmean(map(statistics.fmean, given.values()), weights if any(weights) else None), 4)
+    return statistics.fmean(map(statistics.fmean, given.values()), weights if any(weights) else None)
 
 
 def _certainty(votes: Iterable[Vote], ranked: list[int], weights: Mapping[int, float], count: int) -> Json:
