@@ -202,6 +202,11 @@ def _choose(connection: Connection, person: Person, rules: Rules, now: float) ->
     return None if found is None else (found.id, found.num_replies)
 
 
+def _waits() -> ColumnElement[bool]:
+    """Whether an item lacks judgements and is given out."""
+    return and_(items.c.gold.is_(None), items.c.num_judgements < items.c.overlap, is_given_out())
+
+
 def _for(person: Person, now: float) -> ColumnElement[bool]:
     """Whether an item lacks judgements, even with those that others are about to give, and the person may judge it."""
     others = (
@@ -216,9 +221,7 @@ def _for(person: Person, now: float) -> ColumnElement[bool]:
         .scalar_subquery()
     )
     return and_(
-        items.c.gold.is_(None),
-        items.c.num_judgements < items.c.overlap,
-        is_given_out(),
+        _waits(),
         ~_seen(person),
         items.c.id.not_in(reviewing.own(person.id)),
         items.c.num_judgements + others < items.c.overlap,
@@ -228,7 +231,7 @@ def _for(person: Person, now: float) -> ColumnElement[bool]:
 def _num_left(connection: Connection, person: Person, now: float) -> int:
     """How many items `_for` finds: those that wait, less those that are not for this person. These are few and have
     indexes; `_for` looks at every item."""
-    waits = and_(items.c.gold.is_(None), items.c.num_judgements < items.c.overlap, is_given_out())
+    waits = _waits()
     seen = select(showings.c.item).where(showings.c.person == person.id, showings.c.state.in_((ANSWERED, SKIPPED)))
     others = select(people.c.id).where(people.c.id != person.id)  # an index begins with the person
     taken = (
