@@ -34,7 +34,7 @@ def policy(folder: Path) -> PolicyModel:
 def test_a_missing_package_is_refused_with_the_way_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liger, "is_liger_kernel_available", lambda: False)
     distributed.join(group())
-    with pytest.raises(ConfigError, match="pip install liger-kernel, or set liger=false"):
+    with pytest.raises(ConfigError, match=r"pip install 'rlhf-orchestrator\[liger\]', or set liger=false"):
         Learner(policy(folder), LearnerConfig(liger=True), dtype="float32", total_optimizer_steps=1)
 
 
