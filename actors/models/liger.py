@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations import liger
 from transformers.utils import is_liger_kernel_available
 
 from orchestrator.errors import ConfigError, DataError
@@ -40,6 +39,8 @@ def use_liger(pretrained: Any, forward: Callable[[], Tensor]) -> None:
         )
     if pretrained.device.type != _DEVICE:
         raise ConfigError(f"liger=true needs a GPU, and the model is on {pretrained.device}. Set liger=false.")
+    from transformers.integrations import liger  # noqa: PLC0415 (imports peft and bitsandbytes: two seconds)
+
     module = sys.modules[type(pretrained).__module__]
     own = dict(vars(module))
     with torch.no_grad():

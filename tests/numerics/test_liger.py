@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.integrations import liger as integration
 
 from actors.learning import distributed
 from actors.learning.heads import PolicyModel, probed
@@ -65,7 +66,7 @@ def test_only_this_model_changes_and_it_must_compute_the_same(
 ) -> None:
     monkeypatch.setattr(liger, "is_liger_kernel_available", lambda: True)
     monkeypatch.setattr(liger, "_DEVICE", "cpu")
-    monkeypatch.setattr(liger.liger, "apply_liger_kernel", partial(patched, scale=scale))
+    monkeypatch.setattr(integration, "apply_liger_kernel", partial(patched, scale=scale))
     model = policy(folder)
     module = sys.modules[type(model.pretrained).__module__]
     own = module.LlamaRMSNorm
@@ -80,7 +81,7 @@ def test_only_this_model_changes_and_it_must_compute_the_same(
 def test_a_model_without_kernels_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liger, "is_liger_kernel_available", lambda: True)
     monkeypatch.setattr(liger, "_DEVICE", "cpu")
-    monkeypatch.setattr(liger.liger, "apply_liger_kernel", lambda *_: None)
+    monkeypatch.setattr(integration, "apply_liger_kernel", lambda *_: None)
     model = policy(folder)
     with pytest.raises(ConfigError, match="Liger has no kernels for LlamaForCausalLM"):
         liger.use_liger(model.pretrained, partial(probed, model))
