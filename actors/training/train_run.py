@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import math
 import os
+import pickle
 import threading
 import uuid
 from collections.abc import Callable, Mapping
@@ -62,7 +63,7 @@ class TrainRun:
     The thread is a daemon: a driver that stops does not wait for it, and the workers end with the driver.
 
     Args:
-        config: argument of `train_worker`: `training` (Training), and `data`, a reference to the data in Ray's store.
+        config: argument of `train_worker`: references to a `training` (Training) and to its `data` in Ray's store.
         folder: the work folder, see work.py; shared by driver and workers.
         on_start: called with a step number whenever workers start to learn after that step.
     """
@@ -129,7 +130,7 @@ class TrainRun:
         outcome: Any = RoleError(self._role, 0, "train", "Ray Train ended without an answer; see the driver's log")
         try:
             fitted: Any = trainer.fit()
-            outcome = fitted.return_value
+            outcome = pickle.loads(fitted.return_value)
         except (TrainingFailedError, ray.exceptions.RayError) as error:
             outcome = failure(self._role, error)
         finally:
@@ -188,16 +189,21 @@ def _set_defaults(room_s: float) -> None:
         os.environ.setdefault(name, value)
 
 
-def train_worker(config: Mapping[str, Any]) -> Any:
+def train_worker(config: Mapping[str, Any]) -> bytes:
     """What one Ray Train worker runs.
 
     Returns:
-        The task's result, or an error that all ranks raised: it would recur, so Ray Train must not retry.
+        Pickled, because Ray Train's controller reads it and would import torch for a result's class: the task's result,
+        or an error that all ranks raised: it would recur, so Ray Train must not retry.
 
     Raises:
         Exception: an error of this rank alone. Ray Train then stops the other ranks and restarts all.
     """
-    training: Training[Any] = config["training"]
+    return pickle.dumps(_train(config))
+
+
+def _train(config: Mapping[str, Any]) -> Any:
+    training: Training[Any] = ray.get(config["training"])
     group = _group_of_ray_train(training)
     work = WorkFolder(training.work, on_rank_0(lambda: uuid.uuid4().hex[:8], group))
     try:

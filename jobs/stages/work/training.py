@@ -169,7 +169,8 @@ async def train(
     timeout_s = deadlines.start_s + deadlines.learn_s
     steps: list[Progress] = []
     run = TrainRun(
-        {"training": training, "data": ray.put(data)},
+        # References, because Ray Train's controller reads this dictionary, and would import torch to read a Training.
+        {"training": ray.put(training), "data": ray.put(data)},
         workers,
         training.work,
         on_start=lambda step: report.started(step, known=len(steps)),

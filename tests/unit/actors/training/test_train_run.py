@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -41,7 +42,7 @@ class _Trainer:
 
     def fit(self) -> Any:
         self.ended.wait(scaled(20.0))
-        return SimpleNamespace(return_value="made")
+        return SimpleNamespace(return_value=pickle.dumps("made"))
 
 
 @pytest.fixture
