@@ -21,7 +21,13 @@ SCENARIO_S = scaled(150)
 def cluster() -> Iterator[str]:
     """The address of a Ray cluster of two CPUs."""
     folder = Path("/tmp") / f"pl{os.getpid()}"
-    ray.init(num_cpus=2, _temp_dir=str(folder), log_to_driver=False, object_store_memory=100_000_000)
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        _temp_dir=str(folder),
+        log_to_driver=False,
+        object_store_memory=100_000_000,
+    )
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

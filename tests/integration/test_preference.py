@@ -176,7 +176,8 @@ def _kill_a_worker() -> None:
     max((p for p in children if "RayTrainWorker" in "".join(p.cmdline())), key=lambda p: p.pid).kill()
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.variant), 2])
+@pytest.mark.variant  # as workers of a reward model, which the suite kills
+@pytest.mark.parametrize("workers", [1, 2])
 def test_killed_workers_are_replaced_and_change_no_bit(cluster: str, base: Path, tmp_path: Path, workers: int) -> None:
     """Twice: near the beginning, and in the middle, from where a checkpoint is near."""
 
