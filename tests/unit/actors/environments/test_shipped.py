@@ -92,3 +92,8 @@ def test_the_word_game_is_deterministic_and_won_when_the_opponent_has_no_word() 
     assert games[1].step(word)[0] == answer
     assert games[0].step(word)[1:3] == ({"word": 0.0, "win": 0.0}, True), "no word twice"
     assert games[1].step(f"{word} and more")[2], "one word alone"
+
+
+def test_every_word_can_be_followed() -> None:
+    """Otherwise the first player would have lost such a game before the first turn."""
+    assert not [word for word in WORDS if not any(other.startswith(word[-1]) for other in WORDS if other != word)]
