@@ -20,7 +20,7 @@ from orchestrator import schema
 from orchestrator.algorithms import kl
 from orchestrator.algorithms.advantages import Doubles, Floats, Offsets, Responses
 from orchestrator.algorithms.algorithm import Algorithm
-from orchestrator.algorithms.shaping import shaped_rewards, token_rewards_rows
+from orchestrator.algorithms.shaping import clipped, shaped_rewards, token_rewards_rows
 from orchestrator.algorithms.standardising import WeightedPart, squares_key, weighted_sum
 from orchestrator.errors import DataError, NonFiniteError
 from orchestrator.types import GREEDY, Moments, PromptGroup
@@ -55,7 +55,7 @@ class ExperienceSettings:
 
 
 def groups_of(rollout: pa.Table, rewards: Sequence[pa.Table], settings: ExperienceSettings) -> list[PromptGroup]:
-    """The groups of a shard in ascending order, by the rewards before any shaping; or by those parts of them that the
+    """The groups of a shard in ascending order, by the rewards before any penalty; or by those parts of them that the
     algorithm compares or that learning standardises.
 
     Args:
@@ -67,13 +67,14 @@ def groups_of(rollout: pa.Table, rewards: Sequence[pa.Table], settings: Experien
     rewards_V = valid["reward"].to_numpy().astype(np.float64)
     names = settings.algorithm.reward_parts or [source.name for source in settings.sources]
     parts = _parts(valid["reward_parts"], names, valid["row"])
+    compared = list(parts.values()) or [clipped(rewards_V, settings.reward_clip)]
     group_R, prompt_ids = settings.group_of(rollout), rollout["prompt_id"]
     group_V = group_R[is_valid_R]
     found = []
     for number, first in zip(*(array.tolist() for array in np.unique(group_R, return_index=True)), strict=True):
         is_in_V = group_V == number
         mean = float(rewards_V[is_in_V].mean()) if is_in_V.any() else None
-        is_mixed = any(len(np.unique(column_V[is_in_V])) > 1 for column_V in parts.values() or [rewards_V])
+        is_mixed = any(len(np.unique(column_V[is_in_V])) > 1 for column_V in compared)
         found.append(PromptGroup(number, prompt_ids[first].as_py(), mean, is_mixed))
     return found
 

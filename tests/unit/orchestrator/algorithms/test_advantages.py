@@ -212,6 +212,8 @@ def test_groups_differ_by_what_the_algorithm_compares() -> None:
         assert [group.is_mixed for group in groups_of(rollout(), [differing], settings)] == [True, False]
     by_style = ExperienceSettings(algorithm("gdpo", part_weights={"style": 1.0}), samples_per_prompt=2)
     assert [group.is_mixed for group in groups_of(rollout(), [rewards([1.0, 2.0, 3.0])], by_style)] == [False, False]
+    clipped = ExperienceSettings(algorithm("dapo"), samples_per_prompt=2, reward_clip=0.5)
+    assert [group.is_mixed for group in groups_of(rollout(), [rewards([1.0, 2.0, 3.0])], clipped)] == [False, False]
     by_reward = ExperienceSettings(algorithm("dapo"), samples_per_prompt=2)
     assert [group.is_mixed for group in groups_of(rollout(), [differing], by_reward)] == [False, False]
 
