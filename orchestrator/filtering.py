@@ -71,10 +71,11 @@ class DynamicSampling:
         if num_chosen < self._prompts_per_step:
             few = f"{num_chosen} of {self._prompts_per_step} prompts have samples with different rewards"
             rewards = {prompt: "failed" if mean is None else f"{mean:g}" for prompt, mean in same.items()}
+            num_same = sum(not group.is_mixed for group in groups)
             shown = ", ".join(f"{prompt} ({reward})" for prompt, reward in list(rewards.items())[:_SHOWN])
             self._telemetry.tell(
                 f"WARNING step {step}: only {few} after {rounds} further rounds. All samples have the same reward for "
-                f"{len(same)} of {len(groups)} prompts, among them {shown}. Raise algorithm.filter_rounds or "
+                f"{num_same} of {len(groups)} prompts, among them {shown}. Raise algorithm.filter_rounds or "
                 "rl.samples_per_prompt, or give other prompts",
                 "too_few_prompts",
                 step=step,

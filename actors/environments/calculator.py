@@ -21,7 +21,8 @@ from actors.rewards.rules import exact_answer, formatted_answer
 
 _CALL = re.compile(r"<calc>(?P<plain>.*?)</calc>|<tool_call>(?P<tool>.*?)</tool_call>", re.DOTALL)
 _MARKED = re.compile(r"####|<answer>")
-_WRITTEN = str.maketrans({"×": "*", "÷": "/", "−": "-", "^": "**", "$": "", ",": "", "%": "/100"})
+# A percent sign binds tighter than any operator, as only Python's brackets do; brackets themselves are no arithmetic.
+_WRITTEN = str.maketrans({"×": "*", "÷": "/", "−": "-", "^": "**", "$": "", ",": "", "%": "[100]", "[": "?", "]": "?"})
 _MOST_CALLS = 8
 _LONGEST = 200  # characters of an expression
 _MOST_BITS = 256
@@ -31,7 +32,6 @@ _OPERATORS: Mapping[type[ast.AST], Callable[..., Any]] = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
     ast.Pow: operator.pow,
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
@@ -61,10 +61,11 @@ class Calculator:
             form = formatted_answer("", action, self._meta)["format"]
             answer = exact_answer("", action, self._meta)
             return "", self._parts(answer=answer, format=form), True, {}
-        results = [calculated(call) for call in calls]
-        is_first = not self._has_called and any(" = " in result for result in results)
+        answers = [_answered(call) for call in calls]
+        is_first = not self._has_called and any(has_result for _, has_result in answers)
         self._has_called = self._has_called or is_first
-        return "\n".join(results), self._parts(call=self._call_reward * is_first), False, {"calls": calls}
+        reward = self._parts(call=self._call_reward * is_first)
+        return "\n".join(text for text, _ in answers), reward, False, {"calls": calls}
 
     def _parts(self, *, answer: float = 0.0, format: float = 0.0, call: float = 0.0) -> dict[str, float]:
         """Every step has every part, so that their means are over all episodes."""
@@ -74,6 +75,11 @@ class Calculator:
 
 def calculated(expression: str) -> str:
     """`expression = value`, or a text that says why it has none."""
+    return _answered(expression)[0]
+
+
+def _answered(expression: str) -> tuple[str, bool]:
+    """(what `calculated` returns, whether there is a value)"""
     shown = expression.strip()
     try:
         if len(shown) > _LONGEST:
@@ -81,8 +87,8 @@ def calculated(expression: str) -> str:
         value = _value(ast.parse(shown.translate(_WRITTEN).strip(), mode="eval").body)
     except (ArithmeticError, ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         reason = "it is no arithmetic" if isinstance(error, SyntaxError) else str(error)
-        return f"{shown[:_LONGEST]}: no result, {reason}"
-    return f"{shown} = {value:.12g}" if isinstance(value, float) else f"{shown} = {value}"
+        return f"{shown[:_LONGEST]}: no result, {reason}", False
+    return f"{shown} = {value:.12g}" if isinstance(value, float) else f"{shown} = {value}", True
 
 
 def _expressions(action: str) -> Iterator[str]:
@@ -103,6 +109,8 @@ def _value(node: ast.AST) -> float | int:
         found = cast("float | int", node.value)
     elif isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:
         found = _OPERATORS[type(node.op)](_value(node.operand))
+    elif isinstance(node, ast.Subscript):
+        found = _value(node.value) / 100
     elif isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
         left, right = _value(node.left), _value(node.right)
         if isinstance(node.op, ast.Pow) and abs(right) > _MOST_BITS:

@@ -50,6 +50,8 @@ def call_of(body: Any) -> dict[str, Any]:
     for name, (allowed, reason) in _REFUSED.items():
         if body.get(name) is not None and body[name] not in allowed:
             raise RefusedCallError("unsupported_value", f"{name}={str(body[name])[:80]}: {reason}", name)
+    if not isinstance(body.get("stream_options") or {}, Mapping):
+        raise RefusedCallError("invalid_value", "stream_options must be an object", "stream_options")
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise RefusedCallError("invalid_messages", "messages must be a list of at least one message", "messages")

@@ -26,8 +26,8 @@ picture pig pilot pin pipe plane plant plate pocket poem pond potato queen quest
 ring river road robot rock roof room root rope rose ruler salt sand school sea seed sheep shelf ship shirt shoe shop
 silk sister sky snake snow soap sock song soup spider spoon star stone storm street sugar sun table tail tea tent test
 thumb tiger time toe tomato tool tooth town toy train tree truck uncle unit urn valley van vase vest view village
-violin voice wagon wall watch water wave west wheel wind window wing winter wolf wood wool yard yarn year yellow zebra
-zero zone zoo
+violin voice wagon wall watch water wave west wheel wind window wing winter wolf wood wool xylophone yard yarn year
+yellow zebra zero zone zoo
 """.split()  # fmt: skip
 _WORD = re.compile(r"[a-z]+")
 

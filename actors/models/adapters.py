@@ -28,6 +28,7 @@ from orchestrator.errors import ConfigError, DataError
 from orchestrator.prompts import derive_seed
 
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+_SHORTEST = 1e-30
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -77,7 +78,7 @@ class Adapter(nn.Module):
         return torch.addmm(weight_OI.float(), self.B.detach().float(), self.A.detach().float(), alpha=self.scale)
 
     def _lengths(self, total_OI: Tensor) -> Tensor:
-        return total_OI.norm(dim=1)
+        return total_OI.norm(dim=1).clamp(min=_SHORTEST)  # a pruned row has none, and lengths are divided by
 
 
 class Adapted(nn.Module):

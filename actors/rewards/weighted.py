@@ -66,7 +66,10 @@ class WeightedReward:
         for name, score in scores.items():
             parts[name] = values[name]
             parts |= {f"{name}.{part}": value for part, value in score.parts.items()}
-        total = math.fsum(self._sources[name].weight * value for name, value in values.items())
+        try:
+            total = math.fsum(self._sources[name].weight * value for name, value in values.items())
+        except (OverflowError, ValueError):  # infinite, or the difference of two infinities
+            return Score(None, error=f"the weighted sum of {values} is not a finite number", tokens_cut=cut)
         return Score(total, parts, tokens_cut=cut)
 
 

@@ -79,7 +79,12 @@ class RecorderWorker:
             sums = {**sums, "reward_cut_sum": float(num_cut)}
         if groups is not None:
             num_sampled = len(np.unique(self._settings.group_of(rollout)))
-            sums = {**sums, "prompts_sampled": float(num_sampled), "prompts_kept": float(len(groups))}
+            sums = {
+                **sums,
+                "prompts_sampled": float(num_sampled),
+                "prompts_kept": float(len(groups)),
+                "samples_left_out": float(rollout.num_rows - table.num_rows - num_dropped),
+            }
         record = ShardRecord(
             file=path.name,
             sha256=sha256(path),

@@ -181,7 +181,7 @@ def experience_settings(config: Config) -> ExperienceSettings:
         config.algorithm,
         requests_per_prompt(config),
         config.reward.clip,
-        config.rollout.max_new_tokens,
+        config.longest_response,
         _standardised_sources(config.reward),
     )
 
@@ -211,7 +211,7 @@ def rank_context(config: Config) -> RankContext:
         temperature=config.rollout.temperature,
         seed=config.run.seed,
         total_optimizer_steps=config.rl.steps * algorithm.epochs * algorithm.minibatches,
-        max_new_tokens=config.rollout.max_new_tokens,
+        max_new_tokens=config.longest_response,
     )
 
 

@@ -28,9 +28,9 @@ class Responses:
         group_R: arbitrary id of each row's prompt.
         values_N: the critic's V(s_t) in the state in which token t is chosen; empty without a critic.
         last_values_R: V after the last token, 0 if the response is complete; empty without a critic.
-        greedy_rewards_R: sequence reward of the greedy sample of each row's prompt; empty if the algorithm draws none.
+        greedy_rewards_R: sequence reward of the greedy sample of each row's prompt, if the algorithm draws one.
         parts: parts of each row's reward, those that the algorithm names.
-        shaping_R: what shaping (clip, penalties of length) adds to each row's reward; empty if it names no parts.
+        shaping_R: what penalties of length add to each row's reward; empty if it names no parts.
     """
 
     token_rewards_N: Floats

@@ -10,7 +10,15 @@ from pydantic import Field
 
 from orchestrator.algorithms.advantages import Advantages, Responses
 from orchestrator.algorithms.kl import adapted_coefficient
-from orchestrator.config.base import Fraction, NonNegative, NonNegativeNumber, Positive, PositiveNumber, Section
+from orchestrator.config.base import (
+    Fraction,
+    NonNegative,
+    NonNegativeNumber,
+    Positive,
+    PositiveNumber,
+    Section,
+    changed_key,
+)
 from orchestrator.config.sections import RlConfig, RolloutConfig
 
 Aggregation = Literal["token", "sample", "constant"]
@@ -48,7 +56,8 @@ class Algorithm(Section):
     aggregation: Aggregation = "token"
     """Weight of a token in the policy's loss. token: all tokens of a minibatch the same. sample: all samples the same,
     the mean over samples of the mean over their tokens. constant: the sum over a sample's tokens divided by
-    rollout.max_new_tokens, then the mean over samples (Liu 2025, Dr. GRPO)."""
+    rollout.max_new_tokens, then the mean over samples (Liu 2025, Dr. GRPO); with an environment, by the most tokens of
+    all turns."""
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus."""
     kl_estimator: KlEstimator = "k1-reward"
@@ -69,8 +78,9 @@ class Algorithm(Section):
     truncation_penalty: NonNegativeNumber = 1.0
     """Reward subtracted from a truncated response (truncated: penalise); largest penalty of overlong_fraction."""
     overlong_fraction: Fraction = 0.0
-    """Share of rollout.max_new_tokens, at its end, in which a response is penalised: linearly, up to
-    truncation_penalty (soft overlong punishment, Yu 2025, DAPO, eq. 13). 0: off."""
+    """Share of rollout.max_new_tokens (with an environment, of the most tokens of all turns), at its end, in which a
+    response is penalised: linearly, up to truncation_penalty (soft overlong punishment, Yu 2025, DAPO, eq. 13). 0: off.
+    """
     filter_rounds: NonNegative | None = None
     """Leave out prompts whose samples all have the same reward (dynamic sampling, Yu 2025, DAPO), and sample up to this
     many further batches of prompts until rl.prompts_per_step are left. Null: learn from all prompts."""
@@ -135,6 +145,11 @@ class Algorithm(Section):
                 f"algorithm.filter_rounds needs an algorithm that compares the samples of a prompt, such as grpo or "
                 f"dapo; algorithm.name='{self.name}' does not. Set algorithm.filter_rounds=null."
             )
+        if self.adaptive_kl_target is not None and not self.kl_coefficient:
+            yield (
+                f"algorithm.adaptive_kl_target={self.adaptive_kl_target:g} multiplies algorithm.kl_coefficient, which "
+                "is 0 and stays 0. Set algorithm.kl_coefficient=0.05, or algorithm.adaptive_kl_target=null."
+            )
         if rl.max_staleness and self.importance_cap is None and self.gate is None:
             yield (
                 f"rl.max_staleness={rl.max_staleness} needs algorithm.importance_cap: samples from older weights need "
@@ -159,6 +174,18 @@ class Algorithm(Section):
             yield (
                 f"algorithm.importance_floor={floor:g} needs a higher algorithm.importance_cap, got {cap}. Set "
                 f"algorithm.importance_cap={10.0 * floor:g}, or remove importance_floor."
+            )
+        idle = changed_key(self, "importance_mode", "importance_level")
+        if cap is None and idle:
+            yield (
+                f"algorithm.{idle}={getattr(self, idle)} needs algorithm.importance_cap: without it there are no "
+                f"importance weights. Set algorithm.importance_cap=2, or remove {idle}."
+            )
+        idle = changed_key(self, "gate_max", "gate_min", "gate_over")
+        if self.gate is None and idle:
+            yield (
+                f"algorithm.{idle}={getattr(self, idle)} needs algorithm.gate, which is null: nothing would be gated. "
+                f"Set algorithm.gate=ratio, or remove {idle}."
             )
         if self.gate is None:
             return

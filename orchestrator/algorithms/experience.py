@@ -20,7 +20,7 @@ from orchestrator import schema
 from orchestrator.algorithms import kl
 from orchestrator.algorithms.advantages import Doubles, Floats, Offsets, Responses
 from orchestrator.algorithms.algorithm import Algorithm
-from orchestrator.algorithms.shaping import shaped_rewards, token_rewards_rows
+from orchestrator.algorithms.shaping import clipped, shaped_rewards, token_rewards_rows
 from orchestrator.algorithms.standardising import WeightedPart, squares_key, weighted_sum
 from orchestrator.errors import DataError, NonFiniteError
 from orchestrator.types import GREEDY, Moments, PromptGroup
@@ -55,20 +55,27 @@ class ExperienceSettings:
 
 
 def groups_of(rollout: pa.Table, rewards: Sequence[pa.Table], settings: ExperienceSettings) -> list[PromptGroup]:
-    """The groups of a shard in ascending order, by the rewards before any shaping.
+    """The groups of a shard in ascending order, by the rewards before any penalty; or by those parts of them that the
+    algorithm compares or that learning standardises.
 
     Args:
         rewards: as for `assemble`.
     """
-    reward_R = _aligned("rewards", rewards, rollout["row"].to_numpy())["reward"].to_numpy().astype(np.float64)
-    group_R = settings.group_of(rollout)
+    table = _aligned("rewards", rewards, rollout["row"].to_numpy())
+    is_valid_R = table["reward"].is_valid().to_numpy()
+    valid = table.filter(pa.array(is_valid_R))
+    rewards_V = valid["reward"].to_numpy().astype(np.float64)
+    names = settings.algorithm.reward_parts or [source.name for source in settings.sources]
+    parts = _parts(valid["reward_parts"], names, valid["row"])
+    compared = list(parts.values()) or [clipped(rewards_V, settings.reward_clip)]
+    group_R, prompt_ids = settings.group_of(rollout), rollout["prompt_id"]
+    group_V = group_R[is_valid_R]
     found = []
-    for number in np.unique(group_R).tolist():
-        rows = np.flatnonzero(group_R == number)
-        valid = reward_R[rows][~np.isnan(reward_R[rows])]
-        mean = float(valid.mean()) if len(valid) else None
-        is_mixed = bool(len(valid) and valid.min() < valid.max())
-        found.append(PromptGroup(number, rollout["prompt_id"][int(rows[0])].as_py(), mean, is_mixed))
+    for number, first in zip(*(array.tolist() for array in np.unique(group_R, return_index=True)), strict=True):
+        is_in_V = group_V == number
+        mean = float(rewards_V[is_in_V].mean()) if is_in_V.any() else None
+        is_mixed = any(len(np.unique(column_V[is_in_V])) > 1 for column_V in compared)
+        found.append(PromptGroup(number, prompt_ids[first].as_py(), mean, is_mixed))
     return found
 
 
@@ -94,9 +101,9 @@ def assemble(
         groups: numbers of the prompts that are learned from; None: all.
 
     Returns:
-        (table of schema.EXPERIENCE in the rollout's row order, number of rows dropped because scoring failed, of the
-        row or of its greedy baseline, or because they have no learned tokens). Computed columns are 0 at
-        tokens that are not learned.
+        (table of schema.EXPERIENCE in the rollout's row order, number of rows, of all prompts, that can't be learned
+        from because scoring failed, of the row or of its greedy baseline, or because they have no learned tokens).
+        Computed columns are 0 at tokens that are not learned.
 
     Raises:
         DataError: a row is missing or duplicated, or the length of a list differs from its response.
@@ -112,8 +119,9 @@ def assemble(
     used_R = reward_table["reward"]
     if settings.sources:
         used_R = _standardised(reward_table, settings.sources, settings.earlier)
-    keep_R, final_R, greedy_rewards_R = _rewards_of_rows(rollout, used_R, settings, groups)
-    keep = pa.array(keep_R)
+    usable_R, shaped_R, greedy_R = _rewards_of_rows(rollout, used_R, settings)
+    keep_R = usable_R if groups is None else usable_R & np.isin(settings.group_of(rollout), list(groups))
+    keep, final_R, greedy_rewards_R = pa.array(keep_R), shaped_R[keep_R], greedy_R[keep_R]
     table = rollout.select(schema.ROLLOUT.names).filter(keep)
     columns = {name: column.filter(keep) for name, column in columns.items()}
     reward_table = reward_table.filter(keep)
@@ -152,7 +160,7 @@ def assemble(
     arrays |= {name: _lists(flat_N, offsets_R1) for name, flat_N in computed.items()}
     arrays |= {name: reward_table[name] for name in ("reward", "reward_parts")}
     experience = pa.table([arrays[name] for name in schema.EXPERIENCE.names], schema=schema.EXPERIENCE)
-    return experience.combine_chunks(), int((_learnable(rollout, settings, groups) & ~keep_R).sum())
+    return experience.combine_chunks(), int((_is_sampled(rollout) & ~usable_R).sum())
 
 
 def summarise(table: pa.Table, running: Sequence[str] = ()) -> tuple[Moments, Mapping[str, float], Mapping[str, float]]:
@@ -238,16 +246,16 @@ def _standardised(
     return pa.chunked_array([pa.array(total_R, from_pandas=True)])  # NaN becomes null
 
 
-def _learnable(rollout: pa.Table, settings: ExperienceSettings, groups: Collection[int] | None) -> Mask:
-    """The rows that are learned from unless something failed."""
-    learnable_R: Mask = rollout["sample_index"].to_numpy() != GREEDY
-    return learnable_R if groups is None else learnable_R & np.isin(settings.group_of(rollout), list(groups))
+def _is_sampled(rollout: pa.Table) -> Mask:
+    """The rows that are no greedy baselines."""
+    sampled_R: Mask = rollout["sample_index"].to_numpy() != GREEDY
+    return sampled_R
 
 
 def _rewards_of_rows(
-    rollout: pa.Table, rewards: pa.ChunkedArray, settings: ExperienceSettings, groups: Collection[int] | None
+    rollout: pa.Table, rewards: pa.ChunkedArray, settings: ExperienceSettings
 ) -> tuple[Mask, Doubles, Doubles]:
-    """(rows that are learned from; of these, the shaped rewards; and those of their prompts' greedy rows, if any)"""
+    """(rows that can be learned from; the shaped rewards; those of the prompts' greedy rows, NaN without one)"""
     learned_R = np.diff(_learned(rollout)[1])
     final_R = shaped_rewards(
         rewards.to_numpy(),
@@ -257,16 +265,15 @@ def _rewards_of_rows(
         reward_clip=settings.reward_clip,
         max_new_tokens=settings.max_new_tokens,
     )
-    keep_R = _learnable(rollout, settings, groups) & rewards.is_valid().to_numpy() & (learned_R > 0)
+    usable_R = _is_sampled(rollout) & rewards.is_valid().to_numpy() & (learned_R > 0)
     if not settings.algorithm.greedy_samples:
-        return keep_R, final_R[keep_R], np.zeros(0)
+        return usable_R, final_R, np.full(len(final_R), math.nan)
     group_R, greedy_R = settings.group_of(rollout), rollout["sample_index"].to_numpy() == GREEDY
     scored_R = greedy_R & rewards.is_valid().to_numpy()
     _check_rows_finite("reward", final_R[scored_R], rollout["row"].filter(pa.array(scored_R)))
     found = dict(zip(group_R[scored_R].tolist(), final_R[scored_R].tolist(), strict=True))
     greedy_rewards_R = np.array([found.get(group, math.nan) for group in group_R.tolist()])
-    keep_R &= np.isfinite(greedy_rewards_R)
-    return keep_R, final_R[keep_R], greedy_rewards_R[keep_R]
+    return usable_R & np.isfinite(greedy_rewards_R), final_R, greedy_rewards_R
 
 
 def _truncated(table: pa.Table) -> Mask:

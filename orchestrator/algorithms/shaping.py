@@ -26,9 +26,7 @@ def shaped_rewards(
     max_new_tokens: int,
 ) -> Doubles:
     """Rewards of samples: clipped to ± reward_clip, then less the penalties of truncated and of overlong responses."""
-    final_R: Doubles = reward_R.astype(np.float64)
-    if reward_clip is not None:
-        final_R = np.clip(final_R, -reward_clip, reward_clip)
+    final_R = clipped(reward_R.astype(np.float64), reward_clip)
     if algorithm.truncated == "penalise":
         final_R = final_R - algorithm.truncation_penalty * truncated_R
     if algorithm.overlong_fraction:
@@ -37,6 +35,10 @@ def shaped_rewards(
         )
         final_R = final_R - algorithm.truncation_penalty * share_R
     return final_R
+
+
+def clipped(reward_R: Doubles, reward_clip: float | None) -> Doubles:
+    return reward_R if reward_clip is None else np.clip(reward_R, -reward_clip, reward_clip)
 
 
 def overlong_share(lengths_R: Lengths, *, max_new_tokens: int, overlong_fraction: float) -> Doubles:

@@ -22,7 +22,7 @@ def merge_metrics(records: Sequence[ShardRecord]) -> Metrics:
         "reward/min": extremes.get("reward_min", 0.0),
         "reward/max": extremes.get("reward_max", 0.0),
         "reward/failed": failed,
-        "reward/failed_fraction": failed / (failed + samples),
+        "reward/failed_fraction": failed / (failed + samples + sums.get("samples_left_out", 0.0)),
         "reward/cut": sums.get("reward_cut_sum", 0.0),
         "kl/per_response": sums["kl_k1_token_sum"] / samples,
         "kl/per_token": sums["kl_k1_token_sum"] / tokens,

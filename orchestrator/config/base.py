@@ -46,6 +46,12 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
+def changed_key(section: Section, *names: str) -> str | None:
+    """The first of these keys whose value is not its default."""
+    fields = type(section).model_fields
+    return next((name for name in names if getattr(section, name) != fields[name].default), None)
+
+
 @dataclass(frozen=True, eq=False)
 class ByName:
     """Annotates a field that holds one of several sections. The key `name` of the section selects which.

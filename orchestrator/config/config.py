@@ -20,7 +20,6 @@ from orchestrator.config.rewards import (
     ModelRewardConfig,
     RewardConfig,
     RuleLimits,
-    WeightedRewardConfig,
     reward_models,
 )
 from orchestrator.config.sections import (
@@ -140,8 +139,7 @@ def _contradictions(config: Config) -> Iterable[str]:
     yield from config.placement.contradictions(config.rl)
     yield from config.publish.contradictions(config.policy, config.rollout, config.placement)
     yield from config.environment.contradictions(config.reward)
-    if isinstance(config.reward, WeightedRewardConfig):
-        yield from config.reward.contradictions(config.algorithm.reward_parts)
+    yield from config.reward.contradictions(config.algorithm.reward_parts)
     for name, section in config:
         if isinstance(section, TrainingConfig):
             yield from section.contradictions(name)

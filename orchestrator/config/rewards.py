@@ -63,6 +63,14 @@ class RewardConfig(Section):
         """The sections that describe one source each, by their key in the config."""
         return {"reward": self}
 
+    def contradictions(self, compared_parts: tuple[str, ...]) -> Iterator[str]:
+        """Args: compared_parts: what the algorithm compares instead of the reward, if it does."""
+        if compared_parts and self.clip is not None:
+            yield (
+                f"reward.clip={self.clip:g} clips the whole reward, of which algorithm.name=gdpo compares only parts. "
+                "Set reward.clip=null."
+            )
+
 
 class WeightedSource(Section):
     """The keys of every source of a weighted sum."""
@@ -244,6 +252,7 @@ class WeightedRewardConfig(RewardConfig):
         return {f"reward.sources.{name}": source for name, source in self.sources.items()}
 
     def contradictions(self, compared_parts: tuple[str, ...]) -> Iterator[str]:
+        yield from super().contradictions(compared_parts)
         untrained = [key for key, source in reward_models(self).items() if source.path is None]
         if len(untrained) > 1:
             yield (

@@ -18,6 +18,7 @@ from orchestrator.config.base import (
     PositiveNumber,
     Seconds,
     Section,
+    changed_key,
     one_of,
 )
 from orchestrator.config.rewards import PairJudgeConfig
@@ -191,10 +192,11 @@ class TrainingConfig(Section):
         """Of the section called `name`."""
         yield from self._device_contradictions(name)
         bits = self.lora.trunk_bits
-        if bits is not None and not self.lora.rank:
+        idle = changed_key(self.lora, *type(self.lora).model_fields)
+        if idle is not None and not self.lora.rank:
             yield (
-                f"{name}.lora.trunk_bits={bits} needs adapters: weights in {bits} bits can't learn. Set "
-                f"{name}.lora.rank, such as 16, or leave trunk_bits out."
+                f"{name}.lora.{idle}={getattr(self.lora, idle)} needs adapters, and {name}.lora.rank is 0: all weights "
+                f"would learn. Set {name}.lora.rank, such as 16, or leave {idle} out."
             )
         if bits is not None and self.zero_stage == 3:
             yield (

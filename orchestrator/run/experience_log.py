@@ -150,7 +150,8 @@ class ExperienceLog:
 
     def _check_failures(self, step: int, records: Sequence[ShardRecord]) -> None:
         dropped = sum(record.num_dropped for record in records)
-        total = dropped + sum(record.num_samples for record in records)
+        left_out = int(sum(record.sums.get("samples_left_out", 0.0) for record in records))
+        total = dropped + left_out + sum(record.num_samples for record in records)
         if dropped and (dropped == total or dropped / total > self._max_failed_fraction):
             first = self._first_failure(step, records)
             raise RewardError(

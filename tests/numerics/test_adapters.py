@@ -98,6 +98,20 @@ def test_new_adapters_change_nothing(causal, kind, dtype):
     assert torch.equal(probed(plain), probed(policy(causal, KINDS[kind], dtype)))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_of_zeros_have_lengths_that_can_be_divided_by(causal, dtype):
+    """As pruned models have: DoRA divides by the length of each row."""
+    plain, model = (PolicyModel(load_causal(causal, torch_dtype(dtype)), temperature=1.0) for _ in range(2))
+    for each in (plain, model):
+        each.pretrained.model.layers[0].self_attn.q_proj.weight.data[:2] = 0.0
+    adapted(model, KINDS["dora"])
+    assert torch.equal(probed(plain), probed(model))
+    probed(model).float().sum().backward()
+    layer = model.pretrained.model.layers[0].self_attn.q_proj
+    assert all(torch.isfinite(parameter.grad).all() for parameter in layer.adapters.parameters())
+    assert torch.equal(layer.adapters.default.merged(layer.weight)[:2], torch.zeros(2, layer.weight.shape[1]))
+
+
 def test_gradients_are_those_of_the_merged_weights(causal):
     """dL/dB = scale · dL/dW Aᵀ and dL/dA = scale · Bᵀ dL/dW."""
     model = policy(causal, KINDS["lora"])

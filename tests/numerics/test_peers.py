@@ -221,8 +221,10 @@ def ours(seed: int) -> Results:
         "kl k3+": kl(data, "unbiased", at="old_BT"),
         **verl_advantages(data, whole),
     }
+    dual_gspo = algorithm("gspo", clip_ratio=0.01, clip_ratio_high=0.02, dual_clip=1.05)
     openrlhf = {
         **{name: found for name, found in common.items() if "constant" not in name and "cispo" not in name},
+        "loss gspo dual-clip": loss_of(dual_gspo, data, rows_of(data, per_row=True)),
         **{f"value {clip}": values(data, clip) for clip in (0.2, None)},
         **openrlhf_corrections(data),
         **{f"kl {estimator}": kl(data, estimator) for estimator in ("k1", "k2", "k3")},

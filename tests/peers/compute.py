@@ -204,6 +204,7 @@ def _openrlhf_losses(losses: Any, data: Batch) -> Results:
     rows_BT = data["row_advantages_B"][:, None].expand_as(mask_BT)
     near = {"policy_loss_type": "gspo", "clip_eps_low": 0.01, "clip_eps_high": 0.02}
     found["openrlhf loss gspo sample"] = measured(False, advantages_BT=rows_BT, **near)
+    found["openrlhf loss gspo dual-clip"] = measured(False, advantages_BT=rows_BT, **near, dual_clip=1.05)
     options = [
         ("token", "clip", "ratio", [0.8, 1.3]),
         ("token", "mask", "ratio", [0.8, 1.3]),

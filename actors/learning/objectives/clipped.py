@@ -19,7 +19,7 @@ class ClippedObjective(Objective):
 
         token      Σ_tokens / N
         sample     Σ_rows (Σ_tokens / n) / R
-        constant   Σ_rows (Σ_tokens / rollout.max_new_tokens) / R
+        constant   Σ_rows (Σ_tokens / longest response) / R
     """
 
     policy_columns = ("old_logprobs", "ref_logprobs", "engine_logprobs", "advantages")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from actors.learning.objectives.clipped import ClippedObjective
-from actors.learning.objectives.losses import LossTerms, bounded, clipped, surrogate_terms
+from actors.learning.objectives.losses import LossTerms, bounded, ratio_loss
 from actors.learning.objectives.objective import Rows
 from actors.learning.packing import row_sums
 
@@ -21,6 +20,12 @@ class GspoObjective(ClippedObjective):
         log_ratio_N = logprobs_N.detach() - rows.columns["old_logprobs"]
         log_ratio_B = bounded(row_sums(log_ratio_N, lengths_B) / lengths_B)
         ratio_N = (log_ratio_B.repeat_interleave(lengths_B) + (logprobs_N - logprobs_N.detach())).exp()
-        clipped_N = clipped(ratio_N, settings.clip_ratio, settings.clip_ratio_high)
-        surrogate_N = torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
-        return surrogate_terms(surrogate_N, ratio_N, clipped_N, log_ratio_N, weights_N)
+        return ratio_loss(
+            ratio_N,
+            log_ratio_N,
+            advantages_N,
+            clip_ratio=settings.clip_ratio,
+            clip_ratio_high=settings.clip_ratio_high,
+            dual_clip=settings.dual_clip,
+            weights_N=weights_N,
+        )

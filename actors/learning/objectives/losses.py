@@ -52,6 +52,28 @@ def policy_loss(
     `approx_kl` is k3 of KL(old || new); `clip_fraction` counts ratios outside 1 - ε and 1 + ε_high.
     """
     ratio_N = bounded(logprobs_N - old_logprobs_N).exp()
+    return ratio_loss(
+        ratio_N,
+        logprobs_N.detach() - old_logprobs_N,
+        advantages_N,
+        clip_ratio=clip_ratio,
+        clip_ratio_high=clip_ratio_high,
+        dual_clip=dual_clip,
+        weights_N=weights_N,
+    )
+
+
+def ratio_loss(
+    ratio_N: Tensor,
+    log_ratio_N: Tensor,
+    advantages_N: Tensor,
+    *,
+    clip_ratio: float,
+    clip_ratio_high: float | None,
+    dual_clip: float | None,
+    weights_N: Tensor | None,
+) -> LossTerms:
+    """`policy_loss` with any ratio r. log_ratio_N: see surrogate_terms."""
     clipped_N = clipped(ratio_N, clip_ratio, clip_ratio_high)
     surrogate_N = torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
     sums = {}
@@ -59,7 +81,7 @@ def policy_loss(
         is_bounded_N = (advantages_N < 0) & (surrogate_N < dual_clip * advantages_N)
         surrogate_N = torch.where(is_bounded_N, dual_clip * advantages_N, surrogate_N)
         sums["dual_clip_fraction"] = is_bounded_N.sum()
-    terms = surrogate_terms(surrogate_N, ratio_N, clipped_N, logprobs_N.detach() - old_logprobs_N, weights_N)
+    terms = surrogate_terms(surrogate_N, ratio_N, clipped_N, log_ratio_N, weights_N)
     return LossTerms(terms.loss, {**terms.sums, **sums}, terms.maxima)
 
 

@@ -20,23 +20,26 @@ PROMPTS = 4  # of a step: two shards with two prompts each
 
 @dataclass
 class Rewards:
-    """Whether the rewards differ, of the prompts of each round."""
+    """Whether the rewards differ, of the prompts of each round, which are drawn from so many different ones."""
 
     mixed: Sequence[Sequence[bool]]
+    num_prompts: int
     asked: list[int] = field(default_factory=list)
 
     async def groups(self, shard: ScoredShard) -> list[PromptGroup]:
         self.asked.append(shard.rollout.index)
         flags = [flag for of_round in self.mixed for flag in of_round]
         numbers = range(2 * shard.rollout.index, 2 * shard.rollout.index + 2)
-        return [PromptGroup(number, f"p{number}", 1.0, is_mixed=flags[number]) for number in numbers]
+        return [PromptGroup(number, f"p{number % self.num_prompts}", 1.0, is_mixed=flags[number]) for number in numbers]
 
 
 async def score(rollouts: StepRollouts) -> list[ScoredShard]:
     return [ScoredShard(shard, (), (), (), ()) for shard in await together(rollouts.shards)]
 
 
-async def filtered(tmp_path: Path, mixed: Sequence[Sequence[bool]], *, rounds: int) -> tuple[list[int], list[str]]:
+async def filtered(
+    tmp_path: Path, mixed: Sequence[Sequence[bool]], *, rounds: int, num_prompts: int = 99
+) -> tuple[list[int], list[str]]:
     """(numbers of the prompts that are learned from, lines on the console)"""
     said: list[str] = []
     sampler = Sampler(
@@ -48,7 +51,8 @@ async def filtered(tmp_path: Path, mixed: Sequence[Sequence[bool]], *, rounds: i
         takes_turns=True,
     )
     telemetry = Telemetry(tmp_path, "run", 1, console=said.append)
-    sampling = DynamicSampling(Rewards(mixed), sampler, telemetry, prompts_per_step=PROMPTS, rounds=rounds)
+    rewards = Rewards(mixed, num_prompts)
+    sampling = DynamicSampling(rewards, sampler, telemetry, prompts_per_step=PROMPTS, rounds=rounds)
     first = await score(await sampler.more(7, 0, first_index=0))
     found = await sampling(7, first, score)
     assert [shard.rollout.index for shard in found] == list(range(len(found)))
@@ -77,6 +81,11 @@ async def test_the_rounds_are_bounded_and_the_prompts_are_named(tmp_path: Path) 
     assert len(said) == 1
     assert "only 1 of 4 prompts have samples with different rewards after 2 further rounds" in said[0]
     assert "11 of 12 prompts, among them p0 (1), p1 (1)" in said[0] and "Raise algorithm.filter_rounds" in said[0]
+
+
+async def test_prompts_that_were_drawn_twice_are_counted_twice(tmp_path: Path) -> None:
+    _, said = await filtered(tmp_path, [NO, NO], rounds=1, num_prompts=3)
+    assert "same reward for 8 of 8 prompts, among them p0 (1)" in said[0]
 
 
 @pytest.mark.parametrize("rounds", [0, 1])

@@ -158,6 +158,7 @@ def bad_calls(prompt: Task, base_url: str) -> dict[str, float]:
         {**good, "stop": ["\n"]},
         {**good, "logprobs": True},
         {**good, "max_tokens": 0},
+        {**good, "stream": True, "stream_options": ["include_usage"]},
         {**good, "tools": [{"name": "no function"}]},
         {"messages": []},
         {"messages": "hi"},

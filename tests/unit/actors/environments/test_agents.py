@@ -234,7 +234,7 @@ def test_calls_that_cannot_be_answered_are_refused_and_the_agent_may_go_on(chat:
     rows, asked = played(chat, agent("bad_calls"))
     assert len(asked) == 1
     parts = {
-        "model_not_found": 1.0, "unsupported_value": 3.0, "invalid_value": 1.0, "invalid_tools": 1.0,
+        "model_not_found": 1.0, "unsupported_value": 3.0, "invalid_value": 2.0, "invalid_tools": 1.0,
         "invalid_messages": 5.0, "invalid_request": 1.0, "context_length_exceeded": 1.0,
     }  # fmt: skip
     assert episode_of(rows[0])["parts"] == {f"environment.{code}": count for code, count in parts.items()}

@@ -22,6 +22,12 @@ TASK = Task("How many?", {"answer": "so it is #### 42"}, 7)
         ("2^10 % 7", "2^10 % 7: no result, it is no arithmetic"),
         ("7 // 2 + -1", "7 // 2 + -1 = 2"),
         ("50%", "50% = 0.5"),
+        ("8 / 50%", "8 / 50% = 16"),
+        ("16 ^ 50%", "16 ^ 50% = 4"),
+        ("(20 + 5)% * 8", "(20 + 5)% * 8 = 2"),
+        ("-5%", "-5% = -0.05"),
+        ("50[100]", "50[100]: no result, it is no arithmetic"),
+        ("10 % 3", "10 % 3: no result, it is no arithmetic"),
         ("1/0", "1/0: no result, division by zero"),
         ("9**9**9", "9**9**9: no result, its exponent is too large"),
         ("(10**200)*(10**200)", "(10**200)*(10**200): no result, it is too large"),
@@ -45,6 +51,9 @@ def test_a_call_is_answered_and_a_marked_number_ends_the_episode() -> None:
     nothing = {"answer": 0.0, "format": 0.0, "call": 0.0}
     assert (reward, done, info) == ({**nothing, "call": 0.2}, False, {"calls": ["6*7", "1+"]})
     assert game.step("<calc>6*7</calc>")[1] == nothing, "only the first call is rewarded"
+    fresh = Calculator(call_reward=0.2)
+    fresh.reset(TASK)
+    assert fresh.step("<calc>6*7 = 42</calc>")[:2] == ("6*7 = 42: no result, it is no arithmetic", nothing)
     assert game.step("It is\n#### 42") == ("", {"answer": 1.0, "format": 0.1, "call": 0.0}, True, {})
 
 
@@ -83,3 +92,8 @@ def test_the_word_game_is_deterministic_and_won_when_the_opponent_has_no_word() 
     assert games[1].step(word)[0] == answer
     assert games[0].step(word)[1:3] == ({"word": 0.0, "win": 0.0}, True), "no word twice"
     assert games[1].step(f"{word} and more")[2], "one word alone"
+
+
+def test_every_word_can_be_followed() -> None:
+    """Otherwise the first player would have lost such a game before the first turn."""
+    assert not [word for word in WORDS if not any(other.startswith(word[-1]) for other in WORDS if other != word)]

@@ -62,6 +62,14 @@ def test_a_failed_source_fails_its_sample_and_is_named() -> None:
     assert (failed.value, failed.error, failed.parts) == (None, "source x: no", {})
 
 
+@pytest.mark.parametrize("values", [(1e308, 1e308), (math.inf, -math.inf)])
+def test_a_sum_beyond_all_numbers_fails_its_sample(values: tuple[float, float]) -> None:
+    sources = {name: Weighted(Fixed(Score(value), Score(1.0)), 1.0) for name, value in zip("xy", values, strict=True)}
+    failed, fine = WeightedReward(sources).scores(rollout_table(["a", "b"]))
+    assert failed.value is None and "is not a finite number" in str(failed.error)
+    assert fine.value == 2.0
+
+
 def test_other_sources_are_asked_at_the_same_time_and_models_in_the_callers_thread() -> None:
     met = threading.Barrier(2)
     asked: dict[str, threading.Thread] = {}

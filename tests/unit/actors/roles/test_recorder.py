@@ -130,6 +130,10 @@ def test_prompts_that_are_left_out_are_counted(recorder: RecorderWorker, tmp_pat
     assert (table["row"].to_pylist(), record.num_samples, record.num_dropped) == ([10, 12], 2, 0)
     metrics = merge_metrics([record])
     assert (metrics["filter/prompts_sampled"], metrics["filter/prompts_kept"]) == (3, 2)
+    some, other = scores([1.0, None, 3.0]), str(tmp_path / "shard-2.parquet")
+    _, failed = recorder.record(rollout(), some, kl_coefficient=0.1, file=other, groups=(10,))
+    assert (failed.num_samples, failed.num_dropped) == (1, 1)
+    assert merge_metrics([failed])["reward/failed_fraction"] == pytest.approx(1 / 3)
     _, empty = recorder.record(rollout(), given, kl_coefficient=0.1, file=str(tmp_path / "shard-1.parquet"), groups=())
     assert merge_metrics([record, empty])["filter/prompts_sampled"] == 6
 

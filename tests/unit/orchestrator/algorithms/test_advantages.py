@@ -13,6 +13,7 @@ from orchestrator.algorithms.advantages import Responses
 from orchestrator.algorithms.algorithm import Algorithm
 from orchestrator.algorithms.experience import ExperienceSettings, assemble, groups_of
 from orchestrator.algorithms.shaping import overlong_share, shaped_rewards, token_rewards
+from orchestrator.algorithms.standardising import WeightedPart
 from orchestrator.algorithms.table import ALGORITHMS
 from orchestrator.config.sections import RlConfig, RolloutConfig
 from orchestrator.errors import DataError, NonFiniteError
@@ -163,11 +164,12 @@ def test_without_its_baseline_a_sample_is_dropped_and_counted() -> None:
         run(REMAX, table=greedy(rollout(), [11, 12]), reward=[rewards([1.0, float("nan"), 3.0])])
 
 
-def test_prompts_that_are_left_out_are_not_counted_as_failed() -> None:
+def test_of_prompts_that_are_left_out_only_failed_samples_are_counted() -> None:
     settings = ExperienceSettings(algorithm("grpo"), samples_per_prompt=2)  # rows 10 and 11 are prompt 5, row 12 is 6
     from_all, _ = run(settings)
     found, dropped = _assembled(settings, groups=[5])
-    assert (found["row"].to_pylist(), dropped) == ([10, 11], 0)
+    assert (found["row"].to_pylist(), dropped) == ([10, 11], 1)
+    assert _assembled(settings, groups=[])[1] == 1
     assert found.equals(from_all.slice(0, 2).combine_chunks())
 
 
@@ -196,6 +198,26 @@ def test_groups_say_whether_their_rewards_differ() -> None:
     ]
 
 
+def test_groups_differ_by_what_the_algorithm_compares() -> None:
+    """Rewards of 1 that are 1 + 0 and 0 + 1, and rewards of 1 and 2 with equal parts."""
+    table = rewards([1.0, 1.0, None])
+    parts = [[("answer", 1.0), ("style", 0.0)], [("answer", 0.0), ("style", 1.0)], []]
+    place = table.schema.get_field_index("reward_parts")
+    differing = table.set_column(place, table.schema.field(place), pa.array(parts, table.schema.field(place).type))
+    standardised = [WeightedPart("answer", 1.0, "shard"), WeightedPart("style", 1.0)]
+    for settings in (
+        ExperienceSettings(in_parts(), samples_per_prompt=2),
+        ExperienceSettings(algorithm("dapo"), samples_per_prompt=2, sources=standardised),
+    ):
+        assert [group.is_mixed for group in groups_of(rollout(), [differing], settings)] == [True, False]
+    by_style = ExperienceSettings(algorithm("gdpo", part_weights={"style": 1.0}), samples_per_prompt=2)
+    assert [group.is_mixed for group in groups_of(rollout(), [rewards([1.0, 2.0, 3.0])], by_style)] == [False, False]
+    clipped = ExperienceSettings(algorithm("dapo"), samples_per_prompt=2, reward_clip=0.5)
+    assert [group.is_mixed for group in groups_of(rollout(), [rewards([1.0, 2.0, 3.0])], clipped)] == [False, False]
+    by_reward = ExperienceSettings(algorithm("dapo"), samples_per_prompt=2)
+    assert [group.is_mixed for group in groups_of(rollout(), [differing], by_reward)] == [False, False]
+
+
 def complaints(name: str, rl: dict[str, int] | None = None, **keys: Any) -> Iterator[str]:
     sections = RlConfig.model_validate({"samples_per_prompt": 4, **(rl or {})}), RolloutConfig()
     return iter(list(algorithm(name, **keys).contradictions(*sections)))
@@ -210,10 +232,26 @@ def complaints(name: str, rl: dict[str, int] | None = None, **keys: Any) -> Iter
         ({"gate": "ratio", "gate_min": 2.0, "gate_max": 1.0}, "nothing would be learned"),
         ({"gate": "tv", "gate_min": 0.1, "gate_max": 0.2}, "Remove gate_min, or set algorithm.gate=ratio"),
         ({"gate": "ratio", "gate_over": "seq-max", "gate_max": 2.0}, "needs a divergence that has no sign"),
+        ({"importance_mode": "mask"}, "algorithm.importance_mode=mask needs algorithm.importance_cap"),
+        ({"importance_level": "sequence"}, "algorithm.importance_level=sequence needs algorithm.importance_cap"),
+        ({"gate_max": 2.0}, "algorithm.gate_max=2.0 needs algorithm.gate, which is null"),
+        ({"gate_min": 0.5}, "algorithm.gate_min=0.5 needs algorithm.gate, which is null"),
+        ({"gate_over": "seq-mean"}, "algorithm.gate_over=seq-mean needs algorithm.gate, which is null"),
     ],
 )
 def test_corrections_that_contradict_are_refused_with_the_way_out(keys: dict[str, Any], message: str) -> None:
     assert message in next(complaints("grpo", **keys))
+
+
+@pytest.mark.parametrize("name", ["dr-grpo", "dapo", "cispo"])
+def test_a_controller_of_no_penalty_is_refused(name: str) -> None:
+    assert "is 0 and stays 0" in next(complaints(name, adaptive_kl_target=6.0))
+    assert not list(complaints(name, adaptive_kl_target=6.0, kl_coefficient=0.05))
+
+
+def test_a_dual_clip_of_ratios_that_are_clipped_anyway_is_refused() -> None:
+    assert "algorithm.name='cispo' clips whatever the sign" in next(complaints("cispo", dual_clip=3.0))
+    assert not list(complaints("gspo", dual_clip=3.0))
 
 
 @pytest.mark.parametrize("name", ["ppo", "reinforce++", "remax"])

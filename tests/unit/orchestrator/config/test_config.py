@@ -93,6 +93,10 @@ def test_a_shard_may_part_samples_that_are_not_compared() -> None:
         ({"offload_optimizer": True, "gpus_per_rank": 1, "zero_stage": 0}, "Set .*zero_stage=1 or higher"),
         ({"zero_hpz_partition_size": 2, "ranks": 4}, "only stage 3 gathers"),
         ({"zero_hpz_partition_size": 4, "ranks": 6, "zero_stage": 3}, "does not divide .*ranks=6"),
+        ({"lora": {"alpha": 64}}, "lora.alpha=64.0 needs adapters, and .*lora.rank is 0"),
+        ({"lora": {"targets": ["q_proj"]}}, "lora.targets=.*needs adapters"),
+        ({"lora": {"dora": True}}, "lora.dora=True needs adapters"),
+        ({"lora": {"rank_stabilised": True}}, "lora.rank_stabilised=True needs adapters"),
     ],
 )
 def test_settings_of_learners_that_have_no_effect_are_refused(

@@ -178,6 +178,14 @@ def test_the_way_out_of_keys_of_another_kind_works(tmp_path: Path) -> None:
             r"gdpo standardises .* reward\.sources\.a\.standardise would not be used",
         ),
         (
+            {
+                "reward": {"sources": {"a": {"path": "/m"}}, "clip": 2.0},
+                "algorithm": {"name": "gdpo", "part_weights": {"a": 1.0}},
+                "rl": {"prompts_per_step": 16, "samples_per_prompt": 2},
+            },
+            r"reward\.clip=2 clips the whole reward, of which algorithm\.name=gdpo compares only parts",
+        ),
+        (
             {"reward": {"sources": {"a": {"name": "http", "url": "http://me:secret@host/"}}}},
             r"in reward\.sources\.a\.token_from",
         ),

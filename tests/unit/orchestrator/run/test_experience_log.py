@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,8 +37,10 @@ def scored(step: int, *, shards: int = 3, samples: int = 10) -> list[ScoredShard
     ]
 
 
-def log_in(folder: Path, *, dropped: int = 0, failing: set[int] | None = None, budget: float = 0.1) -> ExperienceLog:
-    recorder = FailingRecorder(Diary(), dropped, failing=failing or set())
+def log_in(
+    folder: Path, *, dropped: int = 0, failing: set[int] | None = None, budget: float = 0.1, **more: Any
+) -> ExperienceLog:
+    recorder = FailingRecorder(Diary(), dropped, failing=failing or set(), **more)
     return ExperienceLog(folder / "log", recorder, max_failed_fraction=budget)
 
 
@@ -72,6 +75,14 @@ async def test_more_failed_rewards_than_the_budget_stop_the_run_uncommitted(
     with pytest.raises(RewardError, match=rf"step 4: the reward of {3 * dropped} of 30 samples failed"):
         await log.commit(State(4, 0.1), scored(4))
     assert not log.holds(4)
+
+
+async def test_samples_that_are_left_out_count_for_the_budget(tmp_path: Path) -> None:
+    """Of each shard one sample failed, nine are learned from and ten are left out: 1 of 20."""
+    sums = {4: {"samples_left_out": 10.0}}
+    await log_in(tmp_path, dropped=1, budget=0.05, sums_of_step=sums).commit(State(4, 0.1), scored(4))
+    with pytest.raises(RewardError, match="3 of 60 samples failed"):
+        await log_in(tmp_path / "other", dropped=1, budget=0.049, sums_of_step=sums).commit(State(4, 0.1), scored(4))
 
 
 async def test_the_first_failure_is_part_of_the_error(tmp_path: Path) -> None:

@@ -89,6 +89,14 @@ def test_gspo_has_one_ratio_for_a_response() -> None:
     assert found.loss.item() == pytest.approx(2 * 2**0.5 - 1.0, rel=1e-6)
 
 
+def test_gspo_has_the_dual_clip_of_a_response() -> None:
+    # Means of new - old: ln 16 / 2 and 0: ratios 4 and 1; the first row's surrogate is at least 3 A.
+    settings = algorithm("gspo", dual_clip=3.0, aggregation="token")
+    found = terms(settings, [math.log(16.0), 0.0, 0.0], lengths=[2, 1], advantages=[-1.0, -2.0, -1.0])
+    assert found.loss.item() == pytest.approx(3.0 + 6.0 + 1.0, rel=1e-6)
+    assert found.sums["dual_clip_fraction"].item() == 2
+
+
 def test_cispo_learns_from_clipped_tokens_too() -> None:
     new = torch.tensor([math.log(8.0), math.log(0.5)], requires_grad=True)
     columns = {"old_logprobs": torch.zeros(2), "engine_logprobs": torch.zeros(2), "ref_logprobs": torch.zeros(2)}
