@@ -23,6 +23,7 @@ from actors.groups.group import ActorGroup
 from actors.groups.process import as_actor
 from actors.learning.distributed import Group
 from actors.remote.publisher import BucketPublisher, PolicyWeights
+from actors.remote.transports import SharedTransport
 from actors.roles.rollout import RolloutWorker
 from actors.weights.sender import PublishingPolicy
 from benchmarks.harness import Figure, Pairs, ratio_figure
@@ -66,6 +67,7 @@ async def _measure_count(policy: ActorGroup, engines: ActorGroup, work: Work, ro
         supervisor=supervisor,
         bucket_bytes=work.config.publish.bucket_mib << 20,
         publish_s=work.config.deadlines.publish_s,
+        transport=SharedTransport(policy, engines, publish_s=work.config.deadlines.publish_s),  # as on one host
     )
     num_bytes = (await publisher.publish(1)).num_bytes
     publish_s, apply_s, verify_s, copy_s = [], [], [], []

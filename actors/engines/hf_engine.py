@@ -49,7 +49,7 @@ class HfEngine:
         self._held: dict[str, torch.Tensor] = {}
         self._served = ServedVersion(context.version)
         self._unpacker: Unpacker | None = None
-        self._receiver = Receiver(self._device)
+        self._receiver = Receiver(self._device, keeps=False)
         self._expected: dict[str, str] = {}  # digests by tensor
         self._seconds: dict[str, float] = {}
         if context.version is None:

@@ -66,10 +66,11 @@ class BucketTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo
             self._places = locate(self.model, self._form)
         except PublishError as error:
             self._refusal = error
-        self.receiver = Receiver(self.device)
         self._reader = Reader(self.model)
         self.obstacle = obstacle(self.model, self._places)
         self._writer = Writer(self.model, self._places, self._reader) if self.obstacle is None else None
+        # vLLM's layerwise reload holds tensors until their layer is complete.
+        self.receiver = Receiver(self.device, keeps=self._writer is None)
         self.seconds = dict.fromkeys(("receive", "apply", "verify"), 0.0)
 
     def taken(self) -> Taken:

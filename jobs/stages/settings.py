@@ -221,12 +221,15 @@ def within(deadline_s: float) -> float:
     return 0.8 * deadline_s
 
 
-def transport_of(config: Config) -> Literal["host", "collective", "shared"]:
-    """The transport of published weights. auto follows from devices and placement."""
+def transport_of(config: Config, *, one_host: bool) -> Literal["host", "collective", "shared"]:
+    """The transport of published weights. auto follows from devices and placement; `one_host`: of the whole cluster."""
     chosen = config.publish.transport
     if chosen != "auto":
         return chosen
-    if not (config.policy.gpus_per_rank and config.rollout.on_gpus):
+    on_gpus = config.policy.gpus_per_rank > 0, config.rollout.on_gpus
+    if not any(on_gpus):
+        return "shared" if one_host else "host"
+    if not all(on_gpus):
         return "host"
     return "shared" if config.placement.mode == "colocated" else "collective"
 

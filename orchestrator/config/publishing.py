@@ -16,7 +16,8 @@ class PublishConfig(Section):
     transport: Literal["auto", "host", "collective", "shared"] = "auto"
     """How buckets get to the engines. host: Ray's object store. collective: broadcast from the policy's rank 0 (NCCL
     between GPUs, gloo between CPUs). shared: memory that both map (CUDA IPC on one GPU). auto: collective or shared
-    if policy and engines are on separate or on the same GPUs, otherwise host. What fails goes through the host."""
+    if policy and engines are on separate or on the same GPUs, shared on the CPUs of a single host, otherwise host.
+    What fails goes through the host."""
     verify: Literal["full", "sampled", "checksums"] = "full"
     """Verification after publishing: read back all weights that the layers use, a random part of them, or checksums."""
 

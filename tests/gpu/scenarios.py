@@ -54,7 +54,7 @@ def logprobs_of(folder: Path) -> list[float]:
 
 def mapped(parcel: SharedBucket) -> int:
     """The sum of a shared bucket's bytes, whose memory this process maps and lets go of."""
-    reader = SharedReader(compute_device())
+    reader = SharedReader(compute_device(), copies=True)
     total = int(reader.take(parcel).tensor.sum())
     reader.close()
     return total

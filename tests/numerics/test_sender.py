@@ -49,7 +49,7 @@ def test_a_publish_that_fails_before_it_is_mapped_leaves_its_memory_to_the_next(
     assert handles[0] != handles[1]
     assert policy.begin_publish(1 << 10, SHARED) == header
     memory = [buffer.memory.data_ptr() for buffer in policy._shared]
-    reader = SharedReader(CPU)
+    reader = SharedReader(CPU, copies=True)
     found = received(policy, header, reader)
     assert [parcel.handles for parcel in failed] == handles
     assert {handle for parcel in failed for handle in parcel.handles.values()} == set(reader._mapped)
@@ -60,7 +60,7 @@ def test_a_publish_that_fails_before_it_is_mapped_leaves_its_memory_to_the_next(
     reader.close()
     policy.end_publish()
     with pytest.raises(TransportBroken, match="can't be mapped"):
-        SharedReader(CPU).take(failed[0])
+        SharedReader(CPU, copies=True).take(failed[0])
 
 
 def test_a_bucket_lies_in_the_shared_memory_itself(policy: PublishingPolicy) -> None:

@@ -26,11 +26,12 @@ class Receiver:
 
     Args:
         device: of the worker; buckets from a group or from shared memory are on it, others on the host.
+        keeps: whether the engine still uses a bucket after the call in which it takes it.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, keeps: bool) -> None:
         self.device = device
-        self._shared = SharedReader(device)
+        self._shared = SharedReader(device, copies=keeps)
         self._group: BroadcastGroup | None = None
         self._header: WeightHeader | None = None
         self._broadcast: Iterator[Bucket] | None = None

@@ -83,17 +83,20 @@ def uncounted(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[bytes, i
 
 
 class SharedReader:
-    """Maps the buffers of one publish, each once."""
+    """Maps the buffers of one publish, each once.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    Args:
+        copies: whether `take` returns copies. Otherwise a bucket changes when the policy fills its buffer again, as it
+            does after the call that applies the bucket. On GPUs they are always copies: work is only queued there.
+    """
+
+    def __init__(self, device: torch.device, *, copies: bool) -> None:
+        self._device, self._copies = device, copies or device.type == "cuda"
         self._mapped: dict[Any, torch.Tensor] = {}
 
     def take(self, parcel: SharedBucket) -> Bucket:
-        """A copy of the bucket, so that the policy can fill the buffer again.
-
-        Raises:
-            TransportBroken: no rank of the policy shares this device, or its memory is gone.
+        """Raises:
+        TransportBroken: no rank of the policy shares this device, or its memory is gone.
         """
         mine = device_id(self._device)
         if mine not in parcel.handles:
@@ -102,7 +105,9 @@ class SharedReader:
         try:
             if handle not in self._mapped:
                 self._mapped[handle] = self._open(handle)
-            data = self._mapped[handle][: parcel.num_bytes].clone()
+            data = self._mapped[handle][: parcel.num_bytes]
+            if self._copies:
+                data = data.clone()
             if self._device.type == "cuda":  # the policy may fill the buffer again as soon as this returns
                 torch.cuda.current_stream(self._device).synchronize()
         except (RuntimeError, OSError) as error:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from actors.engines.contract import EngineContext
+from actors.groups.cluster import alive_nodes
 from actors.groups.group import ActorGroup
 from actors.groups.starter import Starter, placed
 from actors.groups.supervisor import RaySupervisor
@@ -297,7 +298,7 @@ def turns_of(config: Config, learners: Learners, scorers: Mapping[str, Trimming]
 
 def _transport_of(config: Config, policy: ActorGroup, engines: ActorGroup) -> Transport:
     publish_s = config.deadlines.publish_s
-    kind = transport_of(config)
+    kind = transport_of(config, one_host=len(alive_nodes()) == 1)
     if kind == "host":
         return HostTransport(policy, engines, publish_s=publish_s)
     if kind == "shared":

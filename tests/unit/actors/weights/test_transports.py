@@ -77,7 +77,7 @@ def sent(store: TCPStore, header: WeightHeader, weights: dict[str, torch.Tensor]
 
 
 def received(store: TCPStore, header: WeightHeader, rank: int, rounds: int) -> list[list[tuple[str, torch.Tensor]]]:
-    receiver = Receiver(CPU)
+    receiver = Receiver(CPU, keeps=False)
     receiver.join(meeting(store, 3), rank)
     return [list(_unpacked(receiver, header)) for _ in range(rounds)]
 
@@ -149,7 +149,7 @@ def test_a_group_that_was_left_keeps_no_bucket(store: TCPStore, weights: dict[st
 
 def test_a_worker_without_a_group_says_so() -> None:
     with pytest.raises(TransportBroken, match="in no group"):
-        Receiver(CPU).take(Announced())
+        Receiver(CPU, keeps=False).take(Announced())
 
 
 @pytest.mark.parametrize("bucket_bytes", [64, 128, 192, 1024, 1 << 20])
@@ -181,7 +181,7 @@ def test_both_sides_know_which_tensors_end_in_a_bucket(weights: dict[str, torch.
 
 def test_a_shared_bucket_is_a_copy_of_what_the_policy_put_there(weights: dict[str, torch.Tensor]) -> None:
     header = header_of(weights, 1024)
-    buffer, reader, unpacker = SharedBuffer(1024, CPU), SharedReader(CPU), Unpacker(header)
+    buffer, reader, unpacker = SharedBuffer(1024, CPU), SharedReader(CPU, copies=True), Unpacker(header)
     found, parcels = [], []
     for bucket in pack(header, weights.items(), lambda _: buffer.memory):
         parcels.append(SharedBucket(bucket.index, bucket.num_bytes, bucket.digests, {device_id(CPU): buffer.handle}))
@@ -192,6 +192,16 @@ def test_a_shared_bucket_is_a_copy_of_what_the_policy_put_there(weights: dict[st
     buffer.close()
     with pytest.raises(TransportBroken, match="can't be mapped"):
         reader.take(parcels[0])
+
+
+def test_a_bucket_that_is_applied_at_once_is_read_where_the_policy_put_it(weights: dict[str, torch.Tensor]) -> None:
+    (bucket,) = pack(header_of(weights, 4096), weights.items())
+    buffer, reader = SharedBuffer(4096, CPU), SharedReader(CPU, copies=False)
+    taken = reader.take(SharedBucket(0, bucket.num_bytes, bucket.digests, {device_id(CPU): buffer.handle}))
+    buffer.memory[: bucket.num_bytes].copy_(bucket.tensor)
+    assert torch.equal(taken.tensor, bucket.tensor)
+    reader.close()
+    buffer.close()
 
 
 def test_a_handle_of_a_gpus_memory_counts_no_mapping_and_its_counter_is_kept_for_the_end() -> None:
@@ -205,4 +215,4 @@ def test_a_handle_of_a_gpus_memory_counts_no_mapping_and_its_counter_is_kept_for
 
 def test_an_engine_on_another_device_can_not_read_a_shared_bucket() -> None:
     with pytest.raises(TransportBroken, match="no rank of the policy is on the device"):
-        SharedReader(CPU).take(SharedBucket(0, 64, {}, {"GPU-1": None}))
+        SharedReader(CPU, copies=True).take(SharedBucket(0, 64, {}, {"GPU-1": None}))

@@ -13,7 +13,7 @@ ON_GPUS: dict[str, Any] = {"policy": {"gpus_per_rank": 1}, "rollout": {"gpus_per
 @pytest.mark.parametrize(
     ("sections", "transport"),
     [
-        ({}, "host"),
+        ({}, "shared"),
         ({"publish": {"transport": "collective"}}, "collective"),
         ({"publish": {"transport": "shared"}}, "shared"),
         (ON_GPUS, "shared"),
@@ -24,7 +24,12 @@ ON_GPUS: dict[str, Any] = {"policy": {"gpus_per_rank": 1}, "rollout": {"gpus_per
 )
 def test_the_transport_follows_from_devices_and_placement(sections: dict[str, Any], transport: str) -> None:
     tree = {"reward": {"path": "/models/reward"}, **sections}
-    assert transport_of(config_from_tree(tree, source="test")) == transport
+    assert transport_of(config_from_tree(tree, source="test"), one_host=True) == transport
+
+
+def test_cpus_of_several_hosts_share_no_memory() -> None:
+    config = config_from_tree({"reward": {"path": "/models/reward"}}, source="test")
+    assert transport_of(config, one_host=False) == "host"
 
 
 def test_the_longest_response_is_that_of_all_turns() -> None:
