@@ -134,6 +134,18 @@ def test_an_engine_with_the_default_share_does_not_fit_beside_the_models_of_7b(
     assert "\nbest: placement.mode=colocated" in text
 
 
+def test_the_plan_tries_only_engines_over_which_vllm_divides_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four workers can't divide 14 attention heads."""
+    half = Case("h100-8.yaml", "0.5B", ((128, 8, 1000),)).config(tmp_path, "rollout.tensor_parallel_size=4")
+    plan(half, Target(8, "h100", None, None, None), MeanLengths(300.0, 500.0, 0.5))
+    text = capsys.readouterr().out
+    assert "does not fit: rollout.tensor_parallel_size=4 does not divide model.path=" in text
+    assert "14 attention heads. Set it to one of 1, 2." in text
+    assert "engines of 2" in text and "engines of 4" not in text and "engines of 8" not in text
+
+
 def test_unsharded_learners_of_7b_are_refused_with_the_highest_peak(tmp_path: Path) -> None:
     config = EIGHT.config(tmp_path, "policy.zero_stage=1")
     with pytest.raises(CapacityError, match=r"has 74.5 GiB, and phase start 113.\d GiB .*zero_stage"):
