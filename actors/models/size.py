@@ -69,6 +69,7 @@ def model_size(folder: Path, *, layers: int | None = None, trust_remote_code: bo
         feed_forward=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocabulary=text.vocab_size,
         linear=_linear(model.get_decoder()),
+        stored=str(config.dtype).removeprefix("torch.") if config.dtype else None,
     )
 
 

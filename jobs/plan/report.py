@@ -23,6 +23,7 @@ from orchestrator.failures import LEARNERS
 from orchestrator.planning.demands import all_demands
 from orchestrator.planning.hardware import DEVICES, Device, cpu_core, device_of
 from orchestrator.planning.memory import GIB, gib
+from orchestrator.planning.needs import NodeOffer
 from orchestrator.planning.placement import Node, place
 from orchestrator.planning.simulation.fit import DeviceMemory, cache_tokens, memory_per_device
 from orchestrator.planning.simulation.run import simulate
@@ -91,6 +92,7 @@ def show_configured(config: Config, work: Work, target: Target) -> None:
         check_width(config)
         place(needed, _nodes(device, num_gpus), mode=config.placement.mode)
         memory = memory_per_device(work, layout, dtype=config.model.compute_dtype)
+        hosts = [need for need in capacity(config, _unknown(device, num_gpus)).nodes if need.is_of_host]
     except (CapacityError, ConfigError) as error:
         say(f"the config as it is does not fit: {error}")
         return
@@ -100,6 +102,13 @@ def show_configured(config: Config, work: Work, target: Target) -> None:
         f"the config as it is: {describe(layout)}: {told.step_s:.1f} s a step, {clock_text(steps * told.step_s)} in all"
     )
     _show_memory(memory)
+    say(max(hosts, key=lambda need: need.needed).describe())
+
+
+def _unknown(device: Device, num_gpus: int) -> Cluster:
+    """The planned nodes: how much memory their hosts have is unknown."""
+    nodes = _nodes(device, num_gpus)
+    return Cluster("the plan", nodes, {node.address: NodeOffer(None, device.memory_bytes) for node in nodes})
 
 
 def _nodes(device: Device, num_gpus: int) -> list[Node]:
