@@ -65,6 +65,7 @@ class VllmEngine:
     def generate(self, request: ShardRequest) -> tuple[pa.Table, dict[str, Any]]:
         version = self._served.require()
         requests = ordered_requests(request, self._context.model.max_length)
+        self._forget_prefixes()
         started = perf_counter()
         outputs = self._llm.generate(
             [TokensPrompt(prompt_token_ids=item.prompt.tokens.tolist()) for item in requests],
@@ -126,9 +127,15 @@ class VllmEngine:
             self._asleep -= set(sleeping)
 
     def _serve(self, version: int, header: WeightHeader, num_compared: int, seconds: dict[str, float]) -> UpdateReport:
-        self._llm.reset_prefix_cache()
+        self._forget_prefixes()
         self._served.serve(version)
         return UpdateReport(version, len(header.tensors), header.num_bytes, num_compared, seconds)
+
+    def _forget_prefixes(self) -> None:
+        """Cached blocks must outlive neither the weights nor the memory that they were computed with, and hits on those
+        of earlier shards would make batches, and so the last bits, depend on what an engine sampled before."""
+        if self._context.rollout.prefix_caching and not self._llm.reset_prefix_cache():
+            raise RlhfError("vLLM kept cached blocks of prompts, because some are still in use.")
 
     def _parameters(self, sampling: Sampling, item: SampleRequest) -> SamplingParams:
         return SamplingParams(
@@ -172,8 +179,7 @@ def start_llm(folder: Path, context: EngineContext, *, skip_tokenizer_init: bool
         # torch's CPU generators can't: "CPU Generator does not use offset". Remove this when that is fixed.
         enable_chunked_prefill=not on_cpu,
         max_num_batched_tokens=max(_CPU_BATCH_TOKENS, model.max_length) if on_cpu else None,
-        # Cache hits would make batches, and so the last bits, depend on earlier calls.
-        enable_prefix_caching=False,
+        enable_prefix_caching=rollout.prefix_caching,
         enable_sleep_mode=context.sleeps,
         trust_remote_code=model.trust_remote_code,
         generation_config="vllm",

@@ -13,6 +13,9 @@ from actors.models.depth import shallow
 from actors.models.model import LOADING_ERRORS
 from orchestrator.errors import DataError
 from orchestrator.planning.memory import ModelSize
+from orchestrator.planning.widths import Divided
+
+_INNER = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 
 
 def num_embeddings(folder: Path, *, trust_remote_code: bool = False) -> int:
@@ -22,6 +25,26 @@ def num_embeddings(folder: Path, *, trust_remote_code: bool = False) -> int:
         return int(config.get_text_config().vocab_size)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(f"{folder}/config.json names no vocab_size of an architecture known here: {error}.") from error
+
+
+def divided_sizes(folder: Path, *, trust_remote_code: bool = False) -> Divided:
+    """What tensor parallelism divides. Raises DataError as model_size does."""
+    try:
+        text = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
+        inner = [(name, size) for name in _INNER if isinstance(size := getattr(text, name, None), int)]
+        return Divided(text.num_attention_heads, _kv_heads(text), tuple(inner), text.vocab_size)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"{folder}/config.json names no sizes of an architecture known here: {error}.") from error
+
+
+def _kv_heads(text: Any) -> int | None:
+    """As vLLM finds their number (transformers_utils/model_arch_config_convertor.py); None with MLA."""
+    if getattr(text, "kv_lora_rank", None):
+        return None
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        return 1
+    names = ("num_kv_heads", "num_key_value_heads")
+    return next((count for name in names if (count := getattr(text, name, None))), int(text.num_attention_heads))
 
 
 def model_size(folder: Path, *, layers: int | None = None, trust_remote_code: bool = False) -> ModelSize:
@@ -46,6 +69,7 @@ def model_size(folder: Path, *, layers: int | None = None, trust_remote_code: bo
         feed_forward=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocabulary=text.vocab_size,
         linear=_linear(model.get_decoder()),
+        stored=str(config.dtype).removeprefix("torch.") if config.dtype else None,
     )
 
 

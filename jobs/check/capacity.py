@@ -26,6 +26,7 @@ from orchestrator.planning.hardware import DEVICES
 from orchestrator.planning.memory import (
     AVERAGE_BYTES,
     GIB,
+    MIB,
     RECORDER_PROCESS,
     RULES_PROCESS,
     Memory,
@@ -119,7 +120,8 @@ def capacity(config: Config, cluster: Cluster, prepared: Prepared | None = None)
     roles = {slot.role for each in plans for slot in each.slots}
     memory_of = memory_per_role(config, sizes, roles)
     offers = _offers(config, cluster)
-    sharing = Sharing(config.placement.mode != "separate", config.rollout.gpu_memory_utilization)
+    bucket_bytes = float(config.publish.bucket_mib * MIB)
+    sharing = Sharing(config.placement.mode, config.rollout.gpu_memory_utilization, bucket_bytes)
     found = needs(plan, memory_of, offers, sharing)
     warnings = dict.fromkeys(line for each in plans for line in too_much(needs(each, memory_of, offers, sharing)))
     return Capacity(cluster, plan, memory_of, found, list(warnings), disk_bytes(config, sizes, prepared))

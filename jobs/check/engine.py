@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import importlib.util
 
+from actors.models.model import resolve_model
+from actors.models.size import divided_sizes
 from jobs.check.engine_trial import verdict_on_vllm
 from jobs.stages.table import samples_prompts
 from orchestrator.config.config import Config
 from orchestrator.errors import ConfigError
+from orchestrator.planning.widths import Divided
 
 
 def check_engine(config: Config) -> None:
@@ -18,6 +21,22 @@ def check_engine(config: Config) -> None:
             "rollout.engine='vllm', and vLLM is not installed here. Set rollout.engine=hf or auto to sample with "
             "transformers, or install the locked set on Linux: make setup."
         )
+
+
+def check_width(config: Config) -> None:
+    """Raises ConfigError if vLLM can't divide the policy over the devices of an engine."""
+    width, divided = config.rollout.tensor_parallel_size, divided_of(config)
+    if misfits := list(divided.misfits(width)):
+        raise ConfigError(
+            f"rollout.tensor_parallel_size={width} does not divide model.path={config.model.path}, and vLLM would "
+            f"refuse it: {', '.join(misfits)}. Set it to one of {', '.join(map(str, divided.widths))}."
+        )
+
+
+def divided_of(config: Config) -> Divided:
+    """What the workers of an engine divide. Raises DataError if the model's config can't be read."""
+    folder = resolve_model(config.model.path, config.run.cache)
+    return divided_sizes(folder, trust_remote_code=config.model.trust_remote_code)
 
 
 def check_kernels(config: Config) -> str | None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from actors.text.conversations import Chat
 from jobs.check.conversations import require_embeddings
-from jobs.check.engine import check_architecture, check_engine, check_kernels
+from jobs.check.engine import check_architecture, check_engine, check_kernels, check_width
 from jobs.check.models import check_models
 from jobs.command import imported, say
 from jobs.prepare import Prepared, policy_chat, prepare, prompts_key, without_prompts
@@ -101,6 +101,7 @@ def preflight(config: Config, *, kept: Config | None = None, compare: Compare = 
         ),
         lambda: _port(config),
         lambda: check_engine(config),
+        *(partial(check_width, entry.config) for entry in stages if entry.stage.samples),
         lambda: check_kernels(config),
         lambda: check_architecture(config),
         lambda: check_models(config),

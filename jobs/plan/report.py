@@ -11,6 +11,7 @@ from rich.table import Table
 
 from actors.machine.probe import machine_speed
 from jobs.check.capacity import Cluster, adapter_lines, capacity, find_cluster
+from jobs.check.engine import check_width, divided_of
 from jobs.command import out, say
 from jobs.plan.work import KEPT, layout_of, learning_of, work_of
 from jobs.resolve import WITHOUT_TRIAL, resolved
@@ -22,11 +23,12 @@ from orchestrator.failures import LEARNERS
 from orchestrator.planning.demands import all_demands
 from orchestrator.planning.hardware import DEVICES, Device, cpu_core, device_of
 from orchestrator.planning.memory import GIB, gib
+from orchestrator.planning.needs import NodeOffer
 from orchestrator.planning.placement import Node, place
 from orchestrator.planning.simulation.fit import DeviceMemory, cache_tokens, memory_per_device
 from orchestrator.planning.simulation.run import simulate
 from orchestrator.planning.simulation.scenario import MODELS, Layout, Prediction, Work
-from orchestrator.planning.simulation.search import Candidate, Search, describe, search
+from orchestrator.planning.simulation.search import ENGINE_WIDTHS, Candidate, Search, describe, search
 from orchestrator.watching.telemetry import clock_text
 
 SHOWN = 8
@@ -87,9 +89,11 @@ def show_configured(config: Config, work: Work, target: Target) -> None:
     device = device_for(target, num_gpus)
     layout = layout_of(config, device, num_gpus)
     try:
+        check_width(config)
         place(needed, _nodes(device, num_gpus), mode=config.placement.mode)
         memory = memory_per_device(work, layout, dtype=config.model.compute_dtype)
-    except CapacityError as error:
+        hosts = [need for need in capacity(config, _unknown(device, num_gpus)).nodes if need.is_of_host]
+    except (CapacityError, ConfigError) as error:
         say(f"the config as it is does not fit: {error}")
         return
     told = simulate(work, layout, cache_tokens=cache_tokens(work, layout, memory))
@@ -98,6 +102,13 @@ def show_configured(config: Config, work: Work, target: Target) -> None:
         f"the config as it is: {describe(layout)}: {told.step_s:.1f} s a step, {clock_text(steps * told.step_s)} in all"
     )
     _show_memory(memory)
+    say(max(hosts, key=lambda need: need.needed).describe())
+
+
+def _unknown(device: Device, num_gpus: int) -> Cluster:
+    """The planned nodes: how much memory their hosts have is unknown."""
+    nodes = _nodes(device, num_gpus)
+    return Cluster("the plan", nodes, {node.address: NodeOffer(None, device.memory_bytes) for node in nodes})
 
 
 def _nodes(device: Device, num_gpus: int) -> list[Node]:
@@ -148,7 +159,9 @@ def device_for(target: Target, num_gpus: int) -> Device:
 def search_gpus(config: Config, work: Work, device: Device, num_gpus: int) -> Search:
     staleness = max(1, config.rl.max_staleness)
     dtype = config.model.compute_dtype
-    return search(work, device, num_gpus, learning=learning_of(config), dtype=dtype, staleness=staleness)
+    divided = divided_of(config)
+    widths = [width for width in ENGINE_WIDTHS if divided.divides(width)]
+    return search(work, device, num_gpus, learning=learning_of(config), dtype=dtype, staleness=staleness, widths=widths)
 
 
 def search_cores(config: Config, work: Work, cluster: Cluster) -> Search:

@@ -29,8 +29,9 @@ from orchestrator.config.rewards import (
 from orchestrator.config.sections import CriticConfig
 from orchestrator.config.stages import StageEntry
 from orchestrator.errors import DataError
-from orchestrator.planning.demands import REWARD_MODEL
+from orchestrator.planning.demands import REWARD_MODEL, all_demands
 from orchestrator.planning.memory import GIB
+from orchestrator.planning.placement import in_turn
 from orchestrator.types import Sampling, State
 
 LOADING_S_PER_GIB = 60.0  # eight ranks that read 7B weights from one share with 140 MB/s
@@ -250,16 +251,10 @@ def start_s(config: Config) -> float:
 
 def engines_sleep(config: Config) -> bool:
     """Whether engines share GPUs with models, so that they sleep while those compute."""
-    return config.placement.mode == "colocated" and config.rollout.on_gpus and bool(models_in_turn(config))
+    return "rollout" in roles_in_turn(config)
 
 
-def models_in_turn(config: Config) -> frozenset[str]:
+def roles_in_turn(config: Config) -> frozenset[str]:
     """The roles with processes of their own that take turns on GPUs. Models on CPUs leave the GPUs to the engines."""
-    if config.placement.mode == "separate":
-        return frozenset()
-    gpus = {"policy": config.policy.gpus_per_rank, "reward": config.reward.gpus_per_replica}
-    if config.algorithm.needs_critic and not config.critic_is_on_trunk:
-        gpus["critic"] = config.critic.gpus_per_rank
-    if not config.reference_is_trunk:
-        gpus["reference"] = config.reference.gpus_per_rank
-    return frozenset(role for role, count in gpus.items() if count)
+    on_gpus = [demand.role for demand in all_demands(config) if demand.gpus]
+    return in_turn(on_gpus, config.placement.mode)

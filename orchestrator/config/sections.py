@@ -300,6 +300,9 @@ class RolloutConfig(Section):
     reproducible: bool = True
     """Shards have a fixed size: the same seeds give the same bits on any number of engines. false: split a step's
     samples evenly over the engines for throughput."""
+    prefix_caching: bool = False
+    """The samples of a prompt in a shard share the KV cache of its full blocks (128 tokens on CPUs, 16 on GPUs). Needs
+    vLLM. On CPUs the samples were the same bits as without it; not yet run on a GPU."""
     kv_cache_gib: PositiveNumber = 1.0
     """KV cache of one engine on a CPU."""
     gpu_memory_utilization: Fraction = 0.85
@@ -315,6 +318,8 @@ class RolloutConfig(Section):
                 f"rollout.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in "
                 f"model.max_length={model.max_length}. Lower the first or raise the second."
             )
+        if self.engine == "hf" and self.prefix_caching:
+            yield "rollout.prefix_caching=true needs rollout.engine=vllm. Set it to false."
         if self.engine == "hf" and self.tensor_parallel_size > 1:
             yield (
                 f"rollout.tensor_parallel_size={self.tensor_parallel_size} needs rollout.engine=vllm: engines of "

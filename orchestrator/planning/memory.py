@@ -49,6 +49,7 @@ class ModelSize:
     Args:
         linear: the decoder's linear layers: (last part of the name, number of these, inputs, outputs).
         trunk_bits: of their weights, if these are quantised.
+        stored: type of the weights on disk. None: unknown.
     """
 
     num_params: int
@@ -58,6 +59,7 @@ class ModelSize:
     vocabulary: int
     linear: tuple[tuple[str, int, int, int], ...] = field(default=(), kw_only=True)
     trunk_bits: int | None = field(default=None, kw_only=True)
+    stored: str | None = field(default=None, kw_only=True)
 
     def frozen_bytes(self, held: int) -> float:
         """Weights that do not learn, with `held` bytes per parameter where they are not quantised."""
@@ -90,6 +92,7 @@ class Memory:
         sending: in addition to `state`, during a publish.
         offloaded: of a learner whose optimizer is on the host: what the host always holds.
         loading: all weights, which are on the device until ZeRO-3 has divided them. 0: `state` has them.
+        converting: all weights, if they are converted on the host before they go to a device.
     """
 
     state: float = 0.0
@@ -102,6 +105,7 @@ class Memory:
     sending: float = 0.0
     offloaded: float = 0.0
     loading: float = 0.0
+    converting: float = 0.0
 
     @property
     def starting(self) -> float:
@@ -135,6 +139,7 @@ def in_one_process(models: Sequence[Memory]) -> Memory:
         cache=sum(model.cache for model in models),
         process=max(model.process for model in models),
         scoring=max(model.scoring for model in models),
+        converting=max(model.converting for model in models),
     )
 
 
@@ -246,6 +251,7 @@ def learner_memory(
         sending=_sent_bytes(size, held, tensors=2 if stage == 3 else 0) if logits else 0.0,
         offloaded=found.offloaded,
         loading=held * learned + frozen,
+        converting=_converting(size, dtype),
     )
 
 
@@ -268,7 +274,14 @@ def scorer_memory(size: ModelSize, *, dtype: Dtype, shards: int, micro_batch_tok
     if shards > 1:
         working += _zero_buffers(size, BYTES_OF[dtype], 3, shards)
     whole = float(BYTES_OF[dtype] * size.num_params)
-    return Memory(whole / shards, working, process=SCORER_PROCESS, scoring=working, loading=whole)
+    return Memory(
+        whole / shards,
+        working,
+        process=SCORER_PROCESS,
+        scoring=working,
+        loading=whole,
+        converting=_converting(size, dtype),
+    )
 
 
 def engine_memory(size: ModelSize, *, dtype: Dtype, tensor_parallel_size: int, cache_bytes: float) -> Memory:
@@ -292,6 +305,11 @@ def gpu_engine_memory(size: ModelSize, *, dtype: Dtype, tensor_parallel_size: in
         process=ENGINE_PROCESS,
         sending=_sent_bytes(size, held, tensors=1),
     )
+
+
+def _converting(size: ModelSize, dtype: Dtype) -> float:
+    """Files of the same type are mapped."""
+    return 0.0 if size.stored == dtype else float(BYTES_OF[dtype] * size.num_params)
 
 
 def _forward_bytes(size: ModelSize, dtype: Dtype, tokens: int, *, logits: bool) -> float:

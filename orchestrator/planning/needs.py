@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from orchestrator.errors import CapacityError
-from orchestrator.planning.memory import COORDINATOR_PROCESS, RAY_PROCESSES, Memory, gib
+from orchestrator.planning.host import host_peaks
+from orchestrator.planning.memory import Memory, gib
 from orchestrator.planning.peaks import ENGINE, Peak, highest, peaks, with_cache
-from orchestrator.planning.placement import Plan, Slot
+from orchestrator.planning.placement import Mode, Plan, Slot, in_turn
 
 _NEARLY_FULL = 0.95
 
@@ -22,7 +23,7 @@ class NodeNeed:
     Args:
         kind: memory of the host, or of its fullest GPU.
         certain: without what is needed only while roles compute; on GPUs with it.
-        peak: of the fullest GPU.
+        peak: the phase that needs most, and its parts.
     """
 
     address: str
@@ -30,12 +31,17 @@ class NodeNeed:
     certain: float
     needed: float
     available: float | None
-    peak: Peak | None = None
+    peak: Peak
 
     def describe(self) -> str:
         there = "unknown" if self.available is None else gib(self.available)
-        at = f" on the fullest GPU, in phase {self.peak.describe()}" if self.peak else ""
-        return f"{self.address}: {self.kind} needed about {gib(self.needed)}{at}, available {there}"
+        at = "" if self.is_of_host else " on the fullest GPU"
+        about = f"{self.kind} needed about {gib(self.needed)}{at}, in phase {self.peak.describe()}"
+        return f"{self.address}: {about}, available {there}"
+
+    @property
+    def is_of_host(self) -> bool:
+        return self.kind == "memory"
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,14 @@ class Sharing:
     """How GPUs are shared.
 
     Args:
-        takes_turns: roles on one GPU take turns (placement.mode colocated or mixed).
+        mode: placement.mode.
         utilization: share of a GPU that an engine takes; rollout.gpu_memory_utilization.
+        bucket_bytes: of a publish through the host.
     """
 
-    takes_turns: bool = False
+    mode: Mode = "separate"
     utilization: float = 1.0
+    bucket_bytes: float = 0.0
 
 
 def needs(
@@ -69,26 +77,32 @@ def needs(
         offers: memory of nodes by address.
     """
     found: list[NodeNeed] = []
+    turns = in_turn({slot.role for slot in plan.slots if slot.gpus}, sharing.mode)
     for index, (address, offer) in enumerate(offers.items()):
         slots = [slot for slot in plan.slots if slot.address == address]
-        extra = RAY_PROCESSES + (COORDINATOR_PROCESS if index == 0 else 0)
-        on_cpu = [memory_of[slot.role] for slot in slots if not slot.gpus]
-        on_gpu = [slot for slot in slots if slot.gpus]
-        at_rest = sum(
-            memory_of[slot.role].process + memory_of[slot.role].offloaded + _moved_to_host(slot, memory_of, sharing)
-            for slot in on_gpu
-        )
-        found.append(
-            NodeNeed(
-                address,
-                "memory",
-                certain=extra + sum(m.state + m.process for m in on_cpu) + at_rest,
-                needed=extra + sum(m.on_cpu for m in on_cpu) + at_rest,
-                available=offer.memory,
+        certain, most = (
+            highest(
+                host_peaks(
+                    slots,
+                    memory_of,
+                    in_turn=turns,
+                    bucket_bytes=sharing.bucket_bytes,
+                    computes=computes,
+                    has_coordinator=index == 0,
+                )
             )
+            for computes in (False, True)
         )
+        found.append(NodeNeed(address, "memory", certain.total, most.total, offer.memory, most))
+        on_gpu = [slot for slot in slots if slot.gpus]
         if on_gpu:
-            peak = highest([peak for roles in _by_gpu(on_gpu) for peak in _peaks(roles, memory_of, offer, sharing)])
+            peak = highest(
+                [
+                    peak
+                    for roles in _by_gpu(on_gpu)
+                    for peak in _peaks(roles, memory_of, offer, sharing.utilization, turns)
+                ]
+            )
             found.append(NodeNeed(address, "GPU memory", peak.total, peak.total, offer.gpu_memory, peak))
     return found
 
@@ -98,11 +112,17 @@ def _by_gpu(slots: Sequence[Slot]) -> Iterator[list[str]]:
         yield [slot.role for slot in slots if gpu in slot.gpus]
 
 
-def _peaks(roles: Sequence[str], memory_of: Mapping[str, Memory], offer: NodeOffer, sharing: Sharing) -> list[Peak]:
+def _peaks(
+    roles: Sequence[str],
+    memory_of: Mapping[str, Memory],
+    offer: NodeOffer,
+    utilization: float,
+    turns: Collection[str],
+) -> list[Peak]:
     here = {role: memory_of[role] for role in roles}
     if ENGINE in here and offer.gpu_memory is not None:
-        here[ENGINE] = _filling(here[ENGINE], offer.gpu_memory, sharing.utilization)
-    return peaks(here, takes_turns=sharing.takes_turns and len(here) > 1)
+        here[ENGINE] = _filling(here[ENGINE], offer.gpu_memory, utilization)
+    return peaks(here, takes_turns=len(here) > 1 and here.keys() <= set(turns))
 
 
 def _filling(engine: Memory, gpu_memory: float, utilization: float) -> Memory:
@@ -115,14 +135,6 @@ def _filling(engine: Memory, gpu_memory: float, utilization: float) -> Memory:
             "rollout.tensor_parallel_size, or lower rollout.samples_per_shard."
         )
     return found
-
-
-def _moved_to_host(slot: Slot, memory_of: Mapping[str, Memory], sharing: Sharing) -> float:
-    """What leaves shared GPUs: a learner's states, and an engine's weights during an evaluation."""
-    memory = memory_of[slot.role]
-    if not sharing.takes_turns:
-        return 0.0
-    return memory.state * len(slot.gpus) if slot.role == ENGINE else memory.resting
 
 
 def too_much(found: Sequence[NodeNeed]) -> list[str]:
@@ -141,13 +153,14 @@ def too_much(found: Sequence[NodeNeed]) -> list[str]:
     short = [(need, there) for need, there in known if need.certain > there]
     if short:
         reasons = "; ".join(_shortage(need, there) for need, there in short)
-        raise CapacityError(f"too little memory: {reasons}. {on_gpus if any(n.peak for n, _ in short) else way_out}")
+        is_of_host = all(need.is_of_host for need, _ in short)
+        raise CapacityError(f"too little memory: {reasons}. {way_out if is_of_host else on_gpus}")
     warnings = [
-        f"{need.describe()}. It may not fit. {on_gpus if need.peak else way_out}"
+        f"{need.describe()}. It may not fit. {way_out if need.is_of_host else on_gpus}"
         for need, there in known
-        if need.needed > (_NEARLY_FULL * there if need.peak else there)
+        if need.needed > (there if need.is_of_host else _NEARLY_FULL * there)
     ]
-    if any(need.peak and need.available is None for need in found):
+    if any(not need.is_of_host and need.available is None for need in found):
         warnings.append(
             "the memory of the GPUs is unknown and not checked: Ray names no known kind. Set placement.gpu_memory_gib."
         )
@@ -155,10 +168,10 @@ def too_much(found: Sequence[NodeNeed]) -> list[str]:
 
 
 def _shortage(need: NodeNeed, there: float) -> str:
-    if need.peak is None:
+    if need.is_of_host:
         return (
             f"{need.address} has {gib(there)} of {need.kind}, and weights, optimizer states and gradients of the "
-            f"actors placed there take {gib(need.certain)}"
+            f"actors placed there take {gib(need.certain)} (most in phase {need.peak.describe()})"
         )
     text = f"a GPU of {need.address} has {gib(there)}, and phase {need.peak.describe()} takes more"
     room = there - need.peak.total + need.peak.parts.get(ENGINE, 0.0)

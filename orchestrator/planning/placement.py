@@ -8,7 +8,7 @@ actors of one role share a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -120,6 +120,13 @@ def _pools(order: Sequence[Demand], mode: Mode) -> list[list[Demand]]:
     others = [demand for demand in order if demand not in engines]
     pools = [pool for pool in (engines, others) if pool]
     return sorted(pools, key=lambda pool: order.index(pool[0]))
+
+
+def in_turn(roles: Collection[str], mode: Mode) -> frozenset[str]:
+    """Those of some roles on GPUs that take turns there. Engines do so with models that share their GPUs."""
+    pools = _pools([Demand(role, 1, 0.0, 1.0) for role in roles], mode) if mode != "separate" else []
+    together = [{demand.role for demand in pool} for pool in pools]
+    return frozenset().union(*(pool for pool in together if pool - {"rollout"}))
 
 
 def _numbered(slots: Sequence[Slot], held: Sequence[_Gpu]) -> tuple[tuple[Slot, ...], tuple[str, ...]]:

@@ -17,8 +17,9 @@ from orchestrator.errors import PublishError
 from tests.gpu import scenarios
 from tests.integration.altering_engine import AlteringRollout
 from tests.integration.altering_policy import AlteringPolicy
+from tests.integration.colocated_steps import LEARNING_RATE, require_learning, steps_in_turns
 from tests.integration.engine_scenarios import served_llama
-from tests.integration.publishing_sides import CALL_S, Sides
+from tests.integration.publishing_sides import CALL_S, Sides, one_digest_and_altered_tensors_are_named
 
 Apart = Callable[..., Any]
 CLOSE = 0.02  # tolerance of log-probs in bf16: two engines may batch differently
@@ -87,6 +88,34 @@ async def test_weights_that_go_from_device_to_device_are_proved(
             assert after != pytest.approx(before, abs=CLOSE)
             before = after
             await sides.policy.call_all(AlteringPolicy.perturb, CALL_S, version)
+
+
+async def test_an_engine_and_a_learner_take_turns_on_one_gpu(local_ray: None, folder: Path) -> None:
+    async with Sides(
+        folder,
+        ranks=1,
+        engines=1,
+        zero_stage=1,
+        gpus=0.4,
+        learning_rate=LEARNING_RATE,
+        sleeps=True,
+        **scenarios.ON_GPU,
+    ) as sides:
+        publisher = sides.over(SharedTransport)
+        steps = await steps_in_turns(sides, publisher)
+        assert publisher.num_breaks == 0, "the weights took the way through the host"
+    require_learning(steps, tolerance=CLOSE)
+
+
+@pytest.mark.parametrize("engines", [1, 2])
+async def test_partitions_are_broadcast_with_one_digest_and_an_altered_tensor_is_named(
+    local_ray: None, folder: Path, engines: int
+) -> None:
+    if torch.cuda.device_count() < 2 + engines:
+        pytest.skip(f"two ranks and {engines} engines need a GPU each, and here are {torch.cuda.device_count()}")
+    async with Sides(folder, ranks=2, engines=engines, zero_stage=3, gpus=1.0, **scenarios.ON_GPU) as sides:
+        publisher = sides.over(CollectiveTransport)
+        await one_digest_and_altered_tensors_are_named(sides, publisher, "model.norm.weight")
 
 
 async def test_an_engine_that_received_other_bytes_names_the_tensor_and_serves_nothing(

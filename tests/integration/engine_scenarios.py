@@ -524,3 +524,21 @@ def processor_seconds_after_sampling(folder: Path) -> float:
     before = time.process_time()
     time.sleep(1.0)
     return time.process_time() - before
+
+
+def prefixes_shared(
+    folder: Path, requests: Sequence[ShardRequest], published: Path, *, prefix_caching: bool, dtype: str
+) -> tuple[list[pa.Table], list[int]]:
+    """(samples, prompt tokens taken from the cache) of each request, and of the last again with other weights."""
+    engine = start(folder, prefix_caching=prefix_caching, dtype=dtype, max_length=512, kv_cache_gib=1 / 8)
+    generate, cached = engine._llm.generate, []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        outputs = generate(*args, **kwargs)
+        cached.append(sum(output.num_cached_tokens or 0 for output in outputs))
+        return outputs
+
+    engine._llm.generate = counting  # type: ignore[method-assign]
+    tables = [engine.generate(request)[0] for request in requests]
+    publish(engine, read_weights(published), 1)
+    return [*tables, engine.generate(requests[-1])[0]], cached

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from actors.engines.contract import EngineContext
 from actors.groups.cluster import environment
 from actors.groups.group import ActorGroup
@@ -18,6 +20,7 @@ from benchmarks.publish import AsIs
 from orchestrator.algorithms.grpo import Grpo
 from orchestrator.config.base import Dtype
 from orchestrator.config.sections import ModelConfig, PolicyConfig, RolloutConfig
+from orchestrator.errors import PublishError
 from tests.deadlines import scaled
 from tests.integration.altering_engine import AlteringRollout
 from tests.integration.altering_policy import AlteringPolicy
@@ -34,6 +37,8 @@ class Sides:
     Args:
         ranks, engines: numbers of actors.
         gpus: of each actor.
+        learning_rate: of the policy.
+        sleeps: whether engines give their memory back in turns.
     """
 
     def __init__(
@@ -45,11 +50,14 @@ class Sides:
         zero_stage: int,
         dtype: Dtype = "float32",
         gpus: float = 0.0,
+        learning_rate: float = 5e-6,
+        sleeps: bool = False,
         **rollout: Any,
     ) -> None:
         variables = {"env_vars": environment(1, on_gpu=gpus > 0)}
         options = {"num_cpus": 0, "num_gpus": gpus, "runtime_env": variables}
-        section = PolicyConfig(ranks=ranks, zero_stage=zero_stage)
+        section = PolicyConfig(ranks=ranks, zero_stage=zero_stage, learning_rate=learning_rate)
+        self.sleeps = sleeps
         policy = {"policy": section, "context": context(model, Grpo(), dtype=dtype)}
         port = free_port()
         members = [Group(rank, ranks, master_port=port) for rank in range(ranks)]
@@ -60,6 +68,7 @@ class Sides:
             max_samples=8,
             rollout=RolloutConfig(engine="vllm", kv_cache_gib=0.1, **rollout),
             version=None,
+            sleeps=sleeps,
         )
         samplers = [
             as_actor(AlteringRollout).options(**options).remote(context=of_engine, cache=model) for _ in range(engines)
@@ -85,3 +94,23 @@ class Sides:
             publish_s=CALL_S,
             transport=transport(self.policy, self.engines, publish_s=CALL_S),
         )
+
+
+async def one_digest_and_altered_tensors_are_named(sides: Sides, publisher: BucketPublisher, name: str) -> None:
+    """Of partitions of the policy, of the layers of engines and of what is sent; and of what is altered on its way."""
+    report = await publisher.publish(1)
+    sums = (await sides.policy.call_all(AlteringPolicy.sums, CALL_S))[-1]
+    assert report.num_tensors == len(sums)
+    for held in await sides.engines.call_all(AlteringRollout.digests, CALL_S):
+        assert held == sums
+    last = len(sides.engines) - 1
+    await sides.engines.call(last, AlteringRollout.alter, CALL_S, name)
+    with pytest.raises(PublishError, match=name):
+        await publisher.publish(2)
+    await sides.engines.call(last, AlteringRollout.alter, CALL_S, None)
+    await sides.policy.call_all(AlteringPolicy.alter, CALL_S, name)
+    with pytest.raises(PublishError, match=f"{name} was gathered from the policy's ranks with other bytes"):
+        await publisher.publish(2)
+    await sides.policy.call_all(AlteringPolicy.alter, CALL_S, None)
+    assert (await publisher.publish(3)).version == 3
+    assert publisher.num_breaks == 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from orchestrator import schema
-from orchestrator.types import GREEDY, Sampling
+from orchestrator.types import GREEDY, Prompt, SampleRequest, Sampling, ShardRequest
 from tests.integration import engine_scenarios as scenarios
 from tests.tiny import tiny_tokenizer
 
@@ -40,6 +40,32 @@ def test_a_shard_gives_the_same_bits_again_in_any_order_and_after_another(
     fresh = apart(scenarios.samples_of_one_engine, folder, [request], dtype=dtype)[0]
     for table, _ in (again, reordered, last, fresh):
         assert table.equals(first[0])
+
+
+def long_shard(*, step: int) -> ShardRequest:
+    """Four samples of each of two prompts, with two and one full blocks of a CPU engine."""
+    prompts = [
+        Prompt(f"p{number}", "text", ((np.arange(length) * 7 + number) % 300 + 20).astype(np.int32), {})
+        for number, length in enumerate((300, 200))
+    ]
+    requests = [SampleRequest(row, prompts[row // 4], row % 4, 50 + row) for row in range(8)]
+    return ShardRequest(step, 0, requests, Sampling(max_new_tokens=24))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_samples_that_share_the_cache_of_their_prompt_are_the_same_bits_and_outlive_no_publish(
+    apart: Apart, folder: Path, tmp_path: Path, dtype: str
+) -> None:
+    weights = scenarios.read_weights(folder)
+    changed = scenarios.perturbed(weights, list(weights), seed=1)
+    other = scenarios.saved_beside(folder, changed, tmp_path / "other")
+    requests = [long_shard(step=1), long_shard(step=2)]
+    expected, none = apart(scenarios.prefixes_shared, folder, requests, other, prefix_caching=False, dtype=dtype)
+    found, cached = apart(scenarios.prefixes_shared, folder, requests, other, prefix_caching=True, dtype=dtype)
+    assert none == [0, 0, 0]
+    assert cached == [3 * (256 + 128)] * 3, "only samples of the same shard share"
+    assert [table.to_pylist() for table in found] == [table.to_pylist() for table in expected]
+    assert found[1]["response_tokens"] != found[2]["response_tokens"], "other weights must sample otherwise"
 
 
 def test_a_table_holds_what_was_asked_and_what_was_sampled(apart: Apart, folder: Path) -> None:

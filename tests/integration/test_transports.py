@@ -17,13 +17,11 @@ from transformers import LlamaForCausalLM
 
 from actors.remote.transports import CollectiveTransport, SharedTransport
 from jobs.stages.work.replay import fingerprint
-from orchestrator.errors import PublishError
 from orchestrator.watching.telemetry import read_lines
 from tests.deadlines import of_a_run, scaled
-from tests.integration.altering_engine import AlteringRollout
-from tests.integration.altering_policy import AlteringPolicy
+from tests.integration.colocated_steps import LEARNING_RATE, require_learning, steps_in_turns
 from tests.integration.publish_faults import PHASES, plan_in
-from tests.integration.publishing_sides import CALL_S, Sides
+from tests.integration.publishing_sides import Sides, one_digest_and_altered_tensors_are_named
 from tests.local_ray import local_ray
 from tests.tiny import tiny_config, tiny_tokenizer
 
@@ -127,24 +125,20 @@ def test_a_broadcast_in_which_engines_die_ends_as_the_host_path(
     assert [(event["role"], event["error"]) for event in failures] == [("rollout", "RoleDied")] * len(phases)
 
 
+async def test_an_engine_and_a_learner_take_turns_and_samples_come_from_what_was_learned(
+    address: str, model: Path
+) -> None:
+    async with Sides(model, ranks=1, engines=1, zero_stage=1, learning_rate=LEARNING_RATE) as sides:
+        publisher = sides.over(SharedTransport)
+        steps = await steps_in_turns(sides, publisher)
+        assert publisher.num_breaks == 0
+    require_learning(steps, tolerance=1e-4)
+
+
 async def test_partitions_layers_and_what_is_sent_have_one_digest_and_an_altered_tensor_is_named(
     address: str, model: Path
 ) -> None:
     """Over both transports of GPUs. The parameters of the policy are partitioned (ZeRO-3)."""
     async with Sides(model, ranks=2, engines=2, zero_stage=3) as sides:
         for transport in (CollectiveTransport, SharedTransport):
-            publisher = sides.over(transport)
-            report = await publisher.publish(1)
-            sums = (await sides.policy.call_all(AlteringPolicy.sums, CALL_S))[1]
-            assert report.num_tensors == len(sums) > 30
-            for held in await sides.engines.call_all(AlteringRollout.digests, CALL_S):
-                assert held == sums
-            await sides.engines.call(1, AlteringRollout.alter, CALL_S, UP_PROJ)
-            with pytest.raises(PublishError, match=UP_PROJ):
-                await publisher.publish(2)
-            await sides.engines.call(1, AlteringRollout.alter, CALL_S, None)
-            await sides.policy.call_all(AlteringPolicy.alter, CALL_S, UP_PROJ)
-            with pytest.raises(PublishError, match=f"{UP_PROJ} was gathered from the policy's ranks with other bytes"):
-                await publisher.publish(2)
-            await sides.policy.call_all(AlteringPolicy.alter, CALL_S, None)
-            assert (await publisher.publish(3)).version == 3
+            await one_digest_and_altered_tensors_are_named(sides, sides.over(transport), UP_PROJ)

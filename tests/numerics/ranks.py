@@ -1,5 +1,6 @@
-"""Runs a function in several processes connected by gloo."""
+"""Runs a function in several processes connected by gloo, or by NCCL if each has a GPU."""
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,15 @@ def context(folder: Path, algorithm: Algorithm, *, dtype: Dtype, **changes: Any)
     return RankContext(model=model, algorithm=algorithm, cache=folder, **fields)
 
 
-def run_ranks(function: Any, world_size: int, *arguments: Any) -> list[Any]:
-    """Runs function(rank's Group, *arguments) on all ranks; returns their results (through torch.save)."""
+def run_ranks(function: Any, world_size: int, *arguments: Any, on_gpus: bool = False) -> list[Any]:
+    """Runs function(rank's Group, *arguments) on all ranks; returns their results (through torch.save).
+
+    Args:
+        on_gpus: rank i sees GPU i and no other, as an actor does.
+    """
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, (world_size, port, folder, function, arguments), nprocs=world_size)
+        mp.spawn(_run, (world_size, port, folder, on_gpus, function, arguments), nprocs=world_size)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
@@ -49,7 +54,16 @@ def by_world(function: Any, folders: pytest.TempPathFactory, base: Path, cases: 
     return {"one": function(group(), base, folders.mktemp("one"), cases), "two": two[0]}
 
 
-def _run(rank: int, world_size: int, port: int, folder: str, function: Any, arguments: tuple[Any, ...]) -> None:
+def see_only(gpu: int) -> None:
+    """To be called before CUDA starts in this process."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+
+
+def _run(
+    rank: int, world_size: int, port: int, folder: str, on_gpus: bool, function: Any, arguments: tuple[Any, ...]
+) -> None:
+    if on_gpus:
+        see_only(rank)
     mine = group(rank, world_size, port)
     distributed.join(mine)
     torch.save(function(mine, *arguments), Path(folder) / f"{rank}.pt")

@@ -15,14 +15,16 @@ from actors.learning.distributed import Group
 from actors.learning.packing import MicroBatch
 from tests.deadlines import scaled
 from tests.numerics import test_save_and_load as learners
-from tests.numerics.ranks import free_port
+from tests.numerics.ranks import free_port, see_only
 from tests.tiny import tiny_llama
 
 STALL_S = scaled(30.0)
 
 
-def update(rank: int, port: int, causal: Path, told: Path, loss: int) -> None:
+def update(rank: int, port: int, causal: Path, told: Path, loss: int, on_gpus: bool) -> None:
     """Rank 1 gets the signal `loss` in the second micro-batch of its second update; rank 0 writes how it ended."""
+    if on_gpus:
+        see_only(rank)
     zero.PERSISTENT_ELEMENTS = 0
     torch.set_num_threads(1)
     mine = Group(rank, 2, master_port=port, timeout_s=STALL_S)
@@ -48,9 +50,13 @@ LAST_CALL = 4
 
 @pytest.mark.parametrize("loss", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_other_rank_ends_with_an_error(tmp_path: Path, loss: signal.Signals) -> None:
+    lose(tmp_path, loss)
+
+
+def lose(tmp_path: Path, loss: signal.Signals, *, on_gpus: bool = False) -> None:
     causal, told, port = tiny_llama(tmp_path / "model"), tmp_path / "told", free_port()
     context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=update, args=(rank, port, causal, told, loss)) for rank in (0, 1)]
+    ranks = [context.Process(target=update, args=(rank, port, causal, told, loss, on_gpus)) for rank in (0, 1)]
     try:
         for process in ranks:
             process.start()

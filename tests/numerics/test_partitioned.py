@@ -34,7 +34,6 @@ from tests.numerics.ranks import group, run_ranks
 from tests.numerics.samples import experience
 from tests.tiny import tiny_llama, tiny_scorer
 
-CPU = torch.device("cpu")
 STAGES = (0, 1, 2, 3)
 STEPS = 3
 BUCKET_BYTES = 1 << 12
@@ -87,7 +86,7 @@ class RecordingLearner(Learner):
         shapes = [getattr(parameter, "ds_shape", parameter.shape) for parameter in learned]
         self.gradient = torch.cat(
             [
-                (torch.zeros(shape) if gradient is None else gradient).flatten().double()
+                (torch.zeros(shape) if gradient is None else gradient.cpu()).flatten().double()
                 for gradient, shape in zip(found, shapes, strict=True)
             ]
         )
@@ -102,7 +101,7 @@ def policy_objective(output: tuple[Tensor, Tensor], micro: MicroBatch) -> LossTe
 
 def value_objective(output: tuple[Tensor, Tensor], micro: MicroBatch) -> LossTerms:
     values_NH = output[0].reshape(len(micro.targets_N), -1)
-    weights_H = torch.arange(1, values_NH.shape[1] + 1)
+    weights_H = torch.arange(1, values_NH.shape[1] + 1, device=values_NH.device)
     loss = ((values_NH - micro.columns["returns"].unsqueeze(1)).square() * weights_H).sum()
     return LossTerms(loss, {"loss": loss.detach()})
 
@@ -141,7 +140,7 @@ def learn(case: Case, learner: Learner, step: int) -> Update:
         seed=(1, step),
         is_packed=rows.is_packed,
     )
-    micros = [rows.pack(micro, CPU) for micro in ranks[learner.rank]]
+    micros = [rows.pack(micro, learner.device) for micro in ranks[learner.rank]]
     objective = value_objective if case.scores else policy_objective
     return learner.update(micros, objective, count=float(rows.response_lengths.sum()), what=f"step {step}")
 
@@ -183,7 +182,7 @@ def measure(mine: Group, folders: Mapping[str, Path], place: Path, stages: tuple
             learner.save(here / "saved")
             for step in range(1, STEPS):
                 learn(case, learner, step)
-            facts["output"] = learner.pass_through(probe(learner._model, CPU))[0]
+            facts["output"] = learner.pass_through(probe(learner._model, learner.device))[0].cpu()
             facts["weights"] = dict(learner.full_weights())
             facts["published"] = published(learner)
             learner.export(here / "export", tokenizer)

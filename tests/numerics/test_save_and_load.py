@@ -47,7 +47,7 @@ def learn(learner, steps):
         plan = plan_minibatches(
             rows.lengths, num_minibatches=1, num_ranks=learner.world_size, micro_batch_tokens=60, seed=(1, step)
         )
-        micros = [rows.pack(micro, torch.device("cpu")) for micro in plan[0][learner.rank]]
+        micros = [rows.pack(micro, learner.device) for micro in plan[0][learner.rank]]
         update = learner.update(
             micros,
             lambda output, micro, job=job: objective_of(PPO).policy_terms(*output, rows_of(micro), job),

@@ -43,9 +43,9 @@ from jobs.stages.settings import (
     episode_tokens,
     experience_settings,
     judge_templates,
-    models_in_turn,
     rank_context,
     reward_section,
+    roles_in_turn,
     samples_per_shard,
     sampling_of,
     shards_per_step,
@@ -284,7 +284,7 @@ def roles_of(config: Config, groups: Mapping[str, ActorGroup], supervisor: RaySu
 def turns_of(config: Config, learners: Learners, scorers: Mapping[str, Trimming], rollouts: Rollouts) -> Turns:
     """Turns where models share GPUs, with the engines unless these have their own. The states of a critic on the
     policy's trunk come and go with the policy's."""
-    there = models_in_turn(config)
+    there = roles_in_turn(config)
     if not there:
         return Unshared()
     learning = learners.by_role.items()

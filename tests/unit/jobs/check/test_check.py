@@ -279,3 +279,23 @@ def test_gold_rules_are_tried_too(tree: dict[str, Any]) -> None:
     found = preflight(config_of(tree, evaluation={"prompts": 4, "gold": f"{HOSTILE}:exits"}))
     with pytest.raises(ConfigError, match=r"gold, .*:exits\) failed on all .* SystemExit: 0.* evaluation\.gold"):
         found.require()
+
+
+@pytest.mark.parametrize(
+    ("width", "misfits"),
+    [
+        (3, "2 attention heads, intermediate_size=128"),
+        (4, "2 attention heads"),
+        (5, "2 attention heads, intermediate_size=128, 384 rows of the embedding (a vocabulary of 384, padded)"),
+    ],
+)
+def test_a_model_that_the_workers_of_an_engine_cannot_divide_is_refused_with_widths_that_work(
+    tree: dict[str, Any], width: int, misfits: str
+) -> None:
+    def problems(width: int) -> list[str]:
+        found = preflight(config_of(tree, rollout={**tree["rollout"], "tensor_parallel_size": width}))
+        return [str(error) for error in found.problems if "tensor_parallel_size" in str(error)]
+
+    (told,) = problems(width)
+    assert f"refuse it: {misfits}. Set it to one of 1, 2." in told
+    assert problems(2) == []

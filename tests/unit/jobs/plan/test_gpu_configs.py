@@ -28,6 +28,7 @@ QWEN: dict[str, Any] = {
     "model_type": "qwen2",
     "max_position_embeddings": 32768,
     "vocab_size": 151936,
+    "dtype": "bfloat16",
     "num_key_value_heads": 2,
     "tie_word_embeddings": True,
 }
@@ -104,7 +105,7 @@ def test_every_stage_has_its_place_and_its_memory(case: Case, tmp_path: Path) ->
     found = case.capacity(case.config(tmp_path))
     assert found.warnings == []
     assert len(found.plan.gpus) == case.gpus
-    fullest = max(need.needed for need in found.nodes if need.peak)
+    fullest = max(need.needed for need in found.nodes if not need.is_of_host)
     assert 0.7 * H100_BYTES < fullest < H100_BYTES
 
 
@@ -118,6 +119,7 @@ def test_the_plan_tells_its_time_and_memory_as_it_is(
     text = capsys.readouterr().out
     assert "the config as it is: " in text and "s a step" in text
     assert "KV cache" in text
+    assert ": memory needed about " in text and "available unknown" in text
 
 
 def test_an_engine_with_the_default_share_does_not_fit_beside_the_models_of_7b(
@@ -134,6 +136,18 @@ def test_an_engine_with_the_default_share_does_not_fit_beside_the_models_of_7b(
     assert "\nbest: placement.mode=colocated" in text
 
 
+def test_the_plan_tries_only_engines_over_which_vllm_divides_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four workers can't divide 14 attention heads."""
+    half = Case("h100-8.yaml", "0.5B", ((128, 8, 1000),)).config(tmp_path, "rollout.tensor_parallel_size=4")
+    plan(half, Target(8, "h100", None, None, None), MeanLengths(300.0, 500.0, 0.5))
+    text = capsys.readouterr().out
+    assert "does not fit: rollout.tensor_parallel_size=4 does not divide model.path=" in text
+    assert "14 attention heads. Set it to one of 1, 2." in text
+    assert "engines of 2" in text and "engines of 4" not in text and "engines of 8" not in text
+
+
 def test_unsharded_learners_of_7b_are_refused_with_the_highest_peak(tmp_path: Path) -> None:
     config = EIGHT.config(tmp_path, "policy.zero_stage=1")
     with pytest.raises(CapacityError, match=r"has 74.5 GiB, and phase start 113.\d GiB .*zero_stage"):
@@ -145,7 +159,7 @@ FIGURES = {"start": 65.3, "sample": 65.5, "score": 42.3, "policy": 59.3, "critic
 
 def test_the_figures_of_docs_placement_are_those_of_the_plan(tmp_path: Path) -> None:
     found = EIGHT.capacity(EIGHT.config(tmp_path))
-    (peak,) = (need.peak for need in found.nodes if need.peak)
+    (peak,) = (need.peak for need in found.nodes if not need.is_of_host)
     work = work_of(EIGHT.config(tmp_path), prompt_tokens=300.0, response_tokens=500.0, deviation=0.5)
     layout = layout_of(EIGHT.config(tmp_path), device_of("h100"), 8)
     (memory,) = memory_per_device(work, layout, dtype="bfloat16")

@@ -24,6 +24,7 @@ from orchestrator.planning.memory import (
     with_on_trunk,
 )
 from orchestrator.planning.needs import NodeNeed, NodeOffer, needs, too_much
+from orchestrator.planning.peaks import Peak
 from orchestrator.planning.placement import Demand, Node, place
 
 SIZE = ModelSize(num_params=1000, num_layers=3, hidden=8, feed_forward=16, vocabulary=100)
@@ -123,10 +124,12 @@ def test_processes_are_summed_where_they_are_placed() -> None:
 
 
 def test_what_certainly_does_not_fit_is_an_error_and_what_may_not_a_warning() -> None:
-    tight = NodeNeed("a", "memory", certain=3 * GIB, needed=5 * GIB, available=4 * GIB)
+    start = Peak("start", {"policy": 5 * GIB})
+    tight = NodeNeed("a", "memory", certain=3 * GIB, needed=5 * GIB, available=4 * GIB, peak=start)
     (warning,) = too_much([tight])
-    assert "a: memory needed about 5.0 GiB, available 4.0 GiB" in warning and "zero_stage" in warning
-    short = NodeNeed("b", "memory", certain=9 * GIB, needed=9 * GIB, available=8 * GIB)
+    assert "a: memory needed about 5.0 GiB, in phase start 5.0 GiB (policy 5.0), available 4.0 GiB" in warning
+    assert "zero_stage" in warning
+    short = NodeNeed("b", "memory", certain=9 * GIB, needed=9 * GIB, available=8 * GIB, peak=start)
     with pytest.raises(CapacityError, match=r"b has 8.0 GiB of memory, .* take 9.0 GiB.*smaller model"):
         too_much([tight, short])
 

@@ -97,9 +97,7 @@ def shared(gpu_memory: float | None, utilization: float) -> tuple[list[str], str
         "policy": Memory(state=30 * GIB, working=3 * GIB, resting=24 * GIB, moments=12 * GIB),
         "rollout": Memory(state=4 * GIB, working=1 * GIB),
     }
-    found = needs(
-        plan, memory_of, {"a": NodeOffer(None, gpu_memory)}, Sharing(takes_turns=True, utilization=utilization)
-    )
+    found = needs(plan, memory_of, {"a": NodeOffer(None, gpu_memory)}, Sharing("colocated", utilization))
     return too_much(found), found[-1].describe()
 
 
@@ -117,17 +115,6 @@ def test_an_engine_fills_its_share_and_too_large_a_share_is_refused_with_the_one
 def test_gpus_of_unknown_memory_are_a_warning_that_names_the_key() -> None:
     warnings, text = shared(None, 0.8)
     assert "placement.gpu_memory_gib" in warnings[0] and "available unknown" in text
-
-
-def test_states_that_rest_and_weights_that_sleep_need_memory_of_the_host() -> None:
-    plan = place(
-        [Demand("policy", 1, 1.0, 1.0), Demand("rollout", 1, 1.0, 1.0)], [Node("a", 4.0, 1.0)], mode="colocated"
-    )
-    memory_of = {"policy": Memory(state=30 * GIB, resting=24 * GIB), "rollout": Memory(state=4 * GIB)}
-    host = [
-        needs(plan, memory_of, {"a": NodeOffer(1e15)}, Sharing(takes_turns=turns))[0].certain for turns in (True, False)
-    ]
-    assert host[0] - host[1] == 28 * GIB
 
 
 def test_more_sequences_and_larger_vocabularies_take_more_of_an_engine() -> None:

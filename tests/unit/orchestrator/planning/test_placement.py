@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import CapacityError
-from orchestrator.planning.placement import Demand, Mode, Node, Plan, place
+from orchestrator.planning.placement import Demand, Mode, Node, Plan, in_turn, place
 
 PPO = [
     Demand("rollout", 1, 2.0),
@@ -172,3 +172,20 @@ def test_a_plan_holds_every_actor_and_never_reserves_more_than_a_node_has(
 def test_a_plan_is_the_same_for_the_same_input() -> None:
     nodes = [Node("b", 2.0), Node("a", 2.0)]
     assert place(PPO, nodes, mode="colocated") == place(list(reversed(PPO)), nodes, mode="colocated")
+
+
+@pytest.mark.parametrize(
+    ("mode", "on_gpus", "expected"),
+    [
+        ("colocated", {"policy", "reward", "rollout"}, {"policy", "reward", "rollout"}),
+        ("colocated", {"rollout"}, set()),
+        ("colocated", {"policy"}, {"policy"}),
+        ("mixed", {"policy", "reward", "rollout"}, {"policy", "reward"}),
+        ("mixed", {"rollout"}, set()),
+        ("separate", {"policy", "reward", "rollout"}, set()),
+    ],
+)
+def test_models_take_turns_and_engines_only_with_models_on_their_gpus(
+    mode: Mode, on_gpus: set[str], expected: set[str]
+) -> None:
+    assert in_turn(on_gpus, mode) == expected

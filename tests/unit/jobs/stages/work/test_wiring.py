@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from actors.groups.group import ActorGroup
-from jobs.stages.settings import engines_sleep, models_in_turn
+from jobs.stages.settings import engines_sleep, roles_in_turn
 from jobs.stages.work.wiring import learners_of, turns_of
 from orchestrator.config.loader import config_from_tree
 from tests.unit.orchestrator.fakes import Diary, FakeLearner, FakeRollouts
@@ -38,7 +38,8 @@ ON_TRUNK = {"model": {"path": "m"}, "policy": _ADAPTERS, "critic": {"path": "m",
 )
 async def test_engines_that_start_asleep_are_woken(sections: dict[str, Any], in_turn: set[str], sleeps: bool) -> None:
     config = config_from_tree({"reward": {"path": "/models/reward"}, **sections}, source="test")
-    assert (models_in_turn(config), engines_sleep(config)) == (in_turn, sleeps)
+    assert roles_in_turn(config) == in_turn | ({"rollout"} if sleeps else set())
+    assert engines_sleep(config) == sleeps
     diary = Diary()
     groups = {role: ActorGroup(role, []) for role in ("policy", "critic")}
     scorers = {role: FakeLearner(role, diary) for role in ("reference", "reward")}
