@@ -70,7 +70,7 @@ class Store:
         """Claims the store for one service. Raises CapacityError if another one has it."""
         with self._served_file(self.file) if self.file else self._served_database() as is_free:
             if not is_free:
-                raise CapacityError(f"another service uses {self.place}; stop it, or give another --store.")
+                raise CapacityError(f"another service uses {self.place}; stop it, or use another store.")
             yield
 
     def is_served(self) -> bool:
