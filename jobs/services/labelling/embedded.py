@@ -128,7 +128,8 @@ def logged(folder: Path, num_steps: int) -> Iterator[Candidate]:
 def _serve(store: Store, folder: Path, limit: int, port: int, *, opens: bool) -> None:
     """Until Ctrl-C, or until nothing is left to judge."""
     settings = Settings(rules=Rules(gold_share=0.0))
-    with store.served(), listening(HOST, port) as listener:
+    # Ctrl-C is an end like others, also before the server listens for it.
+    with suppress(KeyboardInterrupt), store.served(), listening(HOST, port) as listener:
         with store.writing() as connection:
             token = people.invite(connection, NAME)
             person = people.person_of(connection, token)
@@ -141,8 +142,7 @@ def _serve(store: Store, folder: Path, limit: int, port: int, *, opens: bool) ->
         say("what the page has confirmed is kept, and the same command continues.")
         address = people.link(address_of(HOST, listener.getsockname()[1]), token)
         say(f"judge here: {address}")
-        # Ctrl-C is an end like others, also just before the server listens for it.
-        with suppress(KeyboardInterrupt), _opened(store, address) if opens and has_display() else nullcontext():
+        with _opened(store, address) if opens and has_display() else nullcontext():
             run(create_app(store, settings), listener, until=Done(store, person))
 
 
