@@ -146,6 +146,7 @@ class _TemplateProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**_LIBRARIES, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                start_new_session=True,  # Ctrl-C is for the command, whose end closes the pipe
             )
         return self._process
 

@@ -5,6 +5,7 @@ The samples are those of the run's experience log: their rewards are known, and 
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -30,11 +31,12 @@ from jobs.services.labelling.store import Store
 from jobs.services.labelling.web.app import Settings, create_app
 from jobs.services.labelling.web.serving import address_of, listening, run
 from jobs.services.labelling.work import Rules, progress
+from jobs.stages.reward_model import RESULT_FILE
 from orchestrator.config.loader import load_config
 from orchestrator.errors import DataError, StorageError
 from orchestrator.run.experience_log import num_committed
 from orchestrator.run.folder import CONFIG_FILE, RunFolder, storage_root
-from orchestrator.run.storage import reading
+from orchestrator.run.storage import read_json, reading
 from orchestrator.training.ranking import order, wilson_interval
 
 HOST = "127.0.0.1"
@@ -75,17 +77,21 @@ def label_run(folder: Path | None, config: Path, *, limit: int, port: int, opens
     DataError: there is no such run, or its log can't be read.
     """
     place = folder or newest_run(config)
+    num_steps = _num_steps(place)
     with closing(Store(str(place / STORE_FILE))) as store:
-        add(store, logged(place), Wanted("rank", overlap_share=0.0, limit=limit), batch=place.name)
-        _serve(store, port, opens=opens)
+        add(store, logged(place, num_steps), Wanted("rank", overlap_share=0.0, limit=limit), batch=place.name)
+        _serve(store, place, limit, port, opens=opens)
         with store.reading() as connection:
             found = agreement(connection)
         say(found.describe())
-        if found.num_pairs:
-            out = place / EXPORT_FILE
-            report = export(store, out, "rankings")
-            say(f"{out}: {report.num_rows} rankings")
-            offer(place, out)
+        if not found.num_pairs:
+            say("there is nothing to train on yet; the same command continues.")
+            return
+        out = place / EXPORT_FILE
+        report = export(store, out, "rankings")
+        rows = f" in {report.num_rows} rows, one for each pair where you gave ties"
+        say(f"{out}: your rankings of {report.num_items} prompts{rows if report.num_rows > report.num_items else ''}")
+    offer(place, out)
 
 
 def newest_run(config: Path) -> Path:
@@ -104,25 +110,38 @@ def _log(folder: Path) -> Path:
     return RunFolder(folder, folder.name, attempt=0).log
 
 
-def logged(folder: Path) -> Iterator[Candidate]:
-    """The samples of all steps. Raises DataError."""
+def _num_steps(folder: Path) -> int:
+    """Steps in the experience log of a run. Raises DataError."""
     num_steps = num_committed(_log(folder))
     if not num_steps:
-        raise DataError(f"{folder} has no committed step: give a run whose stage rl has sampled.")
+        problem = "has no committed step" if folder.is_dir() else "is no folder"
+        raise DataError(f"{folder} {problem}: give the folder of a run whose stage rl has sampled, or none.")
+    return num_steps
+
+
+def logged(folder: Path, num_steps: int) -> Iterator[Candidate]:
+    """The samples of the first steps."""
     for step in range(num_steps):
         yield from from_run(folder, stage=None, step=step)
 
 
-def _serve(store: Store, port: int, *, opens: bool) -> None:
+def _serve(store: Store, folder: Path, limit: int, port: int, *, opens: bool) -> None:
     """Until Ctrl-C, or until nothing is left to judge."""
     settings = Settings(rules=Rules(gold_share=0.0))
-    with store.served(), listening(HOST, port) as listener:
+    # Ctrl-C is an end like others, also before the server listens for it.
+    with suppress(KeyboardInterrupt), store.served(), listening(HOST, port) as listener:
         with store.writing() as connection:
             token = people.invite(connection, NAME)
             person = people.person_of(connection, token)
-        assert person is not None
+            assert person is not None
+            found = progress(connection, person)
+        if not found["left"]:
+            say(f"{folder}: nothing is left to judge; --limit {2 * limit} shows more prompts, if the run has more.")
+            return
+        say(f"{folder}: {found['left']} prompts to judge, {found['done']} judged before. Stop with Ctrl-C at any time:")
+        say("what the page has confirmed is kept, and the same command continues.")
         address = people.link(address_of(HOST, listener.getsockname()[1]), token)
-        say(f"judge here, until Ctrl-C: {address}")
+        say(f"judge here: {address}")
         with _opened(store, address) if opens and has_display() else nullcontext():
             run(create_app(store, settings), listener, until=Done(store, person))
 
@@ -179,15 +198,26 @@ def agreement(connection: Connection) -> Agreement:
 
 
 def offer(folder: Path, rankings: Path) -> None:
-    """Asks whether to train on the rankings; prints the command where nobody can be asked."""
+    """Asks whether to train on the rankings, and says what comes next; prints the command where nobody can be asked."""
     overrides = training(folder, rankings)
-    command = ["rlhf", "reward-model", "--config", str(folder / CONFIG_FILE), *overrides]
-    if not sys.stdin.isatty() or not _agreed("train the reward model on your rankings now?"):
-        say(f"to train the reward model on them: {shlex.join(command)}")
+    if not sys.stdin.isatty() or not _agreed("train the reward model further on your rankings, as a new run?"):
+        say(f"to train the reward model on them: {_command('reward-model', folder, overrides)}")
         return
+    say("Ctrl-C stops the training; your rankings are kept, and `make label` asks again.")
     set_environment()
     config = load_config(folder / CONFIG_FILE, overrides)
-    imported("jobs.stages.work.reward_model:run_alone")(config, None)
+    trained: Path = imported("jobs.stages.work.reward_model:run_alone")(config, None)
+    result = read_json(trained / RESULT_FILE)
+    if not result["num_held_out"]:
+        say("none of your rankings was held out, so nothing measures the new reward model: judge more prompts.")
+    say(f"the new reward model: {result['path']}; that of {folder} is as it was.")
+    reward = f"{{name: model, path: {json.dumps(result['path'])}}}"
+    then = _command("run", folder, ["stages=[rl]", "run.id=null", f"reward={reward}"])
+    say(f"to train the policy with it: {then}; then `make label` again shows replies of that run.")
+
+
+def _command(name: str, folder: Path, overrides: Sequence[str]) -> str:
+    return shlex.join(["rlhf", name, "--config", str(folder / CONFIG_FILE), *overrides])
 
 
 def training(folder: Path, rankings: Path) -> Sequence[str]:
@@ -203,6 +233,8 @@ def training(folder: Path, rankings: Path) -> Sequence[str]:
 
 
 def _agreed(question: str) -> bool:
-    with suppress(typer.Abort):
+    try:
         return typer.confirm(question, default=False)
-    return False
+    except typer.Abort:
+        say("")  # the answer was Ctrl-C, and the cursor is behind the question
+        return False

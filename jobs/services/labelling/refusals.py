@@ -15,9 +15,13 @@ Code = Literal[
     "no_batch",
     "no_export",
     "not_admin",
+    "not_json",
     "not_last",
     "not_yours",
     "other_answer",
+    "other_page",
+    "too_long",
+    "too_many",
     "unfit",
 ]
 CODES: tuple[Code, ...] = get_args(Code)

@@ -51,13 +51,16 @@ class Store:
         # PostgreSQL's own default lets each statement see another state; SQLite has one by transaction.
         self._reader = self.engine if self.file else self.engine.execution_options(isolation_level="REPEATABLE READ")
         self._lock = threading.Lock()
+        self._claim: _Claim | None = None
         self._open()
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """A transaction that writes. Raises StoreFull or another StorageError; then nothing was written."""
-        with self._lock, self._failing("written"), self._writer.begin() as connection:
-            yield connection
+        with self._lock, self._failing("written"):
+            self._require_claim()
+            with self._writer.begin() as connection:
+                yield connection
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -70,8 +73,13 @@ class Store:
         """Claims the store for one service. Raises CapacityError if another one has it."""
         with self._served_file(self.file) if self.file else self._served_database() as is_free:
             if not is_free:
-                raise CapacityError(f"another service uses {self.place}; stop it, or give another --store.")
+                raise CapacityError(f"another service uses {self.place}; stop it, or use another store.")
             yield
+
+    def require_claim(self) -> None:
+        """Raises StorageError: `served` is open, and the store is no longer this service's."""
+        with self._lock, self._failing("claimed"):
+            self._require_claim()
 
     def is_served(self) -> bool:
         """Whether a service has claimed the store."""
@@ -169,18 +177,56 @@ class Store:
 
     @contextmanager
     def _served_database(self) -> Iterator[bool]:
-        claim, release = (f"SELECT pg_{name}({_SERVICE_LOCK})" for name in ("try_advisory_lock", "advisory_unlock"))
-        with ExitStack() as stack:
-            with self._failing("claimed"):
-                session = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-                stack.enter_context(session)
-                is_free = bool(session.scalar(text(claim)))
+        claim = _Claim(self.engine)
+        with self._failing("claimed"):
+            is_free = claim.holds()
+        if is_free:
+            self._claim = claim
+        try:
+            yield is_free
+        finally:
+            if is_free:
+                self._claim = None
+                claim.release()
+
+    def _require_claim(self) -> None:
+        if self._claim is not None and not self._claim.holds():
+            raise StorageError(
+                f"another service has taken {self.place}, since the database ended our session; stop one of them."
+            )
+
+
+class _Claim:
+    """PostgreSQL's lock of a service. It is a session's, and ends with it: when the database restarts, for example."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._session: Connection | None = None
+
+    def holds(self) -> bool:
+        """Whether the lock is this claim's: held, or free and now taken. Raises DBAPIError."""
+        if self._session is not None:
             try:
-                yield is_free
-            finally:
-                if is_free:  # the lock is the session's, and the pool keeps sessions
-                    with suppress(DBAPIError):  # a session that was lost has no lock
-                        session.scalar(text(release))
+                self._session.scalar(text("SELECT 1"))
+            except DBAPIError:
+                self._session.close()
+                self._session = None
+        return self._session is not None or self._take()
+
+    def release(self) -> None:
+        if self._session is not None:
+            with self._session, suppress(DBAPIError):  # the pool keeps sessions; one that was lost has no lock
+                self._session.scalar(text(f"SELECT pg_advisory_unlock({_SERVICE_LOCK})"))
+
+    def _take(self) -> bool:
+        with ExitStack() as stack:
+            session = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            stack.enter_context(session)
+            is_free = bool(session.scalar(text(f"SELECT pg_try_advisory_lock({_SERVICE_LOCK})")))
+            if is_free:
+                self._session = session
+                stack.pop_all()
+        return is_free
 
 
 def _opened(file: Path) -> int:

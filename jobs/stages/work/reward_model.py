@@ -76,7 +76,7 @@ class RewardModelResult:
     heads: Disagreement | None = None
 
     def describe(self) -> str:
-        parts = [f"{self.path}: {self.num_records} prompts, {self.optimizer_steps} optimizer steps"]
+        parts = [f"{self.path}: {self.num_records} records, {self.optimizer_steps} optimizer steps"]
         if self.held_out_accuracy is not None:
             low, high = self.interval
             parts.append(
@@ -191,9 +191,9 @@ def sizes(config: Config, prepared: Prepared) -> RowSizes:
     return judged.sizes(config, prepared, stage.loss.judgement, start_chat(config), stage.max_length)
 
 
-def run_alone(config: Config, ray_address: str | None) -> None:
+def run_alone(config: Config, ray_address: str | None) -> Path:
     """Checks, then runs the stage, as a pipeline does. The run keeps the config as it is: `rlhf run` can continue with
-    its other stages.
+    its other stages. Returns the run's folder.
 
     Raises:
         ConfigError, DataError, CapacityError: before anything starts, except for the resources of a named cluster.
@@ -217,3 +217,4 @@ def run_alone(config: Config, ray_address: str | None) -> None:
             say("an earlier attempt has trained its reward model; nothing is left to do")
         work = imported("jobs.pipeline:run_stages")(alone(config, REWARD_MODEL), run, prepared, say)
         run_async(work, grace_s=config.run.grace_s)
+        return run.path

@@ -137,6 +137,7 @@ def _health(store: Store, settings: Settings, meters: Meters) -> APIRouter:
 
     @router.get("/healthz")
     def health() -> Mapping[str, str]:
+        store.require_claim()
         with store.reading() as connection:
             connection.execute(select(about.c.version)).one()
         return {"status": "ok"}

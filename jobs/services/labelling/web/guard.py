@@ -2,7 +2,8 @@
 
 - a body is read completely, up to a limit, before it is given on
 - a request that changes something must come from the service's own page, or from a program, and hold JSON
-- each person has a number of requests per second; requests without a valid link share one by address. Files of the
+- each person has a number of requests per second; requests without a valid link share one by the address of
+  the connection, whatever a header says: those that come through one proxy are one client. Files of the
   page are not counted: to send one is as cheap as to refuse it, and a page that lacks one is blank
 - every answer is counted, also those that are given here
 """
@@ -20,6 +21,7 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobs.services.labelling.people import token_hash
+from jobs.services.labelling.refusals import Code
 from jobs.services.labelling.web.meters import Meters
 from orchestrator.errors import StorageError
 
@@ -44,6 +46,9 @@ _HEADERS = {
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
     "cache-control": "no-store",
 }
+
+Problem = tuple[int, Code, str]  # status, code and words of a refusal
+_TOO_LONG: Problem = 413, "too_long", f"the request is longer than {MAX_BODY_BYTES} bytes."
 
 
 class Buckets:
@@ -117,7 +122,7 @@ class Guard:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         sending = self._sending(send)
         if not _is_of_page(scope) and (wait_s := await self._wait_s(scope, headers)) > 0:
-            await _refuse(sending, 429, "too many requests; the page sends again by itself.", wait_s)
+            await _refuse(sending, 429, "too_many", "too many requests; the page sends again by itself.", wait_s)
             return
         problem = _problem(scope["method"], headers)
         if problem is not None:
@@ -125,7 +130,7 @@ class Guard:
             return
         body = await _body(receive)
         if body is None:
-            await _refuse(sending, 413, f"the request is longer than {MAX_BODY_BYTES} bytes.")
+            await _refuse(sending, *_TOO_LONG)
             return
         started = perf_counter()
         await self._app(scope, _replay(body, receive), sending)
@@ -167,18 +172,18 @@ def _is_of_page(scope: Scope) -> bool:
     return scope["method"] in _SAFE and (scope["path"] == "/" or scope["path"].startswith(_FILES))
 
 
-def _problem(method: str, headers: Mapping[str, str]) -> tuple[int, str] | None:
+def _problem(method: str, headers: Mapping[str, str]) -> Problem | None:
     """Why a request is refused before its body is read."""
     length = headers.get("content-length", "0")
     if length.isdecimal() and (len(length) > _MAX_DIGITS or int(length) > MAX_BODY_BYTES):
-        return 413, f"the request is longer than {MAX_BODY_BYTES} bytes."
+        return _TOO_LONG
     if method in _SAFE:
         return None
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
     if (origin is not None and _host_of(origin) != headers.get("host")) or site not in (None, "same-origin", "none"):
-        return 403, "the request comes from another page than this service's."
+        return 403, "other_page", "the request comes from another page than this service's."
     if headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        return 415, "send JSON, with Content-Type: application/json."
+        return 415, "not_json", "send JSON, with Content-Type: application/json."
     return None
 
 
@@ -213,9 +218,9 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-async def _refuse(send: Send, status: int, detail: str, wait_s: float = 0.0) -> None:
+async def _refuse(send: Send, status: int, code: Code, detail: str, wait_s: float = 0.0) -> None:
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
     if wait_s:
         headers.append((b"retry-after", str(max(1, round(wait_s))).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps({"detail": detail}).encode()})
+    await send({"type": "http.response.body", "body": json.dumps({"detail": detail, "code": code}).encode()})

@@ -70,6 +70,7 @@ def run(app: ASGIApp, listener: socket.socket, *, until: Callable[[], bool] = la
         server_header=False,
         timeout_graceful_shutdown=_STOP_S,
         limit_concurrency=_MAX_CONNECTIONS,
+        proxy_headers=False,  # from loopback anybody could name any address as their own
         http="h11",  # limits the length of headers, which httptools reads without end
         **tls,
     )

@@ -124,6 +124,7 @@ async def test_requests_of_other_pages_are_refused(
     _, ann, _ = two
     found = await ann.post("/api/next", content=b"{}", headers={"Content-Type": "application/json", **headers})
     assert found.status_code == status
+    assert found.json().get("code") == {403: "other_page", 415: "not_json"}.get(status)
 
 
 async def test_long_bodies_are_refused_with_and_without_a_length(
@@ -141,6 +142,7 @@ async def test_long_bodies_are_refused_with_and_without_a_length(
             yield b"x" * 65536
 
     found = await ann.post("/api/judgements", content=chunks(), headers={"Content-Type": "application/json"})
+    assert found.json()["code"] == "too_long"
     assert found.status_code == 413 and sent <= MAX_BODY_BYTES + 2 * 65536
 
 

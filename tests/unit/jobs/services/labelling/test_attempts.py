@@ -205,17 +205,22 @@ def no_http(target: Target) -> Iterator[Answer]:
 def flood(target: Target, name: str | None, path: str) -> Iterator[Answer]:
     """As many requests as fast as possible; yields the refused ones, which are all but those of the burst."""
     assert target.asked("GET", "/api/me", "ann").status_code == 200
-    more = "" if name is None else f"Authorization: Bearer {target.tokens[name]}\r\n"
-    request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{target.port}\r\n{more}\r\n".encode()
+
+    def request(number: int) -> bytes:
+        forged = f"X-Forwarded-For: 10.0.{number // 256}.{number % 256}"
+        more = forged if name is None else f"Authorization: Bearer {target.tokens[name]}"
+        return f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{target.port}\r\n{more}\r\n\r\n".encode()
+
     started = time.monotonic()
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = list(pool.map(lambda _: target.sent(request), range(FLOOD)))
+        found = list(pool.map(lambda number: target.sent(request(number)), range(FLOOD)))
         assert target.asked("GET", "/api/me", "ann").status_code == 200  # others are served
     refused = [each for each in found if each[0] == 429]
     # Requests that arrive together are let in before the first of them is counted.
     assert FLOOD - len(refused) <= (5 + time.monotonic() - started) * RATE + AT_ONCE
     for status, headers, body in refused:
         assert int(headers["retry-after"]) >= 1
+        assert json.loads(body)["code"] == "too_many"
         yield status, detail(body)
 
 
@@ -240,7 +245,7 @@ ATTEMPTS: Mapping[str, Callable[[Target], Iterator[Answer]]] = {
     "paths: `..`, `%2e%2e`, `%2f`, `%00`, absolute addresses": paths,
     "what is no HTTP": no_http,
     "1,000 requests a second of one labeller": flood_of_a_labeller,
-    "1,000 requests a second without a link": flood_of_strangers,
+    "1,000 requests a second without a link, each with another `X-Forwarded-For`": flood_of_strangers,
 }
 
 

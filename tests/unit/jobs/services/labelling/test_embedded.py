@@ -24,7 +24,7 @@ from jobs.services.labelling.store import Store
 from orchestrator.config.config import Config
 from orchestrator.config.loader import load_config, to_yaml
 from orchestrator.errors import DataError
-from orchestrator.run.storage import write_sealed
+from orchestrator.run.storage import write_json, write_sealed
 from orchestrator.schema import ROLLOUT
 from orchestrator.training.ranking import wilson_interval
 from tests.deadlines import scaled
@@ -137,29 +137,57 @@ def label(run: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def linked(process: subprocess.Popen[str]) -> tuple[str, str]:
+def linked(process: subprocess.Popen[str]) -> tuple[str, str, str]:
+    """Address, token, and what was printed so far."""
     assert process.stdout is not None
+    printed = ""
     for line in process.stdout:
+        printed += line
         if found := LINK.search(line):
-            return found[1], found[2]
+            return found[1], found[2], printed
     pytest.fail("no link was printed")
 
 
 def test_it_ends_when_all_is_judged_and_continues_after_an_interruption(tmp_path: Path) -> None:
     run = run_of(tmp_path / "runs")
     with label(run, "--limit", "3") as process:
-        assert answer_all(*linked(process), num=1) == 1
+        assert answer_all(*linked(process)[:2], num=1) == 1
         process.terminate()
         output, _ = process.communicate(timeout=scaled(60))
     assert process.returncode == 0, output
     assert "orders 100.0% of 3 pairs of 1 prompts as you did (95 %: 43.9% to 100.0%)" in output
     with label(run, "--limit", "3") as process:
-        assert answer_all(*linked(process)) == 2
-        output, _ = process.communicate(timeout=scaled(60))
+        address, token, printed = linked(process)
+        assert answer_all(address, token) == 2
+        output = printed + process.communicate(timeout=scaled(60))[0]
     assert process.returncode == 0, output
-    assert "of 9 pairs of 3 prompts" in output and f"{run / 'labels.jsonl'}: 3 rankings" in output
+    assert f"{run}: 2 prompts to judge, 1 judged before" in output
+    assert "of 9 pairs of 3 prompts" in output and f"{run / 'labels.jsonl'}: your rankings of 3 prompts\n" in output
     assert f"rlhf reward-model --config {run / 'config.yaml'} 'stages=[reward_model]'" in output
     assert len((run / "labels.jsonl").read_text().splitlines()) == 3
+    with label(run, "--limit", "3") as process:  # once more: there is nothing to open a page for
+        output, _ = process.communicate(timeout=scaled(60))
+    assert process.returncode == 0 and "nothing is left to judge; --limit 6 shows more prompts" in output
+    assert "judge here" not in output and "of 9 pairs of 3 prompts" in output
+
+
+def test_nothing_is_offered_before_anything_is_judged(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "runs")
+    with label(run) as process:
+        linked(process)
+        process.terminate()
+        output, _ = process.communicate(timeout=scaled(60))
+    assert process.returncode == 0, output
+    assert "nothing to train on yet; the same command continues" in output and "Traceback" not in output
+    assert not (run / "labels.jsonl").exists()
+
+
+def test_a_folder_that_is_no_run_gets_no_store(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere is no folder: give the folder of a run"):
+        embedded.label_run(tmp_path / "nowhere", QUICKSTART, limit=1, port=0, opens=False)
+    with pytest.raises(DataError, match="has no committed step"):
+        embedded.label_run(tmp_path, QUICKSTART, limit=1, port=0, opens=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_it_ends_when_the_person_has_answered_or_skipped_everything(
@@ -200,7 +228,13 @@ def test_it_trains_on_the_rankings_if_the_person_agrees(
 
     def imported(name: str) -> Any:
         assert name == "jobs.stages.work.reward_model:run_alone"
-        return lambda config, address: trained.append(config)
+
+        def train(config: Config, address: str | None) -> Path:
+            trained.append(config)
+            write_json(tmp_path / "reward_model.json", {"path": "/new model", "num_held_out": 0})
+            return tmp_path
+
+        return train
 
     monkeypatch.setattr(embedded, "imported", imported)
     monkeypatch.setattr(sys, "stdin", Terminal())
@@ -213,6 +247,9 @@ def test_it_trains_on_the_rankings_if_the_person_agrees(
     assert config.preferences.path == run / "labels.jsonl" and config.reward_model.base == str(run / "reward-model")
     assert (config.run.id, config.run.name) == (None, f"{run.name}-labels")
     assert [stage.kind for stage in config.stages] == ["reward_model"]
+    output = capsys.readouterr().out
+    assert "none of your rankings was held out" in output and "the new reward model: /new model" in output
+    assert """run.id=null 'reward={name: model, path: "/new model"}'""" in output
 
 
 def test_without_a_reward_model_training_begins_at_the_policy(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, func, select, text
 
 from benchmarks.labelling.service import POSTGRESQL, postgresql
 from jobs.services.labelling import work
@@ -104,6 +104,34 @@ def test_a_look_whether_a_store_is_served_leaves_it_free(database: str) -> None:
     assert not other.is_served()
     with other.served():  # though `one` is open, and its pool has its sessions
         assert one.is_served()
+    one.close()
+    other.close()
+
+
+def end_claims(store: Store) -> None:
+    """Ends the sessions that hold a service's lock, as a restart of the server does."""
+    with store.reading() as connection:
+        ended = connection.scalars(text("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"))
+        assert ended.all() == [True]
+
+
+async def test_a_service_that_lost_its_claim_takes_it_again_or_refuses_to_write(database: str) -> None:
+    one, other = Store(database), Store(database)
+    with one.served():
+        end_claims(other)
+        token = invited(one, "lea")  # a write
+        with pytest.raises(CapacityError, match="another service uses"), other.served():
+            pass
+        end_claims(other)
+        async with client(one, token) as lea:
+            with other.served():
+                for found in (await lea.post("/api/next", json={}), await lea.get("/healthz")):
+                    assert found.status_code == 503 and "another service has taken" in found.json()["detail"]
+                fill(other, num=1, first=5000)
+            assert (await lea.post("/api/next", json={})).status_code == 200
+            assert (await lea.get("/healthz")).status_code == 200
+            assert other.is_served()
+    assert not other.is_served()
     one.close()
     other.close()
 
