@@ -51,8 +51,8 @@ def read_until(terminal: int, wanted: str) -> str:
     """What the command writes until a text matches, or until its end."""
     text = ""
     while not re.search(wanted, text):
-        readable, _, _ = select.select([terminal], [], [], scaled(60))
-        assert readable, f"nothing for a minute, after:\n{text}"
+        readable, _, _ = select.select([terminal], [], [], scaled(180))
+        assert readable, f"nothing for three minutes, after:\n{text}"
         try:
             text += os.read(terminal, 4096).decode("utf-8", "replace")
         except OSError:  # Linux, when the other side has closed
@@ -83,7 +83,7 @@ def test_a_person_judges_agrees_to_train_and_is_shown_what_comes_next(cluster: s
         judged = read_until(terminal, r"\[y/N\]")
         assert "of 9 pairs of 3 prompts" in judged and "labels.jsonl: your rankings of 3 prompts\n" in judged
         os.write(terminal, b"y\n")
-        output = read_until(terminal, "after its end")
+        output = read_until(terminal, "shows replies of that run")
     (made,) = run.parent.glob("quickstart-1-labels-*")
     assert read_json(made / "reward_model.json")["num_records"] == 3
     assert f"the new reward model: {made}/reward-model; that of {run} is as it was" in output
